@@ -1,0 +1,385 @@
+"""The base configuration, the config-string parser and validation.
+
+Every key that any part of the library reads stands in :func:`base` with its default and its
+meaning. A file in ``configs/`` starts from :func:`base`, changes what its experiment needs and
+returns the result; nothing reads a key that is not here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from crate_jax.errors import ConfigError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def base() -> ConfigDict:
+    """Returns the full default configuration, locked against unknown keys."""
+    c = ConfigDict()
+    c.job = "pretrain"  # what `python -m crate_jax.main` does with this config
+    c.seed = 0  # initial weights, order of the images, augmentation, corruption
+    c.steps = 0  # optimiser steps; 0: from `epochs`
+    c.epochs = 0.0  # passes over the training split; 0: from `steps`
+    c.batch_size = 256  # images per optimiser step, over all devices and micro-batches
+    c.accumulate = 1  # micro-batches per optimiser step; same update, less memory
+    c.init_from = ""  # workdir of another run whose encoder starts this one
+    c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
+    c.remat = False  # recompute each block in the backward pass: less memory, more time
+
+    c.data = data = ConfigDict()
+    data.source = "digits"  # digits | folder:PATH | tfds:NAME | synthetic
+    data.data_dir = ""  # tfds: where the prepared (ArrayRecord) data sets lie
+    data.train_split = "train"  # folder: a sub-folder, or the whole tree if there is none
+    data.eval_split = "auto"  # auto: the first of test, val, validation that exists
+    data.image_size = (224, 224)  # height, width in pixels
+    data.mean = IMAGENET_MEAN  # per channel, of pixels scaled to [0, 1]
+    data.std = IMAGENET_STD
+    data.crop_scale = (0.2, 1.0)  # random resized crop: share of the area; (1, 1): no crop
+    data.crop_ratio = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
+    data.flip = 0.5  # probability of a horizontal flip
+    data.interpolation = "bicubic"  # bicubic | bilinear
+    data.randaugment_layers = 0  # operations per image (n); 0: off
+    data.randaugment_magnitude = 14  # strength of each (m), 0..30
+    data.eval_crop = 0.875  # share of the shorter side in the central evaluation crop
+    data.workers = 0  # decoding processes; 0: threads of this process
+    data.threads = 4  # reading threads per process
+    data.prefetch = 2  # batches held ready on the device
+    data.memory_mb = 1024  # a decoded set up to this size is held in memory, whole
+    data.max_undecodable = 0.01  # share of files that may fail to decode before the run stops
+
+    c.encoder = encoder = ConfigDict()
+    encoder.name = "crate"  # crate | vit
+    encoder.patch_size = 16  # side of a square patch in pixels
+    encoder.width = 768
+    encoder.depth = 12
+    encoder.heads = 12
+    encoder.positions = "sincos"  # sincos (fixed) | learned | relative (vit) | none
+    encoder.eta = 0.1  # crate: step size of ISTA
+    encoder.lam = 0.5  # crate: sparsity weight lambda of ISTA
+    encoder.dictionary = "complete"  # crate: complete (d x d) | overcomplete (CRATE-alpha)
+    encoder.expansion = 4  # crate: atoms per dimension of the over-complete dictionary
+    encoder.tied_output = False  # crate: MSSA's output is [U_1..U_K] (eq. 2.8), not free
+    encoder.mlp_ratio = 4.0  # vit
+    encoder.qkv_bias = "qkv"  # vit: qkv (MAE) | qv (BEiT, ROPIM) | none
+    encoder.layer_scale = 0.0  # vit: initial value; 0: off
+    encoder.drop_path = 0.0  # vit: rate of the last block, rising linearly from 0
+    encoder.init = "xavier"  # vit: xavier (MAE) | trunc_normal (BEiT, ROPIM)
+
+    c.decoder = decoder = ConfigDict()
+    decoder.name = "crate"  # crate | transformer | linear
+    decoder.width = 0  # 0: the encoder's
+    decoder.depth = 12
+    decoder.heads = 12
+    decoder.positions = False  # crate: add the position table again at the decoder's input
+    decoder.residual = "stream"  # crate: stream, g - MSSA(LN(g)) | normalised, as Listing 3
+
+    c.corruption = corruption = ConfigDict()
+    corruption.name = "mask"  # mask | rop | noise | none
+    corruption.mask_ratio = 0.75  # mask: share of the patches removed
+    corruption.mask_fill = "token"  # mask: token (learned) | zero | drop (encoder skips them)
+    corruption.rop_ratio = 1 / 7  # rop: share of the dimensions kept, K'/K
+    corruption.rop_buckets = "balanced"  # rop: balanced (as released) | independent
+    corruption.rop_signs = "independent"  # rop: independent | balanced (as released)
+    corruption.paper_scale = 0.0  # rop: 0: exact projector; 0.14: the released code's scale
+    corruption.noise_std = 0.5  # noise: standard deviation, in units of normalised pixels
+
+    c.loss = loss = ConfigDict()
+    loss.norm = "l2"  # l2 | l1
+    loss.target = "pixel"  # pixel | patch_normalised
+    loss.region = "complement"  # complement, (I - P)(x - x^) | all
+
+    c.penalty = penalty = ConfigDict()
+    penalty.name = "none"  # none | so | srip
+    penalty.weight = 0.0  # gamma
+    penalty.include = (r"encoder/.*kernel",)  # whole-name patterns of the weights acted on
+    penalty.exclude = ()  # patterns taken out again
+    penalty.gram = "smaller"  # smaller | in (W^T W of torch's out x in) | out (W W^T)
+    penalty.power = 1  # srip: sigma ** power, 1 (formula) | 2 (as some released code)
+    penalty.iterations = 2  # srip: power iterations per step
+    penalty.keep_vector = True  # srip: start from the last step's vector; False: a fresh one
+
+    c.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adamw | lars | lion
+    optimizer.lr = 1.5e-4  # peak, per `lr_batch` images
+    optimizer.lr_batch = 256  # lr, warmup_lr, min_lr are multiplied by batch_size / this; 0: not
+    optimizer.warmup_epochs = 0.0  # linear warm-up, in epochs ...
+    optimizer.warmup_steps = 0  # ... or in steps
+    optimizer.warmup_lr = 0.0  # where the warm-up starts
+    optimizer.min_lr = 0.0  # where the cosine ends
+    optimizer.schedule = "cosine"  # cosine | constant
+    optimizer.b1 = 0.9  # adamw, lion
+    optimizer.b2 = 0.95  # adamw, lion
+    optimizer.momentum = 0.9  # lars
+    optimizer.trust_coefficient = 0.001  # lars
+    optimizer.weight_decay = 0.05
+    optimizer.decay_exclude = (r".*(cls_token|mask_token|positions|relative_bias)",)  # and 1-D
+    optimizer.clip_norm = 0.0  # global gradient norm; 0: off
+    optimizer.ema = 0.0  # decay of an average of the weights that evaluations use; 0: off
+
+    c.evaluation = evaluation = ConfigDict()
+    evaluation.every = 0  # steps between k-NN and probe; 0: only at the end
+    evaluation.train_images = 10_000  # images the classifiers are fitted on; 0: all
+    evaluation.test_images = 10_000  # 0: all
+    evaluation.batch_size = 256
+    evaluation.pool = "cls"  # cls | mean (over patch tokens)
+    evaluation.knn_k = 20
+    evaluation.knn_temperature = 0.07
+    evaluation.probe_c = 1.0  # inverse L2 strength of the logistic regression
+
+    c.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 1000  # steps; the last step is always saved
+    checkpoint.keep = 3
+
+    c.log = log = ConfigDict()
+    log.every = 50  # steps
+    log.pictures = 8  # images in the reconstruction grid; 0: no pictures
+    log.pictures_every = 0  # steps; 0: only at the end
+    log.tensorboard = True  # needs tensorboardX
+    log.wandb = ""  # project name; empty: off
+    return c.lock()
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Parses a config string such as ``"variant=S,penalty=so,debug"``.
+
+    Args:
+      arg: comma-separated ``key=value`` pairs; a bare ``key`` means ``key=True``.
+      **defaults: every key that is allowed, with its default. A tuple lists the allowed values,
+        the first being the default. Values are cast to the default's type.
+
+    Returns:
+      A locked ConfigDict with one entry per key of `defaults`.
+
+    Raises:
+      ConfigError: an unknown key, or a value that is not allowed or cannot be cast.
+    """
+    out = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
+    for item in filter(None, (arg or "").split(",")):
+        key, _, text = item.partition("=")
+        if key not in defaults:
+            raise ConfigError(f"config string: unknown key '{key}'; valid keys: {', '.join(sorted(defaults))}")
+        allowed = defaults[key]
+        kind = type(out[key])
+        if kind is bool:
+            text = text or "True"
+            if text.lower() not in ("true", "false", "1", "0"):
+                raise ConfigError(f"config string: {key}={text} is not a boolean (true or false)")
+            value: Any = text.lower() in ("true", "1")
+        else:
+            try:
+                value = kind(text)
+            except ValueError:
+                raise ConfigError(f"config string: {key}={text!r} is not a valid {kind.__name__}") from None
+        if isinstance(allowed, tuple) and value not in allowed:
+            raise ConfigError(f"config string: {key}={value} is not one of {', '.join(map(str, allowed))}")
+        out[key] = value
+    return ConfigDict(out).lock()
+
+
+def to_json(config: ConfigDict) -> str:
+    """Serialises a config; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens a config (or its parsed JSON) to ``{"data.source": ...}``, tuples as lists."""
+    flat: dict[str, Any] = {}
+    for key in sorted(config):
+        value = config[key]
+        if isinstance(value, Mapping | ConfigDict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lists ``"key: old -> new"`` for every key whose value differs between two configs."""
+    a, b = flatten(old), flatten(new)
+    missing = "(none)"
+    return [
+        f"{k}: {a.get(k, missing)!r} -> {b.get(k, missing)!r}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k, missing) != b.get(k, missing)
+    ]
+
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "data.interpolation": ("bicubic", "bilinear"),
+    "encoder.positions": ("sincos", "learned", "relative", "none"),
+    "encoder.dictionary": ("complete", "overcomplete"),
+    "encoder.qkv_bias": ("qkv", "qv", "none"),
+    "encoder.init": ("xavier", "trunc_normal"),
+    "decoder.residual": ("stream", "normalised"),
+    "corruption.mask_fill": ("token", "zero", "drop"),
+    "corruption.rop_buckets": ("balanced", "independent"),
+    "corruption.rop_signs": ("independent", "balanced"),
+    "loss.norm": ("l2", "l1"),
+    "loss.target": ("pixel", "patch_normalised"),
+    "loss.region": ("complement", "all"),
+    "penalty.gram": ("smaller", "in", "out"),
+    "penalty.power": (1, 2),
+    "optimizer.schedule": ("cosine", "constant"),
+    "evaluation.pool": ("cls", "mean"),
+}
+POSITIVE = (
+    "batch_size accumulate data.threads data.prefetch encoder.patch_size encoder.width encoder.depth encoder.heads "
+    "encoder.expansion encoder.mlp_ratio decoder.heads evaluation.batch_size evaluation.knn_k "
+    "evaluation.knn_temperature evaluation.probe_c penalty.iterations checkpoint.every checkpoint.keep log.every "
+    "optimizer.lr"
+).split()
+NOT_NEGATIVE = (
+    "steps epochs seed data.workers data.memory_mb data.randaugment_layers decoder.width decoder.depth "
+    "encoder.eta encoder.lam encoder.layer_scale corruption.paper_scale corruption.noise_std penalty.weight "
+    "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
+    "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
+    "log.pictures log.pictures_every"
+).split()
+# (key, lowest, highest, lowest allowed?, highest allowed?)
+RANGES = (
+    ("data.flip", 0, 1, True, True),
+    ("data.randaugment_magnitude", 0, 30, True, True),
+    ("data.eval_crop", 0, 1, False, True),
+    ("data.max_undecodable", 0, 1, True, True),
+    ("encoder.drop_path", 0, 1, True, False),
+    ("corruption.mask_ratio", 0, 1, False, False),
+    ("corruption.rop_ratio", 0, 1, False, False),
+    ("optimizer.ema", 0, 1, True, False),
+    ("optimizer.b1", 0, 1, True, False),
+    ("optimizer.b2", 0, 1, True, False),
+    ("optimizer.momentum", 0, 1, True, False),
+)
+SOURCES = ("digits", "folder:PATH", "tfds:NAME", "synthetic")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks everything that can be checked without data or devices.
+
+    Raises:
+      ConfigError: names the key, the value received and what would be right.
+    """
+    flat = flatten(config)
+    _check_values(flat)
+    _check_tables(config)
+    _check_sizes(config)
+    _check_combinations(config)
+
+
+def _fail(flat: Mapping[str, Any], key: str, right: str) -> None:
+    raise ConfigError(f"config.{key}={flat[key]!r}: {right}")
+
+
+def _check_values(flat: Mapping[str, Any]) -> None:
+    for key, value in flat.items():
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            _fail(flat, key, "must be a finite number")
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            _fail(flat, key, f"must be one of {', '.join(map(str, allowed))}")
+    for key in POSITIVE:
+        if not flat[key] > 0:
+            _fail(flat, key, "must be greater than 0")
+    for key in NOT_NEGATIVE:
+        if not flat[key] >= 0:
+            _fail(flat, key, "must not be negative")
+    for key, low, high, low_ok, high_ok in RANGES:
+        value = flat[key]
+        if not (low <= value <= high) or (value == low and not low_ok) or (value == high and not high_ok):
+            _fail(flat, key, f"must lie in {'[' if low_ok else '('}{low}, {high}{']' if high_ok else ')'}")
+    for key, low, high in (("data.crop_scale", 0, 1), ("data.crop_ratio", 0, float("inf"))):
+        pair = flat[key]
+        if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
+            _fail(flat, key, f"must be two increasing numbers in ({low}, {high}]")
+    for key in ("data.mean", "data.std"):
+        if len(flat[key]) != 3 or (key == "data.std" and min(flat[key]) <= 0):
+            _fail(flat, key, "must be three numbers, one per channel" + (", all positive" if "std" in key else ""))
+    for key in ("penalty.include", "penalty.exclude", "optimizer.decay_exclude"):
+        for pattern in flat[key]:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                _fail(flat, key, f"{pattern!r} is not a regular expression ({e})")
+
+
+def _check_tables(config: ConfigDict) -> None:
+    # Imported here: the tables live with the parts they name, which import this module.
+    from crate_jax.corruption import CORRUPTIONS
+    from crate_jax.decoder import DECODERS
+    from crate_jax.encoders import ENCODERS
+    from crate_jax.optimizer import OPTIMIZERS
+    from crate_jax.orthogonality import PENALTIES
+
+    tables = dict(
+        encoder=ENCODERS, decoder=DECODERS, corruption=CORRUPTIONS, penalty=PENALTIES, optimizer=OPTIMIZERS
+    )
+    for kind, table in tables.items():
+        if config[kind].name not in table:
+            raise ConfigError(f"config.{kind}.name={config[kind].name!r}: must be one of {', '.join(table)}")
+    kind, _, rest = config.data.source.partition(":")
+    if kind not in ("digits", "synthetic", "folder", "tfds") or (kind in ("folder", "tfds")) != bool(rest):
+        raise ConfigError(f"config.data.source={config.data.source!r}: must be one of {', '.join(SOURCES)}")
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    size, patch = config.data.image_size, config.encoder.patch_size
+    if len(size) != 2 or min(size) < 1:
+        raise ConfigError(f"config.data.image_size={size!r}: must be (height, width)")
+    for side in size:
+        if side % patch:
+            raise ConfigError(
+                f"config.data.image_size={tuple(size)}: both sides must be multiples of config.encoder.patch_size={patch}"
+            )
+    for part in ("encoder", "decoder"):
+        width = config[part].width or config.encoder.width
+        if part == "decoder" and config.decoder.name == "linear":
+            continue
+        if width % config[part].heads:
+            raise ConfigError(f"config.{part}.width={width}: must be a multiple of config.{part}.heads={config[part].heads}")
+        if width % 4 and (config.encoder.positions == "sincos" or part == "decoder"):
+            raise ConfigError(f"config.{part}.width={width}: must be a multiple of 4 for sine-cosine positions")
+    if config.batch_size % config.accumulate:
+        raise ConfigError(
+            f"config.batch_size={config.batch_size}: must be a multiple of config.accumulate={config.accumulate}"
+        )
+    if bool(config.steps) == bool(config.epochs):
+        raise ConfigError(f"config.steps={config.steps}, config.epochs={config.epochs}: set exactly one of the two")
+    if config.optimizer.warmup_steps and config.optimizer.warmup_epochs:
+        raise ConfigError("config.optimizer: set warmup_steps or warmup_epochs, not both")
+
+
+def _check_combinations(config: ConfigDict) -> None:
+    encoder, decoder, corruption = config.encoder, config.decoder, config.corruption
+    grid = [s // encoder.patch_size for s in config.data.image_size]
+    tokens = grid[0] * grid[1]
+    dropped = corruption.name == "mask" and corruption.mask_fill == "drop"
+    if corruption.name == "mask" and not 0 < int(tokens * (1 - corruption.mask_ratio)) < tokens:
+        raise ConfigError(
+            f"config.corruption.mask_ratio={corruption.mask_ratio}: of {tokens} patches at least one must be kept and "
+            "one removed"
+        )
+    if encoder.name == "crate" and encoder.positions == "relative":
+        raise ConfigError("config.encoder.positions='relative': only encoder.name='vit' has a relative bias")
+    if encoder.name == "crate" and encoder.drop_path:
+        raise ConfigError(f"config.encoder.drop_path={encoder.drop_path}: only encoder.name='vit' has drop path")
+    if dropped and decoder.name == "linear":
+        raise ConfigError(
+            "config.decoder.name='linear': cannot fill patches that config.corruption.mask_fill='drop' removed; use "
+            "decoder.name=transformer, or mask_fill=token"
+        )
+    if dropped and decoder.name == "crate" and not decoder.positions:
+        raise ConfigError(
+            "config.decoder.positions=False: with config.corruption.mask_fill='drop' a CRATE decoder needs positions to "
+            "tell the filled patches apart; set it to True"
+        )
+    if decoder.name == "crate" and decoder.width not in (0, encoder.width):
+        raise ConfigError(f"config.decoder.width={decoder.width}: a CRATE decoder has the encoder's width {encoder.width}")
+    if config.penalty.name != "none" and not config.penalty.weight:
+        raise ConfigError(f"config.penalty.weight=0: config.penalty.name={config.penalty.name!r} needs a weight above 0")

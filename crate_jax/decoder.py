@@ -1,0 +1,155 @@
+"""Decoders: modules ``(tokens_B(1+M)D, corruption) -> patches_BNP``.
+
+Shapes: B batch, M tokens the encoder saw, N patch tokens, D width, P patch pixels, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crate_jax.corruption import Corruption, fills
+from crate_jax.encoders.crate import DICTIONARY_INIT, MSSA
+from crate_jax.encoders.embedding import TOKEN_INIT
+from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, dense, scan_blocks
+from crate_jax.encoders.vit import scan_vit_blocks
+from crate_jax.patches import grid_shape, sincos_positions
+
+
+class CrateDecoderBlock(nn.Module):
+    """g = E LN(y); g - MSSA(LN(g)) (arXiv 2404.02446, eq. 2.17); scanned over layers.
+
+    Attributes:
+      normalised: subtract from LN(g) instead of g, as the paper's Listing 3 has it.
+    """
+
+    heads: int
+    tied_output: bool
+    normalised: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, y_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """One layer; the second argument and result are what `nn.scan` threads through."""
+        y = Norm(BLOCK_EPS, name="linear_norm")(y_BND)
+        g = dense(y.shape[-1], "linear", self.dtype, bias=False, init=DICTIONARY_INIT)(y)
+        normed = Norm(BLOCK_EPS, name="mssa_norm")(g)
+        out = MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(normed)
+        return (normed if self.normalised else g) - out, None
+
+
+class CrateDecoder(nn.Module):
+    """L anti-compressing blocks at the encoder's width, a norm, a pixel head (eqs. 2.20-2.21)."""
+
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    pixels: int
+    positions: bool
+    tied_output: bool
+    normalised: bool
+    fill: bool
+    remat: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
+        """(B, 1 + M, D) -> (B, N, P)."""
+        x = restore(self, tokens_BMD, corruption, self.fill, self.positions, self.grid)
+        x = scan_blocks(
+            CrateDecoderBlock, self.depth, self.remat, self.heads, self.tied_output, self.normalised, self.dtype
+        )(x, None)[0]
+        x = Norm(name="norm")(x)
+        return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
+
+
+class TransformerDecoder(nn.Module):
+    """MAE's decoder: its own width, mask tokens, positions, ViT blocks, norm, pixel head."""
+
+    width: int
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    pixels: int
+    fill: bool
+    remat: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
+        """(B, 1 + M, D) -> (B, N, P)."""
+        x = dense(self.width, "embed", self.dtype)(tokens_BMD)
+        x = restore(self, x, corruption, self.fill, True, self.grid)
+        x = scan_vit_blocks(x, None, None, self.depth, self.remat, self.heads, 4.0, "qkv", 0.0, "xavier", self.dtype)
+        x = Norm(name="norm")(x)
+        return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
+
+
+class LinearDecoder(nn.Module):
+    """One linear map from token to pixels: the 1x1 convolution + pixel shuffle of ROPIM and SimMIM."""
+
+    pixels: int
+    initializer: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
+        """(B, 1 + N, D) -> (B, N, P)."""
+        return dense(self.pixels, "head", self.dtype, init=INITIALIZERS[self.initializer])(tokens_BMD[:, 1:])
+
+
+def restore(
+    module: nn.Module, tokens_BMD: jax.Array, corruption: Corruption, fill: bool, positions: bool, grid: tuple[int, int]
+) -> jax.Array:
+    """Puts dropped tokens back as learned mask tokens and adds positions; (B, 1 + N, D).
+
+    A function that is given the module rather than a module of its own, so that the mask token
+    lies directly under the decoder.
+    """
+    D = tokens_BMD.shape[-1]
+    fill_D = module.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if fill else None
+    patches_BND = corruption.restore(tokens_BMD[:, 1:], fill_D)
+    x = jnp.concatenate([tokens_BMD[:, :1], patches_BND], axis=1)
+    return x + jnp.asarray(sincos_positions(grid, D)).astype(x.dtype) if positions else x
+
+
+def _crate(config: ConfigDict) -> nn.Module:
+    d = config.decoder
+    return CrateDecoder(
+        **_shared(config),
+        depth=d.depth,
+        heads=d.heads,
+        positions=d.positions,
+        tied_output=config.encoder.tied_output,
+        normalised=d.residual == "normalised",
+    )
+
+
+def _transformer(config: ConfigDict) -> nn.Module:
+    d = config.decoder
+    return TransformerDecoder(**_shared(config), width=d.width or config.encoder.width, depth=d.depth, heads=d.heads)
+
+
+def _linear(config: ConfigDict) -> nn.Module:
+    return LinearDecoder(pixels=3 * config.encoder.patch_size**2, initializer=config.encoder.init, dtype=jnp.dtype(config.dtype))
+
+
+def _shared(config: ConfigDict) -> dict:
+    return dict(
+        grid=grid_shape(config.data.image_size, config.encoder.patch_size),
+        pixels=3 * config.encoder.patch_size**2,
+        fill=fills(config)["decoder"],
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+DECODERS: dict[str, Callable[[ConfigDict], nn.Module]] = {
+    "crate": _crate,
+    "transformer": _transformer,
+    "linear": _linear,
+}

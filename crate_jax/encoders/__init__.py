@@ -1,0 +1,54 @@
+"""Encoders: modules ``(patches_BNP, corruption, keys_B) -> tokens_B(1+M)D``, class token first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crate_jax.corruption import fills
+from crate_jax.encoders.crate import CrateEncoder
+from crate_jax.encoders.vit import ViTEncoder
+from crate_jax.patches import grid_shape
+
+
+def _crate(config: ConfigDict) -> nn.Module:
+    e = config.encoder
+    return CrateEncoder(
+        **_shared(config),
+        eta=e.eta,
+        lam=e.lam,
+        expansion=e.expansion if e.dictionary == "overcomplete" else 0,
+        tied_output=e.tied_output,
+    )
+
+
+def _vit(config: ConfigDict) -> nn.Module:
+    e = config.encoder
+    return ViTEncoder(
+        **_shared(config),
+        mlp_ratio=e.mlp_ratio,
+        qkv_bias=e.qkv_bias,
+        layer_scale=e.layer_scale,
+        drop_path=e.drop_path,
+        initializer=e.init,
+    )
+
+
+def _shared(config: ConfigDict) -> dict:
+    e = config.encoder
+    return dict(
+        width=e.width,
+        depth=e.depth,
+        heads=e.heads,
+        grid=grid_shape(config.data.image_size, e.patch_size),
+        positions=e.positions,
+        fill=fills(config)["encoder"],
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+ENCODERS: dict[str, Callable[[ConfigDict], nn.Module]] = {"crate": _crate, "vit": _vit}

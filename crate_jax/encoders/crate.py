@@ -1,0 +1,163 @@
+"""The CRATE encoder (arXiv 2404.02446, eqs. 2.6-2.14): each block compresses, then sparsifies.
+
+The maths stands in plain functions (:func:`mssa`, :func:`ista`, :func:`ista_overcomplete`); the
+modules only create and name parameters. Intermediate tokens pass through named points,
+``after_mssa`` (Z^{l+1/2}) and ``after_ista`` (Z^{l+1}), which cost nothing unless asked for with
+``mutable=["intermediates"]``.
+
+Shapes: B batch, N tokens (class token included), D width, H heads, K head width, E = H * K,
+A dictionary atoms, L layers.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from crate_jax.corruption import Corruption
+from crate_jax.encoders.embedding import Embedding
+from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, attention, dense, scan_blocks
+
+# torch's kaiming_uniform_(a=0) on an (out x in) matrix.
+DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
+
+
+def mssa(x_BND: jax.Array, subspaces_DE: jax.Array, heads: int) -> jax.Array:
+    """Multi-head subspace self-attention before the output projection (eq. 2.8).
+
+    Queries, keys and values are one projection U_k^T z. Like the released code this scales the
+    logits by 1 / sqrt(K), which the equation does not have.
+
+    Args:
+      x_BND: tokens.
+      subspaces_DE: [U_1 .. U_H], each D x K.
+      heads: H.
+
+    Returns:
+      (B, N, E): for each head, the tokens' coordinates in its subspace, averaged by attention.
+    """
+    B, N, _ = x_BND.shape
+    w_BNHK = (x_BND @ subspaces_DE.astype(x_BND.dtype)).reshape(B, N, heads, -1)
+    return attention(w_BNHK, w_BNHK, w_BNHK).reshape(B, N, -1)
+
+
+def ista(x_BND: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float) -> jax.Array:
+    """One proximal-gradient step on 0.5 |x - D z|^2 + lam |z|_1, z >= 0, from z = x (eq. 2.9).
+
+    ReLU(x + eta D^T (x - D x) - eta lam), two products where the released code takes three.
+    `dictionary_DD` is D^T, so that ``x @ dictionary_DD`` is D x for row vectors.
+    """
+    kernel = dictionary_DD.astype(x_BND.dtype)
+    residual = x_BND - x_BND @ kernel
+    return jax.nn.relu(x_BND + eta * (residual @ kernel.T) - eta * lam)
+
+
+def ista_overcomplete(
+    x_BND: jax.Array, dictionary_AD: jax.Array, back_AD: jax.Array, eta: float, lam: float
+) -> jax.Array:
+    """Two ISTA steps from z = 0 in an over-complete dictionary, and back (CRATE-alpha).
+
+    Args:
+      x_BND: tokens.
+      dictionary_AD: atoms as rows; ``z @ dictionary_AD`` is D z.
+      back_AD: the second dictionary, which takes the code back to width D.
+      eta: step size.
+      lam: sparsity weight.
+
+    Returns:
+      (B, N, D), to be added to the residual stream.
+    """
+    atoms = dictionary_AD.astype(x_BND.dtype)
+    z_BNA = jax.nn.relu(eta * (x_BND @ atoms.T) - eta * lam)
+    z_BNA = jax.nn.relu(z_BNA + eta * ((x_BND - z_BNA @ atoms) @ atoms.T) - eta * lam)
+    return z_BNA @ back_AD.astype(x_BND.dtype)
+
+
+class Kernel(nn.Module):
+    """A bare matrix named ``kernel``, float32."""
+
+    shape: tuple[int, int]
+    initializer: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Returns the matrix."""
+        return self.param("kernel", self.initializer, self.shape, jnp.float32)
+
+
+class MSSA(nn.Module):
+    """MSSA with its output projection: free with a bias as released, or tied to U (eq. 2.8)."""
+
+    heads: int
+    tied_output: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        """(B, N, D) -> (B, N, D)."""
+        D = x_BND.shape[-1]
+        subspaces_DE = Kernel((D, D), INITIALIZERS["xavier"], name="subspaces")()
+        y_BNE = mssa(x_BND, subspaces_DE, self.heads)
+        if self.tied_output:
+            return y_BNE @ subspaces_DE.T.astype(y_BNE.dtype)
+        return dense(D, "output", self.dtype)(y_BNE)
+
+
+class CrateBlock(nn.Module):
+    """z + MSSA(LN(z)), then ISTA(LN(.)) without a residual (eq. 2.14); scanned over layers."""
+
+    heads: int
+    eta: float
+    lam: float
+    expansion: int  # 0: complete dictionary
+    tied_output: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """One layer; the second argument and result are what `nn.scan` threads through."""
+        x = x_BND + MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(
+            Norm(BLOCK_EPS, name="mssa_norm")(x_BND)
+        )
+        self.sow("intermediates", "after_mssa", x)
+        D = x.shape[-1]
+        y = Norm(BLOCK_EPS, name="ista_norm")(x)
+        if self.expansion:
+            shape = (self.expansion * D, D)
+            dictionary = Kernel(shape, DICTIONARY_INIT, name="dictionary")()
+            back = Kernel(shape, DICTIONARY_INIT, name="back")()
+            x = x + ista_overcomplete(y, dictionary, back, self.eta, self.lam)
+        else:
+            dictionary = Kernel((D, D), DICTIONARY_INIT, name="dictionary")()
+            x = ista(y, dictionary, self.eta, self.lam)
+        self.sow("intermediates", "after_ista", x)
+        return x, None
+
+
+class CrateEncoder(nn.Module):
+    """Embedding, L CRATE blocks, a final norm."""
+
+    width: int
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    positions: str
+    eta: float
+    lam: float
+    expansion: int
+    tied_output: bool
+    fill: bool
+    remat: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, patches_BNP: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None) -> jax.Array:
+        """(B, N, P) patches -> (B, 1 + M, D) tokens, class token first. `keys_B` is not used."""
+        x = Embedding(
+            self.width, self.grid, self.positions, self.fill, self.dtype, INITIALIZERS["xavier"], name="embedding"
+        )(patches_BNP, corruption)
+        x = scan_blocks(
+            CrateBlock, self.depth, self.remat, self.heads, self.eta, self.lam, self.expansion, self.tied_output, self.dtype
+        )(x, None)[0]
+        return Norm(name="norm")(x)

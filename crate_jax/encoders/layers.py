@@ -1,0 +1,90 @@
+"""The pieces that both encoders and all decoders are made of.
+
+Shapes: B batch, N tokens, D width, H heads, K head width, E = H * K.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+
+BLOCK_EPS = 1e-5  # CRATE's block norms (torch's default)
+FINAL_EPS = 1e-6  # all other norms: CRATE's final ones, and every norm of the ViTs
+
+
+def layer_norm(x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
+    """Layer normalisation over the last axis; statistics in float32, result in the input's dtype."""
+    x = x_BND.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    centred = x - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps) * scale_D + bias_D).astype(x_BND.dtype)
+
+
+def attention(
+    q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None
+) -> jax.Array:
+    """softmax(q k^T / sqrt(K) + bias) v, (B, N, H, K); softmax in float32."""
+    scale = q_BNHK.shape[-1] ** -0.5
+    logits_BHNM = jnp.einsum("bnhk,bmhk->bhnm", q_BNHK * scale, k_BMHK, preferred_element_type=jnp.float32)
+    if bias_BHNM is not None:
+        logits_BHNM = logits_BHNM + bias_BHNM
+    weights_BHNM = jax.nn.softmax(logits_BHNM, axis=-1).astype(v_BMHK.dtype)
+    return jnp.einsum("bhnm,bmhk->bnhk", weights_BHNM, v_BMHK)
+
+
+class Norm(nn.Module):
+    """Layer normalisation with learned scale and bias, both (D,)."""
+
+    eps: float = FINAL_EPS
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        """Normalises over the last axis."""
+        D = x_BND.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (D,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (D,), jnp.float32)
+        return layer_norm(x_BND, scale, bias, self.eps)
+
+
+def dense(features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None) -> nn.Dense:
+    """A dense layer with float32 parameters that computes in `dtype`; Xavier-uniform by default."""
+    return nn.Dense(
+        features,
+        use_bias=bias,
+        name=name,
+        dtype=dtype,
+        kernel_init=init or nn.initializers.xavier_uniform(),
+    )
+
+
+INITIALIZERS = {
+    "xavier": nn.initializers.xavier_uniform(),
+    # torch's trunc_normal_(std=.02) cuts at +-2 absolute, a hundred deviations: a plain normal.
+    "trunc_normal": nn.initializers.normal(0.02),
+}
+
+
+def scan_blocks(block: type[nn.Module], depth: int, remat: bool, *args: object, in_axes: object = 0) -> nn.Module:
+    """`depth` copies of a block as one scan, parameters stacked under the name ``blocks``.
+
+    Args:
+      block: a module whose call takes (tokens, *inputs) and returns (tokens, None).
+      depth: how many copies.
+      remat: recompute each block in the backward pass.
+      *args: the block's attributes.
+      in_axes: for each further input of the call, 0 (one slice per layer) or nn.broadcast.
+    """
+    cls = nn.remat(block, prevent_cse=False) if remat else block
+    return nn.scan(
+        cls,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=depth,
+    )(*args, name="blocks")

@@ -1,0 +1,21 @@
+"""The errors a user can cause; `main` prints each as one line and exits with status 2."""
+
+
+class UserError(ValueError):
+    """Something outside the library is wrong: the message says what, and what would be right."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run."""
+
+
+class DataError(UserError):
+    """Data that cannot be found or read."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or used with this configuration."""
+
+
+class NonFiniteError(UserError):
+    """The loss became NaN or infinite."""

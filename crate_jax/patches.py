@@ -1,0 +1,89 @@
+"""Images as sequences of patches, and the fixed tables that tell a patch where it stands.
+
+Shapes: B batch, H and W pixels, h and w patches per side, N = h * w tokens, p patch side,
+P = p * p * 3 numbers per patch, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def grid_shape(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Patches per column and per row, (h, w), of an image of (height, width) pixels."""
+    return image_size[0] // patch_size, image_size[1] // patch_size
+
+
+def patchify(images_BHWC: jax.Array, patch_size: int) -> jax.Array:
+    """Cuts images (B, H, W, 3) into raster-ordered patches (B, N, P), P as (row, column, channel)."""
+    B, H, W, C = images_BHWC.shape
+    h, w = grid_shape((H, W), patch_size)
+    x = images_BHWC.reshape(B, h, patch_size, w, patch_size, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h * w, patch_size * patch_size * C)
+
+
+def unpatchify(patches_BNP: jax.Array, image_size: tuple[int, int], patch_size: int) -> jax.Array:
+    """Inverse of :func:`patchify`: (B, N, P) -> (B, H, W, 3)."""
+    B = patches_BNP.shape[0]
+    h, w = grid_shape(image_size, patch_size)
+    x = patches_BNP.reshape(B, h, w, patch_size, patch_size, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h * patch_size, w * patch_size, -1)
+
+
+@functools.cache
+def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine table (1 + N, D), row 0 (the class token) zero, float32.
+
+    The first half of the width encodes the column, the second half the row; in each, D/4 sines
+    come before D/4 cosines of frequencies 10000^(-i / (D/4)), as in MAE (He et al. 2022) and
+    CRATE-MAE.
+
+    Raises:
+      ValueError: `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"a 2-D sine-cosine table needs a width that is a multiple of 4, got {width}")
+    frequencies = 10000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    halves = []
+    for coordinate in (columns, rows):
+        angles = coordinate.reshape(-1, 1) * frequencies
+        halves += [np.sin(angles), np.cos(angles)]
+    table = np.concatenate(halves, axis=1)
+    return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
+
+
+@functools.cache
+def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
+    """Row of the relative-bias table for every pair of tokens, (1 + N, 1 + N) int32.
+
+    As in BEiT and ROPIM: the (2h-1)(2w-1) displacements come first; three more rows serve
+    class-to-patch, patch-to-class and class-to-class.
+    """
+    h, w = grid
+    rows, columns = (c.reshape(-1) for c in np.meshgrid(np.arange(h), np.arange(w), indexing="ij"))
+    dy = rows[:, None] - rows[None, :] + h - 1
+    dx = columns[:, None] - columns[None, :] + w - 1
+    displacements = (2 * h - 1) * (2 * w - 1)
+    index = np.empty((h * w + 1, h * w + 1), np.int32)
+    index[1:, 1:] = dy * (2 * w - 1) + dx
+    index[0, :] = displacements
+    index[:, 0] = displacements + 1
+    index[0, 0] = displacements + 2
+    return index
+
+
+def relative_table_rows(grid: tuple[int, int]) -> int:
+    """Rows of the table that :func:`relative_position_index` points into."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def standardise(patches_BNP: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Zero mean, unit variance within each patch (MAE's norm_pix_loss: unbiased variance)."""
+    mean = jnp.mean(patches_BNP, axis=-1, keepdims=True)
+    variance = jnp.var(patches_BNP, axis=-1, keepdims=True, ddof=1)
+    return (patches_BNP - mean) * jax.lax.rsqrt(variance + eps)

@@ -1,0 +1,89 @@
+"""Grids of images to look at: what went in, what the encoder saw, what came out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CELL = 96  # smallest side of a cell, in pixels; smaller images are enlarged to at least this
+GAP = 4  # pixels between cells and around the grid
+BACKGROUND = (255, 255, 255)
+INK = (40, 40, 40)
+
+
+def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Lays images out with one row per image and one captioned column per entry.
+
+    Small images are enlarged by a whole factor without smoothing, so that each of their pixels stays visible.
+
+    Args:
+      columns: caption -> float [n, H, W, 3] in [0, 1]; the same shape in every column. Values outside are clipped,
+        NaN is black.
+
+    Returns:
+      The picture, uint8 [Hg, Wg, 3].
+
+    Raises:
+      ValueError: no column, no image, or columns of different or wrong shapes.
+    """
+    shapes = {caption: np.shape(images) for caption, images in columns.items()}
+    shape = next(iter(shapes.values()), ())
+    if len(shape) != 4 or shape[-1] != 3 or 0 in shape or len(set(shapes.values())) != 1:
+        raise ValueError(f"reconstruction_grid: columns must all have one shape [n, H, W, 3], got {shapes}")
+    n, height, width, _ = shape
+    scale = -(-CELL // min(height, width, CELL))
+    height, width = height * scale, width * scale
+    font = ImageFont.load_default(size=min(max(width // 8, 12), 20))
+    captions = [_wrap(caption, font, width) for caption in columns]
+    header = max(_text_height(text, font) for text in captions) + GAP
+    picture = Image.new("RGB", (GAP + len(columns) * (width + GAP), GAP + header + n * (height + GAP)), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for j, (text, images) in enumerate(zip(captions, columns.values(), strict=True)):
+        x = GAP + j * (width + GAP)
+        draw.multiline_text((x + width / 2, header), text, INK, font, anchor="md", align="center")
+        for i, image in enumerate(to_uint8(images)):
+            cell = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
+            picture.paste(Image.fromarray(cell), (x, GAP + header + i * (height + GAP)))
+    return np.asarray(picture)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Rounds floats in [0, 1] to uint8; values outside are clipped, NaN is 0."""
+    return (np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def save_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] as a PNG file, making its folder if need be.
+
+    Raises:
+      TypeError: the array is not uint8 [H, W, 3].
+    """
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+        raise TypeError(f"save_png: a picture must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    Image.fromarray(array).save(path, format="PNG")
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Breaks text into lines of at most `width` pixels, between words where possible."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return "\n".join(lines)
+
+
+def _text_height(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font, anchor="ma")
+    return int(np.ceil(box[3]))

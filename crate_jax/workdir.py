@@ -1,0 +1,81 @@
+"""The folder a run writes to: one process at a time, and room enough before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from crate_jax.errors import CheckpointError, UserError
+
+LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Creates `workdir` if need be and holds it for this process.
+
+    The lock is the kernel's (flock), so it goes with the process however that ends, `kill -9`
+    included; the file stays behind and means nothing by itself. In a run of several processes only
+    the first one takes the lock.
+
+    Yields:
+      the absolute path of the folder.
+
+    Raises:
+      UserError: the folder cannot be created or written to, or another process holds it.
+    """
+    folder = _create(workdir)
+    try:
+        # "a": opening must not wipe the holder's line before the lock is ours.
+        file = open(folder / LOCK_NAME, "a+", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"workdir {folder}: cannot be written to ({e.strerror}); choose another --workdir") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(
+                f"workdir {folder} is in use by process {holder}; wait for it to end, stop it, or choose another --workdir"
+            ) from None
+        except OSError as e:
+            raise UserError(
+                f"workdir {folder}: its file system cannot lock files ({e.strerror}); choose another --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield folder
+
+
+def _create(workdir: str | os.PathLike[str]) -> Path:
+    if not os.fspath(workdir) or "://" in os.fspath(workdir):
+        raise UserError(f"workdir {os.fspath(workdir)!r}: must be a folder on a local or mounted file system")
+    folder = Path(workdir).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"workdir {folder}: is, or lies under, a file; choose another --workdir") from None
+    except OSError as e:
+        raise UserError(f"workdir {folder}: cannot be created ({e.strerror}); choose another --workdir") from None
+    return folder
+
+
+def check_free_space(path: str | os.PathLike[str], bytes_needed: int) -> None:
+    """Checks that the file system of the existing folder `path` has room for `bytes_needed` more bytes.
+
+    Raises:
+      CheckpointError: names what is free and what is needed.
+    """
+    free = shutil.disk_usage(path).free
+    if free < bytes_needed:
+        raise CheckpointError(
+            f"no space left for a checkpoint in {os.fspath(path)}: {bytes_needed / 1e6:,.1f} MB needed, "
+            f"{free / 1e6:,.1f} MB free; make room and run the same command again to go on from the last checkpoint"
+        )

@@ -1,0 +1,220 @@
+"""Compares this library with frozen outputs and gradients of the authors' PyTorch code.
+
+    python -m tests.parity FILE.npz ...
+
+prints one line per file with the largest absolute error over outputs and the largest relative
+error over gradients, and exits with status 1 if any exceeds 5e-5 or 5e-4. The weights enter
+through the library's own importer (`crate_jax.convert`). What a file holds is recognised from its
+arrays: see tests/golden/README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax import autoencoder, config as configs, orthogonality, reconstruction
+from crate_jax.convert import import_state_dict
+from crate_jax.corruption import Identity, Masking, Projection
+from crate_jax.decoder import CrateDecoderBlock
+from crate_jax.encoders.crate import MSSA, CrateBlock, ista
+from crate_jax.parameters import names
+from crate_jax.patches import grid_shape, patchify, unpatchify
+
+OUTPUT_LIMIT, GRADIENT_LIMIT = 5e-5, 5e-4
+File = Mapping[str, np.ndarray]
+Errors = dict[str, float]
+
+
+def strip(file: File, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays under a prefix, without it."""
+    return {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}
+
+
+def output_error(ours: jax.Array, theirs: np.ndarray) -> float:
+    """Largest absolute difference; shapes must agree."""
+    if np.shape(ours) != np.shape(theirs):
+        return float("inf")
+    return float(np.max(np.abs(np.asarray(ours, np.float64) - theirs)))
+
+
+def gradient_errors(ours: dict, theirs: dict) -> Errors:
+    """Per parameter, the largest difference over the largest entry of the reference."""
+    a, b = names(ours), names(theirs)
+    if a.keys() != b.keys():
+        raise SystemExit(f"gradients differ in names: {sorted(a.keys() ^ b.keys())}")
+    return {k: output_error(a[k], b[k]) / max(float(np.max(np.abs(b[k]))), 1e-12) for k in b}
+
+
+def model_config(file: File) -> ConfigDict:
+    """Width, heads, depth, image and patch side from a file's `meta`."""
+    _, width, heads, depth, image, patch = (int(v) for v in file["meta"][:6])
+    c = configs.base()
+    c.encoder.width, c.encoder.heads, c.encoder.depth, c.encoder.patch_size = width, heads, depth, patch
+    c.decoder.depth, c.decoder.heads = depth, heads
+    c.data.image_size = (image, image)
+    return c
+
+
+def patches_of(file: File, c: ConfigDict) -> jax.Array:
+    """The file's images (NCHW) as patches."""
+    return patchify(jnp.asarray(file["in/images_nchw"]).transpose(0, 2, 3, 1), c.encoder.patch_size)
+
+
+def crate_blocks(file: File) -> tuple[Errors, Errors]:
+    """One encoder and one decoder block."""
+    heads, lam = int(file["meta"][2]), float(file["meta"][6])
+    params = import_state_dict("crate_blocks", strip(file, "sd/"), (1, 1))
+    x = jnp.asarray(file["in/tokens"])
+    encoder = CrateBlock(heads, 0.1, lam, 0, False, jnp.float32)
+    decoder = CrateDecoderBlock(heads, False, False, jnp.float32)
+    ours = {
+        "mssa": MSSA(heads, False, jnp.float32).apply({"params": params["encoder"]["mssa"]}, x),
+        "ista": ista(x, jnp.asarray(params["encoder"]["dictionary"]["kernel"]), 0.1, lam),
+        "encoder_block": encoder.apply({"params": params["encoder"]}, x, None)[0],
+        "decoder_block": decoder.apply({"params": params["decoder"]}, x, None)[0],
+    }
+    return {k: output_error(v, file[f"out/{k}"]) for k, v in ours.items()}, {}
+
+
+def masked_autoencoder(file: File, c: ConfigDict, family: str, drop: bool) -> tuple[Errors, Errors]:
+    """CRATE-MAE or ViT-MAE: latent, prediction, mask, losses and the gradients of the pixel loss."""
+    grid = grid_shape(c.data.image_size, c.encoder.patch_size)
+    params = import_state_dict(family, strip(file, "sd/"), grid)
+    patches = patches_of(file, c)
+    kept = int(np.sum(file["out/mask"][0] == 0))
+    corruption = Masking.from_noise(jnp.asarray(file["in/noise"]), kept, drop)
+    model = autoencoder.build(c)
+
+    def run(params: dict) -> tuple[jax.Array, dict]:
+        latent = model.apply({"params": params}, patches, corruption, method="encode")
+        pred = model.apply({"params": params}, latent, corruption, method="decode")
+        loss = reconstruction.loss(pred, reconstruction.target(patches, c), corruption, c)
+        return loss, {"latent": latent, "pred": pred, "mask": corruption.removed_BN, "loss_pixel": loss}
+
+    (_, ours), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+    if "out/loss_normpix" in file:
+        c.loss.target = "patch_normalised"
+        target = reconstruction.target(patches, c)
+        ours["loss_normpix"] = reconstruction.loss(ours["pred"], target, corruption, c)
+    if "out/features_unmasked" in file:
+        ours["features_unmasked"] = model.apply({"params": params}, patches, Identity(), method="encode")
+    outputs = {k: output_error(v, file[f"out/{k}"]) for k, v in ours.items()}
+    theirs = import_state_dict(family, strip(file, "grad/"), grid, check_fixed=False)
+    return outputs, gradient_errors(grads, theirs)
+
+
+def crate_mae(file: File) -> tuple[Errors, Errors]:
+    """CRATE-MAE: mask tokens at the encoder's input, all tokens encoded."""
+    c = model_config(file)
+    c.encoder.lam = float(file["meta"][6])
+    return masked_autoencoder(file, c, "crate_mae", drop=False)
+
+
+def vit_mae(file: File) -> tuple[Errors, Errors]:
+    """ViT-MAE: only kept patches in the encoder, a narrower decoder."""
+    c = model_config(file)
+    c.encoder.name, c.decoder.name = "vit", "transformer"
+    c.corruption.mask_fill = "drop"
+    state = strip(file, "sd/")
+    c.decoder.width = state["decoder_embed.weight"].shape[0]
+    c.decoder.heads = c.encoder.heads * c.decoder.width // c.encoder.width  # heads of the encoder's width
+    c.decoder.depth = len({k.split(".")[1] for k in state if k.startswith("decoder_blocks.")})
+    return masked_autoencoder(file, c, "vit_mae", drop=True)
+
+
+def ropim(file: File) -> tuple[Errors, Errors]:
+    """ROPIM: the exact projector of the given sketch, relative bias, l1 on the complement."""
+    c = model_config(file)
+    c.encoder.name, c.encoder.positions, c.encoder.qkv_bias, c.encoder.layer_scale = "vit", "relative", "qv", 0.1
+    c.decoder.name, c.corruption.name, c.loss.norm = "linear", "rop", "l1"
+    grid = grid_shape(c.data.image_size, c.encoder.patch_size)
+    params = import_state_dict("ropim", strip(file, "sd/"), grid)
+    patches = patches_of(file, c)
+    sketch = file["in/sketch"]  # (B, N, K'), one entry of +-1 per token
+    corruption = Projection.exact(
+        jnp.asarray(np.abs(sketch).argmax(-1), jnp.int32), jnp.asarray(sketch.sum(-1), jnp.float32), sketch.shape[-1]
+    )
+    model = autoencoder.build(c)
+
+    def run(params: dict) -> tuple[jax.Array, jax.Array]:
+        pred = model.apply({"params": params}, patches, corruption)
+        return reconstruction.loss(pred, reconstruction.target(patches, c), corruption, c), pred
+
+    (loss, pred), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+    images = unpatchify(pred, c.data.image_size, c.encoder.patch_size).transpose(0, 3, 1, 2)
+    identity = jnp.broadcast_to(jnp.eye(sketch.shape[1]), file["in/projection"].shape)
+    outputs = {
+        "projection": output_error(corruption.project(identity), file["in/projection"]),
+        "reconstruction_nchw": output_error(images, file["out/reconstruction_nchw"]),
+        "loss": output_error(loss, file["out/loss"]),
+    }
+    theirs = import_state_dict("ropim", strip(file, "grad/"), grid, check_fixed=False)
+    return outputs, gradient_errors(grads, theirs)
+
+
+def orthogonal(file: File) -> tuple[Errors, Errors]:
+    """SO and SRIP of single weights, both Gram matrices; relative errors, the values being large."""
+    errors = {}
+    for i in range(sum(k.startswith("in/") for k in file)):
+        kernel = jnp.asarray(file[f"in/{i}"].T[None], jnp.float32)
+        for gram in ("in", "out"):
+            w = orthogonality.orient(kernel, gram)
+            start = orthogonality.random_directions(jax.random.key(i), 1, w.shape[1])
+            ours = {
+                f"{i}/frobenius_sq_{gram}": orthogonality.frobenius_squared(w),
+                f"{i}/spectral_{gram}": orthogonality.spectral_norm(w, start, 2000)[0][0],
+            }
+            for name, value in ours.items():
+                reference = file[f"out/{name}"]
+                errors[name] = output_error(value, reference) / float(reference)
+    return errors, {}
+
+
+def recognise(file: File) -> Callable[[File], tuple[Errors, Errors]]:
+    """Which comparison a file is for."""
+    if "out/encoder_block" in file:
+        return crate_blocks
+    if "in/sketch" in file:
+        return ropim
+    if "out/0/spectral_in" in file:
+        return orthogonal
+    if "sd/blocks.0.attn.qkv.weight" in file:
+        return vit_mae
+    if "sd/blocks.0.layers.0.0.fn.qkv.weight" in file:
+        return crate_mae
+    raise SystemExit(f"not a file of reference numbers that this comparison knows: arrays {sorted(file)[:5]} ...")
+
+
+def check(path: str) -> tuple[float, float]:
+    """Prints one line for a file; returns (largest output error, largest gradient error)."""
+    with np.load(path) as archive:
+        file = {k: archive[k] for k in archive.files}
+    compare = recognise(file)
+    with jax.default_matmul_precision("highest"):
+        outputs, gradients = compare(file)
+    worst_output = max(outputs, key=outputs.__getitem__)
+    line = f"{path}  {compare.__name__}  outputs {outputs[worst_output]:.1e} ({worst_output})"
+    if gradients:
+        worst_gradient = max(gradients, key=gradients.__getitem__)
+        line += f"  gradients {gradients[worst_gradient]:.1e} ({worst_gradient})"
+    print(line)
+    return outputs[worst_output], max(gradients.values(), default=0.0)
+
+
+def main(paths: list[str]) -> int:
+    """Checks every file; returns the exit status."""
+    if not paths:
+        print("usage: python -m tests.parity FILE.npz ...", file=sys.stderr)
+        return 2
+    errors = [check(path) for path in paths]
+    return int(any(not (o <= OUTPUT_LIMIT and g <= GRADIENT_LIMIT) for o, g in errors))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
