@@ -54,14 +54,22 @@ class Corruption:
         """(I - P) applied to an error over patches, (B, N, P)."""
         return error_BNP
 
-    def complement_share(self) -> jax.Array | float:
-        """Share of the N patches that the mean of the loss runs over, scalar or (B,)."""
+    def complement_share(self) -> float:
+        """Share of the N patches that the mean of the loss runs over."""
         return 1.0
+
+    def view(self, patches_BNP: jax.Array) -> jax.Array:
+        """P X on pixels, as a person would look at what the encoder is given, (B, N, P)."""
+        return patches_BNP - self.complement(patches_BNP)
 
 
 @struct.dataclass
 class Identity(Corruption):
     """No corruption: plain auto-encoding."""
+
+    def view(self, patches_BNP: jax.Array) -> jax.Array:
+        """The patches as they are."""
+        return patches_BNP
 
 
 @struct.dataclass
@@ -73,6 +81,10 @@ class Noise(Corruption):
     def corrupt_pixels(self, patches_BNP: jax.Array) -> jax.Array:
         """x + noise."""
         return patches_BNP + self.noise_BNP.astype(patches_BNP.dtype)
+
+    def view(self, patches_BNP: jax.Array) -> jax.Array:
+        """x + noise."""
+        return self.corrupt_pixels(patches_BNP)
 
 
 @struct.dataclass
@@ -130,7 +142,7 @@ class Masking(Corruption):
         """The error on removed patches, zero elsewhere."""
         return error_BNP * self.removed_BN[..., None].astype(error_BNP.dtype)
 
-    def complement_share(self) -> jax.Array | float:
+    def complement_share(self) -> float:
         """Removed / N: the loss is a mean over removed patches (MAE, CRATE-MAE)."""
         return 1.0 - self.kept / self.removed_BN.shape[-1]
 

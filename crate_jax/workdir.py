@@ -42,7 +42,7 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise UserError(
-                f"workdir {folder} is in use by process {holder}; wait for it to end, stop it, or choose another --workdir"
+                f"workdir {folder} is in use by process {holder}; wait for it, stop it, or choose another --workdir"
             ) from None
         except OSError as e:
             raise UserError(

@@ -1,0 +1,44 @@
+"""A white-box masked autoencoder on the digits that scikit-learn ships: nothing to download.
+
+    python -m crate_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+A CRATE-MAE (arXiv 2404.02446) of four layers reconstructs 8 x 8 digits from a quarter of their
+2 x 2 patches.
+"""
+
+from crate_jax.config import base, parse_arg
+
+
+def get_config(arg: str | None = None):
+    """Returns the config; `arg` may hold ``penalty=so|srip`` and ``debug``."""
+    arg = parse_arg(arg, penalty=("none", "so", "srip"), debug=False)
+    c = base()
+    c.steps = 2000
+    c.batch_size = 128
+
+    c.data.source = "digits"
+    c.data.image_size = (8, 8)
+    c.data.mean, c.data.std = (0.3, 0.3, 0.3), (0.37, 0.37, 0.37)
+    c.data.crop_scale = (0.6, 1.0)
+    c.data.flip = 0.0  # a mirrored digit is another sign
+    c.data.eval_crop = 1.0
+
+    c.encoder.patch_size, c.encoder.width, c.encoder.depth, c.encoder.heads = 2, 64, 4, 4
+    c.encoder.lam = 0.1
+    c.decoder.depth, c.decoder.heads = 4, 4
+
+    c.penalty.name = arg.penalty
+    c.penalty.weight = {"none": 0.0, "so": 1e-6, "srip": 1e-4}[arg.penalty]
+
+    c.optimizer.lr, c.optimizer.lr_batch = 1e-3, 0
+    c.optimizer.warmup_steps = 200
+    c.optimizer.clip_norm = 1.0
+
+    c.evaluation.pool = "mean"
+    c.checkpoint.every = 500
+    c.log.every = 100
+    if arg.debug:
+        c.steps, c.optimizer.warmup_steps, c.log.every, c.checkpoint.every = 4, 1, 2, 2
+        c.encoder.depth = c.decoder.depth = 2
+        c.evaluation.train_images = c.evaluation.test_images = 64
+    return c

@@ -1,0 +1,97 @@
+"""The random part of the training images: crop boxes, flips and RandAugment, from given numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from crate_jax.data.decoding import RESAMPLING
+
+ATTEMPTS = 10
+# Columns of the uniform numbers of one position: area and ratio of each attempt, place, flip.
+_AREA, _RATIO, _PLACE, _FLIP = slice(0, 10), slice(10, 20), slice(20, 22), 22
+DRAWS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What `config.data` asks for; small and picklable, for worker processes.
+
+    Attributes:
+      size: (height, width) of the training images.
+      scale: share of the image's area that a crop covers; (1, 1): the whole image, resized to
+        `size` whatever its aspect.
+      ratio: width / height of a crop, log-uniform.
+      flip: probability of a horizontal flip.
+      interpolation: 'bicubic' or 'bilinear', both antialiased.
+      layers: RandAugment operations per image.
+      magnitude: their strength, 0..30.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    interpolation: str
+    layers: int
+    magnitude: float
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> Augmentation:
+        """Reads `config.data`."""
+        d = config.data
+        return cls(
+            size=(int(d.image_size[0]), int(d.image_size[1])),
+            scale=(float(d.crop_scale[0]), float(d.crop_scale[1])),
+            ratio=(float(d.crop_ratio[0]), float(d.crop_ratio[1])),
+            flip=float(d.flip),
+            interpolation=d.interpolation,
+            layers=int(d.randaugment_layers),
+            magnitude=float(d.randaugment_magnitude),
+        )
+
+    @property
+    def resample(self) -> Image.Resampling:
+        """Pillow's name of the interpolation."""
+        return RESAMPLING[self.interpolation]
+
+    def boxes(self, uniforms: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """Draws the crop boxes of a batch, as Inception-style random resized crops.
+
+        As in torchvision: up to ten draws of an area and a ratio, the first that fits is taken;
+        if none fits, the largest central crop of an allowed ratio.
+
+        Args:
+          uniforms: float64 [B,DRAWS] in [0, 1).
+          heights: [B], of the images in pixels.
+          widths: [B].
+
+        Returns:
+          int64 [B,4]: top, left, height, width, in whole pixels.
+        """
+        heights, widths = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
+        if self.scale == (1.0, 1.0):
+            zeros = np.zeros_like(heights)
+            return np.stack([zeros, zeros, heights, widths], axis=1).astype(np.int64)
+        low, high = self.scale
+        area = (heights * widths)[:, None] * (low + (high - low) * uniforms[:, _AREA])
+        low, high = np.log(self.ratio[0]), np.log(self.ratio[1])
+        ratio = np.exp(low + (high - low) * uniforms[:, _RATIO])
+        crop_w, crop_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        fits = (crop_w >= 1) & (crop_h >= 1) & (crop_w <= widths[:, None]) & (crop_h <= heights[:, None])
+        rows, first = np.arange(len(fits)), fits.argmax(axis=1)
+        found = fits[rows, first]
+        central_h = np.clip(np.rint(widths / self.ratio[0]), 1, heights)
+        central_w = np.clip(np.rint(heights * self.ratio[1]), 1, widths)
+        h = np.where(found, crop_h[rows, first], central_h)
+        w = np.where(found, crop_w[rows, first], central_w)
+        place = np.where(found[:, None], uniforms[:, _PLACE], 0.5)
+        top, left = np.floor(place[:, 0] * (heights - h + 1)), np.floor(place[:, 1] * (widths - w + 1))
+        return np.stack([top, left, h, w], axis=1).astype(np.int64)
+
+    def flips(self, uniforms: np.ndarray) -> np.ndarray:
+        """Returns bool [B]: which images are mirrored."""
+        return uniforms[:, _FLIP] < self.flip

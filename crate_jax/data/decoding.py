@@ -1,0 +1,171 @@
+"""Image files to 8-bit RGB, and the one resampling step between a file and a training image.
+
+What becomes of an input that is not 8-bit RGB:
+
+* grey, palette, CMYK, YCbCr: Pillow's conversion to RGB;
+* alpha (RGBA, LA, a palette or an RGB image with a transparent colour): laid over white, which is
+  how a viewer shows it; the colours stored under transparent pixels are arbitrary;
+* 16-bit grey: scaled by 1 / 257 (Pillow would clip at 255); 32-bit integers likewise, or by 2**-23
+  if they exceed 65535; floats are taken as [0, 1], [0, 255] or [0, 65535], the first that holds them;
+* EXIF orientation: applied, so that a photo is the right way up;
+* several frames: the first.
+
+Images of more than Pillow's limit (2 * `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels) count as undecodable.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+ORIENTATION_TAG = 0x0112
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as the crop stays this much larger
+# than the output: the antialiasing filter, not the decoder, then decides the result.
+DRAFT_MARGIN = 2.0
+
+
+class DecodeError(Exception):
+    """A file that is not an image, is damaged, or is too large to decode."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Parses an encoded image's header; the pixels are decoded later, by :func:`crop_resize`.
+
+    Raises:
+      DecodeError: the bytes are no image that Pillow can read.
+    """
+    try:
+        return Image.open(io.BytesIO(data))
+    except Exception as e:  # damaged files make the parsers raise nearly anything
+        raise DecodeError(_reason(e)) from e
+
+
+def read_file(path: str) -> bytes:
+    """Reads a file.
+
+    Raises:
+      DecodeError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as e:
+        raise DecodeError(_reason(e)) from e
+
+
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """Returns (height, width) as displayed, after the EXIF orientation.
+
+    Raises:
+      DecodeError: the header is damaged.
+    """
+    try:
+        width, height = image.size
+        if min(width, height) < 1:
+            raise DecodeError(f"empty image, {width} x {height} pixels")
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+    except DecodeError:
+        raise
+    except Exception as e:
+        raise DecodeError(_reason(e)) from e
+
+
+def decode(image: Image.Image) -> np.ndarray:
+    """Decodes a whole image to uint8 [H,W,3], oriented as displayed.
+
+    Raises:
+      DecodeError: the pixels cannot be decoded.
+    """
+    try:
+        return np.asarray(_to_rgb(_oriented(image)))
+    except Exception as e:
+        raise DecodeError(_reason(e)) from e
+
+
+def crop_resize(
+    image: Image.Image, box: Sequence[float] | np.ndarray, size: Sequence[int], resample: Image.Resampling
+) -> Image.Image:
+    """Cuts `box` out of an image and resizes it, antialiased, to `size`.
+
+    Args:
+      image: an opened image; its pixels may not be decoded yet.
+      box: (top, left, height, width) in pixels of the displayed image; may be fractional.
+      size: (height, width) of the result.
+      resample: Pillow's filter.
+
+    Returns:
+      An RGB image.
+
+    Raises:
+      DecodeError: the pixels cannot be decoded.
+    """
+    top, left, height, width = (float(v) for v in box)
+    try:
+        shrink = 1
+        if _orientation(image) == 1:
+            shrink = _draft(image, height / size[0], width / size[1])
+        else:
+            image = _oriented(image)
+        rgb = _to_rgb(image)
+        right, bottom = min((left + width) / shrink, rgb.width), min((top + height) / shrink, rgb.height)
+        return rgb.resize((size[1], size[0]), resample, box=(left / shrink, top / shrink, right, bottom))
+    except Exception as e:
+        raise DecodeError(_reason(e)) from e
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _draft(image: Image.Image, reduction_height: float, reduction_width: float) -> int:
+    """Lets a JPEG be decoded at a fraction of its size if the crop allows it; returns the divisor."""
+    room = min(reduction_height, reduction_width) / DRAFT_MARGIN
+    if not isinstance(image, JpegImageFile) or room < 2:
+        return 1
+    width, height = image.size
+    done = image.draft("", (int(width / room), int(height / room)))
+    return round(width / image.width) if done else 1
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format in (None, "JPEG", "BMP", "PPM", "GIF") and "exif" not in image.info:
+        return 1
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except (SyntaxError, ValueError, KeyError, TypeError):  # a damaged EXIF block; the pixels may be fine
+        return 1
+    return value if value in range(2, 9) else 1
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    image.load()
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Scales grey values of more than 8 bits to uint8; ranges as in the module's docstring."""
+    values = np.nan_to_num(grey.astype(np.float64))
+    highest = values.max(initial=0)
+    if grey.dtype.kind == "f" and highest <= 255:
+        scale = 255.0 if highest <= 1 else 1.0
+    else:
+        scale = 1 / 257 if highest <= 65535 else 2.0**-23
+    return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)

@@ -1,0 +1,108 @@
+"""Evaluation images: a central crop, the same every time."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax.data import decoding
+from crate_jax.data.sources import Source
+from crate_jax.data.undecodable import Undecodable
+
+
+def central_box(height: int, width: int, size: Sequence[int], share: float) -> tuple[float, float, float, float]:
+    """The part of an image that evaluation looks at.
+
+    The same as resizing the image until the output, divided by `share`, just covers it, and then
+    cropping the centre: for a square output the shorter side is resized to side / share. Cropping
+    in the source instead keeps very long images cheap.
+
+    Args:
+      height: of the image in pixels.
+      width: of the image.
+      size: (height, width) of the output.
+      share: `config.data.eval_crop`.
+
+    Returns:
+      top, left, height, width, in fractional pixels.
+    """
+    scale = share * min(height / size[0], width / size[1])
+    h, w = scale * size[0], scale * size[1]
+    return (height - h) / 2, (width - w) / 2, h, w
+
+
+def eval_batches(
+    config: ConfigDict, source: Source, indices: Sequence[int] | np.ndarray, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the evaluation images at `indices`, in their order, without the undecodable ones.
+
+    All batches but the last hold exactly `batch_size` images, so that a jitted function compiles
+    at most twice.
+
+    Args:
+      config: reads data.
+      source: an opened split.
+      indices: of the images.
+      batch_size: images per batch.
+
+    Yields:
+      'image' uint8 [b,H,W,3]; 'index' int32 [b]; 'label' int32 [b] if the set has labels.
+
+    Raises:
+      DataError: too many images cannot be decoded.
+    """
+    size, share = tuple(config.data.image_size), config.data.eval_crop
+    resample = decoding.RESAMPLING[config.data.interpolation]
+    undecodable = Undecodable(source, config.data.max_undecodable)
+
+    def load(index: int) -> np.ndarray | str:
+        try:
+            image = source.open(index)
+            box = central_box(*decoding.oriented_size(image), size, share)
+            return np.asarray(decoding.crop_resize(image, box, size, resample))
+        except decoding.DecodeError as e:
+            return str(e)
+
+    indices = np.asarray(indices, np.int64)
+    images: list[np.ndarray] = []
+    kept: list[int] = []
+    with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
+        for start in range(0, len(indices), batch_size):
+            chunk = indices[start : start + batch_size].tolist()
+            loaded = list(pool.map(load, chunk))
+            bad = [(i, x) for i, x in zip(chunk, loaded, strict=True) if isinstance(x, str)]
+            undecodable.add(bad, len(chunk))
+            images += [x for x in loaded if not isinstance(x, str)]
+            kept += [i for i, x in zip(chunk, loaded, strict=True) if not isinstance(x, str)]
+            if len(kept) >= batch_size:
+                yield _pack(source, images[:batch_size], kept[:batch_size])
+                del images[:batch_size], kept[:batch_size]
+    if kept:
+        yield _pack(source, images, kept)
+
+
+def eval_images(
+    config: ConfigDict, source: Source, indices: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Loads evaluation images at once; see :func:`eval_batches`.
+
+    Returns:
+      uint8 [n,H,W,3] and int32 labels [n] (None if the set has none), without the undecodable images.
+
+    Raises:
+      DataError: too many images cannot be decoded.
+    """
+    parts = list(eval_batches(config, source, indices, 256))
+    images = [part["image"] for part in parts] or [np.zeros((0, *config.data.image_size, 3), np.uint8)]
+    if source.class_names is None:
+        return np.concatenate(images), None
+    return np.concatenate(images), np.concatenate([part["label"] for part in parts] or [np.zeros(0, np.int32)])
+
+
+def _pack(source: Source, images: list[np.ndarray], indices: list[int]) -> dict[str, np.ndarray]:
+    batch = {"image": np.stack(images), "index": np.array(indices, np.int32)}
+    labels = source.labels_of(indices)
+    return batch if labels is None else {**batch, "label": labels}

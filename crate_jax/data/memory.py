@@ -1,0 +1,154 @@
+"""The training path of small sets: decoded once, held in memory, augmented as whole batches."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+import time
+
+import numpy as np
+from PIL import Image
+
+from crate_jax.data import decoding, sampling
+from crate_jax.data.augmentation import DRAWS, Augmentation
+from crate_jax.data.randaugment import randaugment
+from crate_jax.data.resampling import BatchResizer
+from crate_jax.data.sources import Source
+from crate_jax.data.undecodable import Undecodable
+
+PROBES = 64  # images whose headers are read before deciding to decode the whole set
+TABLE_BYTES = 64 * 2**20  # larger weight tables (sides above 64 px): Pillow resizes image by image
+CHUNK = 64  # images that a thread augments at once
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedSet:
+    """All images of a set.
+
+    Attributes:
+      planar: uint8 [n,3,H,W].
+      bad: bool [n], the undecodable ones.
+    """
+
+    planar: np.ndarray
+    bad: np.ndarray
+
+
+def decode_set(source: Source, memory_mb: float, threads: int, undecodable: Undecodable) -> DecodedSet | None:
+    """Decodes a whole set if all its images have one size and fit in memory.
+
+    Args:
+      source: the set.
+      memory_mb: MiB that the decoded images may take.
+      threads: that decode.
+      undecodable: told of the files that cannot be decoded.
+
+    Returns:
+      The images, or None if sizes differ or the set is too large.
+
+    Raises:
+      DataError: too many images cannot be decoded.
+    """
+    size = _common_size(source)
+    if size is None or len(source) * size[0] * size[1] * 3 > memory_mb * 2**20:
+        return None
+    start = time.monotonic()
+    planar = np.zeros((len(source), 3, *size), np.uint8)
+    bad = np.zeros(len(source), bool)
+    reasons: list[tuple[int, str]] = []
+
+    def decode(chunk: range) -> bool:
+        for i in chunk:
+            try:
+                image = source.read(i)
+            except decoding.DecodeError as e:
+                bad[i] = True
+                reasons.append((i, str(e)))
+                continue
+            if image.shape[:2] != size:
+                return False
+            planar[i] = image.transpose(2, 0, 1)
+        return True
+
+    chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(decode, chunk) for chunk in chunks]
+        for future in futures:
+            if not future.result():
+                pool.shutdown(cancel_futures=True)
+                return None
+    seconds, mb = time.monotonic() - start, planar.nbytes / 2**20
+    _log.info("decoded %d images of %dx%d into %.0f MiB of memory in %.1f s", len(source), *size, mb, seconds)
+    undecodable.add(sorted(reasons), len(source))
+    return DecodedSet(planar, bad)
+
+
+def _common_size(source: Source) -> tuple[int, int] | None:
+    """The size shared by a sample of the images, from their headers; None if they differ."""
+    sizes = set()
+    for i in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)):
+        try:
+            sizes.add(decoding.oriented_size(source.open(int(i))))
+        except decoding.DecodeError:
+            continue
+        if len(sizes) > 1:
+            return None
+    return sizes.pop() if sizes else None
+
+
+class BatchAugmenter:
+    """Makes training batches out of a decoded set, on a few threads."""
+
+    def __init__(self, data: DecodedSet, augmentation: Augmentation, seed: int, threads: int):
+        self._data = data
+        self._augmentation = augmentation
+        self._seed = seed
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+        in_size = data.planar.shape[2:]
+        fits = BatchResizer.table_bytes(in_size, augmentation.size) <= TABLE_BYTES
+        self._resizer = BatchResizer(in_size, augmentation.size, augmentation.interpolation) if fits else None
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Makes the images of the positions first ... first + count - 1.
+
+        Returns:
+          uint8 [count,H,W,3]; int32 [count], their indices; how many stand in for undecodable ones.
+        """
+        size = len(self._data.bad)
+        indices = sampling.indices(self._seed, np.arange(first, first + count), size)
+        replaced = np.flatnonzero(self._data.bad[indices])
+        for row in replaced:
+            attempt = 0
+            while self._data.bad[indices[row]]:
+                indices[row] = sampling.replacement(self._seed, first + int(row), attempt, size)
+                attempt += 1
+        images = np.empty((count, *self._augmentation.size, 3), np.uint8)
+        starts = range(0, count, CHUNK)
+        list(self._pool.map(lambda i: self._fill(images[i : i + CHUNK], indices[i : i + CHUNK], first + i), starts))
+        return images, indices, len(replaced)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown()
+
+    def _fill(self, out: np.ndarray, indices: np.ndarray, first: int) -> None:
+        a = self._augmentation
+        uniforms = sampling.uniforms(self._seed, first, len(out), DRAWS)
+        planar = self._data.planar[indices]
+        sides = np.broadcast_to(planar.shape[2:], (len(out), 2))
+        boxes = a.boxes(uniforms, sides[:, 0], sides[:, 1])
+        if self._resizer is not None:
+            out[...] = self._resizer(planar, boxes)
+        else:
+            for row, image in enumerate(planar):
+                whole = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                out[row] = np.asarray(decoding.crop_resize(whole, boxes[row], a.size, a.resample))
+        flips = a.flips(uniforms)
+        out[flips] = out[flips, :, ::-1]
+        if a.layers:
+            for row in range(len(out)):
+                rng = sampling.randaugment_generator(self._seed, first + row)
+                out[row] = np.asarray(randaugment(Image.fromarray(out[row]), a.layers, a.magnitude, rng))

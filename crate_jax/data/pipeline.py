@@ -1,0 +1,124 @@
+"""Training batches as a function of (seed, step): nothing of the pipeline is ever in a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax.data.augmentation import Augmentation
+from crate_jax.data.memory import BatchAugmenter, decode_set
+from crate_jax.data.sources import Source
+from crate_jax.data.streaming import ATTEMPTS, ChunkSource, chunk_iterator
+from crate_jax.data.undecodable import Undecodable
+from crate_jax.errors import ConfigError, DataError
+
+_log = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+
+
+class TrainPipeline:
+    """This host's part of the training batches.
+
+    Host p of P gets the rows p * b ... (p + 1) * b - 1 of each batch of B = P * b images, and
+    together the hosts get the batch that a single host would. Every epoch covers each image once,
+    in an order of its own; a batch may straddle two epochs. A file that cannot be decoded is
+    replaced by another, drawn from (seed, position).
+
+    Sets whose images share one size and fit in `config.data.memory_mb` are decoded at once, into
+    memory; others are streamed from their files by `config.data.workers` processes. Both ways draw
+    the same images, crops and flips.
+
+    Args:
+      config: reads seed, batch_size and data.
+      source: the training split.
+      process_index: p.
+      process_count: P.
+
+    Raises:
+      ConfigError: the batch size is not a multiple of the number of hosts.
+      DataError: too many images cannot be decoded.
+    """
+
+    def __init__(self, config: ConfigDict, source: Source, *, process_index: int = 0, process_count: int = 1):
+        if config.batch_size % process_count:
+            raise ConfigError(
+                f"config.batch_size={config.batch_size}: must be a multiple of the {process_count} processes sharing it"
+            )
+        data = config.data
+        self._source = source
+        self._seed = int(config.seed)
+        self._batch_size = int(config.batch_size)
+        self._rows = self._batch_size // process_count
+        self._offset = process_index * self._rows
+        self._workers, self._threads = int(data.workers), int(data.threads)
+        self._augmentation = Augmentation.from_config(config)
+        self.undecodable = Undecodable(source, data.max_undecodable)
+        self._iterators: list[Generator[Batch, None, None]] = []
+        self._augmenter: BatchAugmenter | None = None
+        decoded = decode_set(source, data.memory_mb, self._threads, self.undecodable)
+        if decoded is not None:
+            if decoded.bad.all():
+                raise DataError(f"none of the {len(source)} images can be decoded: {self.undecodable.named()}")
+            self._augmenter = BatchAugmenter(decoded, self._augmentation, self._seed, self._threads)
+        else:
+            _log.info("streaming %d images, %d workers, %d threads", len(source), self._workers, self._threads)
+
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Yields the batches of the steps start_step, start_step + 1, ... for ever.
+
+        Yields:
+          'image' uint8 [b,H,W,3]; 'index' int32 [b], positions in the set; 'undecodable' int32, the
+          files that failed to decode while this batch was made.
+
+        Raises:
+          DataError: too many images cannot be decoded.
+        """
+        augmenter = self._augmenter
+        iterator = self._streamed(start_step) if augmenter is None else self._held(augmenter, start_step)
+        self._iterators.append(iterator)
+        return iterator
+
+    def close(self) -> None:
+        """Ends threads and worker processes; iterators in use elsewhere must have been left first."""
+        for iterator in self._iterators:
+            iterator.close()
+        self._iterators.clear()
+        if self._augmenter is not None:
+            self._augmenter.close()
+
+    def _held(self, augmenter: BatchAugmenter, step: int) -> Generator[Batch, None, None]:
+        while True:
+            images, indices, replaced = augmenter.batch(step * self._batch_size + self._offset, self._rows)
+            yield {"image": images, "index": indices, "undecodable": np.array(replaced, np.int32)}
+            step += 1
+
+    def _streamed(self, start_step: int) -> Generator[Batch, None, None]:
+        chunks = ChunkSource(
+            self._source,
+            self._augmentation,
+            self._seed,
+            self._batch_size,
+            self._offset,
+            self._rows,
+            start_step,
+        )
+        reader = chunk_iterator(chunks, self._workers, self._threads)
+        try:
+            while True:
+                parts = [next(reader) for _ in range(chunks.chunks_per_batch)]
+                bad = [entry for part in parts for entry in part["bad"]]
+                self.undecodable.add(bad, self._rows)
+                indices = np.concatenate([part["index"] for part in parts])
+                if (indices < 0).any():
+                    raise DataError(
+                        f"{ATTEMPTS} images in a row cannot be decoded; {len(self.undecodable.indices)} so far: "
+                        f"{self.undecodable.named()}"
+                    )
+                images = np.concatenate([part["image"] for part in parts])
+                yield {"image": images, "index": indices, "undecodable": np.array(len(bad), np.int32)}
+        finally:
+            reader.close()

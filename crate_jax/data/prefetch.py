@@ -1,0 +1,87 @@
+"""Moves batches to the device while the last step is still running."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+Host = TypeVar("Host")
+Device = TypeVar("Device")
+
+
+class DevicePrefetch(Generic[Host, Device]):
+    """See :func:`device_prefetch`."""
+
+    def __init__(self, iterator: Iterator[Host], put: Callable[[Host], Device], size: int):
+        self._iterator = iterator
+        self._put = put
+        self._room = threading.Semaphore(size)
+        self._ready: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._ended: tuple[str, Any] | None = None
+        self._thread = threading.Thread(target=self._run, name="device_prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> DevicePrefetch[Host, Device]:
+        return self
+
+    def __next__(self) -> Device:
+        if self._ended is None:
+            kind, value = self._ready.get()
+            if kind == "batch":
+                self._room.release()
+                return value
+            self._ended = kind, value
+        kind, value = self._ended
+        if kind == "error":
+            raise value
+        raise StopIteration
+
+    def __enter__(self) -> DevicePrefetch[Host, Device]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the thread, waiting for the batch it is making, and closes the iterator."""
+        self._stop.set()
+        self._room.release()
+        self._thread.join()
+        self._ended = "end", None
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._room.acquire()
+                if self._stop.is_set():
+                    return
+                try:
+                    batch = next(self._iterator)
+                except StopIteration:
+                    self._ready.put(("end", None))
+                    return
+                self._ready.put(("batch", self._put(batch)))
+        except BaseException as e:  # handed to the consumer, whatever it is
+            self._ready.put(("error", e))
+
+
+def device_prefetch(iterator: Iterator[Host], put: Callable[[Host], Device], size: int) -> DevicePrefetch[Host, Device]:
+    """Applies `put` to the items of an iterator in a thread, up to `size` items ahead.
+
+    Args:
+      iterator: host batches; used by the thread alone from now on.
+      put: starts the transfer of a batch to the device.
+      size: batches held ready, at least 1, besides the one in use.
+
+    Returns:
+      An iterator over what `put` returned; errors of `iterator` and `put` are raised where the
+      failing batch would have come. `close()` stops the thread and closes `iterator`.
+    """
+    if size < 1:
+        raise ValueError(f"size={size}: must be at least 1")
+    return DevicePrefetch(iterator, put, size)

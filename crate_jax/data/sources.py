@@ -1,0 +1,186 @@
+"""What every data set looks like to the pipelines, and the two sets that need no files."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from crate_jax.data import decoding
+from crate_jax.errors import DataError
+
+EVAL_SPLITS = ("test", "val", "validation")  # what config.data.eval_split='auto' tries, in this order
+SYNTHETIC_CLASSES = 10
+SYNTHETIC_IMAGES = {"train": 4096, "eval": 1024}
+DIGITS_TRAIN_SHARE = 0.8
+
+
+class Source(abc.ABC):
+    """A finite, indexable set of images; picklable, as worker processes get a copy.
+
+    Attributes:
+      class_names: one name per class, or None if the set has no labels.
+    """
+
+    class_names: list[str] | None = None
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abc.abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """Opens an image without necessarily decoding its pixels.
+
+        Raises:
+          DecodeError: the file is damaged or no image.
+        """
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """A name of the image for people, such as its file name."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A short digest that changes when the set's names, sizes or labels do."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 [n], or None if the set has no labels."""
+        return None
+
+    def labels_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """int32 labels of a few images, without reading the labels of all."""
+        labels = self.labels
+        return None if labels is None else labels[np.asarray(indices, np.int64)]
+
+    def read(self, index: int) -> np.ndarray:
+        """Decodes an image to uint8 [H,W,3].
+
+        Raises:
+          DecodeError: the file is damaged or no image.
+        """
+        return decoding.decode(self.open(index))
+
+
+class ArraySource(Source):
+    """Images held in memory: uint8 [n,H,W,3]."""
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None):
+        self._name = name
+        self._images = images
+        self._labels = labels
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def open(self, index: int) -> Image.Image:
+        """See Source.open."""
+        return Image.fromarray(self._images[index])
+
+    def read(self, index: int) -> np.ndarray:
+        """See Source.read."""
+        return self._images[index]
+
+    def name(self, index: int) -> str:
+        """See Source.name."""
+        return f"{self._name}[{index}]"
+
+    def fingerprint(self) -> str:
+        """See Source.fingerprint."""
+        return digest(self._name, self._images.shape, self._images.tobytes(), self._labels)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """See Source.labels."""
+        return self._labels
+
+
+class SyntheticSource(Source):
+    """Smooth random images made from their index: a few waves whose frequency is the class.
+
+    They cost no disk and no download, hold something a network can learn, and are meant for smoke
+    tests and benchmarks.
+    """
+
+    def __init__(self, split: str, size: Sequence[int]):
+        self._split = split
+        self._size = (int(size[0]), int(size[1]))
+        self.class_names = [f"class{k}" for k in range(SYNTHETIC_CLASSES)]
+
+    def __len__(self) -> int:
+        return SYNTHETIC_IMAGES[self._split]
+
+    def read(self, index: int) -> np.ndarray:
+        """See Source.read."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        split = sorted(SYNTHETIC_IMAGES).index(self._split)
+        rng = np.random.Generator(np.random.Philox(key=[split, index]))
+        frequency = 1 + index % SYNTHETIC_CLASSES
+        height, width = self._size
+        y = np.arange(height, dtype=np.float32)[:, None] / height + rng.random((1, 3), np.float32)
+        x = np.arange(width, dtype=np.float32)[:, None] / width + rng.random((1, 3), np.float32)
+        turn = np.float32(2 * np.pi)
+        rows = np.sin(turn * frequency * y)[:, None, :]
+        columns = np.cos(turn * rng.random(dtype=np.float32) * 4 * x)[None, :, :]
+        mean = rng.uniform(96, 160, (1, 1, 3)).astype(np.float32)
+        return (mean + 48 * rows * columns + 47 * columns).astype(np.uint8)
+
+    def open(self, index: int) -> Image.Image:
+        """See Source.open."""
+        return Image.fromarray(self.read(index))
+
+    def name(self, index: int) -> str:
+        """See Source.name."""
+        return f"synthetic[{index}]"
+
+    def fingerprint(self) -> str:
+        """See Source.fingerprint."""
+        return digest("synthetic", self._split, self._size, len(self))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """See Source.labels."""
+        return (np.arange(len(self)) % SYNTHETIC_CLASSES).astype(np.int32)
+
+
+def digits(split: str) -> ArraySource:
+    """scikit-learn's handwritten digits: 1797 grey 8x8 images of 10 classes.
+
+    The set has no official split. It is shuffled once with `numpy.random.RandomState(0)`, whose
+    stream is frozen, and the first 80 % (1437 images) are the training split, the other 360 the
+    evaluation split.
+
+    Raises:
+      DataError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            "config.data.source='digits' needs scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
+    data = load_digits()
+    order = np.random.RandomState(0).permutation(len(data.images))
+    cut = int(DIGITS_TRAIN_SHARE * len(order))
+    chosen = order[:cut] if split == "train" else order[cut:]
+    grey = np.rint(data.images[chosen] * (255 / 16)).astype(np.uint8)  # stored as 0..16
+    images = np.ascontiguousarray(np.broadcast_to(grey[..., None], (*grey.shape, 3)))
+    names = [str(name) for name in data.target_names]
+    return ArraySource(f"digits/{split}", images, data.target[chosen].astype(np.int32), names)
+
+
+def digest(*parts: object) -> str:
+    """Hashes strings, bytes, arrays and tuples of numbers to 16 hexadecimal characters."""
+    h = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = part.tobytes()
+        data = part if isinstance(part, bytes) else str(part).encode()
+        h.update(len(data).to_bytes(8, "little") + data)
+    return h.hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""The training path of large sets: files are read, decoded and augmented image by image, by Grain.
+
+A Grain element is a chunk of a batch, made by one call in one thread of one worker. Chunks depend
+on nothing but their positions, so that their number, and the number of threads and workers,
+changes only the speed; and large batches do not sit in every worker's queue as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import absl.flags
+import grain
+import numpy as np
+from PIL import Image
+
+from crate_jax.data import decoding, sampling
+from crate_jax.data.augmentation import DRAWS, Augmentation
+from crate_jax.data.randaugment import randaugment
+from crate_jax.data.sources import Source
+
+CHUNK = 64  # images
+ATTEMPTS = 32  # images tried for one position before giving up
+_ENDLESS = 2**40  # chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkSource:
+    """Chunk k of this host's part of the run, as a Grain data source.
+
+    Attributes:
+      source: the images.
+      augmentation: crop, flip, RandAugment.
+      seed: of the run.
+      batch_size: images per step over all hosts.
+      offset: this host's first row in each batch.
+      rows: this host's rows in each batch.
+      start_step: the step that chunk 0 belongs to.
+    """
+
+    source: Source
+    augmentation: Augmentation
+    seed: int
+    batch_size: int
+    offset: int
+    rows: int
+    start_step: int
+
+    @property
+    def chunks_per_batch(self) -> int:
+        """Chunks that one batch is cut into."""
+        return -(-self.rows // CHUNK)
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, k: int) -> dict[str, np.ndarray | list[tuple[int, str]]]:
+        step, part = divmod(int(k), self.chunks_per_batch)
+        low = part * self.rows // self.chunks_per_batch
+        high = (part + 1) * self.rows // self.chunks_per_batch
+        return self._load((self.start_step + step) * self.batch_size + self.offset + low, high - low)
+
+    def _load(self, first: int, count: int) -> dict[str, np.ndarray | list[tuple[int, str]]]:
+        """Loads the images of the positions first ... first + count - 1.
+
+        Rows whose file cannot be decoded go through another round with another file.
+
+        Returns:
+          'image' uint8 [count,H,W,3]; 'index' int32 [count], -1 where no attempt succeeded; 'bad', a
+          list of (index, reason) of the undecodable files.
+        """
+        indices = sampling.indices(self.seed, np.arange(first, first + count), len(self.source))
+        uniforms = sampling.uniforms(self.seed, first, count, DRAWS)
+        flips = self.augmentation.flips(uniforms)
+        images = np.zeros((count, *self.augmentation.size, 3), np.uint8)
+        bad: list[tuple[int, str]] = []
+        rows = list(range(count))
+        for attempt in range(ATTEMPTS):
+            rows = self._round(rows, indices, uniforms, flips, first, images, bad)
+            if not rows:
+                break
+            for row in rows:
+                indices[row] = sampling.replacement(self.seed, first + row, attempt, len(self.source))
+        indices[rows] = -1
+        return {"image": images, "index": indices, "bad": bad}
+
+    def _round(self, rows, indices, uniforms, flips, first, images, bad) -> list[int]:
+        """Fills the given rows of `images`; returns those that failed and notes them in `bad`."""
+        opened, failed = [], []
+        for row in rows:
+            try:
+                image = self.source.open(int(indices[row]))
+                opened.append((row, image, decoding.oriented_size(image)))
+            except decoding.DecodeError as e:
+                bad.append((int(indices[row]), str(e)))
+                failed.append(row)
+        if not opened:
+            return failed
+        sizes = np.array([size for _, _, size in opened])
+        boxes = self.augmentation.boxes(uniforms[[row for row, _, _ in opened]], sizes[:, 0], sizes[:, 1])
+        for (row, image, _), box in zip(opened, boxes, strict=True):
+            try:
+                images[row] = self._augment(image, box, bool(flips[row]), first + row)
+            except decoding.DecodeError as e:
+                bad.append((int(indices[row]), str(e)))
+                failed.append(row)
+        return failed
+
+    def _augment(self, image: Image.Image, box: np.ndarray, flip: bool, position: int) -> np.ndarray:
+        a = self.augmentation
+        crop = decoding.crop_resize(image, box, a.size, a.resample)
+        if flip:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if a.layers:
+            crop = randaugment(crop, a.layers, a.magnitude, sampling.randaugment_generator(self.seed, position))
+        return np.asarray(crop)
+
+
+def chunk_iterator(chunks: ChunkSource, workers: int, threads: int) -> grain.DatasetIterator:
+    """Iterates over the chunks, read ahead by `workers` processes (0: none) of `threads` threads.
+
+    The iterator has a `close()` that ends the workers.
+    """
+    per_batch = chunks.chunks_per_batch
+    dataset = grain.MapDataset.source(chunks)
+    ahead = max(threads, -(-per_batch // max(workers, 1)))
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    if workers:
+        if not absl.flags.FLAGS.is_parsed():  # Grain reads absl flags of its own; a library may run without absl.app
+            absl.flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead))
+    return iter(dataset)

@@ -1,0 +1,129 @@
+"""Data sets prepared by TensorFlow Datasets in the ArrayRecord format, read without TensorFlow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from crate_jax.data import decoding
+from crate_jax.data.sources import EVAL_SPLITS, Source, digest
+from crate_jax.errors import DataError
+
+
+class TfdsSource(Source):
+    """One split, images still encoded; needs a feature 'image' and may have a feature 'label'."""
+
+    def __init__(self, name: str, split: str, data: Any, class_names: list[str] | None):
+        self._name = name
+        self._split = split
+        self._data = data
+        self.class_names = class_names
+        self._labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def open(self, index: int) -> Image.Image:
+        """See Source.open."""
+        return decoding.open_image(self._data[int(index)]["image"])
+
+    def name(self, index: int) -> str:
+        """See Source.name."""
+        return f"{self._name}/{self._split}[{index}]"
+
+    def fingerprint(self) -> str:
+        """See Source.fingerprint."""
+        return digest(self._name, self._split, len(self), self.class_names, str(self._data.dataset_info.version))
+
+    def labels_of(self, indices: Any) -> np.ndarray | None:
+        """See Source.labels_of."""
+        if self.class_names is None:
+            return None
+        if self._labels is not None:
+            return self._labels[np.asarray(indices, np.int64)]
+        return np.array([self._data[int(i)]["label"] for i in indices], np.int32).reshape(-1)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 [n]; the first access reads the whole split, as the labels lie next to the images."""
+        if self._labels is None:
+            self._labels = self.labels_of(range(len(self)))
+        return self._labels
+
+
+def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split: str) -> TfdsSource | None:
+    """Opens a split of a data set that was prepared with `file_format='array_record'`.
+
+    Args:
+      name: of the data set, as TFDS writes it: NAME, NAME/CONFIG or NAME:VERSION.
+      split: 'train' or 'eval'.
+      data_dir: where the prepared sets lie; '': TFDS's own default.
+      train_split: name of the training split; TFDS's sub-splits such as 'train[:90%]' are allowed.
+      eval_split: name of the evaluation split; 'auto': the first of test, val, validation;
+        '': none.
+
+    Returns:
+      The split, or None if there is no evaluation split.
+
+    Raises:
+      DataError: TFDS is not installed; the set is not prepared, or in another format; no such split; no images.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as e:
+        raise DataError(
+            f"config.data.source='tfds:{name}' needs tensorflow-datasets, which cannot be imported ({e}): "
+            "pip install tensorflow-datasets importlib_resources"
+        ) from None
+    where = data_dir or "TFDS's default data_dir"
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+        splits = list(builder.info.splits)
+    except Exception as e:
+        raise DataError(
+            f"config.data.source='tfds:{name}': {type(e).__name__}: no such data set in {where}, nor among the "
+            "builders that TFDS knows; check the name and config.data.data_dir"
+        ) from None
+    if not splits:
+        raise DataError(_not_prepared(name, where, "is not prepared"))
+    if split == "eval" and not eval_split:
+        return None
+    if split == "eval" and eval_split == "auto":
+        chosen = next((s for s in EVAL_SPLITS if s in splits), None)
+        if chosen is None:
+            return None
+    else:
+        chosen = train_split if split == "train" else eval_split
+    if chosen.partition("[")[0] not in splits:
+        raise DataError(
+            f"config.data.source='tfds:{name}': has no split {chosen!r}; it has {', '.join(splits)}, to be named by "
+            f"config.data.{split}_split"
+        )
+    features = builder.info.features
+    if "image" not in features:
+        raise DataError(f"config.data.source='tfds:{name}': has no feature 'image'; it has {', '.join(features)}")
+    labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
+    try:
+        data = tfds.data_source(
+            name,
+            split=chosen,
+            data_dir=data_dir or None,
+            download=False,
+            decoders={"image": tfds.decode.SkipDecoding()},
+        )
+    except NotImplementedError:
+        raise DataError(_not_prepared(name, where, f"is stored as {builder.info.file_format.value}")) from None
+    except Exception as e:
+        message = " ".join(str(e).split())
+        raise DataError(f"config.data.source='tfds:{name}': {type(e).__name__}: {message[:200]}") from None
+    return TfdsSource(name, chosen, data, list(features["label"].names) if labelled else None)
+
+
+def _not_prepared(name: str, where: str, fault: str) -> str:
+    return (
+        f"config.data.source='tfds:{name}': {fault} in {where}; prepare it once as array_record, where TensorFlow is "
+        f"installed: tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare(), and set "
+        "config.data.data_dir to that folder"
+    )

@@ -1,0 +1,80 @@
+"""k-NN and linear probe of an encoder's frozen features, during and after training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from crate_jax import data, sharding
+from crate_jax.evals import evaluate
+from crate_jax.evals.features import extract
+
+log = logging.getLogger(__name__)
+
+# Images decoded at a time: bounds the host's memory at 224 px to some 300 MB.
+CHUNK = 2048
+
+
+class FrozenEvaluation:
+    """Classifiers on frozen features of a fixed, seeded sample of the labelled splits.
+
+    Args:
+      config: the whole config; reads config.data, config.evaluation and the seed.
+      features: (params, images uint8 (b, H, W, 3)) -> (b, D).
+      train: the training images.
+      mesh: the devices that encode.
+    """
+
+    def __init__(
+        self, config: ConfigDict, features: Callable[..., jax.Array], train: data.Source, mesh: Mesh
+    ) -> None:
+        self._config, self._mesh = config, mesh
+        self._features = jax.jit(features)
+        test = data.open_split(config, "eval")
+        self._shown = train if test is None else test
+        self._splits: tuple[data.Source, data.Source] | None = None
+        if train.labels is None or test is None or test.labels is None:
+            log.info("no k-NN and no probe: they need labels and an evaluation split (config.data.eval_split)")
+        else:
+            self._splits = (train, test)
+
+    def _sample(self, source: data.Source, limit: int) -> np.ndarray:
+        """A seeded choice of images: folders come sorted by class, their head would be one class."""
+        order = np.random.default_rng(self._config.seed).permutation(len(source))
+        return order[: limit or len(source)]
+
+    def _encode(self, apply: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+        """[train x, train y, test x, test y] with x = apply(images)."""
+        assert self._splits is not None
+        options, out = self._config.evaluation, []
+        for source, limit in zip(self._splits, (options.train_images, options.test_images), strict=True):
+            indices = self._sample(source, limit)
+            chunks = [
+                (apply(images), labels) for images, labels in data.eval_batches(self._config, source, indices, CHUNK)
+            ]
+            out += [np.concatenate([x for x, _ in chunks]), np.concatenate([y for _, y in chunks])]
+        return out
+
+    def _score(self, apply: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        if self._splits is None:
+            return {}
+        classes = int(max(source.labels.max() for source in self._splits)) + 1
+        return evaluate(*self._encode(apply), classes, self._config.evaluation)
+
+    def scores(self, params: dict) -> dict[str, float]:
+        """``{"knn_top1": .., "probe_top1": ..}`` of an encoder, shares in 0..1; {} without labels."""
+        size, place = self._config.evaluation.batch_size, sharding.split(self._mesh)
+        return self._score(lambda images: extract(lambda x: self._features(params, x), images, size, place))
+
+    def pixel_scores(self) -> dict[str, float]:
+        """The same for the pixels themselves, the baseline that any encoder should beat."""
+        return self._score(lambda images: images.reshape(len(images), -1).astype(np.float32) / 255.0)
+
+    def pictures(self, count: int) -> np.ndarray:
+        """`count` images to look at, uint8 (count, H, W, 3), always the same ones."""
+        return data.eval_images(self._config, self._shown, self._sample(self._shown, count))[0]

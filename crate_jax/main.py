@@ -1,0 +1,80 @@
+"""Command line: ``python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR``.
+
+Any key of the config can be set by a flag, ``--config.optimizer.lr=1e-3``. The same command in the
+same workdir continues a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from crate_jax import train
+from crate_jax.errors import ConfigError, UserError
+from crate_jax.interrupt import Interrupted
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its argument after a colon.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures, summary.")
+
+JOBS: dict[str, Callable[[ConfigDict, str], dict[str, Any]]] = {"pretrain": train.run}
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser, but a bad flag, config file or key is one line and status 2."""
+    try:
+        rest = flags.FLAGS(list(argv))
+        for name in ("config", "workdir"):
+            if not flags.FLAGS[name].present:
+                raise ConfigError(f"--{name} is missing; usage: {__doc__.splitlines()[0]}")
+        if len(rest) > 1:
+            raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+        return rest
+    except (UserError, flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, ImportError) as e:
+        fail(e)
+
+
+def fail(error: BaseException) -> Any:
+    """Prints an error as one line and leaves with status 2."""
+    message = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Prints the end of a run for a person."""
+    print(f"steps {summary['steps']}  loss {summary['loss']:.4g}  parameters {summary['params']:,}")
+    if summary["knn_top1"] is not None:
+        print(f"{'top-1 accuracy':<20}{'k-NN':>8}{'probe':>8}")
+        for label, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
+            print(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
+    if summary["pictures"]:
+        print(f"pictures: {summary['pictures']}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the config's job."""
+    absl_logging.set_verbosity(absl_logging.INFO)
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    config = _CONFIG.value
+    try:
+        if config.job not in JOBS:
+            raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
+        jax.devices()
+        show(JOBS[config.job](config, _WORKDIR.value))
+    except Interrupted as e:
+        print(f"{e}; the same command continues it", file=sys.stderr)
+        return e.exit_code
+    except (UserError, OSError) as e:
+        fail(e)
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,342 @@
+"""The training loop, the only one: state, one jitted step, logging, evaluation, saving, resuming.
+
+It takes an objective (see :mod:`crate_jax.pretrain`) and knows nothing of methods. The batch and
+all randomness are functions of the step, so a run that was stopped anywhere continues with the
+bits it would have had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from crate_jax import checkpoint, data, metrics, optimizer, parameters, pictures, pretrain, sharding
+from crate_jax.config import validate
+from crate_jax.errors import ConfigError, NonFiniteError
+from crate_jax.evals.frozen import FrozenEvaluation
+from crate_jax.interrupt import Interrupt, Interrupted
+from crate_jax.pretrain import Objective, Params, Scalars
+from crate_jax.workdir import lock
+
+log = logging.getLogger(__name__)
+
+OBJECTIVES: dict[str, Callable[[ConfigDict], Objective]] = {"pretrain": pretrain.build}
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a step changes.
+
+    Attributes:
+      step: optimiser steps done, int32 scalar.
+      params: float32 parameters.
+      opt_state: the optimiser's.
+      objective: what the objective carries along (power-iteration vectors, for one).
+      ema: moving average of the parameters, or None.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    objective: dict
+    ema: Params | None
+
+    def eval_params(self) -> Params:
+        """The parameters that evaluations and pictures use."""
+        return self.params if self.ema is None else self.ema
+
+    def rest(self) -> dict[str, Any]:
+        """All but the parameters, as a tree for a checkpoint."""
+        return {"step": self.step, "opt_state": self.opt_state, "objective": self.objective, "ema": self.ema}
+
+
+def init_state(
+    config: ConfigDict, objective: Objective, tx: optax.GradientTransformation, params: Params | None = None
+) -> TrainState:
+    """The state of step 0, a function of config.seed; `params` replaces the random ones."""
+    drawn, carried = objective.init(jax.random.key(config.seed))
+    params = drawn if params is None else params
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), carried, ema)
+
+
+def make_train_step(
+    config: ConfigDict, objective: Objective, tx: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Scalars]]:
+    """The jitted step (state, images uint8 (B, H, W, 3)) -> (state, scalars); donates the state.
+
+    With config.accumulate = A the batch is cut into A micro-batches whose gradients are averaged.
+    Randomness is per image and the penalty is taken once, so the update is that of the whole batch.
+    """
+    loss_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
+    penalty_and_grad = jax.value_and_grad(objective.penalty, has_aux=True)
+    A, decay = config.accumulate, config.optimizer.ema
+
+    def reconstruction(params: Params, images: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, Scalars, Params]:
+        if A == 1:
+            (loss, scalars), grads = loss_and_grad(params, images, keys_B)
+            return loss, scalars, grads
+
+        def micro_batches(x: jax.Array) -> jax.Array:  # interleaved: every device keeps its own rows
+            return sharding.constrain_micro_batches(x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), mesh)
+
+        def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, loss_and_grad(params, *micro)), None
+
+        micro = micro_batches(images), micro_batches(keys_B)
+        shapes = jax.eval_shape(loss_and_grad, params, *jax.tree.map(lambda x: x[0], micro))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (loss, scalars), grads = jax.tree.map(lambda x: x / A, jax.lax.scan(add, zero, micro)[0])
+        return loss, scalars, grads
+
+    def train_step(state: TrainState, images: jax.Array) -> tuple[TrainState, Scalars]:
+        image_key, penalty_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        loss, scalars, grads = reconstruction(state.params, images, jax.random.split(image_key, images.shape[0]))
+        (penalty, (carried, penalty_scalars)), penalty_grads = penalty_and_grad(
+            state.params, state.objective, penalty_key
+        )
+        grads = jax.tree.map(jnp.add, grads, penalty_grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - decay)
+        scalars = {
+            "loss": loss + penalty,
+            **scalars,
+            **penalty_scalars,
+            "lr": schedule(state.step),
+            "grad_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + 1, params, opt_state, carried, ema), scalars
+
+    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(whole, rows), out_shardings=whole)
+
+
+def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
+    """(optimiser steps of the run, steps per epoch) for a training set of `images`."""
+    per_epoch = images / config.batch_size
+    return config.steps or max(1, round(config.epochs * per_epoch)), per_epoch
+
+
+class Speed:
+    """Images per second between log points, without the time that evaluations and saving take."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._images: list[int] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts an interval."""
+        self._start = time.perf_counter()
+
+    def add(self, images: int) -> float:
+        """Ends an interval in which `images` were trained on; returns its speed."""
+        self._seconds.append(max(time.perf_counter() - self._start, 1e-9))
+        self._images.append(images)
+        self.restart()
+        return images / self._seconds[-1]
+
+    def average(self) -> float | None:
+        """Over all intervals but the first, which compiles; None if nothing was trained."""
+        first = 1 if len(self._seconds) > 1 else 0
+        images, seconds = sum(self._images[first:]), sum(self._seconds[first:])
+        return images / seconds if images else None
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains, or goes on training, in `workdir`; returns what it wrote to summary.json.
+
+    Raises:
+      UserError: anything a user can mend, in one line.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    validate(config)
+    with lock(workdir) as folder, contextlib.ExitStack() as stack:
+        return Run(config, folder, stack).run()
+
+
+class Run:
+    """One process's run: what is open while the loop goes."""
+
+    def __init__(self, config: ConfigDict, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.config, self.folder = config, folder
+        self.mesh = sharding.make_mesh(config.batch_size, config.accumulate)
+        source = data.open_split(config, "train")
+        if source is None:
+            raise ConfigError(f"config.data.source={config.data.source!r}: has no training images")
+        self.source = source
+        self.total, per_epoch = total_steps(config, len(source))
+        self.objective = OBJECTIVES[config.job](config)
+        shapes = jax.eval_shape(lambda: self.objective.init(jax.random.key(0))[0])
+        self.tx, self.schedule = optimizer.build(config, shapes, self.total, per_epoch)
+        self.checkpoints = checkpoint.Checkpoints(folder, config.checkpoint.keep)
+        stack.callback(self.checkpoints.close)
+        self.evaluation = FrozenEvaluation(config, self.objective.features, source, self.mesh)
+        self.state, self.start, self.record = self._start(shapes)
+        self.writer = stack.enter_context(metrics.Writer(folder, config, self.start))
+        self.interrupt = stack.enter_context(Interrupt())
+        self.speed = Speed()
+        self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
+        self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
+        self.draw_pictures = jax.jit(self.objective.pictures)
+        decayed = optimizer.decayed(config, shapes)
+        parameters.log_rules(shapes, decayed, self.objective.penalised)
+
+    def _start(self, shapes: Params) -> tuple[TrainState, int, dict[str, Any]]:
+        """The newest checkpoint's state, or a fresh one; its step; what the checkpoint recorded."""
+        place = sharding.replicated(self.mesh)
+        init = jax.jit(lambda: init_state(self.config, self.objective, self.tx), out_shardings=place)
+        abstract = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), jax.eval_shape(init)
+        )
+        restored = self.checkpoints.restore(abstract.params, abstract.rest(), self.config.to_dict())
+        if restored is not None:
+            log.info("continuing from step %d of %s", restored.step, self.checkpoints.folder)
+            if restored.meta["data"] != self.source.fingerprint():
+                log.warning("the training images are not those of the checkpoint; their order differs from here on")
+            return TrainState(params=restored.params, **restored.rest), restored.step, restored.meta["record"]
+        state = init()
+        if self.config.init_from:
+            other, meta = checkpoint.read_params(self.config.init_from)
+            params = checkpoint.init_encoder(state.params, other, f"config.init_from={self.config.init_from}")
+            log.info("encoder taken from step %d of %s", meta["step"], self.config.init_from)
+            again = jax.jit(lambda p: init_state(self.config, self.objective, self.tx, p), out_shardings=place)
+            state = again(params)
+        return state, 0, {}
+
+    def run(self) -> dict[str, Any]:
+        """The loop, then evaluation, pictures and the summary."""
+        config = self.config
+        metrics.write_json(self.folder / "config.json", config.to_dict())
+        log.info(
+            "training %d -> %d of batch %d on %d x %s, %s parameters",
+            self.start, self.total, config.batch_size, self.mesh.size,
+            self.mesh.devices.flat[0].device_kind, f"{parameters.count(self.state.params):,}",
+        )  # fmt: skip
+        with metrics.Progress(self.total, self.start, config.batch_size) as progress:
+            with contextlib.closing(self._batches()) as batches:
+                self.speed.restart()
+                for step in range(self.start + 1, self.total + 1):
+                    images, undecodable = next(batches)
+                    self.state, scalars = self.train_step(self.state, images)
+                    self.pending.append((scalars, undecodable))
+                    self._after(step, progress)
+        return self._finish()
+
+    def _batches(self) -> Iterator[tuple[jax.Array, int]]:
+        """Images on the device, and how many of them replace files that could not be decoded."""
+        pipeline = data.TrainPipeline(
+            self.config, self.source, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+
+        def put(batch: dict[str, np.ndarray]) -> tuple[jax.Array, int]:
+            image = sharding.put_batch({"image": batch["image"]}, self.mesh)["image"]
+            return image, int(batch["undecodable"])
+
+        with contextlib.closing(pipeline), contextlib.closing(
+            data.device_prefetch(pipeline.batches(self.start), put, self.config.data.prefetch)
+        ) as ready:
+            yield from ready
+
+    def _after(self, step: int, progress: metrics.Progress) -> None:
+        """What happens between steps; all of it between log points is a few comparisons."""
+        every, last = self.config, step == self.total
+        if last or step % every.log.every == 0:
+            self._report(step, progress)
+        save = last or step % every.checkpoint.every == 0 or self.interrupt.signal is not None
+        evaluate = not last and every.evaluation.every and step % every.evaluation.every == 0
+        draw = not last and every.log.pictures_every and step % every.log.pictures_every == 0
+        if not (save or evaluate or draw):
+            return
+        self._report(step, progress)  # also makes sure that what follows sees finite weights
+        if save:
+            self._save(step)
+        if self.interrupt.signal is not None and not last:
+            self.checkpoints.wait()
+            raise Interrupted(self.interrupt.signal, step)
+        if evaluate:
+            self.writer.write(step, self.evaluation.scores(self.state.eval_params()))
+        if draw:
+            self._draw(step)
+        self.speed.restart()
+
+    def _report(self, step: int, progress: metrics.Progress) -> None:
+        """Waits for the steps since the last log point, checks and logs them.
+
+        Raises:
+          NonFiniteError: a loss is NaN or infinite.
+        """
+        if not self.pending:
+            return
+        scalars = jax.device_get([s for s, _ in self.pending])
+        undecodable = sum(count for _, count in self.pending)
+        self.pending = []
+        speed = self.speed.add(len(scalars) * self.config.batch_size)
+        first = step - len(scalars) + 1
+        for offset, values in enumerate(scalars):
+            if not math.isfinite(values["loss"]):
+                raise NonFiniteError(self._non_finite(first + offset, float(values["loss"])))
+        means = {k: float(np.mean([v[k] for v in scalars])) for k in scalars[0]} | {"lr": float(scalars[-1]["lr"])}
+        self.record = {"loss": means["loss"], "images_per_sec": self.speed.average()}
+        progress.update(step, means, speed)
+        self.writer.write(step, means | {"images_per_sec": speed, "undecodable": undecodable})
+
+    def _non_finite(self, step: int, loss: float) -> str:
+        self.checkpoints.wait()
+        latest = self.checkpoints.latest()
+        kept = f"the last finite checkpoint is step {latest} in {self.checkpoints.folder}"
+        return (
+            f"the loss is {loss} at step {step}; {kept if latest else 'no checkpoint was saved yet'}; try a lower "
+            "config.optimizer.lr, a longer warm-up or config.optimizer.clip_norm"
+        )
+
+    def _save(self, step: int) -> None:
+        meta = {"config": self.config.to_dict(), "data": self.source.fingerprint(), "record": self.record}
+        self.checkpoints.save(step, self.state.params, self.state.rest(), meta)
+
+    def _draw(self, step: int) -> str | None:
+        """Writes a grid of reconstructions; returns its path."""
+        if not self.config.log.pictures:
+            return None
+        images = self.evaluation.pictures(self.config.log.pictures)
+        keys = jax.random.split(jax.random.key(self.config.seed), len(images))
+        columns = jax.device_get(self.draw_pictures(self.state.eval_params(), images, keys))
+        return self.writer.write_image(step, "reconstruction", pictures.reconstruction_grid(columns))
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluates the trained, the untrained encoder and raw pixels; writes summary.json."""
+        untrained = jax.jit(lambda: self.objective.init(jax.random.key(self.config.seed))[0])
+        scores = self.evaluation.scores(self.state.eval_params())
+        if scores:
+            scores |= {f"{k}_untrained": v for k, v in self.evaluation.scores(untrained()).items()}
+            scores |= {f"{k}_pixels": v for k, v in self.evaluation.pixel_scores().items()}
+            self.writer.write(self.total, scores)
+        picture = self._draw(self.total)
+        summary = {
+            "steps": self.total,
+            "loss": self.record["loss"],
+            "images_per_sec": self.record["images_per_sec"],
+            **dict.fromkeys(("knn_top1", "probe_top1", "probe_top1_untrained")),
+            **scores,
+            "params": parameters.count(self.state.params),
+            "params_sha256": checkpoint.params_sha256(self.state.params),
+            "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
+            "pictures": picture,
+        }
+        self.checkpoints.wait()
+        metrics.write_json(self.folder / "summary.json", summary)
+        return summary
