@@ -1,0 +1,48 @@
+"""Every frozen reference file passes `tests.parity`, and the comparison can fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crate_jax.convert import import_state_dict
+from crate_jax.errors import ConfigError
+from tests import parity
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_reference_numbers(path):
+    outputs, gradients = parity.check(str(path))
+    assert outputs <= parity.OUTPUT_LIMIT
+    assert gradients <= parity.GRADIENT_LIMIT
+
+
+@pytest.mark.parametrize("name", ["crate_mae_lambda0.1", "vit_mae", "ropim", "orthogonality", "crate_blocks_lambda0.1"])
+def test_a_wrong_number_fails(name, tmp_path):
+    """Off by 1e-3 in one entry of one input: status 1."""
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as archive:
+        file = {k: archive[k].copy() for k in archive.files}
+    key = next(k for k in file if k.startswith("in/") and file[k].ndim >= 2 and "noise" not in k and "sketch" not in k)
+    file[key].flat[0] += 1e-2
+    np.savez(tmp_path / "wrong.npz", **file)
+    assert parity.main([str(tmp_path / "wrong.npz")]) == 1
+
+
+def test_missing_and_unused_names_are_listed():
+    with np.load(GOLDEN[0].with_name("vit_mae.npz")) as archive:
+        state = parity.strip({k: archive[k] for k in archive.files}, "sd/")
+    state["head.weight"] = state.pop("norm.bias")
+    with pytest.raises(ConfigError, match=r"missing \['norm.bias'\]; not used \['head.weight'\]"):
+        import_state_dict("vit_mae", state, (4, 4))
+
+
+def test_a_position_table_of_another_grid_is_refused():
+    with np.load(GOLDEN[0].with_name("vit_mae.npz")) as archive:
+        state = parity.strip({k: archive[k] for k in archive.files}, "sd/")
+    state["pos_embed"] = state["pos_embed"][:, ::-1]
+    with pytest.raises(ConfigError, match="pos_embed"):
+        import_state_dict("vit_mae", state, (4, 4))
