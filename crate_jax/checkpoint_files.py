@@ -226,7 +226,9 @@ def one_line(e: BaseException) -> str:
     text = " ".join(str(e).split())
     for spec in (" [tensorstore_spec", " See full TensorStore details"):
         text = text.partition(spec)[0]
-    return f"{type(e).__name__}: {text[:400]}{'...' if len(text) > 400 else ''}"
+    if len(text) > 500:
+        text = f"{text[:150]} ... {text[-300:]}"  # TensorStore says the cause last
+    return f"{type(e).__name__}: {text}"
 
 
 class _NotOrbax(logging.Filter):

@@ -1,0 +1,175 @@
+"""The train step: the same on any number of devices, micro-batches and calls."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from crate_jax import autoencoder, config as configs, optimizer, pretrain, sharding, train
+from crate_jax.errors import ConfigError
+
+
+def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none"):
+    c = configs.base()
+    c.steps, c.batch_size = 4, 16
+    c.data.image_size = (8, 8)
+    c.encoder.name, c.encoder.patch_size = encoder, 2
+    c.encoder.width, c.encoder.depth, c.encoder.heads = 16, 2, 2
+    c.encoder.drop_path = 0.3 if encoder == "vit" else 0.0
+    c.decoder.depth, c.decoder.heads = 1, 2
+    c.corruption.name = corruption
+    c.penalty.name, c.penalty.weight = penalty, 1e-2
+    c.optimizer.lr, c.optimizer.lr_batch = 1e-4, 0
+    configs.validate(c)
+    return c
+
+
+def images(step: int, batch: int) -> np.ndarray:
+    return np.random.default_rng(step).integers(0, 256, (batch, 8, 8, 3), np.uint8)
+
+
+def steps(c, devices: int, count: int = 3):
+    """Losses of `count` steps and the last state, on the first `devices` virtual devices."""
+    mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
+    objective = pretrain.build(c)
+    shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
+    tx, schedule = optimizer.build(c, shapes, c.steps, 10.0)
+    step = train.make_train_step(c, objective, tx, schedule, mesh)
+    place = sharding.replicated(mesh)
+    state = jax.jit(lambda: train.init_state(c, objective, tx), out_shardings=place)()
+    losses = []
+    for i in range(count):
+        batch = sharding.put_batch({"image": images(i, c.batch_size)}, mesh)["image"]
+        state, scalars = step(state, batch)
+        losses.append(jax.device_get(scalars))
+    return losses, state, step
+
+
+METHODS = [("crate", "mask", "srip"), ("crate", "rop", "so"), ("vit", "rop", "none"), ("vit", "noise", "srip")]
+
+
+@pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
+def test_eight_devices_equal_one(encoder, corruption, penalty):
+    """Losses to 1e-6 over three steps, drop path, corruption and penalty included."""
+    c = small(encoder, corruption, penalty)
+    one, state_one, _ = steps(c, 1)
+    eight, state_eight, _ = steps(c, 8)
+    for a, b in zip(one, eight, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+    chex.assert_trees_all_close(state_one.params, jax.device_get(state_eight.params), atol=1e-5)
+
+
+@pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS[:3])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_accumulated_gradients_equal_the_big_batch(encoder, corruption, penalty, devices):
+    """Four micro-batches give the update of the whole batch: the same draws, the penalty once."""
+    c = small(encoder, corruption, penalty)
+    whole, state_whole, _ = steps(c, devices)
+    c.accumulate = 4
+    micro, state_micro, _ = steps(c, devices)
+    for a, b in zip(whole, micro, strict=True):
+        chex.assert_trees_all_close(a, b, rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        jax.device_get(state_whole.params), jax.device_get(state_micro.params), atol=2e-5
+    )
+
+
+def test_later_steps_do_not_compile_again():
+    *_, step = steps(small(penalty="srip"), 2, count=4)
+    assert step._cache_size() == 1
+
+
+def test_the_state_is_donated():
+    c = small()
+    _, state, step = steps(c, 1, count=1)
+    before = state.params["encoder"]["norm"]["scale"]
+    mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:1])
+    step(state, sharding.put_batch({"image": images(1, c.batch_size)}, mesh)["image"])
+    assert before.is_deleted()
+
+
+def test_the_loss_is_reconstruction_plus_weighted_penalty():
+    scalars = steps(small(penalty="so"), 1, count=1)[0][0]
+    assert scalars["penalty"] > 0
+    np.testing.assert_allclose(scalars["loss"], scalars["reconstruction"] + 1e-2 * scalars["penalty"], rtol=1e-6)
+
+
+def test_the_penalty_makes_weights_orthonormal():
+    """Sixty steps under a heavy SO penalty at least halve it."""
+    with_so = small(penalty="so")
+    with_so.penalty.weight = 1.0
+    with_so.optimizer.lr = 3e-3
+    penalised = steps(with_so, 1, count=60)[0]
+    assert penalised[-1]["penalty"] < 0.5 * penalised[0]["penalty"]
+
+
+def test_srip_keeps_its_vectors_in_the_state():
+    _, state, _ = steps(small(penalty="srip"), 1, count=2)
+    assert state.objective
+    fresh = pretrain.build(small(penalty="srip")).init(jax.random.key(0))[1]
+    assert any(not np.allclose(a, b) for a, b in zip(state.objective.values(), fresh.values(), strict=True))
+
+
+def test_ema_follows_the_weights():
+    c = small()
+    c.optimizer.ema = 0.5
+    _, first, _ = steps(c, 1, count=1)
+    start = pretrain.build(c).init(jax.random.key(0))[0]
+    expected = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, start, first.params)
+    chex.assert_trees_all_close(first.ema, expected, atol=1e-6)
+    assert first.eval_params() is first.ema
+
+
+def test_every_step_draws_another_corruption():
+    """The loss of one fixed batch under frozen weights differs from step to step."""
+    c = small()
+    c.optimizer.lr, c.optimizer.weight_decay = 1e-30, 0.0
+    mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:1])
+    _, state, step = steps(c, 1, count=1)
+    batch = sharding.put_batch({"image": images(0, c.batch_size)}, mesh)["image"]
+    state, first = step(state, batch)
+    state, second = step(state, batch)
+    assert float(first["loss"]) != float(second["loss"])
+
+
+def test_a_batch_that_cannot_be_split_is_refused():
+    with pytest.raises(ConfigError, match="batch_size=12.*8 devices.*multiple of 8"):
+        sharding.make_mesh(12, 1, jax.devices())
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        sharding.make_mesh(24, 2, jax.devices())
+
+
+def test_speed_leaves_out_the_first_interval(monkeypatch):
+    now = iter([0.0, 0.0, 10.0, 10.0, 11.0, 11.0, 13.0, 13.0])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(now))
+    speed = train.Speed()
+    speed.restart()
+    assert speed.add(100) == 10.0
+    assert speed.average() == 10.0
+    assert speed.add(100) == 100.0
+    assert speed.add(100) == 50.0
+    assert speed.average() == pytest.approx(200 / 3)
+
+
+def test_no_float64_and_no_transfer_in_the_step():
+    """The compiled step holds no float64, and running it moves nothing but its arguments."""
+    c = small("vit", "rop", "srip")
+    mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:2])
+    _, state, step = steps(c, 2, count=1)
+    batch = sharding.put_batch({"image": images(1, c.batch_size)}, mesh)["image"]
+    assert "f64" not in step.lower(state, batch).as_text()
+    with jax.transfer_guard("disallow"):
+        state, _ = step(state, batch)
+    jax.block_until_ready(state.params)
+
+
+def test_optimizer_state_is_float32():
+    _, state, _ = steps(small(), 1, count=1)
+    floats = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats
+    assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
+    assert optax.tree.get(state.opt_state, "count") is not None
