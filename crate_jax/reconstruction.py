@@ -31,4 +31,6 @@ def loss(predicted_BNP: jax.Array, target_BNP: jax.Array, corruption: Corruption
     if config.loss.region == "all":
         corruption = Identity()
     error_BNP = corruption.complement(predicted_BNP.astype(jnp.float32) - target_BNP)
-    return jnp.mean(NORMS[config.loss.norm](error_BNP)) / corruption.complement_share()
+    # Per image first: the mean of a batch then rounds alike however the batch is split over devices.
+    per_image_B = jnp.mean(NORMS[config.loss.norm](error_BNP), axis=(1, 2))
+    return jnp.mean(per_image_B) / corruption.complement_share()

@@ -117,7 +117,7 @@ def make_train_step(
             **scalars,
             **penalty_scalars,
             "lr": schedule(state.step),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + 1, params, opt_state, carried, ema), scalars
 

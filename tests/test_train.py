@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from crate_jax import autoencoder, config as configs, optimizer, pretrain, sharding, train
@@ -19,7 +18,8 @@ def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none
     c.data.image_size = (8, 8)
     c.encoder.name, c.encoder.patch_size = encoder, 2
     c.encoder.width, c.encoder.depth, c.encoder.heads = 16, 2, 2
-    c.encoder.drop_path = 0.3 if encoder == "vit" else 0.0
+    if encoder == "vit":  # no key bias: its gradient is rounding noise, which Adam blows up to the learning rate
+        c.encoder.drop_path, c.encoder.qkv_bias = 0.3, "qv"
     c.decoder.depth, c.decoder.heads = 1, 2
     c.corruption.name = corruption
     c.penalty.name, c.penalty.weight = penalty, 1e-2
@@ -49,7 +49,7 @@ def steps(c, devices: int, count: int = 3):
     return losses, state, step
 
 
-METHODS = [("crate", "mask", "srip"), ("crate", "rop", "so"), ("vit", "rop", "none"), ("vit", "noise", "srip")]
+METHODS = [("crate", "mask", "srip"), ("vit", "rop", "so"), ("vit", "noise", "none")]
 
 
 @pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
@@ -63,14 +63,13 @@ def test_eight_devices_equal_one(encoder, corruption, penalty):
     chex.assert_trees_all_close(state_one.params, jax.device_get(state_eight.params), atol=1e-5)
 
 
-@pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS[:3])
-@pytest.mark.parametrize("devices", [1, 2])
-def test_accumulated_gradients_equal_the_big_batch(encoder, corruption, penalty, devices):
-    """Four micro-batches give the update of the whole batch: the same draws, the penalty once."""
+@pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
+def test_accumulated_gradients_equal_the_big_batch(encoder, corruption, penalty):
+    """Four micro-batches on two devices give the update of the whole batch: same draws, penalty once."""
     c = small(encoder, corruption, penalty)
-    whole, state_whole, _ = steps(c, devices)
+    whole, state_whole, _ = steps(c, 2)
     c.accumulate = 4
-    micro, state_micro, _ = steps(c, devices)
+    micro, state_micro, _ = steps(c, 2)
     for a, b in zip(whole, micro, strict=True):
         chex.assert_trees_all_close(a, b, rtol=2e-5, atol=1e-6)
     chex.assert_trees_all_close(
@@ -101,8 +100,7 @@ def test_the_loss_is_reconstruction_plus_weighted_penalty():
 def test_the_penalty_makes_weights_orthonormal():
     """Sixty steps under a heavy SO penalty at least halve it."""
     with_so = small(penalty="so")
-    with_so.penalty.weight = 1.0
-    with_so.optimizer.lr = 3e-3
+    with_so.penalty.weight, with_so.steps, with_so.optimizer.lr = 1.0, 100, 3e-3
     penalised = steps(with_so, 1, count=60)[0]
     assert penalised[-1]["penalty"] < 0.5 * penalised[0]["penalty"]
 
@@ -172,4 +170,3 @@ def test_optimizer_state_is_float32():
     floats = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert floats
     assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
-    assert optax.tree.get(state.opt_state, "count") is not None

@@ -133,6 +133,8 @@ def _draft(image: Image.Image, reduction_height: float, reduction_width: float) 
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these by itself, and reports the size accordingly
+        return 1
     if image.format in (None, "JPEG", "BMP", "PPM", "GIF") and "exif" not in image.info:
         return 1
     try:

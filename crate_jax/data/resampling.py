@@ -1,16 +1,16 @@
 """Antialiased crop and resize of whole batches of equal, small images, as two matrix products.
 
 The filters, their supports and the rounding between the two passes are those of Pillow's
-`Image.resize(box=...)`: results agree to one grey level. The weights are integers, scaled so that
-every partial sum fits a float32 exactly; so the result does not depend on the order in which a
-BLAS library adds, on its threads, or on the processor.
+`Image.resize(box=...)`: results agree to one grey level, in rare pixels of noise to two. The weights
+are integers, scaled so that every partial sum fits a float32 exactly; so the result does not depend
+on the order in which a BLAS library adds, on its threads, or on the processor.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# 255 * sum|w| * 2**15 < 2**24 as long as sum|w| < 2; it is at most 1.3 for these filters.
+# 255 * sum|w| * 2**15 < 2**24 as long as sum|w| < 2, which holds for these filters.
 WEIGHT_BITS = 15
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 

@@ -105,7 +105,7 @@ def _predict(
         similarity = jnp.matmul(_unit(rows), train_x.T, precision=jax.lax.Precision.HIGHEST)
         nearest, index = jax.lax.top_k(similarity, k)
         # Relative to the nearest: the winner is the same, and exp cannot overflow at a low temperature.
-        weights = jnp.exp((nearest - nearest[:, :1]) / temperature)
+        weights = jnp.exp((nearest - jnp.max(nearest, axis=1, keepdims=True)) / temperature)
         # One-hot rather than scatter-add: its order of summation, and so a tie, is the same on every run.
         one_hot = jax.nn.one_hot(train_y[index], num_classes, dtype=jnp.float32)
         return jnp.argmax(jnp.sum(weights[:, :, None] * one_hot, axis=1), axis=-1).astype(jnp.int32)

@@ -1,0 +1,93 @@
+"""Sets JAX up for the tests, before any test module is imported, and runs the command line for them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICES = 8
+
+# The caller's JAX settings (backend, x64, debug switches) must not decide whether a test passes.
+for _name in [name for name in os.environ if name.startswith(("JAX_", "XLA_", "LIBTPU_"))]:
+    del os.environ[_name]
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402  (reads the environment when imported)
+
+
+def _cache_dir() -> Path:
+    """Returns the folder of compiled programs, one per kind of CPU: they use its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line for line in lines if line.startswith(("flags", "Features")))  # x86, ARM
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    return ROOT / ".cache" / "jax" / f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
+
+
+def _cache_settings() -> dict[str, str | int]:
+    """Returns JAX's cache settings; none where the checkout cannot be written: the cache only saves time."""
+    folder = _cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return {}
+    if not os.access(folder, os.W_OK):
+        return {}
+    return {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        # Otherwise the keys contain the folder's path, and a copied cache misses every entry.
+        "jax_persistent_cache_enable_xla_caches": "none",
+    }
+
+
+CACHE_SETTINGS = _cache_settings()
+for _name, _value in CACHE_SETTINGS.items():
+    jax.config.update(_name, _value)
+# Set here, not in the environment, so that processes started by a test choose their own number.
+jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Fails at once, not in the middle of a sharding test, if JAX was started before this file."""
+    if jax.device_count() != DEVICES:
+        raise pytest.UsageError(f"the tests need {DEVICES} virtual CPU devices, JAX has {jax.device_count()}")
+
+
+@pytest.fixture(scope="session")
+def cli_env() -> dict[str, str]:
+    """The environment of a `python -m crate_jax.main` process: one CPU device, none of the caller's settings."""
+    kept = ("PATH", "HOME", "USER", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+    env = {name: os.environ[name] for name in kept if name in os.environ}
+    env["JAX_PLATFORMS"] = "cpu"
+    env |= {name.upper(): str(value) for name, value in CACHE_SETTINGS.items()}
+    return env
+
+
+@pytest.fixture(scope="session")
+def run_cli(cli_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_cli(args, timeout=300, env={})` runs `python -m crate_jax.main *args` in a process of its own.
+
+    It starts in the checkout (so `--config=configs/...` works), with `cli_env` plus `env`, and
+    returns the CompletedProcess with `stdout` and `stderr` as text; it does not raise when the
+    command fails. `subprocess.TimeoutExpired` after `timeout` seconds.
+    """
+
+    def run(
+        args: Sequence[str], timeout: float = 300, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "crate_jax.main", *map(str, args)]
+        return subprocess.run(
+            command, cwd=ROOT, env=cli_env | dict(env or {}), capture_output=True, text=True, timeout=timeout
+        )
+
+    return run
