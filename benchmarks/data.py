@@ -6,7 +6,8 @@
 
 Settings:
   memory  32 px images held decoded in memory, whole batches augmented at once (no workers)
-  small   the same images streamed: each file opened, decoded and augmented
+  small   the same images streamed: each file opened, decoded and augmented; files this small are
+          read fastest with one thread per process (config.data.threads=1) and several processes
   photo   224 px random resized crops of large JPEGs (500 x 375, about 100 kB each)
 
 Each line of output is one JSON object: the setting, workers, threads, the median images per second

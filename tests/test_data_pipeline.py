@@ -6,8 +6,12 @@ import itertools
 import logging
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +109,42 @@ def test_workers_do_not_matter(mixed):
     config.data.workers = 2
     assert_same(take(config, 4, start=2), expected)
     assert not multiprocessing.active_children(), "close() left workers behind"
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc which processes live")
+def test_workers_end_with_a_killed_run(mixed, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, os, signal\n"
+        "from crate_jax import config, data\n"
+        "if __name__ == '__main__':\n"
+        "    c = config.base()\n"
+        f"    c.data.update(source='folder:{mixed}', image_size=(16, 12), workers=2)\n"
+        "    batches = data.TrainPipeline(c, data.open_split(c, 'train')).batches(0)\n"
+        "    next(batches)\n"
+        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    out = tmp_path / "out"
+    with out.open("w") as stdout:  # a file, as orphans would hold a pipe open
+        root = Path(__file__).resolve().parent.parent
+        subprocess.run([sys.executable, script], stdout=stdout, env=os.environ | {"PYTHONPATH": str(root)}, timeout=60)
+    pids = out.read_text().split()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    survivors = [pid for pid in pids if alive(pid)]
+    for pid in survivors:
+        os.kill(int(pid), signal.SIGKILL)
+    assert not survivors
 
 
 def test_a_resumed_run_continues(root):

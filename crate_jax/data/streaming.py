@@ -8,6 +8,9 @@ changes only the speed; and large batches do not sit in every worker's queue as 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 
 import absl.flags
 import grain
@@ -128,5 +131,21 @@ def chunk_iterator(chunks: ChunkSource, workers: int, threads: int) -> grain.Dat
     if workers:
         if not absl.flags.FLAGS.is_parsed():  # Grain reads absl flags of its own; a library may run without absl.app
             absl.flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
     return iter(dataset)
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Ends this worker process when the process that started it dies, as it otherwise waits for ever.
+
+    A run that is killed, or that leaves by os._exit, cannot close its iterators.
+    """
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()

@@ -30,12 +30,20 @@ def attention(
     q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K) + bias) v, (B, N, H, K); softmax in float32."""
-    scale = q_BNHK.shape[-1] ** -0.5
-    logits_BHNM = jnp.einsum("bnhk,bmhk->bhnm", q_BNHK * scale, k_BMHK, preferred_element_type=jnp.float32)
+    # Heads before tokens: as plain batched products both einsums run two to six times faster on a
+    # CPU than with the heads left inside, and no slower elsewhere (the layout is XLA's to choose).
+    q_BHNK, k_BHMK, v_BHMK = (x.transpose(0, 2, 1, 3) for x in (q_BNHK, k_BMHK, v_BMHK))
+    weights_BHNM = attention_weights(q_BHNK, k_BHMK, bias_BHNM).astype(v_BHMK.dtype)
+    return jnp.einsum("bhnm,bhmk->bhnk", weights_BHNM, v_BHMK).transpose(0, 2, 1, 3)
+
+
+def attention_weights(q_BHNK: jax.Array, k_BHMK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(K) + bias), (B, H, N, M) float32."""
+    scale = q_BHNK.shape[-1] ** -0.5
+    logits_BHNM = jnp.einsum("bhnk,bhmk->bhnm", q_BHNK * scale, k_BHMK, preferred_element_type=jnp.float32)
     if bias_BHNM is not None:
         logits_BHNM = logits_BHNM + bias_BHNM
-    weights_BHNM = jax.nn.softmax(logits_BHNM, axis=-1).astype(v_BMHK.dtype)
-    return jnp.einsum("bhnm,bmhk->bnhk", weights_BHNM, v_BMHK)
+    return jax.nn.softmax(logits_BHNM, axis=-1)
 
 
 class Norm(nn.Module):

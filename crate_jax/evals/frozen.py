@@ -54,10 +54,9 @@ class FrozenEvaluation:
         options, out = self._config.evaluation, []
         for source, limit in zip(self._splits, (options.train_images, options.test_images), strict=True):
             indices = self._sample(source, limit)
-            chunks = [
-                (apply(images), labels) for images, labels in data.eval_batches(self._config, source, indices, CHUNK)
-            ]
-            out += [np.concatenate([x for x, _ in chunks]), np.concatenate([y for _, y in chunks])]
+            batches = data.eval_batches(self._config, source, indices, CHUNK)
+            chunks = [(apply(batch["image"]), batch["label"]) for batch in batches]
+            out += [np.concatenate(part) for part in zip(*chunks, strict=True)]
         return out
 
     def _score(self, apply: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
