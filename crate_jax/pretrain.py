@@ -34,7 +34,8 @@ class Objective:
       penalty: (params, state, key) -> (weighted scalar, (new state, scalars to log)); once per step.
       penalised: names of the parameters that the penalty acts on.
       features: (params, images uint8) -> (b, D) float32, of the uncorrupted images.
-      pictures: (params, images uint8, keys) -> {column: (b, H, W, 3) float in 0..1}.
+      columns: captions of what `pictures` returns, from left to right.
+      pictures: (params, images uint8, keys) -> one (b, H, W, 3) array in 0..1 per column.
     """
 
     init: Callable[[jax.Array], tuple[Params, dict]]
@@ -42,7 +43,8 @@ class Objective:
     penalty: Callable[[Params, dict, jax.Array], tuple[jax.Array, tuple[dict, Scalars]]]
     penalised: tuple[str, ...]
     features: Callable[[Params, jax.Array], jax.Array]
-    pictures: Callable[[Params, jax.Array, jax.Array], dict[str, jax.Array]]
+    columns: tuple[str, ...]
+    pictures: Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, ...]]
 
 
 def normalise(images_uint8: jax.Array, config: ConfigDict) -> jax.Array:
@@ -87,16 +89,19 @@ def build(config: ConfigDict) -> Objective:
         pooled = tokens[:, 0] if config.evaluation.pool == "cls" else jnp.mean(tokens[:, 1:], axis=1)
         return pooled.astype(jnp.float32)
 
-    def pictures(params: Params, images_uint8: jax.Array, keys_B: jax.Array) -> dict[str, jax.Array]:
+    def pictures(params: Params, images_uint8: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, ...]:
         return reconstruct(config, model.apply, sample(keys_B), params, patches(images_uint8))
 
-    return Objective(init, loss, weighted_penalty, penalty.names, features, pictures)
+    return Objective(init, loss, weighted_penalty, penalty.names, features, COLUMNS, pictures)
+
+
+COLUMNS = ("original", "corrupted P x", "reconstruction x^", "P x + (I - P) x^")
 
 
 def reconstruct(
     config: ConfigDict, apply: Callable, corruption: corruptions.Corruption, params: Params, x_BNP: jax.Array
-) -> dict[str, jax.Array]:
-    """Columns of the reconstruction grid, images (B, H, W, 3) in 0..1.
+) -> tuple[jax.Array, ...]:
+    """The reconstruction grid's columns, COLUMNS, images (B, H, W, 3) in 0..1.
 
     The last column puts what the corruption left (P x) and what the decoder says about the rest,
     (I - P) x^, together: for a perfect decoder it is the image.
@@ -106,16 +111,9 @@ def reconstruct(
         mean, std = x_BNP.mean(-1, keepdims=True), jnp.sqrt(x_BNP.var(-1, keepdims=True, ddof=1) + 1e-6)
         predicted_BNP = predicted_BNP * std + mean
     combined_BNP = x_BNP - corruption.complement(x_BNP - predicted_BNP)
-    columns = {
-        "original": x_BNP,
-        "corrupted": corruption.view(x_BNP),
-        "reconstruction": predicted_BNP,
-        "(I - P) reconstruction + P original": combined_BNP,
-    }
 
     def image(v_BNP: jax.Array) -> jax.Array:
-        return jnp.clip(
-            denormalise(unpatchify(v_BNP, config.data.image_size, config.encoder.patch_size), config), 0.0, 1.0
-        )
+        pixels = unpatchify(v_BNP, config.data.image_size, config.encoder.patch_size)
+        return jnp.clip(denormalise(pixels, config), 0.0, 1.0)
 
-    return {name: image(v) for name, v in columns.items()}
+    return tuple(image(v) for v in (x_BNP, corruption.view(x_BNP), predicted_BNP, combined_BNP))

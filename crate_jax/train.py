@@ -315,7 +315,8 @@ class Run:
         images = self.evaluation.pictures(self.config.log.pictures)
         keys = jax.random.split(jax.random.key(self.config.seed), len(images))
         columns = jax.device_get(self.draw_pictures(self.state.eval_params(), images, keys))
-        return self.writer.write_image(step, "reconstruction", pictures.reconstruction_grid(columns))
+        named = dict(zip(self.objective.columns, columns, strict=True))
+        return self.writer.write_image(step, "reconstruction", pictures.reconstruction_grid(named))
 
     def _finish(self) -> dict[str, Any]:
         """Evaluates the trained, the untrained encoder and raw pixels; writes summary.json."""

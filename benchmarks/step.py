@@ -1,0 +1,115 @@
+"""Measures the train step of a config: the real one, jitted, donated, on all local devices.
+
+    python -m benchmarks.step --config=configs/crate_mae.py:variant=Ti --batch=16 [--config.KEY=VALUE ...]
+
+Prints one JSON object. `model_flops_per_image` counts the matrix products of encoder and decoder,
+forward and backward, from the traced program (recomputation by remat is not counted); the matmul
+peak is measured here, on this device, with a large square product of the same type.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from crate_jax import config as configs, optimizer, pretrain, sharding, train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+_BATCH = flags.DEFINE_integer("batch", 16, "Images per step.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
+
+
+def matmul_peak(dtype: str, side: int = 0) -> float:
+    """FLOP/s of a square matrix product on one device, the best of several."""
+    side = side or (2048 if jax.devices()[0].platform == "cpu" else 8192)
+    a = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """FLOPs of all matrix products in a traced program, loops multiplied out."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = np.prod([eqn.invars[0].aval.shape[d] for d in contracted], dtype=np.int64)
+            total += 2 * int(np.prod(eqn.outvars[0].aval.shape, dtype=np.int64) * inner)
+        repeats = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                total += repeats * matmul_flops(inner)
+    return total
+
+
+def main(_: list[str]) -> None:
+    """Builds the step of the config, times it and prints the result."""
+    config = _CONFIG.value
+    config.batch_size = _BATCH.value
+    config.steps, config.epochs = config.steps or 10_000, 0.0
+    config.optimizer.warmup_epochs = 0.0
+    configs.validate(config)
+    mesh = sharding.make_mesh(config.batch_size, config.accumulate)
+    objective = pretrain.build(config)
+    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
+    tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
+    step = train.make_train_step(config, objective, tx, schedule, mesh)
+    place = sharding.replicated(mesh)
+    state = jax.jit(lambda: train.init_state(config, objective, tx), out_shardings=place)()
+    images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *config.data.image_size, 3), np.uint8)
+    batch = sharding.put_batch({"image": images}, mesh)["image"]
+    keys = jax.random.split(jax.random.key(0), config.batch_size)
+    plain = config.copy_and_resolve_references()
+    plain.remat = False
+    program = jax.make_jaxpr(jax.value_and_grad(pretrain.build(plain).loss, has_aux=True))(shapes, batch, keys)
+    flops = matmul_flops(program.jaxpr) / config.batch_size
+
+    start = time.perf_counter()
+    state, scalars = step(state, batch)
+    jax.block_until_ready(scalars)
+    compile_seconds = time.perf_counter() - start
+    seconds = []
+    for i in range(_STEPS.value + 2):
+        start = time.perf_counter()
+        state, scalars = step(state, batch)
+        jax.block_until_ready(scalars)
+        if i >= 2:
+            seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds)
+    peak = matmul_peak(config.dtype) * mesh.size
+    print(
+        json.dumps(
+            {
+                "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
+                "dtype": config.dtype,
+                "batch": config.batch_size,
+                "images_per_sec": round(config.batch_size / median, 2),
+                "step_ms": round(median * 1e3, 2),
+                "step_ms_min_max": [round(min(seconds) * 1e3, 2), round(max(seconds) * 1e3, 2)],
+                "model_flops_per_image": flops,
+                "matmul_peak_flops": round(peak),
+                "fraction_of_peak": round(flops * config.batch_size / median / peak, 4),
+                "first_step_seconds": round(compile_seconds, 2),
+                "steps": _STEPS.value,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

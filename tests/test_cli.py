@@ -1,0 +1,255 @@
+"""The command line in real processes: runs, resumes, stops, is killed, and complains in one line."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+
+QUICK = "--config=configs/quickstart.py:debug"
+SUMMARY = {
+    "steps", "loss", "images_per_sec", "knn_top1", "probe_top1", "probe_top1_untrained", "params_sha256", "pictures",
+}  # fmt: skip
+
+
+def summary(workdir: Path) -> dict:
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def one_line_error(result: subprocess.CompletedProcess) -> str:
+    """The error line of a failed command; there must be exactly one and no traceback."""
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr[-2000:]
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def finished(run_cli, tmp_path_factory):
+    """A finished run of twelve steps; tests copy it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    result = run_cli([QUICK, "--config.steps=12", "--config.log.pictures_every=6", f"--workdir={workdir}"])
+    assert result.returncode == 0, result.stderr[-2000:]
+    return workdir, result
+
+
+def test_a_run_leaves_what_it_should(finished):
+    workdir, result = finished
+    written = summary(workdir)
+    assert written.keys() >= SUMMARY
+    assert written["steps"] == 12
+    assert all(np.isfinite(written[k]) for k in ("loss", "images_per_sec", "knn_top1", "probe_top1_untrained"))
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["steps"] == 12 and config["encoder"]["name"] == "crate"
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+    for name in ("reconstruction_0000006.png", "reconstruction_0000012.png"):
+        pixels = np.asarray(Image.open(workdir / "pictures" / name))
+        assert pixels.std() > 10
+    assert "trained encoder" in result.stdout and "raw pixels" in result.stdout
+    assert written["pictures"] in result.stdout
+
+
+def test_running_again_changes_nothing(finished, run_cli, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    result = run_cli([QUICK, "--config.steps=12", f"--workdir={workdir}"])
+    assert result.returncode == 0, result.stderr[-2000:]
+    before, after = summary(finished[0]), summary(workdir)
+    for key in SUMMARY - {"pictures"}:
+        assert before[key] == after[key], key
+
+
+def test_killed_at_random_and_run_again_gives_the_same_bits(run_cli, cli_env, tmp_path):
+    """kill -9 at random moments, the same command until it is through: the uninterrupted run's weights."""
+    flags = [
+        "--config=configs/quickstart.py:debug,penalty=srip",
+        "--config.steps=60", "--config.checkpoint.every=3", "--config.log.every=4", "--config.optimizer.ema=0.9",
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    assert run_cli([*flags, f"--workdir={whole}"]).returncode == 0
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "crate_jax.main", *flags, f"--workdir={killed}"]
+    rng, kills, steps_at_kill = random.Random(0), 0, []
+    for _ in range(30):
+        process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        done = {p.name for p in (killed / "checkpoints").glob("[0-9]*")}
+        deadline = time.monotonic() + 240
+        # Kill only after some progress in this life, at a random moment of it.
+        while kills < 4 and process.poll() is None and time.monotonic() < deadline:
+            if {p.name for p in (killed / "checkpoints").glob("[0-9]*")} - done:
+                time.sleep(rng.uniform(0.0, 0.4))
+                if process.poll() is None:
+                    process.kill()
+                    kills += 1
+                    steps_at_kill.append(
+                        max(
+                            (int(n.name) for n in (killed / "checkpoints").glob("[0-9]*") if n.name.isdigit()),
+                            default=0,
+                        )
+                    )
+                break
+            time.sleep(0.02)
+        if process.wait(timeout=240) == 0:
+            break
+    assert kills >= 2, f"only {kills} kills hit a running process"
+    assert summary(killed)["params_sha256"] == summary(whole)["params_sha256"]
+    assert summary(killed)["loss"] == summary(whole)["loss"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path):
+    """Exit status 128 + signal, one line, the step saved; the run is long, so it cannot end by itself."""
+    workdir = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "crate_jax.main", QUICK, "--config.steps=100000", "--config.checkpoint.every=100000",
+        f"--workdir={workdir}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=subprocess.PIPE, text=True)
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, stderr[-2000:]
+    last = stderr.strip().splitlines()[-1]
+    assert "the same command continues it" in last and "Traceback" not in stderr
+    step = int(last.split("at step ")[1].split(",")[0])
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+
+
+def test_a_second_process_on_the_workdir_is_refused(run_cli, cli_env, tmp_path):
+    workdir = tmp_path / "run"
+    flags = [QUICK, "--config.steps=100000", "--config.checkpoint.every=100000", f"--workdir={workdir}"]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "crate_jax.main", *flags], cwd=ROOT, env=cli_env, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (workdir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert f"in use by process {first.pid}" in one_line_error(run_cli(flags))
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_changed_config_that_does_not_fit_is_named_key_by_key(finished, run_cli, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    line = one_line_error(run_cli([QUICK, "--config.steps=20", "--config.encoder.width=32", f"--workdir={workdir}"]))
+    assert "encoder.width: 64 -> 32" in line and "encoder/blocks" in line
+
+
+def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
+    """Another corruption may continue from it; another width may not."""
+    start = [f"--config.init_from={finished[0]}", "--config.corruption.name=rop", QUICK]
+    result = run_cli([*start, "--config.steps=2", f"--workdir={tmp_path / 'a'}"])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "encoder taken from step 12" in result.stderr
+    line = one_line_error(run_cli([*start, "--config.encoder.width=32", f"--workdir={tmp_path / 'b'}"]))
+    assert "encoder/blocks" in line and "init_from" in line
+    line = one_line_error(run_cli([QUICK, f"--config.init_from={tmp_path / 'none'}", f"--workdir={tmp_path / 'c'}"]))
+    assert "no such folder" in line
+
+
+def test_a_diverging_run_stops_with_the_step(run_cli, tmp_path):
+    flags = ["--config.optimizer.lr=1e30", "--config.optimizer.clip_norm=0", "--config.steps=50"]
+    line = one_line_error(run_cli([QUICK, *flags, "--config.log.every=5", f"--workdir={tmp_path}"]))
+    assert "the loss is" in line and "at step" in line and "last finite checkpoint" in line
+    step = int(line.split("at step ")[1].split(";")[0])
+    kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert kept and max(kept) < step
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, run_cli, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    newest = max((p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    largest.write_bytes(bytes(data))
+    result = run_cli([QUICK, "--config.steps=12", f"--workdir={workdir}"])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"checkpoint of step {newest.name}" in result.stderr
+    assert "continuing from step 10" in result.stderr
+    assert summary(workdir)["params_sha256"] == summary(finished[0])["params_sha256"]
+
+
+def make_folder(root: Path, count: int = 24) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, colour in (("red", 0), ("blue", 2)):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (20, 30, 3), np.uint8)
+                pixels[..., colour] += 120
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return root
+
+
+def test_a_folder_of_images_trains(run_cli, tmp_path):
+    """Folder with labels: k-NN separates red from blue; a file that is no image is named and counted."""
+    root = make_folder(tmp_path / "images")
+    (root / "train" / "red" / "broken.jpg").write_bytes(b"not a JPEG")
+    flags = ["--config=configs/cifar10.py:debug,corruption=rop,encoder=vit", f"--config.data.source=folder:{root}"]
+    result = run_cli([*flags, "--config.data.max_undecodable=0.2", "--config.steps=8", f"--workdir={tmp_path / 'run'}"])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "broken.jpg" in result.stderr
+    assert summary(tmp_path / "run")["knn_top1_pixels"] == 1.0
+
+
+def test_images_without_labels_train_without_an_evaluation(run_cli, tmp_path):
+    root = make_folder(tmp_path / "images", 8)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(root.rglob("*.jpg"))):
+        shutil.copy(path, flat / f"{i}.jpg")
+    flags = ["--config=configs/cifar10.py:debug", f"--config.data.source=folder:{flat}"]
+    result = run_cli([*flags, f"--workdir={tmp_path / 'run'}"])
+    assert result.returncode == 0, result.stderr[-2000:]
+    written = summary(tmp_path / "run")
+    assert written["probe_top1"] is None and written["pictures"]
+
+
+ERRORS = [
+    ([], "--config is missing"),
+    ([QUICK], "--workdir is missing"),
+    (["--config=configs/none.py", "--workdir={tmp}/w"], "configs/none.py"),
+    (["--config=configs/quickstart.py:colour=red", "--workdir={tmp}/w"], "unknown key 'colour'"),
+    ([QUICK, "--config.encoder.widht=3", "--workdir={tmp}/w"], "widht"),
+    ([QUICK, "--config.steps=many", "--workdir={tmp}/w"], "many"),
+    ([QUICK, "--wrokdir=x", "--workdir={tmp}/w"], "wrokdir"),
+    ([QUICK, "extra", "--workdir={tmp}/w"], "unexpected argument 'extra'"),
+    ([QUICK, "--config.job=sleep", "--workdir={tmp}/w"], "config.job='sleep'"),
+    ([QUICK, "--config.encoder.heads=5", "--workdir={tmp}/w"], "multiple of config.encoder.heads=5"),
+    ([QUICK, "--config.data.source=folder:{tmp}/nothing", "--workdir={tmp}/w"], "nothing"),
+    ([QUICK, "--config.data.source=folder:{tmp}/empty", "--workdir={tmp}/w"], "empty"),
+    ([QUICK, "--config.data.source=tfds:no_such_set", "--workdir={tmp}/w"], "no_such_set"),
+    ([QUICK, "--config.log.wandb=project", "--workdir={tmp}/w"], "wandb"),
+    ([QUICK, "--workdir={tmp}/file"], "file"),
+    ([QUICK, "--config.penalty.name=so", "--config.penalty.weight=1", "--config.penalty.include=('none',)",
+      "--workdir={tmp}/w"], "penalty.include"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "expected"), ERRORS, ids=[e for _, e in ERRORS])
+def test_mistakes_get_one_line(args, expected, run_cli, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("a file, not a folder")
+    line = one_line_error(run_cli([a.format(tmp=tmp_path) for a in args]))
+    assert expected in line

@@ -1,0 +1,132 @@
+"""Every file in configs/ loads, fits together and builds; bad values get one clear line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from crate_jax import autoencoder, config as configs, optimizer, pretrain
+from crate_jax.config import ConfigError
+
+NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
+ARGUMENTS = {
+    "quickstart": ["", "penalty=so", "penalty=srip"],
+    "crate_mae": ["", "variant=Ti", "variant=S", "variant=L", "penalty=srip"],
+    "vit_mae": ["", "variant=S", "variant=L", "penalty=so"],
+    "rop_vitb": ["", "variant=Ti", "variant=S", "encoder=crate", "variant=Ti,encoder=crate", "penalty=srip"],
+    "cifar10": [f"encoder={e},corruption={k}" for e in ("crate", "vit") for k in ("mask", "rop", "noise", "none")]
+    + ["penalty=so", "encoder=vit,penalty=srip"],
+}
+
+
+def load(name: str, arg: str = ""):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [(n, ",".join(filter(None, (a, d)))) for n in NAMES for a in ARGUMENTS[n] for d in ("", "debug")],
+)
+def test_config_builds(name, arg):
+    """Valid, no key outside the base config, and model, penalty and optimiser fit by their shapes."""
+    c = load(name, arg)
+    configs.validate(c)
+    assert configs.flatten(c).keys() == configs.flatten(configs.base()).keys()
+    json.loads(configs.to_json(c))
+    shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
+    optimizer.build(c, shapes, c.steps or 100_000, 100.0)
+    assert bool(pretrain.build(c).penalised) == (c.penalty.name != "none")
+
+
+def test_every_config_file_has_a_command_and_a_docstring():
+    for name in NAMES:
+        doc = importlib.import_module(f"configs.{name}").__doc__
+        assert f"--config=configs/{name}.py" in doc
+
+
+def test_rates_scale_with_the_batch_as_each_paper_does():
+    """MAE: 1.5e-4 x 4096 / 256. ROPIM: x 512 / 512. CRATE-MAE: 3e-5 as it stands."""
+    for name, peak in (("vit_mae", 2.4e-3), ("rop_vitb", 1.5e-4), ("crate_mae", 3e-5)):
+        c = load(name)
+        schedule = optimizer.schedule(c, 10_000, 100.0)
+        warmup = round(c.optimizer.warmup_epochs * 100)
+        assert float(schedule(warmup)) == pytest.approx(peak, rel=1e-5)
+
+
+BAD = [
+    ({"encoder.name": "resnet"}, r"config.encoder.name='resnet': must be one of crate, vit"),
+    ({"decoder.name": "unet"}, r"config.decoder.name='unet'"),
+    ({"corruption.name": "blur"}, r"must be one of mask, rop, noise, none"),
+    ({"penalty.name": "l2"}, r"must be one of none, so, srip"),
+    ({"optimizer.name": "sgd"}, r"must be one of adamw, lars, lion"),
+    ({"data.source": "imagenet"}, r"digits, folder:PATH, tfds:NAME, synthetic"),
+    ({"data.source": "folder:"}, r"config.data.source='folder:'"),
+    ({"data.image_size": (30, 32)}, r"image_size=\(30, 32\).*multiples of config.encoder.patch_size=4"),
+    ({"encoder.width": 50}, r"config.encoder.width=50: must be a multiple of config.encoder.heads=4"),
+    ({"corruption.mask_ratio": 1.0}, r"mask_ratio=1.0: must lie in \(0, 1\)"),
+    ({"corruption.mask_ratio": 0.999}, r"at least one must be kept"),
+    ({"corruption.rop_ratio": 0.0}, r"rop_ratio=0.0: must lie in \(0, 1\)"),
+    ({"corruption.mask_fill": "noise"}, r"must be one of token, zero, drop"),
+    ({"corruption.mask_fill": "drop"}, r"needs positions"),
+    ({"encoder.positions": "relative"}, r"only encoder.name='vit'"),
+    ({"encoder.drop_path": 0.1}, r"only encoder.name='vit'"),
+    ({"decoder.width": 64}, r"CRATE decoder has the encoder's width"),
+    ({"penalty.name": "so"}, r"needs a weight above 0"),
+    ({"batch_size": 0}, r"config.batch_size=0: must be greater than 0"),
+    ({"batch_size": 10, "accumulate": 3}, r"must be a multiple of config.accumulate=3"),
+    ({"steps": 5}, r"set exactly one of the two"),
+    ({"epochs": 0.0}, r"set exactly one of the two"),
+    ({"optimizer.lr": float("nan")}, r"must be a finite number"),
+    ({"optimizer.lr": -1.0}, r"must be greater than 0"),
+    ({"optimizer.warmup_steps": 5}, r"not both"),
+    ({"data.crop_scale": (0.9, 0.1)}, r"two increasing numbers"),
+    ({"data.std": (1.0, 0.0, 1.0)}, r"all positive"),
+    ({"data.max_undecodable": 2.0}, r"must lie in \[0, 1\]"),
+    ({"penalty.include": ("(",)}, r"not a regular expression"),
+    ({"log.every": 0}, r"must be greater than 0"),
+    ({"dtype": "float16"}, r"must be one of float32, bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD, ids=[str(v) for v, _ in BAD])
+def test_bad_values_are_named(values, message):
+    c = load("cifar10")
+    for key, value in values.items():
+        *section, leaf = key.split(".")
+        (c[section[0]] if section else c)[leaf] = value
+    with pytest.raises(ConfigError, match=message) as caught:
+        configs.validate(c)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("colour=red", "unknown key 'colour'; valid keys: corruption, debug, encoder, penalty"),
+        ("encoder=cnn", "encoder=cnn is not one of crate, vit"),
+        ("debug=maybe", "debug=maybe is not a boolean"),
+    ],
+)
+def test_bad_config_strings_are_named(arg, message):
+    with pytest.raises(ConfigError, match=message):
+        load("cifar10", arg)
+
+
+def test_parse_arg_casts_to_the_default():
+    parsed = configs.parse_arg("n=3,x=0.5,flag", n=1, x=1.0, flag=False, kind=("a", "b"))
+    assert parsed.to_dict() == {"n": 3, "x": 0.5, "flag": True, "kind": "a"}
+    with pytest.raises(ConfigError, match="n='many' is not a valid int"):
+        configs.parse_arg("n=many", n=1)
+
+
+def test_changed_keys_are_listed():
+    a, b = load("cifar10"), load("cifar10")
+    b.encoder.width, b.data.image_size = 64, (16, 16)
+    assert configs.changed_keys(json.loads(configs.to_json(a)), b.to_dict()) == [
+        "data.image_size: [32, 32] -> [16, 16]",
+        "encoder.width: 128 -> 64",
+    ]
