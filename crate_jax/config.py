@@ -211,7 +211,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-CHOICES = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "data.interpolation": ("bicubic", "bilinear"),
     "encoder.positions": ("sincos", "learned", "relative", "none"),
@@ -244,7 +244,7 @@ NOT_NEGATIVE = (
     "log.pictures log.pictures_every"
 ).split()
 # (key, lowest, highest, lowest allowed?, highest allowed?)
-RANGES = (
+RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("data.flip", 0, 1, True, True),
     ("data.randaugment_magnitude", 0, 30, True, True),
     ("data.eval_crop", 0, 1, False, True),
@@ -294,7 +294,7 @@ def _check_values(flat: Mapping[str, Any]) -> None:
         value = flat[key]
         if not (low <= value <= high) or (value == low and not low_ok) or (value == high and not high_ok):
             _fail(flat, key, f"must lie in {'[' if low_ok else '('}{low}, {high}{']' if high_ok else ')'}")
-    for key, low, high in (("data.crop_scale", 0, 1), ("data.crop_ratio", 0, float("inf"))):
+    for key, low, high in (("data.crop_scale", 0.0, 1.0), ("data.crop_ratio", 0.0, float("inf"))):
         pair = flat[key]
         if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
             _fail(flat, key, f"must be two increasing numbers in ({low}, {high}]")
@@ -317,7 +317,7 @@ def _check_tables(config: ConfigDict) -> None:
     from crate_jax.optimizer import OPTIMIZERS
     from crate_jax.orthogonality import PENALTIES
 
-    tables = dict(
+    tables: dict[str, Mapping[str, Any]] = dict(
         encoder=ENCODERS, decoder=DECODERS, corruption=CORRUPTIONS, penalty=PENALTIES, optimizer=OPTIMIZERS
     )
     for kind, table in tables.items():
@@ -335,14 +335,17 @@ def _check_sizes(config: ConfigDict) -> None:
     for side in size:
         if side % patch:
             raise ConfigError(
-                f"config.data.image_size={tuple(size)}: both sides must be multiples of config.encoder.patch_size={patch}"
+                f"config.data.image_size={tuple(size)}: both sides must be multiples of "
+                f"config.encoder.patch_size={patch}"
             )
     for part in ("encoder", "decoder"):
         width = config[part].width or config.encoder.width
         if part == "decoder" and config.decoder.name == "linear":
             continue
         if width % config[part].heads:
-            raise ConfigError(f"config.{part}.width={width}: must be a multiple of config.{part}.heads={config[part].heads}")
+            raise ConfigError(
+                f"config.{part}.width={width}: must be a multiple of config.{part}.heads={config[part].heads}"
+            )
         if width % 4 and (config.encoder.positions == "sincos" or part == "decoder"):
             raise ConfigError(f"config.{part}.width={width}: must be a multiple of 4 for sine-cosine positions")
     if config.batch_size % config.accumulate:
@@ -376,10 +379,14 @@ def _check_combinations(config: ConfigDict) -> None:
         )
     if dropped and decoder.name == "crate" and not decoder.positions:
         raise ConfigError(
-            "config.decoder.positions=False: with config.corruption.mask_fill='drop' a CRATE decoder needs positions to "
-            "tell the filled patches apart; set it to True"
+            "config.decoder.positions=False: with config.corruption.mask_fill='drop' a CRATE decoder needs positions "
+            "to tell the filled patches apart; set it to True"
         )
     if decoder.name == "crate" and decoder.width not in (0, encoder.width):
-        raise ConfigError(f"config.decoder.width={decoder.width}: a CRATE decoder has the encoder's width {encoder.width}")
+        raise ConfigError(
+            f"config.decoder.width={decoder.width}: a CRATE decoder has the encoder's width {encoder.width}"
+        )
     if config.penalty.name != "none" and not config.penalty.weight:
-        raise ConfigError(f"config.penalty.weight=0: config.penalty.name={config.penalty.name!r} needs a weight above 0")
+        raise ConfigError(
+            f"config.penalty.weight=0: config.penalty.name={config.penalty.name!r} needs a weight above 0"
+        )

@@ -79,11 +79,11 @@ class Noise(Corruption):
     noise_BNP: jax.Array
 
     def corrupt_pixels(self, patches_BNP: jax.Array) -> jax.Array:
-        """x + noise."""
+        """X + noise."""
         return patches_BNP + self.noise_BNP.astype(patches_BNP.dtype)
 
     def view(self, patches_BNP: jax.Array) -> jax.Array:
-        """x + noise."""
+        """X + noise."""
         return self.corrupt_pixels(patches_BNP)
 
 

@@ -135,7 +135,9 @@ def _transformer(config: ConfigDict) -> nn.Module:
 
 
 def _linear(config: ConfigDict) -> nn.Module:
-    return LinearDecoder(pixels=3 * config.encoder.patch_size**2, initializer=config.encoder.init, dtype=jnp.dtype(config.dtype))
+    return LinearDecoder(
+        pixels=3 * config.encoder.patch_size**2, initializer=config.encoder.init, dtype=jnp.dtype(config.dtype)
+    )
 
 
 def _shared(config: ConfigDict) -> dict:

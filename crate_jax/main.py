@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import app, flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from crate_jax import train
@@ -27,7 +26,7 @@ JOBS: dict[str, Callable[[ConfigDict, str], dict[str, Any]]] = {"pretrain": trai
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser, but a bad flag, config file or key is one line and status 2."""
+    """Absl's parser, but a bad flag, config file or key is one line and status 2."""
     try:
         rest = flags.FLAGS(list(argv))
         for name in ("config", "workdir"):
@@ -36,15 +35,31 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
-    except (UserError, flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, ImportError) as e:
+    except Exception as e:  # whatever a config file or an override raises is the user's to mend
         fail(e)
 
 
-def fail(error: BaseException) -> Any:
+def fail(error: BaseException) -> NoReturn:
     """Prints an error as one line and leaves with status 2."""
-    message = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line.
+
+    ml_collections wraps whatever a config file raises, traceback included, into a flag's error; the
+    error that the file raised is the one to show.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    message = str(cause or (error.args[0] if isinstance(error, KeyError) and error.args else error))
+    if isinstance(error, SyntaxError):
+        message = f"{error.filename}, line {error.lineno}: {message} (SyntaxError)"
+    if "Traceback (most recent call last)" in message:
+        message = message.split(":")[0] + ": " + message.strip().splitlines()[-1]
+    return " ".join(message.split())
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -61,13 +76,15 @@ def show(summary: dict[str, Any]) -> None:
 def main(argv: Sequence[str]) -> int:
     """Runs the config's job."""
     absl_logging.set_verbosity(absl_logging.INFO)
-    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    absl_logging.get_absl_handler().setFormatter(
+        logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    )
     config = _CONFIG.value
     try:
         if config.job not in JOBS:
             raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
         jax.devices()
-        show(JOBS[config.job](config, _WORKDIR.value))
+        show(JOBS[config.job](config, str(_WORKDIR.value)))
     except Interrupted as e:
         print(f"{e}; the same command continues it", file=sys.stderr)
         return e.exit_code

@@ -19,8 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, Progress as RichProgress, TextColumn
 
 from crate_jax.errors import ConfigError
 from crate_jax.pictures import save_png
@@ -308,7 +307,7 @@ def _redirected_handlers(original: Mapping[TextIO, str]):
     for handler in list(logging.getLogger().handlers):
         handler = getattr(handler, "python_handler", handler)  # absl's handler wraps the one that writes
         stream = getattr(handler, "stream", None)
-        if isinstance(handler, logging.StreamHandler) and stream in original:
+        if isinstance(handler, logging.StreamHandler) and stream is not None and stream in original:
             moved.append((handler, stream))
             handler.setStream(getattr(sys, original[stream]))
     try:

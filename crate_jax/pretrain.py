@@ -60,7 +60,7 @@ def denormalise(images: jax.Array, config: ConfigDict) -> jax.Array:
 
 def build(config: ConfigDict) -> Objective:
     """The pre-training objective of a validated config."""
-    model = autoencoder.build(config)
+    apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
     shapes = jax.eval_shape(lambda key: autoencoder.init_params(config, key), jax.random.key(0))
     penalty = orthogonality.build(config, shapes)
@@ -76,7 +76,7 @@ def build(config: ConfigDict) -> Objective:
         x_BNP = patches(images_uint8)
         draw_keys_B, path_keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
         corruption = sample(draw_keys_B)
-        predicted_BNP = model.apply({"params": params}, x_BNP, corruption, path_keys_B)
+        predicted_BNP = apply({"params": params}, x_BNP, corruption, path_keys_B)
         value = reconstruction.loss(predicted_BNP, reconstruction.target(x_BNP, config), corruption, config)
         return value, {"reconstruction": value}
 
@@ -85,12 +85,12 @@ def build(config: ConfigDict) -> Objective:
         return config.penalty.weight * value, (state, {"penalty": value} if penalty.names else {})
 
     def features(params: Params, images_uint8: jax.Array) -> jax.Array:
-        tokens = model.apply({"params": params}, patches(images_uint8), Identity(), method="encode")
+        tokens = apply({"params": params}, patches(images_uint8), Identity(), method="encode")
         pooled = tokens[:, 0] if config.evaluation.pool == "cls" else jnp.mean(tokens[:, 1:], axis=1)
         return pooled.astype(jnp.float32)
 
     def pictures(params: Params, images_uint8: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, ...]:
-        return reconstruct(config, model.apply, sample(keys_B), params, patches(images_uint8))
+        return reconstruct(config, apply, sample(keys_B), params, patches(images_uint8))
 
     return Objective(init, loss, weighted_penalty, penalty.names, features, COLUMNS, pictures)
 

@@ -27,8 +27,8 @@ def make_mesh(batch_size: int, accumulate: int, devices: Sequence[jax.Device] | 
     micro = batch_size // accumulate
     if micro % len(devices):
         raise ConfigError(
-            f"config.batch_size={batch_size}: a micro-batch of {micro} images (config.accumulate={accumulate}) cannot be "
-            f"split over {len(devices)} devices; use a multiple of {accumulate * len(devices)}"
+            f"config.batch_size={batch_size}: a micro-batch of {micro} images (config.accumulate={accumulate}) cannot "
+            f"be split over {len(devices)} devices; use a multiple of {accumulate * len(devices)}"
         )
     return Mesh(np.asarray(devices), (DATA,), axis_types=(AxisType.Auto,))
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +200,7 @@ class Run:
         """The newest checkpoint's state, or a fresh one; its step; what the checkpoint recorded."""
         place = sharding.replicated(self.mesh)
         init = jax.jit(lambda: init_state(self.config, self.objective, self.tx), out_shardings=place)
-        abstract = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), jax.eval_shape(init)
-        )
+        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), jax.eval_shape(init))
         restored = self.checkpoints.restore(abstract.params, abstract.rest(), self.config.to_dict())
         if restored is not None:
             log.info("continuing from step %d of %s", restored.step, self.checkpoints.folder)
@@ -237,7 +235,7 @@ class Run:
                     self._after(step, progress)
         return self._finish()
 
-    def _batches(self) -> Iterator[tuple[jax.Array, int]]:
+    def _batches(self) -> Generator[tuple[jax.Array, int], None, None]:
         """Images on the device, and how many of them replace files that could not be decoded."""
         pipeline = data.TrainPipeline(
             self.config, self.source, process_index=jax.process_index(), process_count=jax.process_count()
@@ -247,9 +245,12 @@ class Run:
             image = sharding.put_batch({"image": batch["image"]}, self.mesh)["image"]
             return image, int(batch["undecodable"])
 
-        with contextlib.closing(pipeline), contextlib.closing(
-            data.device_prefetch(pipeline.batches(self.start), put, self.config.data.prefetch)
-        ) as ready:
+        with (
+            contextlib.closing(pipeline),
+            contextlib.closing(
+                data.device_prefetch(pipeline.batches(self.start), put, self.config.data.prefetch)
+            ) as ready,
+        ):
             yield from ready
 
     def _after(self, step: int, progress: metrics.Progress) -> None:

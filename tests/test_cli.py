@@ -73,7 +73,7 @@ def test_running_again_changes_nothing(finished, run_cli, tmp_path):
 
 
 def test_killed_at_random_and_run_again_gives_the_same_bits(run_cli, cli_env, tmp_path):
-    """kill -9 at random moments, the same command until it is through: the uninterrupted run's weights."""
+    """Kill -9 at random moments, the same command until it is through: the uninterrupted run's weights."""
     flags = [
         "--config=configs/quickstart.py:debug,penalty=srip",
         "--config.steps=60", "--config.checkpoint.every=3", "--config.log.every=4", "--config.optimizer.ema=0.9",
@@ -151,12 +151,12 @@ def test_a_second_process_on_the_workdir_is_refused(run_cli, cli_env, tmp_path):
 def test_a_changed_config_that_does_not_fit_is_named_key_by_key(finished, run_cli, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     line = one_line_error(run_cli([QUICK, "--config.steps=20", "--config.encoder.width=32", f"--workdir={workdir}"]))
-    assert "encoder.width: 64 -> 32" in line and "encoder/blocks" in line
+    assert "encoder.width" in line and "checkpoint (2, 64, 64), config (2, 32, 32)" in line
 
 
 def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
     """Another corruption may continue from it; another width may not."""
-    start = [f"--config.init_from={finished[0]}", "--config.corruption.name=rop", QUICK]
+    start = [QUICK, f"--config.init_from={finished[0]}", "--config.corruption.name=rop"]
     result = run_cli([*start, "--config.steps=2", f"--workdir={tmp_path / 'a'}"])
     assert result.returncode == 0, result.stderr[-2000:]
     assert "encoder taken from step 12" in result.stderr
@@ -231,6 +231,8 @@ ERRORS = [
     ([QUICK], "--workdir is missing"),
     (["--config=configs/none.py", "--workdir={tmp}/w"], "configs/none.py"),
     (["--config=configs/quickstart.py:colour=red", "--workdir={tmp}/w"], "unknown key 'colour'"),
+    (["--config={tmp}/broken.py", "--workdir={tmp}/w"], "SyntaxError"),
+    (["--config.steps=3", QUICK, "--workdir={tmp}/w"], "before a value for --config"),
     ([QUICK, "--config.encoder.widht=3", "--workdir={tmp}/w"], "widht"),
     ([QUICK, "--config.steps=many", "--workdir={tmp}/w"], "many"),
     ([QUICK, "--wrokdir=x", "--workdir={tmp}/w"], "wrokdir"),
@@ -251,5 +253,6 @@ ERRORS = [
 def test_mistakes_get_one_line(args, expected, run_cli, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("a file, not a folder")
+    (tmp_path / "broken.py").write_text("def get_config(:")
     line = one_line_error(run_cli([a.format(tmp=tmp_path) for a in args]))
     assert expected in line

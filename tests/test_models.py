@@ -85,7 +85,9 @@ def test_every_combination_trains(encoder, corruption, decoder):
     assert not silent
 
 
-@pytest.mark.parametrize(("encoder", "corruption", "decoder"), [("crate", "mask-token", "crate"), ("vit", "rop", "linear")])
+@pytest.mark.parametrize(
+    ("encoder", "corruption", "decoder"), [("crate", "mask-token", "crate"), ("vit", "rop", "linear")]
+)
 def test_jit_changes_nothing(encoder, corruption, decoder):
     c = small(encoder, corruption, decoder)
     params = autoencoder.init_params(c, jax.random.key(0))
@@ -105,7 +107,12 @@ def test_dropping_with_a_linear_decoder_is_refused():
 def test_options_of_encoders(encoder):
     """Learned positions, over-complete dictionary, tied output, relative bias, drop path: all train."""
     options = {
-        "crate": [{"positions": "learned"}, {"dictionary": "overcomplete"}, {"tied_output": True}, {"positions": "none"}],
+        "crate": [
+            {"positions": "learned"},
+            {"dictionary": "overcomplete"},
+            {"tied_output": True},
+            {"positions": "none"},
+        ],
         "vit": [
             {"positions": "relative", "qkv_bias": "qv", "layer_scale": 0.1, "drop_path": 0.5, "init": "trunc_normal"},
             {"positions": "learned", "qkv_bias": "none"},

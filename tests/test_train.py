@@ -72,9 +72,7 @@ def test_accumulated_gradients_equal_the_big_batch(encoder, corruption, penalty)
     micro, state_micro, _ = steps(c, 2)
     for a, b in zip(whole, micro, strict=True):
         chex.assert_trees_all_close(a, b, rtol=2e-5, atol=1e-6)
-    chex.assert_trees_all_close(
-        jax.device_get(state_whole.params), jax.device_get(state_micro.params), atol=2e-5
-    )
+    chex.assert_trees_all_close(jax.device_get(state_whole.params), jax.device_get(state_micro.params), atol=2e-5)
 
 
 def test_later_steps_do_not_compile_again():

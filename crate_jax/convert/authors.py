@@ -183,9 +183,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def import_state_dict(
-    family: str, state: Mapping[str, Array], grid: tuple[int, int], check_fixed: bool = True
-) -> dict:
+def import_state_dict(family: str, state: Mapping[str, Array], grid: tuple[int, int], check_fixed: bool = True) -> dict:
     """Turns a state dict into our nested parameter tree.
 
     Args:

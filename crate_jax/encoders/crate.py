@@ -158,6 +158,14 @@ class CrateEncoder(nn.Module):
             self.width, self.grid, self.positions, self.fill, self.dtype, INITIALIZERS["xavier"], name="embedding"
         )(patches_BNP, corruption)
         x = scan_blocks(
-            CrateBlock, self.depth, self.remat, self.heads, self.eta, self.lam, self.expansion, self.tied_output, self.dtype
+            CrateBlock,
+            self.depth,
+            self.remat,
+            self.heads,
+            self.eta,
+            self.lam,
+            self.expansion,
+            self.tied_output,
+            self.dtype,
         )(x, None)[0]
         return Norm(name="norm")(x)

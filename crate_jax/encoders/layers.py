@@ -26,9 +26,7 @@ def layer_norm(x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
     return (centred * jax.lax.rsqrt(variance + eps) * scale_D + bias_D).astype(x_BND.dtype)
 
 
-def attention(
-    q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None
-) -> jax.Array:
+def attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:
     """softmax(q k^T / sqrt(K) + bias) v, (B, N, H, K); softmax in float32."""
     # Heads before tokens: as plain batched products both einsums run two to six times faster on a
     # CPU than with the heads left inside, and no slower elsewhere (the layout is XLA's to choose).

@@ -113,7 +113,13 @@ class ViTEncoder(nn.Module):
     def __call__(self, patches_BNP: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None) -> jax.Array:
         """(B, N, P) patches -> (B, 1 + M, D) tokens, class token first; drop path only with `keys_B`."""
         x = Embedding(
-            self.width, self.grid, self.positions, self.fill, self.dtype, INITIALIZERS[self.initializer], name="embedding"
+            self.width,
+            self.grid,
+            self.positions,
+            self.fill,
+            self.dtype,
+            INITIALIZERS[self.initializer],
+            name="embedding",
         )(patches_BNP, corruption)
         bias_BHNN = None
         if self.positions == "relative":  # one table for all layers, as ROPIM pre-trains

@@ -30,18 +30,18 @@ class FrozenEvaluation:
       mesh: the devices that encode.
     """
 
-    def __init__(
-        self, config: ConfigDict, features: Callable[..., jax.Array], train: data.Source, mesh: Mesh
-    ) -> None:
+    def __init__(self, config: ConfigDict, features: Callable[..., jax.Array], train: data.Source, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
         self._features = jax.jit(features)
         test = data.open_split(config, "eval")
         self._shown = train if test is None else test
         self._splits: tuple[data.Source, data.Source] | None = None
+        self._classes = 0
         if train.labels is None or test is None or test.labels is None:
             log.info("no k-NN and no probe: they need labels and an evaluation split (config.data.eval_split)")
         else:
             self._splits = (train, test)
+            self._classes = int(max(train.labels.max(), test.labels.max())) + 1
 
     def _sample(self, source: data.Source, limit: int) -> np.ndarray:
         """A seeded choice of images: folders come sorted by class, their head would be one class."""
@@ -62,8 +62,8 @@ class FrozenEvaluation:
     def _score(self, apply: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
         if self._splits is None:
             return {}
-        classes = int(max(source.labels.max() for source in self._splits)) + 1
-        return evaluate(*self._encode(apply), classes, self._config.evaluation)
+        train_x, train_y, test_x, test_y = self._encode(apply)
+        return evaluate(train_x, train_y, test_x, test_y, self._classes, self._config.evaluation)
 
     def scores(self, params: dict) -> dict[str, float]:
         """``{"knn_top1": .., "probe_top1": ..}`` of an encoder, shares in 0..1; {} without labels."""

@@ -78,8 +78,8 @@ def fit(
         jnp.int32(max_iterations),
         num_classes=num_classes,
     )
-    *arrays, iterations, converged, gradient = jax.device_get(fitted)
-    probe = LinearProbe(*arrays, int(iterations), bool(converged))
+    weights, bias, mean, std, iterations, converged, gradient = jax.device_get(fitted)
+    probe = LinearProbe(weights, bias, mean, std, int(iterations), bool(converged))
     if not probe.converged:
         logging.getLogger(__name__).warning(
             "linear probe: stopped after %d iterations with a gradient of %.1e, above %.1e",
