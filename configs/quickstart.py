@@ -13,7 +13,7 @@ def get_config(arg: str | None = None):
     """Returns the config; `arg` may hold ``penalty=so|srip`` and ``debug``."""
     arg = parse_arg(arg, penalty=("none", "so", "srip"), debug=False)
     c = base()
-    c.steps = 2000
+    c.steps = 1200
     c.batch_size = 128
 
     c.data.source = "digits"
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None):
     c.penalty.weight = {"none": 0.0, "so": 1e-6, "srip": 1e-4}[arg.penalty]
 
     c.optimizer.lr, c.optimizer.lr_batch = 1e-3, 0
-    c.optimizer.warmup_steps = 200
+    c.optimizer.warmup_steps = 100
     c.optimizer.clip_norm = 1.0
 
     c.evaluation.pool = "mean"

@@ -96,8 +96,8 @@ def check_labelled(name: str, features: np.ndarray, labels: np.ndarray, num_clas
     """
     if features.ndim != 2 or labels.shape != (len(features),) or not features.size:
         raise DataError(
-            f"evaluation: {name} features {list(features.shape)} and labels {list(labels.shape)} must be [n, D] and [n], n "
-            "and D at least 1"
+            f"evaluation: {name} features {list(features.shape)} and labels {list(labels.shape)} must be [n, D] and "
+            "[n], n and D at least 1"
         )
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(
