@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from crate_jax.convert import import_state_dict
 from crate_jax.corruption import Identity, Masking, Projection
 from crate_jax.decoder import CrateDecoderBlock
 from crate_jax.encoders.crate import MSSA, CrateBlock, ista
+from crate_jax.encoders.layers import BLOCK_EPS, attention_weights, layer_norm
 from crate_jax.parameters import names
 from crate_jax.patches import grid_shape, patchify, unpatchify
 
@@ -104,9 +106,22 @@ def masked_autoencoder(file: File, c: ConfigDict, family: str, drop: bool) -> tu
         ours["loss_normpix"] = reconstruction.loss(ours["pred"], target, corruption, c)
     if "out/features_unmasked" in file:
         ours["features_unmasked"] = model.apply({"params": params}, patches, Identity(), method="encode")
+    if "out/attention_block1" in file:
+        ours["attention_block1"] = second_block_attention(model, params, patches, c.encoder.heads)
     outputs = {k: output_error(v, file[f"out/{k}"]) for k, v in ours.items()}
     theirs = import_state_dict(family, strip(file, "grad/"), grid, check_fixed=False)
     return outputs, gradient_errors(grads, theirs)
+
+
+def second_block_attention(model: Any, params: dict, patches: jax.Array, heads: int) -> jax.Array:
+    """Attention of CRATE's second block on uncorrupted patches, from the first block's named output."""
+    points = model.apply({"params": params}, patches, Identity(), method="encode", mutable=["intermediates"])[1]
+    tokens_BND = points["intermediates"]["encoder"]["blocks"]["after_ista"][0][0]
+    block = jax.tree.map(lambda x: x[1], params["encoder"]["blocks"])
+    normed = layer_norm(tokens_BND, block["mssa_norm"]["scale"], block["mssa_norm"]["bias"], BLOCK_EPS)
+    w_BND = normed @ block["mssa"]["subspaces"]["kernel"]
+    w_BHNK = w_BND.reshape(*w_BND.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+    return attention_weights(w_BHNK, w_BHNK)
 
 
 def crate_mae(file: File) -> tuple[Errors, Errors]:
