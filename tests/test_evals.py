@@ -1,0 +1,108 @@
+"""k-NN and linear probe against scikit-learn; features in batches and over devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from crate_jax import config as configs, data, sharding
+from crate_jax.errors import DataError, NonFiniteError
+from crate_jax.evals.features import extract
+from crate_jax.evals.frozen import FrozenEvaluation
+from crate_jax.evals.knn import knn_predict, knn_top1
+from crate_jax.evals.probe import fit, probe_top1
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x[order].astype(np.float32), y[order].astype(np.int32)
+    return x[:1300], y[:1300], x[1300:], y[1300:]
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (50, 1.0)])
+def test_knn_equals_scikit_learn(digits, k, temperature):
+    train_x, train_y, test_x, test_y = digits
+    reference = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature)
+    ).fit(train_x, train_y)
+    ours = knn_predict(train_x, train_y, test_x, 10, k, temperature)
+    assert np.mean(ours == reference.predict(test_x)) > 0.995  # the rest: ties within rounding
+    assert knn_top1(*digits, 10, k, temperature) == pytest.approx(reference.score(test_x, test_y), abs=0.005)
+
+
+def test_knn_chunks_change_nothing_and_k_is_clamped(digits):
+    train_x, train_y, test_x, _ = digits
+    whole = knn_predict(train_x, train_y, test_x, 10, 20, 0.07, chunk=1000)
+    np.testing.assert_array_equal(whole, knn_predict(train_x, train_y, test_x, 10, 20, 0.07, chunk=7))
+    few = knn_predict(train_x[:5], train_y[:5], test_x, 10, 20, 0.07)
+    np.testing.assert_array_equal(few, knn_predict(train_x[:5], train_y[:5], test_x, 10, 5, 0.07))
+
+
+@pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
+def test_probe_equals_scikit_learn(digits, c):
+    """The same objective on the same standardised features: accuracy and probabilities agree."""
+    train_x, train_y, test_x, test_y = digits
+    probe = fit(train_x, train_y, 10, c)
+    assert probe.converged
+    scaled = (train_x - probe.mean) / probe.std
+    reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(scaled, train_y)
+    accuracy = reference.score((test_x - probe.mean) / probe.std, test_y)
+    assert probe_top1(*digits, 10, c) == pytest.approx(accuracy, abs=0.005)
+    centred = probe.weights - probe.weights.mean(1, keepdims=True)  # softmax ignores a common shift
+    expected = reference.coef_.T - reference.coef_.T.mean(1, keepdims=True)
+    # A weak penalty leaves the objective flat: float32 stops a little away from float64's optimum.
+    np.testing.assert_allclose(centred, expected, atol=0.04 * np.abs(expected).max())
+
+
+def test_probe_survives_constant_features(digits):
+    train_x, train_y, test_x, test_y = digits
+    dead = [np.concatenate([x, np.full((len(x), 3), 5.0, np.float32)], 1) for x in (train_x, test_x)]
+    assert probe_top1(dead[0], train_y, dead[1], test_y, 10, 1.0) == pytest.approx(probe_top1(*digits, 10, 1.0))
+
+
+def test_bad_labels_and_features_are_named(digits):
+    train_x, train_y, test_x, test_y = digits
+    with pytest.raises(DataError, match="integers in 0..4"):
+        knn_top1(*digits, 5, 20, 0.07)
+    broken = train_x.copy()
+    broken[3, 2] = np.nan
+    with pytest.raises(NonFiniteError, match="1 of 1300"):
+        probe_top1(broken, train_y, test_x, test_y, 10, 1.0)
+
+
+def test_features_keep_their_order_in_any_batch_and_on_any_devices():
+    images = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 3), np.uint8)
+    expected = images.reshape(37, -1).astype(np.float32)[:, :5]
+    apply = jax.jit(lambda x: x.reshape(len(x), -1)[:, :5].astype(jnp.float32))
+    np.testing.assert_array_equal(extract(apply, images, 10), expected)
+    np.testing.assert_array_equal(extract(apply, images, 64), expected)
+    spread = extract(apply, images, 10, sharding.split(sharding.make_mesh(16, 1)))
+    np.testing.assert_array_equal(spread, expected)
+    assert apply._cache_size() == 3  # one shape per call: the last batch is filled up
+
+
+def test_frozen_evaluation_scores_an_encoder_and_pixels():
+    """An encoder that returns pixels scores as pixels do; the sample is fixed by the seed."""
+    c = configs.base()
+    c.data.source, c.data.image_size, c.data.eval_crop = "digits", (8, 8), 1.0
+    c.encoder.patch_size, c.evaluation.train_images, c.evaluation.test_images = 2, 600, 200
+    train = data.open_split(c, "train")
+
+    def pixels(params, x):
+        return x.reshape(len(x), -1).astype(jnp.float32) * params["scale"]
+
+    evaluation = FrozenEvaluation(c, pixels, train, sharding.make_mesh(16, 1))
+    scores = evaluation.scores({"scale": jnp.float32(2.0)})
+    assert scores == evaluation.scores({"scale": jnp.float32(2.0)})
+    baseline = evaluation.pixel_scores()
+    assert scores["knn_top1"] == pytest.approx(baseline["knn_top1"], abs=0.01)
+    assert 0.85 < scores["probe_top1"] <= 1.0
+    assert evaluation.scores({"scale": jnp.float32(0.0)})["probe_top1"] < 0.3
+    assert evaluation.pictures(3).shape == (3, 8, 8, 3)
