@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
                     "setting": setting,
                     "workers": workers,
                     "threads": threads,
-                    "images_per_second": round(statistics.median(rates)),
+                    "images_per_sec": round(statistics.median(rates)),
                     "range": [round(min(rates)), round(max(rates))],
                     "batch_size": args.batch_size,
                     "cpus": os.cpu_count(),

@@ -2,8 +2,9 @@
 
     python -m crate_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-A CRATE-MAE (arXiv 2404.02446) of four layers reconstructs 8 x 8 digits from a quarter of their
-2 x 2 patches.
+A CRATE-MAE (arXiv 2404.02446) of four layers reconstructs 8 x 8 digits from half of their 2 x 2
+patches. Measured (seed 0, one CPU): k-NN 85.8 %, probe 91.1 %; untrained 60.3 % and 72.8 %; raw
+pixels, which are hard to beat on digits this small, 98.3 % and 97.5 %.
 """
 
 from crate_jax.config import base, parse_arg
@@ -19,18 +20,19 @@ def get_config(arg: str | None = None):
     c.data.source = "digits"
     c.data.image_size = (8, 8)
     c.data.mean, c.data.std = (0.3, 0.3, 0.3), (0.37, 0.37, 0.37)
-    c.data.crop_scale = (0.6, 1.0)
+    c.data.crop_scale = (0.9, 1.0)
     c.data.flip = 0.0  # a mirrored digit is another sign
     c.data.eval_crop = 1.0
 
     c.encoder.patch_size, c.encoder.width, c.encoder.depth, c.encoder.heads = 2, 64, 4, 4
     c.encoder.lam = 0.1
+    c.corruption.mask_ratio = 0.5  # of 16 patches, a quarter would leave four
     c.decoder.depth, c.decoder.heads = 4, 4
 
     c.penalty.name = arg.penalty
     c.penalty.weight = {"none": 0.0, "so": 1e-6, "srip": 1e-4}[arg.penalty]
 
-    c.optimizer.lr, c.optimizer.lr_batch = 1e-3, 0
+    c.optimizer.lr, c.optimizer.lr_batch = 2e-3, 0
     c.optimizer.warmup_steps = 100
     c.optimizer.clip_norm = 1.0
 
