@@ -8,7 +8,7 @@ folder of labelled 32 px images will do. Measured numbers and curves: docs/resul
 these runs; widths, depths and epochs were chosen so that a run takes about 35 minutes on one CPU core.
 """
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
 
 def get_config(arg: str | None = None):
@@ -44,8 +44,7 @@ def get_config(arg: str | None = None):
         c.decoder.name = "linear"
     c.loss.norm = "l1" if arg.corruption == "rop" else "l2"
 
-    c.penalty.name = arg.penalty
-    c.penalty.weight = {"none": 0.0, "so": 1e-6, "srip": 1e-4}[arg.penalty]
+    c.penalty.name, c.penalty.weight = arg.penalty, PENALTY_WEIGHTS[arg.penalty]
 
     c.optimizer.lr, c.optimizer.lr_batch = 1e-3, 0
     c.optimizer.warmup_epochs = 1.0

@@ -22,7 +22,7 @@ the reader to. 3e-5 is taken as the final learning rate, as the text has it; wer
 per 256 images, the peak would be 4.8e-4 (--config.optimizer.lr_batch=256).
 """
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
 VARIANTS = {  # width, depth, heads
     "Ti": (384, 12, 6),
@@ -53,9 +53,7 @@ def get_config(arg: str | None = None):
     c.corruption.name, c.corruption.mask_ratio, c.corruption.mask_fill = "mask", 0.75, "token"
     c.loss.norm, c.loss.target = "l2", "pixel"
 
-    # Weights as searched in arXiv 2411.00392, which has no masked autoencoder: a starting point.
-    c.penalty.name = arg.penalty
-    c.penalty.weight = {"none": 0.0, "so": 1e-6, "srip": 1e-4}[arg.penalty]
+    c.penalty.name, c.penalty.weight = arg.penalty, PENALTY_WEIGHTS[arg.penalty]
 
     c.optimizer.lr, c.optimizer.lr_batch = 3e-5, 0
     c.optimizer.weight_decay = 0.1

@@ -7,7 +7,7 @@ patches. Measured (seed 0, one CPU): k-NN 85.8 %, probe 91.1 %; untrained 60.3 %
 pixels, which are hard to beat on digits this small, 98.3 % and 97.5 %.
 """
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
 
 def get_config(arg: str | None = None):
@@ -29,8 +29,7 @@ def get_config(arg: str | None = None):
     c.corruption.mask_ratio = 0.5  # of 16 patches, a quarter would leave four
     c.decoder.depth, c.decoder.heads = 4, 4
 
-    c.penalty.name = arg.penalty
-    c.penalty.weight = {"none": 0.0, "so": 1e-6, "srip": 1e-4}[arg.penalty]
+    c.penalty.name, c.penalty.weight = arg.penalty, PENALTY_WEIGHTS[arg.penalty]
 
     c.optimizer.lr, c.optimizer.lr_batch = 2e-3, 0
     c.optimizer.warmup_steps = 100

@@ -21,7 +21,7 @@ and balances the signs: --config.corruption.paper_scale=0.14 --config.corruption
 has fixed sine-cosine positions, CRATE having no relative bias.
 """
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
 VARIANTS = {  # vit: width, heads; crate: width, heads; epochs; learning rate
     "B": (768, 12, 768, 12, 300.0, 1.5e-4),
@@ -57,9 +57,7 @@ def get_config(arg: str | None = None):
     c.corruption.name, c.corruption.rop_ratio = "rop", 1 / 7
     c.loss.norm, c.loss.target = "l1", "pixel"
 
-    # Weights as searched in arXiv 2411.00392, which has no projection: a starting point.
-    c.penalty.name = arg.penalty
-    c.penalty.weight = {"none": 0.0, "so": 1e-6, "srip": 1e-4}[arg.penalty]
+    c.penalty.name, c.penalty.weight = arg.penalty, PENALTY_WEIGHTS[arg.penalty]
 
     c.optimizer.lr, c.optimizer.lr_batch = lr, 512
     c.optimizer.warmup_epochs, c.optimizer.warmup_lr, c.optimizer.min_lr = 5.0, 5e-7, 5e-6

@@ -14,7 +14,7 @@ learning rate 1.5e-4 per 256 images, AdamW with betas (0.9, 0.95), weight decay 
 (0.2, 1), 75 % of the patches dropped, decoder 8 x 512, pixels normalised per patch.
 """
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
 VARIANTS = {  # width, depth, heads
     "S": (384, 12, 6),
@@ -41,9 +41,7 @@ def get_config(arg: str | None = None):
     c.corruption.name, c.corruption.mask_ratio, c.corruption.mask_fill = "mask", 0.75, "drop"
     c.loss.norm, c.loss.target = "l2", "patch_normalised"
 
-    # Weights as searched in arXiv 2411.00392, which has no masked autoencoder: a starting point.
-    c.penalty.name = arg.penalty
-    c.penalty.weight = {"none": 0.0, "so": 1e-6, "srip": 1e-4}[arg.penalty]
+    c.penalty.name, c.penalty.weight = arg.penalty, PENALTY_WEIGHTS[arg.penalty]
 
     c.optimizer.lr, c.optimizer.lr_batch = 1.5e-4, 256
     c.optimizer.weight_decay = 0.05

@@ -19,6 +19,9 @@ from crate_jax.errors import ConfigError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Middle of what arXiv 2411.00392 searched for joint-embedding methods. It has no reconstruction: a starting point.
+PENALTY_WEIGHTS = {"none": 0.0, "so": 1e-6, "srip": 1e-4}
+
 
 def base() -> ConfigDict:
     """Returns the full default configuration, locked against unknown keys."""
