@@ -64,9 +64,8 @@ install: $(VENV)/.installed ## create the environment from the lock file
 
 install-test: $(VENV)/.installed-test ## the same plus the extra named test
 
-quickstart: $(VENV)/.installed ## pre-train on scikit-learn's digits; prints k-NN and probe accuracy
+quickstart: $(VENV)/.installed ## pre-train on scikit-learn's digits; prints k-NN and probe accuracy and where the pictures are
 	@$(BIN)/python -m crate_jax.main --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
-	@echo "Pictures: runs/quickstart/pictures"
 
 test: $(VENV)/.installed-test ## the quick tests
 	@$(PYTEST) -m 'not slow' $(ARGS)

@@ -11,13 +11,15 @@ A dictionary atoms, L layers.
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from crate_jax.corruption import Corruption
 from crate_jax.encoders.embedding import Embedding
-from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, attention, dense, scan_blocks
+from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, dense, scan_blocks
 
 # torch's kaiming_uniform_(a=0) on an (out x in) matrix.
 DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
@@ -37,20 +39,97 @@ def mssa(x_BND: jax.Array, subspaces_DE: jax.Array, heads: int) -> jax.Array:
     Returns:
       (B, N, E): for each head, the tokens' coordinates in its subspace, averaged by attention.
     """
-    B, N, _ = x_BND.shape
-    w_BNHK = (x_BND @ subspaces_DE.astype(x_BND.dtype)).reshape(B, N, heads, -1)
-    return attention(w_BNHK, w_BNHK, w_BNHK).reshape(B, N, -1)
+    return attend(x_BND @ subspaces_DE.astype(x_BND.dtype), heads)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def attend(w_BNE: jax.Array, heads: int) -> jax.Array:
+    """softmax(w w^T / sqrt(K)) w per head, (B, N, E) -> (B, N, E); softmax in float32.
+
+    The backward pass computes the N x N weights again instead of keeping them, and uses that one
+    tensor is query, key and value: it saves w and two numbers per token and head.
+    """
+    return _attend_forward(w_BNE, heads)[0]
+
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _attend_forward(w_BNE: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    w_BHNK = _heads_first(w_BNE, heads)
+    logits_BHNN = _einsum("bhnk,bhmk->bhnm", w_BHNK * w_BHNK.shape[-1] ** -0.5, w_BHNK)
+    peak_BHN1 = jnp.max(logits_BHNN, axis=-1, keepdims=True)
+    weights_BHNN = jnp.exp(logits_BHNN - peak_BHN1)
+    total_BHN1 = jnp.sum(weights_BHNN, axis=-1, keepdims=True)
+    # The sum divides the N x K result, not the N x N weights.
+    y_BHNK = _einsum("bhnm,bhmk->bhnk", weights_BHNN.astype(w_BNE.dtype), w_BHNK) / total_BHN1
+    # Two numbers and not their log-sum: exp(logit - logsum) loses digits where logits are large.
+    return _heads_last(y_BHNK.astype(w_BNE.dtype)), (w_BNE, peak_BHN1, total_BHN1)
+
+
+def _attend_backward(heads: int, saved: tuple[jax.Array, ...], g_BNE: jax.Array) -> tuple[jax.Array]:
+    w_BNE, peak_BHN1, total_BHN1 = saved
+    w_BHNK, g_BHNK = _heads_first(w_BNE, heads), _heads_first(g_BNE, heads)
+    scaled_BHNK = w_BHNK * w_BHNK.shape[-1] ** -0.5
+    a_BHNN = jnp.exp(_einsum("bhnk,bhmk->bhnm", scaled_BHNK, w_BHNK) - peak_BHN1) / total_BHN1
+    da_BHNN = _einsum("bhnk,bhmk->bhnm", g_BHNK, w_BHNK)
+    # Not g . y, which is equal but rounds differently and leaves noise where the softmax saturates.
+    dlogits_BHNN = (a_BHNN * (da_BHNN - jnp.sum(a_BHNN * da_BHNN, axis=-1, keepdims=True))).astype(w_BNE.dtype)
+    dw_BHNK = (
+        _einsum("bhnm,bhnk->bhmk", a_BHNN.astype(w_BNE.dtype), g_BHNK)  # as value
+        + _einsum("bhnm,bhnk->bhmk", dlogits_BHNN, scaled_BHNK)  # as key
+        + _einsum("bhnm,bhmk->bhnk", dlogits_BHNN, scaled_BHNK)  # as query
+    )
+    return (_heads_last(dw_BHNK.astype(w_BNE.dtype)),)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _heads_first(x_BNE: jax.Array, heads: int) -> jax.Array:
+    B, N, E = x_BNE.shape
+    return x_BNE.reshape(B, N, heads, E // heads).transpose(0, 2, 1, 3)
+
+
+def _heads_last(x_BHNK: jax.Array) -> jax.Array:
+    B, H, N, K = x_BHNK.shape
+    return x_BHNK.transpose(0, 2, 1, 3).reshape(B, N, H * K)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def ista(x_BND: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float) -> jax.Array:
     """One proximal-gradient step on 0.5 |x - D z|^2 + lam |z|_1, z >= 0, from z = x (eq. 2.9).
 
-    ReLU(x + eta D^T (x - D x) - eta lam), two products where the released code takes three.
-    `dictionary_DD` is D^T, so that ``x @ dictionary_DD`` is D x for row vectors.
+    ReLU(x + eta D^T (x - D x) - eta lam), two products where the released code takes three; six
+    instead of nine with the backward pass. `dictionary_DD` is D^T: ``x @ dictionary_DD`` is D x.
     """
-    kernel = dictionary_DD.astype(x_BND.dtype)
-    residual = x_BND - x_BND @ kernel
-    return jax.nn.relu(x_BND + eta * (residual @ kernel.T) - eta * lam)
+    return _ista_forward(x_BND, dictionary_DD, eta, lam)[0]
+
+
+def _ista_forward(
+    x_BND: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    kernel_DD = dictionary_DD.astype(x_BND.dtype)
+    residual_BND = x_BND - x_BND @ kernel_DD
+    y_BND = jax.nn.relu(x_BND + eta * (residual_BND @ kernel_DD.T) - eta * lam)
+    return y_BND, (x_BND, residual_BND, dictionary_DD, y_BND > 0)
+
+
+def _ista_backward(
+    eta: float, lam: float, saved: tuple[jax.Array, ...], g_BND: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_BND, residual_BND, dictionary_DD, active_BND = saved
+    kernel_DD = dictionary_DD.astype(x_BND.dtype)
+    g_BND = jnp.where(active_BND, g_BND, jnp.zeros((), g_BND.dtype))
+    step_BND = eta * g_BND
+    dresidual_BND = step_BND @ kernel_DD
+    rows = tuple(range(x_BND.ndim - 1))
+    over_tokens = functools.partial(jnp.tensordot, axes=(rows, rows), preferred_element_type=jnp.float32)
+    ddictionary_DD = over_tokens(step_BND, residual_BND) - over_tokens(x_BND, dresidual_BND)
+    return g_BND + dresidual_BND - dresidual_BND @ kernel_DD.T, ddictionary_DD.astype(dictionary_DD.dtype)
+
+
+ista.defvjp(_ista_forward, _ista_backward)
 
 
 def ista_overcomplete(
