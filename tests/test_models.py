@@ -151,8 +151,9 @@ def test_remat_changes_nothing_but_memory(encoder):
     chex.assert_trees_all_equal(params, again)  # same names, same values
     rematted = jax.jit(jax.grad(loss_of(c)))
     chex.assert_trees_all_close(rematted(params, patches(c)), grads, atol=1e-6)
-    # The blocks' forward pass is done again in the backward one.
-    assert rematted.lower(params, patches(c)).compile().cost_analysis()["flops"] > 1.1 * plain_flops
+    # The blocks' forward pass is done again in the backward one. How much that adds depends on what
+    # the hand-written backward passes compute again anyway; without remat it is exactly nothing.
+    assert rematted.lower(params, patches(c)).compile().cost_analysis()["flops"] > 1.05 * plain_flops
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
