@@ -77,7 +77,7 @@ class SubspaceAttention(nn.Module):
 
 
 class Ista(nn.Module):
-    """One non-negative proximal step of sparse coding against `weight` [D, D] (eq. 2.13), with three products."""
+    """One non-negative proximal step of sparse coding against `weight` [D, D] (eq. 2.9), with three products."""
 
     def __init__(self, width: int, lam: float, eta: float) -> None:
         super().__init__()
