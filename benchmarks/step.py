@@ -9,6 +9,7 @@ peak is measured here, on this device, with a large square product of the same t
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import time
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from crate_jax import config as configs, optimizer, pretrain, sharding, train
@@ -27,18 +29,19 @@ _BATCH = flags.DEFINE_integer("batch", 16, "Images per step.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 
 
-def matmul_peak(dtype: str, side: int = 0) -> float:
-    """FLOP/s of a square matrix product on one device, the best of several."""
-    side = side or (2048 if jax.devices()[0].platform == "cpu" else 8192)
-    a = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
-    product = jax.jit(lambda a: a @ a)
+def matmul_peak(dtype: str, mesh: Mesh) -> float:
+    """FLOP/s of square matrix products, one on each device of the mesh at once, the best of several."""
+    side = 2048 if mesh.devices.flat[0].platform == "cpu" else 8192
+    shape, rows = (mesh.size, side, side), sharding.split(mesh)
+    a = jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype)), out_shardings=rows)()
+    product = jax.jit(lambda a: a @ a, in_shardings=rows, out_shardings=rows)
     product(a).block_until_ready()
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
         product(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+    return 2 * mesh.size * side**3 / best
 
 
 def matmul_flops(jaxpr: Any) -> int:
@@ -64,13 +67,14 @@ def main(_: list[str]) -> None:
     config.steps, config.epochs = config.steps or 10_000, 0.0
     config.optimizer.warmup_epochs = 0.0
     configs.validate(config)
+    sharding.use_cpu_cores(config.batch_size, config.accumulate)
     mesh = sharding.make_mesh(config.batch_size, config.accumulate)
     objective = pretrain.build(config)
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
     step = train.make_train_step(config, objective, tx, schedule, mesh)
-    place = sharding.replicated(mesh)
-    state = jax.jit(lambda: train.init_state(config, objective, tx), out_shardings=place)()
+    init = functools.partial(train.init_state, config, objective, tx)
+    state = jax.jit(init, out_shardings=train.state_shardings(jax.eval_shape(init), mesh))()
     images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *config.data.image_size, 3), np.uint8)
     batch = sharding.put_batch({"image": images}, mesh)["image"]
     keys = jax.random.split(jax.random.key(0), config.batch_size)
@@ -91,7 +95,7 @@ def main(_: list[str]) -> None:
         if i >= 2:
             seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
-    peak = matmul_peak(config.dtype) * mesh.size
+    peak = matmul_peak(config.dtype, mesh)
     print(
         json.dumps(
             {

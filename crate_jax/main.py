@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
@@ -83,7 +82,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         if config.job not in JOBS:
             raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
-        jax.devices()
         show(JOBS[config.job](config, str(_WORKDIR.value)))
     except Interrupted as e:
         print(f"{e}; the same command continues it", file=sys.stderr)

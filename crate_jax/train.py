@@ -109,6 +109,7 @@ def make_train_step(
             state.params, state.objective, penalty_key
         )
         grads = jax.tree.map(jnp.add, grads, penalty_grads)
+        grads = jax.lax.with_sharding_constraint(grads, sharding.split_update(grads, mesh))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - decay)
@@ -121,8 +122,17 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, carried, ema), scalars
 
-    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
-    return jax.jit(train_step, donate_argnums=0, in_shardings=(whole, rows), out_shardings=whole)
+    whole = sharding.replicated(mesh)
+    state = state_shardings(jax.eval_shape(lambda: init_state(config, objective, tx)), mesh)
+    return jax.jit(
+        train_step, donate_argnums=0, in_shardings=(state, sharding.split(mesh)), out_shardings=(state, whole)
+    )
+
+
+def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of a state (or of its shapes) lies: the optimiser's is split, the rest on every device."""
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
+    return whole.replace(opt_state=sharding.split_update(shapes.opt_state, mesh))
 
 
 def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
@@ -165,6 +175,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     validate(config)
+    sharding.use_cpu_cores(config.batch_size, config.accumulate)
     with lock(workdir) as folder, contextlib.ExitStack() as stack:
         return Run(config, folder, stack).run()
 
@@ -198,9 +209,15 @@ class Run:
 
     def _start(self, shapes: Params) -> tuple[TrainState, int, dict[str, Any]]:
         """The newest checkpoint's state, or a fresh one; its step; what the checkpoint recorded."""
-        place = sharding.replicated(self.mesh)
-        init = jax.jit(lambda: init_state(self.config, self.objective, self.tx), out_shardings=place)
-        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), jax.eval_shape(init))
+
+        def fresh(params: Params | None = None) -> TrainState:
+            return init_state(self.config, self.objective, self.tx, params)
+
+        place = state_shardings(jax.eval_shape(fresh), self.mesh)
+        init = jax.jit(fresh, out_shardings=place)
+        abstract = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), jax.eval_shape(init), place
+        )
         restored = self.checkpoints.restore(abstract.params, abstract.rest(), self.config.to_dict())
         if restored is not None:
             log.info("continuing from step %d of %s", restored.step, self.checkpoints.folder)
@@ -212,8 +229,7 @@ class Run:
             other, meta = checkpoint.read_params(self.config.init_from)
             params = checkpoint.init_encoder(state.params, other, f"config.init_from={self.config.init_from}")
             log.info("encoder taken from step %d of %s", meta["step"], self.config.init_from)
-            again = jax.jit(lambda p: init_state(self.config, self.objective, self.tx, p), out_shardings=place)
-            state = again(params)
+            state = init(params)
         return state, 0, {}
 
     def run(self) -> dict[str, Any]:

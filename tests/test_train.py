@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -39,8 +44,8 @@ def steps(c, devices: int, count: int = 3):
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     tx, schedule = optimizer.build(c, shapes, c.steps, 10.0)
     step = train.make_train_step(c, objective, tx, schedule, mesh)
-    place = sharding.replicated(mesh)
-    state = jax.jit(lambda: train.init_state(c, objective, tx), out_shardings=place)()
+    init = functools.partial(train.init_state, c, objective, tx)
+    state = jax.jit(init, out_shardings=train.state_shardings(jax.eval_shape(init), mesh))()
     losses = []
     for i in range(count):
         batch = sharding.put_batch({"image": images(i, c.batch_size)}, mesh)["image"]
@@ -52,15 +57,57 @@ def steps(c, devices: int, count: int = 3):
 METHODS = [("crate", "mask", "srip"), ("vit", "rop", "so"), ("vit", "noise", "none")]
 
 
+@pytest.mark.parametrize("smallest_split", [1, 2**14])
 @pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
-def test_eight_devices_equal_one(encoder, corruption, penalty):
-    """Losses to 1e-6 over three steps, drop path, corruption and penalty included."""
+def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, monkeypatch):
+    """Losses to 1e-6 over three steps, drop path, corruption and penalty included; optimiser split or not."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", smallest_split)
     c = small(encoder, corruption, penalty)
     one, state_one, _ = steps(c, 1)
     eight, state_eight, _ = steps(c, 8)
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
     chex.assert_trees_all_close(state_one.params, jax.device_get(state_eight.params), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars", "lion"])
+def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
+    """An eighth of every moment on each device, stays so after a step; the parameters whole on all."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 1)
+    c = small("vit")
+    c.optimizer.name, c.optimizer.clip_norm = name, 1.0
+    one, state_one, _ = steps(c, 1)
+    eight, state_eight, _ = steps(c, 8)
+    moments = [x for x in jax.tree.leaves(state_eight.opt_state) if any(side % 8 == 0 for side in x.shape)]
+    assert moments
+    for x in moments:
+        assert {shard.data.size for shard in x.addressable_shards} == {x.size // 8}
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(state_eight.params))
+    chex.assert_trees_all_close(one, eight, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(state_one.params), jax.device_get(state_eight.params), atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a process bound to given cores")
+@pytest.mark.parametrize(
+    ("env", "batch", "devices"),
+    [({}, 8, 2), ({}, 7, 1), ({"JAX_NUM_CPU_DEVICES": "4"}, 8, 4)],
+    ids=["a device per core", "indivisible batch", "chosen by the user"],
+)
+def test_cpu_devices_follow_the_cores_and_the_batch(env, batch, devices):
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    program = (
+        f"import os; os.sched_setaffinity(0, {cores})\n"
+        "import jax; from crate_jax import sharding\n"
+        f"sharding.use_cpu_cores({batch}, 1); print(jax.device_count())\n"
+        f"sharding.use_cpu_cores({3 * batch}, 1); print(jax.device_count())"
+    )
+    inherited = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=inherited | {"JAX_PLATFORMS": "cpu"} | env, capture_output=True, text=True
+    )
+    assert out.stdout.split() == [str(devices)] * 2, out.stderr
 
 
 @pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
