@@ -71,14 +71,17 @@ def _attend_backward(heads: int, saved: tuple[jax.Array, ...], g_BNE: jax.Array)
     w_BNE, peak_BHN1, total_BHN1 = saved
     w_BHNK, g_BHNK = _heads_first(w_BNE, heads), _heads_first(g_BNE, heads)
     scaled_BHNK = w_BHNK * w_BHNK.shape[-1] ** -0.5
-    a_BHNN = jnp.exp(_einsum("bhnk,bhmk->bhnm", scaled_BHNK, w_BHNK) - peak_BHN1) / total_BHN1
-    da_BHNN = _einsum("bhnk,bhmk->bhnm", g_BHNK, w_BHNK)
+    # All of it transposed, keys first, which costs nothing as the logits are symmetric: of the last
+    # three products one instead of two then contracts over leading axes (half as fast on a CPU).
+    peak_BH1N, total_BH1N = peak_BHN1.swapaxes(-1, -2), total_BHN1.swapaxes(-1, -2)
+    at_BHMN = jnp.exp(_einsum("bhmk,bhnk->bhmn", w_BHNK, scaled_BHNK) - peak_BH1N) / total_BH1N
+    dat_BHMN = _einsum("bhmk,bhnk->bhmn", w_BHNK, g_BHNK)
     # Not g . y, which is equal but rounds differently and leaves noise where the softmax saturates.
-    dlogits_BHNN = (a_BHNN * (da_BHNN - jnp.sum(a_BHNN * da_BHNN, axis=-1, keepdims=True))).astype(w_BNE.dtype)
+    dlogits_BHMN = (at_BHMN * (dat_BHMN - jnp.sum(at_BHMN * dat_BHMN, axis=-2, keepdims=True))).astype(w_BNE.dtype)
     dw_BHNK = (
-        _einsum("bhnm,bhnk->bhmk", a_BHNN.astype(w_BNE.dtype), g_BHNK)  # as value
-        + _einsum("bhnm,bhnk->bhmk", dlogits_BHNN, scaled_BHNK)  # as key
-        + _einsum("bhnm,bhmk->bhnk", dlogits_BHNN, scaled_BHNK)  # as query
+        _einsum("bhmn,bhnk->bhmk", at_BHMN.astype(w_BNE.dtype), g_BHNK)  # as value
+        + _einsum("bhmn,bhnk->bhmk", dlogits_BHMN, scaled_BHNK)  # as key
+        + _einsum("bhmn,bhmk->bhnk", dlogits_BHMN, scaled_BHNK)  # as query
     )
     return (_heads_last(dw_BHNK.astype(w_BNE.dtype)),)
 
