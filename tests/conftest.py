@@ -65,7 +65,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def cli_env() -> dict[str, str]:
-    """The environment of a `python -m crate_jax.main` process: one CPU device, none of the caller's settings."""
+    """The environment of a `python -m crate_jax.main` process: none of the caller's settings."""
     kept = ("PATH", "HOME", "USER", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
     env = {name: os.environ[name] for name in kept if name in os.environ}
     env["JAX_PLATFORMS"] = "cpu"

@@ -1,0 +1,41 @@
+"""What the documents point at exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def names(path: Path) -> set[str]:
+    """Functions, classes, methods and constants of a module, as `name` and `Class.name`."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            found |= {f"{node.name}.{x.name}" for x in getattr(node, "body", ()) if isinstance(x, ast.FunctionDef)}
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {t.id for t in targets if isinstance(t, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_names_and_links_exist(page):
+    text = page.read_text()
+    for file, name in re.findall(r"`([\w/]+\.py): ([\w.]+)`", text):
+        assert name in names(ROOT / "crate_jax" / file), f"{page.name}: {file} has no {name}"
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), f"{page.name}: no file {link}"
+    for config in re.findall(r"--config=(\S+?\.py)", text):
+        assert (ROOT / config).exists() or "NAME" in config, f"{page.name}: no file {config}"
+
+
+def test_pages_name_something():
+    """The patterns above still match how the pages are written."""
+    assert sum(len(re.findall(r"`[\w/]+\.py: [\w.]+`", page.read_text())) for page in PAGES) > 20
