@@ -57,6 +57,6 @@ def get_config(arg: str | None = None):
         c.data.source, c.steps, c.epochs, c.batch_size = "synthetic", 4, 0.0, 8
         c.encoder.width, c.encoder.depth, c.decoder.depth = 48, 2, 2
         c.decoder.width = 48 if c.decoder.name == "transformer" else 0
-        c.optimizer.warmup_epochs, c.log.every, c.checkpoint.every = 0.0, 2, 2
+        c.optimizer.warmup_epochs, c.log.every, c.save.every = 0.0, 2, 2
         c.evaluation.train_images = c.evaluation.test_images = 32
     return c

@@ -36,10 +36,10 @@ def get_config(arg: str | None = None):
     c.optimizer.clip_norm = 1.0
 
     c.evaluation.pool = "mean"
-    c.checkpoint.every = 500
+    c.save.every = 500
     c.log.every = 100
     if arg.debug:
-        c.steps, c.optimizer.warmup_steps, c.log.every, c.checkpoint.every = 4, 1, 2, 2
+        c.steps, c.optimizer.warmup_steps, c.log.every, c.save.every = 4, 1, 2, 2
         c.encoder.depth = c.decoder.depth = 2
         c.evaluation.train_images = c.evaluation.test_images = 64
     return c

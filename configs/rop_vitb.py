@@ -65,13 +65,13 @@ def get_config(arg: str | None = None):
     c.optimizer.b1, c.optimizer.b2 = 0.9, 0.95
 
     c.evaluation.pool = "mean"  # ROPIM fine-tunes the mean of the patch tokens
-    c.checkpoint.every = 1000
+    c.save.every = 1000
     if arg.debug:
         c.data.source, c.steps, c.epochs, c.batch_size = "synthetic", 4, 0.0, 8
         c.data.image_size, c.data.workers = (64, 64), 0
         c.encoder.width, c.encoder.heads, c.encoder.depth = 48, 3, 2
         c.decoder.depth, c.decoder.heads = 2, 3
         c.dtype = "float32"
-        c.optimizer.warmup_epochs, c.log.every, c.checkpoint.every = 0.0, 2, 2
+        c.optimizer.warmup_epochs, c.log.every, c.save.every = 0.0, 2, 2
         c.evaluation.train_images = c.evaluation.test_images = 32
     return c

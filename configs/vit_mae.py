@@ -49,13 +49,13 @@ def get_config(arg: str | None = None):
     c.optimizer.warmup_epochs = 40.0
 
     c.evaluation.pool = "cls"
-    c.checkpoint.every = 1000
+    c.save.every = 1000
     if arg.debug:
         c.data.source, c.steps, c.epochs, c.batch_size = "synthetic", 4, 0.0, 8
         c.data.image_size, c.data.workers = (64, 64), 0
         c.encoder.width, c.encoder.depth, c.encoder.heads = 96, 2, 3
         c.decoder.width, c.decoder.depth, c.decoder.heads = 64, 2, 4
         c.dtype = "float32"
-        c.optimizer.warmup_epochs, c.log.every, c.checkpoint.every = 0.0, 2, 2
+        c.optimizer.warmup_epochs, c.log.every, c.save.every = 0.0, 2, 2
         c.evaluation.train_images = c.evaluation.test_images = 32
     return c

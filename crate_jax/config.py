@@ -136,9 +136,9 @@ def base() -> ConfigDict:
     evaluation.knn_temperature = 0.07
     evaluation.probe_c = 1.0  # inverse L2 strength of the logistic regression
 
-    c.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every = 1000  # steps; the last step is always saved
-    checkpoint.keep = 3
+    c.save = save = ConfigDict()  # checkpoints
+    save.every = 1000  # steps; the last step is always saved
+    save.keep = 3
 
     c.log = log = ConfigDict()
     log.every = 50  # steps
@@ -236,7 +236,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 POSITIVE = (
     "batch_size accumulate data.threads data.prefetch encoder.patch_size encoder.width encoder.depth encoder.heads "
     "encoder.expansion encoder.mlp_ratio decoder.heads evaluation.batch_size evaluation.knn_k "
-    "evaluation.knn_temperature evaluation.probe_c penalty.iterations checkpoint.every checkpoint.keep log.every "
+    "evaluation.knn_temperature evaluation.probe_c penalty.iterations save.every save.keep log.every "
     "optimizer.lr"
 ).split()
 NOT_NEGATIVE = (

@@ -194,7 +194,7 @@ class Run:
         self.objective = OBJECTIVES[config.job](config)
         shapes = jax.eval_shape(lambda: self.objective.init(jax.random.key(0))[0])
         self.tx, self.schedule = optimizer.build(config, shapes, self.total, per_epoch)
-        self.checkpoints = checkpoint.Checkpoints(folder, config.checkpoint.keep)
+        self.checkpoints = checkpoint.Checkpoints(folder, config.save.keep)
         stack.callback(self.checkpoints.close)
         self.evaluation = FrozenEvaluation(config, self.objective.features, source, self.mesh)
         self.state, self.start, self.record = self._start(shapes)
@@ -274,7 +274,7 @@ class Run:
         every, last = self.config, step == self.total
         if last or step % every.log.every == 0:
             self._report(step, progress)
-        save = last or step % every.checkpoint.every == 0 or self.interrupt.signal is not None
+        save = last or step % every.save.every == 0 or self.interrupt.signal is not None
         evaluate = not last and every.evaluation.every and step % every.evaluation.every == 0
         draw = not last and every.log.pictures_every and step % every.log.pictures_every == 0
         if not (save or evaluate or draw):

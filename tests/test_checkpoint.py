@@ -318,7 +318,7 @@ def test_added_removed_and_retyped_arrays_are_named(run: checkpoint.Checkpoints)
 
 def test_changed_config_that_fits_is_said_once(run: checkpoint.Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     config = base()
-    config.optimizer.lr, config.evaluation.every, config.checkpoint.keep = 1.0, 5, 9
+    config.optimizer.lr, config.evaluation.every, config.save.keep = 1.0, 5, 9
     with caplog.at_level(logging.WARNING):
         assert_is(run.restore(*shapes(), config), 30)
     assert [r.getMessage() for r in caplog.records] == [

@@ -76,7 +76,7 @@ def test_killed_at_random_and_run_again_gives_the_same_bits(run_cli, cli_env, tm
     """Kill -9 at random moments, the same command until it is through: the uninterrupted run's weights."""
     flags = [
         "--config=configs/quickstart.py:debug,penalty=srip",
-        "--config.steps=60", "--config.checkpoint.every=3", "--config.log.every=4", "--config.optimizer.ema=0.9",
+        "--config.steps=60", "--config.save.every=3", "--config.log.every=4", "--config.optimizer.ema=0.9",
     ]  # fmt: skip
     whole = tmp_path / "whole"
     assert run_cli([*flags, f"--workdir={whole}"]).returncode == 0
@@ -114,7 +114,7 @@ def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path
     """Exit status 128 + signal, one line, the step saved; the run is long, so it cannot end by itself."""
     workdir = tmp_path / "run"
     command = [
-        sys.executable, "-m", "crate_jax.main", QUICK, "--config.steps=100000", "--config.checkpoint.every=100000",
+        sys.executable, "-m", "crate_jax.main", QUICK, "--config.steps=100000", "--config.save.every=100000",
         f"--workdir={workdir}",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=subprocess.PIPE, text=True)
@@ -133,7 +133,7 @@ def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path
 
 def test_a_second_process_on_the_workdir_is_refused(run_cli, cli_env, tmp_path):
     workdir = tmp_path / "run"
-    flags = [QUICK, "--config.steps=100000", "--config.checkpoint.every=100000", f"--workdir={workdir}"]
+    flags = [QUICK, "--config.steps=100000", "--config.save.every=100000", f"--workdir={workdir}"]
     first = subprocess.Popen(
         [sys.executable, "-m", "crate_jax.main", *flags], cwd=ROOT, env=cli_env, stderr=subprocess.DEVNULL
     )
