@@ -76,7 +76,7 @@ def main(_: list[str]) -> None:
     init = functools.partial(train.init_state, config, objective, tx)
     state = jax.jit(init, out_shardings=train.state_shardings(jax.eval_shape(init), mesh))()
     images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *config.data.image_size, 3), np.uint8)
-    batch = sharding.put_batch({"image": images}, mesh)["image"]
+    batch = sharding.put_batch({"image": images}, mesh)
     keys = jax.random.split(jax.random.key(0), config.batch_size)
     plain = config.copy_and_resolve_references()
     plain.remat = False

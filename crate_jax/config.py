@@ -33,6 +33,7 @@ def base() -> ConfigDict:
     c.batch_size = 256  # images per optimiser step, over all devices and micro-batches
     c.accumulate = 1  # micro-batches per optimiser step; same update, less memory
     c.init_from = ""  # workdir of another run whose encoder starts this one
+    c.checkpoint = ""  # evaluate, finetune: workdir or weights file of the encoder that is judged
     c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
     c.remat = False  # recompute each block in the backward pass: less memory, more time
 
@@ -63,7 +64,8 @@ def base() -> ConfigDict:
     encoder.width = 768
     encoder.depth = 12
     encoder.heads = 12
-    encoder.positions = "sincos"  # sincos (fixed) | learned | relative (vit) | none
+    # sincos (fixed) | learned | relative (vit: one bias for all blocks) | relative_per_block | none
+    encoder.positions = "sincos"
     encoder.eta = 0.1  # crate: step size of ISTA
     encoder.lam = 0.5  # crate: sparsity weight lambda of ISTA
     encoder.dictionary = "complete"  # crate: complete (d x d) | overcomplete (CRATE-alpha)
@@ -73,6 +75,7 @@ def base() -> ConfigDict:
     encoder.qkv_bias = "qkv"  # vit: qkv (MAE) | qv (BEiT, ROPIM) | none
     encoder.layer_scale = 0.0  # vit: initial value; 0: off
     encoder.drop_path = 0.0  # vit: rate of the last block, rising linearly from 0
+    encoder.final_norm = True  # normalise the last block's tokens
     encoder.init = "xavier"  # vit: xavier (MAE) | trunc_normal (BEiT, ROPIM)
 
     c.decoder = decoder = ConfigDict()
@@ -122,6 +125,7 @@ def base() -> ConfigDict:
     optimizer.momentum = 0.9  # lars
     optimizer.trust_coefficient = 0.001  # lars
     optimizer.weight_decay = 0.05
+    optimizer.layer_decay = 1.0  # factor on the learning rate per layer below the head
     optimizer.decay_exclude = (r".*(cls_token|mask_token|positions|relative_bias)",)  # and 1-D
     optimizer.clip_norm = 0.0  # global gradient norm; 0: off
     optimizer.ema = 0.0  # decay of an average of the weights that evaluations use; 0: off
@@ -131,10 +135,28 @@ def base() -> ConfigDict:
     evaluation.train_images = 10_000  # images the classifiers are fitted on; 0: all
     evaluation.test_images = 10_000  # 0: all
     evaluation.batch_size = 256
-    evaluation.pool = "cls"  # cls | mean (over patch tokens)
+    evaluation.pool = "cls"  # cls | mean (over patch tokens) | cls_mean (both, one after the other)
+    evaluation.layer = 0  # tokens after this block, 1..depth; 0: after the encoder's final norm
     evaluation.knn_k = 20
     evaluation.knn_temperature = 0.07
     evaluation.probe_c = 1.0  # inverse L2 strength of the logistic regression
+
+    c.protocol = protocol = ConfigDict()  # evaluate, finetune: how; its options are keys here too
+    protocol.name = ""
+    protocol.scratch = False  # a random encoder of the checkpoint's shape
+    protocol.metric = "top1"  # the headline: top1 | mean_per_class
+
+    c.finetune = finetune = ConfigDict()  # classifier on the encoder, both trained
+    finetune.norm = True  # layer norm between the pooled tokens and the linear head
+    finetune.final_norm = True  # keep the encoder's own last norm
+    finetune.head_init = 1.0  # factor on the head's initial weights
+    finetune.drop_path = 0.0  # vit: replaces encoder.drop_path
+    finetune.relative_bias = "shared"  # vit: shared | per_block (each block its own copy)
+    finetune.freeze = False  # train the head only
+    finetune.label_smoothing = 0.0
+    finetune.mixup = 0.0  # alpha of the Beta distribution of the mixing weight; 0: off
+    finetune.cutmix = 0.0  # the same for boxes of the other image; with both, half of the images each
+    finetune.erase = 0.0  # probability that a random box of an image becomes noise
 
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
@@ -217,7 +239,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "data.interpolation": ("bicubic", "bilinear"),
-    "encoder.positions": ("sincos", "learned", "relative", "none"),
+    "encoder.positions": ("sincos", "learned", "relative", "relative_per_block", "none"),
     "encoder.dictionary": ("complete", "overcomplete"),
     "encoder.qkv_bias": ("qkv", "qv", "none"),
     "encoder.init": ("xavier", "trunc_normal"),
@@ -231,7 +253,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "penalty.gram": ("smaller", "in", "out"),
     "penalty.power": (1, 2),
     "optimizer.schedule": ("cosine", "constant"),
-    "evaluation.pool": ("cls", "mean"),
+    "evaluation.pool": ("cls", "mean", "cls_mean"),
+    "protocol.metric": ("top1", "mean_per_class"),
+    "finetune.relative_bias": ("shared", "per_block"),
 }
 POSITIVE = (
     "batch_size accumulate data.threads data.prefetch encoder.patch_size encoder.width encoder.depth encoder.heads "
@@ -244,6 +268,7 @@ NOT_NEGATIVE = (
     "encoder.eta encoder.lam encoder.layer_scale corruption.paper_scale corruption.noise_std penalty.weight "
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
+    "evaluation.layer finetune.head_init finetune.mixup finetune.cutmix "
     "log.pictures log.pictures_every"
 ).split()
 # (key, lowest, highest, lowest allowed?, highest allowed?)
@@ -256,6 +281,10 @@ RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("corruption.mask_ratio", 0, 1, False, False),
     ("corruption.rop_ratio", 0, 1, False, False),
     ("optimizer.ema", 0, 1, True, False),
+    ("optimizer.layer_decay", 0, 1, False, True),
+    ("finetune.drop_path", 0, 1, True, False),
+    ("finetune.label_smoothing", 0, 1, True, False),
+    ("finetune.erase", 0, 1, True, True),
     ("optimizer.b1", 0, 1, True, False),
     ("optimizer.b2", 0, 1, True, False),
     ("optimizer.momentum", 0, 1, True, False),
@@ -371,8 +400,10 @@ def _check_combinations(config: ConfigDict) -> None:
             f"config.corruption.mask_ratio={corruption.mask_ratio}: of {tokens} patches at least one must be kept and "
             "one removed"
         )
-    if encoder.name == "crate" and encoder.positions == "relative":
-        raise ConfigError("config.encoder.positions='relative': only encoder.name='vit' has a relative bias")
+    if encoder.name == "crate" and encoder.positions.startswith("relative"):
+        raise ConfigError(
+            f"config.encoder.positions={encoder.positions!r}: only encoder.name='vit' has a relative bias"
+        )
     if encoder.name == "crate" and encoder.drop_path:
         raise ConfigError(f"config.encoder.drop_path={encoder.drop_path}: only encoder.name='vit' has drop path")
     if dropped and decoder.name == "linear":
@@ -388,6 +419,10 @@ def _check_combinations(config: ConfigDict) -> None:
     if decoder.name == "crate" and decoder.width not in (0, encoder.width):
         raise ConfigError(
             f"config.decoder.width={decoder.width}: a CRATE decoder has the encoder's width {encoder.width}"
+        )
+    if config.evaluation.layer > encoder.depth:
+        raise ConfigError(
+            f"config.evaluation.layer={config.evaluation.layer}: the encoder has {encoder.depth} blocks (0: its output)"
         )
     if config.penalty.name != "none" and not config.penalty.weight:
         raise ConfigError(

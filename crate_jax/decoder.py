@@ -84,7 +84,9 @@ class TransformerDecoder(nn.Module):
         """(B, 1 + M, D) -> (B, N, P)."""
         x = dense(self.width, "embed", self.dtype)(tokens_BMD)
         x = restore(self, x, corruption, self.fill, True, self.grid)
-        x = scan_vit_blocks(x, None, None, self.depth, self.remat, self.heads, 4.0, "qkv", 0.0, "xavier", self.dtype)
+        x = scan_vit_blocks(
+            x, None, None, None, self.depth, self.remat, self.heads, 4.0, "qkv", 0.0, "xavier", self.dtype
+        )
         x = Norm(name="norm")(x)
         return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
 

@@ -16,12 +16,11 @@ from ml_collections import ConfigDict, config_flags
 
 from crate_jax import train
 from crate_jax.errors import ConfigError, UserError
+from crate_jax.evals import finetune, job
 from crate_jax.interrupt import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its argument after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures, summary.")
-
-JOBS: dict[str, Callable[[ConfigDict, str], dict[str, Any]]] = {"pretrain": train.run}
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -61,8 +60,8 @@ def one_line(error: BaseException) -> str:
     return " ".join(message.split())
 
 
-def show(summary: dict[str, Any]) -> None:
-    """Prints the end of a run for a person."""
+def show_pretraining(summary: dict[str, Any]) -> None:
+    """Prints the end of a pre-training run for a person."""
     print(f"steps {summary['steps']}  loss {summary['loss']:.4g}  parameters {summary['params']:,}")
     if summary["knn_top1"] is not None:
         print(f"{'top-1 accuracy':<20}{'k-NN':>8}{'probe':>8}")
@@ -70,6 +69,22 @@ def show(summary: dict[str, Any]) -> None:
             print(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
     if summary["pictures"]:
         print(f"pictures: {summary['pictures']}")
+
+
+def show_evaluation(record: dict[str, Any]) -> None:
+    """Prints the numbers of one evaluation for a person."""
+    print(f"{record['protocol']} of {record['checkpoint'] or 'a random encoder'} on {record['data']}")
+    for name, value in record.items():
+        if isinstance(value, float) and name in ("top1", "top5", "mean_per_class"):
+            print(f"{name:<20}{value:>8.1%}")
+
+
+# job -> (what runs it, what prints its result)
+JOBS: dict[str, tuple[Callable[[ConfigDict, str], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
+    "pretrain": (train.run, show_pretraining),
+    "evaluate": (job.run, show_evaluation),
+    "finetune": (finetune.run, show_evaluation),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,7 +97,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if config.job not in JOBS:
             raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
-        show(JOBS[config.job](config, str(_WORKDIR.value)))
+        run, show = JOBS[config.job]
+        show(run(config, str(_WORKDIR.value)))
     except Interrupted as e:
         print(f"{e}; the same command continues it", file=sys.stderr)
         return e.exit_code

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -121,6 +122,34 @@ def _lion(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> opt
     return optax.lion(learning_rate, options.b1, options.b2, weight_decay=options.weight_decay, mask=mask)
 
 
+def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTransformation:
+    """Multiplies updates by decay ** (layers above): layer-wise learning rates (BEiT, MAE's fine-tuning).
+
+    Of an encoder of L blocks the embedding is layer 0, block l is layer l + 1, and its last norm and
+    the head are layer L + 1, which keeps the full rate.
+
+    Args:
+      params: the parameter tree, or its shapes.
+      decay: the factor per layer.
+      freeze: no update at all to the encoder.
+    """
+    leaves = parameters.names(params)
+    depth = max(leaf.shape[0] for name, leaf in leaves.items() if parameters.is_stacked(name))
+
+    def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        name = parameters.path_name(path)
+        if not name.startswith("encoder/") or name.startswith("encoder/norm/"):
+            return update * float(not (freeze and name.startswith("encoder/")))
+        if freeze:
+            return jnp.zeros_like(update)
+        if not parameters.is_stacked(name):
+            return update * decay ** (depth + 1)
+        factors = np.float32(decay) ** np.arange(depth, 0, -1, dtype=np.float32)
+        return update * factors.reshape(-1, *[1] * (update.ndim - 1))
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
 OPTIMIZERS = {"adamw": _adamw, "lars": _lars, "lion": _lion}
 
 
@@ -145,6 +174,8 @@ def build(
     learning_rate = schedule(config, total_steps, steps_per_epoch)
     selected = frozenset(decayed(config, params))
     optimizer = OPTIMIZERS[options.name](options, learning_rate, lambda tree: parameters.mask(tree, selected))
+    if options.layer_decay < 1 or config.finetune.freeze:
+        optimizer = optax.chain(optimizer, scale_by_layer(params, options.layer_decay, config.finetune.freeze))
     if options.clip_norm > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
     return optimizer, learning_rate

@@ -290,3 +290,15 @@ def build(config: ConfigDict, params: Any) -> Penalty:
       ConfigError: a pattern matches nothing, or selects something that is not a weight matrix.
     """
     return PENALTIES[config.penalty.name](config, params)
+
+
+def weighted(
+    config: ConfigDict, penalty: Penalty
+) -> Callable[..., tuple[jax.Array, tuple[State, dict[str, jax.Array]]]]:
+    """The term of an objective: (params, state, key) -> (weight * penalty, (new state, scalars to log))."""
+
+    def term(params: Any, state: State, key: jax.Array) -> tuple[jax.Array, tuple[State, dict[str, jax.Array]]]:
+        value, state = penalty.apply(params, state, key)
+        return config.penalty.weight * value, (state, {"penalty": value} if penalty.names else {})
+
+    return term

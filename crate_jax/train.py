@@ -1,6 +1,6 @@
 """The training loop, the only one: state, one jitted step, logging, evaluation, saving, resuming.
 
-It takes an objective (see :mod:`crate_jax.pretrain`) and knows nothing of methods. The batch and
+It takes an objective (see :mod:`crate_jax.objective`) and knows nothing of methods. The batch and
 all randomness are functions of the step, so a run that was stopped anywhere continues with the
 bits it would have had.
 """
@@ -23,17 +23,36 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax import checkpoint, data, metrics, optimizer, parameters, pictures, pretrain, sharding
+from crate_jax import (
+    checkpoint,
+    classify,
+    data,
+    metrics,
+    optimizer,
+    parameters,
+    pictures,
+    pretrain,
+    pretrained,
+    sharding,
+)
 from crate_jax.config import validate
 from crate_jax.errors import ConfigError, NonFiniteError
+from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.frozen import FrozenEvaluation
 from crate_jax.interrupt import Interrupt, Interrupted
-from crate_jax.pretrain import Objective, Params, Scalars
+from crate_jax.objective import Batch, Objective, Params, Scalars
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)
 
-OBJECTIVES: dict[str, Callable[[ConfigDict], Objective]] = {"pretrain": pretrain.build}
+OBJECTIVES: dict[str, Callable[[ConfigDict, data.Source], Objective]] = {
+    "pretrain": pretrain.build,
+    "finetune": classify.build,
+}
+EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation]] = {
+    "pretrain": FrozenEvaluation,
+    "finetune": ClassifierEvaluation,
+}
 
 
 @struct.dataclass
@@ -75,8 +94,8 @@ def init_state(
 
 def make_train_step(
     config: ConfigDict, objective: Objective, tx: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Scalars]]:
-    """The jitted step (state, images uint8 (B, H, W, 3)) -> (state, scalars); donates the state.
+) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
+    """The jitted step (state, batch of `objective.inputs`) -> (state, scalars); donates the state.
 
     With config.accumulate = A the batch is cut into A micro-batches whose gradients are averaged.
     Randomness is per image and the penalty is taken once, so the update is that of the whole batch.
@@ -85,26 +104,26 @@ def make_train_step(
     penalty_and_grad = jax.value_and_grad(objective.penalty, has_aux=True)
     A, decay = config.accumulate, config.optimizer.ema
 
-    def reconstruction(params: Params, images: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, Scalars, Params]:
+    def averaged(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars, Params]:
         if A == 1:
-            (loss, scalars), grads = loss_and_grad(params, images, keys_B)
+            (loss, scalars), grads = loss_and_grad(params, batch, keys_B)
             return loss, scalars, grads
 
         def micro_batches(x: jax.Array) -> jax.Array:  # interleaved: every device keeps its own rows
             return sharding.constrain_micro_batches(x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), mesh)
 
-        def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        def add(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, loss_and_grad(params, *micro)), None
 
-        micro = micro_batches(images), micro_batches(keys_B)
+        micro = jax.tree.map(micro_batches, (batch, keys_B))
         shapes = jax.eval_shape(loss_and_grad, params, *jax.tree.map(lambda x: x[0], micro))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         (loss, scalars), grads = jax.tree.map(lambda x: x / A, jax.lax.scan(add, zero, micro)[0])
         return loss, scalars, grads
 
-    def train_step(state: TrainState, images: jax.Array) -> tuple[TrainState, Scalars]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         image_key, penalty_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        loss, scalars, grads = reconstruction(state.params, images, jax.random.split(image_key, images.shape[0]))
+        loss, scalars, grads = averaged(state.params, batch, jax.random.split(image_key, config.batch_size))
         (penalty, (carried, penalty_scalars)), penalty_grads = penalty_and_grad(
             state.params, state.objective, penalty_key
         )
@@ -191,19 +210,19 @@ class Run:
             raise ConfigError(f"config.data.source={config.data.source!r}: has no training images")
         self.source = source
         self.total, per_epoch = total_steps(config, len(source))
-        self.objective = OBJECTIVES[config.job](config)
+        self.objective = OBJECTIVES[config.job](config, source)
         shapes = jax.eval_shape(lambda: self.objective.init(jax.random.key(0))[0])
         self.tx, self.schedule = optimizer.build(config, shapes, self.total, per_epoch)
         self.checkpoints = checkpoint.Checkpoints(folder, config.save.keep)
         stack.callback(self.checkpoints.close)
-        self.evaluation = FrozenEvaluation(config, self.objective.features, source, self.mesh)
+        self.evaluation = EVALUATIONS[config.job](config, self.objective.features, source, self.mesh)
         self.state, self.start, self.record = self._start(shapes)
         self.writer = stack.enter_context(metrics.Writer(folder, config, self.start))
         self.interrupt = stack.enter_context(Interrupt())
         self.speed = Speed()
         self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
-        self.draw_pictures = jax.jit(self.objective.pictures)
+        self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
         decayed = optimizer.decayed(config, shapes)
         parameters.log_rules(shapes, decayed, self.objective.penalised)
 
@@ -226,9 +245,9 @@ class Run:
             return TrainState(params=restored.params, **restored.rest), restored.step, restored.meta["record"]
         state = init()
         if self.config.init_from:
-            other, meta = checkpoint.read_params(self.config.init_from)
-            params = checkpoint.init_encoder(state.params, other, f"config.init_from={self.config.init_from}")
-            log.info("encoder taken from step %d of %s", meta["step"], self.config.init_from)
+            encoder = pretrained.load(self.config.init_from, "config.init_from")
+            params = self.objective.adopt(state.params, encoder.params, f"config.init_from={self.config.init_from}")
+            log.info("encoder taken from %s", encoder.name)
             state = init(params)
         return state, 0, {}
 
@@ -245,21 +264,24 @@ class Run:
             with contextlib.closing(self._batches()) as batches:
                 self.speed.restart()
                 for step in range(self.start + 1, self.total + 1):
-                    images, undecodable = next(batches)
-                    self.state, scalars = self.train_step(self.state, images)
+                    batch, undecodable = next(batches)
+                    self.state, scalars = self.train_step(self.state, batch)
                     self.pending.append((scalars, undecodable))
                     self._after(step, progress)
         return self._finish()
 
-    def _batches(self) -> Generator[tuple[jax.Array, int], None, None]:
-        """Images on the device, and how many of them replace files that could not be decoded."""
+    def _batches(self) -> Generator[tuple[Batch, int], None, None]:
+        """Batches on the device, and how many of their images replace files that could not be decoded."""
+        labels = self.source.labels if "label" in self.objective.inputs else None
         pipeline = data.TrainPipeline(
             self.config, self.source, process_index=jax.process_index(), process_count=jax.process_count()
         )
 
-        def put(batch: dict[str, np.ndarray]) -> tuple[jax.Array, int]:
-            image = sharding.put_batch({"image": batch["image"]}, self.mesh)["image"]
-            return image, int(batch["undecodable"])
+        def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
+            if labels is not None:
+                batch = {**batch, "label": labels[batch["index"]]}
+            inputs = {name: batch[name] for name in self.objective.inputs}
+            return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"])
 
         with (
             contextlib.closing(pipeline),
@@ -327,7 +349,7 @@ class Run:
 
     def _draw(self, step: int) -> str | None:
         """Writes a grid of reconstructions; returns its path."""
-        if not self.config.log.pictures:
+        if self.draw_pictures is None or not self.config.log.pictures:
             return None
         images = self.evaluation.pictures(self.config.log.pictures)
         keys = jax.random.split(jax.random.key(self.config.seed), len(images))
@@ -336,19 +358,17 @@ class Run:
         return self.writer.write_image(step, "reconstruction", pictures.reconstruction_grid(named))
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluates the trained, the untrained encoder and raw pixels; writes summary.json."""
+        """Evaluates what was trained, and what it is compared with; writes summary.json."""
         untrained = jax.jit(lambda: self.objective.init(jax.random.key(self.config.seed))[0])
-        scores = self.evaluation.scores(self.state.eval_params())
-        if scores:
-            scores |= {f"{k}_untrained": v for k, v in self.evaluation.scores(untrained()).items()}
-            scores |= {f"{k}_pixels": v for k, v in self.evaluation.pixel_scores().items()}
-            self.writer.write(self.total, scores)
+        scores = self.evaluation.final_scores(self.state.eval_params(), untrained)
+        written = {name: value for name, value in scores.items() if value is not None}
+        if written:
+            self.writer.write(self.total, written)
         picture = self._draw(self.total)
         summary = {
             "steps": self.total,
             "loss": self.record["loss"],
             "images_per_sec": self.record["images_per_sec"],
-            **dict.fromkeys(("knn_top1", "probe_top1", "probe_top1_untrained")),
             **scores,
             "params": parameters.count(self.state.params),
             "params_sha256": checkpoint.params_sha256(self.state.params),

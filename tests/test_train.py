@@ -48,7 +48,7 @@ def steps(c, devices: int, count: int = 3):
     state = jax.jit(init, out_shardings=train.state_shardings(jax.eval_shape(init), mesh))()
     losses = []
     for i in range(count):
-        batch = sharding.put_batch({"image": images(i, c.batch_size)}, mesh)["image"]
+        batch = sharding.put_batch({"image": images(i, c.batch_size)}, mesh)
         state, scalars = step(state, batch)
         losses.append(jax.device_get(scalars))
     return losses, state, step
@@ -132,7 +132,7 @@ def test_the_state_is_donated():
     _, state, step = steps(c, 1, count=1)
     before = state.params["encoder"]["norm"]["scale"]
     mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:1])
-    step(state, sharding.put_batch({"image": images(1, c.batch_size)}, mesh)["image"])
+    step(state, sharding.put_batch({"image": images(1, c.batch_size)}, mesh))
     assert before.is_deleted()
 
 
@@ -173,7 +173,7 @@ def test_every_step_draws_another_corruption():
     c.optimizer.lr, c.optimizer.weight_decay = 1e-30, 0.0
     mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:1])
     _, state, step = steps(c, 1, count=1)
-    batch = sharding.put_batch({"image": images(0, c.batch_size)}, mesh)["image"]
+    batch = sharding.put_batch({"image": images(0, c.batch_size)}, mesh)
     state, first = step(state, batch)
     state, second = step(state, batch)
     assert float(first["loss"]) != float(second["loss"])
@@ -203,7 +203,7 @@ def test_no_float64_and_no_transfer_in_the_step():
     c = small("vit", "rop", "srip")
     mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:2])
     _, state, step = steps(c, 2, count=1)
-    batch = sharding.put_batch({"image": images(1, c.batch_size)}, mesh)["image"]
+    batch = sharding.put_batch({"image": images(1, c.batch_size)}, mesh)
     assert "f64" not in step.lower(state, batch).as_text()
     with jax.transfer_guard("disallow"):
         state, _ = step(state, batch)

@@ -60,7 +60,8 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
       name: of the data set, as TFDS writes it: NAME, NAME/CONFIG or NAME:VERSION.
       split: 'train' or 'eval'.
       data_dir: where the prepared sets lie; '': TFDS's own default.
-      train_split: name of the training split; TFDS's sub-splits such as 'train[:90%]' are allowed.
+      train_split: name of the training split; TFDS's sub-splits such as 'train[:90%]' and sums such as
+        'train+validation' are allowed.
       eval_split: name of the evaluation split; 'auto': the first of test, val, validation;
         '': none.
 
@@ -96,7 +97,7 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
             return None
     else:
         chosen = train_split if split == "train" else eval_split
-    if chosen.partition("[")[0] not in splits:
+    if any(part.strip().partition("[")[0] not in splits for part in chosen.split("+")):
         raise DataError(
             f"config.data.source='tfds:{name}': has no split {chosen!r}; it has {', '.join(splits)}, to be named by "
             f"config.data.{split}_split"

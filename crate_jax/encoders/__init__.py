@@ -46,9 +46,13 @@ def _shared(config: ConfigDict) -> dict:
         grid=grid_shape(config.data.image_size, e.patch_size),
         positions=e.positions,
         fill=fills(config)["encoder"],
+        final_norm=e.final_norm,
         remat=config.remat,
         dtype=jnp.dtype(config.dtype),
     )
 
 
 ENCODERS: dict[str, Callable[[ConfigDict], nn.Module]] = {"crate": _crate, "vit": _vit}
+
+# The named point where a block's tokens can be read, under encoder/blocks, (L, B, 1 + M, D).
+BLOCK_OUTPUTS = {"crate": "after_ista", "vit": "after_mlp"}

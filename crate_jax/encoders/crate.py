@@ -230,6 +230,7 @@ class CrateEncoder(nn.Module):
     expansion: int
     tied_output: bool
     fill: bool
+    final_norm: bool
     remat: bool
     dtype: Dtype
 
@@ -250,4 +251,4 @@ class CrateEncoder(nn.Module):
             self.tied_output,
             self.dtype,
         )(x, None)[0]
-        return Norm(name="norm")(x)
+        return Norm(name="norm")(x) if self.final_norm else x

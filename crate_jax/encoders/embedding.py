@@ -22,7 +22,7 @@ class Embedding(nn.Module):
     Attributes:
       width: D.
       grid: (h, w) patches.
-      positions: sincos | learned | relative | none; relative and none add nothing here.
+      positions: sincos | learned | relative | relative_per_block | none; the last three add nothing here.
       fill: learn a mask token that stands in for removed tokens.
       dtype: of the tokens.
       initializer: kernel initialiser.

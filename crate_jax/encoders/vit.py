@@ -58,13 +58,20 @@ class ViTBlock(nn.Module):
     layer_scale: float
     initializer: str
     dtype: Dtype
+    bias_grid: tuple[int, int] | None = None  # this block has a relative bias of its own
 
     @nn.compact
     def __call__(
-        self, x_BND: jax.Array, bias_BHNN: jax.Array | None, scales_2B: jax.Array | None
+        self,
+        x_BND: jax.Array,
+        bias_BHNN: jax.Array | None,
+        scales_2B: jax.Array | None,
+        corruption: Corruption | None = None,
     ) -> tuple[jax.Array, None]:
         """One layer; `scales_2B` multiplies the two branches image by image."""
         D = x_BND.shape[-1]
+        if self.bias_grid is not None and corruption is not None:
+            bias_BHNN = relative_bias(self, self.bias_grid, self.heads, corruption)
 
         def branch(y_BND: jax.Array, index: int) -> jax.Array:
             if self.layer_scale:
@@ -85,11 +92,25 @@ class ViTBlock(nn.Module):
         return x, None
 
 
+def relative_bias(module: nn.Module, grid: tuple[int, int], heads: int, corruption: Corruption) -> jax.Array:
+    """A bias on the logits looked up by relative position, (B or 1, H, 1 + M, 1 + M), from a table of `module`'s."""
+    shape = (relative_table_rows(grid), heads)
+    table = module.param("relative_bias", nn.initializers.zeros_init(), shape, jnp.float32)
+    return corruption.select_pairs(table[relative_position_index(grid)].transpose(2, 0, 1))
+
+
 def scan_vit_blocks(
-    x_BND: jax.Array, bias_BHNN: jax.Array | None, scales_L2B: jax.Array | None, depth: int, remat: bool, *args: object
+    x_BND: jax.Array,
+    bias_BHNN: jax.Array | None,
+    scales_L2B: jax.Array | None,
+    corruption: Corruption | None,
+    depth: int,
+    remat: bool,
+    *args: object,
 ) -> jax.Array:
-    """`depth` ViT blocks; the bias is shared by all layers, the drop-path factors are one per layer."""
-    return scan_blocks(ViTBlock, depth, remat, *args, in_axes=(nn.broadcast, 0))(x_BND, bias_BHNN, scales_L2B)[0]
+    """`depth` ViT blocks; bias and corruption are shared by all layers, the drop-path factors are one per layer."""
+    blocks = scan_blocks(ViTBlock, depth, remat, *args, in_axes=(nn.broadcast, 0, nn.broadcast))
+    return blocks(x_BND, bias_BHNN, scales_L2B, corruption)[0]
 
 
 class ViTEncoder(nn.Module):
@@ -106,6 +127,7 @@ class ViTEncoder(nn.Module):
     drop_path: float
     initializer: str
     fill: bool
+    final_norm: bool
     remat: bool
     dtype: Dtype
 
@@ -123,14 +145,13 @@ class ViTEncoder(nn.Module):
         )(patches_BNP, corruption)
         bias_BHNN = None
         if self.positions == "relative":  # one table for all layers, as ROPIM pre-trains
-            shape = (relative_table_rows(self.grid), self.heads)
-            table = self.param("relative_bias", nn.initializers.zeros_init(), shape, jnp.float32)
-            bias_BHNN = corruption.select_pairs(table[relative_position_index(self.grid)].transpose(2, 0, 1))
+            bias_BHNN = relative_bias(self, self.grid, self.heads, corruption)
+        bias_grid = self.grid if self.positions == "relative_per_block" else None  # as it fine-tunes
         scales_L2B = None
         if keys_B is not None and self.drop_path:
             scales_L2B = drop_path_scales(keys_B, self.depth, self.drop_path)
         x = scan_vit_blocks(
-            x, bias_BHNN, scales_L2B, self.depth, self.remat,
-            self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.initializer, self.dtype,
+            x, bias_BHNN, scales_L2B, corruption, self.depth, self.remat,
+            self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.initializer, self.dtype, bias_grid,
         )  # fmt: skip
-        return Norm(name="norm")(x)
+        return Norm(name="norm")(x) if self.final_norm else x

@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 CHUNK = 2048
 
 
+def sample(count: int, limit: int, seed: int) -> np.ndarray:
+    """A seeded choice of `limit` (0: all) of `count` images: folders come sorted by class, their head would be one."""
+    return np.random.default_rng(seed).permutation(count)[: limit or count]
+
+
 class FrozenEvaluation:
     """Classifiers on frozen features of a fixed, seeded sample of the labelled splits.
 
@@ -43,17 +48,12 @@ class FrozenEvaluation:
             self._splits = (train, test)
             self._classes = int(max(train.labels.max(), test.labels.max())) + 1
 
-    def _sample(self, source: data.Source, limit: int) -> np.ndarray:
-        """A seeded choice of images: folders come sorted by class, their head would be one class."""
-        order = np.random.default_rng(self._config.seed).permutation(len(source))
-        return order[: limit or len(source)]
-
     def _encode(self, apply: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
         """[train x, train y, test x, test y] with x = apply(images)."""
         assert self._splits is not None
         options, out = self._config.evaluation, []
         for source, limit in zip(self._splits, (options.train_images, options.test_images), strict=True):
-            indices = self._sample(source, limit)
+            indices = sample(len(source), limit, self._config.seed)
             batches = data.eval_batches(self._config, source, indices, CHUNK)
             chunks = [(apply(batch["image"]), batch["label"]) for batch in batches]
             out += [np.concatenate(part) for part in zip(*chunks, strict=True)]
@@ -70,10 +70,18 @@ class FrozenEvaluation:
         size, place = self._config.evaluation.batch_size, sharding.split(self._mesh)
         return self._score(lambda images: extract(lambda x: self._features(params, x), images, size, place))
 
+    def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float | None]:
+        """:meth:`scores`, the same of the untrained encoder and of raw pixels; None where there are no labels."""
+        if self._splits is None:
+            return dict.fromkeys(("knn_top1", "probe_top1", "probe_top1_untrained"))
+        others = {"_untrained": self.scores(untrained()), "_pixels": self.pixel_scores()}
+        named = {k + suffix: v for suffix, scores in others.items() for k, v in scores.items()}
+        return {**self.scores(params), **named}
+
     def pixel_scores(self) -> dict[str, float]:
         """The same for the pixels themselves, the baseline that any encoder should beat."""
         return self._score(lambda images: images.reshape(len(images), -1).astype(np.float32) / 255.0)
 
     def pictures(self, count: int) -> np.ndarray:
         """`count` images to look at, uint8 (count, H, W, 3), always the same ones."""
-        return data.eval_images(self._config, self._shown, self._sample(self._shown, count))[0]
+        return data.eval_images(self._config, self._shown, sample(len(self._shown), count, self._config.seed))[0]

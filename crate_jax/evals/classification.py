@@ -1,0 +1,58 @@
+"""Accuracy of a classifier on a labelled split, while it is fine-tuned and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from crate_jax import data, sharding
+from crate_jax.errors import DataError
+from crate_jax.evals.features import extract
+from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.evals.metrics import accuracies
+
+
+class ClassifierEvaluation:
+    """Scores a classifier on the evaluation split.
+
+    Args:
+      config: the whole config; reads config.data and config.evaluation.
+      scores: (params, images uint8 (b, H, W, 3)) -> class scores (b, C).
+      train: the training images; names the classes.
+      mesh: the devices that classify.
+
+    Raises:
+      DataError: there is no labelled evaluation split.
+    """
+
+    def __init__(self, config: ConfigDict, scores: Callable[..., jax.Array], train: data.Source, mesh: Mesh) -> None:
+        test = data.open_split(config, "eval", labels_required=True)
+        if test is None:
+            raise DataError(
+                f"config.data.source={config.data.source!r}: has no evaluation split (config.data.eval_split); "
+                "fine-tuning is judged on one"
+            )
+        self._config, self._mesh, self._test = config, mesh, test
+        self._classify = jax.jit(scores)
+
+    def scores(self, params: dict) -> dict[str, float]:
+        """Shares in 0..1 of the test images; the names are those of :func:`crate_jax.evals.metrics.accuracies`."""
+        options = self._config.evaluation
+        indices = sample(len(self._test), options.test_images, self._config.seed)
+        place, out, labels = sharding.split(self._mesh), [], []
+        for batch in data.eval_batches(self._config, self._test, indices, CHUNK):
+            out.append(extract(lambda x: self._classify(params, x), batch["image"], options.batch_size, place))
+            labels.append(batch["label"])
+        return accuracies(np.concatenate(out), np.concatenate(labels))
+
+    def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float]:
+        """:meth:`scores`; what it compares with is a run of its own (``protocol=scratch``)."""
+        return self.scores(params)
+
+    def pictures(self, count: int) -> np.ndarray:
+        """A classifier has none."""
+        raise NotImplementedError

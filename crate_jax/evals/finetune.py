@@ -1,0 +1,51 @@
+"""The job ``finetune``: a classifier on a pre-trained encoder, or on a random one, trained and scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from crate_jax import pretrained, train
+from crate_jax.errors import ConfigError
+from crate_jax.evals.job import append_result, inherit
+
+# name -> version; the recipes are in configs/evaluate.py. Scratch is a random encoder of the same shape.
+PROTOCOLS = {"finetune_crate": 1, "finetune_mae": 1, "finetune_ropim": 1}
+
+
+def resolve(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
+    """The config of the training run: the checkpoint's encoder, changed as ``config.finetune`` says."""
+    full = inherit(config, encoder)
+    full.encoder.final_norm = config.finetune.final_norm
+    if full.encoder.name == "vit":
+        full.encoder.drop_path = config.finetune.drop_path
+        if full.encoder.positions == "relative" and config.finetune.relative_bias == "per_block":
+            full.encoder.positions = "relative_per_block"
+    full.init_from = "" if config.protocol.scratch else config.checkpoint
+    return full
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Fine-tunes `config.checkpoint`, or goes on doing so; returns the record appended to results.jsonl.
+
+    Raises:
+      UserError: anything a user can mend, in one line.
+    """
+    name = config.protocol.name
+    if name not in PROTOCOLS:
+        raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(PROTOCOLS)}")
+    encoder = pretrained.load(config.checkpoint, "config.checkpoint")
+    full = resolve(config, encoder)
+    summary = train.run(full, workdir)
+    about = {
+        "data": full.data.source,
+        "train_split": full.data.train_split,
+        "eval_split": full.data.eval_split,
+        "image_size": list(full.data.image_size),
+        "pool": full.evaluation.pool,
+        "scratch": config.protocol.scratch,
+    }
+    used = None if config.protocol.scratch else encoder
+    return append_result(Path(workdir), full, used, PROTOCOLS[name], about, summary)

@@ -1,0 +1,189 @@
+"""The job ``evaluate``: a pre-trained encoder in, the numbers of one protocol out.
+
+Features are computed once per encoder, images and transform, and kept in the workdir; every protocol
+reads them from there. Each run appends one line to ``results.jsonl``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax import data, metrics, pretrained, representation, sharding
+from crate_jax.config import validate
+from crate_jax.data.evaluation import eval_batches
+from crate_jax.data.sources import digest
+from crate_jax.errors import ConfigError, DataError
+from crate_jax.evals.features import extract
+from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.evals.protocols import PROTOCOLS, Features
+from crate_jax.patches import patchify
+from crate_jax.pretrain import normalise
+from crate_jax.workdir import lock
+
+log = logging.getLogger(__name__)
+
+RESULTS = "results.jsonl"
+CACHE = "features"  # folder in the workdir
+VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
+    """The config of an evaluation with the encoder, image size and pixel statistics of the checkpoint.
+
+    An image size of (0, 0) and empty statistics stand for those of the checkpoint.
+    """
+    full = config.copy_and_resolve_references()
+    full.encoder.update(encoder.config["encoder"])
+    for key in ("image_size", "mean", "std"):
+        if not any(full.data[key]):
+            full.data[key] = tuple(encoder.config["data"][key])
+    full.corruption.name = "none"
+    full.decoder.name = "linear"  # there is none; this one has no sizes of its own
+    return full
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Evaluates `config.checkpoint` by `config.protocol`; returns the record appended to results.jsonl.
+
+    Raises:
+      UserError: anything a user can mend, in one line.
+    """
+    protocol = PROTOCOLS.get(config.protocol.name)
+    if protocol is None:
+        raise ConfigError(f"config.protocol.name={config.protocol.name!r}: must be one of {', '.join(PROTOCOLS)}")
+    sharding.use_cpu_cores(config.evaluation.batch_size, 1)
+    encoder = pretrained.load(config.checkpoint, "config.checkpoint")
+    full = inherit(config, encoder)
+    validate(full)
+    with lock(workdir) as folder:
+        features, about = extract_features(full, encoder, folder)
+        log.info("%s on %s", protocol.name, ", ".join(f"{k} {v}" for k, v in about.items()))
+        result = protocol.run(features, config.protocol, config.seed)
+        return append_result(folder, full, encoder, protocol.version, about, result)
+
+
+def append_result(
+    folder: Path,
+    config: ConfigDict,
+    encoder: pretrained.Pretrained | None,
+    version: int,
+    about: dict[str, Any],
+    result: dict[str, Any],
+) -> dict[str, Any]:
+    """Appends one line to results.jsonl: the numbers, and all that is needed to get them again."""
+    record = {
+        "protocol": config.protocol.name,
+        "version": version,
+        "checkpoint": encoder.name if encoder else None,
+        "params_sha256": encoder.sha256 if encoder else None,
+        "options": {k: v for k, v in config.protocol.to_dict().items() if k != "name"},
+        "seed": config.seed,
+        **about,
+        **result,
+        "versions": {name: _version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+    if jax.process_index() == 0:
+        with open(folder / RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        metrics.write_json(folder / "config.json", config.to_dict())
+    return record
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def extract_features(
+    config: ConfigDict, encoder: pretrained.Pretrained, folder: Path
+) -> tuple[Features, dict[str, Any]]:
+    """Features of the training and the evaluation split, from the cache where they are there.
+
+    Returns:
+      the features, and what they are of, for the record.
+
+    Raises:
+      DataError: no evaluation split, no labels, or other classes in the two.
+    """
+    sources = [data.open_split(config, split, labels_required=True) for split in ("train", "eval")]
+    train, test = sources
+    if train is None or test is None:
+        missing = "training" if train is None else "evaluation"
+        raise DataError(f"config.data.source={config.data.source!r}: has no {missing} split")
+    mesh = sharding.make_mesh(jax.device_count(), 1)
+    represent = representation.build(config)
+
+    @jax.jit
+    def apply(images_uint8: jax.Array) -> jax.Array:
+        return represent(encoder.params, patchify(normalise(images_uint8, config), config.encoder.patch_size))
+
+    limits = (config.evaluation.train_images, config.evaluation.test_images)
+    parts = []
+    for source, limit in zip((train, test), limits, strict=True):
+        indices = np.sort(sample(len(source), limit, config.seed))
+        parts.append(_cached(config, encoder, source, indices, apply, mesh, folder))
+    (train_x, train_y), (test_x, test_y) = parts
+    classes = len(train.class_names or ()) or int(max(train_y.max(), test_y.max())) + 1
+    about = {
+        "data": config.data.source,
+        "train_split": config.data.train_split,
+        "eval_split": config.data.eval_split,
+        "train_images": len(train_x),
+        "test_images": len(test_x),
+        "classes": classes,
+        "image_size": list(config.data.image_size),
+        "pool": config.evaluation.pool,
+        "layer": config.evaluation.layer,
+        "width": train_x.shape[1],
+    }
+    return Features(train_x, train_y, test_x, test_y, classes), about
+
+
+def _cached(
+    config: ConfigDict,
+    encoder: pretrained.Pretrained,
+    source: data.Source,
+    indices: np.ndarray,
+    apply: Any,
+    mesh: jax.sharding.Mesh,
+    folder: Path,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of the images at `indices`, from the workdir if they were computed before."""
+    transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
+    what = (config.evaluation.pool, config.evaluation.layer, config.dtype)
+    key = digest(encoder.sha256, sorted(transform.items()), what, source.fingerprint(), indices.astype(np.int64))
+    path = folder / CACHE / f"{key}.npz"
+    try:
+        with np.load(path) as stored:
+            log.info("features from %s", path)
+            return stored["features"], stored["labels"]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError) as e:
+        log.warning("%s cannot be read (%s); computing the features again", path, e)
+    place = sharding.split(mesh)
+    features, labels = [], []
+    for batch in eval_batches(config, source, indices, CHUNK):
+        features.append(extract(apply, batch["image"], config.evaluation.batch_size, place))
+        labels.append(batch["label"])
+        log.info("%d of %d images", sum(map(len, labels)), len(indices))
+    out = np.concatenate(features), np.concatenate(labels)
+    if jax.process_index() == 0:
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, features=out[0], labels=out[1])
+        partial.rename(path)  # whole or not at all
+    return out

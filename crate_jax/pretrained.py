@@ -1,0 +1,44 @@
+"""An encoder that was trained before: read from a run's workdir or from a file of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from crate_jax import checkpoint
+from crate_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What a checkpoint holds.
+
+    Attributes:
+      name: where it came from, for people.
+      config: the whole config it was trained with, as a dictionary.
+      params: nested dictionaries of NumPy arrays with the key ``encoder``.
+      sha256: digest of all parameters.
+    """
+
+    name: str
+    config: dict[str, Any]
+    params: dict[str, Any]
+    sha256: str
+
+
+def load(path: str, key: str) -> Pretrained:
+    """Reads a pre-trained encoder.
+
+    Args:
+      path: the workdir of a run.
+      key: the config key that names it, for messages.
+
+    Raises:
+      ConfigError: `path` is empty.
+      CheckpointError: there is none, or it is damaged.
+    """
+    if not path:
+        raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
+    params, meta = checkpoint.read_params(path)
+    name = f"step {meta['step']} of {path}"
+    return Pretrained(name, meta["config"], params, checkpoint.params_sha256(params))

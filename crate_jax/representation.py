@@ -1,0 +1,43 @@
+"""One vector per image from an encoder: which tokens of which block, pooled how.
+
+Shapes: B batch, N patch tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crate_jax.corruption import Identity
+from crate_jax.encoders import BLOCK_OUTPUTS, ENCODERS
+
+
+def pool(tokens_BND: jax.Array, how: str) -> jax.Array:
+    """Tokens, class token first, (B, 1 + N, D) -> (B, D), or (B, 2 D) for ``cls_mean``."""
+    cls_BD, mean_BD = tokens_BND[:, 0], jnp.mean(tokens_BND[:, 1:], axis=1)
+    return {"cls": cls_BD, "mean": mean_BD, "cls_mean": jnp.concatenate([cls_BD, mean_BD], axis=-1)}[how]
+
+
+def build(config: ConfigDict) -> Callable[..., jax.Array]:
+    """The function ({"encoder": parameters}, patches (B, N, P), keys_B=None) -> (B, D) float32 of a config.
+
+    ``config.evaluation.pool`` and ``layer`` say which tokens; the patches are not corrupted. Drop path
+    only with `keys_B`.
+    """
+    encoder = ENCODERS[config.encoder.name](config)
+    layer, how = config.evaluation.layer, config.evaluation.pool
+
+    def represent(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+        variables = {"params": params["encoder"]}
+        if not layer:
+            tokens: Any = encoder.apply(variables, patches_BNP, Identity(), keys_B)
+        else:
+            _, state = encoder.apply(variables, patches_BNP, Identity(), keys_B, mutable=["intermediates"])
+            tokens = state["intermediates"]["blocks"][BLOCK_OUTPUTS[config.encoder.name]][0][layer - 1]
+        return pool(tokens, how).astype(jnp.float32)
+
+    return represent
