@@ -384,7 +384,7 @@ def _check_sizes(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.batch_size={config.batch_size}: must be a multiple of config.accumulate={config.accumulate}"
         )
-    if bool(config.steps) == bool(config.epochs):
+    if config.job != "evaluate" and bool(config.steps) == bool(config.epochs):
         raise ConfigError(f"config.steps={config.steps}, config.epochs={config.epochs}: set exactly one of the two")
     if config.optimizer.warmup_steps and config.optimizer.warmup_epochs:
         raise ConfigError("config.optimizer: set warmup_steps or warmup_epochs, not both")
