@@ -14,8 +14,8 @@ from crate_jax import config as configs, data, sharding
 from crate_jax.errors import DataError, NonFiniteError
 from crate_jax.evals.features import extract
 from crate_jax.evals.frozen import FrozenEvaluation
-from crate_jax.evals.knn import knn_predict, knn_top1
-from crate_jax.evals.probe import fit, probe_top1
+from crate_jax.evals.knn import _top_k, knn_sweep, knn_top1
+from crate_jax.evals.probe import fit_all, probe_top1
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +32,39 @@ def test_knn_equals_scikit_learn(digits, k, temperature):
     reference = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature)
     ).fit(train_x, train_y)
-    ours = knn_predict(train_x, train_y, test_x, 10, k, temperature)
+    ours = knn_sweep(train_x, train_y, test_x, 10, [k], [temperature])[0, 0]
     assert np.mean(ours == reference.predict(test_x)) > 0.995  # the rest: ties within rounding
     assert knn_top1(*digits, 10, k, temperature) == pytest.approx(reference.score(test_x, test_y), abs=0.005)
 
 
 def test_knn_chunks_change_nothing_and_k_is_clamped(digits):
     train_x, train_y, test_x, _ = digits
-    whole = knn_predict(train_x, train_y, test_x, 10, 20, 0.07, chunk=1000)
-    np.testing.assert_array_equal(whole, knn_predict(train_x, train_y, test_x, 10, 20, 0.07, chunk=7))
-    few = knn_predict(train_x[:5], train_y[:5], test_x, 10, 20, 0.07)
-    np.testing.assert_array_equal(few, knn_predict(train_x[:5], train_y[:5], test_x, 10, 5, 0.07))
+    whole = knn_sweep(train_x, train_y, test_x, 10, [20], [0.07], chunk=1000)
+    np.testing.assert_array_equal(whole, knn_sweep(train_x, train_y, test_x, 10, [20], [0.07], chunk=7))
+    few = knn_sweep(train_x[:5], train_y[:5], test_x, 10, [20, 5], [0.07])
+    np.testing.assert_array_equal(few[0], few[1])
+
+
+def test_a_sweep_of_k_and_temperature_is_each_alone(digits):
+    train_x, train_y, test_x, _ = digits
+    swept = knn_sweep(train_x, train_y, test_x, 10, [1, 20, 200], [0.07, 1.0])
+    for i, k in enumerate([1, 20, 200]):
+        for j, t in enumerate([0.07, 1.0]):
+            np.testing.assert_array_equal(swept[i, j], knn_sweep(train_x, train_y, test_x, 10, [k], [t])[0, 0])
+
+
+@pytest.mark.parametrize(("n", "k"), [(1000, 1), (1000, 7), (1001, 20), (50, 49), (50, 50), (3, 2)])
+def test_top_k_by_groups_is_top_k_with_its_ties(n, k):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 40, (64, n)), jnp.float32)  # many equal values
+    for ours, theirs in zip(_top_k(x, k), jax.lax.top_k(x, k), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
 def test_probe_equals_scikit_learn(digits, c):
     """The same objective on the same standardised features: accuracy and probabilities agree."""
     train_x, train_y, test_x, test_y = digits
-    probe = fit(train_x, train_y, 10, c)
+    (probe,) = fit_all(train_x, train_y, 10, [c], standardise=True)
     assert probe.converged
     scaled = (train_x - probe.mean) / probe.std
     reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(scaled, train_y)
@@ -59,6 +74,18 @@ def test_probe_equals_scikit_learn(digits, c):
     expected = reference.coef_.T - reference.coef_.T.mean(1, keepdims=True)
     # A weak penalty leaves the objective flat: float32 stops a little away from float64's optimum.
     np.testing.assert_allclose(centred, expected, atol=0.04 * np.abs(expected).max())
+
+
+def test_a_sweep_of_c_is_each_alone_and_keeps_its_order(digits):
+    """Warm starts and the order of the path change nothing but rounding; raw features as scikit-learn takes them."""
+    train_x, train_y, test_x, test_y = digits
+    strengths = [10.0, 0.001, 1.0]
+    for c, probe in zip(strengths, fit_all(train_x, train_y, 10, strengths, standardise=False), strict=True):
+        assert probe.converged and set(probe.std[np.isfinite(probe.std)]) == {1.0}
+        reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(train_x, train_y)
+        assert np.mean(probe.predict(test_x) == test_y) == pytest.approx(reference.score(test_x, test_y), abs=0.005)
+        (alone,) = fit_all(train_x, train_y, 10, [c], standardise=False)
+        np.testing.assert_allclose(probe.weights, alone.weights, atol=0.02 * np.abs(alone.weights).max())
 
 
 def test_probe_survives_constant_features(digits):

@@ -1,8 +1,13 @@
-"""Accuracies from class scores."""
+"""Accuracies from predictions and from class scores."""
 
 from __future__ import annotations
 
 import numpy as np
+
+
+def top1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the images whose class is right."""
+    return float(np.mean(predicted == labels))
 
 
 def mean_per_class(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -12,8 +17,12 @@ def mean_per_class(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(right[count > 0] / count[count > 0]))
 
 
+# config.protocol.metric -> (predicted classes [n], labels [n]) -> share in 0..1
+METRICS = {"top1": top1, "mean_per_class": mean_per_class}
+
+
 def accuracies(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Top-1, mean per class and, above five classes, top-5 accuracy.
+    """Every metric and, above five classes, top-5 accuracy.
 
     Args:
       scores: class scores [n, C]; of equal ones the lower class wins.
@@ -23,7 +32,7 @@ def accuracies(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       ``{"top1": .., "mean_per_class": .., "top5": ..}``, shares in 0..1.
     """
     predicted = np.argmax(scores, axis=1)
-    found = {"top1": float(np.mean(predicted == labels)), "mean_per_class": mean_per_class(predicted, labels)}
+    found = {name: metric(predicted, labels) for name, metric in METRICS.items()}
     if scores.shape[1] > 5:
         best = np.argpartition(-scores, 5, axis=1)[:, :5]
         found["top5"] = float(np.mean((best == labels[:, None]).any(axis=1)))

@@ -1,16 +1,27 @@
-"""Protocols on frozen features, by name."""
+"""Protocols on frozen features, by name; each docstring says where its recipe comes from.
+
+What a protocol may choose (k, temperature, C, learning rate) it chooses on a part of the training split that it
+then returns to training. ``select="test"`` chooses on the test split, as several papers do; the record then says so.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from sklearn.model_selection import train_test_split
 
-from crate_jax.evals.knn import knn_top1
-from crate_jax.evals.probe import probe_top1
+from crate_jax.errors import ConfigError, DataError
+from crate_jax.evals import linear_sgd
+from crate_jax.evals.knn import knn_sweep
+from crate_jax.evals.metrics import METRICS, accuracies
+from crate_jax.evals.probe import fit_all
+
+# Of every protocol that chooses something.
+SELECTION = {"select": "validation", "validation": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Protocol:
       name: its key in PROTOCOLS.
       version: raised when its numbers change.
       options: its config keys with their defaults.
-      run: (features, options, seed) -> JSON-like results; ``top1`` is the headline.
+      run: (features, options, seed) -> JSON-like results, with the metrics of :func:`accuracies`.
     """
 
     name: str
@@ -41,18 +52,167 @@ class Protocol:
     run: Callable[[Features, ConfigDict, int], dict[str, Any]]
 
 
-def _knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
-    return {"top1": knn_top1(f.train_x, f.train_y, f.test_x, f.test_y, f.num_classes, options.k, options.temperature)}
+def knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
+    """Weighted k-nearest neighbours by cosine, for every k and temperature.
+
+    DINO (Caron et al. 2021) reports the best of k = 10, 20, 100, 200 at T = 0.07; solo-learn sweeps both.
+    """
+    ks, temperatures = _numbers(options.k, "k"), _numbers(options.temperature, "temperature")
+    settings = [{"k": int(k), "temperature": float(t)} for k in ks for t in temperatures]
+
+    def predict(g: Features) -> list[np.ndarray]:
+        out = knn_sweep(g.train_x, g.train_y, g.test_x, g.num_classes, [int(k) for k in ks], temperatures)
+        return list(out.reshape(len(settings), -1))
+
+    chosen, table = _select(f, options, seed, settings, predict)
+    predicted = predict(f)  # one pass over the neighbours gives every setting
+    return {
+        **{name: metric(predicted[chosen], f.test_y) for name, metric in METRICS.items()},
+        "chosen": settings[chosen],
+        **table,
+        "sweep": _table(settings, predicted, f.test_y, options.metric),
+    }
 
 
-def _logreg(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
-    return {"top1": probe_top1(f.train_x, f.train_y, f.test_x, f.test_y, f.num_classes, options.c)}
+def logreg(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
+    """Full-batch logistic regression over C = 10^0 .. 10^5 on the features as they are.
+
+    CRATE-MAE (arXiv 2404.02446, appendix B) fits scikit-learn's on the class token and keeps the C that is best on
+    the test set: that is ``select="test"``.
+    """
+    cs = _numbers(options.c, "c")
+    settings = [{"c": c} for c in cs]
+
+    def scores(g: Features, strengths: Sequence[float]) -> list[np.ndarray]:
+        probes = fit_all(g.train_x, g.train_y, g.num_classes, strengths, options.standardise)
+        return [probe.scores(g.test_x) for probe in probes]
+
+    def predict(g: Features) -> list[np.ndarray]:
+        return [np.argmax(s, axis=1) for s in scores(g, cs)]
+
+    chosen, table = _select(f, options, seed, settings, predict)
+    final = scores(f, cs[chosen : chosen + 1])[0]
+    return {**accuracies(final, f.test_y), "chosen": settings[chosen], **table}
+
+
+def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
+    """A linear layer trained by SGD or LARS; see :data:`crate_jax.evals.linear_sgd.RECIPES`."""
+    if options.recipe not in linear_sgd.RECIPES:
+        raise ConfigError(f"config.protocol.recipe={options.recipe!r}: must be one of {', '.join(linear_sgd.RECIPES)}")
+    recipe = linear_sgd.RECIPES[options.recipe]
+    recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs)
+    rates = _numbers(options.lr, "lr") if options.lr else [recipe.lr]
+    settings = [{"lr": rate} for rate in rates]
+
+    def fit(g: Features, rate: float) -> tuple[np.ndarray, float]:
+        rated = dataclasses.replace(recipe, lr=rate)
+        return linear_sgd.fit(g.train_x, g.train_y, g.test_x, g.num_classes, rated, seed)
+
+    chosen, table = _select(
+        f, options, seed, settings, lambda g: [np.argmax(fit(g, rate)[0], axis=1) for rate in rates]
+    )
+    scores, loss = fit(f, rates[chosen])
+    about = dataclasses.asdict(recipe) | settings[chosen]
+    return {**accuracies(scores, f.test_y), "train_loss": loss, "chosen": settings[chosen], **table, "recipe": about}
+
+
+def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
+    """Logistic regression on few labelled images per class, mean and deviation over draws of them.
+
+    The headline is that of the most shots. Shots, draws and C are ours; papers differ.
+    """
+    counts = np.bincount(f.train_y, minlength=f.num_classes)
+    shots = [int(s) for s in _numbers(options.shots, "shots")]
+    if counts.min() < max(shots):
+        raise DataError(
+            f"config.protocol.shots={tuple(options.shots)}: the class with fewest training images has {counts.min()}"
+        )
+    result: dict[str, Any] = {"fewshot": []}
+    for shot in sorted(shots):
+        found = []
+        for trial in range(options.trials):
+            rng = np.random.default_rng((seed, shot, trial))
+            rows = np.concatenate(
+                [rng.choice(np.flatnonzero(f.train_y == c), shot, replace=False) for c in range(f.num_classes)]
+            )
+            (probe,) = fit_all(f.train_x[rows], f.train_y[rows], f.num_classes, [options.c], standardise=False)
+            found.append(accuracies(probe.scores(f.test_x), f.test_y))
+        means = {name: float(np.mean([m[name] for m in found])) for name in found[0]}
+        deviation = float(np.std([m[options.metric] for m in found]))
+        result["fewshot"].append({"shots": shot, "trials": options.trials, **means, "deviation": deviation})
+        result.update(means)
+    return result
+
+
+def _numbers(value: Any, key: str) -> list[float]:
+    """A config value that is one number or several, all positive.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    numbers = list(value) if isinstance(value, tuple | list) else [value]
+    if not numbers or not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers):
+        raise ConfigError(f"config.protocol.{key}={value!r}: must be a positive number, or several of them")
+    return numbers
+
+
+def _table(settings: list[dict], predicted: list[np.ndarray], labels: np.ndarray, metric: str) -> list[dict[str, Any]]:
+    return [{**s, metric: METRICS[metric](p, labels)} for s, p in zip(settings, predicted, strict=True)]
+
+
+def _select(
+    f: Features,
+    options: ConfigDict,
+    seed: int,
+    settings: list[dict[str, Any]],
+    predict: Callable[[Features], list[np.ndarray]],
+) -> tuple[int, dict[str, Any]]:
+    """The best setting (the first of equal ones) by config.protocol.metric, and what it was chosen by.
+
+    Raises:
+      ConfigError: options that make no sense.
+      DataError: the training split is too small to set a part of each class aside.
+    """
+    if options.select not in ("validation", "test"):
+        raise ConfigError(f"config.protocol.select={options.select!r}: must be 'validation' or 'test'")
+    if len(settings) == 1:
+        return 0, {}
+    if options.select == "test":
+        judged, where = f, "test split: optimistic, as the numbers are of the same images"
+    else:
+        judged = hold_out(f, options.validation, seed)
+        where = f"{len(judged.test_y)} of the training images"
+    table = _table(settings, predict(judged), judged.test_y, options.metric)
+    best = int(np.argmax([row[options.metric] for row in table]))
+    return best, {"selected_on": where, "selection": table}
+
+
+def hold_out(f: Features, share: float, seed: int) -> Features:
+    """Sets a share of each class's training features aside as test features.
+
+    Raises:
+      ConfigError: the share is not between 0 and 1.
+      DataError: a class is too small for it.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"config.protocol.validation={share}: must lie between 0 and 1")
+    try:
+        train, held = train_test_split(
+            np.arange(len(f.train_y)), test_size=share, stratify=f.train_y, random_state=seed
+        )
+    except ValueError as e:
+        raise DataError(
+            f"config.protocol.validation={share}: cannot set this share of {len(f.train_y)} training images aside ({e})"
+        ) from None
+    return Features(f.train_x[train], f.train_y[train], f.train_x[held], f.train_y[held], f.num_classes)
 
 
 PROTOCOLS = {
     p.name: p
     for p in (
-        Protocol("knn", 1, {"k": 20, "temperature": 0.07}, _knn),
-        Protocol("logreg", 1, {"c": 1.0}, _logreg),
+        Protocol("knn", 1, {"k": (10, 20, 100, 200), "temperature": (0.07,), **SELECTION}, knn),
+        Protocol("logreg", 1, {"c": (1e0, 1e1, 1e2, 1e3, 1e4, 1e5), "standardise": False, **SELECTION}, logreg),
+        Protocol("linear_sgd", 1, {"recipe": "mae", "lr": (), "epochs": 0, **SELECTION}, linear),
+        Protocol("fewshot", 1, {"shots": (1, 2, 5, 10), "trials": 5, "c": 1.0}, fewshot),
     )
 }

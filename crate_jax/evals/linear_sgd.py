@@ -1,0 +1,146 @@
+"""Linear probes trained by SGD or LARS on frozen features: MAE's, solo-learn's, lightly's.
+
+All epochs run on the device in one program. What differs from the originals is that features are computed
+once, of central crops: their training images are augmented anew in each epoch.
+
+Shapes: n rows, D features, C classes, B batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from crate_jax.evals.features import check_labelled
+
+BATCH_NORM_EPS = 1e-6  # MAE's; its running averages move by 0.1 a step, PyTorch's default
+BATCH_NORM_RATE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a linear probe is trained; no weight decay anywhere.
+
+    Attributes:
+      optimizer: ``lars`` (trust ratio on the kernel only, coefficient 0.001) or ``sgd``.
+      lr: peak rate per 256 images of the batch.
+      batch_size: B; the whole set where it is smaller.
+      epochs: passes over the training features.
+      warmup_epochs: linear from 0.
+      decay: ``cosine`` to 0, or ``steps``: a tenth at 60 % and again at 80 % of the epochs.
+      batch_norm: normalise features by the batch's statistics, without scale and bias.
+    """
+
+    optimizer: str
+    lr: float
+    batch_size: int
+    epochs: int
+    warmup_epochs: int
+    decay: str
+    batch_norm: bool
+
+
+RECIPES = {
+    # arXiv 2111.06377, appendix A.1 and Table 10, and the released main_linprobe.py
+    "mae": Recipe("lars", 0.1, 16384, 90, 10, "cosine", True),
+    # solo-learn's linear scripts for BYOL on ImageNet; its rate depends on the method, 0.1 to 30
+    "solo": Recipe("sgd", 0.3, 256, 100, 0, "steps", False),
+    # lightly's ImageNet benchmarks
+    "lightly": Recipe("sgd", 0.1, 256, 90, 0, "cosine", False),
+}
+
+
+def fit(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, num_classes: int, recipe: Recipe, seed: int
+) -> tuple[np.ndarray, float]:
+    """Trains a probe and scores other features.
+
+    Args:
+      train_x: features [n, D].
+      train_y: integer labels [n] in 0 .. num_classes - 1.
+      test_x: features [m, D].
+      num_classes: C.
+      recipe: how.
+      seed: of the initial kernel and the order of the images.
+
+    Returns:
+      class scores float32 [m, C], and the mean training loss of the last epoch.
+
+    Raises:
+      DataError: labels out of range, or shapes that do not match.
+      NonFiniteError: NaN or infinite features.
+    """
+    check_labelled("train", train_x, train_y, num_classes)
+    scores, losses = _train(
+        jnp.asarray(train_x, jnp.float32),
+        jnp.asarray(train_y, jnp.int32),
+        jnp.asarray(test_x, jnp.float32),
+        jax.random.key(seed),
+        num_classes,
+        recipe,
+    )
+    return np.asarray(scores), float(losses[-1])
+
+
+def _schedule(recipe: Recipe, batch_size: int, steps_per_epoch: int) -> optax.Schedule:
+    peak = recipe.lr * batch_size / 256
+    total = recipe.epochs * steps_per_epoch
+    if recipe.decay == "steps":
+        return optax.piecewise_constant_schedule(peak, {int(0.6 * total): 0.1, int(0.8 * total): 0.1})
+    warmup = recipe.warmup_epochs * steps_per_epoch
+    cosine = optax.cosine_decay_schedule(peak, max(total - warmup, 1))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), cosine], [warmup])
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "recipe"))
+def _train(
+    x: jax.Array, y: jax.Array, test_x: jax.Array, key: jax.Array, num_classes: int, recipe: Recipe
+) -> tuple[jax.Array, jax.Array]:
+    """Class scores of test_x (m, C) and the mean loss of each epoch."""
+    n, D = x.shape
+    B = min(recipe.batch_size, n)
+    steps = n // B  # the rest of an epoch's order is dropped, as the originals do
+    rate = _schedule(recipe, B, steps)
+    if recipe.optimizer == "lars":
+        mask = {"kernel": True, "bias": False}
+        tx = optax.lars(rate, trust_coefficient=0.001, trust_ratio_mask=mask, momentum=0.9)
+    else:
+        tx = optax.sgd(rate, momentum=0.9)
+    init_key, order_key = jax.random.split(key)
+    kernel = 0.01 * jax.random.truncated_normal(init_key, -2, 2, (D, num_classes))
+    params = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+
+    def normalise(rows: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+        return (rows - mean) * jax.lax.rsqrt(variance + BATCH_NORM_EPS) if recipe.batch_norm else rows
+
+    def logits(params: dict[str, jax.Array], rows: jax.Array) -> jax.Array:
+        return jnp.matmul(rows, params["kernel"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
+
+    def step(carry, index_B):
+        params, state, running = carry
+        rows = x[index_B]
+        batch = (jnp.mean(rows, axis=0), jnp.var(rows, axis=0))
+
+        def loss(params: dict[str, jax.Array]) -> jax.Array:
+            scores = logits(params, normalise(rows, *batch))
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, y[index_B]))
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        unbiased = (batch[0], batch[1] * B / max(B - 1, 1))
+        running = jax.tree.map(lambda old, new: old + BATCH_NORM_RATE * (new - old), running, unbiased)
+        return (optax.apply_updates(params, updates), state, running), value
+
+    def epoch(carry, number):
+        order = jax.random.permutation(jax.random.fold_in(order_key, number), n)[: steps * B]
+        carry, values = jax.lax.scan(step, carry, order.reshape(steps, B))
+        return carry, jnp.mean(values)
+
+    start = (params, tx.init(params), (jnp.zeros(D), jnp.ones(D)))
+    (params, _, running), losses = jax.lax.scan(epoch, start, jnp.arange(recipe.epochs))
+    return logits(params, normalise(test_x, *running)), losses

@@ -1,0 +1,111 @@
+"""Protocols on frozen features: what they choose, on what, and what they report."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from crate_jax.errors import ConfigError, DataError
+from crate_jax.evals import linear_sgd
+from crate_jax.evals.metrics import accuracies, mean_per_class
+from crate_jax.evals.protocols import PROTOCOLS, Features, hold_out
+
+
+@pytest.fixture(scope="module")
+def digits() -> Features:
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)
+    return Features(x[:1300], y[:1300], x[1300:], y[1300:], 10)
+
+
+def run(name: str, f: Features, **options):
+    protocol = PROTOCOLS[name]
+    return protocol.run(f, ConfigDict({"metric": "top1", **protocol.options, **options}), 0)
+
+
+def test_accuracies_by_hand():
+    scores = np.eye(7)[[0, 0, 1, 2, 6]]
+    labels = np.array([0, 1, 1, 1, 6])
+    found = accuracies(scores, labels)
+    assert found["top1"] == pytest.approx(3 / 5)
+    assert found["mean_per_class"] == pytest.approx((1 + 1 / 3 + 1) / 3)
+    assert found["top5"] >= found["top1"]
+    assert mean_per_class(np.array([1, 1]), np.array([1, 4])) == 0.5  # classes that do not occur do not count
+
+
+def test_hold_out_keeps_the_shares_of_the_classes_and_loses_nothing(digits):
+    part = hold_out(digits, 0.1, seed=3)
+    assert len(part.test_y) == 130 and len(part.train_y) == 1170
+    counts = np.bincount(part.test_y) / np.bincount(digits.train_y)
+    assert np.all(np.abs(counts - 0.1) < 0.02)
+    both = np.concatenate([part.train_x, part.test_x])
+    assert sorted(map(bytes, both)) == sorted(map(bytes, digits.train_x))
+
+
+def test_selection_never_sees_the_test_split(digits):
+    """Other test images change the accuracy, not the choice; with select=test the choice is the table's best."""
+    other = Features(digits.train_x, digits.train_y, digits.test_x[::-1].copy(), digits.test_y, 10)
+    for name in ("knn", "logreg"):
+        ours, theirs = run(name, digits), run(name, other)
+        assert ours["chosen"] == theirs["chosen"] and ours["selection"] == theirs["selection"]
+        assert theirs["top1"] < 0.5 < ours["top1"]
+    peeked = run("logreg", digits, select="test")
+    assert "optimistic" in peeked["selected_on"]
+    assert peeked["top1"] == max(row["top1"] for row in peeked["selection"])
+
+
+def test_logreg_is_scikit_learns(digits):
+    for c in (0.1, 10.0):
+        reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(digits.train_x, digits.train_y)
+        expected = reference.score(digits.test_x, digits.test_y)
+        assert run("logreg", digits, c=c)["top1"] == pytest.approx(expected, abs=0.0025)  # one image
+
+
+@pytest.mark.parametrize("recipe", linear_sgd.RECIPES)
+def test_linear_probes_learn(digits, recipe):
+    few = run("linear_sgd", digits, recipe=recipe, epochs=1)
+    more = run("linear_sgd", digits, recipe=recipe, epochs=30)
+    assert more["recipe"]["epochs"] == 30 and more["chosen"] == {"lr": linear_sgd.RECIPES[recipe].lr}
+    assert more["train_loss"] < few["train_loss"]
+    if recipe != "mae":  # its batch holds the whole set: 30 steps of LARS move the kernel by a few per cent
+        assert more["top1"] > 0.85
+
+
+def test_batch_norm_makes_the_scale_of_features_irrelevant(digits):
+    scaled = Features(digits.train_x * 50 + 3, digits.train_y, digits.test_x * 50 + 3, digits.test_y, 10)
+    kept, lost = (run("linear_sgd", f, recipe="mae", epochs=100, lr=3.0)["top1"] for f in (digits, scaled))
+    assert kept == pytest.approx(lost, abs=0.02) and kept > 0.8
+
+
+def test_several_rates_are_chosen_by_validation(digits):
+    found = run("linear_sgd", digits, recipe="lightly", lr=(1e-6, 0.3), epochs=20)
+    assert found["chosen"] == {"lr": 0.3} and found["recipe"]["lr"] == 0.3 and len(found["selection"]) == 2
+
+
+def test_more_shots_do_better(digits):
+    found = run("fewshot", digits, shots=(1, 20), trials=3)
+    one, many = found["fewshot"]
+    assert (one["shots"], many["shots"]) == (1, 20)
+    assert 0.2 < one["top1"] < many["top1"] - 0.1 and many["top1"] == found["top1"]
+    assert one["deviation"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "words"),
+    [
+        ("logreg", {"select": "best"}, ConfigError, "select='best'"),
+        ("logreg", {"validation": 1.5}, ConfigError, "between 0 and 1"),
+        ("logreg", {"validation": 0.001}, DataError, "cannot set this share"),
+        ("logreg", {"c": (1.0, -1.0)}, ConfigError, "positive"),
+        ("knn", {"k": ()}, ConfigError, "config.protocol.k"),
+        ("linear_sgd", {"recipe": "adam"}, ConfigError, "mae, solo, lightly"),
+        ("fewshot", {"shots": (1, 5000)}, DataError, "fewest training images"),
+    ],
+)
+def test_bad_options_are_named(digits, name, options, error, words):
+    with pytest.raises(error, match=words):
+        run(name, digits, **options)
