@@ -74,6 +74,9 @@ def show_pretraining(summary: dict[str, Any]) -> None:
 def show_evaluation(record: dict[str, Any]) -> None:
     """Prints the numbers of one evaluation for a person."""
     print(f"{record['protocol']} of {record['checkpoint'] or 'a random encoder'} on {record['data']}")
+    if "chosen" in record:
+        setting = ", ".join(f"{key} {value:g}" for key, value in record["chosen"].items())
+        print(f"{setting}" + (f", chosen on {record['selected_on']}" if "selected_on" in record else ""))
     for name, value in record.items():
         if isinstance(value, float) and name in ("top1", "top5", "mean_per_class"):
             print(f"{name:<20}{value:>8.1%}")

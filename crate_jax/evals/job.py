@@ -6,6 +6,7 @@ reads them from there. Each run appends one line to ``results.jsonl``.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -18,14 +19,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax import data, metrics, pretrained, representation, sharding
+from crate_jax.checkpoint import params_sha256
 from crate_jax.config import validate
+from crate_jax.corruption import Identity
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.sources import digest
+from crate_jax.encoders import ENCODERS
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals.features import extract
 from crate_jax.evals.frozen import CHUNK, sample
 from crate_jax.evals.protocols import PROTOCOLS, Features
-from crate_jax.patches import patchify
+from crate_jax.patches import grid_shape, patchify
 from crate_jax.pretrain import normalise
 from crate_jax.workdir import lock
 
@@ -64,11 +68,24 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = inherit(config, encoder)
     validate(full)
+    if config.protocol.scratch:
+        encoder = untrained(full, encoder)
     with lock(workdir) as folder:
         features, about = extract_features(full, encoder, folder)
         log.info("%s on %s", protocol.name, ", ".join(f"{k} {v}" for k, v in about.items()))
         result = protocol.run(features, config.protocol, config.seed)
         return append_result(folder, full, encoder, protocol.version, about, result)
+
+
+def untrained(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pretrained:
+    """A random encoder of the same shape, a function of config.seed."""
+    h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
+    patches = np.zeros((1, h * w, 3 * config.encoder.patch_size**2), np.float32)
+    module = ENCODERS[config.encoder.name](config)
+    init = jax.jit(lambda key, x: module.init(key, x, Identity())["params"])
+    params = {"encoder": jax.device_get(init(jax.random.key(config.seed), patches))}
+    name = f"a random encoder of the shape of {encoder.name}"
+    return dataclasses.replace(encoder, name=name, params=params, sha256=params_sha256(params))
 
 
 def append_result(

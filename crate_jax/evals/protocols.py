@@ -178,10 +178,10 @@ def _select(
     if len(settings) == 1:
         return 0, {}
     if options.select == "test":
-        judged, where = f, "test split: optimistic, as the numbers are of the same images"
+        judged, where = f, "the test split, which is optimistic"
     else:
         judged = hold_out(f, options.validation, seed)
-        where = f"{len(judged.test_y)} of the training images"
+        where = f"{len(judged.test_y)} training images set aside"
     table = _table(settings, predict(judged), judged.test_y, options.metric)
     best = int(np.argmax([row[options.metric] for row in table]))
     return best, {"selected_on": where, "selection": table}
