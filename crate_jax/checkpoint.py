@@ -30,6 +30,7 @@ from crate_jax.workdir import check_free_space
 PyTree = Any
 
 FOLDER = "checkpoints"
+AVERAGES = "ema/"  # where `rest` holds the moving average of the parameters
 DAMAGED = "damaged"  # where unusable checkpoints newer than the one used are moved to
 
 
@@ -228,7 +229,7 @@ def _none_usable(folder: Path, problems: Mapping[int, str]) -> str:
 
 
 def read_params(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the verified parameters of a run, for `config.init_from` and for tools.
+    """Reads the verified parameters of a run, for `config.init_from` and for tools: the averages where it kept any.
 
     Args:
       workdir: the run's folder, or its ``checkpoints`` folder. Nothing in it is changed.
@@ -255,12 +256,20 @@ def read_params(workdir: str | os.PathLike[str], step: int | None = None) -> tup
     for candidate in steps if step is None else [step]:
         try:
             meta = files.read_meta(folder / str(candidate))
-            params = files.read_arrays(folder / str(candidate), meta, "params", files.host_targets(meta, "params"))
+            params = _eval_params(folder / str(candidate), meta)
         except files.DamagedError as e:
             problems[candidate] = _warn_unusable(candidate, folder / str(candidate), e)
         else:
             return files.nest(params), meta
     raise CheckpointError(_none_usable(folder, problems))
+
+
+def _eval_params(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that evaluations use (:meth:`crate_jax.train.TrainState.eval_params`), by name."""
+    averages = [name for name in meta["arrays"]["rest"] if name.startswith(AVERAGES)]
+    item = "rest" if averages else "params"
+    arrays = files.read_arrays(folder, meta, item, files.host_targets(meta, item))
+    return {name.removeprefix(AVERAGES): arrays[name] for name in averages} if averages else arrays
 
 
 def init_encoder(params: PyTree, other: PyTree, what: str) -> PyTree:

@@ -165,7 +165,7 @@ def test_a_removed_patch_does_not_reach_the_encoder(encoder, corruption):
     masking = Masking.from_noise(jnp.asarray([[0.1, 0.9, 0.2, 0.8, 0.7, 0.3]]), 3, corruption == "mask-drop")
 
     def tokens(x):
-        return jnp.sum(autoencoder.build(c).apply({"params": params}, x, masking, method="encode") ** 3)
+        return jnp.sum(ENCODERS[encoder](c).apply({"params": params["encoder"]}, x, masking) ** 3)
 
     per_patch = np.abs(np.asarray(jax.grad(tokens)(patches(c, 1)))).max((0, 2))
     np.testing.assert_array_equal(per_patch > 0, [True, False, True, False, False, True])
@@ -174,9 +174,9 @@ def test_a_removed_patch_does_not_reach_the_encoder(encoder, corruption):
 def test_white_box_points_have_their_names():
     c = small("crate")
     params = autoencoder.init_params(c, jax.random.key(0))
-    model = autoencoder.build(c)
-    tokens, points = model.apply({"params": params}, patches(c), Identity(), method="encode", mutable=["intermediates"])
-    blocks = points["intermediates"]["encoder"]["blocks"]
+    variables = {"params": params["encoder"]}
+    tokens, points = ENCODERS["crate"](c).apply(variables, patches(c), Identity(), mutable=["intermediates"])
+    blocks = points["intermediates"]["blocks"]
     assert sorted(blocks) == ["after_ista", "after_mssa"]
     assert blocks["after_ista"][0].shape == (2, 3, 7, 16)  # layers, images, tokens, width
     assert float(blocks["after_ista"][0].min()) == 0.0  # ReLU: a non-negative code

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
+from crate_jax.classify import adopt
 from crate_jax.config import validate
 from crate_jax.corruption import Identity
 from crate_jax.data.evaluation import eval_batches
@@ -68,8 +70,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = inherit(config, encoder)
     validate(full)
-    if config.protocol.scratch:
-        encoder = untrained(full, encoder)
+    encoder = fitted(full, encoder)
     with lock(workdir) as folder:
         features, about = extract_features(full, encoder, folder)
         log.info("%s on %s", protocol.name, ", ".join(f"{k} {v}" for k, v in about.items()))
@@ -77,13 +78,20 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         return append_result(folder, full, encoder, protocol.version, about, result)
 
 
-def untrained(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pretrained:
-    """A random encoder of the same shape, a function of config.seed."""
+def fitted(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pretrained:
+    """The checkpoint's encoder, or a random one of its shape (a function of config.seed) for config.protocol.scratch.
+
+    Raises:
+      CheckpointError: it does not fit the config, as when position tables are for another image size.
+    """
     h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
     patches = np.zeros((1, h * w, 3 * config.encoder.patch_size**2), np.float32)
     module = ENCODERS[config.encoder.name](config)
-    init = jax.jit(lambda key, x: module.init(key, x, Identity())["params"])
-    params = {"encoder": jax.device_get(init(jax.random.key(config.seed), patches))}
+    init = jax.jit(lambda key: {"encoder": module.init(key, patches, Identity())["params"]})
+    if not config.protocol.scratch:
+        what = f"config.checkpoint={config.checkpoint}"
+        return dataclasses.replace(encoder, params=adopt(jax.eval_shape(init, jax.random.key(0)), encoder.params, what))
+    params = jax.device_get(init(jax.random.key(config.seed)))
     name = f"a random encoder of the shape of {encoder.name}"
     return dataclasses.replace(encoder, name=name, params=params, sha256=params_sha256(params))
 
@@ -188,7 +196,7 @@ def _cached(
             return stored["features"], stored["labels"]
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
     place = sharding.split(mesh)
     features, labels = [], []
