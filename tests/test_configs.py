@@ -11,6 +11,9 @@ import pytest
 
 from crate_jax import autoencoder, config as configs, optimizer, pretrain
 from crate_jax.config import ConfigError
+from crate_jax.evals import finetune, job
+from crate_jax.evals.protocols import PROTOCOLS
+from crate_jax.pretrained import Pretrained
 
 NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
 ARGUMENTS = {
@@ -21,6 +24,7 @@ ARGUMENTS = {
     "cifar10": [f"encoder={e},corruption={k}" for e in ("crate", "vit") for k in ("mask", "rop", "noise", "none")]
     + ["penalty=so", "encoder=vit,penalty=srip"],
 }
+OF_A_CHECKPOINT = ("evaluate",)  # these take the model's sizes from the checkpoint they are given
 
 
 def load(name: str, arg: str = ""):
@@ -29,7 +33,13 @@ def load(name: str, arg: str = ""):
 
 @pytest.mark.parametrize(
     ("name", "arg"),
-    [(n, ",".join(filter(None, (a, d)))) for n in NAMES for a in ARGUMENTS[n] for d in ("", "debug")],
+    [
+        (n, ",".join(filter(None, (a, d))))
+        for n in NAMES
+        if n not in OF_A_CHECKPOINT
+        for a in ARGUMENTS[n]
+        for d in ("", "debug")
+    ],
 )
 def test_config_builds(name, arg):
     """Valid, no key outside the base config, and model, penalty and optimiser fit by their shapes."""
@@ -40,6 +50,22 @@ def test_config_builds(name, arg):
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     optimizer.build(c, shapes, c.steps or 100_000, 100.0)
     assert bool(pretrain.build(c).penalised) == (c.penalty.name != "none")
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, *finetune.PROTOCOLS])
+@pytest.mark.parametrize("task", ["", "flowers102"])
+def test_every_protocol_fits_a_checkpoint(protocol, task):
+    """With the sizes of a checkpoint it is valid; beyond the base config it has the protocol's own options only."""
+    arg = f"protocol={protocol}" + (f",task={task}" if task else "")
+    c = load("evaluate", arg)
+    extra = configs.flatten(c).keys() - configs.flatten(configs.base()).keys()
+    assert extra == {f"protocol.{o}" for o in (PROTOCOLS[protocol].options if protocol in PROTOCOLS else ())}
+    for pretraining in ("crate_mae", "vit_mae", "rop_vitb"):
+        encoder = Pretrained("", load(pretraining).to_dict(), {}, "")
+        full = job.inherit(c, encoder) if protocol in PROTOCOLS else finetune.resolve(c, encoder)
+        configs.validate(full)
+        assert full.protocol.metric == ("mean_per_class" if task else "top1")
+        assert full.data.image_size == (224, 224) and full.encoder.width == 768
 
 
 def test_every_config_file_has_a_command_and_a_docstring():
