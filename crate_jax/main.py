@@ -7,6 +7,7 @@ same workdir continues a run that was stopped.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -86,6 +87,9 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as e:
         print(f"{e}; the same command continues it", file=sys.stderr)
         return e.exit_code
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        print("stopped by SIGINT; the same command continues from the last checkpoint, if any", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (UserError, OSError) as e:
         fail(e)
     return 0
