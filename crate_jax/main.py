@@ -55,6 +55,8 @@ def one_line(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
     message = str(cause or (error.args[0] if isinstance(error, KeyError) and error.args else error))
+    if isinstance(error, KeyError) and message.startswith("'"):  # a section that is not there
+        message = f"config: unknown key {message}"
     if isinstance(error, SyntaxError):
         message = f"{error.filename}, line {error.lineno}: {message} (SyntaxError)"
     if "Traceback (most recent call last)" in message:

@@ -204,6 +204,11 @@ class Run:
         stack.callback(self.checkpoints.close)
         self.evaluation = FrozenEvaluation(config, self.objective.features, source, self.mesh)
         self.state, self.start, self.record = self._start(shapes)
+        if self.start > self.total:
+            raise ConfigError(
+                f"config.steps or config.epochs: ask for {self.total} steps, but {folder} is already at step "
+                f"{self.start}; ask for more, or choose another --workdir"
+            )
         self.writer = stack.enter_context(metrics.Writer(folder, config, self.start))
         self.interrupt = stack.enter_context(Interrupt())
         self.speed = Speed()

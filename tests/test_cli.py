@@ -166,6 +166,18 @@ def test_a_changed_config_that_does_not_fit_is_named_key_by_key(finished, run_cl
     assert "encoder.width" in line and "checkpoint (2, 64, 64), config (2, 32, 32)" in line
 
 
+def test_a_run_that_is_further_than_asked_for_is_named(finished, run_cli, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    line = one_line_error(run_cli([QUICK, "--config.steps=6", f"--workdir={workdir}"]))
+    assert "6 steps" in line and "already at step 12" in line
+    assert summary(workdir)["steps"] == 12
+
+
+def test_a_missing_platform_is_one_line(run_cli, tmp_path):
+    line = one_line_error(run_cli([QUICK, f"--workdir={tmp_path}"], env={"JAX_PLATFORMS": "nonesuch"}))
+    assert "JAX has no device to run on" in line and "nonesuch" in line
+
+
 def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
     """Another corruption may continue from it; another width may not."""
     start = [QUICK, f"--config.init_from={finished[0]}", "--config.corruption.name=rop"]
@@ -254,6 +266,7 @@ ERRORS = [
     (["--config={tmp}/broken.py", "--workdir={tmp}/w"], "SyntaxError"),
     (["--config.steps=3", QUICK, "--workdir={tmp}/w"], "before a value for --config"),
     ([QUICK, "--config.encoder.widht=3", "--workdir={tmp}/w"], "widht"),
+    ([QUICK, "--config.encodr.width=3", "--workdir={tmp}/w"], "unknown key 'encodr'"),
     ([QUICK, "--config.steps=many", "--workdir={tmp}/w"], "many"),
     ([QUICK, "--wrokdir=x", "--workdir={tmp}/w"], "wrokdir"),
     ([QUICK, "extra", "--workdir={tmp}/w"], "unexpected argument 'extra'"),
