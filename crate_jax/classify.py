@@ -52,12 +52,11 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
     Raises:
       DataError: the set has no labels, or a single class.
     """
-    labels = source.labels
-    if labels is None:
+    if source.class_names is None:
         raise DataError(
             f"config.data.source={config.data.source!r}: fine-tuning needs labels, the training split has none"
         )
-    classes = len(source.class_names or ()) or int(labels.max()) + 1
+    classes = len(source.class_names)
     if classes < 2:
         raise DataError(f"config.data.source={config.data.source!r}: has a single class; a classifier needs two")
     encoder, options = ENCODERS[config.encoder.name](config), config.finetune

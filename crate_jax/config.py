@@ -41,7 +41,7 @@ def base() -> ConfigDict:
     data.source = "digits"  # digits | folder:PATH | tfds:NAME | synthetic
     data.data_dir = ""  # tfds: where the prepared (ArrayRecord) data sets lie
     data.train_split = "train"  # folder: a sub-folder, or the whole tree if there is none
-    data.eval_split = "auto"  # auto: the first of test, val, validation that exists
+    data.eval_split = "auto"  # auto: the first of test, val, validation that exists (tfds: with labels)
     data.image_size = (224, 224)  # height, width in pixels
     data.mean = IMAGENET_MEAN  # per channel, of pixels scaled to [0, 1]
     data.std = IMAGENET_STD
@@ -264,7 +264,7 @@ POSITIVE = (
     "optimizer.lr"
 ).split()
 NOT_NEGATIVE = (
-    "steps epochs seed data.workers data.memory_mb data.randaugment_layers decoder.width decoder.depth "
+    "steps epochs data.workers data.memory_mb data.randaugment_layers decoder.width decoder.depth "
     "encoder.eta encoder.lam encoder.layer_scale corruption.paper_scale corruption.noise_std penalty.weight "
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
@@ -273,6 +273,7 @@ NOT_NEGATIVE = (
 ).split()
 # (key, lowest, highest, lowest allowed?, highest allowed?)
 RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
+    ("seed", 0, 2**63 - 1, True, True),
     ("data.flip", 0, 1, True, True),
     ("data.randaugment_magnitude", 0, 30, True, True),
     ("data.eval_crop", 0, 1, False, True),
@@ -310,9 +311,15 @@ def _fail(flat: Mapping[str, Any], key: str, right: str) -> None:
 
 
 def _check_values(flat: Mapping[str, Any]) -> None:
+    for key, default in flatten(base()).items():
+        if isinstance(default, list):
+            kind = type(default[0]) if default else str
+            if not all(isinstance(v, (int, float) if kind is float else kind) for v in flat[key]):
+                _fail(flat, key, f"must hold {({int: 'whole numbers', float: 'numbers'}).get(kind, 'texts')} only")
     for key, value in flat.items():
-        if isinstance(value, float) and not abs(value) < float("inf"):
-            _fail(flat, key, "must be a finite number")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not abs(number) < float("inf"):
+                _fail(flat, key, "must be finite" if isinstance(value, list) else "must be a finite number")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             _fail(flat, key, f"must be one of {', '.join(map(str, allowed))}")

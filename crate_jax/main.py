@@ -7,6 +7,7 @@ same workdir continues a run that was stopped.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -53,6 +54,8 @@ def one_line(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
     message = str(cause or (error.args[0] if isinstance(error, KeyError) and error.args else error))
+    if isinstance(error, KeyError) and message.startswith("'"):  # a section that is not there
+        message = f"config: unknown key {message}"
     if isinstance(error, SyntaxError):
         message = f"{error.filename}, line {error.lineno}: {message} (SyntaxError)"
     if "Traceback (most recent call last)" in message:
@@ -105,6 +108,9 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as e:
         print(f"{e}; the same command continues it", file=sys.stderr)
         return e.exit_code
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        print("stopped by SIGINT; the same command continues from the last checkpoint, if any", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (UserError, OSError) as e:
         fail(e)
     return 0

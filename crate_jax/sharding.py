@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, UserError
 
 DATA = "data"
 SMALLEST_SPLIT = 2**14  # elements
@@ -43,8 +43,12 @@ def make_mesh(batch_size: int, accumulate: int, devices: Sequence[jax.Device] | 
 
     Raises:
       ConfigError: a micro-batch cannot be split evenly over the devices.
+      UserError: there are no devices.
     """
-    devices = list(devices if devices is not None else jax.devices())
+    try:
+        devices = list(devices if devices is not None else jax.devices())
+    except RuntimeError as e:  # no such platform, or its driver does not start
+        raise UserError(f"JAX has no device to run on: {e}") from None
     micro = batch_size // accumulate
     if micro % len(devices):
         raise ConfigError(

@@ -154,6 +154,12 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
     return whole.replace(opt_state=sharding.split_update(shapes.opt_state, mesh))
 
 
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no array of a tree holds NaN or an infinity."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
 def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
     """(optimiser steps of the run, steps per epoch) for a training set of `images`."""
     per_epoch = images / config.batch_size
@@ -217,6 +223,11 @@ class Run:
         stack.callback(self.checkpoints.close)
         self.evaluation = EVALUATIONS[config.job](config, self.objective.features, source, self.mesh)
         self.state, self.start, self.record = self._start(shapes)
+        if self.start > self.total:
+            raise ConfigError(
+                f"config.steps or config.epochs: ask for {self.total} steps, but {folder} is already at step "
+                f"{self.start}; ask for more, or choose another --workdir"
+            )
         self.writer = stack.enter_context(metrics.Writer(folder, config, self.start))
         self.interrupt = stack.enter_context(Interrupt())
         self.speed = Speed()
@@ -272,14 +283,13 @@ class Run:
 
     def _batches(self) -> Generator[tuple[Batch, int], None, None]:
         """Batches on the device, and how many of their images replace files that could not be decoded."""
-        labels = self.source.labels if "label" in self.objective.inputs else None
         pipeline = data.TrainPipeline(
             self.config, self.source, process_index=jax.process_index(), process_count=jax.process_count()
         )
 
         def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
-            if labels is not None:
-                batch = {**batch, "label": labels[batch["index"]]}
+            if "label" in self.objective.inputs:
+                batch = {**batch, "label": self.source.labels_of(batch["index"])}
             inputs = {name: batch[name] for name in self.objective.inputs}
             return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"])
 
@@ -301,7 +311,7 @@ class Run:
         draw = not last and every.log.pictures_every and step % every.log.pictures_every == 0
         if not (save or evaluate or draw):
             return
-        self._report(step, progress)  # also makes sure that what follows sees finite weights
+        self._report(step, progress)
         if save:
             self._save(step)
         if self.interrupt.signal is not None and not last:
@@ -328,22 +338,25 @@ class Run:
         first = step - len(scalars) + 1
         for offset, values in enumerate(scalars):
             if not math.isfinite(values["loss"]):
-                raise NonFiniteError(self._non_finite(first + offset, float(values["loss"])))
+                raise self._non_finite(f"the loss is {float(values['loss'])} at step {first + offset}")
         means = {k: float(np.mean([v[k] for v in scalars])) for k in scalars[0]} | {"lr": float(scalars[-1]["lr"])}
         self.record = {"loss": means["loss"], "images_per_sec": self.speed.average()}
         progress.update(step, means, speed)
         self.writer.write(step, means | {"images_per_sec": speed, "undecodable": undecodable})
 
-    def _non_finite(self, step: int, loss: float) -> str:
+    def _non_finite(self, what: str) -> NonFiniteError:
         self.checkpoints.wait()
         latest = self.checkpoints.latest()
         kept = f"the last finite checkpoint is step {latest} in {self.checkpoints.folder}"
-        return (
-            f"the loss is {loss} at step {step}; {kept if latest else 'no checkpoint was saved yet'}; try a lower "
-            "config.optimizer.lr, a longer warm-up or config.optimizer.clip_norm"
+        return NonFiniteError(
+            f"{what}; {kept if latest else 'no checkpoint was saved yet'}; try a lower config.optimizer.lr, a longer "
+            "warm-up or config.optimizer.clip_norm"
         )
 
     def _save(self, step: int) -> None:
+        # A step's loss is taken before its update: it says nothing about the weights to be saved.
+        if not all_finite((self.state.params, self.state.rest())):
+            raise self._non_finite(f"the weights or the optimiser's state are not finite after step {step}")
         meta = {"config": self.config.to_dict(), "data": self.source.fingerprint(), "record": self.record}
         self.checkpoints.save(step, self.state.params, self.state.rest(), meta)
 

@@ -131,6 +131,18 @@ def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path
     assert (workdir / "checkpoints" / str(step)).is_dir()
 
 
+def test_a_signal_before_the_first_step_is_one_line(cli_env, tmp_path):
+    command = [sys.executable, "-m", "crate_jax.main", QUICK, f"--workdir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT, stderr[-2000:]
+    assert "stopped by SIGINT" in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+
 def test_a_second_process_on_the_workdir_is_refused(run_cli, cli_env, tmp_path):
     workdir = tmp_path / "run"
     flags = [QUICK, "--config.steps=100000", "--config.save.every=100000", f"--workdir={workdir}"]
@@ -154,6 +166,18 @@ def test_a_changed_config_that_does_not_fit_is_named_key_by_key(finished, run_cl
     assert "encoder.width" in line and "checkpoint (2, 64, 64), config (2, 32, 32)" in line
 
 
+def test_a_run_that_is_further_than_asked_for_is_named(finished, run_cli, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    line = one_line_error(run_cli([QUICK, "--config.steps=6", f"--workdir={workdir}"]))
+    assert "6 steps" in line and "already at step 12" in line
+    assert summary(workdir)["steps"] == 12
+
+
+def test_a_missing_platform_is_one_line(run_cli, tmp_path):
+    line = one_line_error(run_cli([QUICK, f"--workdir={tmp_path}"], env={"JAX_PLATFORMS": "nonesuch"}))
+    assert "JAX has no device to run on" in line and "nonesuch" in line
+
+
 def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
     """Another corruption may continue from it; another width may not."""
     start = [QUICK, f"--config.init_from={finished[0]}", "--config.corruption.name=rop"]
@@ -173,6 +197,14 @@ def test_a_diverging_run_stops_with_the_step(run_cli, tmp_path):
     step = int(line.split("at step ")[1].split(";")[0])
     kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
     assert kept and max(kept) < step
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_cli, tmp_path):
+    """The loss of step 1 is finite, its update is not: a checkpoint of it could never be continued."""
+    flags = ["--config.optimizer.lr=1e39", "--config.optimizer.warmup_steps=0", "--config.save.every=1"]
+    line = one_line_error(run_cli([QUICK, *flags, f"--workdir={tmp_path}"]))
+    assert "not finite after step 1; no checkpoint was saved yet" in line
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, run_cli, tmp_path):
@@ -234,6 +266,7 @@ ERRORS = [
     (["--config={tmp}/broken.py", "--workdir={tmp}/w"], "SyntaxError"),
     (["--config.steps=3", QUICK, "--workdir={tmp}/w"], "before a value for --config"),
     ([QUICK, "--config.encoder.widht=3", "--workdir={tmp}/w"], "widht"),
+    ([QUICK, "--config.encodr.width=3", "--workdir={tmp}/w"], "unknown key 'encodr'"),
     ([QUICK, "--config.steps=many", "--workdir={tmp}/w"], "many"),
     ([QUICK, "--wrokdir=x", "--workdir={tmp}/w"], "wrokdir"),
     ([QUICK, "extra", "--workdir={tmp}/w"], "unexpected argument 'extra'"),

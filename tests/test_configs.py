@@ -114,6 +114,11 @@ BAD = [
     ({"data.max_undecodable": 2.0}, r"must lie in \[0, 1\]"),
     ({"penalty.include": ("(",)}, r"not a regular expression"),
     ({"log.every": 0}, r"must be greater than 0"),
+    ({"data.image_size": (32.0, 32.0)}, r"config.data.image_size=.*whole numbers only"),
+    ({"data.crop_scale": ("a", "b")}, r"config.data.crop_scale=.*numbers only"),
+    ({"data.mean": (float("nan"), 0.0, 0.0)}, r"config.data.mean=.*must be finite"),
+    ({"penalty.include": (1,)}, r"config.penalty.include=.*texts only"),
+    ({"seed": 10**20}, r"config.seed=1\d+: must lie in"),
     ({"dtype": "float16"}, r"must be one of float32, bfloat16"),
 ]
 

@@ -63,6 +63,17 @@ def test_what_counts_as_an_image(tmp_path):
     assert names(source) == sorted([f"{kind}.{kind}" for kind in kinds] + ["folder.png/inside.png"])
 
 
+def test_links_that_lead_nowhere_are_undecodable_files(tmp_path):
+    write(tmp_path / "good.png")
+    (tmp_path / "itself.png").symlink_to("itself.png")
+    (tmp_path / "nowhere.png").symlink_to("missing.png")
+    source = data.open_split(configured(f"folder:{tmp_path}"), "train")
+    assert names(source) == ["good.png", "itself.png", "nowhere.png"]
+    for index in (1, 2):
+        with pytest.raises(data.DecodeError):
+            source.open(index)
+
+
 def test_links_are_followed_once(tmp_path):
     write(tmp_path / "elsewhere" / "1.png")
     root = tmp_path / "set"

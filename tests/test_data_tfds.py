@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crate_jax import config as config_lib, data
+from crate_jax import config as config_lib, data, sharding
 from crate_jax.errors import DataError
+from crate_jax.evals.frozen import FrozenEvaluation
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -50,10 +51,22 @@ class TinyNumbers(TinyColours):
             yield i, {"number": i}
 
 
+class TinyHidden(TinyColours):
+    """The labels of the test split are not public, as with imagenet2012."""
+
+    IMAGES = {"train": 12, "test": 6, "validation": 4}
+
+    def _split_generators(self, dl_manager):
+        return super()._split_generators(dl_manager) | {"test": self._unlabelled(self.IMAGES["test"])}
+
+    def _unlabelled(self, count):
+        return ((i, example | {"label": -1}) for i, example in self._generate_examples(count))
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (TinyColours, TinyNumbers):
+    for builder in (TinyColours, TinyNumbers, TinyHidden):
         builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
     return str(folder)
 
@@ -78,6 +91,21 @@ def test_reads_a_prepared_set(prepared):
     assert data.open_split(configured("tiny_colours", prepared, eval_split=""), "eval") is None
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy.read(3), source.read(3))
+
+
+def test_a_test_split_without_labels_is_not_evaluated_on(prepared):
+    assert len(data.open_split(configured("tiny_hidden", prepared), "eval")) == 4
+    test = data.open_split(configured("tiny_hidden", prepared, eval_split="test"), "eval")
+    assert len(test) == 6 and test.class_names is None and test.labels is None
+
+
+def test_an_evaluation_reads_only_the_labels_of_its_sample(prepared):
+    config = configured("tiny_hidden", prepared, eval_crop=1.0)
+    config.evaluation.train_images, config.evaluation.knn_k = 6, 1
+    train = data.open_split(config, "train")
+    evaluation = FrozenEvaluation(config, lambda params, x: x, train, sharding.make_mesh(16, 1))
+    assert evaluation.pixel_scores().keys() == {"knn_top1", "probe_top1"}
+    assert train._labels is None, "all labels were read, and with them all images"
 
 
 def test_batches_come_from_worker_processes_too(prepared):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -13,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from crate_jax import config as configs, data, sharding
 from crate_jax.errors import DataError, NonFiniteError
 from crate_jax.evals.features import extract
-from crate_jax.evals.frozen import FrozenEvaluation
+from crate_jax.evals.frozen import FrozenEvaluation, pixel_rows
 from crate_jax.evals.knn import _top_k, knn_sweep, knn_top1
 from crate_jax.evals.probe import fit_all, probe_top1
 
@@ -133,3 +134,25 @@ def test_frozen_evaluation_scores_an_encoder_and_pixels():
     assert 0.85 < scores["probe_top1"] <= 1.0
     assert evaluation.scores({"scale": jnp.float32(0.0)})["probe_top1"] < 0.3
     assert evaluation.pictures(3).shape == (3, 8, 8, 3)
+
+
+def test_the_baseline_of_raw_pixels_stays_small_for_large_images():
+    """Up to 32 px every pixel counts; above, blocks are averaged: a probe on all of 224 px fits no memory."""
+    small = np.random.default_rng(0).integers(0, 256, (3, 8, 32, 3), np.uint8)
+    np.testing.assert_array_equal(pixel_rows(small), small.reshape(3, -1).astype(np.float32) / 255.0)
+    large = small.repeat(7, axis=1).repeat(7, axis=2)
+    np.testing.assert_allclose(pixel_rows(large), pixel_rows(small), atol=1 / 255)
+    assert pixel_rows(np.zeros((1, 224, 224, 3), np.uint8)).shape == (1, 32 * 32 * 3)
+
+
+def test_a_split_without_a_readable_image_is_named(tmp_path):
+    for split, content in (("train", None), ("test", b"not an image")):
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            path = tmp_path / split / label / "0.png"
+            path.write_bytes(content) if content else Image.new("RGB", (8, 8)).save(path)
+    c = configs.base()
+    c.data.source, c.data.image_size, c.data.max_undecodable = f"folder:{tmp_path}", (8, 8), 1.0
+    evaluation = FrozenEvaluation(c, lambda params, x: x, data.open_split(c, "train"), sharding.make_mesh(16, 1))
+    with pytest.raises(DataError, match="none of 2 images can be decoded"):
+        evaluation.pixel_scores()

@@ -180,9 +180,17 @@ def _walk(root: str) -> Iterator[bytes]:
                 for entry in entries:
                     if entry.name.startswith(b"."):
                         continue
-                    if entry.is_dir():
+                    if _is_dir(entry):
                         pending.append(os.path.join(folder, entry.name))
                     elif entry.name.lower().endswith(extensions):
                         yield os.path.join(folder, entry.name)
         except OSError as e:
             raise DataError(f"{os.fsdecode(path)}: cannot be read ({e.strerror})") from None
+
+
+def _is_dir(entry: os.DirEntry[bytes]) -> bool:
+    """False for a link that leads nowhere or to itself: as a file it counts as undecodable."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -62,8 +62,8 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
       data_dir: where the prepared sets lie; '': TFDS's own default.
       train_split: name of the training split; TFDS's sub-splits such as 'train[:90%]' and sums such as
         'train+validation' are allowed.
-      eval_split: name of the evaluation split; 'auto': the first of test, val, validation;
-        '': none.
+      eval_split: name of the evaluation split; 'auto': the first of test, val, validation that has
+        labels (the test split of imagenet2012 has -1 for each), or the first at all; '': none.
 
     Returns:
       The split, or None if there is no evaluation split.
@@ -91,13 +91,9 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
         raise DataError(_not_prepared(name, where, "is not prepared"))
     if split == "eval" and not eval_split:
         return None
-    if split == "eval" and eval_split == "auto":
-        chosen = next((s for s in EVAL_SPLITS if s in splits), None)
-        if chosen is None:
-            return None
-    else:
-        chosen = train_split if split == "train" else eval_split
-    if any(part.strip().partition("[")[0] not in splits for part in chosen.split("+")):
+    automatic = split == "eval" and eval_split == "auto"
+    chosen = train_split if split == "train" else eval_split
+    if not automatic and any(part.strip().partition("[")[0] not in splits for part in chosen.split("+")):
         raise DataError(
             f"config.data.source='tfds:{name}': has no split {chosen!r}; it has {', '.join(splits)}, to be named by "
             f"config.data.{split}_split"
@@ -106,20 +102,29 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
     if "image" not in features:
         raise DataError(f"config.data.source='tfds:{name}': has no feature 'image'; it has {', '.join(features)}")
     labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
-    try:
-        data = tfds.data_source(
-            name,
-            split=chosen,
-            data_dir=data_dir or None,
-            download=False,
-            decoders={"image": tfds.decode.SkipDecoding()},
-        )
-    except NotImplementedError:
-        raise DataError(_not_prepared(name, where, f"is stored as {builder.info.file_format.value}")) from None
-    except Exception as e:
-        message = " ".join(str(e).split())
-        raise DataError(f"config.data.source='tfds:{name}': {type(e).__name__}: {message[:200]}") from None
-    return TfdsSource(name, chosen, data, list(features["label"].names) if labelled else None)
+    class_names = list(features["label"].names) if labelled else None
+
+    def read(chosen: str) -> TfdsSource:
+        try:
+            data = tfds.data_source(
+                name,
+                split=chosen,
+                data_dir=data_dir or None,
+                download=False,
+                decoders={"image": tfds.decode.SkipDecoding()},
+            )
+            known = class_names is not None and len(data) > 0 and int(data[0]["label"]) >= 0
+        except NotImplementedError:
+            raise DataError(_not_prepared(name, where, f"is stored as {builder.info.file_format.value}")) from None
+        except Exception as e:
+            message = " ".join(str(e).split())
+            raise DataError(f"config.data.source='tfds:{name}': {type(e).__name__}: {message[:200]}") from None
+        return TfdsSource(name, chosen, data, class_names if known else None)
+
+    if not automatic:
+        return read(chosen)
+    found = [read(s) for s in EVAL_SPLITS if s in splits]
+    return next((s for s in found if s.class_names is not None), found[0] if found else None)
 
 
 def _not_prepared(name: str, where: str, fault: str) -> str:

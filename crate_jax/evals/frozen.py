@@ -9,8 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from PIL import Image
 
 from crate_jax import data, sharding
+from crate_jax.errors import DataError
 from crate_jax.evals import evaluate
 from crate_jax.evals.features import extract
 
@@ -18,6 +20,19 @@ log = logging.getLogger(__name__)
 
 # Images decoded at a time: bounds the host's memory at 224 px to some 300 MB.
 CHUNK = 2048
+# Larger images are shrunk for the baseline of raw pixels: a probe on all numbers of 224 px images would need a
+# covariance of 90 GB.
+PIXEL_SIDE = 32
+
+
+def pixel_rows(images: np.ndarray) -> np.ndarray:
+    """Images uint8 (n, H, W, 3) as rows of numbers in 0..1, by averaging to at most PIXEL_SIDE pixels a side."""
+    height, width = images.shape[1:3]
+    shrink = max(height, width) / PIXEL_SIDE
+    if shrink > 1:
+        size = max(1, round(width / shrink)), max(1, round(height / shrink))
+        images = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BOX)) for x in images])
+    return images.reshape(len(images), -1).astype(np.float32) / 255.0
 
 
 def sample(count: int, limit: int, seed: int) -> np.ndarray:
@@ -42,11 +57,12 @@ class FrozenEvaluation:
         self._shown = train if test is None else test
         self._splits: tuple[data.Source, data.Source] | None = None
         self._classes = 0
-        if train.labels is None or test is None or test.labels is None:
+        # Not by the labels: of a TFDS split they cannot be had without reading it all.
+        if train.class_names is None or test is None or test.class_names is None:
             log.info("no k-NN and no probe: they need labels and an evaluation split (config.data.eval_split)")
         else:
             self._splits = (train, test)
-            self._classes = int(max(train.labels.max(), test.labels.max())) + 1
+            self._classes = max(len(train.class_names), len(test.class_names))
 
     def _encode(self, apply: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
         """[train x, train y, test x, test y] with x = apply(images)."""
@@ -56,6 +72,8 @@ class FrozenEvaluation:
             indices = sample(len(source), limit, self._config.seed)
             batches = data.eval_batches(self._config, source, indices, CHUNK)
             chunks = [(apply(batch["image"]), batch["label"]) for batch in batches]
+            if not chunks:
+                raise DataError(f"evaluation: none of {len(indices)} images can be decoded, {source.name(0)} for one")
             out += [np.concatenate(part) for part in zip(*chunks, strict=True)]
         return out
 
@@ -79,8 +97,8 @@ class FrozenEvaluation:
         return {**self.scores(params), **named}
 
     def pixel_scores(self) -> dict[str, float]:
-        """The same for the pixels themselves, the baseline that any encoder should beat."""
-        return self._score(lambda images: images.reshape(len(images), -1).astype(np.float32) / 255.0)
+        """The same for the pixels themselves (:func:`pixel_rows`), the baseline that any encoder should beat."""
+        return self._score(pixel_rows)
 
     def pictures(self, count: int) -> np.ndarray:
         """`count` images to look at, uint8 (count, H, W, 3), always the same ones."""

@@ -160,7 +160,7 @@ def extract_features(
         indices = np.sort(sample(len(source), limit, config.seed))
         parts.append(_cached(config, encoder, source, indices, apply, mesh, folder))
     (train_x, train_y), (test_x, test_y) = parts
-    classes = len(train.class_names or ()) or int(max(train_y.max(), test_y.max())) + 1
+    classes = len(train.class_names or ())
     about = {
         "data": config.data.source,
         "train_split": config.data.train_split,
