@@ -18,6 +18,8 @@ from crate_jax import data, sharding
 from crate_jax.errors import DataError
 from crate_jax.evals.frozen import sample
 
+MOST_COUNTED = int(np.iinfo(np.int32).max)  # pixels, on the device
+
 
 def confusion(truth_BHW: jax.Array, predicted_BHW: jax.Array, classes: int) -> jax.Array:
     """Pixels of each true class (row) that were predicted as each class (column), int32 (C, C).
@@ -96,7 +98,7 @@ class SegmentationEvaluation:
         for batch in data.eval_batches(self._config, self._test, indices, size):
             images, mask = (_fill(batch[name], size) for name in ("image", "mask"))
             mask[len(batch["mask"]) :] = data.IGNORED
-            if counted + mask.size > np.iinfo(np.int32).max:
+            if counted + mask.size > MOST_COUNTED:
                 total_CC, on_device, counted = total_CC + np.asarray(on_device), jnp.asarray(self._zero), 0
             put = (jax.make_array_from_callback(x.shape, place, x.__getitem__) for x in (images, mask))
             on_device, counted = self._add(on_device, params, *put), counted + mask.size
