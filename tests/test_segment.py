@@ -392,6 +392,32 @@ def test_bad_options_are_named(folder, arg, values, message):
         segment.build(c, data.open_split(c, "train"))
 
 
+@pytest.mark.parametrize("pretraining", ["crate_mae", "vit_mae", "rop_vitb"])
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_the_recipes_build_for_the_papers_encoders(folder, pretraining, head):
+    """ADE20K's size by shapes alone: 512 px, 150 classes, an encoder of 12 blocks that was trained on 224 px."""
+    c = importlib.import_module("configs.segment").get_config(f"head={head}")
+    c.data.source, c.data.image_size, c.segment.classes = f"folder:{folder}", (512, 512), 150
+    of = importlib.import_module(f"configs.{pretraining}").get_config("")
+    c = finetune.resolve(c, pretrained.Pretrained("", of.to_dict(), {}, ""))
+    configs.validate(c)
+    objective = segment.build(c, data.open_split(c, "train"))
+    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
+    optimizer.build(c, shapes, c.steps, 100.0)
+    if pretraining == "rop_vitb":
+        bias = shapes["encoder"]["blocks" if head == "upernet" else "relative_bias"]
+        shape = bias["relative_bias"].shape if head == "upernet" else bias.shape
+        assert shape == ((12,) if head == "upernet" else ()) + (63 * 63 + 3, 12)
+    batch = {
+        "image": jax.ShapeDtypeStruct((2, 512, 512, 3), np.uint8),
+        "mask": jax.ShapeDtypeStruct((2, 512, 512), np.int16),
+    }
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    value, scalars = jax.eval_shape(objective.loss, shapes, batch, keys)
+    assert value.shape == () and ("auxiliary" in scalars) == (head == "upernet")
+    assert jax.eval_shape(objective.features, shapes, batch["image"]).shape == (2, 512, 512)
+
+
 def test_ignored_pixels_have_no_part_in_the_loss():
     scores = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     mask = np.random.default_rng(0).integers(0, 3, (2, 4, 4)).astype(np.int16)

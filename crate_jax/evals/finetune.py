@@ -13,10 +13,8 @@ from crate_jax.evals.job import append_result, inherit
 
 # name -> version; the recipes are in configs/evaluate.py and configs/segment.py. Scratch is a random encoder of the
 # same shape.
-PROTOCOLS = {
-    "finetune": {"finetune_crate": 1, "finetune_mae": 1, "finetune_ropim": 1},
-    "segment": {"segment_linear": 1, "segment_upernet": 1},
-}
+PROTOCOLS = {"finetune_crate": 1, "finetune_mae": 1, "finetune_ropim": 1}
+SEGMENTERS = {"segment_linear": 1, "segment_upernet": 1}
 
 
 def resolve(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
@@ -37,7 +35,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: anything a user can mend, in one line.
     """
-    name, protocols = config.protocol.name, PROTOCOLS[config.job]
+    name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS
     if name not in protocols:
         raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(protocols)}")
     sharding.use_cpu_cores(config.batch_size, config.accumulate)  # before loading, which starts JAX
