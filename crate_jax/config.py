@@ -33,7 +33,7 @@ def base() -> ConfigDict:
     c.batch_size = 256  # images per optimiser step, over all devices and micro-batches
     c.accumulate = 1  # micro-batches per optimiser step; same update, less memory
     c.init_from = ""  # workdir of another run whose encoder starts this one
-    c.checkpoint = ""  # evaluate, finetune: workdir or weights file of the encoder that is judged
+    c.checkpoint = ""  # evaluate, finetune, segment: workdir or weights file of the encoder that is judged
     c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
     c.remat = False  # recompute each block in the backward pass: less memory, more time
 
@@ -118,8 +118,8 @@ def base() -> ConfigDict:
     optimizer.warmup_epochs = 0.0  # linear warm-up, in epochs ...
     optimizer.warmup_steps = 0  # ... or in steps
     optimizer.warmup_lr = 0.0  # where the warm-up starts
-    optimizer.min_lr = 0.0  # where the cosine ends
-    optimizer.schedule = "cosine"  # cosine | constant
+    optimizer.min_lr = 0.0  # where the schedule ends
+    optimizer.schedule = "cosine"  # cosine | linear | constant
     optimizer.b1 = 0.9  # adamw, lion
     optimizer.b2 = 0.95  # adamw, lion
     optimizer.momentum = 0.9  # lars
@@ -141,10 +141,10 @@ def base() -> ConfigDict:
     evaluation.knn_temperature = 0.07
     evaluation.probe_c = 1.0  # inverse L2 strength of the logistic regression
 
-    c.protocol = protocol = ConfigDict()  # evaluate, finetune: how; its options are keys here too
+    c.protocol = protocol = ConfigDict()  # evaluate, finetune, segment: how; its options are keys here too
     protocol.name = ""
     protocol.scratch = False  # a random encoder of the checkpoint's shape
-    protocol.metric = "top1"  # the headline: top1 | mean_per_class
+    protocol.metric = "top1"  # the headline: top1 | mean_per_class | miou
 
     c.finetune = finetune = ConfigDict()  # classifier on the encoder, both trained
     finetune.norm = True  # layer norm between the pooled tokens and the linear head
@@ -157,6 +157,15 @@ def base() -> ConfigDict:
     finetune.mixup = 0.0  # alpha of the Beta distribution of the mixing weight; 0: off
     finetune.cutmix = 0.0  # the same for boxes of the other image; with both, half of the images each
     finetune.erase = 0.0  # probability that a random box of an image becomes noise
+
+    c.segment = segment = ConfigDict()  # a class for each pixel; also read: finetune.freeze, final_norm, drop_path
+    segment.head = "linear"  # linear | upernet
+    segment.blocks = ()  # whose tokens the head reads, from 1; (): linear: the last, upernet: BEiT's four
+    segment.channels = 0  # upernet: width of the head; 0: the encoder's
+    segment.auxiliary = 0.0  # upernet: weight of the loss of a second, small head on the third of the blocks
+    segment.classes = 0  # 0: the highest class of the training masks, plus 1
+    segment.ignore_index = 255  # value in the masks that is no class; -1: none
+    segment.reduce_zero_label = False  # 0 in the masks is no class, the classes start at 1 (ADE20K)
 
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
@@ -252,10 +261,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "loss.region": ("complement", "all"),
     "penalty.gram": ("smaller", "in", "out"),
     "penalty.power": (1, 2),
-    "optimizer.schedule": ("cosine", "constant"),
+    "optimizer.schedule": ("cosine", "linear", "constant"),
     "evaluation.pool": ("cls", "mean", "cls_mean"),
-    "protocol.metric": ("top1", "mean_per_class"),
+    "protocol.metric": ("top1", "mean_per_class", "miou"),
     "finetune.relative_bias": ("shared", "per_block"),
+    "segment.head": ("linear", "upernet"),
 }
 POSITIVE = (
     "batch_size accumulate data.threads data.prefetch encoder.patch_size encoder.width encoder.depth encoder.heads "
@@ -269,7 +279,7 @@ NOT_NEGATIVE = (
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
     "evaluation.layer finetune.head_init finetune.mixup finetune.cutmix "
-    "log.pictures log.pictures_every"
+    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every"
 ).split()
 # (key, lowest, highest, lowest allowed?, highest allowed?)
 RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (

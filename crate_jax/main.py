@@ -74,6 +74,9 @@ def show_pretraining(summary: dict[str, Any]) -> None:
         print(f"pictures: {summary['pictures']}")
 
 
+SHOWN = ("top1", "top5", "mean_per_class", "miou", "mean_accuracy", "pixel_accuracy")  # shares in 0..1
+
+
 def show_evaluation(record: dict[str, Any]) -> None:
     """Prints the numbers of one evaluation for a person."""
     print(f"{record['protocol']} of {record['checkpoint'] or 'a random encoder'} on {record['data']}")
@@ -81,7 +84,7 @@ def show_evaluation(record: dict[str, Any]) -> None:
         setting = ", ".join(f"{key} {value:g}" for key, value in record["chosen"].items())
         print(f"{setting}" + (f", chosen on {record['selected_on']}" if "selected_on" in record else ""))
     for name, value in record.items():
-        if isinstance(value, float) and name in ("top1", "top5", "mean_per_class"):
+        if isinstance(value, float) and name in SHOWN:
             print(f"{name:<20}{value:>8.1%}")
 
 
@@ -90,6 +93,7 @@ JOBS: dict[str, tuple[Callable[[ConfigDict, str], dict[str, Any]], Callable[[dic
     "pretrain": (train.run, show_pretraining),
     "evaluate": (job.run, show_evaluation),
     "finetune": (finetune.run, show_evaluation),
+    "segment": (finetune.run, show_evaluation),
 }
 
 

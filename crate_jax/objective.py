@@ -18,16 +18,20 @@ class Objective:
     """What is optimised. Pre-training and fine-tuning fill in the same fields.
 
     Attributes:
-      inputs: what of a batch the loss reads: ``image`` uint8 (b, H, W, 3), ``label`` int32 (b,).
+      inputs: what of a batch the loss reads: ``image`` uint8 (b, H, W, 3), ``label`` int32 (b,), ``mask``
+        int16 (b, H, W).
       init: key -> (params, state); state is whatever the objective carries from step to step.
       adopt: (params, parameters of another run, what they are for messages) -> params that start from them.
       loss: (params, batch, keys (b,)) -> (scalar, scalars to log). One key per image, so that
         micro-batches draw what the whole batch would.
       penalty: (params, state, key) -> (weighted scalar, (new state, scalars to log)); once per step.
       penalised: names of the parameters that the penalty acts on.
-      features: (params, images uint8) -> (b, D) float32, what evaluations read: of uncorrupted images.
+      features: (params, images uint8) -> what the job's evaluation reads, of uncorrupted images: (b, D)
+        float32, or the class of each pixel, int32 (b, H, W).
       columns: captions of what `pictures` returns, from left to right; empty: there are no pictures.
-      pictures: (params, images uint8, keys) -> one (b, H, W, 3) array in 0..1 per column.
+      pictures: (params, batch, keys) -> one (b, H, W, 3) array in 0..1 per column; the batch is what the
+        job's evaluation gives to look at.
+      pictures_name: of their files.
     """
 
     inputs: tuple[str, ...]
@@ -38,4 +42,5 @@ class Objective:
     penalised: tuple[str, ...]
     features: Callable[[Params, jax.Array], jax.Array]
     columns: tuple[str, ...] = ()
-    pictures: Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, ...]] | None = None
+    pictures: Callable[[Params, Batch, jax.Array], tuple[jax.Array, ...]] | None = None
+    pictures_name: str = "reconstruction"

@@ -57,7 +57,8 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
         t = jnp.asarray(step, jnp.float32)
         rising = start + (peak - start) * t / max(warmup, 1)
         progress = jnp.clip((t - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
-        falling = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        remaining = 1 - progress if options.schedule == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        falling = end + (peak - end) * remaining
         return jnp.where(t < warmup, rising, falling)
 
     return learning_rate

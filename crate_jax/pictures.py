@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import os
 from collections.abc import Mapping
 
@@ -48,6 +49,13 @@ def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
             cell = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
             picture.paste(Image.fromarray(cell), (x, GAP + header + i * (height + GAP)))
     return np.asarray(picture)
+
+
+def class_colours(classes: int) -> np.ndarray:
+    """A colour per class, float32 [classes, 3] in 0..1: hues a golden angle apart, so that any first few differ."""
+    numbers = range(classes)
+    rows = [colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.5)[k // 8 % 2], (0.95, 0.65)[k // 4 % 2]) for k in numbers]
+    return np.array(rows, np.float32).reshape(classes, 3)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -63,8 +63,8 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Objective:
     def features(params: Params, images_uint8: jax.Array) -> jax.Array:
         return represent(params, patches(images_uint8))
 
-    def pictures(params: Params, images_uint8: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, ...]:
-        return reconstruct(config, apply, sample(keys_B), params, patches(images_uint8))
+    def pictures(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, ...]:
+        return reconstruct(config, apply, sample(keys_B), params, patches(batch["image"]))
 
     return Objective(
         inputs=("image",),

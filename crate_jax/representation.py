@@ -1,11 +1,11 @@
-"""One vector per image from an encoder: which tokens of which block, pooled how.
+"""What other tasks read of an encoder: one vector per image, or maps of a block's tokens.
 
-Shapes: B batch, N patch tokens, D width.
+Shapes: B batch, N = h * w patch tokens, D width, L blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.corruption import Identity
 from crate_jax.encoders import BLOCK_OUTPUTS, ENCODERS
+from crate_jax.patches import grid_shape
 
 
 def pool(tokens_BND: jax.Array, how: str) -> jax.Array:
@@ -41,3 +42,24 @@ def build(config: ConfigDict) -> Callable[..., jax.Array]:
         return pool(tokens, how).astype(jnp.float32)
 
     return represent
+
+
+def block_maps(config: ConfigDict, blocks: Sequence[int]) -> Callable[..., tuple[jax.Array, ...]]:
+    """The function ({"encoder": parameters}, patches (B, N, P), keys_B=None) -> one (B, h, w, D) map per block.
+
+    Each holds the patch tokens after a block, counted from 1, where the patches lie; after the last block
+    also normalised if the encoder has a final norm. The patches are not corrupted. Drop path only with
+    `keys_B`.
+    """
+    encoder = ENCODERS[config.encoder.name](config)
+    h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
+    last = config.encoder.depth
+
+    def maps(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        variables = {"params": params["encoder"]}
+        output, state = encoder.apply(variables, patches_BNP, Identity(), keys_B, mutable=["intermediates"])
+        tokens_LBND = state["intermediates"]["blocks"][BLOCK_OUTPUTS[config.encoder.name]][0]
+        chosen = (output if block == last else tokens_LBND[block - 1] for block in blocks)
+        return tuple(x[:, 1:].reshape(x.shape[0], h, w, -1) for x in chosen)
+
+    return maps

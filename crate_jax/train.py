@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from crate_jax import (
     pictures,
     pretrain,
     pretrained,
+    segment,
     sharding,
 )
 from crate_jax.config import validate
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.frozen import FrozenEvaluation
+from crate_jax.evals.segmentation import SegmentationEvaluation
 from crate_jax.interrupt import Interrupt, Interrupted
 from crate_jax.objective import Batch, Objective, Params, Scalars
 from crate_jax.workdir import lock
@@ -48,10 +50,12 @@ log = logging.getLogger(__name__)
 OBJECTIVES: dict[str, Callable[[ConfigDict, data.Source], Objective]] = {
     "pretrain": pretrain.build,
     "finetune": classify.build,
+    "segment": segment.build,
 }
-EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation]] = {
+EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation] | type[SegmentationEvaluation]] = {
     "pretrain": FrozenEvaluation,
     "finetune": ClassifierEvaluation,
+    "segment": SegmentationEvaluation,
 }
 
 
@@ -164,6 +168,11 @@ def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
     """(optimiser steps of the run, steps per epoch) for a training set of `images`."""
     per_epoch = images / config.batch_size
     return config.steps or max(1, round(config.epochs * per_epoch)), per_epoch
+
+
+def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Those of an evaluation's results that can be drawn over the steps: no lists and no None."""
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
 class Speed:
@@ -289,7 +298,7 @@ class Run:
 
         def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
             if "label" in self.objective.inputs:
-                batch = {**batch, "label": self.source.labels_of(batch["index"])}
+                batch = {**batch, "label": np.asarray(self.source.labels_of(batch["index"]), np.int32)}
             inputs = {name: batch[name] for name in self.objective.inputs}
             return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"])
 
@@ -318,7 +327,7 @@ class Run:
             self.checkpoints.wait()
             raise Interrupted(self.interrupt.signal, step)
         if evaluate:
-            self.writer.write(step, self.evaluation.scores(self.state.eval_params()))
+            self.writer.write(step, numbers(self.evaluation.scores(self.state.eval_params())))
         if draw:
             self._draw(step)
         self.speed.restart()
@@ -361,22 +370,21 @@ class Run:
         self.checkpoints.save(step, self.state.params, self.state.rest(), meta)
 
     def _draw(self, step: int) -> str | None:
-        """Writes a grid of reconstructions; returns its path."""
+        """Writes a grid of the objective's pictures; returns its path."""
         if self.draw_pictures is None or not self.config.log.pictures:
             return None
-        images = self.evaluation.pictures(self.config.log.pictures)
-        keys = jax.random.split(jax.random.key(self.config.seed), len(images))
-        columns = jax.device_get(self.draw_pictures(self.state.eval_params(), images, keys))
+        batch = self.evaluation.pictures(self.config.log.pictures)
+        keys = jax.random.split(jax.random.key(self.config.seed), len(batch["image"]))
+        columns = jax.device_get(self.draw_pictures(self.state.eval_params(), batch, keys))
         named = dict(zip(self.objective.columns, columns, strict=True))
-        return self.writer.write_image(step, "reconstruction", pictures.reconstruction_grid(named))
+        return self.writer.write_image(step, self.objective.pictures_name, pictures.reconstruction_grid(named))
 
     def _finish(self) -> dict[str, Any]:
         """Evaluates what was trained, and what it is compared with; writes summary.json."""
         untrained = jax.jit(lambda: self.objective.init(jax.random.key(self.config.seed))[0])
         scores = self.evaluation.final_scores(self.state.eval_params(), untrained)
-        written = {name: value for name, value in scores.items() if value is not None}
-        if written:
-            self.writer.write(self.total, written)
+        if numbers(scores):
+            self.writer.write(self.total, numbers(scores))
         picture = self._draw(self.total)
         summary = {
             "steps": self.total,

@@ -24,7 +24,7 @@ ARGUMENTS = {
     "cifar10": [f"encoder={e},corruption={k}" for e in ("crate", "vit") for k in ("mask", "rop", "noise", "none")]
     + ["penalty=so", "encoder=vit,penalty=srip"],
 }
-OF_A_CHECKPOINT = ("evaluate",)  # these take the model's sizes from the checkpoint they are given
+OF_A_CHECKPOINT = ("evaluate", "segment")  # these take the model's sizes from the checkpoint they are given
 
 
 def load(name: str, arg: str = ""):
@@ -66,6 +66,18 @@ def test_every_protocol_fits_a_checkpoint(protocol, task):
         configs.validate(full)
         assert full.protocol.metric == ("mean_per_class" if task else "top1")
         assert full.data.image_size == (224, 224) and full.encoder.width == 768
+
+
+@pytest.mark.parametrize("arg", ["", "head=upernet", "freeze", "head=upernet,freeze,scratch", "debug"])
+def test_segmentation_fits_a_checkpoint(arg):
+    c = load("segment", arg)
+    assert configs.flatten(c).keys() == configs.flatten(configs.base()).keys()
+    for pretraining in ("crate_mae", "vit_mae", "rop_vitb"):
+        full = finetune.resolve(c, Pretrained("", load(pretraining).to_dict(), {}, ""))
+        configs.validate(full)
+        assert full.protocol.name in finetune.SEGMENTERS
+        assert full.finetune.freeze == ("freeze" in arg)
+        assert full.encoder.final_norm == ("upernet" not in arg)
 
 
 def test_every_config_file_has_a_command_and_a_docstring():

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from crate_jax.data.decoding import DecodeError
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
+from crate_jax.data.pairs import IGNORED, PairSource, open_pairs
 from crate_jax.data.pipeline import TrainPipeline
 from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
 from crate_jax.data.sources import Source, SyntheticSource, digits
@@ -16,6 +17,8 @@ from crate_jax.errors import ConfigError, DataError
 __all__ = [
     "DecodeError",
     "DevicePrefetch",
+    "IGNORED",
+    "PairSource",
     "Source",
     "TrainPipeline",
     "device_prefetch",
@@ -29,7 +32,7 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
     """Opens one split of the data set that `config.data.source` names.
 
     Args:
-      config: reads data.
+      config: reads job and data; for the job ``segment`` the set holds pairs of images and masks.
       split: 'train' or 'eval'.
       labels_required: refuse a set without labels.
 
@@ -42,6 +45,8 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r}: must be 'train' or 'eval'")
+    if config.job == "segment":
+        return open_pairs(config, split)
     data = config.data
     kind, _, where = data.source.partition(":")
     source: Source | None

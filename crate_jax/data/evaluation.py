@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax.data import decoding
+from crate_jax.data.pairs import PairSource, crop_mask
 from crate_jax.data.sources import Source
 from crate_jax.data.undecodable import Undecodable
 
@@ -34,6 +35,18 @@ def central_box(height: int, width: int, size: Sequence[int], share: float) -> t
     return (height - h) / 2, (width - w) / 2, h, w
 
 
+def whole_box(height: int, width: int, share: float) -> tuple[float, float, float, float]:
+    """The part of an image with a mask that evaluation looks at: `share` of both sides, at 1 every pixel.
+
+    The sides are then resized each on its own, as training crops of several ratios are.
+
+    Returns:
+      top, left, height, width, in fractional pixels.
+    """
+    h, w = share * height, share * width
+    return (height - h) / 2, (width - w) / 2, h, w
+
+
 def eval_batches(
     config: ConfigDict, source: Source, indices: Sequence[int] | np.ndarray, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -49,7 +62,8 @@ def eval_batches(
       batch_size: images per batch.
 
     Yields:
-      'image' uint8 [b,H,W,3]; 'index' int32 [b]; 'label' int32 [b] if the set has labels.
+      'image' uint8 [b,H,W,3]; 'index' int32 [b]; 'label' int32 [b] if the set has labels; 'mask' int16
+      [b,H,W] if it has masks.
 
     Raises:
       DataError: too many images cannot be decoded.
@@ -58,16 +72,21 @@ def eval_batches(
     resample = decoding.RESAMPLING[config.data.interpolation]
     undecodable = Undecodable(source, config.data.max_undecodable)
 
-    def load(index: int) -> np.ndarray | str:
+    def load(index: int) -> dict[str, np.ndarray] | str:
         try:
             image = source.open(index)
-            box = central_box(*decoding.oriented_size(image), size, share)
-            return np.asarray(decoding.crop_resize(image, box, size, resample))
+            height, width = decoding.oriented_size(image)
+            if isinstance(source, PairSource):
+                box = whole_box(height, width, share)
+                mask = {"mask": crop_mask(source.mask(index), box, size)}
+            else:
+                box, mask = central_box(height, width, size, share), {}
+            return {"image": np.asarray(decoding.crop_resize(image, box, size, resample))} | mask
         except decoding.DecodeError as e:
             return str(e)
 
     indices = np.asarray(indices, np.int64)
-    images: list[np.ndarray] = []
+    images: list[dict[str, np.ndarray]] = []
     kept: list[int] = []
     with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
         for start in range(0, len(indices), batch_size):
@@ -102,7 +121,8 @@ def eval_images(
     return np.concatenate(images), np.concatenate([part["label"] for part in parts] or [np.zeros(0, np.int32)])
 
 
-def _pack(source: Source, images: list[np.ndarray], indices: list[int]) -> dict[str, np.ndarray]:
-    batch = {"image": np.stack(images), "index": np.array(indices, np.int32)}
+def _pack(source: Source, images: list[dict[str, np.ndarray]], indices: list[int]) -> dict[str, np.ndarray]:
+    batch = {k: np.stack([image[k] for image in images]) for k in images[0]}
+    batch["index"] = np.array(indices, np.int32)
     labels = source.labels_of(indices)
     return batch if labels is None else {**batch, "label": labels}

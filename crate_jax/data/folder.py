@@ -62,16 +62,20 @@ class FolderSource(Source):
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._blob[start : self._ends[index]])
 
+    def path(self, index: int) -> str:
+        """The file of an image."""
+        return os.path.join(self.root, self.name(index))
+
     def open(self, index: int) -> Image.Image:
         """See Source.open."""
-        return decoding.open_image(decoding.read_file(os.path.join(self.root, self.name(index))))
+        return decoding.open_image(decoding.read_file(self.path(index)))
 
     def fingerprint(self) -> str:
         """See Source.fingerprint."""
         sizes = []
         for i in np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_SIZES).astype(int)):
             try:
-                sizes.append(os.stat(os.path.join(self.root, self.name(int(i)))).st_size)
+                sizes.append(os.stat(self.path(int(i))).st_size)
             except OSError:
                 sizes.append(-1)
         return digest(self._blob, self._ends, self._labels, sizes)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.data.augmentation import Augmentation
 from crate_jax.data.memory import BatchAugmenter, decode_set
+from crate_jax.data.pairs import PairSource
 from crate_jax.data.sources import Source
 from crate_jax.data.streaming import ATTEMPTS, ChunkSource, chunk_iterator
 from crate_jax.data.undecodable import Undecodable
@@ -29,8 +30,8 @@ class TrainPipeline:
     replaced by another, drawn from (seed, position).
 
     Sets whose images share one size and fit in `config.data.memory_mb` are decoded at once, into
-    memory; others are streamed from their files by `config.data.workers` processes. Both ways draw
-    the same images, crops and flips.
+    memory; others, and pairs of images and masks, are streamed from their files by
+    `config.data.workers` processes. Both ways draw the same images, crops and flips.
 
     Args:
       config: reads seed, batch_size and data.
@@ -59,7 +60,9 @@ class TrainPipeline:
         self.undecodable = Undecodable(source, data.max_undecodable)
         self._iterators: list[Generator[Batch, None, None]] = []
         self._augmenter: BatchAugmenter | None = None
-        decoded = decode_set(source, data.memory_mb, self._threads, self.undecodable)
+        decoded = None
+        if not isinstance(source, PairSource):
+            decoded = decode_set(source, data.memory_mb, self._threads, self.undecodable)
         if decoded is not None:
             if decoded.bad.all():
                 raise DataError(f"none of the {len(source)} images can be decoded: {self.undecodable.named()}")
@@ -71,8 +74,9 @@ class TrainPipeline:
         """Yields the batches of the steps start_step, start_step + 1, ... for ever.
 
         Yields:
-          'image' uint8 [b,H,W,3]; 'index' int32 [b], positions in the set; 'undecodable' int32, the
-          files that failed to decode while this batch was made.
+          'image' uint8 [b,H,W,3]; 'mask' int16 [b,H,W] if the source has masks; 'index' int32 [b],
+          positions in the set; 'undecodable' int32, the files that failed to decode while this batch was
+          made.
 
         Raises:
           DataError: too many images cannot be decoded.
@@ -118,7 +122,7 @@ class TrainPipeline:
                         f"{ATTEMPTS} images in a row cannot be decoded; {len(self.undecodable.indices)} so far: "
                         f"{self.undecodable.named()}"
                     )
-                images = np.concatenate([part["image"] for part in parts])
-                yield {"image": images, "index": indices, "undecodable": np.array(len(bad), np.int32)}
+                arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0] if k not in ("index", "bad")}
+                yield {**arrays, "index": indices, "undecodable": np.array(len(bad), np.int32)}
         finally:
             reader.close()

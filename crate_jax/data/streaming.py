@@ -19,6 +19,7 @@ from PIL import Image
 
 from crate_jax.data import decoding, sampling
 from crate_jax.data.augmentation import DRAWS, Augmentation
+from crate_jax.data.pairs import IGNORED, PairSource, crop_mask
 from crate_jax.data.randaugment import randaugment
 from crate_jax.data.sources import Source
 
@@ -69,26 +70,29 @@ class ChunkSource:
         Rows whose file cannot be decoded go through another round with another file.
 
         Returns:
-          'image' uint8 [count,H,W,3]; 'index' int32 [count], -1 where no attempt succeeded; 'bad', a
-          list of (index, reason) of the undecodable files.
+          'image' uint8 [count,H,W,3]; 'mask' int16 [count,H,W] if the source has masks; 'index' int32
+          [count], -1 where no attempt succeeded; 'bad', a list of (index, reason) of the undecodable files.
         """
         indices = sampling.indices(self.seed, np.arange(first, first + count), len(self.source))
         uniforms = sampling.uniforms(self.seed, first, count, DRAWS)
         flips = self.augmentation.flips(uniforms)
-        images = np.zeros((count, *self.augmentation.size, 3), np.uint8)
+        out = {"image": np.zeros((count, *self.augmentation.size, 3), np.uint8), "index": indices}
+        if isinstance(self.source, PairSource):
+            out["mask"] = np.full((count, *self.augmentation.size), IGNORED, np.int16)
         bad: list[tuple[int, str]] = []
         rows = list(range(count))
         for attempt in range(ATTEMPTS):
-            rows = self._round(rows, indices, uniforms, flips, first, images, bad)
+            rows = self._round(rows, out, uniforms, flips, first, bad)
             if not rows:
                 break
             for row in rows:
                 indices[row] = sampling.replacement(self.seed, first + row, attempt, len(self.source))
         indices[rows] = -1
-        return {"image": images, "index": indices, "bad": bad}
+        return {**out, "bad": bad}
 
-    def _round(self, rows, indices, uniforms, flips, first, images, bad) -> list[int]:
-        """Fills the given rows of `images`; returns those that failed and notes them in `bad`."""
+    def _round(self, rows, out, uniforms, flips, first, bad) -> list[int]:
+        """Fills the given rows of `out`; returns those that failed and notes them in `bad`."""
+        indices = out["index"]
         opened, failed = [], []
         for row in rows:
             try:
@@ -103,7 +107,10 @@ class ChunkSource:
         boxes = self.augmentation.boxes(uniforms[[row for row, _, _ in opened]], sizes[:, 0], sizes[:, 1])
         for (row, image, _), box in zip(opened, boxes, strict=True):
             try:
-                images[row] = self._augment(image, box, bool(flips[row]), first + row)
+                out["image"][row] = self._augment(image, box, bool(flips[row]), first + row)
+                if isinstance(self.source, PairSource):
+                    mask = crop_mask(self.source.mask(int(indices[row])), box, self.augmentation.size)
+                    out["mask"][row] = mask[:, ::-1] if flips[row] else mask
             except decoding.DecodeError as e:
                 bad.append((int(indices[row]), str(e)))
                 failed.append(row)

@@ -53,6 +53,6 @@ class ClassifierEvaluation:
         """:meth:`scores`; what it compares with is a run of its own (``protocol=scratch``)."""
         return self.scores(params)
 
-    def pictures(self, count: int) -> np.ndarray:
+    def pictures(self, count: int) -> dict[str, np.ndarray]:
         """A classifier has none."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The job ``finetune``: a classifier on a pre-trained encoder, or on a random one, trained and scored."""
+"""The jobs ``finetune`` and ``segment``: a head on a pre-trained encoder, or on a random one, trained and scored."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax import pretrained, train
+from crate_jax import pretrained, sharding, train
 from crate_jax.errors import ConfigError
 from crate_jax.evals.job import append_result, inherit
 
-# name -> version; the recipes are in configs/evaluate.py. Scratch is a random encoder of the same shape.
+# name -> version; the recipes are in configs/evaluate.py and configs/segment.py. Scratch is a random encoder of the
+# same shape.
 PROTOCOLS = {"finetune_crate": 1, "finetune_mae": 1, "finetune_ropim": 1}
+SEGMENTERS = {"segment_linear": 1, "segment_upernet": 1}
 
 
 def resolve(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
@@ -33,9 +35,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: anything a user can mend, in one line.
     """
-    name = config.protocol.name
-    if name not in PROTOCOLS:
-        raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(PROTOCOLS)}")
+    name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS
+    if name not in protocols:
+        raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(protocols)}")
+    sharding.use_cpu_cores(config.batch_size, config.accumulate)  # before loading, which starts JAX
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = resolve(config, encoder)
     summary = train.run(full, workdir)
@@ -44,8 +47,12 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         "train_split": full.data.train_split,
         "eval_split": full.data.eval_split,
         "image_size": list(full.data.image_size),
-        "pool": full.evaluation.pool,
         "scratch": config.protocol.scratch,
+        "freeze": full.finetune.freeze,
     }
+    if config.job == "segment":
+        about |= {**full.segment.to_dict(), "classes": len(summary["iou"])}
+    else:
+        about["pool"] = full.evaluation.pool
     used = None if config.protocol.scratch else encoder
-    return append_result(Path(workdir), full, used, PROTOCOLS[name], about, summary)
+    return append_result(Path(workdir), full, used, protocols[name], about, summary)

@@ -100,6 +100,7 @@ class FrozenEvaluation:
         """The same for the pixels themselves (:func:`pixel_rows`), the baseline that any encoder should beat."""
         return self._score(pixel_rows)
 
-    def pictures(self, count: int) -> np.ndarray:
-        """`count` images to look at, uint8 (count, H, W, 3), always the same ones."""
-        return data.eval_images(self._config, self._shown, sample(len(self._shown), count, self._config.seed))[0]
+    def pictures(self, count: int) -> dict[str, np.ndarray]:
+        """A batch of `count` images to look at, uint8 (count, H, W, 3), always the same ones."""
+        chosen = sample(len(self._shown), count, self._config.seed)
+        return {"image": data.eval_images(self._config, self._shown, chosen)[0]}

@@ -1,0 +1,262 @@
+"""Folders of image/mask pairs: a mask holds the class of each pixel of its image.
+
+Two layouts, where SPLIT is a split's name and MASKS one of masks, labels, annotations:
+
+* ``DIR/images/SPLIT/*`` and ``DIR/MASKS/SPLIT/*.png``, as ADE20K has it;
+* ``DIR/SPLIT/images/*`` and ``DIR/SPLIT/MASKS/*.png``.
+
+A mask is a PNG of one channel (grey of any depth, or palette indices), named as its image but for the
+ending, of the size that its image has when displayed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from crate_jax.data import decoding
+from crate_jax.data.folder import DEFAULT_TRAIN_SPLIT, FolderSource
+from crate_jax.data.sources import EVAL_SPLITS, Source, digest
+from crate_jax.errors import DataError
+
+IMAGES, MASKS = "images", ("masks", "labels", "annotations")
+TRAIN_SPLITS = (DEFAULT_TRAIN_SPLIT, "training")  # what config.data.train_split='train' tries
+IGNORED = -1  # in decoded masks: a pixel that is neither learnt nor scored
+MOST_CLASSES = np.iinfo(np.int16).max
+_MODES = ("1", "L", "P", "I", "I;16")
+_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of 2 and 4 bits over 0..255
+
+_log = logging.getLogger(__name__)
+
+
+class PairSource(Source):
+    """Images with a mask each, in the byte order of the images' paths.
+
+    Args:
+      images: the images.
+      masks: the masks; one for each image, and no others.
+      ignored: value in the mask files that means no class; -1: none does.
+      reduce_zero_label: 0 means no class either, and the classes start at 1.
+
+    Raises:
+      DataError: an image without its mask, a mask without its image, or a mask that is no PNG.
+    """
+
+    def __init__(self, images: FolderSource, masks: FolderSource, ignored: int, reduce_zero_label: bool):
+        self._images, self._masks = images, masks
+        self._ignored, self._reduce = ignored, reduce_zero_label
+        self._mask_of = _match(images, masks)
+        self.classes = 0  # known after `check`
+        self._highest, self._holder = IGNORED, 0  # the highest class, and the mask that holds it
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        """See Source.name."""
+        return self._images.name(index)
+
+    def open(self, index: int) -> Image.Image:
+        """See Source.open."""
+        return self._images.open(index)
+
+    def fingerprint(self) -> str:
+        """See Source.fingerprint."""
+        return digest(self._images.fingerprint(), self._masks.fingerprint(), self._ignored, self._reduce)
+
+    def mask_path(self, index: int) -> str:
+        """The file of an image's mask."""
+        return self._masks.path(int(self._mask_of[index]))
+
+    def mask(self, index: int) -> np.ndarray:
+        """The class of each pixel, int16 [H,W]; IGNORED where there is none.
+
+        Raises:
+          DecodeError: the file is damaged or no image.
+          DataError: it is no mask: several channels, or values that no class can have.
+        """
+        path = self.mask_path(index)
+        image = decoding.open_image(decoding.read_file(path))
+        if image.mode not in _MODES:
+            raise DataError(
+                f"{path}: a mask has one channel of class numbers, this file has mode {image.mode}; save it as an "
+                "8-bit or 16-bit grey or as a palette PNG"
+            )
+        spread = _SPREAD.get(_raw_mode(image), 1)
+        try:
+            values = np.asarray(image).astype(np.int64) // spread
+        except Exception as e:  # as in `decoding`: damaged files raise nearly anything
+            raise decoding.DecodeError(f"{path}: {' '.join(str(e).split())}") from e
+        nothing = values == self._ignored
+        if self._reduce:
+            nothing |= values == 0
+            values = values - 1
+        values[nothing] = IGNORED
+        if values.max() >= MOST_CLASSES:
+            raise DataError(f"{path}: holds class {values.max()}; at most {MOST_CLASSES} classes are possible")
+        return values.astype(np.int16)
+
+    def check(self, classes: int, threads: int) -> None:
+        """Reads every mask once, and every image's header, so that no pair stops a run that has begun.
+
+        Sets `classes` to the number of classes: the given one or, for 0, the highest class found plus 1.
+        Damaged files are left to be skipped and counted when they are used.
+
+        Raises:
+          DataError: names the first mask of another size than its image, of several channels, or with a
+            class that `classes` has no room for; or no mask holds any class.
+        """
+        start = time.monotonic()
+
+        def highest(index: int) -> int:
+            try:
+                mask, image = self.mask(index), _displayed_size(self._images.path(index))
+            except decoding.DecodeError:
+                return IGNORED
+            if mask.shape != image:
+                raise DataError(
+                    f"{self.mask_path(index)}: is {_size(mask.shape)} pixels, its image {self.name(index)} "
+                    f"{_size(image)}; a mask must have the size of its image"
+                )
+            return int(mask.max())
+
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            found = np.fromiter(pool.map(highest, range(len(self))), np.int64, len(self))
+        self._holder = int(found.argmax())
+        self._highest = int(found[self._holder])
+        if self._highest == IGNORED:
+            raise DataError(f"{self._masks.root}: no mask holds a class; every pixel is ignored")
+        self.classes = classes or self._highest + 1
+        self.require_highest_below(self.classes)
+        _log.info("checked %d masks, classes 0..%d, in %.1f s", len(self), self._highest, time.monotonic() - start)
+
+    def require_highest_below(self, classes: int) -> None:
+        """Raises DataError, naming a mask, if the set holds a class that is not one of `classes` classes."""
+        if self._highest >= classes:
+            value = self._highest + int(self._reduce)
+            raise DataError(
+                f"{self.mask_path(self._holder)}: holds the value {value}, class {self._highest}, but there are "
+                f"{classes} classes, 0..{classes - 1}; mend it, or set config.segment.classes, ignore_index or "
+                "reduce_zero_label"
+            )
+
+
+def _displayed_size(path: str) -> tuple[int, int]:
+    """Height and width of an image from its header, without reading the whole file; raises DecodeError."""
+    try:
+        with Image.open(path) as image:
+            return decoding.oriented_size(image)
+    except Exception as e:
+        raise decoding.DecodeError(" ".join(str(e).split())) from e
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How a file's pixels are stored, such as L;2 for grey of 2 bits."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if tiles else ""
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]} x {shape[0]}"
+
+
+def _match(images: FolderSource, masks: FolderSource) -> np.ndarray:
+    """The number of each image's mask, int32 [n]."""
+    number: dict[str, int] = {}
+    for i in range(len(masks)):
+        stem, ending = os.path.splitext(masks.name(i))
+        if ending.lower() != ".png":
+            raise DataError(f"{masks.path(i)}: a mask must be a PNG; other formats may change class numbers")
+        number[stem] = i
+    stems = [os.path.splitext(images.name(i))[0] for i in range(len(images))]
+    for i, stem in enumerate(stems):
+        if stem not in number:
+            raise DataError(f"{images.path(i)}: has no mask; expected {os.path.join(masks.root, stem)}.png")
+    unused = sorted(number.keys() - set(stems))
+    if unused:
+        raise DataError(
+            f"{masks.path(number[unused[0]])}: has no image; expected {os.path.join(images.root, unused[0])}.jpg or "
+            "another image format"
+        )
+    return np.array([number[stem] for stem in stems], np.int32)
+
+
+def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
+    """Opens and checks the training or the evaluation split of a folder of pairs.
+
+    Args:
+      config: reads data and segment.
+      split: 'train' or 'eval'.
+
+    Returns:
+      The split, or None if there is no evaluation split.
+
+    Raises:
+      DataError: the source is no folder, the folder has neither layout, a named split is missing, or a
+        pair is wrong; see PairSource.
+    """
+    data, options = config.data, config.segment
+    kind, _, root = data.source.partition(":")
+    if kind != "folder":
+        raise DataError(f"config.data.source={data.source!r}: image/mask pairs are read from folder:DIR")
+    root = os.path.expanduser(root)
+    if not os.path.isdir(root):
+        raise DataError(f"{root}: no such folder; expected image/mask pairs, as docs/segmentation.md lays them out")
+    wanted = data.train_split if split == "train" else data.eval_split
+    if split == "eval" and not wanted:
+        return None
+    tried: tuple[str, ...]
+    if split == "train":
+        tried = TRAIN_SPLITS if wanted in ("", DEFAULT_TRAIN_SPLIT) else (wanted,)
+    else:
+        tried = EVAL_SPLITS if wanted == "auto" else (wanted,)
+    folders = next(filter(None, (_find(root, name) for name in tried)), None)
+    if folders is None:
+        if split == "eval" and wanted == "auto":
+            return None
+        raise DataError(
+            f"{root}: has no pairs of split {' or '.join(map(repr, tried))}; expected images/SPLIT and MASKS/SPLIT, or "
+            f"SPLIT/images and SPLIT/MASKS, MASKS being one of {', '.join(MASKS)}"
+        )
+    images, masks = folders
+    source = PairSource(FolderSource(images), FolderSource(masks), options.ignore_index, options.reduce_zero_label)
+    source.check(options.classes, data.threads)
+    return source
+
+
+def _find(root: str, split: str) -> tuple[str, str] | None:
+    """Image and mask folder of a split, in either layout."""
+    for layout in ("{kind}/{split}", "{split}/{kind}"):
+        images, *masks = [os.path.join(root, layout.format(kind=kind, split=split)) for kind in (IMAGES, *MASKS)]
+        found = [path for path in masks if os.path.isdir(path)]
+        if not found or not os.path.isdir(images):
+            continue
+        if len(found) > 1:
+            raise DataError(f"both {found[0]} and {found[1]} exist; leave the masks that are meant")
+        return images, found[0]
+    return None
+
+
+def crop_mask(mask: np.ndarray, box: Sequence[float] | np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Cuts `box` out of a mask and resizes it to `size`, each pixel taking the class nearest to its centre.
+
+    The counterpart of `decoding.crop_resize`: the same box of an image and of its mask stay aligned.
+
+    Args:
+      mask: [H,W].
+      box: (top, left, height, width) in pixels; may be fractional.
+      size: (height, width) of the result.
+    """
+    top, left, height, width = (float(v) for v in box)
+    rows, columns = (
+        np.clip(np.floor(start + (np.arange(n) + 0.5) * (length / n)).astype(int), 0, side - 1)
+        for start, length, n, side in ((top, height, size[0], mask.shape[0]), (left, width, size[1], mask.shape[1]))
+    )
+    return mask[rows[:, None], columns]
