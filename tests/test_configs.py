@@ -110,7 +110,7 @@ BAD = [
     ({"corruption.rop_ratio": 0.0}, r"rop_ratio=0.0: must lie in \(0, 1\)"),
     ({"corruption.mask_fill": "noise"}, r"must be one of token, zero, drop"),
     ({"corruption.mask_fill": "drop"}, r"needs positions"),
-    ({"encoder.positions": "relative"}, r"only a vit"),
+    ({"encoder.positions": "relative"}, r"only encoder.name='vit' has a relative bias"),
     ({"encoder.drop_path": 0.1}, r"only encoder.name='vit'"),
     ({"decoder.width": 64}, r"CRATE decoder has the encoder's width"),
     ({"penalty.name": "so"}, r"needs a weight above 0"),

@@ -19,7 +19,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -41,6 +41,8 @@ def open_image(data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as e:  # its own text names the buffer
+        raise DecodeError("not an image in a known format") from e
     except Exception as e:  # damaged files make the parsers raise nearly anything
         raise DecodeError(_reason(e)) from e
 
