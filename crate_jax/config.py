@@ -158,6 +158,11 @@ def base() -> ConfigDict:
     finetune.cutmix = 0.0  # the same for boxes of the other image; with both, half of the images each
     finetune.erase = 0.0  # probability that a random box of an image becomes noise
 
+    c.sweep = sweep = ConfigDict()  # job sweep: one run per value and seed
+    sweep.key = ""  # the key that is varied, such as encoder.lam
+    sweep.values = ()  # its values; read as sweep["values"], for a ConfigDict has a method of that name
+    sweep.seeds = 1  # runs per value, with the seeds seed, seed + 1, ...
+
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
     save.keep = 3
