@@ -88,9 +88,8 @@ def show_sweep(result: dict[str, Any]) -> None:
     print(result["table"])
     print(f"table, figure and runs: {result['folder']}")
     if result["failed"]:
-        raise NonFiniteError(
-            f"the loss of {', '.join(result['failed'])} became NaN or infinite; the other runs are done"
-        )
+        names = ", ".join(result["failed"])
+        raise NonFiniteError(f"the loss became NaN or infinite in {names}; all other runs are finished")
 
 
 # job -> (what runs it, what prints its result)

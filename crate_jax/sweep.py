@@ -19,7 +19,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from crate_jax import optimizer, pretrain, sharding, sweep_report, train
@@ -219,9 +218,9 @@ def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
     except Interrupted as e:
         raise Interrupted(e.signum, f"{e.where}, in {setting.name}") from None
     finally:
-        # A run's compiled programs and what they hold are of no use to the next one.
+        # A run's objects refer to each other; its arrays must be gone before the next one's are made. Compiled programs
+        # go with them, and those that all runs share stay (jax.clear_caches would only cost time).
         gc.collect()
-        jax.clear_caches()
     return _record(folder, setting)
 
 

@@ -20,7 +20,17 @@ ARGUMENTS = {
     "rop_vitb": ["", "variant=Ti", "variant=S", "encoder=crate", "variant=Ti,encoder=crate", "penalty=srip"],
     "cifar10": [f"encoder={e},corruption={k}" for e in ("crate", "vit") for k in ("mask", "rop", "noise", "none")]
     + ["penalty=so", "encoder=vit,penalty=srip"],
+    "sweep": [
+        "",
+        "over=lam,base=crate_mae,variant=S",
+        "over=rop_ratio",
+        "over=rop_ratio,base=rop_vitb,encoder=crate",
+        "over=penalty,base=vit_mae",
+        "over=penalty,penalty=srip,seeds=2",
+        "base=quickstart",
+    ],
 }
+OF_A_CHECKPOINT = ("evaluate",)  # these take the model's sizes from the checkpoint they are given
 
 
 def load(name: str, arg: str = ""):
@@ -29,7 +39,13 @@ def load(name: str, arg: str = ""):
 
 @pytest.mark.parametrize(
     ("name", "arg"),
-    [(n, ",".join(filter(None, (a, d)))) for n in NAMES for a in ARGUMENTS[n] for d in ("", "debug")],
+    [
+        (n, ",".join(filter(None, (a, d))))
+        for n in NAMES
+        if n not in OF_A_CHECKPOINT
+        for a in ARGUMENTS[n]
+        for d in ("", "debug")
+    ],
 )
 def test_config_builds(name, arg):
     """Valid, no key outside the base config, and model, penalty and optimiser fit by their shapes."""
