@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from PIL import Image
 from configs import sweep as sweep_config
 from crate_jax import main, sweep, sweep_report
 from crate_jax.errors import ConfigError, NonFiniteError
-from crate_jax.interrupt import Interrupt
+from crate_jax.interrupt import Interrupt, Interrupted
 from tests.conftest import ROOT
 
 TINY = {
@@ -129,7 +131,36 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
     assert result["table"] in capsys.readouterr().out
 
 
-def test_a_stopped_sweep_continues_where_it_was(cli_env, tmp_path):
+class KillAtStart(logging.Handler):
+    """Sends this process SIGTERM when a run says that it starts to train."""
+
+    def emit(self, record):
+        if record.msg.startswith("training %d"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_stops_the_sweep_after_the_step_and_the_sweep_continues(finished, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "crate_jax")
+    folder = shutil.copytree(finished[0], tmp_path / "sweep")
+    c = tiny(sweep__key="encoder.lam", sweep__values=(5.0, 0.3, 0.4))
+    trainer, killer = logging.getLogger("crate_jax.train"), KillAtStart()
+    trainer.addHandler(killer)
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM at step 1, state saved, in encoder.lam=0.3,seed=0") as caught:
+            sweep.run(c, str(folder))
+    finally:
+        trainer.removeHandler(killer)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert not (folder / "encoder.lam=0.4,seed=0").exists()
+    assert "1 of 3 runs finished" in (folder / "table.md").read_text()
+    caplog.clear()
+    c.sweep.values = (5.0, 0.3)
+    assert "2 of 2 runs finished" in sweep.run(c, str(folder))["table"]
+    assert caplog.text.count("continuing from step 1") == 1 and "1 of 2 runs are finished already" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_stopped_command_continues_where_it_was(cli_env, tmp_path):
     """SIGTERM in the second run: status 143 and one line; the same command resumes it and leaves the first alone."""
     command = [
         sys.executable, "-m", "crate_jax.main", "--config=configs/sweep.py:base=quickstart,debug",
