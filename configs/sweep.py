@@ -58,7 +58,7 @@ def get_config(arg: str | None = None):
     try:
         c = BASES[arg.base].get_config(",".join(handed_on))
     except ConfigError as e:
-        raise ConfigError(f"{e} (of base={arg.base}; the sweep's own: over, base, seeds)") from None
+        raise ConfigError(f"{e} (of base={arg.base}; the sweep's own: over, base, seeds)") from e
     c.job = "sweep"
     c.sweep.key, values = OVER[arg.over]
     c.sweep.values = PENALTY_VALUES.get(c.penalty.name, values) if arg.over == "penalty" else values

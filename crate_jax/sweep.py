@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from crate_jax import optimizer, pretrain, sharding, sweep_report, train
-from crate_jax.config import changed_keys, flatten, validate
+from crate_jax.config import base, changed_keys, flatten, validate
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.interrupt import Interrupt, Interrupted
 from crate_jax.workdir import lock
@@ -90,7 +90,7 @@ def _check_key(config: ConfigDict, key: str) -> None:
     if key == "seed":
         raise ConfigError("config.sweep.key='seed': seeds go into config.sweep.seeds")
     if key not in allowed:
-        close = difflib.get_close_matches(key, allowed, 3, 0.4)
+        close = difflib.get_close_matches(key, allowed, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "write it as in --config.KEY, such as encoder.lam"
         raise ConfigError(f"config.sweep.key={key!r}: there is no such key to sweep; {hint}")
     if key in READ_BY:
@@ -162,6 +162,7 @@ def _is_finished(folder: Path, setting: Setting) -> bool:
         return False
     except ValueError:
         raise CheckpointError(f"{folder / 'config.json'}: is not JSON; delete {folder} to run it again") from None
+    stored = flatten(base()) | flatten(stored)  # a key that came later had no other value than its default
     changed = [c for c in changed_keys(stored, setting.config.to_dict()) if not c.startswith(WITHOUT_EFFECT)]
     if changed:
         raise ConfigError(

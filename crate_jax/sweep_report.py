@@ -178,7 +178,7 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
     if column != "loss":
         names |= {"_untrained": "untrained encoder", "_pixels": "raw pixels"}
     styles: dict[str, dict[str, Any]] = {
-        "": dict(fmt="o-", color="tab:blue", capsize=4),
+        "": dict(fmt="o" if any(isinstance(v, str | bool) for v, _, _ in rows) else "o-", color="tab:blue", capsize=4),
         "_untrained": dict(fmt="--", color="tab:gray"),
         "_pixels": dict(fmt="--", color="tab:orange", dashes=(1, 1.5)),
     }
@@ -198,7 +198,7 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
             ax.text(x, 0.5, "failed", color="tab:red", rotation=90, ha="center", va="center",
                     transform=ax.get_xaxis_transform())  # fmt: skip
     ax.set_title({"probe_top1": "linear probe", "knn_top1": "k-NN"}.get(column, "loss"))
-    ax.set_xlabel(key)
+    ax.set_xlabel(key if ax.get_xscale() == "linear" else f"{key} (log scale)")
     ax.grid(axis="y", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -218,9 +218,11 @@ def _place(ax: Any, values: Sequence[Any]) -> list[float]:
                 ax.set_xscale("log")
             else:
                 ax.set_xscale("symlog", linthresh=min(sizes))
-    ax.set_xticks(at, [label(v) for v in values], minor=False)
+    labels = [label(float(f"{v:.3g}")) if isinstance(v, float) else label(v) for v in values]
+    ax.set_xticks(at, labels)
     ax.set_xticks([], minor=True)
-    longest = max(len(label(v)) for v in values)
-    if len(values) * longest > 32:
-        ax.tick_params(axis="x", rotation=45)
+    places = np.sort(ax.xaxis.get_transform().transform(np.array(at)))
+    closest = np.diff(places).min(initial=np.inf) / max(np.ptp(places), 1e-30)
+    if closest < max(map(len, labels)) / 40:  # some 40 characters fit along a panel
+        ax.tick_params(axis="x", rotation=60)
     return at

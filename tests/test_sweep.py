@@ -307,6 +307,7 @@ def test_the_axis_fits_the_values(values, scale):
     assert [ax.get_title() for ax in axes] == ["linear probe", "k-NN"]
     assert axes[0].get_xscale() == scale
     assert [t.get_text() for t in axes[0].get_xticklabels()] == [sweep_report.label(v) for v in values]
+    assert axes[0].get_xlabel() == ("x" if scale == "linear" else "x (log scale)")
 
 
 def test_images_without_labels_get_a_table_and_a_figure_of_the_loss():
