@@ -167,6 +167,11 @@ def base() -> ConfigDict:
     segment.ignore_index = 255  # value in the masks that is no class; -1: none
     segment.reduce_zero_label = False  # 0 in the masks is no class, the classes start at 1 (ADE20K)
 
+    c.sweep = sweep = ConfigDict()  # job sweep: one run per value and seed
+    sweep.key = ""  # the key that is varied, such as encoder.lam
+    sweep.values = ()  # its values; read as sweep["values"], for a ConfigDict has a method of that name
+    sweep.seeds = 1  # runs per value, with the seeds seed, seed + 1, ...
+
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
     save.keep = 3
@@ -322,8 +327,8 @@ def _fail(flat: Mapping[str, Any], key: str, right: str) -> None:
 
 def _check_values(flat: Mapping[str, Any]) -> None:
     for key, default in flatten(base()).items():
-        if isinstance(default, list):
-            kind = type(default[0]) if default else str
+        if isinstance(default, list) and default:
+            kind = type(default[0])
             if not all(isinstance(v, (int, float) if kind is float else kind) for v in flat[key]):
                 _fail(flat, key, f"must hold {({int: 'whole numbers', float: 'numbers'}).get(kind, 'texts')} only")
     for key, value in flat.items():
@@ -354,7 +359,7 @@ def _check_values(flat: Mapping[str, Any]) -> None:
         for pattern in flat[key]:
             try:
                 re.compile(pattern)
-            except re.error as e:
+            except (re.error, TypeError) as e:
                 _fail(flat, key, f"{pattern!r} is not a regular expression ({e})")
 
 

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from crate_jax import train
-from crate_jax.errors import ConfigError, UserError
+from crate_jax import sweep, train
+from crate_jax.errors import ConfigError, NonFiniteError, UserError
 from crate_jax.evals import finetune, job
 from crate_jax.interrupt import Interrupted
 
@@ -88,12 +88,26 @@ def show_evaluation(record: dict[str, Any]) -> None:
             print(f"{name:<20}{value:>8.1%}")
 
 
+def show_sweep(result: dict[str, Any]) -> None:
+    """Prints the table of a sweep.
+
+    Raises:
+      NonFiniteError: some of its runs failed.
+    """
+    print(result["table"])
+    print(f"table, figure and runs: {result['folder']}")
+    if result["failed"]:
+        names = ", ".join(result["failed"])
+        raise NonFiniteError(f"the loss became NaN or infinite in {names}; all other runs are finished")
+
+
 # job -> (what runs it, what prints its result)
 JOBS: dict[str, tuple[Callable[[ConfigDict, str], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
     "pretrain": (train.run, show_pretraining),
     "evaluate": (job.run, show_evaluation),
     "finetune": (finetune.run, show_evaluation),
     "segment": (finetune.run, show_evaluation),
+    "sweep": (sweep.run, show_sweep),
 }
 
 

@@ -19,6 +19,7 @@ from crate_jax.errors import ConfigError, UserError
 DATA = "data"
 SMALLEST_SPLIT = 2**14  # elements
 MOST_CPU_DEVICES = 8  # each holds a copy of the parameters
+PATIENCE = "xla_cpu_collective_call_terminate_timeout_seconds"
 
 
 def use_cpu_cores(batch_size: int, accumulate: int) -> None:
@@ -29,6 +30,10 @@ def use_cpu_cores(batch_size: int, accumulate: int) -> None:
     cores this process may use. Does nothing where the user chose (JAX_NUM_CPU_DEVICES or XLA_FLAGS),
     nothing to an accelerator, and nothing once JAX was used.
     """
+    # Devices that are threads of one machine wait for each other as long as it is busy or asleep; XLA's own limit of
+    # 40 s would abort the process.
+    if PATIENCE not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{PATIENCE}={24 * 3600}".strip()
     if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -325,7 +325,7 @@ class Run:
             self._save(step)
         if self.interrupt.signal is not None and not last:
             self.checkpoints.wait()
-            raise Interrupted(self.interrupt.signal, step)
+            raise Interrupted(self.interrupt.signal, f"at step {step}, state saved")
         if evaluate:
             self.writer.write(step, numbers(self.evaluation.scores(self.state.eval_params())))
         if draw:

@@ -23,6 +23,15 @@ ARGUMENTS = {
     "rop_vitb": ["", "variant=Ti", "variant=S", "encoder=crate", "variant=Ti,encoder=crate", "penalty=srip"],
     "cifar10": [f"encoder={e},corruption={k}" for e in ("crate", "vit") for k in ("mask", "rop", "noise", "none")]
     + ["penalty=so", "encoder=vit,penalty=srip"],
+    "sweep": [
+        "",
+        "over=lam,base=crate_mae,variant=S",
+        "over=rop_ratio",
+        "over=rop_ratio,base=rop_vitb,encoder=crate",
+        "over=penalty,base=vit_mae",
+        "over=penalty,penalty=srip,seeds=2",
+        "base=quickstart",
+    ],
 }
 OF_A_CHECKPOINT = ("evaluate", "segment")  # these take the model's sizes from the checkpoint they are given
 
