@@ -151,9 +151,7 @@ def _beit(prefix: str, mask_token: bool, decoder: bool) -> Family:
         groups=(
             Group("embedding", (*_patch_embedding(f"{prefix}patch_embed.proj"), _cls_token(f"{prefix}cls_token"))),
             Group("mask token", (Rule("encoder/embedding/mask_token", (f"{prefix}mask_token",)),), not mask_token),
-            Group(
-                "learned positions", (Rule("encoder/embedding/positions", (f"{prefix}pos_embed",), TABLE),), True
-            ),
+            Group("learned positions", (Rule("encoder/embedding/positions", (f"{prefix}pos_embed",), TABLE),), True),
             Group("shared relative bias", (Rule("encoder/relative_bias", (f"{shared}_bias_table",)),), True),
             Group("relative bias per block", (Rule(f"{blocks}/relative_bias", (f"{per_block}_bias_table",)),), True),
             Group("blocks", _vit_block(blocks, block)),

@@ -100,9 +100,9 @@ def _read_torch(path: Path, start: bytes) -> tuple[Arrays, dict[str, Any]]:
         while not _is_state_dict(tree):
             key = next((k for k in NESTED if isinstance(tree, dict) and isinstance(tree.get(k), dict)), None)
             if key is None:
-                has = f"a dictionary of {', '.join(map(str, tree)) or 'nothing'}" if isinstance(tree, dict) else "no dict"
+                has = f"it has {', '.join(map(str, tree)) or 'nothing'}" if isinstance(tree, dict) else "no dictionary"
                 raise CheckpointError(
-                    f"{path}: no weights found: {has}; expected tensors by name, or those under one of "
+                    f"{path}: no weights found, {has}; expected tensors by name, or those under one of "
                     f"{', '.join(NESTED)}"
                 )
             tree = tree[key]

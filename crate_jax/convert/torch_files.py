@@ -42,8 +42,9 @@ DTYPES = {
     "Byte": np.dtype("u1"),
     "Bool": np.dtype("?"),
 }
-DTYPE_NAMES = ("float32", "float", "float64", "double", "float16", "half", "bfloat16", "int64", "long", "int32", "int")
-DTYPE_NAMES += ("int16", "short", "int8", "uint8", "bool")
+DTYPE_NAMES = (
+    "float32 float float64 double float16 half bfloat16 int64 long int32 int int16 short int8 uint8 bool".split()
+)
 
 
 class RefusedError(Exception):
