@@ -32,7 +32,7 @@ def base() -> ConfigDict:
     c.epochs = 0.0  # passes over the training split; 0: from `steps`
     c.batch_size = 256  # images per optimiser step, over all devices and micro-batches
     c.accumulate = 1  # micro-batches per optimiser step; same update, less memory
-    c.init_from = ""  # workdir of another run whose encoder starts this one
+    c.init_from = ""  # workdir or weights file whose encoder starts this run
     c.checkpoint = ""  # evaluate, finetune: workdir or weights file of the encoder that is judged
     c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
     c.remat = False  # recompute each block in the backward pass: less memory, more time

@@ -110,7 +110,7 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
         "depth": c.encoder.depth,
         "num_heads": c.encoder.heads,
         "mlp_ratio": c.encoder.mlp_ratio,
-        "init_values": c.encoder.layer_scale or None,
+        "init_values": c.encoder.layer_scale,  # 0: none; timm takes None for its own default
         "global_pool": "token",
     }
     if c.encoder.final_norm and c.encoder.final_eps != 1e-6:
