@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from crate_jax.config import base
 from crate_jax.convert import files
 from crate_jax.convert.families import export_state_dict
 from crate_jax.convert.rules import Array
@@ -60,6 +61,7 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
     if format not in FORMATS:
         raise ConfigError(f"--format={format}: must be one of {', '.join(FORMATS)}")
     made = FORMATS[format](model_config(config), params)
+    config = _without_places(config)
     if made.left_out:  # what is written is an encoder, and the config in it says so
         config = {**config, "corruption": {**config["corruption"], "name": "none"}}
         config["decoder"] = {**config["decoder"], "name": "linear"}
@@ -71,6 +73,16 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
     except OSError as e:
         raise CheckpointError(f"{folder}: cannot be written ({e.strerror})") from None
     return made
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without paths and names of the machine it ran on: what is exported is often published."""
+    empty: dict[str, Any] = {"init_from": "", "checkpoint": ""}
+    config = {**config, **{key: value for key, value in empty.items() if key in config}}
+    config["data"] = {**config["data"], "source": base().data.source, "data_dir": ""}
+    if "log" in config:
+        config["log"] = {**config["log"], "wandb": ""}
+    return config
 
 
 def _grid(c: ConfigDict) -> tuple[int, int]:
