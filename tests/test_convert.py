@@ -499,6 +499,13 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
             files.read(tmp_path / "evil.pth")
 
 
+def test_a_number_in_a_pickle_takes_no_memory(tmp_path):
+    """An empty dictionary remembered as number 2^32 - 16: an array of that many places would not fit."""
+    write_zip(tmp_path / "a.pth", None, b"\x80\x02}r\xf0\xff\xff\xff.")
+    with pytest.raises(CheckpointError, match="no weights found, it has nothing"):
+        files.read(tmp_path / "a.pth")
+
+
 def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path):
     for tensor, message in (((100,), "reaches to element 101 of a storage of 14"), ((-1,), "negative")):
         pickled = Pickled()

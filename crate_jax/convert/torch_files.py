@@ -47,6 +47,9 @@ DTYPE_NAMES = (
 )
 
 
+LONGEST = 200  # characters of a message, which may hold names out of a damaged file
+
+
 class RefusedError(Exception):
     """What the file asks for is not done."""
 
@@ -134,7 +137,9 @@ ALLOWED: dict[str, Any] = {
 }
 
 
-class Unpickler(pickle.Unpickler):
+# The one in Python: the one in C takes memory by numbers that stand in the file (memo indices), so that a few
+# damaged bytes can ask for gigabytes. Without the numbers themselves these pickles are small.
+class Unpickler(pickle._Unpickler):
     """Resolves the names in ALLOWED and nothing else; `storages` are those it met, by their keys."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -208,11 +213,16 @@ def open_checkpoint(path: Path, start: bytes) -> Iterator[Checkpoint]:
             with path.open("rb") as file:
                 yield _open_legacy(file)
     except RefusedError as e:
-        raise CheckpointError(f"{path}: refused: {e}") from None
+        raise CheckpointError(f"{path}: refused: {_one_line(e).partition(': ')[2]}") from None
     except CheckpointError:
         raise
     except Exception as e:  # unpickling damaged bytes raises almost anything
-        raise CheckpointError(f"{path}: damaged, or not a PyTorch checkpoint ({type(e).__name__}: {e})") from None
+        raise CheckpointError(f"{path}: damaged, or not a PyTorch checkpoint ({_one_line(e)})") from None
+
+
+def _one_line(e: Exception) -> str:
+    text = " ".join(f"{type(e).__name__}: {e}".split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def _open_zip(archive: zipfile.ZipFile) -> Checkpoint:
