@@ -32,7 +32,7 @@ def base() -> ConfigDict:
     c.epochs = 0.0  # passes over the training split; 0: from `steps`
     c.batch_size = 256  # images per optimiser step, over all devices and micro-batches
     c.accumulate = 1  # micro-batches per optimiser step; same update, less memory
-    c.init_from = ""  # workdir of another run whose encoder starts this one
+    c.init_from = ""  # workdir or weights file whose encoder starts this run
     c.checkpoint = ""  # evaluate, finetune, segment: workdir or weights file of the encoder that is judged
     c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
     c.remat = False  # recompute each block in the backward pass: less memory, more time
@@ -75,7 +75,9 @@ def base() -> ConfigDict:
     encoder.qkv_bias = "qkv"  # vit: qkv (MAE) | qv (BEiT, ROPIM) | none
     encoder.layer_scale = 0.0  # vit: initial value; 0: off
     encoder.drop_path = 0.0  # vit: rate of the last block, rising linearly from 0
+    encoder.embed_norm = False  # layer norms before and after the patch projection, as supervised CRATE
     encoder.final_norm = True  # normalise the last block's tokens
+    encoder.final_eps = 1e-6  # added to the variance in that norm; supervised CRATE: 1e-5
     encoder.init = "xavier"  # vit: xavier (MAE) | trunc_normal (BEiT, ROPIM)
 
     c.decoder = decoder = ConfigDict()
@@ -274,7 +276,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 POSITIVE = (
     "batch_size accumulate data.threads data.prefetch encoder.patch_size encoder.width encoder.depth encoder.heads "
-    "encoder.expansion encoder.mlp_ratio decoder.heads evaluation.batch_size evaluation.knn_k "
+    "encoder.expansion encoder.mlp_ratio encoder.final_eps decoder.heads evaluation.batch_size evaluation.knn_k "
     "evaluation.knn_temperature evaluation.probe_c penalty.iterations save.every save.keep log.every "
     "optimizer.lr"
 ).split()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from crate_jax import checkpoint
+from crate_jax.convert import weights
 from crate_jax.errors import ConfigError
 
 
@@ -16,7 +18,7 @@ class Pretrained:
     Attributes:
       name: where it came from, for people.
       config: the whole config it was trained with, as a dictionary.
-      params: nested dictionaries of NumPy arrays with the key ``encoder``.
+      params: nested dictionaries of NumPy arrays with the key ``encoder``; the parameters, not their average (EMA).
       sha256: digest of all parameters.
     """
 
@@ -30,15 +32,18 @@ def load(path: str, key: str) -> Pretrained:
     """Reads a pre-trained encoder.
 
     Args:
-      path: the workdir of a run.
+      path: the workdir of a run, or a file of weights, ours or other people's (`crate_jax.convert.weights`).
       key: the config key that names it, for messages.
 
     Raises:
       ConfigError: `path` is empty.
-      CheckpointError: there is none, or it is damaged.
+      CheckpointError: there is none, it is damaged, or it is a file of a model that is not known.
     """
     if not path:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
+    if Path(path).expanduser().is_file():
+        loaded = weights.load(Path(path).expanduser())
+        return Pretrained(str(path), loaded.config, loaded.params, checkpoint.params_sha256(loaded.params))
     params, meta = checkpoint.read_params(path)
     name = f"step {meta['step']} of {path}"
     return Pretrained(name, meta["config"], params, checkpoint.params_sha256(params))

@@ -108,14 +108,14 @@ def test_options_of_encoders(encoder):
     """Learned positions, over-complete dictionary, tied output, relative bias, drop path: all train."""
     options = {
         "crate": [
-            {"positions": "learned"},
+            {"positions": "learned", "embed_norm": True},
             {"dictionary": "overcomplete"},
             {"tied_output": True},
             {"positions": "none"},
         ],
         "vit": [
             {"positions": "relative", "qkv_bias": "qv", "layer_scale": 0.1, "drop_path": 0.5, "init": "trunc_normal"},
-            {"positions": "learned", "qkv_bias": "none"},
+            {"positions": "learned", "qkv_bias": "none", "embed_norm": True},
         ],
     }
     for values in options[encoder]:

@@ -1,5 +1,9 @@
-"""Weights under other people's names: the authors' PyTorch state dicts as our parameter trees."""
+"""Weights under other people's names: their state dicts as our parameter trees, and back.
 
-from crate_jax.convert.authors import FAMILIES, import_state_dict
+`files` reads and writes files, `families` knows whose tensors are which of our arrays, `describe` builds the
+config that fits them, `weights` puts the three together, `export` writes for other libraries.
+"""
 
-__all__ = ["FAMILIES", "import_state_dict"]
+from crate_jax.convert.families import FAMILIES, detect, export_state_dict, import_state_dict
+
+__all__ = ["FAMILIES", "detect", "export_state_dict", "import_state_dict"]

@@ -46,7 +46,9 @@ def _shared(config: ConfigDict) -> dict:
         grid=grid_shape(config.data.image_size, e.patch_size),
         positions=e.positions,
         fill=fills(config)["encoder"],
+        embed_norm=e.embed_norm,
         final_norm=e.final_norm,
+        final_eps=e.final_eps,
         remat=config.remat,
         dtype=jnp.dtype(config.dtype),
     )

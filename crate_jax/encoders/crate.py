@@ -230,7 +230,9 @@ class CrateEncoder(nn.Module):
     expansion: int
     tied_output: bool
     fill: bool
+    embed_norm: bool
     final_norm: bool
+    final_eps: float
     remat: bool
     dtype: Dtype
 
@@ -238,7 +240,14 @@ class CrateEncoder(nn.Module):
     def __call__(self, patches_BNP: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None) -> jax.Array:
         """(B, N, P) patches -> (B, 1 + M, D) tokens, class token first. `keys_B` is not used."""
         x = Embedding(
-            self.width, self.grid, self.positions, self.fill, self.dtype, INITIALIZERS["xavier"], name="embedding"
+            self.width,
+            self.grid,
+            self.positions,
+            self.fill,
+            self.embed_norm,
+            self.dtype,
+            INITIALIZERS["xavier"],
+            name="embedding",
         )(patches_BNP, corruption)
         x = scan_blocks(
             CrateBlock,
@@ -251,4 +260,4 @@ class CrateEncoder(nn.Module):
             self.tied_output,
             self.dtype,
         )(x, None)[0]
-        return Norm(name="norm")(x) if self.final_norm else x
+        return Norm(self.final_eps, name="norm")(x) if self.final_norm else x

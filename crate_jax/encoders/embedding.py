@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from crate_jax.corruption import Corruption
-from crate_jax.encoders.layers import Dtype, dense
+from crate_jax.encoders.layers import BLOCK_EPS, Dtype, Norm, dense
 from crate_jax.patches import sincos_positions
 
 TOKEN_INIT = nn.initializers.normal(0.02)
@@ -24,6 +24,8 @@ class Embedding(nn.Module):
       grid: (h, w) patches.
       positions: sincos | learned | relative | relative_per_block | none; the last three add nothing here.
       fill: learn a mask token that stands in for removed tokens.
+      norms: layer norms (eps 1e-5) of the patches' pixels and of the embedded tokens, as in the code of supervised
+        CRATE (arXiv 2306.01129).
       dtype: of the tokens.
       initializer: kernel initialiser.
     """
@@ -32,6 +34,7 @@ class Embedding(nn.Module):
     grid: tuple[int, int]
     positions: str
     fill: bool
+    norms: bool
     dtype: Dtype
     initializer: nn.initializers.Initializer
 
@@ -40,7 +43,11 @@ class Embedding(nn.Module):
         """(B, N, P) patches -> (B, 1 + M, D) tokens, the class token first."""
         D = self.width
         x = corruption.corrupt_pixels(patches_BNP)
+        if self.norms:
+            x = Norm(BLOCK_EPS, name="pixel_norm")(x)
         x = dense(D, "patch_embed", self.dtype, init=self.initializer)(x.astype(self.dtype))
+        if self.norms:
+            x = Norm(BLOCK_EPS, name="token_norm")(x)
         fill_D = self.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if self.fill else None
         x = corruption.corrupt_tokens(x, fill_D)
         cls_11D = self.param("cls_token", TOKEN_INIT, (1, 1, D), jnp.float32)

@@ -127,7 +127,9 @@ class ViTEncoder(nn.Module):
     drop_path: float
     initializer: str
     fill: bool
+    embed_norm: bool
     final_norm: bool
+    final_eps: float
     remat: bool
     dtype: Dtype
 
@@ -139,6 +141,7 @@ class ViTEncoder(nn.Module):
             self.grid,
             self.positions,
             self.fill,
+            self.embed_norm,
             self.dtype,
             INITIALIZERS[self.initializer],
             name="embedding",
@@ -154,4 +157,4 @@ class ViTEncoder(nn.Module):
             x, bias_BHNN, scales_L2B, corruption, self.depth, self.remat,
             self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.initializer, self.dtype, bias_grid,
         )  # fmt: skip
-        return Norm(name="norm")(x) if self.final_norm else x
+        return Norm(self.final_eps, name="norm")(x) if self.final_norm else x

@@ -1,0 +1,151 @@
+"""Exchange weights with other libraries: ``python -m crate_jax.convert inspect|import|export``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crate_jax import pretrained
+from crate_jax.config import base, changed_keys
+from crate_jax.convert import files, weights
+from crate_jax.convert.describe import Known
+from crate_jax.convert.export import FORMATS, export
+from crate_jax.convert.families import FAMILIES, detect
+from crate_jax.convert.rules import Match, match, spell
+from crate_jax.errors import ConfigError, UserError
+from crate_jax.parameters import count
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Prints what a file or a workdir holds, whether or not it can be used."""
+    if Path(args.path).is_dir():
+        encoder = pretrained.load(args.path, "PATH")
+        _show(encoder.name, encoder.config, encoder.params)
+        return
+    state, about = files.read(args.path)
+    where = "".join(f", under '{key}'" for key in about["nested"])
+    print(f"{args.path}: {about['format']}{where}, {len(state)} tensors")
+    if weights.KEY not in about["metadata"]:
+        name = args.family or detect(state)
+        if name not in FAMILIES:
+            raise ConfigError(f"unknown model family '{name}'; valid: {', '.join(FAMILIES)}")
+        _show_match(match(FAMILIES[name], [spell(FAMILIES[name], n) for n in state]))
+    loaded = weights.load(args.path, args.family, _known(args))
+    _show(f"family {loaded.family}", loaded.config, loaded.params)
+
+
+def _show(name: str, config: dict[str, Any], params: dict[str, Any]) -> None:
+    parts = ", ".join(f"{part} {count(tree):,}" for part, tree in params.items())
+    print(f"{name}: {count(params):,} parameters ({parts})")
+    sections = ("encoder", "decoder", "corruption", "loss", "data")
+    old, new = ({k: c[k] for k in sections} for c in (base().to_dict(), weights.model_config(config).to_dict()))
+    for line in changed_keys(old, new):
+        key, _, change = line.partition(": ")
+        print(f"  config.{key} = {change.partition(' -> ')[2]}")
+
+
+def _show_match(found: Match) -> None:
+    for name in found.missing:
+        print(f"  missing: {name}")
+    for name in found.unknown:
+        print(f"  not known: {name}")
+    for name, why in sorted(found.ignored.items()):
+        print(f"  not needed: {name} ({why})")
+    for part in found.absent:
+        print(f"  without: {part}")
+
+
+def import_(args: argparse.Namespace) -> None:
+    """Writes other people's weights in our own format."""
+    loaded = weights.load(args.path, args.family, _known(args))
+    weights.save(args.out, loaded.config, loaded.params)
+    if loaded.match is not None:
+        _show_match(loaded.match)
+    _show(f"family {loaded.family}", loaded.config, loaded.params)
+    print(f"wrote {args.out}")
+
+
+def export_(args: argparse.Namespace) -> None:
+    """Writes our weights for another library."""
+    encoder = pretrained.load(args.path, "CHECKPOINT")
+    made = export(encoder.config, encoder.params, args.format, args.out)
+    for part in made.left_out:
+        print(f"  left out: {part}")
+    print(f"{encoder.name}: wrote {len(made.state)} tensors under the names of {made.family} to {args.out}")
+
+
+def _known(args: argparse.Namespace) -> Known:
+    size = args.image_size
+    if size is not None:
+        sides = size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+            raise ConfigError(f"--image-size={size}: must be a number of pixels, or HEIGHTxWIDTH")
+        size = (int(sides[0]), int(sides[-1]))
+    return Known(
+        heads=args.heads,
+        decoder_heads=args.decoder_heads,
+        image_size=size,
+        mean=_three("mean", args.mean),
+        std=_three("std", args.std),
+        target=args.target,
+        lam=args.lam,
+    )
+
+
+def _three(flag: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(map(float, text.split(",")))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or (flag == "std" and min(values) <= 0):
+        raise ConfigError(f"--{flag}={text}: must be three numbers, such as 0.5,0.5,0.5")
+    return values
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m crate_jax.convert", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="inspect|import|export")
+    for name, run, path, what in (
+        ("inspect", inspect, "FILE_OR_WORKDIR", "what a file holds, and what of it is used"),
+        ("import", import_, "FILE", "other people's weights -> a file of ours"),
+    ):
+        command = commands.add_parser(name, help=what, description=what)
+        command.set_defaults(run=run)
+        command.add_argument("path", metavar=path)
+        command.add_argument("--family", default="", help=f"whose names: {', '.join(FAMILIES)}; else from the names")
+        command.add_argument("--heads", type=int, help="of the encoder, where its width does not tell")
+        command.add_argument("--decoder-heads", type=int, help="of the decoder")
+        command.add_argument("--image-size", metavar="N|HxW", help="pixels, where no square position table tells")
+        command.add_argument("--mean", metavar="R,G,B", help="of the images, scaled to [0, 1]; else ImageNet's")
+        command.add_argument("--std", metavar="R,G,B")
+        command.add_argument("--target", choices=("pixel", "patch_normalised"), help="what the decoder predicts")
+        command.add_argument("--lam", type=float, help="CRATE's lambda; else as released")
+        if name == "import":
+            command.add_argument("--out", required=True, metavar="OUT.safetensors")
+    command = commands.add_parser("export", help="our weights -> a folder for another library")
+    command.set_defaults(run=export_)
+    command.add_argument("path", metavar="CHECKPOINT", help="a workdir, or a file of weights")
+    command.add_argument("--format", required=True, choices=tuple(FORMATS))
+    command.add_argument("--out", required=True, metavar="DIR")
+    return top
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command; 2 if the user has something to mend."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

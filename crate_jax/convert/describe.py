@@ -1,0 +1,218 @@
+"""The config that fits a state dict: everything that names and shapes of tensors say about a model.
+
+They do not say how many heads there are, nor how images were normalised, nor what the decoder predicts, nor CRATE's
+lambda. What is not given is taken from the published models of that width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD, base
+from crate_jax.convert.families import family, import_state_dict
+from crate_jax.convert.rules import Grid, spell
+from crate_jax.errors import ConfigError
+from crate_jax.parameters import names
+from crate_jax.patches import relative_table_rows
+
+VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+CRATE_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}
+DECODER_HEADS = {512: 16}  # MAE's
+CRATE_LAMBDA = {"crate": 0.1, "crate_mae": 0.5}  # as released; CRATE-MAE's figures have 5.0
+
+# Where each family keeps a tensor whose rows tell the number of patches, and how many rows are not patches.
+TABLES = ("pos_embed", "decoder_pos_embed", "pos_embedding", "encoder.pos_embed", "vit.embeddings.position_embeddings")
+RELATIVE_TABLES = (
+    "rel_pos_bias.relative_position_bias_table",
+    "blocks.0.attn.relative_position_bias_table",
+)
+PATCH_KERNELS = (
+    "patch_embed.proj.weight",
+    "encoder.patch_embed.proj.weight",
+    "vit.embeddings.patch_embeddings.projection.weight",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known about a model besides its tensors; None: not known.
+
+    Attributes:
+      heads: of the encoder.
+      decoder_heads: of the decoder.
+      image_size: (height, width) in pixels.
+      mean: per channel, of pixels scaled to [0, 1].
+      std: the same.
+      target: what the decoder predicts, ``pixel`` or ``patch_normalised``.
+      mask_ratio: share of the patches removed in pre-training.
+      lam: CRATE's sparsity weight.
+    """
+
+    heads: int | None = None
+    decoder_heads: int | None = None
+    image_size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    target: str | None = None
+    mask_ratio: float | None = None
+    lam: float | None = None
+
+    def else_(self, other: Known) -> Known:
+        """What is known here, and from `other` what is not."""
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Known(**{name: getattr(other, name) if value is None else value for name, value in mine.items()})
+
+
+def describe(name: str, state: Mapping[str, np.ndarray], known: Known | None = None) -> ConfigDict:
+    """The config of the model whose weights `state` holds.
+
+    Raises:
+      ConfigError: the state dict does not fit the family, or a size is not known.
+    """
+    known = known or Known()
+    grid = grid_of(name, state, known.image_size)
+    return config_of(name, import_state_dict(name, state, grid), grid, known)
+
+
+def patch_size(name: str, state: Mapping[str, np.ndarray]) -> int:
+    """Side of a patch in pixels.
+
+    Raises:
+      ConfigError: there is no patch embedding, or it is not of square patches of three channels.
+    """
+    found = {spell(family(name), n): a for n, a in state.items()}
+    for kernel in PATCH_KERNELS:
+        shape = np.shape(found[kernel]) if kernel in found else None
+        if shape and len(shape) == 4:
+            if shape[1] != 3 or shape[2] != shape[3]:
+                raise ConfigError(
+                    f"'{kernel}' has the shape {list(shape)}; only square patches of 3 channels are known"
+                )
+            return int(shape[2])
+    if "to_patch_embedding.2.weight" in found:  # crate: linear
+        return math.isqrt(np.shape(found["to_patch_embedding.2.weight"])[-1] // 3)
+    raise ConfigError(f"{name} weights do not fit: missing a patch embedding such as '{PATCH_KERNELS[0]}'")
+
+
+def grid_of(name: str, state: Mapping[str, np.ndarray], image_size: tuple[int, int] | None) -> Grid:
+    """Patches per column and row: of `image_size`, or the square that the position table is of.
+
+    Raises:
+      ConfigError: neither is there, or the two do not agree.
+    """
+    side = patch_size(name, state)
+    found = {spell(family(name), n): np.shape(a) for n, a in state.items()}
+    patches = next((found[t][1] - 1 for t in TABLES if t in found and len(found[t]) == 3), None)
+    rows = next((found[p + t][0] for t in RELATIVE_TABLES for p in ("", "encoder.") if p + t in found), None)
+    if image_size is not None:
+        if any(pixels % side for pixels in image_size):
+            raise ConfigError(f"an image size of {list(image_size)} is not a multiple of the patch size {side}")
+        grid = (image_size[0] // side, image_size[1] // side)
+        if patches not in (None, grid[0] * grid[1]) or rows not in (None, relative_table_rows(grid)):
+            raise ConfigError(
+                f"the position table has {patches or rows} rows and does not fit images of {list(image_size)}"
+            )
+        return grid
+    if patches is not None:
+        edge = math.isqrt(patches)
+    elif rows is not None:
+        edge = (math.isqrt(max(rows - 3, 0)) + 1) // 2
+    else:
+        raise ConfigError("there is no position table that would tell the image size; give it (--image-size)")
+    if patches not in (None, edge * edge) or rows not in (None, relative_table_rows((edge, edge))):
+        raise ConfigError(f"a position table of {patches or rows} rows is not of a square; give the image size")
+    return edge, edge
+
+
+def config_of(name: str, params: Mapping[str, Any], grid: Grid, known: Known) -> ConfigDict:
+    """The config of a model with these parameters.
+
+    Raises:
+      ConfigError: the number of heads is not known or cannot be; or there are two kinds of positions.
+    """
+    ours = {n: np.shape(a) for n, a in names(params).items()}
+    c = base()
+    crate = "encoder/blocks/dictionary/kernel" in ours
+    kernel = ours["encoder/embedding/patch_embed/kernel"]
+    c.encoder.name = "crate" if crate else "vit"
+    c.encoder.patch_size, c.encoder.width = math.isqrt(kernel[0] // 3), kernel[1]
+    c.encoder.depth = next(shape[0] for n, shape in ours.items() if n.startswith("encoder/blocks/"))
+    c.encoder.positions = _positions(name, ours)
+    c.encoder.embed_norm = "encoder/embedding/pixel_norm/scale" in ours
+    c.encoder.final_norm = "encoder/norm/scale" in ours
+    c.data.image_size = (grid[0] * c.encoder.patch_size, grid[1] * c.encoder.patch_size)
+    c.data.mean, c.data.std = known.mean or IMAGENET_MEAN, known.std or IMAGENET_STD
+    c.loss.target = known.target or "pixel"
+    if crate:
+        c.encoder.lam = CRATE_LAMBDA[name] if known.lam is None else known.lam
+        c.encoder.final_eps = 1e-5 if name == "crate" else 1e-6
+    else:
+        c.encoder.mlp_ratio = ours["encoder/blocks/mlp_in/kernel"][2] / c.encoder.width
+        c.encoder.layer_scale = 0.1 if "encoder/blocks/layer_scale_1" in ours else 0.0  # where a new one would start
+        c.encoder.qkv_bias = next(
+            (k for k, n in (("qkv", "qkv/bias"), ("qv", "q_bias")) if f"encoder/blocks/attention/{n}" in ours), "none"
+        )
+        c.encoder.init = "trunc_normal" if name in ("beit", "ropim", "simmim") else "xavier"
+    table = ours.get("encoder/relative_bias", ours.get("encoder/blocks/relative_bias"))
+    heads = table[-1] if table else known.heads or (CRATE_HEADS if crate else VIT_HEADS).get(c.encoder.width)
+    c.encoder.heads = _check_heads("encoder", c.encoder.width, heads, "--heads")
+    _corruption(c, name, ours, known)
+    _decoder(c, ours, known)
+    return c
+
+
+def _positions(name: str, ours: Mapping[str, Any]) -> str:
+    kinds = {
+        "learned": "encoder/embedding/positions",
+        "relative": "encoder/relative_bias",
+        "relative_per_block": "encoder/blocks/relative_bias",
+    }
+    found = [kind for kind, array in kinds.items() if array in ours]
+    if len(found) > 1:
+        raise ConfigError(f"{name} weights: both {' and '.join(found)} positions; an encoder here has one kind")
+    if not found:
+        return "sincos" if name in ("vit_mae", "crate_mae", "hf_vit_mae") else "none"
+    return found[0]
+
+
+def _check_heads(part: str, width: int, heads: int | None, flag: str) -> int:
+    if not heads:
+        raise ConfigError(
+            f"the number of heads is not in the weights, and no published {part} has the width {width}; give it to "
+            f"`python -m crate_jax.convert import` ({flag})"
+        )
+    if width % heads:
+        raise ConfigError(f"{heads} heads do not divide the {part}'s width {width}")
+    return heads
+
+
+def _corruption(c: ConfigDict, name: str, ours: Mapping[str, Any], known: Known) -> None:
+    """The one that the model was pre-trained with; none where only an encoder is left."""
+    if "encoder/embedding/mask_token" in ours:
+        c.corruption.name, c.corruption.mask_fill = "mask", "token"
+    elif "decoder/mask_token" in ours:
+        c.corruption.name, c.corruption.mask_fill = "mask", "drop"
+    else:
+        c.corruption.name = "rop" if "decoder/head/kernel" in ours else "none"
+    c.corruption.mask_ratio = known.mask_ratio or (0.6 if name == "simmim" else 0.75)
+    if name in ("ropim", "simmim"):
+        c.loss.norm = "l1"
+
+
+def _decoder(c: ConfigDict, ours: Mapping[str, Any], known: Known) -> None:
+    if "decoder/blocks/linear/kernel" in ours:
+        c.decoder.name, c.decoder.heads = "crate", c.encoder.heads
+        c.decoder.depth = ours["decoder/blocks/linear/kernel"][0]
+    elif "decoder/blocks/mlp_in/kernel" in ours:
+        c.decoder.name = "transformer"
+        c.decoder.depth, c.decoder.width = ours["decoder/blocks/mlp_in/kernel"][:2]
+        heads = known.decoder_heads or DECODER_HEADS.get(c.decoder.width)
+        c.decoder.heads = _check_heads("decoder", c.decoder.width, heads, "--decoder-heads")
+    else:
+        c.decoder.name = "linear"  # also where there is none: it has no sizes of its own

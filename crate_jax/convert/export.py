@@ -1,0 +1,281 @@
+"""Weights for other libraries: timm, transformers, and the authors' own code.
+
+Each format is a folder with ``model.safetensors`` and what that library reads beside it. What a format cannot hold
+is refused in one line, never left out in silence; only a decoder or a classifier's head that the target has no place
+for is, and the summary says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from crate_jax.config import base
+from crate_jax.convert import files
+from crate_jax.convert.families import export_state_dict
+from crate_jax.convert.rules import Array
+from crate_jax.convert.weights import metadata, model_config
+from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.metrics import write_json
+from crate_jax.parameters import names
+from crate_jax.patches import grid_shape, sincos_positions
+
+RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What is written.
+
+    Attributes:
+      family: whose names the tensors have.
+      state: tensors by name.
+      beside: further JSON files, name -> content.
+      left_out: parts of the model that the format has no place for.
+    """
+
+    family: str
+    state: dict[str, Array]
+    beside: dict[str, Any]
+    left_out: tuple[str, ...]
+
+
+def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, out: str | os.PathLike[str]) -> Export:
+    """Writes a model to a folder in another library's format; returns what was written.
+
+    Args:
+      config: the model's config, as a dictionary.
+      params: nested dictionaries with ``encoder`` and perhaps ``decoder``.
+      format: a key of FORMATS.
+      out: the folder; made if need be. Files of the same names are replaced.
+
+    Raises:
+      ConfigError: the format cannot hold this model.
+      CheckpointError: it cannot be written.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"--format={format}: must be one of {', '.join(FORMATS)}")
+    made = FORMATS[format](model_config(config), params)
+    config = _without_places(config)
+    if made.left_out:  # what is written is an encoder, and the config in it says so
+        config = {**config, "corruption": {**config["corruption"], "name": "none"}}
+        config["decoder"] = {**config["decoder"], "name": "linear"}
+    folder = Path(out).expanduser()
+    files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})
+    try:
+        for name, content in made.beside.items():
+            write_json(folder / name, content)
+    except OSError as e:
+        raise CheckpointError(f"{folder}: cannot be written ({e.strerror})") from None
+    return made
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without paths and names of the machine it ran on: what is exported is often published."""
+    empty: dict[str, Any] = {"init_from": "", "checkpoint": ""}
+    config = {**config, **{key: value for key, value in empty.items() if key in config}}
+    config["data"] = {**config["data"], "source": base().data.source, "data_dir": ""}
+    if "log" in config:
+        config["log"] = {**config["log"], "wandb": ""}
+    return config
+
+
+def _grid(c: ConfigDict) -> tuple[int, int]:
+    return grid_shape(c.data.image_size, c.encoder.patch_size)
+
+
+def _only(params: Mapping[str, Any], *parts: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The parts that are wanted, and the names of those that are not."""
+    return {k: v for k, v in params.items() if k in parts}, tuple(k for k in params if k not in parts)
+
+
+def _require(section: ConfigDict, name: str, needed: Mapping[str, Any], target: str) -> None:
+    for key, right in needed.items():
+        if section[key] != right:
+            raise ConfigError(f"{target} has only config.{name}.{key}={right!r}, not {section[key]!r}")
+
+
+def _require_vit(c: ConfigDict, library: str) -> None:
+    if c.encoder.name != "vit":
+        raise ConfigError(f"{library} has no {c.encoder.name} encoder; --format=authors writes CRATE's own names")
+    if c.encoder.embed_norm:
+        raise ConfigError(f"{library} has no norms around the patch embedding (config.encoder.embed_norm)")
+
+
+def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
+    """The encoder as timm's VisionTransformer, or its Beit where there are biases of positions, or of q and v only."""
+    _require_vit(c, "timm")
+    params, left_out = _only(params, "encoder")
+    beit = c.encoder.positions.startswith("relative") or c.encoder.qkv_bias == "qv"
+    params, dropped = _without_mask_token(params)
+    left_out += dropped
+    grid = _grid(c)
+    args: dict[str, Any] = {
+        "img_size": list(c.data.image_size),
+        "patch_size": c.encoder.patch_size,
+        "embed_dim": c.encoder.width,
+        "depth": c.encoder.depth,
+        "num_heads": c.encoder.heads,
+        "mlp_ratio": c.encoder.mlp_ratio,
+        "init_values": c.encoder.layer_scale,  # 0: none; timm takes None for its own default
+        "global_pool": "token",
+    }
+    if c.encoder.final_norm and c.encoder.final_eps != 1e-6:
+        raise ConfigError(f"timm's norms add 1e-6, not config.encoder.final_eps={c.encoder.final_eps}")
+    if beit:
+        if c.encoder.qkv_bias == "qkv":
+            raise ConfigError("timm's Beit has no bias of the keys: config.encoder.qkv_bias must be qv or none")
+        if not c.encoder.final_norm:
+            raise ConfigError("timm's Beit has no encoder without a final norm (config.encoder.final_norm=False)")
+        family, architecture = "beit", "beit_base_patch16_224"
+        if c.encoder.positions == "sincos":  # a parameter in Beit
+            params = _with_table(params, grid, c.encoder.width)
+        args["qkv_bias"] = c.encoder.qkv_bias == "qv"
+        args["use_abs_pos_emb"] = c.encoder.positions in ("learned", "sincos")
+        args["use_shared_rel_pos_bias"] = c.encoder.positions == "relative"
+        args["use_rel_pos_bias"] = c.encoder.positions == "relative_per_block"
+    else:
+        family, architecture = "timm_vit", _known_vit(c)
+        if c.encoder.positions == "sincos":
+            family = "vit_mae"
+        args["qkv_bias"] = c.encoder.qkv_bias == "qkv"
+        args["pos_embed"] = "none" if c.encoder.positions == "none" else "learn"
+        args["final_norm"] = c.encoder.final_norm
+    state = export_state_dict(family, params, grid)
+    state = {n: a for n, a in state.items() if not n.endswith("relative_position_index")}  # timm computes it
+    height, width = c.data.image_size
+    about = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": c.encoder.width,
+        "global_pool": "token",
+        "model_args": args,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, height, width],
+            "fixed_input_size": True,
+            "interpolation": c.data.interpolation,
+            "crop_pct": c.data.eval_crop,
+            "crop_mode": "center",
+            "mean": list(c.data.mean),
+            "std": list(c.data.std),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    return Export(family, state, {"config.json": about}, left_out)
+
+
+def _without_mask_token(params: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """An encoder without the token that pre-training puts in place of removed patches."""
+    embedding = dict(params["encoder"]["embedding"])
+    if embedding.pop("mask_token", None) is None:
+        return params, ()
+    return {"encoder": {**params["encoder"], "embedding": embedding}}, ("encoder/embedding/mask_token",)
+
+
+def _with_table(params: dict[str, Any], grid: tuple[int, int], width: int) -> dict[str, Any]:
+    embedding = {**params["encoder"]["embedding"], "positions": sincos_positions(grid, width)}
+    return {**params, "encoder": {**params["encoder"], "embedding": embedding}}
+
+
+def _known_vit(c: ConfigDict) -> str:
+    """The name in timm of this size, or for the nearest: `model_args` hold every size anyway."""
+    size = {192: "tiny", 384: "small", 1024: "large", 1280: "huge"}.get(c.encoder.width, "base")
+    return "vit_huge_patch14_224" if size == "huge" else f"vit_{size}_patch16_224"
+
+
+def to_transformers(c: ConfigDict, params: Mapping[str, Any]) -> Export:
+    """ViTMAEForPreTraining, or ViTMAEModel where there is no decoder of MAE."""
+    _require_vit(c, "transformers' ViTMAE")
+    height, width = c.data.image_size
+    if height != width:
+        raise ConfigError(f"transformers' ViTMAE takes square images, not config.data.image_size={(height, width)}")
+    needed = {"positions": "sincos", "qkv_bias": "qkv", "layer_scale": 0.0, "final_norm": True, "final_eps": 1e-6}
+    _require(c.encoder, "encoder", needed, "transformers' ViTMAE")
+    if c.corruption.name == "mask" and c.corruption.mask_fill != "drop":
+        raise ConfigError(
+            f"transformers' ViTMAE drops removed patches, config.corruption.mask_fill={c.corruption.mask_fill!r} "
+            "does not; --format=timm writes the encoder alone"
+        )
+    parts = ("encoder", "decoder") if _has_mae_decoder(params) else ("encoder",)
+    params, left_out = _only(params, *parts)
+    state = export_state_dict("hf_vit_mae", params, _grid(c))
+    decoder = names(params.get("decoder", {}))
+    about = {
+        "architectures": ["ViTMAEForPreTraining" if decoder else "ViTMAEModel"],
+        "model_type": "vit_mae",
+        "hidden_size": c.encoder.width,
+        "num_hidden_layers": c.encoder.depth,
+        "num_attention_heads": c.encoder.heads,
+        "intermediate_size": int(c.encoder.width * c.encoder.mlp_ratio),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-6,
+        "image_size": height,
+        "patch_size": c.encoder.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "mask_ratio": c.corruption.mask_ratio,
+        "norm_pix_loss": c.loss.target == "patch_normalised",
+    }
+    if decoder:
+        depth, in_width, mlp_width = decoder["blocks/mlp_in/kernel"].shape
+        about |= {
+            "decoder_hidden_size": in_width,
+            "decoder_num_hidden_layers": depth,
+            "decoder_num_attention_heads": c.decoder.heads,
+            "decoder_intermediate_size": mlp_width,
+        }
+    images = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": RESAMPLING[c.data.interpolation],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(c.data.mean),
+        "image_std": list(c.data.std),
+    }
+    return Export("hf_vit_mae", state, {"config.json": about, "preprocessor_config.json": images}, left_out)
+
+
+def _has_mae_decoder(params: Mapping[str, Any]) -> bool:
+    return {"embed", "mask_token", "blocks"} <= params.get("decoder", {}).keys()
+
+
+def to_authors(c: ConfigDict, params: Mapping[str, Any]) -> Export:
+    """The names of the code that each model was published with."""
+    params, left_out = _only(params, "encoder", "decoder")
+    e = c.encoder
+    if e.name == "crate":
+        family = "crate" if e.embed_norm else "crate_mae"
+        eps = 1e-5 if e.embed_norm else 1e-6
+        positions = "learned" if e.embed_norm else "sincos"
+        needed = {"dictionary": "complete", "tied_output": False, "final_eps": eps, "positions": positions}
+        _require(e, "encoder", needed, "the authors' CRATE")
+        if "decoder" in params:
+            _require(c.decoder, "decoder", {"residual": "stream", "positions": False}, "the authors' CRATE-MAE")
+    else:
+        _require(e, "encoder", {"final_eps": 1e-6}, "the authors' ViT")
+        family = "vit_mae" if e.positions == "sincos" else "timm_vit"
+        if e.positions.startswith("relative") or e.qkv_bias == "qv":
+            family = "simmim" if "mask_token" in params["encoder"]["embedding"] else "ropim"
+            if e.positions == "sincos":  # a parameter in BEiT's code
+                params = _with_table(params, _grid(c), e.width)
+    return Export(family, export_state_dict(family, params, _grid(c)), {}, left_out)
+
+
+FORMATS: dict[str, Callable[[ConfigDict, Mapping[str, Any]], Export]] = {
+    "timm": to_timm,
+    "hf": to_transformers,
+    "authors": to_authors,
+}

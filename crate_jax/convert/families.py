@@ -1,0 +1,393 @@
+"""The kinds of models whose weights are known: what each of their tensors is here, and how to tell them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from crate_jax.convert.layouts import (
+    LINEAR,
+    PATCH_CONV,
+    QKV_BIAS,
+    QKV_LINEAR,
+    SHUFFLE_BIAS,
+    SHUFFLE_CONV,
+    TABLE,
+    Layout,
+)
+from crate_jax.convert.rules import Constant, Family, Grid, Group, Rule, export_tensors, import_tensors, spell
+from crate_jax.errors import ConfigError
+from crate_jax.patches import relative_position_index, sincos_positions
+
+Array = np.ndarray
+
+
+def _weight(ours: str, theirs: str, layout: Layout = LINEAR) -> tuple[Rule, ...]:
+    return (Rule(f"{ours}/kernel", (f"{theirs}.weight",), layout),)
+
+
+def _dense(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (*_weight(ours, theirs), Rule(f"{ours}/bias", (f"{theirs}.bias",)))
+
+
+def _norm(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return Rule(f"{ours}/scale", (f"{theirs}.weight",)), Rule(f"{ours}/bias", (f"{theirs}.bias",))
+
+
+def _patch_embedding(theirs: str) -> tuple[Rule, ...]:
+    ours = "encoder/embedding/patch_embed"
+    return (*_weight(ours, theirs, PATCH_CONV), Rule(f"{ours}/bias", (f"{theirs}.bias",)))
+
+
+def _cls_token(theirs: str) -> Rule:
+    return Rule("encoder/embedding/cls_token", (theirs,))
+
+
+def _mssa(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (
+        *_norm(f"{ours}/mssa_norm", f"{theirs}.norm"),
+        *_weight(f"{ours}/mssa/subspaces", f"{theirs}.fn.qkv"),
+        *_dense(f"{ours}/mssa/output", f"{theirs}.fn.to_out.0"),
+    )
+
+
+def _crate_encoder_block(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (
+        *_mssa(ours, f"{theirs}.0"),
+        *_norm(f"{ours}/ista_norm", f"{theirs}.1.norm"),
+        *_weight(f"{ours}/dictionary", f"{theirs}.1.fn"),
+    )
+
+
+def _crate_decoder_block(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (
+        *_norm(f"{ours}/linear_norm", f"{theirs}.0.norm"),
+        *_weight(f"{ours}/linear", f"{theirs}.0.fn"),
+        *_mssa(ours, f"{theirs}.1"),
+    )
+
+
+def _vit_block(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (
+        *_norm(f"{ours}/attention_norm", f"{theirs}.norm1"),
+        *_weight(f"{ours}/attention/qkv", f"{theirs}.attn.qkv"),
+        *_dense(f"{ours}/attention/output", f"{theirs}.attn.proj"),
+        *_norm(f"{ours}/mlp_norm", f"{theirs}.norm2"),
+        *_dense(f"{ours}/mlp_in", f"{theirs}.mlp.fc1"),
+        *_dense(f"{ours}/mlp_out", f"{theirs}.mlp.fc2"),
+    )
+
+
+def _hf_block(ours: str, theirs: str) -> tuple[Rule, ...]:
+    qkv = tuple(f"{theirs}.attention.attention.{part}" for part in ("query", "key", "value"))
+    return (
+        *_norm(f"{ours}/attention_norm", f"{theirs}.layernorm_before"),
+        Rule(f"{ours}/attention/qkv/kernel", tuple(f"{part}.weight" for part in qkv), QKV_LINEAR),
+        Rule(f"{ours}/attention/qkv/bias", tuple(f"{part}.bias" for part in qkv), QKV_BIAS),
+        *_dense(f"{ours}/attention/output", f"{theirs}.attention.output.dense"),
+        *_norm(f"{ours}/mlp_norm", f"{theirs}.layernorm_after"),
+        *_dense(f"{ours}/mlp_in", f"{theirs}.intermediate.dense"),
+        *_dense(f"{ours}/mlp_out", f"{theirs}.output.dense"),
+    )
+
+
+def _qkv_bias(ours: str, theirs: str) -> Rule:
+    return Rule(f"{ours}/attention/qkv/bias", (f"{theirs}.attn.qkv.bias",))
+
+
+def _final_norm(theirs: str) -> Group:
+    """Absent in classifiers that normalise after pooling, by ``fc_norm``."""
+    return Group("final norm", _norm("encoder/norm", theirs), instead="fc_norm.")
+
+
+def _pixel_shuffle_head() -> Group:
+    rules = (
+        *_weight("decoder/head", "decoder.0", SHUFFLE_CONV),
+        Rule("decoder/head/bias", ("decoder.0.bias",), SHUFFLE_BIAS),
+    )
+    return Group("decoder", rules, optional=True)
+
+
+def _sincos(grid: Grid, a: Array) -> Array:
+    return sincos_positions(grid, a.shape[-1])[None]
+
+
+def _index(grid: Grid, a: Array) -> Array:
+    return relative_position_index(grid).astype(np.int64)
+
+
+ENCODER_TABLE = Constant("pos_embed", "encoder/embedding/cls_token", _sincos, "the fixed sine-cosine table")
+DECODER_TABLE = Constant("decoder_pos_embed", "decoder/mask_token", _sincos, "the fixed sine-cosine table")
+CLASSIFIER = {
+    r"head\..*": "a classifier's last layer",
+    r"fc_norm\..*": "a classifier's norm, after pooling",
+}
+
+
+def _vit(positions: bool) -> tuple[Group, ...]:
+    """Encoder of a ViT under timm's names, which MAE took over."""
+    learned = (Rule("encoder/embedding/positions", ("pos_embed",), TABLE),)
+    scales = tuple(
+        Rule(f"encoder/blocks/layer_scale_{i}", (f"blocks.{{l}}.ls{i}.gamma",)) for i in (1, 2)
+    )  # fmt: skip
+    return (
+        Group("embedding", (*_patch_embedding("patch_embed.proj"), _cls_token("cls_token"))),
+        *((Group("learned positions", learned, optional=True),) if positions else ()),
+        Group("blocks", _vit_block("encoder/blocks", "blocks.{l}")),
+        Group("biases of q, k, v", (_qkv_bias("encoder/blocks", "blocks.{l}"),), optional=True),
+        Group("layer scale", scales, optional=True),
+        _final_norm("norm"),
+    )
+
+
+def _beit(prefix: str, mask_token: bool, decoder: bool) -> Family:
+    """BEiT and what was built on its code: SimMIM and ROPIM, whose encoders are ``encoder.``, and timm's Beit."""
+    block, blocks = f"{prefix}blocks.{{l}}", "encoder/blocks"
+    shared, per_block = f"{prefix}rel_pos_bias.relative_position", f"{block}.attn.relative_position"
+    return Family(
+        groups=(
+            Group("embedding", (*_patch_embedding(f"{prefix}patch_embed.proj"), _cls_token(f"{prefix}cls_token"))),
+            Group("mask token", (Rule("encoder/embedding/mask_token", (f"{prefix}mask_token",)),), not mask_token),
+            Group("learned positions", (Rule("encoder/embedding/positions", (f"{prefix}pos_embed",), TABLE),), True),
+            Group("shared relative bias", (Rule("encoder/relative_bias", (f"{shared}_bias_table",)),), True),
+            Group("relative bias per block", (Rule(f"{blocks}/relative_bias", (f"{per_block}_bias_table",)),), True),
+            Group("blocks", _vit_block(blocks, block)),
+            Group(
+                "biases of q and v",
+                tuple(Rule(f"{blocks}/attention/{x}_bias", (f"{block}.attn.{x}_bias",)) for x in ("q", "v")),
+                optional=True,
+            ),
+            Group(
+                "layer scale",
+                tuple(Rule(f"{blocks}/layer_scale_{i}", (f"{block}.gamma_{i}",)) for i in (1, 2)),
+                optional=True,
+            ),
+            _final_norm(f"{prefix}norm"),
+            *((_pixel_shuffle_head(),) if decoder else ()),
+        ),
+        constants=(
+            Constant(f"{shared}_index", "encoder/relative_bias", _index, "a constant index"),
+            Constant(f"{per_block}_index", f"{blocks}/relative_bias", _index, "a constant index"),
+        ),
+        unused=CLASSIFIER | {r"lm_head\..*": "predicts BEiT's visual words"},
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    # One encoder and one decoder block of CRATE-MAE, as the reference numbers hold them.
+    "crate_blocks": Family(
+        groups=(
+            Group("encoder", _crate_encoder_block("encoder", "encoder/layers.0")),
+            Group("decoder", _crate_decoder_block("decoder", "decoder/layers.0")),
+        )
+    ),
+    "crate_mae": Family(
+        groups=(
+            Group("embedding", (*_patch_embedding("patch_embed.proj"), _cls_token("cls_token"))),
+            Group("mask token", (Rule("encoder/embedding/mask_token", ("mask_token",)),)),
+            Group("blocks", _crate_encoder_block("encoder/blocks", "blocks.{l}.layers.0")),
+            Group("final norm", _norm("encoder/norm", "norm")),
+            Group(
+                "decoder",
+                (
+                    *_crate_decoder_block("decoder/blocks", "decoder_blocks.{l}.layers.0"),
+                    *_norm("decoder/norm", "decoder_norm"),
+                    *_dense("decoder/head", "decoder_pred"),
+                ),
+                optional=True,
+            ),
+        ),
+        constants=(
+            Constant("decoder_pos_embed", "encoder/embedding/cls_token", _sincos, "the fixed sine-cosine table"),
+            Constant(
+                "pos_embed",
+                "encoder/embedding/cls_token",
+                _sincos,
+                "a second position table that the forward pass never adds",
+                checked=False,
+            ),
+            Constant(
+                "decoder_embed.weight",
+                "encoder/norm/bias",
+                lambda grid, a: np.zeros((a.size, a.size), a.dtype),
+                "created, never called (written as zeros)",
+                checked=False,
+            ),
+            Constant(
+                "decoder_embed.bias",
+                "encoder/norm/bias",
+                lambda grid, a: np.zeros_like(a),
+                "created, never called (written as zeros)",
+                checked=False,
+            ),
+        ),
+    ),
+    "crate": Family(
+        groups=(
+            Group(
+                "embedding",
+                (
+                    *_norm("encoder/embedding/pixel_norm", "to_patch_embedding.1"),
+                    *_dense("encoder/embedding/patch_embed", "to_patch_embedding.2"),
+                    *_norm("encoder/embedding/token_norm", "to_patch_embedding.3"),
+                    Rule("encoder/embedding/positions", ("pos_embedding",), TABLE),
+                    _cls_token("cls_token"),
+                ),
+            ),
+            Group("blocks", _crate_encoder_block("encoder/blocks", "transformer.layers.{l}")),
+            Group("final norm", _norm("encoder/norm", "mlp_head.0")),
+        ),
+        unused={r"mlp_head\.1\..*": "a classifier's last layer"},
+    ),
+    "vit_mae": Family(
+        groups=(
+            *_vit(positions=False),
+            Group(
+                "decoder",
+                (
+                    *_dense("decoder/embed", "decoder_embed"),
+                    Rule("decoder/mask_token", ("mask_token",)),
+                    *_vit_block("decoder/blocks", "decoder_blocks.{l}"),
+                    _qkv_bias("decoder/blocks", "decoder_blocks.{l}"),
+                    *_norm("decoder/norm", "decoder_norm"),
+                    *_dense("decoder/head", "decoder_pred"),
+                ),
+                optional=True,
+            ),
+        ),
+        constants=(ENCODER_TABLE, DECODER_TABLE),
+        unused=CLASSIFIER,
+    ),
+    "timm_vit": Family(groups=_vit(positions=True), unused=CLASSIFIER),
+    "ropim": _beit("encoder.", mask_token=False, decoder=True),
+    "simmim": _beit("encoder.", mask_token=True, decoder=True),
+    "beit": _beit("", mask_token=False, decoder=False),
+    "hf_vit_mae": Family(
+        groups=(
+            Group(
+                "embedding",
+                (
+                    *_patch_embedding("vit.embeddings.patch_embeddings.projection"),
+                    _cls_token("vit.embeddings.cls_token"),
+                ),
+            ),
+            Group("blocks", _hf_block("encoder/blocks", "vit.encoder.layer.{l}")),
+            Group("final norm", _norm("encoder/norm", "vit.layernorm")),
+            Group(
+                "decoder",
+                (
+                    *_dense("decoder/embed", "decoder.decoder_embed"),
+                    Rule("decoder/mask_token", ("decoder.mask_token",)),
+                    *_hf_block("decoder/blocks", "decoder.decoder_layers.{l}"),
+                    *_norm("decoder/norm", "decoder.decoder_norm"),
+                    *_dense("decoder/head", "decoder.decoder_pred"),
+                ),
+                optional=True,
+            ),
+        ),
+        constants=(
+            dataclasses.replace(ENCODER_TABLE, theirs="vit.embeddings.position_embeddings"),
+            dataclasses.replace(DECODER_TABLE, theirs="decoder.decoder_pos_embed"),
+        ),
+        unused={r"classifier\..*": "a classifier's last layer", r"vit\.pooler\..*": "a classifier's pooling"},
+        rename=(
+            # ViTMAEModel alone; the module names of transformers 5; what its save_pretrained makes of the decoder's.
+            (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
+            (r"^vit\.layers\.", "vit.encoder.layer."),
+            (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+            (r"\.attention\.q_proj\.", ".attention.attention.query."),
+            (r"\.attention\.k_proj\.", ".attention.attention.key."),
+            (r"\.attention\.v_proj\.", ".attention.attention.value."),
+            (r"\.attention\.o_proj\.", ".attention.output.dense."),
+            (r"\.mlp\.fc1\.", ".intermediate.dense."),
+            (r"\.mlp\.fc2\.", ".output.dense."),
+        ),
+    ),
+}
+
+
+def family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"unknown model family '{name}'; valid: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def import_state_dict(name: str, state: Mapping[str, Array], grid: Grid, check_fixed: bool = True) -> dict:
+    """Turns a state dict into our nested parameter tree.
+
+    Args:
+      name: a key of FAMILIES.
+      state: tensors (or gradients) by the authors' names, as arrays.
+      grid: (h, w) patches, for the constants that must agree.
+      check_fixed: False for gradients, where constants and unused tensors are absent.
+
+    Returns:
+      Nested dict of arrays, ``{"encoder": ..., "decoder": ...}``; no decoder where the file has none.
+
+    Raises:
+      ConfigError: an unknown family, missing or unused names (all listed), or a constant tensor
+        with another value than ours.
+    """
+    return import_tensors(family(name), name, state, grid, check_fixed)
+
+
+def export_state_dict(name: str, params: Mapping, grid: Grid) -> dict[str, Array]:
+    """The inverse of :func:`import_state_dict`, with the constants that their code keeps beside its parameters.
+
+    Raises:
+      ConfigError: an unknown family, or parameters that are not those of such a model (all listed).
+    """
+    return export_tensors(family(name), name, params, grid)
+
+
+# A tensor that only this family has, looked for in this order.
+SIGNATURES = (
+    ("hf_vit_mae", "vit.embeddings.patch_embeddings.projection.weight"),
+    ("crate_mae", "blocks.0.layers.0.0.fn.qkv.weight"),
+    ("crate", "transformer.layers.0.0.fn.qkv.weight"),
+    ("simmim", "encoder.mask_token"),
+    ("ropim", "encoder.blocks.0.attn.qkv.weight"),
+    ("beit", "rel_pos_bias.relative_position_bias_table"),
+    ("beit", "blocks.0.attn.relative_position_bias_table"),
+    ("beit", "blocks.0.attn.q_bias"),
+    ("vit_mae", "decoder_blocks.0.attn.qkv.weight"),
+)
+
+
+def detect(state: Mapping[str, Array]) -> str:
+    """The family of a state dict, by its names.
+
+    An encoder under timm's names is `vit_mae` if its position table is the sine-cosine one, else `timm_vit`.
+
+    Raises:
+      ConfigError: it is none that is known.
+    """
+    spelled = {spell(FAMILIES["hf_vit_mae"], name) for name in state}
+    for name, tensor in SIGNATURES:
+        if tensor in (spelled if name == "hf_vit_mae" else state):
+            return name
+    if "blocks.0.attn.qkv.weight" in state:
+        return "vit_mae" if _is_sincos(state.get("pos_embed")) else "timm_vit"
+    some = ", ".join(sorted(state)[:4])
+    raise ConfigError(
+        f"not a model that is known here (its {len(state)} tensors are called {some}, ...); "
+        f"known: {', '.join(name for name in FAMILIES if name != 'crate_blocks')}"
+    )
+
+
+def _is_sincos(table: Array | None) -> bool:
+    if table is None or table.ndim != 3 or table.shape[-1] % 4:
+        return False
+    side = math.isqrt(table.shape[1] - 1)
+    if side * side + 1 != table.shape[1]:
+        return False
+    tolerance = 1e-5 if table.dtype.itemsize > 2 else 1e-2
+    return np.allclose(table.astype(np.float64), sincos_positions((side, side), table.shape[-1])[None], atol=tolerance)

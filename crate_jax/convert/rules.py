@@ -1,0 +1,234 @@
+"""Rules between our parameters and other people's state dicts, applied both ways and strictly.
+
+A rule says which of their tensors are which of our arrays, and in which layout. ``{l}`` in a name runs over the
+layers, which we stack on a leading axis. Rules come in groups that are there as a whole or not at all. Every tensor
+and every array must be used by a rule, or be known to be of no use; whatever is left over is named in the error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+
+from crate_jax.convert.layouts import AS_IS, Layout
+from crate_jax.errors import ConfigError
+from crate_jax.parameters import names
+
+Array = np.ndarray
+Grid = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Their tensors `theirs`, laid out anew, are our array `ours`."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout = AS_IS
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rules that belong together.
+
+    Attributes:
+      name: what it is, for people.
+      rules: all of them apply, or none.
+      optional: it may be absent.
+      instead: prefix of a tensor that stands where this group would, so that it may be absent.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    optional: bool = False
+    instead: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A tensor of theirs that is no parameter here.
+
+    Attributes:
+      theirs: its name.
+      of: our array that it goes with; it is exported if that one is.
+      value: (grid, that array) -> the tensor.
+      why: for people.
+      checked: an import compares it with `value`.
+    """
+
+    theirs: str
+    of: str
+    value: Callable[[Grid, Array], Array]
+    why: str
+    checked: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Everything known about the state dicts of one kind of model.
+
+    Attributes:
+      groups: tensors that are parameters.
+      constants: tensors that are not, and have a known value.
+      unused: pattern of whole names -> why these tensors are of no use here.
+      rename: (pattern, replacement) that bring other spellings of the names to that of the rules.
+    """
+
+    groups: tuple[Group, ...]
+    constants: tuple[Constant, ...] = ()
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rename: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """How a state dict's names fit a family.
+
+    Attributes:
+      groups: those that are there.
+      absent: names of the groups that are not, and need not be.
+      missing: tensors that should be there.
+      unknown: tensors that nothing is known about.
+      ignored: tensors that are not needed -> why.
+    """
+
+    groups: tuple[Group, ...]
+    absent: tuple[str, ...]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    ignored: Mapping[str, str]
+
+    def problem(self) -> str:
+        """What does not fit, in one line; empty if all does."""
+        if not self.missing and not self.unknown:
+            return ""
+        return f"missing {list(self.missing) or 'none'}; not used {list(self.unknown) or 'none'}"
+
+
+def match(family: Family, state: Collection[str]) -> Match:
+    """Compares names with the rules; `state` in the spelling of the rules (see :func:`spell`)."""
+    used: set[str] = set()
+    groups, absent, missing = [], [], []
+    for group in family.groups:
+        wanted = [name for rule in group.rules for template in rule.theirs for name in expand(template, state)]
+        instead = group.instead and any(name.startswith(group.instead) for name in state)
+        if (group.optional or instead) and not any(name in state for name in wanted):
+            absent.append(group.name)
+            continue
+        groups.append(group)
+        used.update(wanted)
+        missing += [name for name in wanted if name not in state]
+    ignored = {name: c.why for c in family.constants for name in expand(c.theirs, state) if name in state}
+    for pattern, why in family.unused.items():
+        ignored |= {name: why for name in state if re.fullmatch(pattern, name) and name not in used}
+    unknown = sorted(name for name in state if name not in used and name not in ignored)
+    return Match(tuple(groups), tuple(absent), tuple(sorted(set(missing))), tuple(unknown), ignored)
+
+
+def spell(family: Family, name: str) -> str:
+    """A tensor's name in the spelling of the rules."""
+    for pattern, replacement in family.rename:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def expand(template: str, state: Collection[str]) -> list[str]:
+    """All layers' names of a template, from 0 to the highest layer in `state`."""
+    if "{l}" not in template:
+        return [template]
+    stem = re.escape(template.split("{l}")[0])
+    layers = [int(m[1]) for name in state if (m := re.match(rf"{stem}(\d+)\.", name))]
+    return [template.format(l=i) for i in range(max(layers, default=0) + 1)]
+
+
+def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: Grid, check_constants: bool) -> dict:
+    """Their state dict -> our nested parameters; `name` is the family's, for messages.
+
+    Raises:
+      ConfigError: missing or unknown names (all listed), layers of different shapes, or a constant with another
+        value than ours.
+    """
+    state = {spell(family, n): a for n, a in state.items()}
+    found = match(family, state)
+    if found.problem():
+        raise ConfigError(f"{name} weights do not fit: {found.problem()}")
+    params: dict = {}
+    for rule in (rule for group in found.groups for rule in group.rules):
+        tensors = [[np.asarray(state[n]) for n in expand(template, state)] for template in rule.theirs]
+        try:
+            arrays = [rule.layout.ours(layer) for layer in zip(*tensors, strict=True)]
+            _insert(params, rule.ours, np.stack(arrays) if "{l}" in rule.theirs[0] else arrays[0])
+        except (ValueError, IndexError):
+            shapes = sorted({str(list(t.shape)) for layers in tensors for t in layers})
+            raise ConfigError(f"{name} weights: '{rule.theirs[0]}' has the shapes {', '.join(shapes)}") from None
+    if check_constants:
+        _check_constants(family, name, state, grid, names(params))
+    return params
+
+
+def _check_constants(
+    family: Family, name: str, state: Mapping[str, Array], grid: Grid, params: Mapping[str, Array]
+) -> None:
+    for constant in family.constants:
+        for tensor in expand(constant.theirs, state):
+            if not constant.checked or tensor not in state or constant.of not in params:
+                continue
+            value, expected = np.asarray(state[tensor]), constant.value(grid, params[constant.of])
+            tolerance = 1e-5 if value.dtype.itemsize > 2 else 1e-2  # 16-bit floats round
+            if value.shape != expected.shape or not np.allclose(value.astype(np.float64), expected, atol=tolerance):
+                raise ConfigError(
+                    f"{name} weights: the constant '{tensor}' is not the table of a {grid} grid of patches"
+                )
+
+
+def export_tensors(family: Family, name: str, params: Mapping, grid: Grid) -> dict[str, Array]:
+    """Our nested parameters -> their state dict, the inverse of :func:`import_tensors`.
+
+    Raises:
+      ConfigError: arrays that have no place there, or that are needed and not in `params` (all listed).
+    """
+    ours = {n: np.asarray(a) for n, a in names(params).items()}
+    state: dict[str, Array] = {}
+    used, missing = set(), []
+    for group in family.groups:
+        wanted = [rule.ours for rule in group.rules]
+        if (group.optional or group.instead) and not any(n in ours for n in wanted):
+            continue
+        used.update(wanted)
+        missing += [n for n in wanted if n not in ours]
+        for rule in group.rules:
+            if rule.ours in ours:
+                state |= _tensors(rule, ours[rule.ours])
+    left = [n for n in ours if n not in used]
+    if missing or left:
+        raise ConfigError(f"not a {name} model: without {missing or 'nothing'}; with {left or 'nothing'} besides")
+    for constant in family.constants:
+        if constant.of in ours:
+            state |= _constants(constant, grid, ours[constant.of])
+    return state
+
+
+def _tensors(rule: Rule, array: Array) -> dict[str, Array]:
+    if "{l}" not in rule.theirs[0]:
+        return dict(zip(rule.theirs, rule.layout.theirs(array), strict=True))
+    return {
+        template.format(l=i): tensor
+        for i, layer in enumerate(array)
+        for template, tensor in zip(rule.theirs, rule.layout.theirs(layer), strict=True)
+    }
+
+
+def _constants(constant: Constant, grid: Grid, array: Array) -> dict[str, Array]:
+    value = constant.value(grid, array)
+    layers = range(len(array)) if "{l}" in constant.theirs else range(1)
+    return {constant.theirs.format(l=i): value for i in layers}
+
+
+def _insert(tree: dict, path: str, value: Array) -> None:
+    *parents, leaf = path.split("/")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[leaf] = value

@@ -1,0 +1,203 @@
+"""A file of weights as a model: parameters and the config that fits them; and our own file format.
+
+Our format is .safetensors with our own names (``encoder/blocks/mssa/subspaces/kernel``) and, as text under the key
+``crate_jax`` of its metadata, JSON with the version of the format, the family of the names (``crate_jax``) and the
+config. Exports to other formats carry the same text with the family of their names, so that nothing is guessed when
+they come back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax import autoencoder
+from crate_jax.checkpoint_files import nest, some
+from crate_jax.config import base
+from crate_jax.convert import files
+from crate_jax.convert.describe import Known, config_of, grid_of
+from crate_jax.convert.families import FAMILIES, detect, import_state_dict
+from crate_jax.convert.rules import Match, match, spell
+from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.parameters import names
+from crate_jax.patches import grid_shape
+
+KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model that was read from a file.
+
+    Attributes:
+      family: whose names the file has; `OURS` for our own.
+      config: the whole config, as a dictionary.
+      params: nested dictionaries of float32 arrays: ``encoder``, and ``decoder`` where the file has one.
+      match: how the file's names fit the family; None for our own format.
+    """
+
+    family: str
+    config: dict[str, Any]
+    params: dict[str, Any]
+    match: Match | None
+
+
+def load(path: str | os.PathLike[str], name: str = "", known: Known | None = None) -> Weights:
+    """Reads a file of weights of any known model.
+
+    What `known` leaves open is taken from what we wrote into the file ourselves, else from a ``config.json`` of
+    timm or transformers beside it, else from a training script's arguments in it, else from published models.
+
+    Args:
+      path: see :func:`crate_jax.convert.files.read`.
+      name: a key of FAMILIES; empty: by the names of the tensors.
+      known: what is known besides.
+
+    Raises:
+      CheckpointError: the file cannot be read, or does not fit; names the file.
+    """
+    state, about = files.read(path)
+    try:
+        return _load(Path(path), state, about, name, known or Known())
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+
+
+def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, known: Known) -> Weights:
+    own = _own_metadata(about["metadata"])
+    if own and own["family"] == OURS:
+        params = nest(state)
+        config, found = own["config"], None
+        require_fit(config, params)
+        return Weights(OURS, config, params, found)
+    name = name or (own["family"] if own else detect(state))
+    found = match(FAMILIES[name], [spell(FAMILIES[name], n) for n in state]) if name in FAMILIES else None
+    if own:
+        config = own["config"]
+        grid = grid_shape(tuple(config["data"]["image_size"]), config["encoder"]["patch_size"])
+        params = import_state_dict(name, state, grid)
+    else:
+        known = known.else_(_beside(path)).else_(_of_script(about["args"]))
+        if found is not None and found.problem():  # before sizes are looked for in what may not be there
+            raise ConfigError(f"{name} weights do not fit: {found.problem()}")
+        grid = grid_of(name, state, known.image_size)
+        params = import_state_dict(name, state, grid)
+        config = config_of(name, params, grid, known).to_dict()
+    params = jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
+    require_fit(config, params)
+    return Weights(name, config, params, found)
+
+
+def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    if KEY not in metadata:
+        return None
+    try:
+        own = json.loads(metadata[KEY])
+        if own["version"] <= VERSION:
+            return {"family": own["family"], "config": own["config"]}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"its metadata '{KEY}' is damaged") from None
+    raise ConfigError(f"written by a later version of crate_jax (format {own['version']}, known here: {VERSION})")
+
+
+def metadata(family: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """What a file of ours says about itself."""
+    return {KEY: json.dumps({"version": VERSION, "family": family, "config": dict(config)})}
+
+
+def save(path: str | os.PathLike[str], config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Writes parameters in our own format; `load` gives the same bits.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    flat = {n: np.asarray(a) for n, a in names(params).items()}
+    files.write(path, flat, metadata(OURS, config))
+
+
+def model_config(config: Mapping[str, Any]) -> ConfigDict:
+    """The base config with what a model is built from; `config` may be of an older version and lack keys."""
+    c = base()
+    for section in ("encoder", "decoder", "corruption", "loss", "data"):
+        c[section].update({key: value for key, value in config[section].items() if key in c[section]})
+    return c
+
+
+def require_fit(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Checks names and shapes of the encoder, and of the decoder if there is one, against the config.
+
+    Raises:
+      ConfigError: lists the arrays that differ.
+    """
+    c = model_config(config)
+    shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
+    parts = [part for part in ("encoder", "decoder") if part in params or part == "encoder"]
+    wanted = {n: tuple(s.shape) for n, s in names({part: shapes[part] for part in parts}).items()}
+    given = {n: np.shape(a) for n, a in names({part: params.get(part, {}) for part in parts}).items()}
+    wrong = [
+        f"{n}: {list(given[n]) if n in given else 'missing'}, not {list(wanted[n]) if n in wanted else 'there'}"
+        for n in sorted(wanted.keys() | given.keys())
+        if wanted.get(n) != given.get(n)
+    ]
+    if wrong:
+        raise ConfigError(f"the weights do not fit together: {some(wrong, '; ')}")
+
+
+def _of_script(args: Mapping[str, Any]) -> Known:
+    """What MAE's training script was called with."""
+    normalised, ratio = args.get("norm_pix_loss"), args.get("mask_ratio")
+    return Known(
+        target=None if normalised is None else "patch_normalised" if normalised else "pixel",
+        mask_ratio=ratio if isinstance(ratio, float) else None,
+    )
+
+
+def _beside(path: Path) -> Known:
+    """What a config.json of transformers or timm in the same folder says."""
+    try:
+        about = json.loads((path.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return Known()
+    if not isinstance(about, dict):
+        return Known()
+    if about.get("model_type") == "vit_mae":
+        return _of_transformers(about, path.parent)
+    if "architecture" in about:
+        image = about.get("pretrained_cfg", about)
+        size = image.get("input_size")
+        return Known(
+            heads=about.get("model_args", {}).get("num_heads"),
+            image_size=(size[1], size[2]) if size else None,
+            mean=_triple(image.get("mean")),
+            std=_triple(image.get("std")),
+        )
+    return Known()
+
+
+def _of_transformers(about: Mapping[str, Any], folder: Path) -> Known:
+    size = about.get("image_size")
+    try:
+        images = json.loads((folder / "preprocessor_config.json").read_text())
+    except (OSError, ValueError):
+        images = {}
+    return Known(
+        heads=about.get("num_attention_heads"),
+        decoder_heads=about.get("decoder_num_attention_heads"),
+        image_size=(size, size) if isinstance(size, int) else tuple(size) if size else None,
+        mean=_triple(images.get("image_mean")),
+        std=_triple(images.get("image_std")),
+        target="patch_normalised" if about.get("norm_pix_loss") else "pixel",
+        mask_ratio=about.get("mask_ratio"),
+    )
+
+
+def _triple(value: Any) -> tuple[float, ...] | None:
+    return tuple(map(float, value)) if isinstance(value, list) and len(value) == 3 else None
