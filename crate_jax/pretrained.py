@@ -18,7 +18,7 @@ class Pretrained:
     Attributes:
       name: where it came from, for people.
       config: the whole config it was trained with, as a dictionary.
-      params: nested dictionaries of NumPy arrays with the key ``encoder``; the parameters, not their average (EMA).
+      params: nested dictionaries of NumPy arrays with the key ``encoder``; their average (EMA) if the run kept one.
       sha256: digest of all parameters.
     """
 
