@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax import pretrained, sharding, train
+from crate_jax import pretrained, train
 from crate_jax.errors import ConfigError
 from crate_jax.evals.job import append_result, inherit
 
@@ -38,7 +38,6 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS
     if name not in protocols:
         raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(protocols)}")
-    sharding.use_cpu_cores(config.batch_size, config.accumulate)  # before loading, which starts JAX
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = resolve(config, encoder)
     summary = train.run(full, workdir)
