@@ -23,6 +23,14 @@ class Autoencoder(nn.Module):
         """(B, N, P) clean patches -> (B, N, P) predicted patches; drop path only with `keys_B`."""
         return self.decoder(self.encoder(patches_BNP, corruption, keys_B), corruption)
 
+    def encode(self, patches_BNP: jax.Array, corruption: Corruption) -> jax.Array:
+        """Tokens after the encoder's final norm, (B, 1 + M, D), class token first."""
+        return self.encoder(patches_BNP, corruption)
+
+    def decode(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
+        """Tokens -> (B, N, P) predicted patches."""
+        return self.decoder(tokens_BMD, corruption)
+
 
 def build(config: ConfigDict) -> Autoencoder:
     """The model that a validated config describes."""

@@ -228,12 +228,15 @@ def _none_usable(folder: Path, problems: Mapping[int, str]) -> str:
     return f"{folder}: no usable checkpoint ({each}); repair it, or choose another --workdir to start anew"
 
 
-def read_params(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the verified parameters of a run, for `config.init_from` and for tools: the averages where it kept any.
+def read_params(
+    workdir: str | os.PathLike[str], step: int | None = None, averages: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the verified parameters of a run, for `config.init_from` and for tools.
 
     Args:
       workdir: the run's folder, or its ``checkpoints`` folder. Nothing in it is changed.
       step: which checkpoint; None: the newest usable one.
+      averages: their moving average instead, where the run kept one: what evaluations use.
 
     Returns:
       nested dictionaries of NumPy arrays, and the checkpoint's meta.
@@ -256,7 +259,7 @@ def read_params(workdir: str | os.PathLike[str], step: int | None = None) -> tup
     for candidate in steps if step is None else [step]:
         try:
             meta = files.read_meta(folder / str(candidate))
-            params = _eval_params(folder / str(candidate), meta)
+            params = _read_params(folder / str(candidate), meta, averages)
         except files.DamagedError as e:
             problems[candidate] = _warn_unusable(candidate, folder / str(candidate), e)
         else:
@@ -264,12 +267,12 @@ def read_params(workdir: str | os.PathLike[str], step: int | None = None) -> tup
     raise CheckpointError(_none_usable(folder, problems))
 
 
-def _eval_params(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that evaluations use (:meth:`crate_jax.train.TrainState.eval_params`), by name."""
-    averages = [name for name in meta["arrays"]["rest"] if name.startswith(AVERAGES)]
-    item = "rest" if averages else "params"
+def _read_params(folder: Path, meta: dict[str, Any], averages: bool) -> dict[str, Any]:
+    """The parameters by name, or their averages (:meth:`crate_jax.train.TrainState.eval_params`)."""
+    kept = [name for name in meta["arrays"]["rest"] if averages and name.startswith(AVERAGES)]
+    item = "rest" if kept else "params"
     arrays = files.read_arrays(folder, meta, item, files.host_targets(meta, item))
-    return {name.removeprefix(AVERAGES): arrays[name] for name in averages} if averages else arrays
+    return {name.removeprefix(AVERAGES): arrays[name] for name in kept} if kept else arrays
 
 
 def init_encoder(params: PyTree, other: PyTree, what: str) -> PyTree:

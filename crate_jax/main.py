@@ -20,8 +20,11 @@ from crate_jax.errors import ConfigError, NonFiniteError, UserError
 from crate_jax.evals import finetune, job
 from crate_jax.interrupt import Interrupted
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its argument after a colon.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures, summary.")
+
+def define_flags() -> None:
+    """Defines the flags of the command line; not done by an import, which other commands may do too."""
+    config_flags.DEFINE_config_file("config", None, "A file of configs/, with its argument after a colon.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures, summary.")
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -117,12 +120,12 @@ def main(argv: Sequence[str]) -> int:
     absl_logging.get_absl_handler().setFormatter(
         logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     )
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     try:
         if config.job not in JOBS:
             raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
         run, show = JOBS[config.job]
-        show(run(config, str(_WORKDIR.value)))
+        show(run(config, str(flags.FLAGS.workdir)))
     except Interrupted as e:
         print(f"{e}; the same command continues it", file=sys.stderr)
         return e.exit_code
@@ -135,4 +138,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main, flags_parser=parse_flags)

@@ -44,6 +44,6 @@ def load(path: str, key: str) -> Pretrained:
     if Path(path).expanduser().is_file():
         loaded = weights.load(Path(path).expanduser())
         return Pretrained(str(path), loaded.config, loaded.params, checkpoint.params_sha256(loaded.params))
-    params, meta = checkpoint.read_params(path)
+    params, meta = checkpoint.read_params(path, averages=True)
     name = f"step {meta['step']} of {path}"
     return Pretrained(name, meta["config"], params, checkpoint.params_sha256(params))

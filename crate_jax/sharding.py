@@ -30,13 +30,14 @@ def use_cpu_cores(batch_size: int, accumulate: int) -> None:
     cores this process may use. Does nothing where the user chose (JAX_NUM_CPU_DEVICES or XLA_FLAGS),
     nothing to an accelerator, and nothing once JAX was used.
     """
-    # Devices that are threads of one machine wait for each other as long as it is busy or asleep; XLA's own limit of
-    # 40 s would abort the process.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Devices wait for each other in threads of the pool that they compute with: with no more threads than devices that
+    # can be all of them. And on a busy machine they may wait for longer than XLA's 40 s, after which it aborts.
+    os.environ.setdefault("NPROC", str(2 * cores))
     if PATIENCE not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{PATIENCE}={24 * 3600}".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{PATIENCE}=600".strip()
     if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     micro = batch_size // accumulate
     devices = max(n for n in range(1, min(cores, MOST_CPU_DEVICES) + 1) if micro % n == 0)
     with contextlib.suppress(RuntimeError):  # JAX has its devices already

@@ -132,7 +132,8 @@ def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path
 
 
 def test_a_signal_before_the_first_step_is_one_line(cli_env, tmp_path):
-    command = [sys.executable, "-m", "crate_jax.main", QUICK, f"--workdir={tmp_path / 'run'}"]
+    # So many steps that on a busy machine, too, the signal comes before the last.
+    command = [sys.executable, "-m", "crate_jax.main", QUICK, "--config.steps=100000", f"--workdir={tmp_path / 'run'}"]
     process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < deadline:
@@ -140,7 +141,7 @@ def test_a_signal_before_the_first_step_is_one_line(cli_env, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT, stderr[-2000:]
-    assert "stopped by SIGINT" in stderr.splitlines()[-1] and "Traceback" not in stderr
+    assert "SIGINT" in stderr.splitlines()[-1] and "Traceback" not in stderr
 
 
 def test_a_second_process_on_the_workdir_is_refused(run_cli, cli_env, tmp_path):

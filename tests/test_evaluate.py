@@ -98,9 +98,10 @@ def test_a_checkpoint_with_averaged_weights_is_judged_by_them(tmp_path):
     c = quickstart.get_config("debug")
     c.optimizer.ema, c.log.pictures = 0.5, 0
     train.run(c, str(tmp_path))
-    read, meta = checkpoint.read_params(tmp_path)
     raw = json.loads((tmp_path / "summary.json").read_text())["params_sha256"]
-    assert checkpoint.params_sha256(read) != raw and set(read) == {"encoder", "decoder"}
+    assert checkpoint.params_sha256(checkpoint.read_params(tmp_path)[0]) == raw
+    judged = pretrained.load(str(tmp_path), "config.checkpoint")
+    assert judged.sha256 != raw and set(judged.params) == {"encoder", "decoder"}
 
 
 FINETUNE = {
