@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from crate_jax.workdir import check_free_space
 PyTree = Any
 
 FOLDER = "checkpoints"
+REMOVE_SECONDS = 10.0  # for the remains of a save that failed
 AVERAGES = "ema/"  # where `rest` holds the moving average of the parameters
 DAMAGED = "damaged"  # where unusable checkpoints newer than the one used are moved to
 
@@ -183,8 +185,13 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         # Not left to Orbax, which does it in the background: a save starts by measuring the free space.
         if jax.process_index() == 0:
-            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+            # Its threads may still be writing other files of the step that failed.
+            deadline = time.monotonic() + REMOVE_SECONDS
+            while (left := list(self.folder.glob("*.orbax-checkpoint-tmp*"))) and time.monotonic() < deadline:
+                for path in left:
+                    shutil.rmtree(path, ignore_errors=True)
+                if any(path.exists() for path in left):
+                    time.sleep(0.1)
 
     def _set_aside(self, steps: Iterable[int]) -> None:
         if jax.process_index() == 0:
