@@ -30,6 +30,7 @@ from crate_jax.encoders import ENCODERS
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals.features import extract
 from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.patches import grid_shape, patchify
 from crate_jax.pretrain import normalise
@@ -66,6 +67,14 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     protocol = PROTOCOLS.get(config.protocol.name)
     if protocol is None:
         raise ConfigError(f"config.protocol.name={config.protocol.name!r}: must be one of {', '.join(PROTOCOLS)}")
+    missing = sorted(set(protocol.options) - set(config.protocol))
+    if missing:
+        raise ConfigError(
+            f"config.protocol.name={protocol.name!r}: lacks its options {', '.join(missing)}; name the protocol in the "
+            f"config string instead, --config=configs/evaluate.py:protocol={protocol.name}"
+        )
+    if config.protocol.metric not in METRICS:
+        raise ConfigError(f"config.protocol.metric={config.protocol.metric!r}: must be one of {', '.join(METRICS)}")
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = inherit(config, encoder)
@@ -187,8 +196,11 @@ def _cached(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of the images at `indices`, from the workdir if they were computed before."""
     transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
-    what = (config.evaluation.pool, config.evaluation.layer, config.dtype)
-    key = digest(encoder.sha256, sorted(transform.items()), what, source.fingerprint(), indices.astype(np.int64))
+    # The same weights are another encoder with other heads or another lambda.
+    network = sorted(config.encoder.to_dict().items())
+    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, _version("crate-jax"))
+    images = (sorted(transform.items()), source.fingerprint(), indices.astype(np.int64))
+    key = digest(encoder.sha256, network, what, *images)
     path = folder / CACHE / f"{key}.npz"
     try:
         with np.load(path) as stored:
@@ -196,7 +208,7 @@ def _cached(
             return stored["features"], stored["labels"]
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
     place = sharding.split(mesh)
     features, labels = [], []
