@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from crate_jax.errors import ConfigError, DataError
+from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
 from crate_jax.evals.metrics import accuracies, mean_per_class
 from crate_jax.evals.protocols import PROTOCOLS, Features, hold_out
@@ -39,7 +39,7 @@ def test_accuracies_by_hand():
 
 
 def test_hold_out_keeps_the_shares_of_the_classes_and_loses_nothing(digits):
-    part = hold_out(digits, 0.1, seed=3)
+    part = hold_out(digits, 0.1, seed=2**40 + 3)
     assert len(part.test_y) == 130 and len(part.train_y) == 1170
     counts = np.bincount(part.test_y) / np.bincount(digits.train_y)
     assert np.all(np.abs(counts - 0.1) < 0.02)
@@ -126,6 +126,7 @@ def test_more_shots_do_better(digits):
         ("logreg", {"c": (1.0, -1.0)}, ConfigError, "positive"),
         ("knn", {"k": ()}, ConfigError, "config.protocol.k"),
         ("linear_sgd", {"recipe": "adam"}, ConfigError, "mae, solo, lightly"),
+        ("linear_sgd", {"recipe": "solo", "lr": 1e39, "epochs": 2}, NonFiniteError, "diverged"),
         ("linear_sgd", {"epochs": -1}, ConfigError, "epochs=-1"),
         ("knn", {"k": (2.5,)}, ConfigError, "whole number"),
         ("fewshot", {"trials": 0}, ConfigError, "trials=0"),

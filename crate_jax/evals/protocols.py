@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from sklearn.model_selection import train_test_split
 
-from crate_jax.errors import ConfigError, DataError
+from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
 from crate_jax.evals.knn import knn_sweep
 from crate_jax.evals.metrics import METRICS, accuracies
@@ -114,12 +114,14 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
         f, options, seed, settings, lambda g: [np.argmax(fit(g, rate)[0], axis=1) for rate in rates]
     )
     scores, loss = fit(f, rates[chosen])
+    if not np.isfinite(scores).all():
+        raise NonFiniteError(f"config.protocol.lr={rates[chosen]}: the linear probe diverged; try a lower rate")
     about = dataclasses.asdict(recipe) | settings[chosen]
     return {**accuracies(scores, f.test_y), "train_loss": loss, "chosen": settings[chosen], **table, "recipe": about}
 
 
 def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
-    """Logistic regression on few labelled images per class, mean and deviation over draws of them.
+    """Logistic regression on few labelled images per class, mean and sample deviation over draws of them.
 
     The headline is that of the most shots. Shots, draws and C are ours; papers differ.
     """
@@ -143,7 +145,7 @@ def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
             (probe,) = fit_all(f.train_x[rows], f.train_y[rows], f.num_classes, [c], standardise=False)
             found.append(accuracies(probe.scores(f.test_x), f.test_y))
         means = {name: float(np.mean([m[name] for m in found])) for name in found[0]}
-        deviation = float(np.std([m[options.metric] for m in found]))
+        deviation = float(np.std([m[options.metric] for m in found], ddof=1)) if len(found) > 1 else 0.0
         result["fewshot"].append({"shots": shot, "trials": options.trials, **means, "deviation": deviation})
         result.update(means)
     return result
@@ -211,7 +213,7 @@ def hold_out(f: Features, share: float, seed: int) -> Features:
         raise ConfigError(f"config.protocol.validation={share}: must lie between 0 and 1")
     try:
         train, held = train_test_split(
-            np.arange(len(f.train_y)), test_size=share, stratify=f.train_y, random_state=seed
+            np.arange(len(f.train_y)), test_size=share, stratify=f.train_y, random_state=seed % 2**32
         )
     except ValueError as e:
         raise DataError(
@@ -226,6 +228,6 @@ PROTOCOLS = {
         Protocol("knn", 1, {"k": (10, 20, 100, 200), "temperature": (0.07,), **SELECTION}, knn),
         Protocol("logreg", 1, {"c": (1e0, 1e1, 1e2, 1e3, 1e4, 1e5), "standardise": False, **SELECTION}, logreg),
         Protocol("linear_sgd", 2, {"recipe": "mae", "lr": (), "epochs": 0, **SELECTION}, linear),
-        Protocol("fewshot", 1, {"shots": (1, 2, 5, 10), "trials": 5, "c": 1.0}, fewshot),
+        Protocol("fewshot", 2, {"shots": (1, 2, 5, 10), "trials": 5, "c": 1.0}, fewshot),
     )
 }
