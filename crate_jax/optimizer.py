@@ -126,8 +126,8 @@ def _lion(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> opt
 def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTransformation:
     """Multiplies updates by decay ** (layers above): layer-wise learning rates (BEiT, MAE's fine-tuning).
 
-    Of an encoder of L blocks the embedding is layer 0, block l is layer l + 1, and its last norm and
-    the head are layer L + 1, which keeps the full rate.
+    Of an encoder of L blocks the embedding is layer 0, block l is layer l + 1, and its last norm, a
+    relative bias that all blocks share and the head are layer L + 1, which keeps the full rate.
 
     Args:
       params: the parameter tree, or its shapes.
@@ -135,11 +135,12 @@ def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTra
       freeze: no update at all to the encoder.
     """
     leaves = parameters.names(params)
-    depth = max(leaf.shape[0] for name, leaf in leaves.items() if parameters.is_stacked(name))
+    stacked = (name for name in leaves if name.startswith("encoder/") and parameters.is_stacked(name))
+    depth = max(leaves[name].shape[0] for name in stacked)
 
     def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         name = parameters.path_name(path)
-        if not name.startswith("encoder/") or name.startswith("encoder/norm/"):
+        if not name.startswith("encoder/") or name.startswith(("encoder/norm/", "encoder/relative_bias")):
             return update * float(not (freeze and name.startswith("encoder/")))
         if freeze:
             return jnp.zeros_like(update)

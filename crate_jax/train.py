@@ -36,7 +36,7 @@ from crate_jax import (
     segment,
     sharding,
 )
-from crate_jax.config import validate
+from crate_jax.config import changed_keys, validate
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.frozen import FrozenEvaluation
@@ -231,6 +231,7 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(folder, config.save.keep)
         stack.callback(self.checkpoints.close)
         self.evaluation = EVALUATIONS[config.job](config, self.objective.features, source, self.mesh)
+        self.origin: dict[str, str] = {}  # name and digest of the encoder that the run started from
         self.state, self.start, self.record = self._start(shapes)
         if self.start > self.total:
             raise ConfigError(
@@ -260,16 +261,35 @@ class Run:
         restored = self.checkpoints.restore(abstract.params, abstract.rest(), self.config.to_dict())
         if restored is not None:
             log.info("continuing from step %d of %s", restored.step, self.checkpoints.folder)
-            if restored.meta["data"] != self.source.fingerprint():
+            self.origin = restored.meta.get("origin", {})
+            other_images = restored.meta["data"] != self.source.fingerprint()
+            if self.config.job != "pretrain":
+                self._require_same_task(restored.meta["config"], other_images)
+            if other_images:
                 log.warning("the training images are not those of the checkpoint; their order differs from here on")
             return TrainState(params=restored.params, **restored.rest), restored.step, restored.meta["record"]
         state = init()
         if self.config.init_from:
             encoder = pretrained.load(self.config.init_from, "config.init_from")
+            self.origin = {"checkpoint": encoder.name, "checkpoint_sha256": encoder.sha256}
             params = self.objective.adopt(state.params, encoder.params, f"config.init_from={self.config.init_from}")
             log.info("encoder taken from %s", encoder.name)
             state = init(params)
         return state, 0, {}
+
+    def _require_same_task(self, before: dict[str, Any], other_images: bool) -> None:
+        """A score is recorded with what it was learnt from: another encoder, seed or data set is another run.
+
+        Raises:
+          ConfigError: the workdir holds a run that started otherwise.
+        """
+        keys = ("seed:", "init_from:", "protocol.name:", "protocol.scratch:")
+        changed = [line for line in changed_keys(before, self.config) if line.startswith(keys)]
+        changed += ["config.data: other training images"] * other_images
+        if changed:
+            raise ConfigError(
+                f"{self.folder} holds a run that started otherwise ({'; '.join(changed)}); choose another --workdir"
+            )
 
     def run(self) -> dict[str, Any]:
         """The loop, then evaluation, pictures and the summary."""
@@ -367,6 +387,7 @@ class Run:
         if not all_finite((self.state.params, self.state.rest())):
             raise self._non_finite(f"the weights or the optimiser's state are not finite after step {step}")
         meta = {"config": self.config.to_dict(), "data": self.source.fingerprint(), "record": self.record}
+        meta["origin"] = self.origin
         self.checkpoints.save(step, self.state.params, self.state.rest(), meta)
 
     def _draw(self, step: int) -> str | None:
@@ -393,6 +414,7 @@ class Run:
             **scores,
             "params": parameters.count(self.state.params),
             "params_sha256": checkpoint.params_sha256(self.state.params),
+            **self.origin,
             "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
             "pictures": picture,
         }

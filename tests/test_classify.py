@@ -81,14 +81,16 @@ def test_another_models_encoder_is_named_array_by_array():
 
 
 def test_rates_fall_with_the_depth_below_the_head():
-    """Embedding decay^(L+1), block l decay^(L-l), last norm and head 1; a frozen encoder 0."""
+    """Embedding decay^(L+1), block l decay^(L-l), last norm, shared bias and head 1; a frozen encoder 0."""
     params = {
         "encoder": {
             "embedding": {"cls_token": jnp.ones((1, 1, 2))},
             "blocks": {"mlp_in": {"kernel": jnp.ones((3, 2, 2))}},
             "norm": {"scale": jnp.ones(2)},
+            "relative_bias": jnp.ones((12, 2)),  # as in BEiT's code
         },
         "head": {"linear": {"kernel": jnp.ones((2, 5))}},
+        "decoder": {"blocks": {"mlp_in": {"kernel": jnp.ones((5, 2, 2))}}},  # a deeper one changes nothing
     }
     for freeze in (False, True):
         scaled = optimizer.scale_by_layer(params, 0.5, freeze).update(params, None, None)[0]
@@ -98,4 +100,5 @@ def test_rates_fall_with_the_depth_below_the_head():
             scaled["encoder"]["blocks"]["mlp_in"]["kernel"][:, 0, 0], kept * np.array([1 / 8, 1 / 4, 1 / 2])
         )
         np.testing.assert_allclose(scaled["encoder"]["norm"]["scale"], kept)
+        np.testing.assert_allclose(scaled["encoder"]["relative_bias"], kept)
         np.testing.assert_allclose(scaled["head"]["linear"]["kernel"], 1.0)

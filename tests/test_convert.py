@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from crate_jax import autoencoder, checkpoint, pretrained
+from crate_jax.config import base
 from crate_jax.convert import (
     FAMILIES,
     __main__ as command,
@@ -638,6 +639,28 @@ def test_flags_and_metadata_that_are_wrong(tmp_path, capsys):
     files.write(tmp_path / "later.safetensors", {"a": np.ones(3, np.float32)}, later)
     with pytest.raises(CheckpointError, match="later.safetensors: written by a later version"):
         weights.load(tmp_path / "later.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("encoder", "heads", 0, "config.encoder.heads=0"),
+        ("encoder", "width", "wide", "its config is damaged"),
+        ("encoder", "name", "resnet", "must be one of crate, vit"),
+        ("encoder", "patch_size", 0, "config.encoder.patch_size=0"),
+        ("data", "image_size", (), "config.data.image_size"),
+        ("", "encoder", 3, "its config is damaged"),
+        ("", "", {}, "its config is damaged"),
+    ],
+)
+def test_a_config_of_no_model_in_a_file_of_ours_is_one_line(tmp_path, section, key, value, words):
+    config = json.loads(json.dumps(base().to_dict()))
+    (config[section] if section else config)[key] = value
+    for family in ("crate_jax", "vit_mae"):
+        text = {"version": 1, "family": family, "config": config if key else value}
+        files.write(tmp_path / "x.safetensors", {"a": np.ones(3, np.float32)}, {"crate_jax": json.dumps(text)})
+        with pytest.raises(CheckpointError, match=words):
+            weights.load(tmp_path / "x.safetensors")
 
 
 EXPORTS = [  # kind, format, family of the names, parts that come back

@@ -14,6 +14,7 @@ from PIL import Image
 
 from configs import evaluate, quickstart
 from crate_jax import autoencoder, checkpoint, pretrained, representation, train
+from crate_jax.convert import weights
 from crate_jax.encoders.layers import layer_norm
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.evals import finetune, job
@@ -57,7 +58,7 @@ def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, 
     assert results(tmp_path)[1] == json.loads(json.dumps(second))
     assert 0.3 < first["top1"] <= 1 and 0.5 < second["top1"] <= 1
     for record in (first, second):
-        assert record["version"] == 1 and record["params_sha256"] == pretrained.load(str(pretraining), "").sha256
+        assert record["version"] == 1 and record["checkpoint_sha256"] == pretrained.load(str(pretraining), "").sha256
         assert record["versions"]["jax"] == jax.__version__ and record["seed"] == 0
         assert (record["train_images"], record["test_images"], record["classes"]) == (1437, 360, 10)
     job.run(configured("protocol=knn", pretraining, evaluation__pool="cls"), str(tmp_path))
@@ -72,6 +73,9 @@ def test_a_damaged_cache_is_computed_again(pretraining, tmp_path):
     before = job.run(c, str(tmp_path))
     for file in (tmp_path / "features").iterdir():
         file.write_bytes(file.read_bytes()[:1000])
+    assert job.run(c, str(tmp_path))["top1"] == before["top1"]
+    for file in (tmp_path / "features").iterdir():
+        file.write_bytes(b"")
     assert job.run(c, str(tmp_path))["top1"] == before["top1"]
 
 
@@ -92,6 +96,19 @@ def test_features_are_of_the_tokens_asked_for():
         layer_norm(features("cls", c.encoder.depth), norm["scale"], norm["bias"], 1e-6), features("cls"), atol=1e-5
     )
     assert np.abs(features("cls", 1) - features("cls", 2)).max() > 1e-3
+
+
+def test_statistics_are_the_checkpoints_unless_set(pretraining):
+    encoder = pretrained.load(str(pretraining), "")
+    theirs = {key: tuple(encoder.config["data"][key]) for key in ("mean", "std")}
+    for given, expected in (
+        ({}, theirs),
+        ({"std": (1.0, 1.0, 1.0)}, {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}),
+        ({"mean": (0.1, 0.2, 0.3)}, {**theirs, "mean": (0.1, 0.2, 0.3)}),
+    ):
+        c = configured("", pretraining, **{f"data__{key}": value for key, value in given.items()})
+        full = job.inherit(c, encoder)
+        assert {key: full.data[key] for key in theirs} == expected
 
 
 def test_a_checkpoint_with_averaged_weights_is_judged_by_them(tmp_path):
@@ -116,11 +133,45 @@ def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretrain
     record = finetune.run(c, str(tmp_path))
     frozen = job.run(configured("protocol=knn", pretraining), str(tmp_path / "frozen"))
     assert record["top1"] > 0.25 and record["steps"] == 60 and not record["scratch"]
-    assert record["params_sha256"] != frozen["params_sha256"] and record["pool"] == "mean"
+    assert record["params_sha256"] != frozen["checkpoint_sha256"] and record["pool"] == "mean"
+    assert record["checkpoint_sha256"] == frozen["checkpoint_sha256"] and record["checkpoint"] == frozen["checkpoint"]
     again = finetune.run(c, str(tmp_path))
     assert {k: v for k, v in again.items() if k != "images_per_sec"} == {
         k: v for k, v in record.items() if k != "images_per_sec"
     }
+
+
+def test_a_workdir_is_of_one_fine_tuning(pretraining, tmp_path):
+    """A score must not be written down under another checkpoint, seed or data set than it was learnt from."""
+    values = {"log__pictures": 0, "evaluation__test_images": 8}
+    first = finetune.run(configured("protocol=finetune_crate,debug", pretraining, **values), str(tmp_path / "w"))
+    for arg, changed, words in (
+        ("", {"seed": 1}, "seed: 0 -> 1"),
+        (",scratch", {}, "init_from: .* -> ''"),
+        ("", {"data__source": "synthetic"}, "other training images"),
+        ("", {"checkpoint": str(shutil.copytree(pretraining, tmp_path / "copy"))}, "init_from"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds a run that started otherwise .*{words}"):
+            finetune.run(
+                configured(f"protocol=finetune_crate,debug{arg}", pretraining, **values, **changed), str(tmp_path / "w")
+            )
+    assert len(results(tmp_path / "w")) == 1 and results(tmp_path / "w")[0]["params_sha256"] == first["params_sha256"]
+
+
+def test_the_same_weights_with_other_heads_are_another_encoder(pretraining, tmp_path):
+    """Nothing in the weights tells their number: the cache must not hand out the others' features."""
+    encoder = pretrained.load(str(pretraining), "")
+    found = {}
+    for heads in (encoder.config["encoder"]["heads"], 1):
+        c = json.loads(json.dumps(encoder.config))
+        c["encoder"]["heads"] = heads
+        weights.save(tmp_path / f"{heads}.safetensors", c, encoder.params)
+        values = {"evaluation__train_images": 200, "evaluation__test_images": 20}
+        found[heads] = job.run(
+            configured("protocol=knn", tmp_path / f"{heads}.safetensors", **values), str(tmp_path / "w")
+        )
+    assert len({r["checkpoint_sha256"] for r in found.values()}) == 1 and len(found) == 2
+    assert len(list((tmp_path / "w" / "features").iterdir())) == 4
 
 
 def test_scratch_starts_from_a_random_encoder(pretraining, tmp_path):
@@ -168,6 +219,12 @@ def test_what_cannot_be_judged_is_said_in_one_line(pretraining, unlabelled, tmp_
         job.run(configured("", pretraining, evaluation__layer=9), work)
     with pytest.raises(ConfigError, match="must be one of knn, logreg"):
         job.run(configured("", pretraining, protocol__name="svm"), work)
+    with pytest.raises(ConfigError, match="config.encoder.depth=7: the encoder is that of step 30"):
+        finetune.run(configured("protocol=finetune_crate", pretraining, encoder__depth=7), work)
+    with pytest.raises(ConfigError, match="lacks its options k, temperature"):
+        job.run(configured("", pretraining, protocol__name="knn"), work)
+    with pytest.raises(ConfigError, match="config.protocol.metric='miou'"):
+        job.run(configured("", pretraining, protocol__metric="miou"), work)
     with pytest.raises(ConfigError, match="not one of"):
         evaluate.get_config("protocol=svm")
     damaged = shutil.copytree(pretraining, tmp_path / "damaged")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from crate_jax.errors import ConfigError, DataError
+from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
 from crate_jax.evals.metrics import accuracies, mean_per_class
 from crate_jax.evals.protocols import PROTOCOLS, Features, hold_out
@@ -38,7 +39,7 @@ def test_accuracies_by_hand():
 
 
 def test_hold_out_keeps_the_shares_of_the_classes_and_loses_nothing(digits):
-    part = hold_out(digits, 0.1, seed=3)
+    part = hold_out(digits, 0.1, seed=2**40 + 3)
     assert len(part.test_y) == 130 and len(part.train_y) == 1170
     counts = np.bincount(part.test_y) / np.bincount(digits.train_y)
     assert np.all(np.abs(counts - 0.1) < 0.02)
@@ -75,6 +76,28 @@ def test_linear_probes_learn(digits, recipe):
         assert more["top1"] > 0.85
 
 
+def test_the_lars_probe_is_maes(digits):
+    """Step by step in NumPy, as written in main_linprobe.py and util/lars.py; the batch is the whole set."""
+    x, y = digits.train_x[:200].astype(np.float64), np.eye(10)[digits.train_y[:200]]
+    recipe = linear_sgd.Recipe("lars", 2.0, 256, 12, 4, "cosine", True)
+    ours, _ = linear_sgd.fit(digits.train_x[:200], digits.train_y[:200], digits.test_x, 10, recipe, 3)
+    w = 0.01 * np.asarray(jax.random.normal(jax.random.split(jax.random.key(3))[0], (x.shape[1], 10)), np.float64)
+    b, momentum, momentum_b = np.zeros(10), 0.0, 0.0
+    mean, variance, normal = np.zeros(x.shape[1]), np.ones(x.shape[1]), (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
+    for step in range(12):
+        rise, fall = step / 4, 0.5 * (1 + np.cos(np.pi * (step - 4) / (12 - 4)))
+        rate = 2.0 * 200 / 256 * (rise if step < 4 else fall)
+        scores = normal @ w + b
+        share = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+        grad, grad_b = normal.T @ (share - y) / 200, (share - y).mean(0)
+        momentum = 0.9 * momentum + grad * 0.001 * np.linalg.norm(w) / np.linalg.norm(grad)
+        momentum_b = 0.9 * momentum_b + grad_b
+        w, b = w - rate * momentum, b - rate * momentum_b
+        mean, variance = 0.9 * mean + 0.1 * x.mean(0), 0.9 * variance + 0.1 * x.var(0, ddof=1)
+    theirs = (digits.test_x - mean) / np.sqrt(variance + 1e-6) @ w + b
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
 def test_batch_norm_makes_the_scale_of_features_irrelevant(digits):
     scaled = Features(digits.train_x * 50 + 3, digits.train_y, digits.test_x * 50 + 3, digits.test_y, 10)
     kept, lost = (run("linear_sgd", f, recipe="mae", epochs=100, lr=3.0)["top1"] for f in (digits, scaled))
@@ -103,6 +126,11 @@ def test_more_shots_do_better(digits):
         ("logreg", {"c": (1.0, -1.0)}, ConfigError, "positive"),
         ("knn", {"k": ()}, ConfigError, "config.protocol.k"),
         ("linear_sgd", {"recipe": "adam"}, ConfigError, "mae, solo, lightly"),
+        ("linear_sgd", {"recipe": "solo", "lr": 1e39, "epochs": 2}, NonFiniteError, "diverged"),
+        ("linear_sgd", {"epochs": -1}, ConfigError, "epochs=-1"),
+        ("knn", {"k": (2.5,)}, ConfigError, "whole number"),
+        ("fewshot", {"trials": 0}, ConfigError, "trials=0"),
+        ("fewshot", {"c": -1.0}, ConfigError, "config.protocol.c"),
         ("fewshot", {"shots": (1, 5000)}, DataError, "fewest training images"),
     ],
 )

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import autoencoder
 from crate_jax.checkpoint_files import nest, some
-from crate_jax.config import base
+from crate_jax.config import base, validate
 from crate_jax.convert import files
 from crate_jax.convert.describe import Known, config_of, grid_of
 from crate_jax.convert.families import FAMILIES, detect, import_state_dict
@@ -74,15 +74,18 @@ def load(path: str | os.PathLike[str], name: str = "", known: Known | None = Non
 def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, known: Known) -> Weights:
     own = _own_metadata(about["metadata"])
     if own and own["family"] == OURS:
-        params = nest(state)
         config, found = own["config"], None
+        try:
+            params = nest(state)
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise ConfigError("a tensor's name is also that of a group of tensors") from None
         require_fit(config, params)
         return Weights(OURS, config, params, found)
     name = name or (own["family"] if own else detect(state))
     found = match(FAMILIES[name], [spell(FAMILIES[name], n) for n in state]) if name in FAMILIES else None
     if own:
-        config = own["config"]
-        grid = grid_shape(tuple(config["data"]["image_size"]), config["encoder"]["patch_size"])
+        config, c = own["config"], model_config(own["config"])
+        grid = grid_shape(c.data.image_size, c.encoder.patch_size)
         params = import_state_dict(name, state, grid)
     else:
         known = known.else_(_beside(path)).else_(_of_script(about["args"]))
@@ -124,10 +127,19 @@ def save(path: str | os.PathLike[str], config: Mapping[str, Any], params: Mappin
 
 
 def model_config(config: Mapping[str, Any]) -> ConfigDict:
-    """The base config with what a model is built from; `config` may be of an older version and lack keys."""
+    """The base config with what a model is built from; `config` may be of an older version and lack keys.
+
+    Raises:
+      ConfigError: it is no config, or one that no model can be built from.
+    """
     c = base()
-    for section in ("encoder", "decoder", "corruption", "loss", "data"):
-        c[section].update({key: value for key, value in config[section].items() if key in c[section]})
+    c.job = "evaluate"  # nothing is asked of steps
+    try:
+        for section in ("encoder", "decoder", "corruption", "loss", "data"):
+            c[section].update({key: value for key, value in config[section].items() if key in c[section]})
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ConfigError(f"its config is damaged ({type(e).__name__}: {e})") from None
+    validate(c)
     return c
 
 

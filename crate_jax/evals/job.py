@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from crate_jax import data, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
-from crate_jax.config import validate
+from crate_jax.config import base, validate
 from crate_jax.corruption import Identity
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.sources import digest
@@ -30,6 +30,7 @@ from crate_jax.encoders import ENCODERS
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals.features import extract
 from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.patches import grid_shape, patchify
 from crate_jax.pretrain import normalise
@@ -45,13 +46,23 @@ VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
     """The config of an evaluation with the encoder, image size and pixel statistics of the checkpoint.
 
-    An image size of (0, 0) and empty statistics stand for those of the checkpoint.
+    An image size of (0, 0) stands for that of the checkpoint, a deviation of 0 for both its statistics.
+
+    Raises:
+      ConfigError: a key of config.encoder was set to what the checkpoint's encoder is not.
     """
     full = config.copy_and_resolve_references()
-    full.encoder.update(encoder.config["encoder"])
-    for key in ("image_size", "mean", "std"):
-        if not any(full.data[key]):
-            full.data[key] = tuple(encoder.config["data"][key])
+    theirs, defaults = encoder.config["encoder"], base().encoder
+    for key, value in config.encoder.items():
+        if value != defaults[key] and value != theirs.get(key, defaults[key]):
+            raise ConfigError(f"config.encoder.{key}={value!r}: the encoder is that of {encoder.name}; leave it unset")
+    full.encoder.update(theirs)
+    if not any(full.data.image_size):
+        full.data.image_size = tuple(encoder.config["data"]["image_size"])
+    if not any(full.data.std):
+        full.data.std = tuple(encoder.config["data"]["std"])
+        if not any(full.data.mean):
+            full.data.mean = tuple(encoder.config["data"]["mean"])
     full.corruption.name = "none"
     full.decoder.name = "linear"  # there is none; this one has no sizes of its own
     return full
@@ -66,6 +77,14 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     protocol = PROTOCOLS.get(config.protocol.name)
     if protocol is None:
         raise ConfigError(f"config.protocol.name={config.protocol.name!r}: must be one of {', '.join(PROTOCOLS)}")
+    missing = sorted(set(protocol.options) - set(config.protocol))
+    if missing:
+        raise ConfigError(
+            f"config.protocol.name={protocol.name!r}: lacks its options {', '.join(missing)}; name the protocol in the "
+            f"config string instead, --config=configs/evaluate.py:protocol={protocol.name}"
+        )
+    if config.protocol.metric not in METRICS:
+        raise ConfigError(f"config.protocol.metric={config.protocol.metric!r}: must be one of {', '.join(METRICS)}")
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = inherit(config, encoder)
@@ -104,12 +123,15 @@ def append_result(
     about: dict[str, Any],
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    """Appends one line to results.jsonl: the numbers, and all that is needed to get them again."""
+    """Appends one line to results.jsonl: the numbers, and all that is needed to get them again.
+
+    A training run's `result` says itself what it started from, when it did.
+    """
     record = {
         "protocol": config.protocol.name,
         "version": version,
         "checkpoint": encoder.name if encoder else None,
-        "params_sha256": encoder.sha256 if encoder else None,
+        "checkpoint_sha256": encoder.sha256 if encoder else None,
         "options": {k: v for k, v in config.protocol.to_dict().items() if k != "name"},
         "seed": config.seed,
         **about,
@@ -187,8 +209,11 @@ def _cached(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of the images at `indices`, from the workdir if they were computed before."""
     transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
-    what = (config.evaluation.pool, config.evaluation.layer, config.dtype)
-    key = digest(encoder.sha256, sorted(transform.items()), what, source.fingerprint(), indices.astype(np.int64))
+    # The same weights are another encoder with other heads or another lambda.
+    network = sorted(config.encoder.to_dict().items())
+    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, _version("crate-jax"))
+    images = (sorted(transform.items()), source.fingerprint(), indices.astype(np.int64))
+    key = digest(encoder.sha256, network, what, *images)
     path = folder / CACHE / f"{key}.npz"
     try:
         with np.load(path) as stored:
@@ -196,7 +221,7 @@ def _cached(
             return stored["features"], stored["labels"]
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
     place = sharding.split(mesh)
     features, labels = [], []

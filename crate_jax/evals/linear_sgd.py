@@ -107,13 +107,13 @@ def _train(
     steps = n // B  # the rest of an epoch's order is dropped, as the originals do
     rate = _schedule(recipe, B, steps)
     if recipe.optimizer == "lars":
-        mask = {"kernel": True, "bias": False}
-        tx = optax.lars(rate, trust_coefficient=0.001, trust_ratio_mask=mask, momentum=0.9)
+        # As MAE's code the rate is applied after the momentum (optax.lars: before), like PyTorch's SGD.
+        trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), {"kernel": True, "bias": False})
+        tx = optax.chain(trust, optax.trace(0.9), optax.scale_by_learning_rate(rate))
     else:
         tx = optax.sgd(rate, momentum=0.9)
     init_key, order_key = jax.random.split(key)
-    kernel = 0.01 * jax.random.truncated_normal(init_key, -2, 2, (D, num_classes))
-    params = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+    params = {"kernel": 0.01 * jax.random.normal(init_key, (D, num_classes)), "bias": jnp.zeros(num_classes)}
 
     def normalise(rows: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
         return (rows - mean) * jax.lax.rsqrt(variance + BATCH_NORM_EPS) if recipe.batch_norm else rows

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from sklearn.model_selection import train_test_split
 
-from crate_jax.errors import ConfigError, DataError
+from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
 from crate_jax.evals.knn import knn_sweep
 from crate_jax.evals.metrics import METRICS, accuracies
@@ -57,8 +57,8 @@ def knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
 
     DINO (Caron et al. 2021) reports the best of k = 10, 20, 100, 200 at T = 0.07; solo-learn sweeps both.
     """
-    ks, temperatures = _numbers(options.k, "k"), _numbers(options.temperature, "temperature")
-    settings = [{"k": int(k), "temperature": float(t)} for k in ks for t in temperatures]
+    ks, temperatures = _whole(options.k, "k"), _numbers(options.temperature, "temperature")
+    settings = [{"k": k, "temperature": float(t)} for k in ks for t in temperatures]
 
     def predict(g: Features) -> list[np.ndarray]:
         out = knn_sweep(g.train_x, g.train_y, g.test_x, g.num_classes, [int(k) for k in ks], temperatures)
@@ -99,6 +99,8 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     """A linear layer trained by SGD or LARS; see :data:`crate_jax.evals.linear_sgd.RECIPES`."""
     if options.recipe not in linear_sgd.RECIPES:
         raise ConfigError(f"config.protocol.recipe={options.recipe!r}: must be one of {', '.join(linear_sgd.RECIPES)}")
+    if options.epochs < 0:
+        raise ConfigError(f"config.protocol.epochs={options.epochs}: must not be negative (0: the recipe's)")
     recipe = linear_sgd.RECIPES[options.recipe]
     recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs)
     rates = _numbers(options.lr, "lr") if options.lr else [recipe.lr]
@@ -112,17 +114,22 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
         f, options, seed, settings, lambda g: [np.argmax(fit(g, rate)[0], axis=1) for rate in rates]
     )
     scores, loss = fit(f, rates[chosen])
+    if not np.isfinite(scores).all():
+        raise NonFiniteError(f"config.protocol.lr={rates[chosen]}: the linear probe diverged; try a lower rate")
     about = dataclasses.asdict(recipe) | settings[chosen]
     return {**accuracies(scores, f.test_y), "train_loss": loss, "chosen": settings[chosen], **table, "recipe": about}
 
 
 def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
-    """Logistic regression on few labelled images per class, mean and deviation over draws of them.
+    """Logistic regression on few labelled images per class, mean and sample deviation over draws of them.
 
     The headline is that of the most shots. Shots, draws and C are ours; papers differ.
     """
     counts = np.bincount(f.train_y, minlength=f.num_classes)
-    shots = [int(s) for s in _numbers(options.shots, "shots")]
+    shots = _whole(options.shots, "shots")
+    if options.trials < 1:
+        raise ConfigError(f"config.protocol.trials={options.trials}: must be at least 1")
+    (c,) = _numbers(options.c, "c")
     if counts.min() < max(shots):
         raise DataError(
             f"config.protocol.shots={tuple(options.shots)}: the class with fewest training images has {counts.min()}"
@@ -135,10 +142,10 @@ def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
             rows = np.concatenate(
                 [rng.choice(np.flatnonzero(f.train_y == c), shot, replace=False) for c in range(f.num_classes)]
             )
-            (probe,) = fit_all(f.train_x[rows], f.train_y[rows], f.num_classes, [options.c], standardise=False)
+            (probe,) = fit_all(f.train_x[rows], f.train_y[rows], f.num_classes, [c], standardise=False)
             found.append(accuracies(probe.scores(f.test_x), f.test_y))
         means = {name: float(np.mean([m[name] for m in found])) for name in found[0]}
-        deviation = float(np.std([m[options.metric] for m in found]))
+        deviation = float(np.std([m[options.metric] for m in found], ddof=1)) if len(found) > 1 else 0.0
         result["fewshot"].append({"shots": shot, "trials": options.trials, **means, "deviation": deviation})
         result.update(means)
     return result
@@ -154,6 +161,14 @@ def _numbers(value: Any, key: str) -> list[float]:
     if not numbers or not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers):
         raise ConfigError(f"config.protocol.{key}={value!r}: must be a positive number, or several of them")
     return numbers
+
+
+def _whole(value: Any, key: str) -> list[int]:
+    """As `_numbers`, whole ones."""
+    numbers = _numbers(value, key)
+    if any(n != int(n) for n in numbers):
+        raise ConfigError(f"config.protocol.{key}={value!r}: must be a whole number, or several of them")
+    return [int(n) for n in numbers]
 
 
 def _table(settings: list[dict], predicted: list[np.ndarray], labels: np.ndarray, metric: str) -> list[dict[str, Any]]:
@@ -198,7 +213,7 @@ def hold_out(f: Features, share: float, seed: int) -> Features:
         raise ConfigError(f"config.protocol.validation={share}: must lie between 0 and 1")
     try:
         train, held = train_test_split(
-            np.arange(len(f.train_y)), test_size=share, stratify=f.train_y, random_state=seed
+            np.arange(len(f.train_y)), test_size=share, stratify=f.train_y, random_state=seed % 2**32
         )
     except ValueError as e:
         raise DataError(
@@ -212,7 +227,7 @@ PROTOCOLS = {
     for p in (
         Protocol("knn", 1, {"k": (10, 20, 100, 200), "temperature": (0.07,), **SELECTION}, knn),
         Protocol("logreg", 1, {"c": (1e0, 1e1, 1e2, 1e3, 1e4, 1e5), "standardise": False, **SELECTION}, logreg),
-        Protocol("linear_sgd", 1, {"recipe": "mae", "lr": (), "epochs": 0, **SELECTION}, linear),
-        Protocol("fewshot", 1, {"shots": (1, 2, 5, 10), "trials": 5, "c": 1.0}, fewshot),
+        Protocol("linear_sgd", 2, {"recipe": "mae", "lr": (), "epochs": 0, **SELECTION}, linear),
+        Protocol("fewshot", 2, {"shots": (1, 2, 5, 10), "trials": 5, "c": 1.0}, fewshot),
     )
 }
