@@ -59,6 +59,11 @@ EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation] | typ
 }
 
 
+# Steps that dispatch may run ahead of the device: enough to hide every launch. With several CPU devices XLA stops for
+# ever when more than 32 are in flight: one device waits in an all-reduce for another that may not start.
+IN_FLIGHT = 8
+
+
 @struct.dataclass
 class TrainState:
     """Everything a step changes.
@@ -310,6 +315,8 @@ class Run:
                     batch, undecodable = next(batches)
                     self.state, scalars = self.train_step(self.state, batch)
                     self.pending.append((scalars, undecodable))
+                    if len(self.pending) > IN_FLIGHT:
+                        jax.block_until_ready(self.pending[-1 - IN_FLIGHT][0])
                     self._after(step, progress)
         return self._finish()
 
