@@ -1,0 +1,256 @@
+"""Alignment: moments, Theorems 1 and 3, projection's closed form, and the job."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.linalg
+
+from crate_jax import config as configs, corruption, sharding
+from crate_jax.alignment import closed_form, corrupted, moments
+from crate_jax.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def images():
+    """600 images of 8 x 8 x 3 bytes whose class shifts smooth waves, and labels of 5 classes."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 600)
+    waves = rng.normal(size=(40, 8, 8, 3)).cumsum(1).cumsum(2)
+    strength = rng.normal(size=(600, 40)) / np.arange(1, 41)
+    strength[:, :5] += 0.4 * np.eye(5)[labels]
+    pixels = np.tensordot(strength, waves, 1)
+    pixels = 128 + 30 * pixels / pixels.std() + rng.normal(size=pixels.shape)
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8), labels.astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def of_images(images):
+    x, y = images
+    return moments.of_images([{"image": x, "label": y}], 5, sharding.make_mesh(8, 1))
+
+
+@pytest.fixture(scope="module")
+def aligner(of_images):
+    return closed_form.Aligner(of_images)
+
+
+ONE_DEVICE = sharding.make_mesh(1, 1, jax.devices()[:1])
+
+
+def reference_moments(x, y, noise):
+    """In NumPy's float64, from all images at once."""
+    rows = x.reshape(len(x), -1).astype(np.float64)
+    ridge = len(x) * (noise * rows.std()) ** 2
+    centred = rows - rows.mean(0)
+    second = centred.T @ centred + ridge * np.eye(rows.shape[1])
+    variance = np.trace(second) / rows.size
+    return second / variance, centred.T @ np.eye(5)[y] / np.sqrt(variance)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("size", [64, 250])
+def test_streamed_moments_are_exact(images, devices, size, monkeypatch):
+    """In batches, over devices, collected often or once: the float64 numbers of all images at once."""
+    monkeypatch.setattr(moments, "FLUSH", 2)
+    x, y = images
+    mesh = sharding.make_mesh(8, 1, jax.devices()[:devices])
+    batches = [{"image": x[i : i + size], "label": y[i : i + size]} for i in range(0, len(x), size)]
+    ours = moments.of_images(batches, 7, mesh, noise=0.01)  # two classes have no image
+    second, cross = reference_moments(x, y, 0.01)
+    np.testing.assert_allclose(ours.second_DD, second, rtol=0, atol=1e-11 * second.max())
+    np.testing.assert_allclose(ours.cross_DC, cross, rtol=0, atol=1e-11 * abs(cross).max())
+    np.testing.assert_array_equal(ours.targets_CC, np.diag(np.bincount(y)))
+    assert ours.count == 600
+
+
+def test_sums_are_exact_at_their_limit():
+    """ROWS images of the byte furthest from 128: the largest sum that float32 has to hold."""
+    x = np.zeros((moments.ROWS, 1, 2, 3), np.uint8)
+    x[0, 0, 0, 0] = 129  # a sum that is not a power of two
+    gram, _, _ = moments.exact_sums([{"image": x, "label": np.zeros(len(x), int)}] * 3, 1, ONE_DEVICE)
+    rows = x.reshape(len(x), -1).astype(np.int64) - 128
+    np.testing.assert_array_equal(gram, 3 * rows.T @ rows)
+    with pytest.raises(ValueError, match="at most 1024"):
+        moments.exact_sums(
+            [{"image": np.zeros((1025, 1, 1, 3), np.uint8), "label": np.zeros(1025, int)}], 1, ONE_DEVICE
+        )
+
+
+def test_alignment_grows_from_0_to_1(aligner, of_images):
+    patch_D = corrupted.patch_of_number((8, 8), (2, 2))
+    for G in (None, corrupted.masking(of_images.second_DD, patch_D, 0.75)):
+        curve = aligner.curve(G, aligner.size)
+        assert np.all(np.diff(curve) >= -1e-12) and curve[0] > 0
+        assert curve[-1] == pytest.approx(1, abs=1e-9)
+        np.testing.assert_allclose(aligner.curve(G, 20), curve[:20], atol=1e-9)
+        np.testing.assert_allclose(closed_form.authors_scale(curve), 100 * np.sqrt(curve))
+
+
+def test_alignment_is_the_definition(images, aligner, of_images):
+    """QR of V^T X over all images, as the paper defines it (X with the noise of the moments added as images)."""
+    x, y = images
+    rows = x.reshape(len(x), -1).astype(np.float64)
+    D = rows.shape[1]
+    padded = np.concatenate([rows - rows.mean(0), np.sqrt(len(x)) * 1e-3 * rows.std() * np.eye(D)])
+    targets = np.concatenate([np.eye(5)[y], np.zeros((D, 5))])
+    G = corrupted.masking(of_images.second_DD, corrupted.patch_of_number((8, 8), (4, 4)), 0.6)
+    C = padded.T @ padded
+    _, V = scipy.linalg.eigh(C @ C, G)
+    Q = np.linalg.qr(padded @ V[:, ::-1])[0]
+    seen = np.cumsum(np.sum((targets @ (targets.T @ Q)) ** 2, axis=0))
+    np.testing.assert_allclose(aligner.curve(G, D), seen / seen[-1], atol=1e-6)
+
+
+def test_gaussian_noise_changes_nothing(aligner, of_images):
+    clean = aligner.curve(None, 100)
+    for std in (0.1, 1.0, 10.0):
+        np.testing.assert_allclose(
+            aligner.curve(corrupted.gaussian(of_images.second_DD, 600, std), 100), clean, atol=1e-6
+        )
+
+
+def test_the_released_scale_changes_nothing(of_images, aligner):
+    """Where all buckets hold equally many tokens."""
+    patch_D = corrupted.patch_of_number((8, 8), (2, 2))
+    mixes = (corrupted.mixing(16, 4, "balanced", scale) for scale in (0.0, 0.14))
+    exact, released = (corrupted.projection(of_images.second_DD, patch_D, mix) for mix in mixes)
+    np.testing.assert_allclose(exact, released, atol=1e-9 * exact.max())
+
+
+def test_masking_of_whole_images_or_nothing_changes_nothing(of_images, aligner):
+    clean = aligner.curve(None, 50)
+    for patch, ratio in (((8, 8), 0.9), ((1, 1), 0.0), ((2, 4), 0.0)):
+        G = corrupted.masking(of_images.second_DD, corrupted.patch_of_number((8, 8), patch), ratio)
+        np.testing.assert_allclose(aligner.curve(G, 50), clean, atol=1e-7)
+
+
+@pytest.mark.parametrize("patch", [(1, 1), (2, 2), (3, 5)])
+def test_masking_by_simulation(of_images, patch):
+    """The mean of drawn masks, within five standard errors; a patch loses all its channels."""
+    patch_D = corrupted.patch_of_number((8, 8), patch)
+    keep = np.random.default_rng(0).random((20_000, patch_D.max() + 1)) >= 0.3
+    pairs = (keep.T @ keep.astype(np.float64)) / len(keep) / 0.7**2
+    drawn = of_images.second_DD * pairs[np.ix_(patch_D, patch_D)]
+    G = corrupted.masking(of_images.second_DD, patch_D, 0.3)
+    np.testing.assert_allclose(drawn, G, rtol=5 / np.sqrt(len(keep)) / 0.7, atol=1e-12)
+
+
+def drawn_projections(tokens, buckets, kind, scale, draws):
+    """P of the training code's sampler, (draws, N, N)."""
+    c = configs.base()
+    c.corruption.rop_buckets, c.corruption.rop_ratio, c.corruption.paper_scale = kind, buckets / tokens, scale
+    sample = corruption.CORRUPTIONS["rop"].make(c.corruption, tokens, 3)
+
+    @jax.jit
+    def draw(keys):
+        return sample(keys).project(jnp.broadcast_to(jnp.eye(tokens), (len(keys), tokens, tokens)))
+
+    return np.asarray(draw(jax.random.split(jax.random.key(buckets), draws)), np.float64)
+
+
+@pytest.mark.parametrize("kind", ["balanced", "independent"])
+@pytest.mark.parametrize(("buckets", "scale"), [(1, 0.0), (3, 0.0), (4, 0.14), (5, 0.0), (8, 0.0)])
+def test_projection_by_simulation(kind, buckets, scale):
+    """The error of a mean over n draws of the sampler falls as 1 / sqrt(n): the closed form is its limit."""
+    N, P = 8, 2
+    x = np.random.default_rng(1).normal(size=(100, N * P)) @ np.random.default_rng(2).normal(size=(N * P, N * P))
+    C = x.T @ x
+    mix = corrupted.mixing(N, buckets, kind, scale)
+    G = corrupted.projection(C, np.repeat(np.arange(N), P), mix) * mix.mean**2
+    draws = drawn_projections(N, buckets, kind, scale, 16_384)
+    blocks = C.reshape(N, P, N, P)
+
+    def error(matrices):
+        drawn = np.einsum("sik,kplq,sjl->ipjq", matrices, blocks, matrices, optimize="greedy") / len(matrices)
+        return np.linalg.norm(drawn.reshape(C.shape) - G) / np.linalg.norm(G)
+
+    if (buckets, kind) == (N, "balanced"):  # every token alone: nothing is random but signs that cancel
+        assert error(draws) < 1e-6
+        return
+    few, many = np.mean([error(d) for d in draws.reshape(64, 256, N, N)]), error(draws)
+    assert 1 / 24 < many / few < 1 / 3  # 1 / sqrt(64) = 1 / 8, itself random
+    np.testing.assert_allclose(draws.mean(0), mix.mean * np.eye(N), atol=5 / np.sqrt(len(draws)))
+
+
+def test_balanced_and_independent_buckets_differ(of_images, aligner):
+    patch_D = corrupted.patch_of_number((8, 8), (2, 2))
+    mixes = (corrupted.mixing(16, 4, kind) for kind in ("balanced", "independent"))
+    a, b = (aligner.curve(corrupted.projection(of_images.second_DD, patch_D, mix), 20) for mix in mixes)
+    assert abs(a - b).max() > 1e-4
+
+
+@pytest.mark.parametrize("lam", [0.1, 10.0])
+def test_theorem1_is_never_beaten_by_descent(lam):
+    """Adam in float64 from 20 random starts gets to the minimum and not below it."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
+    x /= x.std()
+    y = np.eye(4)[rng.integers(0, 4, 200)]
+    m = moments.of_arrays(x, y)
+    best = closed_form.theorem1(m, 3, lam)
+    assert closed_form.joint_loss(m, lam, best) == pytest.approx(best.loss, rel=1e-9)
+    with jax.enable_x64(True):
+        shapes = {"V": (12, 3), "W": (3, 4), "Z": (3, 12)}
+        starts = {k: jnp.asarray(rng.normal(size=(20, *s)) / 3) for k, s in shapes.items()}
+        solver = optax.adam(optax.cosine_decay_schedule(0.03, 3000))
+
+        def loss(p):
+            latents = jnp.asarray(x) @ p["V"]
+            return jnp.sum((latents @ p["W"] - y) ** 2) + lam * jnp.sum((latents @ p["Z"] - x) ** 2)
+
+        def step(carry, _):
+            p, state = carry
+            updates, state = solver.update(jax.grad(loss)(p), state)
+            return (optax.apply_updates(p, updates), state), None
+
+        def descend(p):
+            (p, _), _ = jax.lax.scan(step, (p, solver.init(p)), None, length=3000)
+            return loss(p)
+
+        found = np.asarray(jax.jit(jax.vmap(descend))(starts))
+    assert found.min() >= best.loss * (1 - 1e-9)
+    assert found.min() <= best.loss * (1 + 1e-4)  # and it is a value that is reached
+
+
+def test_limits_of_theorem1(of_images):
+    """Lam = 0: least squares; large lam: PCA."""
+    D = len(of_images.second_DD)
+    ols = closed_form.theorem1(of_images, 5, 0.0)
+    weights = np.linalg.solve(of_images.second_DD, of_images.cross_DC)
+    np.testing.assert_allclose(ols.encoder_DK @ ols.head_KC, weights, atol=1e-6 * abs(weights).max())
+    near = closed_form.theorem1(of_images, 5, 1e-9)
+    np.testing.assert_allclose(near.encoder_DK @ near.head_KC, weights, atol=1e-3 * abs(weights).max())
+    pca = closed_form.theorem1(of_images, 5, 1e9)
+    top = np.linalg.eigh(of_images.second_DD)[1][:, -5:]
+    np.testing.assert_allclose(pca.encoder_DK @ pca.decoder_KD, top @ top.T, atol=1e-6)
+    assert D > 5
+
+
+def test_theorem1_with_fewer_images_than_numbers():
+    """A singular X X^T: the pseudo-inverse, and K up to its rank."""
+    rng = np.random.default_rng(0)
+    m = moments.of_arrays(rng.normal(size=(10, 30)), np.eye(3)[rng.integers(0, 3, 10)])
+    found = closed_form.theorem1(m, 10, 1.0)
+    assert found.loss == pytest.approx(0, abs=1e-9)
+    assert closed_form.joint_loss(m, 1.0, found) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="must lie in 1..10"):
+        closed_form.theorem1(m, 11, 1.0)
+
+
+def test_what_cannot_be_aligned_is_named(images, of_images, aligner):
+    x, y = images
+    mesh = sharding.make_mesh(8, 1)
+    with pytest.raises(DataError, match="photos: all 600 images have the same label"):
+        moments.of_images([{"image": x, "label": 0 * y}], 5, mesh, name="photos")
+    with pytest.raises(DataError, match="there are no images"):
+        moments.of_images([], 5, mesh)
+    with pytest.raises(DataError, match="are the same"):
+        moments.of_images([{"image": np.repeat(x[:1], 600, 0), "label": y}], 5, mesh)
+    with pytest.raises(DataError, match="config.align.noise must be larger"):
+        closed_form.Aligner(moments.of_images([{"image": x[:50], "label": y[:50]}], 5, mesh, noise=0.0))
+    with pytest.raises(ValueError, match=r"latents=193: must lie in 1\.\.192"):
+        aligner.curve(None, 193)
