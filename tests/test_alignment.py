@@ -35,7 +35,11 @@ def of_images(images):
 
 @pytest.fixture(scope="module")
 def aligner(of_images):
-    return closed_form.Aligner(of_images)
+    return closed_form.Aligner(of_images, 192)
+
+
+def curve_of(aligner, G, latents=None):
+    return (aligner.clean() if G is None else aligner.curve(G)).alignment_K[:latents]
 
 
 ONE_DEVICE = sharding.make_mesh(1, 1, jax.devices()[:1])
@@ -83,10 +87,14 @@ def test_sums_are_exact_at_their_limit():
 def test_alignment_grows_from_0_to_1(aligner, of_images):
     patch_D = corrupted.patch_of_number((8, 8), (2, 2))
     for G in (None, corrupted.masking(of_images.second_DD, patch_D, 0.75)):
-        curve = aligner.curve(G, aligner.size)
+        curve = curve_of(aligner, G)
         assert np.all(np.diff(curve) >= -1e-12) and curve[0] > 0
         assert curve[-1] == pytest.approx(1, abs=1e-9)
-        np.testing.assert_allclose(aligner.curve(G, 20), curve[:20], atol=1e-9)
+        few = closed_form.Aligner(of_images, 20)
+        found = few.clean() if G is None else few.curve(G)
+        assert abs(found.alignment_K - curve[:20]).max() <= max(found.error / 5, 1e-9) < 1e-3
+        exact = closed_form.Aligner(of_images, 20, exact=True)
+        np.testing.assert_allclose(curve_of(exact, G), curve[:20], atol=1e-9)
         np.testing.assert_allclose(closed_form.authors_scale(curve), 100 * np.sqrt(curve))
 
 
@@ -102,14 +110,14 @@ def test_alignment_is_the_definition(images, aligner, of_images):
     _, V = scipy.linalg.eigh(C @ C, G)
     Q = np.linalg.qr(padded @ V[:, ::-1])[0]
     seen = np.cumsum(np.sum((targets @ (targets.T @ Q)) ** 2, axis=0))
-    np.testing.assert_allclose(aligner.curve(G, D), seen / seen[-1], atol=1e-6)
+    np.testing.assert_allclose(curve_of(aligner, G, D), seen / seen[-1], atol=1e-6)
 
 
 def test_gaussian_noise_changes_nothing(aligner, of_images):
-    clean = aligner.curve(None, 100)
+    clean = curve_of(aligner, None, 100)
     for std in (0.1, 1.0, 10.0):
         np.testing.assert_allclose(
-            aligner.curve(corrupted.gaussian(of_images.second_DD, 600, std), 100), clean, atol=1e-6
+            curve_of(aligner, corrupted.gaussian(of_images.second_DD, 600, std), 100), clean, atol=1e-6
         )
 
 
@@ -122,10 +130,10 @@ def test_the_released_scale_changes_nothing(of_images, aligner):
 
 
 def test_masking_of_whole_images_or_nothing_changes_nothing(of_images, aligner):
-    clean = aligner.curve(None, 50)
+    clean = curve_of(aligner, None, 50)
     for patch, ratio in (((8, 8), 0.9), ((1, 1), 0.0), ((2, 4), 0.0)):
         G = corrupted.masking(of_images.second_DD, corrupted.patch_of_number((8, 8), patch), ratio)
-        np.testing.assert_allclose(aligner.curve(G, 50), clean, atol=1e-7)
+        np.testing.assert_allclose(curve_of(aligner, G, 50), clean, atol=1e-7)
 
 
 @pytest.mark.parametrize("patch", [(1, 1), (2, 2), (3, 5)])
@@ -179,7 +187,7 @@ def test_projection_by_simulation(kind, buckets, scale):
 def test_balanced_and_independent_buckets_differ(of_images, aligner):
     patch_D = corrupted.patch_of_number((8, 8), (2, 2))
     mixes = (corrupted.mixing(16, 4, kind) for kind in ("balanced", "independent"))
-    a, b = (aligner.curve(corrupted.projection(of_images.second_DD, patch_D, mix), 20) for mix in mixes)
+    a, b = (curve_of(aligner, corrupted.projection(of_images.second_DD, patch_D, mix), 20) for mix in mixes)
     assert abs(a - b).max() > 1e-4
 
 
@@ -251,6 +259,6 @@ def test_what_cannot_be_aligned_is_named(images, of_images, aligner):
     with pytest.raises(DataError, match="are the same"):
         moments.of_images([{"image": np.repeat(x[:1], 600, 0), "label": y}], 5, mesh)
     with pytest.raises(DataError, match="config.align.noise must be larger"):
-        closed_form.Aligner(moments.of_images([{"image": x[:50], "label": y[:50]}], 5, mesh, noise=0.0))
+        closed_form.Aligner(moments.of_images([{"image": x[:50], "label": y[:50]}], 5, mesh, noise=0.0), 3)
     with pytest.raises(ValueError, match=r"latents=193: must lie in 1\.\.192"):
-        aligner.curve(None, 193)
+        closed_form.Aligner(of_images, 193)
