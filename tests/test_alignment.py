@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy.linalg
+from PIL import Image
 
-from crate_jax import config as configs, corruption, sharding
-from crate_jax.alignment import closed_form, corrupted, moments
-from crate_jax.errors import DataError
+from configs import align as align_config, quickstart
+from crate_jax import autoencoder, checkpoint, config as configs, corruption, data, pretrain, sharding, train
+from crate_jax.alignment import answer, bands, closed_form, corrupted, grid, job, moments, section
+from crate_jax.data.sources import ArraySource
+from crate_jax.errors import ConfigError, DataError
+from crate_jax.report import Subject
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +268,158 @@ def test_what_cannot_be_aligned_is_named(images, of_images, aligner):
         closed_form.Aligner(moments.of_images([{"image": x[:50], "label": y[:50]}], 5, mesh, noise=0.0), 3)
     with pytest.raises(ValueError, match=r"latents=193: must lie in 1\.\.192"):
         closed_form.Aligner(of_images, 193)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The job's config on the digits, two ratios of each."""
+    c = align_config.get_config("debug")
+    c.data.source = "digits"
+    c.evaluation.train_images = 0
+    c.align.width, c.align.latents, c.align.patch_sizes = 16, 32, (1, 4)
+    return c
+
+
+def test_job_answers(small, tmp_path):
+    record = job.run(small, str(tmp_path))
+    files = {p.name for p in tmp_path.iterdir()}
+    drawings = {f"{name}.{kind}" for name in job.FIGURES for kind in ("png", "svg")}
+    assert {"alignment.json", "table.md", "config.json"} | drawings <= files
+    stored = json.loads((tmp_path / "alignment.json").read_text())
+    assert stored["images"] == 1437 and stored["classes"] == 10 and len(stored["clean"]) == 32
+    assert [(s["corruption"], s["patch"], s["ratio"]) for s in stored["settings"]] == [
+        ("mask", [p, p], r) for p in (1, 4) for r in (0.25, 0.75)
+    ] + [("rop", [4, 4], r) for r in (0.25, 0.75)]
+    for s in stored["settings"]:
+        assert s["gain"] == pytest.approx(s["alignment"] - stored["clean"][15], abs=1e-5)
+    table = (tmp_path / "table.md").read_text()
+    assert record["summary"] in table and "gaussian noise" in record["summary"].splitlines()[-1]
+    assert table.count("| mask |") == 4 and table.count("| rop |") == 2
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_answer_reads_the_curves():
+    """Which ratio is best, what never helps, and at which widths a gain is above its error."""
+    clean = closed_form.Curve(np.array([0.2, 0.4, 0.6]), 0.0)
+    good, better, bad = (grid.Setting("mask", (p, p), r) for p, r in ((1, 0.1), (1, 0.5), (2, 0.1)))
+    curves = {
+        good: closed_form.Curve(np.array([0.1, 0.5, 0.6]), 0.01),
+        better: closed_form.Curve(np.array([0.3, 0.6, 0.6]), 0.01),
+        bad: closed_form.Curve(np.array([0.3, 0.405, 0.5]), 0.01),
+    }
+    about = {"data": "d", "images": 5, "classes": 2, "image_size": [8, 8]}
+    found = answer.Answer(2, clean, curves, about)
+    assert found.best(found.groups()["mask 1x1"]) == better
+    assert found.gain(better) == pytest.approx(0.2)
+    assert found.never() == ["mask 2x2", "gaussian noise"]  # its gain at width 2 is below its error
+    assert found.widths_raised(good) == (2, 2) and found.widths_raised(bad) == (1, 1)
+    assert found.record()["best"] == {"mask 1x1": 0.5, "mask 2x2": 0.1}
+    assert "+20.00" in found.summary()
+
+
+def test_larger_images_keep_their_grid_of_tokens():
+    c = align_config.get_config()
+    c.data.image_size, c.encoder.patch_size = (224, 224), 16
+    job.shrink_to_side(c)
+    assert c.data.image_size == (28, 28) and c.encoder.patch_size == 2
+    c.data.image_size, c.encoder.patch_size = (32, 32), 4
+    job.shrink_to_side(c)
+    assert c.data.image_size == (32, 32) and c.encoder.patch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"align.width": 193}, r"config.align.width=193: images of 8 x 8 have only 192 numbers"),
+        ({"align.patch_sizes": (16,)}, r"config.align.patch_sizes=\(16,\)"),
+        ({"align.mask_ratios": (0.5, 1.0)}, r"align.mask_ratios=.*between 0 and 1"),
+        ({"align.noise": 0.0}, r"config.align.noise must be larger"),  # grey digits: three equal channels
+    ],
+)
+def test_bad_settings_are_named(small, tmp_path, values, message):
+    c = small.copy_and_resolve_references()
+    for key, value in values.items():
+        c.align[key.removeprefix("align.")] = value
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        job.run(c, str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_images_without_labels_are_refused(small, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    c = small.copy_and_resolve_references()
+    c.data.source = f"folder:{tmp_path}"
+    with pytest.raises(DataError, match="this job needs labels"):
+        job.run(c, str(tmp_path / "w"))
+
+
+def test_few_images_are_warned_about(small, tmp_path, caplog):
+    c = small.copy_and_resolve_references()
+    c.evaluation.train_images = 100
+    job.run(c, str(tmp_path))
+    assert "100 images of 192 numbers" in caplog.text
+
+
+def tiny_run():
+    c = quickstart.get_config("debug")
+    c.loss.region = "all"
+    return c, autoencoder.init_params(c, jax.random.key(0))
+
+
+def test_bands_add_up_to_the_loss():
+    """All bands together are the training loss, and a prediction of the mean has error 1 in each."""
+    c, params = tiny_run()
+    c.corruption.name = "none"
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, *c.data.image_size, 3)).astype(np.uint8)
+    components = bands.components_of(bands.rows_of(c, images, 32), 32)
+    D = len(components.variances_D)
+    error = bands.reconstruction_by_band(c, params, images, components, [0, D])[0]
+    loss = pretrain.build(c).loss(params, {"image": jnp.asarray(images)}, jax.random.split(jax.random.key(0), 16))[0]
+    assert error * components.variances_D.sum() / D == pytest.approx(float(loss), rel=1e-4)
+    centred = bands.Components(0 * components.mean_D, components.vectors_DD, components.variances_D, 32)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    np.testing.assert_allclose(bands.reconstruction_by_band(c, nothing, images, centred, [0, 3, 50, D]), 1, rtol=1e-4)
+
+
+def test_shrinking_takes_means_of_boxes():
+    x = np.arange(2 * 12 * 8 * 3, dtype=np.float32).reshape(2, 12, 8, 3)
+    small = np.asarray(bands.shrink(jnp.asarray(x), 6))
+    assert small.shape == (2, 6, 4, 3)
+    np.testing.assert_allclose(small[1, 2, 3], x[1, 4:6, 6:8].mean((0, 1)))
+
+
+def test_the_subspace_with_the_signal_is_found():
+    """Labels in the last components only: the bottom has them, the top is at chance."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 600).astype(np.int32)
+    rows = rng.normal(size=(600, 12)) * np.repeat([10, 0.1], 6)
+    rows[:, -1] += 0.5 * (2 * labels - 1)
+    components = bands.components_of(rows[:400], 2)
+    found = bands.accuracy_by_subspace(
+        (rows[:400], labels[:400]), (rows[400:], labels[400:]), 2, components, [0.8], configs.base().evaluation
+    )
+    top, bottom = found
+    assert (top.place, bottom.place) == ("top", "bottom") and top.dimensions == bottom.dimensions + 0
+    assert top.probe < 0.65 < 0.95 < bottom.probe
+    assert top.variance >= 0.9 and top.variance + bottom.variance == pytest.approx(1)
+
+
+def test_section_of_a_run(images, tmp_path):
+    c = quickstart.get_config("debug")
+    c.log.tensorboard = False
+    c.save.every = max(1, c.steps // 2)
+    train.run(c, str(tmp_path))
+    params, _ = checkpoint.read_params(tmp_path)
+    splits = [data.open_split(c, s) for s in ("train", "eval")]
+    subject = Subject("quick", c, params, tmp_path, *splits, sharding.make_mesh(8, 1))
+    unlabelled = ArraySource("grey", images[0], None, None)
+    other = Subject("other", c, {"encoder": params["encoder"]}, None, unlabelled, None, subject.mesh)
+    made = section.section([subject, other])
+    assert "other: no labelled training images" in made.text and "quick: " in made.text
+    assert len(made.tables) == 3 and len(made.figures) == 2
+    for table in made.tables:
+        assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
+    assert made.numbers["bands"]["quick"]["steps"][-1] == c.steps
+    assert set(made.numbers["alignment"]) == {"quick"}
