@@ -46,6 +46,16 @@ def plain(x_ND: np.ndarray, y_NC: np.ndarray, setting: Setting, size: tuple[int,
     return np.cumsum(seen_D) / np.sum(seen_D)
 
 
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(start: tuple[float, float]) -> dict[str, float]:
+    """Seconds on the clock, and those of all cores: the latter tell on a machine that others use too."""
+    wall, cpu = (round(b - a, 2) for a, b in zip(start, _now(), strict=True))
+    return {"seconds": wall, "core_seconds": cpu}
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="one folder of images per class")
@@ -66,20 +76,20 @@ def main(argv: list[str]) -> None:
     def show(**record: object) -> None:
         print(json.dumps(record | {"images": len(images), "cores": cores, "load": os.getloadavg()[0]}), flush=True)
 
-    start = time.perf_counter()
+    start = _now()
     rows = range(0, len(images), moments.ROWS)
     batches = ({"image": images[i : i + moments.ROWS], "label": labels[i : i + moments.ROWS]} for i in rows)
     found = moments.of_images(batches, classes, sharding.make_mesh(jax.device_count(), 1))
-    show(what="moments", seconds=time.perf_counter() - start)
+    show(what="moments", **_since(start))
     curves = {}
     for exact in (False, True)[: 1 + args.exact]:
-        start = time.perf_counter()
+        start = _now()
         aligner = Aligner(found, args.latents, exact)
-        show(what="principal components", exact=exact, seconds=time.perf_counter() - start)
+        show(what="principal components", exact=exact, **_since(start))
         for setting in SETTINGS:
-            start = time.perf_counter()
+            start = _now()
             curve = aligner.curve(setting.second_moments(found.second_DD, size))
-            show(what="ours", exact=exact, setting=str(setting), seconds=time.perf_counter() - start, error=curve.error)
+            show(what="ours", exact=exact, setting=str(setting), **_since(start), error=curve.error)
             curves[setting] = curve.alignment_K if not exact else curves[setting]
             show(what="ours", difference_to_first=float(np.max(np.abs(curve.alignment_K - curves[setting]))))
 
@@ -89,11 +99,11 @@ def main(argv: list[str]) -> None:
     x /= x.std()
     y = np.eye(classes)[labels]
     for setting in SETTINGS[: args.settings]:
-        start = time.perf_counter()
+        start = _now()
         curve = plain(x, y, setting, size)
-        seconds = time.perf_counter() - start
+        taken = _since(start)
         difference = float(np.max(np.abs(curve[: args.latents] - curves[setting])))
-        show(what="plain", setting=str(setting), seconds=seconds, difference=difference)
+        show(what="plain", setting=str(setting), **taken, difference=difference)
 
 
 if __name__ == "__main__":

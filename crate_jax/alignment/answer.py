@@ -53,11 +53,10 @@ class Answer:
         bad = [name for name, group in self.groups().items() if not any(map(self.is_raised, group))]
         return [*bad, "gaussian noise"]
 
-    def widths_raised(self, setting: Setting) -> tuple[int, int] | None:
-        """Smallest and largest k at which the setting raises alignment; None if it never does."""
+    def share_raised(self, setting: Setting) -> float:
+        """Share of the widths 1 .. K at which the setting raises alignment; 0: it never does."""
         curve = self.curves[setting]
-        raised = np.flatnonzero(curve.alignment_K - self.clean.alignment_K > curve.error)
-        return (int(raised[0]) + 1, int(raised[-1]) + 1) if len(raised) else None
+        return float(np.mean(curve.alignment_K - self.clean.alignment_K > curve.error))
 
     def record(self) -> dict[str, Any]:
         """All numbers, for JSON."""
@@ -73,7 +72,7 @@ class Answer:
                     "alignment": float(curve.alignment_K[self.width - 1]),
                     "gain": self.gain(s),
                     "error": curve.error,
-                    "widths_raised": self.widths_raised(s),
+                    "share_of_widths_raised": self.share_raised(s),
                     "curve": np.round(curve.alignment_K, 6),
                 }
                 for s, curve in self.curves.items()
@@ -86,13 +85,21 @@ class Answer:
         """A short table: the best ratio of each group at the width."""
         share = 100 * self.clean.alignment_K[self.width - 1]
         head = f"alignment at width {self.width} of {self.about['images']} images without corruption: {share:.2f} %"
-        rows = [("corruption", "patch", "best ratio", "alignment", "gain", "raised at widths")]
+        rows = [
+            (
+                "corruption",
+                "patch",
+                "best ratio",
+                "alignment",
+                "gain",
+                f"raised at, of widths 1..{len(self.clean.alignment_K)}",
+            )
+        ]
         for group in sorted(self.groups().values(), key=lambda g: -self.gain(self.best(g))):
             s = self.best(group)
-            widths = self.widths_raised(s)
             rows.append((
                 s.family, "x".join(map(str, s.patch)), f"{s.ratio:.3g}", f"{share + 100 * self.gain(s):.2f} %",
-                _points(self.gain(s)), f"{widths[0]}..{widths[1]}" if widths else "none",
+                _points(self.gain(s)), f"{self.share_raised(s):.0%}",
             ))  # fmt: skip
         sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, sizes, strict=True)).rstrip() for row in rows]

@@ -27,7 +27,7 @@ BAND_IMAGES = 4000  # training images of the principal components and probes
 TEST_IMAGES = 1000
 WIDEST = 512  # alignment is not read above this width: the time of a setting grows with its square
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-SHARES = (0.5, 0.75, 0.9, 0.95, 0.99)
+SHARES = (0.5, 0.9, 0.99)
 EDGES = (0, 4, 16, 64, 256, 1024, 4096)  # of the bands of principal components, as far as there are so many
 SEVERAL = 8  # checkpoints of a run that are looked at
 
