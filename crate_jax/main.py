@@ -16,6 +16,7 @@ from absl import app, flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from crate_jax import sweep, train
+from crate_jax.alignment import job as align
 from crate_jax.errors import ConfigError, NonFiniteError, UserError
 from crate_jax.evals import finetune, job
 from crate_jax.interrupt import Interrupted
@@ -104,6 +105,12 @@ def show_sweep(result: dict[str, Any]) -> None:
         raise NonFiniteError(f"the loss became NaN or infinite in {names}; all other runs are finished")
 
 
+def show_alignment(result: dict[str, Any]) -> None:
+    """Prints the answer of an alignment analysis."""
+    print(result["summary"])
+    print(f"table, figures and all curves: {result['folder']}")
+
+
 # job -> (what runs it, what prints its result)
 JOBS: dict[str, tuple[Callable[[ConfigDict, str], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
     "pretrain": (train.run, show_pretraining),
@@ -111,6 +118,7 @@ JOBS: dict[str, tuple[Callable[[ConfigDict, str], dict[str, Any]], Callable[[dic
     "finetune": (finetune.run, show_evaluation),
     "segment": (finetune.run, show_evaluation),
     "sweep": (sweep.run, show_sweep),
+    "align": (align.run, show_alignment),
 }
 
 
