@@ -33,7 +33,7 @@ def base() -> ConfigDict:
     c.batch_size = 256  # images per optimiser step, over all devices and micro-batches
     c.accumulate = 1  # micro-batches per optimiser step; same update, less memory
     c.init_from = ""  # workdir or weights file whose encoder starts this run
-    c.checkpoint = ""  # evaluate, finetune, segment: workdir or weights file of the encoder that is judged
+    c.checkpoint = ""  # workdir or weights file of the encoder that is judged; report: also several, A,B,C
     c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
     c.remat = False  # recompute each block in the backward pass: less memory, more time
 
@@ -174,6 +174,9 @@ def base() -> ConfigDict:
     sweep.values = ()  # its values; read as sweep["values"], for a ConfigDict has a method of that name
     sweep.seeds = 1  # runs per value, with the seeds seed, seed + 1, ...
 
+    c.report = report = ConfigDict()
+    report.sections = ()  # what it holds, names of crate_jax/report/job.py; (): everything
+
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
     save.keep = 3
@@ -184,6 +187,7 @@ def base() -> ConfigDict:
     log.pictures_every = 0  # steps; 0: only at the end
     log.tensorboard = True  # needs tensorboardX
     log.wandb = ""  # project name; empty: off
+    log.report = True  # report.html at the end: curves, scores and pictures
     return c.lock()
 
 

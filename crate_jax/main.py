@@ -29,7 +29,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         for name in ("config", "workdir"):
-            if not flags.FLAGS[name].present:
+            if not flags.FLAGS[name].present and (name == "config" or _CONFIG.value.job != "report"):
                 raise ConfigError(f"--{name} is missing; usage: {__doc__.splitlines()[0]}")
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
@@ -72,6 +72,8 @@ def show_pretraining(summary: dict[str, Any]) -> None:
             print(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
     if summary["pictures"]:
         print(f"pictures: {summary['pictures']}")
+    if summary["report"]:
+        print(f"report: {summary['report']}")
 
 
 SHOWN = ("top1", "top5", "mean_per_class", "miou", "mean_accuracy", "pixel_accuracy")  # shares in 0..1
@@ -101,13 +103,28 @@ def show_sweep(result: dict[str, Any]) -> None:
         raise NonFiniteError(f"the loss became NaN or infinite in {names}; all other runs are finished")
 
 
+def run_report(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
+    """The job ``report``; imported here, since it alone draws, and drawing takes 0.3 s to import."""
+    from crate_jax.report import job as report
+
+    return report.run(config, workdir)
+
+
+def show_report(result: dict[str, Any]) -> None:
+    """Prints where the report is, and what is not in it."""
+    for title, why in result["left_out"].items():
+        print(f"left out: {title}: {why}")
+    print(f"report: {result['report']}")
+
+
 # job -> (what runs it, what prints its result)
-JOBS: dict[str, tuple[Callable[[ConfigDict, str], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
+JOBS: dict[str, tuple[Callable[[ConfigDict, Any], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
     "pretrain": (train.run, show_pretraining),
     "evaluate": (job.run, show_evaluation),
     "finetune": (finetune.run, show_evaluation),
     "segment": (finetune.run, show_evaluation),
     "sweep": (sweep.run, show_sweep),
+    "report": (run_report, show_report),
 }
 
 
@@ -122,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
         if config.job not in JOBS:
             raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
         run, show = JOBS[config.job]
-        show(run(config, str(_WORKDIR.value)))
+        show(run(config, _WORKDIR.value))
     except Interrupted as e:
         print(f"{e}; the same command continues it", file=sys.stderr)
         return e.exit_code
