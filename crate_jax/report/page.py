@@ -20,6 +20,7 @@ from crate_jax.report.section import Figure, Section, Table
 CSS = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
 SMALL = 200  # pixels; narrower pictures are enlarged, each pixel a square
+LONG = 24  # characters; longer texts in a table may break anywhere
 LEAST = 0.62  # of its natural width: a figure gets no narrower on a small screen, it scrolls
 
 
@@ -110,8 +111,9 @@ def _figure(figure: Figure, name: str, runs: Sequence[str]) -> str:
         content, width = _picture(figure.content, figure.caption)
     else:
         content, width = svg.element(figure.content, name, runs, figure.caption)
+    kind = "picture" if isinstance(figure.content, np.ndarray) else "plot"
     return (
-        f'<figure style="width: {width:.0f}px"><div class="plot scroll" style="--least: {LEAST * width:.0f}px">'
+        f'<figure class="{kind}" style="--width: {width:.0f}px"><div class="scroll" style="--least: {LEAST * width:.0f}px">'
         f"{content}</div><figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
 
@@ -177,4 +179,5 @@ def _cell(value: str | float | int | None, numeric: bool, owner: str, is_first: 
         return f'<td data-number="{whole}" title="{whole}"{_class(numeric)}{owner}>{shown}</td>'
     if is_first:
         return f'<th scope="row"{owner}>{escape(str(value))}</th>'
-    return f"<td{owner}>{escape(str(value))}</td>"
+    long = ' class="long"' if len(str(value)) > LONG else ""
+    return f"<td{long}{owner}>{escape(str(value))}</td>"

@@ -37,7 +37,7 @@ SHARES = {  # numbers of summary.json in 0..1 -> column
     "mean_per_class": "mean per class %", "miou": "mIoU %", "mean_accuracy": "mean accuracy %",
     "pixel_accuracy": "pixel accuracy %",
 }  # fmt: skip
-COMPARED = {"": "trained", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
+COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
 MARKS: dict[str, dict[str, Any]] = {
     "_pixels": dict(marker="|", color="C1", markersize=13, markeredgewidth=2),
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
@@ -87,39 +87,32 @@ def section(subjects: Sequence[Subject]) -> Section:
     """Curves, scores and settings of the runs."""
     logged = {s.name: read(s.workdir) for s in subjects}
     figures = [*_score_figures(logged), *_curves(logged)]
-    tables = [t for t in (_scores(logged), _sizes(subjects, logged), _results(logged), _settings(subjects)) if t]
+    tables = [t for t in (_scores(logged), _runs(subjects, logged), _results(logged), _settings(subjects)) if t]
     return Section(
         title="Overview",
-        text=_text(subjects, logged),
+        text=_text(logged),
         figures=tuple(figures),
         tables=tuple(tables),
         numbers={name: {"summary": log.summary, "results": log.results} for name, log in logged.items()},
     )
 
 
-def _text(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> str:
-    lines = []
-    for s in subjects:
-        c, summary = s.config, logged[s.name].summary
-        what = {"pretrain": f"{c.corruption.name} corruption"}.get(c.job, c.job)
-        steps = summary.get("steps") or max((m["step"] for m in logged[s.name].metrics), default=None)
-        done = "" if steps is None else f", {steps:,} steps of {c.batch_size} images"
-        unfinished = "" if summary or s.workdir is None else " so far"
-        lines.append(
-            f"{s.name}: {c.encoder.name} encoder, {c.encoder.depth} blocks of width {c.encoder.width}, {what}, "
-            f"{c.data.source}{done}{unfinished}."
-        )
-    if any("probe_top1_pixels" in log.summary for log in logged.values()):
+def _text(logged: Mapping[str, Logged]) -> str:
+    lines = ["What was logged while training, and the scores at its end."]
+    if any(name in log.summary for log in logged.values() for name in ("probe_top1_pixels", "knn_top1_pixels")):
         lines.append(
             "Accuracies are top-1 on the evaluation split: logistic regression (probe) and nearest neighbours (k-NN) "
             "on frozen features of the trained encoder, of the same encoder untrained, and on raw pixels (at most 32 "
-            "px a side). An encoder has learned what it gains over both."
+            "px a side). What an encoder has learned is what it gains over both."
         )
+    unfinished = [name for name, log in logged.items() if log.metrics and not log.summary]
+    if unfinished:
+        lines.append(f"Not finished when this was written: {', '.join(unfinished)}.")
     return " ".join(lines)
 
 
-def _axes(title: str, height: float = 2.9) -> tuple[Plot, Any]:
-    plot = Plot(figsize=(4.6, height), layout="constrained")
+def _axes(title: str, height: float) -> tuple[Plot, Any]:
+    plot = Plot(figsize=(4.2, height), layout="constrained")
     ax = plot.subplots()
     ax.set_title(title, fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
@@ -138,7 +131,7 @@ def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
         }
         if not any(len(line) > 1 for line in lines.values()):
             continue
-        plot, ax = _axes(label)
+        plot, ax = _axes(label, 2.7 + 0.2 * (len(logged) > 1) * -(-len(logged) // 3))
         for i, (name, line) in enumerate(lines.items()):
             if line:
                 ax.plot(*zip(*line, strict=True), "." if len(line) == 1 else "-", color=f"C{i}", label=escape(name))
@@ -147,7 +140,7 @@ def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
             ax.set_yscale("log")
         ax.set_xlabel("step")
         if len(logged) > 1:
-            ax.legend(frameon=False, fontsize=8)
+            plot.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         figures.append(Figure(caption, plot))
     return figures
 
@@ -178,31 +171,34 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
 
 
 def _scores(logged: Mapping[str, Logged]) -> Table | None:
-    columns = {
-        key + suffix: f"{'' if not suffix else name + ' '}{shown}"
-        for key, shown in SHARES.items()
-        for suffix, name in COMPARED.items()
-    }
-    found = [k for k in columns if any(isinstance(log.summary.get(k), float) for log in logged.values())]
-    if not found:
-        return None
-    rows = []
+    """A row for each run's encoder and for each of the things it is compared with."""
+    keys = [k for k in SHARES if any(isinstance(log.summary.get(k), float) for log in logged.values())]
+    rows: list[tuple[str | float | None, ...]] = []
     for name, log in logged.items():
-        values = [log.summary.get(k) for k in found]
-        rows.append((name, *(None if v is None else 100 * v for v in values)))
-    return Table("Scores at the end of training.", ("run", *(columns[k] for k in found)), tuple(rows))
+        for suffix, what in COMPARED.items():
+            values = [log.summary.get(k + suffix) for k in keys]
+            if any(v is not None for v in values):
+                rows.append((name, what, *(None if v is None else 100 * v for v in values)))
+    if not rows:
+        return None
+    return Table("Scores at the end of training.", ("run", "what", *(SHARES[k] for k in keys)), tuple(rows))
 
 
-def _sizes(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
+def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
     rows = []
     for s in subjects:
         summary, c = logged[s.name].summary, s.config
+        steps = summary.get("steps") or max((m["step"] for m in logged[s.name].metrics), default=None)
+        size = f"{c.encoder.depth} x {c.encoder.width}"
         rows.append((
-            s.name, c.encoder.name, c.corruption.name, c.penalty.name, summary.get("steps"), summary.get("loss"),
+            s.name, c.encoder.name, size, c.corruption.name, c.penalty.name, steps, c.batch_size, summary.get("loss"),
             summary.get("images_per_sec"), summary.get("params") or (parameters.count(s.params) if s.params else None),
-            summary.get("devices"),
+            c.job, c.data.source, summary.get("devices"),
         ))  # fmt: skip
-    columns = ("run", "encoder", "corruption", "penalty", "steps", "loss", "images/s", "parameters", "devices")
+    columns = (
+        "run", "encoder", "blocks x width", "corruption", "penalty", "steps", "batch", "loss", "images/s", "parameters",
+        "job", "images", "devices",
+    )  # fmt: skip
     caption = "The runs. Losses of different corruptions or targets measure different things: they do not rank runs."
     return Table(caption, columns, tuple(rows))
 
@@ -265,7 +261,8 @@ def pictures(subjects: Sequence[Subject]) -> Section:
     if not figures:
         raise DataError("no run has pictures; config.log.pictures says how many images they show")
     text = (
-        "The same images of the evaluation split, drawn while training. Reconstructions, from left to right: what went "
-        "in, what the encoder saw, what came out, and the encoder's input completed by what came out."
+        "Images of the evaluation split, always the same ones, drawn while training. Of a reconstruction: what went in, "
+        "what the corruption left of it (P x), what the decoder made of that (x^), and both together: the corruption's "
+        "part and the decoder's part of the rest, which is what the loss looks at."
     )
     return Section("Pictures", text, tuple(figures))
