@@ -88,6 +88,8 @@ def show_evaluation(record: dict[str, Any]) -> None:
     for name, value in record.items():
         if isinstance(value, float) and name in SHOWN:
             print(f"{name:<20}{value:>8.1%}")
+    if record.get("report"):  # of a training run
+        print(f"report: {record['report']}")
 
 
 def show_sweep(result: dict[str, Any]) -> None:

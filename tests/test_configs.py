@@ -33,7 +33,7 @@ ARGUMENTS = {
         "base=quickstart",
     ],
 }
-OF_A_CHECKPOINT = ("evaluate", "segment")  # these take the model's sizes from the checkpoint they are given
+OF_A_CHECKPOINT = ("evaluate", "segment", "report")  # these take the model's sizes from the checkpoint they are given
 
 
 def load(name: str, arg: str = ""):

@@ -66,7 +66,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     chosen = _chosen(config)
     paths = split(config.checkpoint)
     if not workdir:
-        if len(paths) != 1 or not Path(paths[0]).expanduser().is_dir():
+        if len(paths) > 1 or Path(paths[0]).expanduser().is_file():
             raise ConfigError("--workdir is missing: it says where the report of several runs, or of a file, goes")
         workdir = str(_home(paths[0]))
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
@@ -76,10 +76,11 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     subjects = []
     for path, name, encoder in zip(paths, names(paths), loaded, strict=True):
         full = resolve(config, encoder.config)
+        train: data.Source | None = None
+        test: data.Source | None = None
         try:
             train, test = _open(full)
         except UserError as e:
-            train = test = None
             missing[f"what needs the images of {name}"] = str(e)
             log.warning("%s: its images cannot be read: %s", name, e)
         home = _home(path) if Path(path).expanduser().is_dir() else None
@@ -193,18 +194,16 @@ def analyse(subjects: Sequence[Subject], chosen: Sequence[str]) -> tuple[list[Se
         if not usable:
             missing[analysis.title] = "there are no images to look at"
             continue
-        log.info("%s ...", analysis.title)
+        if analysis.needs_images:
+            log.info("%s ...", analysis.title)
         try:
             sections.append(analysis.run(usable))
         except UserError as e:
             missing[analysis.title] = str(e)
-            log.warning("%s is left out: %s", analysis.title, e)
     return sections, missing
 
 
-def write(
-    folder: Path, origin: dict[str, str], sections: Sequence[Section], missing: dict[str, str]
-) -> dict[str, Any]:
+def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], missing: dict[str, str]) -> dict[str, Any]:
     """Writes both files, each whole or not at all; returns their paths and `missing`.
 
     Args:

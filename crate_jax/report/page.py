@@ -113,7 +113,7 @@ def _figure(figure: Figure, name: str, runs: Sequence[str]) -> str:
         content, width = svg.element(figure.content, name, runs, figure.caption)
     kind = "picture" if isinstance(figure.content, np.ndarray) else "plot"
     return (
-        f'<figure class="{kind}" style="--width: {width:.0f}px"><div class="scroll" style="--least: {LEAST * width:.0f}px">'
+        f'<figure class="{kind}" style="--width: {width:.0f}px; --least: {LEAST * width:.0f}px"><div class="scroll">'
         f"{content}</div><figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
 
@@ -155,7 +155,8 @@ def _table(table: Table, name: str, runs: Sequence[str]) -> str:
         body.append(f"<tr{mine}>{''.join(cells)}</tr>")
     return (
         f'<p class="table-name" id="{name}">{escape(table.caption)}</p>'
-        f'<div class="table scroll" tabindex="0" role="region" aria-labelledby="{name}"><table aria-labelledby="{name}">'
+        f'<div class="table scroll" tabindex="0" role="region" aria-labelledby="{name}">'
+        f'<table aria-labelledby="{name}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 

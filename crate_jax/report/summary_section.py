@@ -1,6 +1,6 @@
-"""What a run logged about itself: its curves, its scores beside what they are compared with, its settings, its pictures.
+"""What a run logged about itself: curves, scores beside what they are compared with, settings, pictures.
 
-Reads ``metrics.jsonl``, ``summary.json``, ``results.jsonl`` and ``pictures/`` of the workdirs; no images, no parameters.
+Reads ``metrics.jsonl``, ``summary.json``, ``results.jsonl`` and ``pictures/`` of the workdirs; needs no images.
 """
 
 from __future__ import annotations
@@ -223,9 +223,8 @@ def _settings(subjects: Sequence[Subject]) -> Table | None:
     if len(flat) == 1:
         flat["default"] = flatten(base())
     keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if not k.startswith(UNINTERESTING))
-    rows = [
-        (k, *(_value(f.get(k)) for f in flat.values())) for k in keys if len({repr(f.get(k)) for f in flat.values()}) > 1
-    ]
+    differing = [k for k in keys if len({repr(f.get(k)) for f in flat.values()}) > 1]
+    rows = [(k, *(_value(f.get(k)) for f in flat.values())) for k in differing]
     if not rows:
         return None
     names = ["this run", "default"] if len(subjects) == 1 else list(flat)
@@ -261,8 +260,8 @@ def pictures(subjects: Sequence[Subject]) -> Section:
     if not figures:
         raise DataError("no run has pictures; config.log.pictures says how many images they show")
     text = (
-        "Images of the evaluation split, always the same ones, drawn while training. Of a reconstruction: what went in, "
-        "what the corruption left of it (P x), what the decoder made of that (x^), and both together: the corruption's "
-        "part and the decoder's part of the rest, which is what the loss looks at."
+        "Images of the evaluation split, always the same ones, drawn while training. Of a reconstruction: what went "
+        "in, what the corruption left of it (P x), what the decoder made of that (x^), and both together, P x and the "
+        "rest from x^, which is what the loss looks at."
     )
     return Section("Pictures", text, tuple(figures))

@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG elements of a page: no ids that clash, no fonts or rules of their own, the page's colours."""
+"""Matplotlib figures as SVG elements of a page: with its colours and font, and ids that clash with no other's."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ def element(figure: Figure, name: str, runs: Sequence[str], caption: str) -> tup
     Returns:
       the text of the element, and its natural width in CSS pixels.
     """
-    for number, run in enumerate(runs):
-        for artist in figure.findobj(lambda a, run=run: a.get_label() == escape(run)):
-            artist.set_gid(f"{RUN}{number}")
+    numbers = {escape(run): number for number, run in enumerate(runs)}
+    for artist in figure.findobj(lambda a: a.get_label() in numbers):
+        artist.set_gid(f"{RUN}{numbers[str(artist.get_label())]}")
     out = io.StringIO()
     # Text stays text: small, searchable, and in the page's font. The salt makes ids a function of the figure.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "crate_jax"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(out.getvalue())
-    for child in list(root):
-        if child.tag.endswith(("metadata", "}defs")):  # of the whole picture: a rule for every element of the page
-            root.remove(child)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):  # a rule for every element of the page
+                parent.remove(child)
     for node in root.iter():
         _adapt(node, name)
     width = figure.get_figwidth() * 72 * PIXELS_PER_POINT
