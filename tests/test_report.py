@@ -154,7 +154,8 @@ def test_what_belongs_to_a_run_is_marked(compared):
         assert f' data-run="{number}"><button type="button">{escape(name)}</button></th>' in html  # a column
         assert f'<g data-run="{number}"' in html  # a line
         assert f'<button type="button" aria-pressed="true" value="{number}"' in html
-    assert "data-run" not in page.render("one", {"a": "a"}, [], {})
+    alone = Section("S", "", (Figure("f", plot("a")),), (Table("t", ("run", "a"), (("a", 1),)),))
+    assert 'data-run="' not in page.render("one", {"a": "a"}, [alone], {}).replace("`[data-run=", "")
 
 
 def test_the_report_of_one_run_goes_to_the_run(runs, tmp_path):

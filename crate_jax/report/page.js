@@ -3,6 +3,10 @@
   const root = document.documentElement;
   root.classList.add("script");
 
+  // What sticks below the header, and where links lead to, depends on how many lines it takes.
+  const top = document.querySelector(".top");
+  new ResizeObserver(() => root.style.setProperty("--top", `${top.offsetHeight}px`)).observe(top);
+
   // Theme: the system's until the button is pressed, then the reader's choice where the browser keeps it.
   const button = document.getElementById("theme");
   const themes = ["system", "light", "dark"];
