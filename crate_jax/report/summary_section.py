@@ -39,9 +39,9 @@ SHARES = {  # numbers of summary.json in 0..1 -> column
 }  # fmt: skip
 COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
 MARKS: dict[str, dict[str, Any]] = {
-    "_pixels": dict(marker="|", color="C1", markersize=13, markeredgewidth=2),
+    "_pixels": dict(marker="|", color="C7", markersize=13, markeredgewidth=2),
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
-    "": dict(marker="o", color="C0", markersize=7),
+    "": dict(marker="o", markersize=7),  # in the run's colour
 }
 UNINTERESTING = ("job", "checkpoint", "report.", "log.", "save.", "sweep.")  # keys that do not change what is learned
 LOG_SPAN = 20  # largest / smallest value from which an axis is logarithmic
@@ -150,6 +150,7 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
     figures = []
     for key, protocol in (("probe_top1", "linear probe"), ("knn_top1", "k-NN")):
         scored = {name: log.summary for name, log in logged.items() if log.summary.get(key) is not None}
+        colours = {name: f"C{i}" for i, name in enumerate(logged)}
         if not scored:
             continue
         plot, ax = _axes(f"{protocol}, top-1 accuracy (%)", 1.5 + 0.32 * len(scored))
@@ -160,7 +161,9 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
             for suffix, style in MARKS.items():
                 if summary.get(key + suffix) is not None:
                     x = 100 * summary[key + suffix]
-                    (handles[COMPARED[suffix]],) = ax.plot(x, y, linestyle="none", label=escape(name), **style)
+                    (handles[COMPARED[suffix]],) = ax.plot(
+                        x, y, linestyle="none", label=escape(name), **{"color": colours[name], **style}
+                    )
         ax.set_yticks(range(len(scored)), [escape(name) for name in scored])
         ax.set_ylim(len(scored) - 0.5, -0.5)
         ax.margins(x=0.08)
