@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Plot
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from crate_jax import parameters
@@ -156,18 +157,20 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
         plot, ax = _axes(f"{protocol}, top-1 accuracy (%)", 1.5 + 0.32 * len(scored))
         ax.grid(axis="y", visible=False)
         ax.grid(axis="x", alpha=0.3)
-        handles = {}
         for y, (name, summary) in enumerate(scored.items()):
             for suffix, style in MARKS.items():
                 if summary.get(key + suffix) is not None:
-                    x = 100 * summary[key + suffix]
-                    (handles[COMPARED[suffix]],) = ax.plot(
-                        x, y, linestyle="none", label=escape(name), **{"color": colours[name], **style}
-                    )
+                    look = {"color": colours[name], "linestyle": "none", **style}
+                    ax.plot(100 * summary[key + suffix], y, label=escape(name), **look)
         ax.set_yticks(range(len(scored)), [escape(name) for name in scored])
         ax.set_ylim(len(scored) - 0.5, -0.5)
         ax.margins(x=0.08)
-        plot.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        marks = [
+            Line2D([], [], linestyle="none", label=COMPARED[suffix], **{"color": "black", **style})
+            for suffix, style in MARKS.items()
+            if any(s.get(key + suffix) is not None for s in scored.values())
+        ]
+        plot.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         caption = f"Top-1 accuracy of the {protocol} on frozen features, against an untrained encoder and raw pixels."
         figures.append(Figure(caption, plot))
     return figures
