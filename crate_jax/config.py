@@ -33,7 +33,7 @@ def base() -> ConfigDict:
     c.batch_size = 256  # images per optimiser step, over all devices and micro-batches
     c.accumulate = 1  # micro-batches per optimiser step; same update, less memory
     c.init_from = ""  # workdir or weights file whose encoder starts this run
-    c.checkpoint = ""  # evaluate, finetune, segment: workdir or weights file of the encoder that is judged
+    c.checkpoint = ""  # workdir or weights file of the encoder that is judged; report: also several, A,B,C
     c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
     c.remat = False  # recompute each block in the backward pass: less memory, more time
 
@@ -183,6 +183,9 @@ def base() -> ConfigDict:
     align.noise = 1e-3  # added to the images, in units of their standard deviation: no direction is empty
     align.side = 32  # larger images are shrunk to this at most, the encoder's grid of tokens kept
 
+    c.report = report = ConfigDict()
+    report.sections = ()  # what it holds, names of crate_jax/report/job.py; (): everything
+
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
     save.keep = 3
@@ -193,6 +196,7 @@ def base() -> ConfigDict:
     log.pictures_every = 0  # steps; 0: only at the end
     log.tensorboard = True  # needs tensorboardX
     log.wandb = ""  # project name; empty: off
+    log.report = True  # report.html at the end: curves, scores and pictures
     return c.lock()
 
 

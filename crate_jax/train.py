@@ -420,4 +420,18 @@ class Run:
         }
         self.checkpoints.wait()
         metrics.write_json(self.folder / "summary.json", summary)
+        summary["report"] = self._write_report()  # of the summary, among others
+        metrics.write_json(self.folder / "summary.json", summary)
         return summary
+
+    def _write_report(self) -> str | None:
+        """Writes report.html; returns its path. A page that cannot be drawn is no reason to fail a run that is done."""
+        if not self.config.log.report or jax.process_index() != 0:
+            return None
+        try:
+            from crate_jax.report import job  # here: drawing takes 0.3 s to import
+
+            return job.of_training(self.folder, self.config, self.mesh)
+        except Exception as e:
+            log.warning("no report: %s: %s", type(e).__name__, e)
+            return None

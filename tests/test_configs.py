@@ -33,7 +33,7 @@ ARGUMENTS = {
         "base=quickstart",
     ],
 }
-OF_A_CHECKPOINT = ("evaluate", "segment", "align")  # these take the model's sizes from the checkpoint they are given
+OF_A_CHECKPOINT = ("evaluate", "segment", "align", "report")  # sizes are those of the checkpoint they are given
 
 
 def load(name: str, arg: str = ""):
