@@ -97,7 +97,7 @@ def factor(x_nD: np.ndarray | jax.Array) -> jax.Array:
 
 
 def entropy_rank(values_D: jax.Array, eps: float = EPS) -> jax.Array:
-    """exp of the entropy of p = values / sum(values) + eps: D for D equal values, about 1 for a single one.
+    """The exponential of the entropy of p = values / sum(values) + eps: D for D equal values, 1 for a single one.
 
     On singular values of features it is RankMe (Garrido et al. 2023, arXiv 2210.02885, eq. 1 and its p_k), on the
     eigenvalues of the LDA matrix LiDAR (Thilak et al. 2024, arXiv 2312.04000), on a weight's singular values the
@@ -303,7 +303,12 @@ def measures(factor_XX: jax.Array, rows: int) -> list[Measures]:
             texts.append(f"{value['constant']} of {width} features are constant")
         out.append(
             Measures(
-                rows, width, alpha_range=alpha_range, eigenvalues=found["eigenvalues"][i], warnings=tuple(texts), **value
+                rows,
+                width,
+                alpha_range=alpha_range,
+                eigenvalues=found["eigenvalues"][i],
+                warnings=tuple(texts),
+                **value,
             )
         )
     return out
@@ -407,9 +412,7 @@ def _lidar(within_DD: jax.Array, between_XX: jax.Array, classes: jax.Array, view
     return entropy_rank(eigenvalues_D), eigenvalues_D
 
 
-def lidar(
-    within_MDD: jax.Array, between_MXX: jax.Array, classes: int, views: int, delta: float = DELTA
-) -> list[Lidar]:
+def lidar(within_MDD: jax.Array, between_MXX: jax.Array, classes: int, views: int, delta: float = DELTA) -> list[Lidar]:
     """LiDAR of each of M pairs of factors that :func:`grow_classes` made.
 
     Thilak et al. 2024 (arXiv 2312.04000): every image is a class of its own, its q augmented or corrupted views are
@@ -442,6 +445,4 @@ def lidar(
             f"{classes} images x {views} views leave the within-class covariance of {width} features singular: "
             f"delta={delta:g} stands in for it"
         )
-    return [
-        Lidar(float(v), classes, views, e, tuple(warnings)) for v, e in zip(values, eigenvalues_MD, strict=True)
-    ]
+    return [Lidar(float(v), classes, views, e, tuple(warnings)) for v, e in zip(values, eigenvalues_MD, strict=True)]

@@ -6,7 +6,6 @@ D width, X = 1 + D.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -72,47 +71,55 @@ def _padded(batch: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.concatenate([batch, np.repeat(batch[-1:], short, axis=0)]) if short else batch), kept
 
 
-def _over_devices(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Jits step(state, params, *batch) so that each device grows a state of its own from its rows of the batch.
-
-    The states lead with an axis of devices; nothing is sent between them until they are merged.
-    """
-    split, whole = PartitionSpec(sharding.DATA), PartitionSpec()
-
-    def local(state: Any, params: Any, *batch: jax.Array) -> Any:
-        state = step(jax.tree.map(lambda x: x[0], state), params, *batch)
-        return jax.tree.map(lambda x: x[None], state)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run(state: Any, params: Any, *batch: jax.Array) -> Any:
-        # Layer scans carry values that differ between devices from replicated first ones; there is nothing to check.
-        return jax.shard_map(
-            local, mesh=mesh, in_specs=(split, whole, *(split for _ in batch)), out_specs=split, check_vma=False
-        )(state, params, *batch)
-
-    return run
-
-
 def _stream(
-    subject: Subject, step: Callable[..., Any], state: Any, batches: Iterator[tuple[np.ndarray, np.ndarray]], size: int
+    subject: Subject,
+    encode: Callable[..., jax.Array],
+    grow: Callable[..., Any],
+    state: Any,
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    size: int,
 ) -> tuple[Any, int]:
-    """Runs `step` over batches of (images, a number of each); returns the merged state and the count of images."""
-    mesh = subject.mesh
-    place = sharding.split(mesh)
-    run = _over_devices(step, mesh)
-    state = jax.tree.map(lambda x: jax.device_put(jnp.broadcast_to(x, (mesh.size, *x.shape)), place), state)
+    """Takes features of all batches; every device grows a state of its own from its rows, merged at the end.
+
+    Args:
+      subject: whose encoder.
+      encode: (params, images (B, ...), a number of each (B,)) -> features (L + 1, B, ...).
+      grow: (state, features, kept (B,)) -> state; runs on one device at a time, so that a decomposition never waits
+        for another device's.
+      state: the state of no rows, a tuple of factors.
+      batches: images and numbers.
+      size: images per call; a multiple of the devices.
+
+    Returns:
+      the merged state and the count of images.
+
+    Raises:
+      DataError: there are no two images.
+    """
+    mesh, place = subject.mesh, sharding.split(subject.mesh)
+    encode, grow = jax.jit(encode, out_shardings=sharding.split(mesh, axis=1)), jax.jit(grow)
     params = jax.device_put({"encoder": subject.params["encoder"]}, sharding.replicated(mesh))
+    states = {device: jax.device_put(state, device) for device in mesh.local_devices}
+
+    def put(x: np.ndarray) -> jax.Array:  # every process holds the whole batch
+        return jax.make_array_from_callback(x.shape, place, lambda rows: x[rows])
+
     count = 0
     with collapse.one_lapack_thread():
         for images, numbers in batches:
             padded, kept = _padded(images, size)
-            arrays = (padded, kept, _padded(numbers, size)[0])
-            state = run(state, params, *(jax.device_put(x, place) for x in arrays))
+            image, number, mask = (put(x) for x in (padded, _padded(numbers, size)[0], kept))
+            rows = encode(params, image, number)
+            masks = {shard.device: shard.data for shard in mask.addressable_shards}
+            for shard in rows.addressable_shards:
+                states[shard.device] = grow(states[shard.device], shard.data, masks[shard.device])
             count += len(images)
         if count < 2:
             raise DataError(f"{subject.name}: {count} images can be decoded, and spectra need at least 2")
-        merged = jax.jit(functools.partial(jax.tree.map, collapse.merge), out_shardings=sharding.replicated(mesh))
-        return jax.device_get(merged(state)), count
+        local = jax.tree.map(lambda *factors: np.stack(factors), *jax.device_get(list(states.values())))
+        if jax.process_count() > 1:
+            local = multihost_utils.process_allgather(local, tiled=True)
+        return jax.tree.map(lambda factors: jax.block_until_ready(collapse.merge(jnp.asarray(factors))), local), count
 
 
 def _source(subject: Subject) -> data.Source:
@@ -158,14 +165,16 @@ def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[
     apply, names = features(config, rows), places(config)
     tokens = patch_numbers(config)[0] if rows == "tokens" else 1
 
-    def step(factor_LXX: jax.Array, params: Any, images_uint8: jax.Array, kept_B: jax.Array, _: jax.Array) -> jax.Array:
-        x_LnD = apply(params, images_uint8, corruptions.Identity())
+    def encode(params: Any, images_uint8: jax.Array, _: jax.Array) -> jax.Array:
+        return apply(params, images_uint8, corruptions.Identity())
+
+    def grow(factor_LXX: jax.Array, x_LnD: jax.Array, kept_B: jax.Array) -> jax.Array:
         return collapse.grow(factor_LXX, collapse.with_ones(x_LnD, jnp.repeat(kept_B, tokens)))
 
     indices = np.sort(sample(len(source), images, config.seed))
     size = _batch_size(subject, len(indices))
     state = collapse.empty(1 + _width(config, rows), len(names))
-    factor_LXX, count = _stream(subject, step, state, _plain_batches(config, source, indices, size), size)
+    factor_LXX, count = _stream(subject, encode, grow, state, _plain_batches(config, source, indices, size), size)
     found = collapse.measures(factor_LXX, count * tokens)
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
@@ -258,12 +267,14 @@ def measure_lidar(
         keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(index_B)
         return sampler(jax.vmap(lambda key: jax.random.split(key, views))(keys_B).reshape(-1))
 
-    def step(state: Any, params: Any, images_uint8: jax.Array, kept_B: jax.Array, index_B: jax.Array) -> Any:
+    def encode(params: Any, images_uint8: jax.Array, index_B: jax.Array) -> jax.Array:
         if draw == "corruption":
             x_LnD = apply(params, jnp.repeat(images_uint8, views, axis=0), draw_corruption(index_B))
         else:
             x_LnD = apply(params, images_uint8.reshape(-1, *images_uint8.shape[2:]), corruptions.Identity())
-        x_LBqD = x_LnD.reshape(len(x_LnD), -1, views, x_LnD.shape[-1])
+        return x_LnD.reshape(len(x_LnD), -1, views, x_LnD.shape[-1])
+
+    def grow(state: tuple[jax.Array, jax.Array], x_LBqD: jax.Array, kept_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         return collapse.grow_classes(*state, x_LBqD, kept_B)
 
     indices = np.sort(sample(len(source), images, config.seed))
@@ -274,7 +285,7 @@ def measure_lidar(
         batches = _plain_batches(config, source, indices, size)
     else:
         batches = _view_batches(augmented_views(config, source, indices, views), size)
-    (within_LDD, between_LXX), count = _stream(subject, step, state, batches, size)
+    (within_LDD, between_LXX), count = _stream(subject, encode, grow, state, batches, size)
     found = collapse.lidar(within_LDD, between_LXX, count, views, delta)
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
