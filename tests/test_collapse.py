@@ -98,6 +98,9 @@ def test_the_power_law_is_fitted_only_where_it_is_asked_to():
     assert float(alpha) == pytest.approx(1.5, rel=1e-4) and float(r2) == pytest.approx(1, abs=1e-4)
     assert float(collapse.power_law(broken, 1, 60)[0]) != pytest.approx(1.5, rel=0.1)
     assert np.isnan(collapse.power_law(broken, 11, 12)[0])
+    bent = np.exp(-rank / 20)  # on no line: what is found depends on the weights, 1 / rank
+    line = np.polyfit(np.log(rank[10:]), np.log(bent[10:]), 1, w=rank[10:] ** -0.5)
+    assert float(collapse.power_law(jnp.asarray(bent, jnp.float32), 11, 60)[0]) == pytest.approx(-line[0], rel=1e-4)
     found = collapse.of_features(with_spectrum([*np.arange(1.0, 31) ** -1.0, *[0.0] * 10]))
     assert found.alpha_range == (11, 30) and found.alpha_req == pytest.approx(1, rel=1e-3)
 
@@ -300,6 +303,9 @@ def test_views_are_drawn_by_the_training_augmentation():
     plain.data.crop_scale, plain.data.flip, plain.data.randaugment_layers = (1.0, 1.0), 0.0, 0
     for views, index in collapse_subject.augmented_views(plain, s.train, np.array([3, 5]), 3):
         assert all(np.array_equal(view, s.train.read(index)) for view in views)
+    plain.data.flip = 1.0
+    ((views, index),) = collapse_subject.augmented_views(plain, s.train, np.array([7]), 2)
+    np.testing.assert_array_equal(views, [s.train.read(index)[:, ::-1]] * 2)
     first, again = ([v for v, _ in collapse_subject.augmented_views(s.config, s.train, np.arange(4), 3)] for _ in "ab")
     np.testing.assert_array_equal(first, again)
     assert all(len({v.tobytes() for v in views}) == 3 for views in first)
