@@ -210,15 +210,19 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate)
-    with lock(workdir) as folder, contextlib.ExitStack() as stack:
-        return Run(config, folder, stack).run()
+    # From here on: an exception out of a signal during set-up can get lost in a library's callback.
+    with Interrupt() as interrupt, lock(workdir) as folder, contextlib.ExitStack() as stack:
+        ready = Run(config, folder, stack, interrupt)
+        if interrupt.signal is not None:
+            raise Interrupted(interrupt.signal, "before the first step")
+        return ready.run()
 
 
 class Run:
     """One process's run: what is open while the loop goes."""
 
-    def __init__(self, config: ConfigDict, folder: Path, stack: contextlib.ExitStack) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: ConfigDict, folder: Path, stack: contextlib.ExitStack, interrupt: Interrupt) -> None:
+        self.config, self.folder, self.interrupt = config, folder, interrupt
         self.mesh = sharding.make_mesh(config.batch_size, config.accumulate)
         source = data.open_split(config, "train")
         if source is None:
@@ -239,7 +243,6 @@ class Run:
                 f"{self.start}; ask for more, or choose another --workdir"
             )
         self.writer = stack.enter_context(metrics.Writer(folder, config, self.start))
-        self.interrupt = stack.enter_context(Interrupt())
         self.speed = Speed()
         self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)

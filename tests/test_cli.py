@@ -139,7 +139,10 @@ def test_a_signal_before_the_first_step_is_one_line(cli_env, tmp_path):
     while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    try:
+        _, stderr = process.communicate(timeout=200)
+    finally:
+        process.kill()  # a run that ignored the signal would go on after the tests
     assert process.returncode == 128 + signal.SIGINT, stderr[-2000:]
     assert "SIGINT" in stderr.splitlines()[-1] and "Traceback" not in stderr
 
