@@ -330,6 +330,15 @@ def test_figures_take_the_colours_of_the_page():
     assert "a$b" in escaped
 
 
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [("a", 0), ("a: 3", 0), ("_a", 0), ("_a, layer 2", 0), ("a, b", 1), ("a, b: 3", 1), ("ab", None), ("x: a", None),
+     ("", None), (r"c\$", 2), ("c$", None), ("_d", 3), ("__d", 3)],
+)  # fmt: skip
+def test_labels_say_whose_a_line_is(label, number):
+    assert svg.owner(label, ("a", "a, b", "c$", "_d")) == number
+
+
 def test_ids_of_two_equal_figures_differ():
     section = Section("One", "", tuple(Figure("same", plot()) for _ in range(2)))
     found = Page(page.render("t", {"r": "r"}, [section, section], {}))

@@ -20,9 +20,9 @@ PIXELS_PER_POINT = 96 / 72
 def element(figure: Figure, name: str, runs: Sequence[str], caption: str) -> tuple[str, float]:
     """Draws a figure.
 
-    Lines and collections whose label is the name of a run get the attribute ``data-run``, its number, so that the
-    page can hide it. Greys become mixtures of the page's ink and paper and the ten colours of the cycle variables of
-    the page; all other colours stay. The same figure gives the same text.
+    What is labelled as belonging to a run (:func:`owner`) gets the attribute ``data-run``, the run's number, so that
+    the page can hide it. Greys become mixtures of the page's ink and paper and the ten colours of the cycle variables
+    of the page; all other colours stay. The same figure gives the same text.
 
     Args:
       figure: drawn as it is, on no background.
@@ -33,9 +33,10 @@ def element(figure: Figure, name: str, runs: Sequence[str], caption: str) -> tup
     Returns:
       the text of the element, and its natural width in CSS pixels.
     """
-    numbers = {escape(run): number for number, run in enumerate(runs)}
-    for artist in figure.findobj(lambda a: a.get_label() in numbers):
-        artist.set_gid(f"{RUN}{numbers[str(artist.get_label())]}")
+    for artist in figure.findobj():
+        number = owner(str(artist.get_label()), runs)
+        if number is not None:
+            artist.set_gid(f"{RUN}{number}")
     out = io.StringIO()
     # Text stays text: small, searchable, and in the page's font. The salt makes ids a function of the figure.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "crate_jax"}):
@@ -50,6 +51,21 @@ def element(figure: Figure, name: str, runs: Sequence[str], caption: str) -> tup
     width = figure.get_figwidth() * 72 * PIXELS_PER_POINT
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": caption, "width": f"{width:.0f}"}
     return ElementTree.tostring(root, encoding="unicode"), width
+
+
+def owner(label: str, runs: Sequence[str]) -> int | None:
+    """The number of the run that a label names: ``NAME``, ``NAME: more`` or ``NAME, more``.
+
+    An underscore before it, which Matplotlib keeps out of legends, makes no difference.
+    """
+    texts = (label, label.removeprefix("_"))
+    found = [
+        (len(run), number)
+        for number, run in enumerate(runs)
+        for text in texts
+        if text == escape(run) or text.startswith((f"{escape(run)}:", f"{escape(run)},"))
+    ]
+    return max(found)[1] if found else None
 
 
 def escape(name: str) -> str:
