@@ -178,9 +178,10 @@ def _line(ax: Axes, values: np.ndarray, **style: Any) -> None:
 
 
 def _log_log(ax: Axes, title: str) -> None:
-    ax.set(xscale="log", yscale="log", xlabel="rank")
+    ax.set(xscale="log", yscale="log")
+    ax.set_xlabel("rank", fontsize=8)
     ax.set_title(title, fontsize=9)
-    ax.tick_params(labelsize=7)
+    ax.tick_params(which="both", labelsize=7)
 
 
 def _grid(count: int) -> tuple[Plot, list[Axes]]:
