@@ -243,6 +243,7 @@ class Run:
         self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
         self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
+        self.telemetry = self._telemetry() if config.whitebox.every else None
         decayed = optimizer.decayed(config, shapes)
         parameters.log_rules(shapes, decayed, self.objective.penalised)
 
@@ -270,6 +271,25 @@ class Run:
             log.info("encoder taken from %s", encoder.name)
             state = init(params)
         return state, 0, {}
+
+    def _telemetry(self) -> Callable[[Params], Scalars]:
+        """The objective's, of a few images that stay the same, which are split over the devices where they can be.
+
+        Raises:
+          ConfigError: the objective has none.
+        """
+        telemetry, images = self.objective.telemetry, self.config.whitebox.images
+        if telemetry is None:
+            raise ConfigError(
+                f"config.whitebox.every={self.config.whitebox.every}: only job 'pretrain' has white-box telemetry"
+            )
+        shown = self.evaluation.pictures(images)["image"]
+        whole = sharding.replicated(self.mesh)
+        rows = whole if len(shown) % self.mesh.size else sharding.split(self.mesh)
+        batch = {"image": jax.make_array_from_callback(shown.shape, rows, lambda index: shown[index])}
+        keys = jax.jit(lambda: jax.random.split(jax.random.key(self.config.seed), len(shown)), out_shardings=rows)()
+        measure = jax.jit(telemetry, out_shardings=whole)
+        return lambda params: measure(params, batch, keys)
 
     def run(self) -> dict[str, Any]:
         """The loop, then evaluation, pictures and the summary."""
@@ -318,7 +338,8 @@ class Run:
         save = last or step % every.save.every == 0 or self.interrupt.signal is not None
         evaluate = not last and every.evaluation.every and step % every.evaluation.every == 0
         draw = not last and every.log.pictures_every and step % every.log.pictures_every == 0
-        if not (save or evaluate or draw):
+        look = self.telemetry is not None and step % every.whitebox.every == 0
+        if not (save or evaluate or draw or look):
             return
         self._report(step, progress)
         if save:
@@ -330,6 +351,9 @@ class Run:
             self.writer.write(step, numbers(self.evaluation.scores(self.state.eval_params())))
         if draw:
             self._draw(step)
+        if look and self.telemetry is not None:
+            measured = jax.device_get(self.telemetry(self.state.eval_params()))
+            self.writer.write(step, {name: float(value) for name, value in measured.items()})
         self.speed.restart()
 
     def _report(self, step: int, progress: metrics.Progress) -> None:
