@@ -236,14 +236,10 @@ def build(config: ConfigDict, measures: Sequence[str] = MEASURES) -> Callable[..
     encoder: of its layer j against the input of the encoder's layer L - 1 - j, both counted from 0, for as
     many layers as both have. The keys draw the corruption.
     """
-    encoder = ENCODERS[config.encoder.name](config)
-    whole = autoencoder.build(config)
-    sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
+    features = _features(config)
 
     def measure(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array) -> dict[str, Layers]:
-        variables = {"params": params["encoder"]}
-        _, state = encoder.apply(variables, patches_BNP, Identity(), mutable=["intermediates"])
-        points = _points(state["intermediates"])
+        points, decoded, corruption = features(params, patches_BNP, keys_B)
         # Layer by layer, so that only one layer's Gram matrices are in memory.
         out = {
             "encoder": jax.lax.map(
@@ -251,24 +247,52 @@ def build(config: ConfigDict, measures: Sequence[str] = MEASURES) -> Callable[..
                 (points, params["encoder"]["blocks"]),
             )
         }
-        if "blocks" not in params.get("decoder", {}):
+        if decoded is None:
             return out
-        corruption = sample(keys_B)
-        trained = {"params": {name: params[name] for name in ("encoder", "decoder")}}
-        _, state = whole.apply(trained, patches_BNP, corruption, mutable=["intermediates"])
-        decoded = _points(state["intermediates"]["decoder"])
         out["decoder"] = jax.lax.map(
             lambda x: decoder_layer(x[0], x[1], config.decoder.heads), (decoded, params["decoder"]["blocks"])
         )
-        made = decoded["after_mssa" if "after_mssa" in decoded else "after_mlp"]
-        z_LBND, y_LBND = points["input"][::-1, :, 1:], made[:, :, 1:]
-        if z_LBND.shape[-1] == y_LBND.shape[-1]:
-            pairs = min(len(z_LBND), len(y_LBND))
-            errors = jax.lax.map(lambda x: inversion_error(x[0], x[1], corruption), (z_LBND[:pairs], y_LBND[:pairs]))
+        pairs = _pairs(points, decoded)
+        if pairs is not None:
+            errors = jax.lax.map(lambda x: inversion_error(x[0], x[1], corruption), pairs)
             out["decoder"] |= dict(zip(("inversion_error", "inversion_error_scaled"), errors, strict=True))
         return out
 
     return measure
+
+
+Points = dict[str, jax.Array]  # named point -> (L, B, 1 + N, D)
+
+
+def _features(config: ConfigDict) -> Callable[..., tuple[Points, Points | None, Corruption]]:
+    """(params, patches, keys) -> encoder's points of clean images, decoder's behind a corruption, the corruption."""
+    encoder = ENCODERS[config.encoder.name](config)
+    whole = autoencoder.build(config)
+    sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
+
+    def features(
+        params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array
+    ) -> tuple[Points, Points | None, Corruption]:
+        variables = {"params": params["encoder"]}
+        _, state = encoder.apply(variables, patches_BNP, Identity(), mutable=["intermediates"])
+        points, corruption = _points(state["intermediates"]), sample(keys_B)
+        if "blocks" not in params.get("decoder", {}):
+            return points, None, corruption
+        trained = {"params": {name: params[name] for name in ("encoder", "decoder")}}
+        _, state = whole.apply(trained, patches_BNP, corruption, mutable=["intermediates"])
+        return points, _points(state["intermediates"]["decoder"]), corruption
+
+    return features
+
+
+def _pairs(points: Points, decoded: Points) -> tuple[jax.Array, jax.Array] | None:
+    """What encoder layers L - 1, L - 2, .. were given and what decoder layers 0, 1, .. made of it, patch tokens."""
+    made = decoded["after_mssa" if "after_mssa" in decoded else "after_mlp"]
+    given = points["input"][::-1]
+    if given.shape[-1] != made.shape[-1]:
+        return None
+    count = min(len(given), len(made))
+    return given[:count, :, 1:], made[:count, :, 1:]
 
 
 def _points(intermediates: dict) -> dict[str, jax.Array]:
@@ -361,3 +385,64 @@ def over_images(
         key = jax.random.fold_in(jax.random.key(config.seed), i)
         spread.add(jax.device_get(measure(params, patches_BNP, jax.random.split(key, len(patches_BNP)))))
     return spread.result(), spread.images
+
+
+def linear_inversion_error(config: ConfigDict, params: dict[str, Any], batches: Iterable[np.ndarray]) -> np.ndarray:
+    """:func:`inversion_error` left by the best affine map of the decoder's features, one per layer.
+
+    The paper's layers are inverses of each other only up to what they learn (its V and E are free), so that
+    features may be there in other coordinates. What all images have at a place is taken off both (the mean of each
+    batch), or position alone would explain much. The map is fitted on every second batch, judged on the others.
+
+    Args:
+      config: valid; its seed draws the corruptions.
+      params: ``encoder`` and ``decoder``.
+      batches: patches (b, N, P) of normalised images, at least two batches of many images.
+
+    Returns:
+      |Z - A Y - c| / |Z - mean| by decoder layer, 1 where Y says nothing; empty where the two are not of one width.
+    """
+    features = _features(config)
+
+    @jax.jit
+    def moments(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array) -> jax.Array | None:
+        points, decoded, corruption = features(params, patches_BNP, keys_B)
+        pairs = None if decoded is None else _pairs(points, decoded)
+        if pairs is None:
+            return None
+
+        def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            # A column of ones is seen through I - P as well: the map's constant.
+            ones = jnp.ones((*pair[0].shape[:2], 1))
+            apart = [x.astype(jnp.float32) - jnp.mean(x.astype(jnp.float32), axis=0) for x in pair]
+            seen = [corruption.complement(x) for x in (*apart, ones)]
+            both = jnp.concatenate(seen, axis=-1)
+            return jnp.einsum("bnd,bne->de", both, both, precision=EXACT)
+
+        return jax.lax.map(one, pairs)
+
+    params, sums = jax.device_put(params), [np.zeros(()), np.zeros(())]
+    for i, patches_BNP in enumerate(batches):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), i), len(patches_BNP))
+        part = moments(params, patches_BNP, keys)
+        if part is None:
+            return np.zeros(0)
+        sums[i % 2] = sums[i % 2] + np.asarray(part, np.float64)
+    if not all(x.ndim for x in sums):
+        raise ValueError("linear_inversion_error: needs at least two batches")
+    return np.array([_left_by_map(fit, judge) for fit, judge in zip(*sums, strict=True)])
+
+
+def _left_by_map(fit: np.ndarray, judge: np.ndarray) -> float:
+    """Relative error of Z from (Y, 1), of second moments of (Z, Y, 1) of two sets; by ridge, just enough to solve."""
+    D = len(fit) // 2
+
+    def solve(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(inputs + 1e-6 * np.trace(inputs) / len(inputs) * np.eye(len(inputs)), targets)
+
+    def left(columns: slice) -> float:
+        weights = solve(fit[columns, columns], fit[columns, :D])
+        explained = 2 * np.sum(weights * judge[columns, :D]) - np.sum(weights * (judge[columns, columns] @ weights))
+        return float(np.trace(judge[:D, :D]) - explained)
+
+    return float(np.sqrt(max(left(slice(D, None)), 0.0) / left(slice(2 * D, None))))

@@ -29,7 +29,7 @@ from crate_jax.pretrain import normalise, reconstruct
 RATIOS = {
     "mask": ("mask_ratio", "{:.0%} removed"),
     "rop": ("rop_ratio", "{:.0%} kept"),
-    "noise": ("noise_std", "noise {:g}"),
+    "noise": ("noise_std", "{:g} of noise"),
 }
 
 
@@ -56,12 +56,13 @@ def reconstructions(
         changed, caption = config.copy_and_resolve_references(), "input"
         if name in RATIOS:
             key, text = RATIOS[name]
-            changed.corruption[key], caption = ratio, text.format(ratio)
+            caption = text.format(ratio)
+            changed.corruption[key] = ratio
         corruption = corruptions.sampler(changed, *autoencoder.patch_numbers(changed))(keys)
         original, seen, _, combined = jax.device_get(
             jax.jit(lambda p, x, c: reconstruct(config, apply, c, p, x))(params, patches_BNP, corruption)
         )
-        columns |= {"original": original, caption: seen, f"completed, {caption}": combined}
+        columns |= {"original": original, caption: seen, f"{caption.split()[0]}: completed": combined}
     return reconstruction_grid(columns)
 
 
@@ -80,7 +81,7 @@ def queries_and_keys(
     patches_BNP = patchify(normalise(jnp.asarray(images_uint8), config), config.encoder.patch_size)
     encoder, heads = ENCODERS[config.encoder.name](config), config.encoder.heads
     variables = {"params": params["encoder"]}
-    _, state = encoder.apply(variables, patches_BNP, Identity(), mutable=["intermediates"])  # type: ignore[misc]
+    _, state = encoder.apply(variables, patches_BNP, Identity(), mutable=["intermediates"])
     x_BND = state["intermediates"]["blocks"]["input"][0][block]
     weights = jax.tree.map(lambda x: x[block], params["encoder"]["blocks"])
 
@@ -183,20 +184,35 @@ def token_components(
     return colours, object_Bhw
 
 
-def components(config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray) -> np.ndarray:
+def components(
+    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, others_uint8: np.ndarray
+) -> np.ndarray:
     """Originals beside the colours of :func:`token_components`, for images of one class.
 
-    The tokens are U_k^T LN(Z) of all heads in the penultimate block, and the keys of a ViT.
+    The tokens are U_k^T LN(Z) of all heads in the penultimate block, and the keys of a ViT. The last column is of
+    tokens less what images in general have at the same place: position, which may outweigh all else.
+
+    Args:
+      config: valid.
+      params: ``encoder``.
+      images_uint8: (B, height, width, 3), of one class.
+      others_uint8: images of all classes, which tell what belongs to a place.
 
     Returns:
       uint8 (H, W, 3).
     """
-    _, key_BHNK = queries_and_keys(config, params, images_uint8, penultimate(config))
-    B, H, _, K = key_BHNK.shape
-    grid = grid_shape(config.data.image_size, config.encoder.patch_size)
-    tokens_BhwE = np.asarray(key_BHNK)[:, :, 1:].transpose(0, 2, 1, 3).reshape(B, *grid, H * K)
-    colours = _enlarge(token_components(tokens_BhwE)[0], config)
-    return reconstruction_grid({"original": images_uint8 / 255.0, "components 1-3 as red, green, blue": colours})
+    tokens, others = (_key_tokens(config, params, images) for images in (images_uint8, others_uint8))
+    columns = {"original": images_uint8 / 255.0}
+    for caption, tokens_BhwE in (("components", tokens), ("less position", tokens - others.mean(0))):
+        columns[caption] = _enlarge(token_components(tokens_BhwE)[0], config)
+    return reconstruction_grid(columns)
+
+
+def _key_tokens(config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray) -> np.ndarray:
+    """Keys of the penultimate block's patch tokens, (B, h, w, E)."""
+    key_BHNK = np.asarray(queries_and_keys(config, params, images_uint8, penultimate(config))[1])[:, :, 1:]
+    B = len(key_BHNK)
+    return key_BHNK.transpose(0, 2, 1, 3).reshape(B, *grid_shape(config.data.image_size, config.encoder.patch_size), -1)
 
 
 def _enlarge(cells_Bhw3: np.ndarray, config: ConfigDict) -> np.ndarray:
