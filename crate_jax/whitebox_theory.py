@@ -49,7 +49,7 @@ def draw(d: int, N: int, K: int, sigma: float, seed: int) -> Sample:
     bases = rotation.reshape(d, K, p).transpose(1, 0, 2)
     subspace = rng.integers(0, K, N)
     coordinates = rng.standard_normal((N, p)) / np.sqrt(p)
-    clean = np.einsum("ndp,np->dn", bases[subspace], coordinates)
+    clean = np.stack([bases[k] @ a for k, a in zip(subspace, coordinates, strict=True)], axis=1)
     return Sample(bases, clean, sigma / np.sqrt(d) * rng.standard_normal((d, N)), subspace)
 
 
@@ -106,21 +106,21 @@ def denoised(sample: Sample, sigma: float) -> np.ndarray:
     """E[x | z] of each token under the model, exactly: the step along the score (eq. A.33), (d, N)."""
     z, (d, p) = sample.observed, sample.bases.shape[1:]
     noise = sigma**2 / d
-    w = np.einsum("kdp,dn->knp", sample.bases, z)
-    inside = np.square(w).sum(-1)
+    w = sample.bases.transpose(0, 2, 1) @ z
+    inside = np.square(w).sum(1)
     # log N(z; 0, U_k U_k^T / p + noise I) up to what all k share
     logits = 0.5 * inside * (1 / noise - 1 / (noise + 1 / p))
     weights = np.exp(logits - logits.max(0))
     weights /= weights.sum(0)
-    return (1 / p) / (1 / p + noise) * np.einsum("kn,kdp,knp->dn", weights, sample.bases, w)
+    return (1 / p) / (1 / p + noise) * np.sum(sample.bases @ (weights[:, None] * w), axis=0)
 
 
 def outside(sample: Sample, z: np.ndarray) -> float:
     """Share of the noise energy outside each token's own subspace that is still there in `z`."""
 
     def energy(x: np.ndarray) -> float:
-        w = np.einsum("ndp,dn->np", sample.bases[sample.subspace], x)
-        return float(np.square(x).sum() - np.square(w).sum())
+        own = [np.square(basis.T @ x[:, sample.subspace == k]).sum() for k, basis in enumerate(sample.bases)]
+        return float(np.square(x).sum() - np.sum(own))
 
     return energy(z) / energy(sample.noise)
 
