@@ -175,6 +175,25 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
+def telemetry_of(
+    telemetry: Callable[..., Scalars], images: np.ndarray, seed: int, mesh: Mesh
+) -> Callable[[Params], Scalars]:
+    """An objective's telemetry as a function of the parameters, always of the same images and draws.
+
+    Args:
+      telemetry: see :class:`Objective`.
+      images: uint8 (b, H, W, 3), the same in every process; split over the devices where b can be.
+      seed: of the draws.
+      mesh: the devices.
+    """
+    whole = sharding.replicated(mesh)
+    rows = whole if len(images) % mesh.size else sharding.split(mesh)
+    batch = {"image": jax.make_array_from_callback(images.shape, rows, lambda index: images[index])}
+    keys = jax.jit(lambda: jax.random.split(jax.random.key(seed), len(images)), out_shardings=rows)()
+    measure = jax.jit(telemetry, out_shardings=whole)
+    return lambda params: measure(params, batch, keys)
+
+
 class Speed:
     """Images per second between log points, without the time that evaluations and saving take."""
 
@@ -273,23 +292,17 @@ class Run:
         return state, 0, {}
 
     def _telemetry(self) -> Callable[[Params], Scalars]:
-        """The objective's, of a few images that stay the same, which are split over the devices where they can be.
+        """The objective's, of a few images that stay the same.
 
         Raises:
           ConfigError: the objective has none.
         """
-        telemetry, images = self.objective.telemetry, self.config.whitebox.images
-        if telemetry is None:
+        if self.objective.telemetry is None:
             raise ConfigError(
-                f"config.whitebox.every={self.config.whitebox.every}: only job 'pretrain' has white-box telemetry"
+                f"config.whitebox.every={self.config.whitebox.every}: only job 'pretrain' has this; use 0"
             )
-        shown = self.evaluation.pictures(images)["image"]
-        whole = sharding.replicated(self.mesh)
-        rows = whole if len(shown) % self.mesh.size else sharding.split(self.mesh)
-        batch = {"image": jax.make_array_from_callback(shown.shape, rows, lambda index: shown[index])}
-        keys = jax.jit(lambda: jax.random.split(jax.random.key(self.config.seed), len(shown)), out_shardings=rows)()
-        measure = jax.jit(telemetry, out_shardings=whole)
-        return lambda params: measure(params, batch, keys)
+        images = self.evaluation.pictures(self.config.whitebox.images)["image"]
+        return telemetry_of(self.objective.telemetry, images, self.config.seed, self.mesh)
 
     def run(self) -> dict[str, Any]:
         """The loop, then evaluation, pictures and the summary."""

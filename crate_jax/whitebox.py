@@ -37,7 +37,8 @@ def log_det(gram_XNN: jax.Array) -> jax.Array:
     """Logarithm of det(I + G) of positive semi-definite matrices, (..., N, N) -> (...), float32.
 
     L D L^T in blocks of columns, which is Cholesky without the roots. In exact arithmetic no pivot of I + G is
-    below 1; where rounding makes one so, it is taken as 1, so that no G that is finite gives NaN.
+    below 1. One that rounding made so (eigenvalues from about 1e7 on, which dwarf the I) tells nothing any more:
+    it counts as 1, and its column as 0. NaN where G has NaN.
     """
     # Not jnp.linalg.cholesky: several LAPACK calls at once in one program wait for each other for ever on a CPU
     # with few threads (jaxlib 0.10), and a run must not stop for want of a measurement.
@@ -55,9 +56,12 @@ def log_det(gram_XNN: jax.Array) -> jax.Array:
         def column(j: jax.Array, panel_XNb: jax.Array) -> jax.Array:
             row_Xb = jax.lax.dynamic_index_in_dim(panel_XNb, first + j, axis=-2, keepdims=False)
             column_XN = jax.lax.dynamic_index_in_dim(panel_XNb, j, axis=-1, keepdims=False)
-            pivot_X1 = jnp.maximum(jax.lax.dynamic_index_in_dim(row_Xb, j, axis=-1), 1.0)
-            below_XN = jnp.where(rows > first + j, column_XN / pivot_X1, 0.0)
+            pivot_X1 = jax.lax.dynamic_index_in_dim(row_Xb, j, axis=-1)
+            lost_X1 = pivot_X1 < 1.0
+            kept_XN = jnp.where(lost_X1 & (rows > first + j), 0.0, column_XN)
+            below_XN = jnp.where(rows > first + j, kept_XN / jnp.where(lost_X1, 1.0, pivot_X1), 0.0)
             right_Xb = jnp.where(columns > j, row_Xb, 0.0)
+            panel_XNb = jax.lax.dynamic_update_index_in_dim(panel_XNb, kept_XN, j, axis=-1)
             return panel_XNb - below_XN[..., :, None] * right_Xb[..., None, :]
 
         panel_XNb = jax.lax.dynamic_slice_in_dim(schur_XNN, first, width, axis=-1)

@@ -160,7 +160,7 @@ def profile(subject: Subject, images: int) -> Profile:
                 out["decoder"]["inversion_error_linear"] = (left, None)
     for part, measures in whitebox.of_weights(subject.params, subject.config).items():
         out.setdefault(part, {}).update({m: (np.asarray(values, np.float64), None) for m, values in measures.items()})
-    return out
+    return {part: out[part] for part in ("encoder", "decoder") if part in out}
 
 
 def _batches(subject: Subject, source: data.Source, images: int) -> Iterator[np.ndarray]:

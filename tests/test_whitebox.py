@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
+from PIL import Image
 
 from crate_jax import (
     autoencoder,
@@ -73,11 +75,11 @@ def test_coding_rate_of_tokens_known_by_hand():
 
 def test_log_det_beyond_float32_is_finite_and_near():
     """Eigenvalues of 1e10 beside ones of 0, where Cholesky of I + G breaks down in float32."""
-    x = np.concatenate([1e5 * random(40, 1), random(40, 3, seed=1)], axis=1)
-    gram = x.astype(np.float64) @ x.T
-    assert np.isnan(np.asarray(jnp.linalg.cholesky(jnp.asarray(gram, jnp.float32) + jnp.eye(40)))).any()
-    value = float(whitebox.log_det(jnp.asarray(gram, jnp.float32)))
-    assert np.isfinite(value) and value >= np.log(1e10)
+    x = np.concatenate([1e4 * random(196, 48), random(196, 3, seed=1)], axis=1).astype(np.float64)
+    gram = jnp.asarray(x @ x.T, jnp.float32)
+    assert np.isnan(np.asarray(jnp.linalg.cholesky(gram + jnp.eye(196)))).any()
+    expected = np.linalg.slogdet(np.eye(51) + x.T @ x)[1]
+    assert float(whitebox.log_det(gram)) == pytest.approx(expected, rel=0.15)
 
 
 def test_a_diverged_layer_measures_as_nan():
@@ -155,6 +157,10 @@ def test_inversion_error_known_by_hand():
     assert float(whitebox.inversion_error(z, y, Identity())[0][0]) > 1.0
 
 
+def init(c):
+    return jax.device_get(jax.jit(lambda key: autoencoder.init_params(c, key))(jax.random.key(0)))
+
+
 def patches(c, images: int = 4, seed: int = 5):
     tokens, pixels = autoencoder.patch_numbers(c)
     return jax.random.normal(jax.random.key(seed), (images, tokens, pixels))
@@ -168,7 +174,7 @@ def measured(c, params, x, measures=whitebox.MEASURES):
 def test_all_layers_at_once_equal_layer_by_layer_in_float64():
     """The scanned blocks' points with the right layer's parameters, rates by the definition."""
     c = small()
-    params, x = autoencoder.init_params(c, jax.random.key(0)), patches(c)
+    params, x = init(c), patches(c)
     got = measured(c, params, x)["encoder"]
     _, state = ENCODERS["crate"](c).apply({"params": params["encoder"]}, x, Identity(), mutable=["intermediates"])
     points = jax.tree.map(np.asarray, state["intermediates"]["blocks"])
@@ -195,7 +201,7 @@ def test_all_layers_at_once_equal_layer_by_layer_in_float64():
 def test_decoder_layers_are_paired_with_encoder_layers_from_the_bottleneck():
     """Decoder layer j against what encoder layer L - 1 - j was given, at the removed patches."""
     c = small()
-    params, x = autoencoder.init_params(c, jax.random.key(0)), patches(c)
+    params, x = init(c), patches(c)
     got = measured(c, params, x)["decoder"]
     assert got["inversion_error"].shape == (2, 4)
     keys = jax.random.split(jax.random.key(1), len(x))
@@ -220,7 +226,7 @@ CASES = [
 
 @pytest.mark.parametrize(("c", "parts"), CASES, ids=[f"{c.encoder.name}-{c.decoder.name}" for c, _ in CASES])
 def test_telemetry_of_every_kind_of_model(c, parts):
-    params, x = autoencoder.init_params(c, jax.random.key(0)), patches(c)
+    params, x = init(c), patches(c)
     c = c.copy_and_resolve_references()
     c.whitebox.measure = "both"
     keys = jax.random.split(jax.random.key(1), len(x))
@@ -238,23 +244,28 @@ def test_telemetry_of_every_kind_of_model(c, parts):
 
 
 def test_training_is_the_same_with_telemetry(tmp_path):
-    """The weights to the bit; the numbers at their steps, on as many devices as there are."""
-    c = small()
-    c.save.every, c.log.every, c.log.tensorboard, c.log.pictures = 100, 2, False, 0
-    c.evaluation.train_images = c.evaluation.test_images = 16
+    """The weights to the bit; the numbers at their steps, of images split over the devices."""
+    c = small(depth=1)
+    for i in range(8):  # no labels: no classifiers to wait for
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(
+            tmp_path / f"images/{i}.png"
+        )
+    c.data.source = f"folder:{tmp_path / 'images'}"
+    c.decoder.depth, c.log.every, c.log.tensorboard, c.log.pictures = 1, 2, False, 0
     plain = train.run(c, str(tmp_path / "plain"))
     c.whitebox.every, c.whitebox.images = 2, 8
     looked = train.run(c, str(tmp_path / "looked"))
     assert looked["params_sha256"] == plain["params_sha256"]
     lines = [json.loads(line) for line in (tmp_path / "looked" / "metrics.jsonl").read_text().splitlines()]
-    steps = {line["step"]: line for line in lines if "whitebox/encoder/subspace_rate/03" in line}
+    steps = {line["step"]: line for line in lines if "whitebox/encoder/subspace_rate/01" in line}
     assert sorted(steps) == [2, 4]
-    assert steps[2]["whitebox/encoder/subspace_rate/03"] != steps[4]["whitebox/encoder/subspace_rate/03"]
+    assert steps[2]["whitebox/encoder/subspace_rate/01"] != steps[4]["whitebox/encoder/subspace_rate/01"]
 
 
 def test_batches_add_up_to_the_whole():
     c = small("vit", "linear")
-    params, x = autoencoder.init_params(c, jax.random.key(0)), np.asarray(patches(c, 10))
+    params, x = init(c), np.asarray(patches(c, 10))
     spread, count = whitebox.over_images(c, params, [x[:4], x[4:8], x[8:]])
     assert count == 10
     whole = measured(c, params, x)["encoder"]
@@ -283,14 +294,15 @@ def test_attention_map_shows_a_planted_patch(encoder):
     """Class token and one patch point one way, all others are zero: every head looks there."""
     c = small(encoder, "linear", positions="none", depth=1)
     c.data.mean, c.data.std = (0.0,) * 3, (1.0,) * 3
-    params = jax.device_get(autoencoder.init_params(c, jax.random.key(0)))
+    params = init(c)
     direction = random(16)
     embedding = params["encoder"]["embedding"]
     embedding["cls_token"] = direction[None, None]
     embedding["patch_embed"]["kernel"] = np.tile(direction / 48, (48, 1))
     if encoder == "vit":  # what CRATE does by itself: compare with what one is
-        kernel = params["encoder"]["blocks"]["attention"]["qkv"]["kernel"]
-        kernel[:, :, 16:32] = kernel[:, :, :16]
+        qkv = params["encoder"]["blocks"]["attention"]["qkv"]
+        query, _, value = np.split(qkv["kernel"], 3, axis=-1)
+        qkv["kernel"] = np.concatenate([query, query, value], axis=-1)
     images = np.zeros((2, 16, 16, 3), np.uint8)
     images[0, 4:8, 8:12], images[1, 12:, :4] = 255, 255
     maps = draw.class_attention(c, params, images)
@@ -347,7 +359,7 @@ def subjects():
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     out = []
     for name, c in (("white", small()), ("black", small("vit", "transformer", "drop"))):
-        params = jax.device_get(autoencoder.init_params(c, jax.random.key(0)))
+        params = init(c)
         out.append(Subject(name, c, params, None, data.open_split(c, "train"), data.open_split(c, "eval"), mesh))
     return out
 
@@ -355,8 +367,9 @@ def subjects():
 def drawn(figure) -> float:
     """How much of a figure is not its commonest colour."""
     if isinstance(figure.content, Plot):
-        figure.content.canvas.draw()
-        image = np.asarray(figure.content.canvas.buffer_rgba())[..., :3]
+        canvas = FigureCanvasAgg(figure.content)
+        canvas.draw()
+        image = np.asarray(canvas.buffer_rgba())[..., :3]
     else:
         image = figure.content
         assert image.dtype == np.uint8
@@ -412,7 +425,7 @@ def test_compression_gradient_is_the_rates():
     assert float(measure[0]) == pytest.approx(theory.rate(z, sample.bases, beta), rel=1e-5)
 
 
-@pytest.mark.parametrize(("d", "N", "K"), [(128, 32, 4), (256, 32, 4), (256, 64, 8)])
+@pytest.mark.parametrize(("d", "N", "K"), [(128, 32, 4), (256, 32, 4)])
 def test_theorem_3_holds_and_its_error_falls_with_the_noise(d, N, K):
     """Under the bound with a constant of 1, and in proportion to sigma where sigma is small (eq. A.47)."""
     outcomes = [theory.experiment(d, N, K, sigma) for sigma in (0.3, 0.1, 1e-2, 1e-3, 1e-4)]
@@ -426,7 +439,7 @@ def test_theorem_3_holds_and_its_error_falls_with_the_noise(d, N, K):
 def test_compression_leaves_noise_where_other_subspaces_hold_tokens():
     """Eq. A.116: N / d of the energy outside the own subspace stays as sigma falls; a denoiser leaves none."""
     for d, N in ((128, 32), (256, 32)):
-        outcomes = [theory.experiment(d, N, 4, 1e-4, seed) for seed in range(4)]
+        outcomes = [theory.experiment(d, N, 4, 1e-4, seed) for seed in range(3)]
         assert np.mean([x.compression for x in outcomes]) == pytest.approx(N / d, rel=0.1)
         assert max(abs(x.denoising) for x in outcomes) < 1e-6
 
