@@ -186,6 +186,11 @@ def base() -> ConfigDict:
     c.report = report = ConfigDict()
     report.sections = ()  # what it holds, names of crate_jax/report/job.py; (): everything
 
+    c.whitebox = whitebox = ConfigDict()  # pretrain: what each layer does, logged as whitebox/...
+    whitebox.every = 0  # steps; 0: off
+    whitebox.images = 16  # of the evaluation split, always the same ones
+    whitebox.measure = "paper"  # R^c of Z^{l+1/2}, patch tokens | released (the authors' script) | both
+
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
     save.keep = 3
@@ -286,12 +291,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "protocol.metric": ("top1", "mean_per_class", "miou"),
     "finetune.relative_bias": ("shared", "per_block"),
     "segment.head": ("linear", "upernet"),
+    "whitebox.measure": ("paper", "released", "both"),
 }
 POSITIVE = (
     "batch_size accumulate data.threads data.prefetch encoder.patch_size encoder.width encoder.depth encoder.heads "
     "encoder.expansion encoder.mlp_ratio encoder.final_eps decoder.heads evaluation.batch_size evaluation.knn_k "
     "evaluation.knn_temperature evaluation.probe_c penalty.iterations save.every save.keep log.every "
-    "optimizer.lr align.latents align.side"
+    "optimizer.lr align.latents align.side whitebox.images"
 ).split()
 NOT_NEGATIVE = (
     "steps epochs data.workers data.memory_mb data.randaugment_layers decoder.width decoder.depth "
@@ -299,7 +305,7 @@ NOT_NEGATIVE = (
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
     "evaluation.layer align.width align.noise finetune.head_init finetune.mixup finetune.cutmix "
-    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every"
+    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every whitebox.every"
 ).split()
 # (key, lowest, highest, lowest allowed?, highest allowed?)
 RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (

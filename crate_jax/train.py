@@ -175,6 +175,25 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
+def telemetry_of(
+    telemetry: Callable[..., Scalars], images: np.ndarray, seed: int, mesh: Mesh
+) -> Callable[[Params], Scalars]:
+    """An objective's telemetry as a function of the parameters, always of the same images and draws.
+
+    Args:
+      telemetry: see :class:`Objective`.
+      images: uint8 (b, H, W, 3), the same in every process; split over the devices where b can be.
+      seed: of the draws.
+      mesh: the devices.
+    """
+    whole = sharding.replicated(mesh)
+    rows = whole if len(images) % mesh.size else sharding.split(mesh)
+    batch = {"image": jax.make_array_from_callback(images.shape, rows, lambda index: images[index])}
+    keys = jax.jit(lambda: jax.random.split(jax.random.key(seed), len(images)), out_shardings=rows)()
+    measure = jax.jit(telemetry, out_shardings=whole)
+    return lambda params: measure(params, batch, keys)
+
+
 class Speed:
     """Images per second between log points, without the time that evaluations and saving take."""
 
@@ -247,6 +266,7 @@ class Run:
         self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
         self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
+        self.telemetry = self._telemetry() if config.whitebox.every else None
         decayed = optimizer.decayed(config, shapes)
         parameters.log_rules(shapes, decayed, self.objective.penalised)
 
@@ -293,6 +313,19 @@ class Run:
             raise ConfigError(
                 f"{self.folder} holds a run that started otherwise ({'; '.join(changed)}); choose another --workdir"
             )
+
+    def _telemetry(self) -> Callable[[Params], Scalars]:
+        """The objective's, of a few images that stay the same.
+
+        Raises:
+          ConfigError: the objective has none.
+        """
+        if self.objective.telemetry is None:
+            raise ConfigError(
+                f"config.whitebox.every={self.config.whitebox.every}: only job 'pretrain' has this; use 0"
+            )
+        images = self.evaluation.pictures(self.config.whitebox.images)["image"]
+        return telemetry_of(self.objective.telemetry, images, self.config.seed, self.mesh)
 
     def run(self) -> dict[str, Any]:
         """The loop, then evaluation, pictures and the summary."""
@@ -341,7 +374,8 @@ class Run:
         save = last or step % every.save.every == 0 or self.interrupt.signal is not None
         evaluate = not last and every.evaluation.every and step % every.evaluation.every == 0
         draw = not last and every.log.pictures_every and step % every.log.pictures_every == 0
-        if not (save or evaluate or draw):
+        look = self.telemetry is not None and step % every.whitebox.every == 0
+        if not (save or evaluate or draw or look):
             return
         self._report(step, progress)
         if save:
@@ -353,6 +387,9 @@ class Run:
             self.writer.write(step, numbers(self.evaluation.scores(self.state.eval_params())))
         if draw:
             self._draw(step)
+        if look and self.telemetry is not None:
+            measured = jax.device_get(self.telemetry(self.state.eval_params()))
+            self.writer.write(step, {name: float(value) for name, value in measured.items()})
         self.speed.restart()
 
     def _report(self, step: int, progress: metrics.Progress) -> None:

@@ -54,6 +54,7 @@ def steps(c, devices: int, count: int = 3):
     return losses, state, step
 
 
+CHOSEN = {"JAX_NUM_CPU_DEVICES": "4"}
 METHODS = [("crate", "mask", "srip"), ("vit", "rop", "so"), ("vit", "noise", "none")]
 
 
@@ -89,7 +90,14 @@ def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("env", "cores", "batch", "devices"),
-    [({}, 4, 8, 2), ({}, 8, 6, 3), ({}, 4, 7, 1), ({}, 2, 8, 1), ({}, 1, 8, 1), ({"JAX_NUM_CPU_DEVICES": "4"}, 2, 8, 4)],
+    [
+        ({}, 4, 8, 2),
+        ({}, 8, 6, 3),
+        ({}, 4, 7, 1),
+        ({}, 2, 8, 1),
+        ({}, 1, 8, 1),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, 2, 8, 4),
+    ],
     ids=["two per device", "fewer for the batch", "indivisible batch", "two cores", "one core", "chosen by the user"],
 )
 def test_cpu_devices_follow_the_cores_and_the_batch(env, cores, batch, devices):

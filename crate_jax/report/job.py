@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax import __version__, collapse_section, data, metrics, pretrained, sharding
+from crate_jax import __version__, collapse_section, data, metrics, pretrained, sharding, whitebox_section
 from crate_jax.alignment import section as alignment_section
 from crate_jax.config import base, flatten, validate
 from crate_jax.errors import ConfigError, DataError, UserError
@@ -44,6 +44,8 @@ class Analysis:
 SECTIONS: dict[str, Analysis] = {
     "overview": Analysis("Overview", summary_section.section, needs_images=False),
     "pictures": Analysis("Pictures", summary_section.pictures, needs_images=False),
+    "whitebox": Analysis("White box", whitebox_section.section),
+    "views": Analysis("What the encoder sees", whitebox_section.pictures_section),
     "collapse": Analysis("Collapse", collapse_section.section),
     "alignment": Analysis("Alignment", alignment_section.section),
 }
