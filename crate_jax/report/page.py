@@ -34,7 +34,7 @@ def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], mis
       sections: in their order.
       missing: title of a section that is left out -> why.
     """
-    names = tuple(runs)
+    names = tuple(runs) if len(runs) > 1 else ()  # to tell apart
     slugs = [f"s{i}-{_slug(s.title)}" for i, s in enumerate(sections)]
     parts = [_section(section, slug, names) for section, slug in zip(sections, slugs, strict=True)]
     links = "".join(
@@ -85,7 +85,7 @@ def _slug(text: str) -> str:
 
 
 def _chips(names: Sequence[str]) -> str:
-    if len(names) < 2:
+    if not names:
         return ""
     chips = "".join(
         f'<button type="button" aria-pressed="true" value="{i}" title="show or hide">'
@@ -142,12 +142,12 @@ def _table(table: Table, name: str, runs: Sequence[str]) -> str:
     columns = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
     numeric = [_is_numeric(cells) for cells in columns]
     # Hidden with its run: a row that names the run, or the column of the run.
-    owner = [f' data-run="{runs.index(c)}"' if len(runs) > 1 and c in runs else "" for c in table.columns]
+    owner = [f' data-run="{runs.index(c)}"' if c in runs else "" for c in table.columns]
     head = "".join(
         f'<th scope="col" aria-sort="none"{_class(n)}{o}><button type="button">{escape(c)}</button></th>'
         for c, n, o in zip(table.columns, numeric, owner, strict=True)
     )
-    at = table.columns.index("run") if "run" in table.columns and len(runs) > 1 else None
+    at = table.columns.index("run") if "run" in table.columns else None
     body = []
     for row in table.rows:
         mine = f' data-run="{runs.index(row[at])}"' if at is not None and row[at] in runs else ""
