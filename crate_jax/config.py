@@ -470,6 +470,10 @@ def _check_combinations(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.evaluation.layer={config.evaluation.layer}: the encoder has {encoder.depth} blocks (0: its output)"
         )
+    if config.whitebox.every and config.job in ("finetune", "segment"):
+        raise ConfigError(
+            f"config.whitebox.every={config.whitebox.every}: must be 0, only pre-training logs its layers"
+        )
     if config.penalty.name != "none" and not config.penalty.weight:
         raise ConfigError(
             f"config.penalty.weight=0: config.penalty.name={config.penalty.name!r} needs a weight above 0"

@@ -266,7 +266,10 @@ class Run:
         self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
         self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
-        self.telemetry = self._telemetry() if config.whitebox.every else None
+        self.telemetry = None
+        if config.whitebox.every and self.objective.telemetry is not None:
+            shown = self.evaluation.pictures(config.whitebox.images)["image"]
+            self.telemetry = telemetry_of(self.objective.telemetry, shown, config.seed, self.mesh)
         decayed = optimizer.decayed(config, shapes)
         parameters.log_rules(shapes, decayed, self.objective.penalised)
 
@@ -313,19 +316,6 @@ class Run:
             raise ConfigError(
                 f"{self.folder} holds a run that started otherwise ({'; '.join(changed)}); choose another --workdir"
             )
-
-    def _telemetry(self) -> Callable[[Params], Scalars]:
-        """The objective's, of a few images that stay the same.
-
-        Raises:
-          ConfigError: the objective has none.
-        """
-        if self.objective.telemetry is None:
-            raise ConfigError(
-                f"config.whitebox.every={self.config.whitebox.every}: only job 'pretrain' has this; use 0"
-            )
-        images = self.evaluation.pictures(self.config.whitebox.images)["image"]
-        return telemetry_of(self.objective.telemetry, images, self.config.seed, self.mesh)
 
     def run(self) -> dict[str, Any]:
         """The loop, then evaluation, pictures and the summary."""
