@@ -18,7 +18,7 @@ unexport JAX_PLATFORMS JAX_PLATFORM_NAME JAX_NUM_CPU_DEVICES JAX_ENABLE_X64 JAX_
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install install-test quickstart test test-slow lint format types ci lock clean
+.PHONY: help install install-test install-browser quickstart test test-slow lint format types ci lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -64,7 +64,15 @@ install: $(VENV)/.installed ## create the environment from the lock file
 
 install-test: $(VENV)/.installed-test ## the same plus the extra named test
 
-quickstart: $(VENV)/.installed ## pre-train on scikit-learn's digits; prints k-NN and probe accuracy and where the pictures are
+# Chromium of the system, else Debian's (as root), else the one that playwright downloads.
+install-browser: $(VENV)/.installed-test ## what the tests of the report's page need besides: playwright and a Chromium
+	@$(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check -c requirements-test.lock -e '.[browser]'
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } || \
+	  $(BIN)/python -m playwright install chromium
+
+quickstart: $(VENV)/.installed ## pre-train on scikit-learn's digits; prints k-NN and probe accuracy and where its report is
 	@$(BIN)/python -m crate_jax.main --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
 
 test: $(VENV)/.installed-test ## the quick tests

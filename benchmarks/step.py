@@ -4,7 +4,9 @@
 
 Prints one JSON object. `model_flops_per_image` counts the matrix products of encoder and decoder,
 forward and backward, from the traced program (recomputation by remat is not counted); the matmul
-peak is measured here, on this device, with a large square product of the same type.
+peak is measured here, on this device, with a large square product of the same type. With
+`--telemetry`, `telemetry_ms` is one call on config.whitebox.images images and `telemetry_share` what
+it adds to a step on average, once in config.whitebox.every steps.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from crate_jax import config as configs, optimizer, pretrain, sharding, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Images per step.", lower_bound=1)
+_TELEMETRY = flags.DEFINE_bool("telemetry", False, "Also time config.whitebox's telemetry, and its share of a step.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 
 
@@ -58,6 +62,28 @@ def matmul_flops(jaxpr: Any) -> int:
             if hasattr(inner, "eqns"):
                 total += repeats * matmul_flops(inner)
     return total
+
+
+def telemetry_cost(
+    config: ConfigDict, telemetry: Callable[..., Any], params: Any, mesh: Mesh, step_seconds: float
+) -> dict[str, Any]:
+    """Times one call, as the training loop makes it: images split over the devices, results on the host."""
+    shape = (config.whitebox.images, *config.data.image_size, 3)
+    images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    measure = train.telemetry_of(telemetry, images, config.seed, mesh)
+    jax.device_get(measure(params))
+    seconds = []
+    for _ in range(_STEPS.value):
+        start = time.perf_counter()
+        jax.device_get(measure(params))
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds)
+    return {
+        "telemetry_ms": round(median * 1e3, 2),
+        "telemetry_images": config.whitebox.images,
+        "telemetry_every": config.whitebox.every,
+        "telemetry_share": round(median / (config.whitebox.every * step_seconds), 5),
+    }
 
 
 def main(_: list[str]) -> None:
@@ -94,6 +120,11 @@ def main(_: list[str]) -> None:
         jax.block_until_ready(scalars)
         if i >= 2:
             seconds.append(time.perf_counter() - start)
+    telemetry: dict[str, Any] = {}
+    if _TELEMETRY.value:
+        if not config.whitebox.every or objective.telemetry is None:
+            raise app.UsageError("--telemetry needs --config.whitebox.every above 0 and a config of job pretrain")
+        telemetry = telemetry_cost(config, objective.telemetry, state.params, mesh, statistics.median(seconds))
     median = statistics.median(seconds)
     peak = matmul_peak(config.dtype, mesh)
     print(
@@ -110,6 +141,7 @@ def main(_: list[str]) -> None:
                 "fraction_of_peak": round(flops * config.batch_size / median / peak, 4),
                 "first_step_seconds": round(compile_seconds, 2),
                 "steps": _STEPS.value,
+                **telemetry,
             }
         )
     )

@@ -62,12 +62,13 @@ def get_config(arg: str | None = None):
 
     c.evaluation.pool = "cls"  # the paper classifies z_cls
     c.save.every = 1000
+    c.whitebox.every = 100
     if arg.debug:
         c.data.source, c.steps, c.epochs, c.batch_size = "synthetic", 4, 0.0, 8
         c.data.image_size, c.data.workers = (64, 64), 0
         c.encoder.width, c.encoder.depth, c.decoder.depth = width // 4, 2, 2
         c.encoder.heads = c.decoder.heads = 4
         c.dtype = "float32"
-        c.optimizer.warmup_epochs, c.log.every, c.save.every = 0.0, 2, 2
+        c.optimizer.warmup_epochs, c.log.every, c.save.every, c.whitebox.every = 0.0, 2, 2, 2
         c.evaluation.train_images = c.evaluation.test_images = 32
     return c

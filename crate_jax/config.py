@@ -33,7 +33,7 @@ def base() -> ConfigDict:
     c.batch_size = 256  # images per optimiser step, over all devices and micro-batches
     c.accumulate = 1  # micro-batches per optimiser step; same update, less memory
     c.init_from = ""  # workdir or weights file whose encoder starts this run
-    c.checkpoint = ""  # evaluate, finetune, segment: workdir or weights file of the encoder that is judged
+    c.checkpoint = ""  # workdir or weights file of the encoder that is judged; report: also several, A,B,C
     c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
     c.remat = False  # recompute each block in the backward pass: less memory, more time
 
@@ -174,6 +174,23 @@ def base() -> ConfigDict:
     sweep.values = ()  # its values; read as sweep["values"], for a ConfigDict has a method of that name
     sweep.seeds = 1  # runs per value, with the seeds seed, seed + 1, ...
 
+    c.align = align = ConfigDict()  # job align: alignment of reconstruction and labels, in closed form
+    align.width = 0  # k at which corruptions are compared; 0: the encoder's width
+    align.latents = 1024  # curves run from 1 to this k
+    align.patch_sizes = (1, 2, 4)  # mask: sides of the square patches, in pixels
+    align.mask_ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)  # removed shares
+    align.rop_ratios = (0.05, 0.1, 1 / 7, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75)  # kept shares, of the encoder's patches
+    align.noise = 1e-3  # added to the images, in units of their standard deviation: no direction is empty
+    align.side = 32  # larger images are shrunk to this at most, the encoder's grid of tokens kept
+
+    c.report = report = ConfigDict()
+    report.sections = ()  # what it holds, names of crate_jax/report/job.py; (): everything
+
+    c.whitebox = whitebox = ConfigDict()  # pretrain: what each layer does, logged as whitebox/...
+    whitebox.every = 0  # steps; 0: off
+    whitebox.images = 16  # of the evaluation split, always the same ones
+    whitebox.measure = "paper"  # R^c of Z^{l+1/2}, patch tokens | released (the authors' script) | both
+
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
     save.keep = 3
@@ -184,6 +201,7 @@ def base() -> ConfigDict:
     log.pictures_every = 0  # steps; 0: only at the end
     log.tensorboard = True  # needs tensorboardX
     log.wandb = ""  # project name; empty: off
+    log.report = True  # report.html at the end: curves, scores and pictures
     return c.lock()
 
 
@@ -273,20 +291,21 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "protocol.metric": ("top1", "mean_per_class", "miou"),
     "finetune.relative_bias": ("shared", "per_block"),
     "segment.head": ("linear", "upernet"),
+    "whitebox.measure": ("paper", "released", "both"),
 }
 POSITIVE = (
     "batch_size accumulate data.threads data.prefetch encoder.patch_size encoder.width encoder.depth encoder.heads "
     "encoder.expansion encoder.mlp_ratio encoder.final_eps decoder.heads evaluation.batch_size evaluation.knn_k "
     "evaluation.knn_temperature evaluation.probe_c penalty.iterations save.every save.keep log.every "
-    "optimizer.lr"
+    "optimizer.lr align.latents align.side whitebox.images"
 ).split()
 NOT_NEGATIVE = (
     "steps epochs data.workers data.memory_mb data.randaugment_layers decoder.width decoder.depth "
     "encoder.eta encoder.lam encoder.layer_scale corruption.paper_scale corruption.noise_std penalty.weight "
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
-    "evaluation.layer finetune.head_init finetune.mixup finetune.cutmix "
-    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every"
+    "evaluation.layer align.width align.noise finetune.head_init finetune.mixup finetune.cutmix "
+    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every whitebox.every"
 ).split()
 # (key, lowest, highest, lowest allowed?, highest allowed?)
 RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
@@ -357,6 +376,9 @@ def _check_values(flat: Mapping[str, Any]) -> None:
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != 3 or (key == "data.std" and min(flat[key]) <= 0):
             _fail(flat, key, "must be three numbers, one per channel" + (", all positive" if "std" in key else ""))
+    for key, low, high in (("align.mask_ratios", 0, 1), ("align.rop_ratios", 0, 1), ("align.patch_sizes", 0.5, 1e9)):
+        if not all(low < v < high for v in flat[key]):
+            _fail(flat, key, "must hold shares between 0 and 1" if high == 1 else "must hold positive numbers")
     for key in ("penalty.include", "penalty.exclude", "optimizer.decay_exclude"):
         for pattern in flat[key]:
             try:
@@ -408,7 +430,7 @@ def _check_sizes(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.batch_size={config.batch_size}: must be a multiple of config.accumulate={config.accumulate}"
         )
-    if config.job != "evaluate" and bool(config.steps) == bool(config.epochs):
+    if config.job not in ("evaluate", "align") and bool(config.steps) == bool(config.epochs):
         raise ConfigError(f"config.steps={config.steps}, config.epochs={config.epochs}: set exactly one of the two")
     if config.optimizer.warmup_steps and config.optimizer.warmup_epochs:
         raise ConfigError("config.optimizer: set warmup_steps or warmup_epochs, not both")
@@ -447,6 +469,10 @@ def _check_combinations(config: ConfigDict) -> None:
     if config.evaluation.layer > encoder.depth:
         raise ConfigError(
             f"config.evaluation.layer={config.evaluation.layer}: the encoder has {encoder.depth} blocks (0: its output)"
+        )
+    if config.whitebox.every and config.job in ("finetune", "segment"):
+        raise ConfigError(
+            f"config.whitebox.every={config.whitebox.every}: must be 0, only pre-training logs its layers"
         )
     if config.penalty.name != "none" and not config.penalty.weight:
         raise ConfigError(

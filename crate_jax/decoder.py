@@ -23,6 +23,8 @@ from crate_jax.patches import grid_shape, sincos_positions
 class CrateDecoderBlock(nn.Module):
     """g = E LN(y); g - MSSA(LN(g)) (arXiv 2404.02446, eq. 2.17); scanned over layers.
 
+    Named points: ``before_mssa`` (Y^{l+1/2}) and ``after_mssa`` (Y^{l+1}).
+
     Attributes:
       normalised: subtract from LN(g) instead of g, as the paper's Listing 3 has it.
     """
@@ -39,7 +41,11 @@ class CrateDecoderBlock(nn.Module):
         g = dense(y.shape[-1], "linear", self.dtype, bias=False, init=DICTIONARY_INIT)(y)
         normed = Norm(BLOCK_EPS, name="mssa_norm")(g)
         out = MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(normed)
-        return (normed if self.normalised else g) - out, None
+        stream = normed if self.normalised else g
+        self.sow("intermediates", "before_mssa", stream)
+        y = stream - out
+        self.sow("intermediates", "after_mssa", y)
+        return y, None
 
 
 class CrateDecoder(nn.Module):

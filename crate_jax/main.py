@@ -16,6 +16,7 @@ from absl import app, flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from crate_jax import sweep, train
+from crate_jax.alignment import job as align
 from crate_jax.errors import ConfigError, NonFiniteError, UserError
 from crate_jax.evals import finetune, job
 from crate_jax.interrupt import Interrupted
@@ -32,7 +33,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         for name in ("config", "workdir"):
-            if not flags.FLAGS[name].present:
+            if not flags.FLAGS[name].present and (name == "config" or flags.FLAGS.config.job != "report"):
                 raise ConfigError(f"--{name} is missing; usage: {__doc__.splitlines()[0]}")
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
@@ -75,6 +76,8 @@ def show_pretraining(summary: dict[str, Any]) -> None:
             print(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
     if summary["pictures"]:
         print(f"pictures: {summary['pictures']}")
+    if summary["report"]:
+        print(f"report: {summary['report']}")
 
 
 SHOWN = ("top1", "top5", "mean_per_class", "miou", "mean_accuracy", "pixel_accuracy")  # shares in 0..1
@@ -89,6 +92,8 @@ def show_evaluation(record: dict[str, Any]) -> None:
     for name, value in record.items():
         if isinstance(value, float) and name in SHOWN:
             print(f"{name:<20}{value:>8.1%}")
+    if record.get("report"):  # of a training run
+        print(f"report: {record['report']}")
 
 
 def show_sweep(result: dict[str, Any]) -> None:
@@ -104,13 +109,35 @@ def show_sweep(result: dict[str, Any]) -> None:
         raise NonFiniteError(f"the loss became NaN or infinite in {names}; all other runs are finished")
 
 
+def show_alignment(result: dict[str, Any]) -> None:
+    """Prints the answer of an alignment analysis."""
+    print(result["summary"])
+    print(f"table, figures and all curves: {result['folder']}")
+
+
+def run_report(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
+    """The job ``report``; imported here, since it alone draws, and drawing takes 0.3 s to import."""
+    from crate_jax.report import job as report
+
+    return report.run(config, workdir)
+
+
+def show_report(result: dict[str, Any]) -> None:
+    """Prints where the report is, and what is not in it."""
+    for title, why in result["left_out"].items():
+        print(f"left out: {title}: {why}")
+    print(f"report: {result['report']}")
+
+
 # job -> (what runs it, what prints its result)
-JOBS: dict[str, tuple[Callable[[ConfigDict, str], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
+JOBS: dict[str, tuple[Callable[[ConfigDict, Any], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
     "pretrain": (train.run, show_pretraining),
     "evaluate": (job.run, show_evaluation),
     "finetune": (finetune.run, show_evaluation),
     "segment": (finetune.run, show_evaluation),
     "sweep": (sweep.run, show_sweep),
+    "align": (align.run, show_alignment),
+    "report": (run_report, show_report),
 }
 
 
@@ -125,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
         if config.job not in JOBS:
             raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
         run, show = JOBS[config.job]
-        show(run(config, str(flags.FLAGS.workdir)))
+        show(run(config, flags.FLAGS.workdir))
     except Interrupted as e:
         print(f"{e}; the same command continues it", file=sys.stderr)
         return e.exit_code

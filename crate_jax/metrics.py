@@ -141,7 +141,7 @@ class JsonLines:
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as f:
                 kept = [line for line in f if start_step > 0 and _step_of(line) <= start_step]
-            _replace(path, "".join(kept))
+            write_text(path, "".join(kept))
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -211,7 +211,7 @@ class WeightsAndBiases:
         except wandb.Error as e:
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise ConfigError(f"config.log.wandb={config.log.wandb!r}: {reason}") from e
-        _replace(id_file, self._run.id + "\n")
+        write_text(id_file, self._run.id + "\n")
         # The x axis is a value of ours: W&B's own counter refuses to go back, and a resumed run repeats the steps since
         # its checkpoint, with the same values.
         self._run.define_metric("step")
@@ -328,7 +328,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
     NumPy numbers and arrays become plain ones; NaN and infinities become null. Call it in one process only.
     """
-    _replace(path, json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(obj: Any) -> Any:
@@ -343,8 +343,8 @@ def _plain(obj: Any) -> Any:
     return obj
 
 
-def _replace(path: str | os.PathLike[str], text: str) -> None:
-    """Replaces a file by a rename, after its contents have reached the disk."""
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replaces a file by a rename, after its contents have reached the disk. Call it in one process only."""
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)

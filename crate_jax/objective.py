@@ -32,6 +32,7 @@ class Objective:
       pictures: (params, batch, keys) -> one (b, H, W, 3) array in 0..1 per column; the batch is what the
         job's evaluation gives to look at.
       pictures_name: of their files.
+      telemetry: (params, batch, keys) -> scalars to log that say what the layers do; None: there are none.
     """
 
     inputs: tuple[str, ...]
@@ -44,3 +45,4 @@ class Objective:
     columns: tuple[str, ...] = ()
     pictures: Callable[[Params, Batch, jax.Array], tuple[jax.Array, ...]] | None = None
     pictures_name: str = "reconstruction"
+    telemetry: Callable[[Params, Batch, jax.Array], Scalars] | None = None

@@ -20,6 +20,7 @@ from crate_jax import (
     orthogonality,
     reconstruction,
     representation,
+    whitebox,
 )
 from crate_jax.objective import Batch, Objective, Params, Scalars
 from crate_jax.patches import patchify, unpatchify
@@ -66,6 +67,11 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Objective:
     def pictures(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, ...]:
         return reconstruct(config, apply, sample(keys_B), params, patches(batch["image"]))
 
+    measure = whitebox.telemetry(config)
+
+    def telemetry(params: Params, batch: Batch, keys_B: jax.Array) -> Scalars:
+        return measure(params, patches(batch["image"]), keys_B)
+
     return Objective(
         inputs=("image",),
         init=init,
@@ -76,6 +82,7 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Objective:
         features=features,
         columns=COLUMNS,
         pictures=pictures,
+        telemetry=telemetry,
     )
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crate_jax.corruption import Identity
+from crate_jax.corruption import Corruption, Identity
 from crate_jax.encoders import BLOCK_OUTPUTS, ENCODERS
 from crate_jax.patches import grid_shape
 
@@ -63,3 +63,22 @@ def block_maps(config: ConfigDict, blocks: Sequence[int]) -> Callable[..., tuple
         return tuple(x[:, 1:].reshape(x.shape[0], h, w, -1) for x in chosen)
 
     return maps
+
+
+def tokens_by_block(config: ConfigDict) -> Callable[..., jax.Array]:
+    """The function ({"encoder": parameters}, patches (B, N, P), corruption) -> tokens (L + 1, B, 1 + M, D).
+
+    After each block, and last those that :func:`build` pools: the encoder's output, or a block's again if
+    ``config.evaluation.layer`` names one.
+    """
+    encoder = ENCODERS[config.encoder.name](config)
+    layer = config.evaluation.layer
+
+    def tokens(params: dict[str, Any], patches_BNP: jax.Array, corruption: Corruption) -> jax.Array:
+        variables = {"params": params["encoder"]}
+        output, state = encoder.apply(variables, patches_BNP, corruption, mutable=["intermediates"])
+        tokens_LBND = state["intermediates"]["blocks"][BLOCK_OUTPUTS[config.encoder.name]][0]
+        last_BND = tokens_LBND[layer - 1] if layer else output
+        return jnp.concatenate([tokens_LBND, last_BND[None]])
+
+    return tokens

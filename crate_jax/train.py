@@ -180,6 +180,25 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
+def telemetry_of(
+    telemetry: Callable[..., Scalars], images: np.ndarray, seed: int, mesh: Mesh
+) -> Callable[[Params], Scalars]:
+    """An objective's telemetry as a function of the parameters, always of the same images and draws.
+
+    Args:
+      telemetry: see :class:`Objective`.
+      images: uint8 (b, H, W, 3), the same in every process; split over the devices where b can be.
+      seed: of the draws.
+      mesh: the devices.
+    """
+    whole = sharding.replicated(mesh)
+    rows = whole if len(images) % mesh.size else sharding.split(mesh)
+    batch = {"image": jax.make_array_from_callback(images.shape, rows, lambda index: images[index])}
+    keys = jax.jit(lambda: jax.random.split(jax.random.key(seed), len(images)), out_shardings=rows)()
+    measure = jax.jit(telemetry, out_shardings=whole)
+    return lambda params: measure(params, batch, keys)
+
+
 class Speed:
     """Images per second between log points, without the time that evaluations and saving take."""
 
@@ -252,6 +271,10 @@ class Run:
         self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
         self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
+        self.telemetry = None
+        if config.whitebox.every and self.objective.telemetry is not None:
+            shown = self.evaluation.pictures(config.whitebox.images)["image"]
+            self.telemetry = telemetry_of(self.objective.telemetry, shown, config.seed, self.mesh)
         decayed = optimizer.decayed(config, shapes)
         parameters.log_rules(shapes, decayed, self.objective.penalised)
 
@@ -348,7 +371,8 @@ class Run:
         save = last or step % every.save.every == 0 or self.interrupt.signal is not None
         evaluate = not last and every.evaluation.every and step % every.evaluation.every == 0
         draw = not last and every.log.pictures_every and step % every.log.pictures_every == 0
-        if not (save or evaluate or draw):
+        look = self.telemetry is not None and step % every.whitebox.every == 0
+        if not (save or evaluate or draw or look):
             return
         self._report(step, progress)
         if save:
@@ -360,6 +384,9 @@ class Run:
             self.writer.write(step, numbers(self.evaluation.scores(self.state.eval_params())))
         if draw:
             self._draw(step)
+        if look and self.telemetry is not None:
+            measured = jax.device_get(self.telemetry(self.state.eval_params()))
+            self.writer.write(step, {name: float(value) for name, value in measured.items()})
         self.speed.restart()
 
     def _report(self, step: int, progress: metrics.Progress) -> None:
@@ -430,4 +457,18 @@ class Run:
         }
         self.checkpoints.wait()
         metrics.write_json(self.folder / "summary.json", summary)
+        summary["report"] = self._write_report()  # of the summary, among others
+        metrics.write_json(self.folder / "summary.json", summary)
         return summary
+
+    def _write_report(self) -> str | None:
+        """Writes report.html; returns its path. A page that cannot be drawn is no reason to fail a run that is done."""
+        if not self.config.log.report or jax.process_index() != 0:
+            return None
+        try:
+            from crate_jax.report import job  # here: drawing takes 0.3 s to import
+
+            return job.of_training(self.folder, self.config, self.mesh)
+        except Exception as e:
+            log.warning("no report: %s: %s", type(e).__name__, e)
+            return None

@@ -33,7 +33,7 @@ ARGUMENTS = {
         "base=quickstart",
     ],
 }
-OF_A_CHECKPOINT = ("evaluate", "segment")  # these take the model's sizes from the checkpoint they are given
+OF_A_CHECKPOINT = ("evaluate", "segment", "align", "report")  # sizes are those of the checkpoint they are given
 
 
 def load(name: str, arg: str = ""):
@@ -135,6 +135,8 @@ BAD = [
     ({"data.max_undecodable": 2.0}, r"must lie in \[0, 1\]"),
     ({"penalty.include": ("(",)}, r"not a regular expression"),
     ({"log.every": 0}, r"must be greater than 0"),
+    ({"whitebox.measure": "both ways"}, r"config.whitebox.measure='both ways': must be one of paper, released, both"),
+    ({"whitebox.every": 10, "job": "finetune"}, r"config.whitebox.every=10: must be 0"),
     ({"data.image_size": (32.0, 32.0)}, r"config.data.image_size=.*whole numbers only"),
     ({"data.crop_scale": ("a", "b")}, r"config.data.crop_scale=.*numbers only"),
     ({"data.mean": (float("nan"), 0.0, 0.0)}, r"config.data.mean=.*must be finite"),

@@ -177,7 +177,7 @@ def test_white_box_points_have_their_names():
     variables = {"params": params["encoder"]}
     tokens, points = ENCODERS["crate"](c).apply(variables, patches(c), Identity(), mutable=["intermediates"])
     blocks = points["intermediates"]["blocks"]
-    assert sorted(blocks) == ["after_ista", "after_mssa"]
+    assert sorted(blocks) == ["after_ista", "after_mssa", "input"]
     assert blocks["after_ista"][0].shape == (2, 3, 7, 16)  # layers, images, tokens, width
     assert float(blocks["after_ista"][0].min()) == 0.0  # ReLU: a non-negative code
     assert tokens.shape == (3, 7, 16)

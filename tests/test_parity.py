@@ -21,7 +21,9 @@ def test_reference_numbers(path):
     assert gradients <= parity.GRADIENT_LIMIT
 
 
-@pytest.mark.parametrize("name", ["crate_mae_lambda0.1", "vit_mae", "ropim", "orthogonality", "crate_blocks_lambda0.1"])
+@pytest.mark.parametrize(
+    "name", ["crate_mae_lambda0.1", "vit_mae", "ropim", "orthogonality", "crate_blocks_lambda0.1", "alignment_digits"]
+)
 def test_a_wrong_number_fails(name, tmp_path):
     """An input off by one per cent: status 1."""
     with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as archive:

@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 
 TINY = {
     "steps": 4, "batch_size": 16, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2, "decoder.depth": 1,
-    "decoder.heads": 2, "log.pictures": 0, "log.tensorboard": False,
+    "decoder.heads": 2, "log.pictures": 0, "log.tensorboard": False, "log.report": False,
 }  # fmt: skip
 
 

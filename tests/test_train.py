@@ -87,21 +87,24 @@ def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
     chex.assert_trees_all_close(jax.device_get(state_one.params), jax.device_get(state_eight.params), atol=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a process bound to given cores")
 @pytest.mark.parametrize(
-    ("env", "batch", "devices"),
-    [({}, 8, 2), ({}, 7, 1), ({"JAX_NUM_CPU_DEVICES": "4"}, 8, 4)],
-    ids=["a device per core", "indivisible batch", "chosen by the user"],
+    ("env", "cores", "batch", "devices"),
+    [
+        ({}, 4, 8, 4),
+        ({}, 8, 6, 6),
+        ({}, 4, 7, 1),
+        ({}, 2, 8, 2),
+        ({}, 1, 8, 1),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, 2, 8, 4),
+    ],
+    ids=["four cores", "fewer for the batch", "indivisible batch", "two cores", "one core", "chosen by the user"],
 )
-def test_cpu_devices_follow_the_cores_and_the_batch(env, batch, devices):
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    if len(cores) < 2:
-        pytest.skip("needs two cores")
+def test_cpu_devices_follow_the_cores_and_the_batch(env, cores, batch, devices):
     program = (
-        f"import os; os.sched_setaffinity(0, {cores})\n"
+        f"import os; os.sched_getaffinity = lambda pid: set(range({cores}))\n"
         "import jax; from crate_jax import sharding\n"
         f"sharding.use_cpu_cores({batch}, 1); print(jax.device_count())\n"
-        f"sharding.use_cpu_cores({3 * batch}, 1); print(jax.device_count())"
+        f"sharding.use_cpu_cores({5 * batch}, 1); print(jax.device_count())"
     )
     inherited = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "NPROC")}
     out = subprocess.run(

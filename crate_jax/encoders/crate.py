@@ -1,9 +1,9 @@
 """The CRATE encoder (arXiv 2404.02446, eqs. 2.6-2.14): each block compresses, then sparsifies.
 
 The maths stands in plain functions (:func:`mssa`, :func:`ista`, :func:`ista_overcomplete`); the
-modules only create and name parameters. Intermediate tokens pass through named points,
-``after_mssa`` (Z^{l+1/2}) and ``after_ista`` (Z^{l+1}), which cost nothing unless asked for with
-``mutable=["intermediates"]``.
+modules only create and name parameters. Intermediate tokens pass through named points, ``input``
+(Z^l), ``after_mssa`` (Z^{l+1/2}) and ``after_ista`` (Z^{l+1}), and ``code`` where the dictionary is
+over-complete. They cost nothing unless asked for with ``mutable=["intermediates"]``.
 
 Shapes: B batch, N tokens (class token included), D width, H heads, K head width, E = H * K,
 A dictionary atoms, L layers.
@@ -135,25 +135,21 @@ def _ista_backward(
 ista.defvjp(_ista_forward, _ista_backward)
 
 
-def ista_overcomplete(
-    x_BND: jax.Array, dictionary_AD: jax.Array, back_AD: jax.Array, eta: float, lam: float
-) -> jax.Array:
-    """Two ISTA steps from z = 0 in an over-complete dictionary, and back (CRATE-alpha).
+def ista_overcomplete(x_BND: jax.Array, dictionary_AD: jax.Array, eta: float, lam: float) -> jax.Array:
+    """Two ISTA steps from z = 0 in an over-complete dictionary (CRATE-alpha).
 
     Args:
       x_BND: tokens.
       dictionary_AD: atoms as rows; ``z @ dictionary_AD`` is D z.
-      back_AD: the second dictionary, which takes the code back to width D.
       eta: step size.
       lam: sparsity weight.
 
     Returns:
-      (B, N, D), to be added to the residual stream.
+      the code (B, N, A), which a second dictionary takes back to the residual stream.
     """
     atoms = dictionary_AD.astype(x_BND.dtype)
     z_BNA = jax.nn.relu(eta * (x_BND @ atoms.T) - eta * lam)
-    z_BNA = jax.nn.relu(z_BNA + eta * ((x_BND - z_BNA @ atoms) @ atoms.T) - eta * lam)
-    return z_BNA @ back_AD.astype(x_BND.dtype)
+    return jax.nn.relu(z_BNA + eta * ((x_BND - z_BNA @ atoms) @ atoms.T) - eta * lam)
 
 
 class Kernel(nn.Module):
@@ -199,6 +195,7 @@ class CrateBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One layer; the second argument and result are what `nn.scan` threads through."""
+        self.sow("intermediates", "input", x_BND)
         x = x_BND + MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(
             Norm(BLOCK_EPS, name="mssa_norm")(x_BND)
         )
@@ -209,7 +206,9 @@ class CrateBlock(nn.Module):
             shape = (self.expansion * D, D)
             dictionary = Kernel(shape, DICTIONARY_INIT, name="dictionary")()
             back = Kernel(shape, DICTIONARY_INIT, name="back")()
-            x = x + ista_overcomplete(y, dictionary, back, self.eta, self.lam)
+            code = ista_overcomplete(y, dictionary, self.eta, self.lam)
+            self.sow("intermediates", "code", code)
+            x = x + code @ back.astype(code.dtype)
         else:
             dictionary = Kernel((D, D), DICTIONARY_INIT, name="dictionary")()
             x = ista(y, dictionary, self.eta, self.lam)

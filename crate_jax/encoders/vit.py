@@ -79,6 +79,7 @@ class ViTBlock(nn.Module):
                 y_BND = y_BND * self.param(f"layer_scale_{index + 1}", constant, (D,), jnp.float32).astype(y_BND.dtype)
             return y_BND if scales_2B is None else y_BND * scales_2B[index][:, None, None].astype(y_BND.dtype)
 
+        self.sow("intermediates", "input", x_BND)
         y = SelfAttention(self.heads, self.qkv_bias, self.initializer, self.dtype, name="attention")(
             Norm(name="attention_norm")(x_BND), bias_BHNN
         )
@@ -86,7 +87,9 @@ class ViTBlock(nn.Module):
         self.sow("intermediates", "after_attention", x)
         y = Norm(name="mlp_norm")(x)
         y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=INITIALIZERS[self.initializer])(y)
-        y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer])(jax.nn.gelu(y, approximate=False))
+        y = jax.nn.gelu(y, approximate=False)
+        self.sow("intermediates", "mlp_hidden", y)
+        y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer])(y)
         x = x + branch(y, 1)
         self.sow("intermediates", "after_mlp", x)
         return x, None

@@ -1,4 +1,4 @@
-"""k-NN and linear probe of an encoder's frozen features, during and after training."""
+"""k-NN, linear probe and collapse measures of an encoder's frozen features, during and after training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from crate_jax import data, sharding
+from crate_jax import collapse, data, sharding
 from crate_jax.errors import DataError
 from crate_jax.evals import evaluate
 from crate_jax.evals.features import extract
@@ -40,8 +40,29 @@ def sample(count: int, limit: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)[: limit or count]
 
 
+def collapse_scores(features: np.ndarray) -> dict[str, float]:
+    """What is logged of :class:`crate_jax.collapse.Measures` of features (n, D).
+
+    ``rankme``; ``rankme_limit``, the most it can be, min(n, D); ``alpha_req``, left out where it cannot be fitted;
+    ``off_diagonal``. Warns where n <= D; {} for a single row.
+
+    Raises:
+      NonFiniteError: a feature is NaN or infinite.
+    """
+    if len(features) < 2:
+        return {}
+    found = collapse.of_features(features)
+    if found.rank_limited:
+        log.warning("rankme, alpha_req: %s (config.evaluation.train_images)", found.warnings[0])
+    scores = {"rankme": found.rankme, "rankme_limit": float(min(found.rows, found.width))}
+    alpha = {} if found.alpha_req is None else {"alpha_req": found.alpha_req}
+    return {**scores, **alpha, "off_diagonal": found.off_diagonal}
+
+
 class FrozenEvaluation:
     """Classifiers on frozen features of a fixed, seeded sample of the labelled splits.
+
+    Of the features that they are fitted on, also how many dimensions are used (:func:`collapse_scores`).
 
     Args:
       config: the whole config; reads config.data, config.evaluation and the seed.
@@ -77,16 +98,20 @@ class FrozenEvaluation:
             out += [np.concatenate(part) for part in zip(*chunks, strict=True)]
         return out
 
-    def _score(self, apply: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+    def _score(self, apply: Callable[[np.ndarray], np.ndarray], collapsed: bool) -> dict[str, float]:
         if self._splits is None:
             return {}
         train_x, train_y, test_x, test_y = self._encode(apply)
-        return evaluate(train_x, train_y, test_x, test_y, self._classes, self._config.evaluation)
+        scores = evaluate(train_x, train_y, test_x, test_y, self._classes, self._config.evaluation)
+        return {**scores, **(collapse_scores(train_x) if collapsed else {})}
 
     def scores(self, params: dict) -> dict[str, float]:
-        """``{"knn_top1": .., "probe_top1": ..}`` of an encoder, shares in 0..1; {} without labels."""
+        """``{"knn_top1": .., "probe_top1": .., "rankme": ..}`` of an encoder; {} without labels.
+
+        The first two are shares in 0..1; for the others see :func:`collapse_scores`.
+        """
         size, place = self._config.evaluation.batch_size, sharding.split(self._mesh)
-        return self._score(lambda images: extract(lambda x: self._features(params, x), images, size, place))
+        return self._score(lambda images: extract(lambda x: self._features(params, x), images, size, place), True)
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float | None]:
         """:meth:`scores`, the same of the untrained encoder and of raw pixels; None where there are no labels."""
@@ -97,8 +122,8 @@ class FrozenEvaluation:
         return {**self.scores(params), **named}
 
     def pixel_scores(self) -> dict[str, float]:
-        """The same for the pixels themselves (:func:`pixel_rows`), the baseline that any encoder should beat."""
-        return self._score(pixel_rows)
+        """k-NN and probe of the pixels themselves (:func:`pixel_rows`), the baseline that any encoder should beat."""
+        return self._score(pixel_rows, False)
 
     def pictures(self, count: int) -> dict[str, np.ndarray]:
         """A batch of `count` images to look at, uint8 (count, H, W, 3), always the same ones."""

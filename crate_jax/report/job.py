@@ -1,0 +1,245 @@
+"""The job ``report``: one or several checkpoints in, ``report.html`` and ``report.json`` out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from crate_jax import __version__, collapse_section, data, metrics, pretrained, sharding, whitebox_section
+from crate_jax.alignment import section as alignment_section
+from crate_jax.config import base, flatten, validate
+from crate_jax.errors import ConfigError, DataError, UserError
+from crate_jax.report import page, summary_section
+from crate_jax.report.section import Section, Subject
+from crate_jax.workdir import lock
+
+log = logging.getLogger(__name__)
+
+HTML, JSON = "report.html", "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """A section that can be had.
+
+    Attributes:
+      title: of the section, for the case that there is none.
+      run: subjects -> section; a UserError says why there is none.
+      needs_images: it is given only subjects whose images can be read.
+    """
+
+    title: str
+    run: Callable[[Sequence[Subject]], Section]
+    needs_images: bool = True
+
+
+# In the order of the page.
+SECTIONS: dict[str, Analysis] = {
+    "overview": Analysis("Overview", summary_section.section, needs_images=False),
+    "pictures": Analysis("Pictures", summary_section.pictures, needs_images=False),
+    "whitebox": Analysis("White box", whitebox_section.section),
+    "views": Analysis("What the encoder sees", whitebox_section.pictures_section),
+    "collapse": Analysis("Collapse", collapse_section.section),
+    "alignment": Analysis("Alignment", alignment_section.section),
+}
+
+# The sections of a config that say what a run is; analyses' own options are the report's.
+OF_THE_RUN = (
+    "seed", "steps", "epochs", "batch_size", "accumulate", "dtype", "remat", "init_from", "data", "encoder", "decoder",
+    "corruption", "loss", "penalty", "optimizer", "evaluation", "finetune", "segment",
+)  # fmt: skip
+OF_THE_DATA = ("source", "data_dir", "train_split", "eval_split")  # of the report's, if it names a source
+
+
+def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
+    """Writes the report of `config.checkpoint`; returns where, and which sections are missing why.
+
+    Args:
+      config: the report's own.
+      workdir: where the two files go; None: to the run, if there is but one.
+
+    Raises:
+      UserError: a checkpoint cannot be read, or another thing that a user can mend, in one line.
+    """
+    chosen = _chosen(config)
+    paths = split(config.checkpoint)
+    if not workdir:
+        if len(paths) > 1 or Path(paths[0]).expanduser().is_file():
+            raise ConfigError("--workdir is missing: it says where the report of several runs, or of a file, goes")
+        workdir = str(_home(paths[0]))
+    sharding.use_cpu_cores(config.evaluation.batch_size, 1)
+    loaded = [pretrained.load(path, "config.checkpoint") for path in paths]
+    mesh = sharding.make_mesh(jax.device_count(), 1)
+    missing: dict[str, str] = {}
+    subjects = []
+    for path, name, encoder in zip(paths, names(paths), loaded, strict=True):
+        full = resolve(config, encoder.config)
+        train: data.Source | None = None
+        test: data.Source | None = None
+        try:
+            train, test = _open(full)
+        except UserError as e:
+            missing[f"what needs the images of {name}"] = str(e)
+            log.warning("%s: its images cannot be read: %s", name, e)
+        home = _home(path) if Path(path).expanduser().is_dir() else None
+        subjects.append(Subject(name, full, encoder.params, home, train, test, mesh))
+    with lock(workdir) as folder:
+        sections, left_out = analyse(subjects, chosen)
+        origin = {s.name: encoder.name for s, encoder in zip(subjects, loaded, strict=True)}
+        return write(folder, origin, sections, missing | left_out)
+
+
+def split(checkpoint: str) -> list[str]:
+    """The checkpoints that a comma-separated text names; a path that exists may have commas of its own.
+
+    Raises:
+      ConfigError: one is empty, or stands there twice.
+    """
+    parts, paths = checkpoint.split(","), []
+    while parts:
+        joined = [",".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        path = next((p for p in joined if p and Path(p).expanduser().exists()), parts[0])
+        parts = parts[path.count(",") + 1 :]
+        paths.append(path)
+    for path in paths:
+        if not path:
+            raise ConfigError(
+                f"config.checkpoint={checkpoint!r}: must name the workdirs of runs or files of weights, separated by "
+                "commas"
+            )
+        if paths.count(path) > 1:
+            raise ConfigError(f"config.checkpoint={checkpoint!r}: {path} stands there twice")
+    return paths
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many parts as tell them apart."""
+    whole = [_home(path).parts for path in paths]
+    for depth in range(1, max(map(len, whole)) + 1):
+        short = ["/".join(parts[-depth:]) for parts in whole]
+        if len(set(short)) == len(short):
+            return short
+    raise ConfigError(f"config.checkpoint: {' and '.join(paths)} are the same run")
+
+
+def _home(path: str) -> Path:
+    """The run's folder, also if its checkpoints were named."""
+    whole = Path(path).expanduser().absolute()
+    is_inside = whole.name == "checkpoints" and whole.is_dir()
+    return whole.parent if is_inside else whole
+
+
+def _chosen(config: ConfigDict) -> list[str]:
+    unknown = [name for name in config.report.sections if name not in SECTIONS]
+    if unknown:
+        raise ConfigError(f"config.report.sections: unknown {unknown[0]!r}; must be of {', '.join(SECTIONS)}")
+    return [name for name in SECTIONS if name in (config.report.sections or SECTIONS)]
+
+
+def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
+    """The run's own config, with the report's options of analyses and, where the report names any, its data.
+
+    Keys that `saved` lacks have their defaults, keys that are no more are left out.
+
+    Raises:
+      ConfigError: it is not valid.
+    """
+    full, known = base(), flatten(base())
+    for key, value in flatten(config).items():
+        if key in known and key.partition(".")[0] not in OF_THE_RUN:
+            _set(full, key, value)
+    for key, value in flatten(saved).items():
+        if key in known and key.partition(".")[0] in OF_THE_RUN:
+            _set(full, key, value)
+    if config.data.source:
+        for key in OF_THE_DATA:
+            full.data[key] = config.data[key]
+    full.job = saved.get("job", "evaluate")
+    if not (full.steps or full.epochs):  # a file of weights: it was not trained by us
+        full.job = "evaluate"
+    if "decoder" not in saved:
+        full.decoder.name, full.corruption.name = "linear", "none"
+    validate(full)
+    return full
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    *section, leaf = key.split(".")
+    target = config[section[0]] if section else config
+    target[leaf] = tuple(value) if isinstance(value, list) else value
+
+
+def _open(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
+    """Both splits.
+
+    Raises:
+      UserError: the data cannot be found, or are no images with at most one label each.
+    """
+    if config.job == "segment":
+        raise DataError("the run was trained on images with masks; --config.data.source can name images to look at")
+    train = data.open_split(config, "train")
+    if train is None:
+        raise DataError(f"config.data.source={config.data.source!r}: has no training split")
+    return train, data.open_split(config, "eval")
+
+
+def analyse(subjects: Sequence[Subject], chosen: Sequence[str]) -> tuple[list[Section], dict[str, str]]:
+    """The sections, and for each that there is none of, why."""
+    sections, missing = [], {}
+    for name in chosen:
+        analysis = SECTIONS[name]
+        usable = [s for s in subjects if s.train is not None or not analysis.needs_images]
+        if not usable:
+            missing[analysis.title] = "there are no images to look at"
+            continue
+        if analysis.needs_images:
+            log.info("%s ...", analysis.title)
+        try:
+            sections.append(analysis.run(usable))
+        except UserError as e:
+            missing[analysis.title] = str(e)
+    return sections, missing
+
+
+def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], missing: dict[str, str]) -> dict[str, Any]:
+    """Writes both files, each whole or not at all; returns their paths and `missing`.
+
+    Args:
+      folder: exists.
+      origin: name of a run -> where it is from.
+      sections: of the page.
+      missing: title -> why.
+    """
+    title = next(iter(origin)) if len(origin) == 1 else f"{len(origin)} runs compared"
+    html = page.render(title, origin, sections, missing)
+    numbers = {
+        "crate_jax": __version__,
+        "runs": origin,
+        "sections": [
+            {
+                "title": s.title,
+                "numbers": s.numbers,
+                "tables": [{"caption": t.caption, "columns": t.columns, "rows": t.rows} for t in s.tables],
+            }
+            for s in sections
+        ],
+        "left_out": missing,
+    }
+    if jax.process_index() == 0:
+        metrics.write_json(folder / JSON, numbers)
+        metrics.write_text(folder / HTML, html)
+    return {"report": str(folder / HTML), "json": str(folder / JSON), "left_out": missing}
+
+
+def of_training(folder: Path, config: ConfigDict, mesh: Mesh) -> str:
+    """The small report at the end of training: what the run has logged, nothing computed; returns its path."""
+    subject = Subject(folder.name, config, {}, folder, None, None, mesh)
+    sections, _ = analyse([subject], [name for name, a in SECTIONS.items() if not a.needs_images])
+    return write(folder, {folder.name: folder.name}, sections, {})["report"]

@@ -1,0 +1,70 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  root.classList.add("script");
+
+  // What sticks below the header, and where links lead to, depends on how many lines it takes.
+  const top = document.querySelector(".top");
+  new ResizeObserver(() => root.style.setProperty("--top", `${top.offsetHeight}px`)).observe(top);
+
+  // Theme: the system's until the button is pressed, then the reader's choice where the browser keeps it.
+  const button = document.getElementById("theme");
+  const themes = ["system", "light", "dark"];
+  const kept = () => { try { return localStorage.getItem("crate-jax-theme"); } catch { return null; } };
+  const keep = (theme) => { try { localStorage.setItem("crate-jax-theme", theme); } catch { /* not allowed to */ } };
+  const show = (theme) => {
+    if (theme === "system") root.removeAttribute("data-theme"); else root.dataset.theme = theme;
+    button.textContent = `Theme: ${theme}`;
+  };
+  let theme = themes.includes(kept()) ? kept() : "system";
+  show(theme);
+  button.addEventListener("click", () => {
+    theme = themes[(themes.indexOf(theme) + 1) % themes.length];
+    keep(theme);
+    show(theme);
+  });
+
+  // Sorting. A cell with a number has it in data-number, whole; empty cells stay at the end.
+  const compare = (a, b) => {
+    const [x, y] = [a.dataset.number, b.dataset.number];
+    if (x !== undefined && y !== undefined) return Number(x) - Number(y);
+    if (x !== undefined || y !== undefined) return x !== undefined ? -1 : 1;
+    return a.textContent.localeCompare(b.textContent, undefined, { numeric: true });
+  };
+  for (const table of document.querySelectorAll("table")) {
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      heads.forEach((other) => other.setAttribute("aria-sort", "none"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const rows = [...table.tBodies[0].rows].sort((r, s) => {
+        const [a, b] = [r.cells[column], s.cells[column]];
+        const [noA, noB] = ["empty" in a.dataset, "empty" in b.dataset];
+        if (noA || noB) return noA - noB;
+        return down ? compare(b, a) : compare(a, b);
+      });
+      table.tBodies[0].append(...rows);
+    }));
+  }
+
+  // Comparison: what belongs to a run is shown or not. Cells, rows and lines carry its number.
+  for (const chip of document.querySelectorAll(".runs button")) {
+    chip.addEventListener("click", () => {
+      const on = chip.getAttribute("aria-pressed") !== "true";
+      chip.setAttribute("aria-pressed", on);
+      document.querySelectorAll(`[data-run="${chip.value}"]`).forEach((part) => part.classList.toggle("off", !on));
+    });
+  }
+
+  // Contents: closed on a small screen, and the section that is being read is marked.
+  const contents = document.querySelector(".contents details");
+  if (contents && matchMedia("(max-width: 60rem)").matches) contents.open = false;
+  const links = new Map([...document.querySelectorAll(".contents a")].map((a) => [a.hash.slice(1), a]));
+  const seen = new Set();
+  const watch = new IntersectionObserver((entries) => {
+    entries.forEach((e) => (e.isIntersecting ? seen.add(e.target.id) : seen.delete(e.target.id)));
+    const now = [...links.keys()].find((id) => seen.has(id));
+    links.forEach((a, id) => (id === now ? a.setAttribute("aria-current", "true") : a.removeAttribute("aria-current")));
+  }, { rootMargin: "-10% 0px -50% 0px" });
+  document.querySelectorAll("main > section").forEach((s) => watch.observe(s));
+})();

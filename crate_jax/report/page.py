@@ -1,0 +1,184 @@
+"""Sections as one HTML page that needs nothing but itself: styles, script and pictures are in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from crate_jax.metrics import format_number
+from crate_jax.report import svg
+from crate_jax.report.section import Figure, Section, Table
+
+CSS = Path(__file__).with_name("page.css")
+SCRIPT = Path(__file__).with_name("page.js")
+SMALL = 200  # pixels; narrower pictures are enlarged, each pixel a square
+LONG = 24  # characters; longer texts in a table may break anywhere
+LEAST = 0.62  # of its natural width: a figure gets no narrower on a small screen, it scrolls
+
+
+def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], missing: Mapping[str, str]) -> str:
+    """The whole page.
+
+    Args:
+      title: plain text, like all others here.
+      runs: name -> where it is from. With more than one, each has a button that shows or hides it. A table's column
+        named ``run`` or like a run, and lines in figures labelled like one, belong to it.
+      sections: in their order.
+      missing: title of a section that is left out -> why.
+    """
+    names = tuple(runs) if len(runs) > 1 else ()  # to tell apart
+    slugs = [f"s{i}-{_slug(s.title)}" for i, s in enumerate(sections)]
+    parts = [_section(section, slug, names) for section, slug in zip(sections, slugs, strict=True)]
+    links = "".join(
+        f'<li><a href="#{slug}">{escape(section.title)}</a></li>' for section, slug in zip(sections, slugs, strict=True)
+    )
+    if missing:
+        links += '<li><a href="#missing">Left out</a></li>'
+        items = "".join(f"<li><b>{escape(t)}</b>: {escape(why)}</li>" for t, why in missing.items())
+        parts.append(f'<section id="missing" class="missing"><h2>Left out</h2><ul>{items}</ul></section>')
+    origin = "; ".join(f"{name}: {where}" if where != name else name for name, where in runs.items())
+    script = SCRIPT.read_text(encoding="utf-8")
+    # The page asks the browser itself to load nothing from anywhere and to run no script but this one.
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>
+{CSS.read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<header class="top">
+<h1>{escape(title)}</h1>
+{_chips(names)}
+<button id="theme" class="needs-script" type="button">Theme: system</button>
+</header>
+<div class="body">
+<nav class="contents" aria-label="Contents"><details open><summary>Contents</summary><ol>{links}</ol></details></nav>
+<main>
+{"".join(parts)}
+<footer><p>{escape(origin)}. The numbers are in report.json beside this file, unrounded.</p></footer>
+</main>
+</div>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _chips(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    chips = "".join(
+        f'<button type="button" aria-pressed="true" value="{i}" title="show or hide">'
+        f'<i style="--run: var(--c{i % len(svg.CYCLE)})"></i>{escape(name)}</button>'
+        for i, name in enumerate(names)
+    )
+    return f'<div class="runs needs-script" role="group" aria-label="Runs shown">{chips}</div>'
+
+
+def _section(section: Section, slug: str, runs: Sequence[str]) -> str:
+    figures = "".join(_figure(f, f"{slug}-f{i}", runs) for i, f in enumerate(section.figures))
+    tables = "".join(_table(table, f"{slug}-t{i}", runs) for i, table in enumerate(section.tables))
+    if figures:
+        figures = f'<div class="figures">{figures}</div>'
+    return (
+        f'<section id="{slug}" aria-labelledby="{slug}-h"><h2 id="{slug}-h">{escape(section.title)}</h2>'
+        f"<p>{escape(section.text)}</p>{figures}{tables}</section>\n"
+    )
+
+
+def _figure(figure: Figure, name: str, runs: Sequence[str]) -> str:
+    if isinstance(figure.content, np.ndarray):
+        content, width = _picture(figure.content, figure.caption)
+    else:
+        content, width = svg.element(figure.content, name, runs, figure.caption)
+    kind = "picture" if isinstance(figure.content, np.ndarray) else "plot"
+    return (
+        f'<figure class="{kind}" style="--width: {width:.0f}px; --least: {LEAST * width:.0f}px"><div class="scroll">'
+        f"{content}</div><figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )
+
+
+def _picture(array: np.ndarray, caption: str) -> tuple[str, float]:
+    """An <img> that holds its PNG file, and the width to show it at."""
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+        raise TypeError(f"report: a picture must be uint8 (H, W, 3), got {array.dtype} {array.shape}")
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format="PNG", optimize=True)
+    height, width = array.shape[:2]
+    scale = -(-SMALL // width)
+    kind = ' class="small"' if scale > 1 else ""
+    data = base64.b64encode(file.getvalue()).decode()
+    return (
+        f'<img{kind} alt="{escape(caption)}" width="{scale * width}" height="{scale * height}" '
+        f'src="data:image/png;base64,{data}">',
+        scale * width,
+    )
+
+
+def _table(table: Table, name: str, runs: Sequence[str]) -> str:
+    for row in table.rows:
+        if len(row) != len(table.columns):
+            raise ValueError(f"report: table {table.caption!r}: {len(row)} cells under {len(table.columns)} columns")
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
+    numeric = [_is_numeric(cells) for cells in columns]
+    # Hidden with its run: a row that names the run, or the column of the run.
+    owner = [f' data-run="{runs.index(c)}"' if c in runs else "" for c in table.columns]
+    head = "".join(
+        f'<th scope="col" aria-sort="none"{_class(n)}{o}><button type="button">{escape(c)}</button></th>'
+        for c, n, o in zip(table.columns, numeric, owner, strict=True)
+    )
+    at = table.columns.index("run") if "run" in table.columns else None
+    body = []
+    for row in table.rows:
+        mine = f' data-run="{runs.index(row[at])}"' if at is not None and row[at] in runs else ""
+        cells = [_cell(x, n, o, i == 0) for i, (x, n, o) in enumerate(zip(row, numeric, owner, strict=True))]
+        body.append(f"<tr{mine}>{''.join(cells)}</tr>")
+    return (
+        f'<p class="table-name" id="{name}">{escape(table.caption)}</p>'
+        f'<div class="table scroll" tabindex="0" role="region" aria-labelledby="{name}">'
+        f'<table aria-labelledby="{name}">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _is_numeric(cells: Sequence[object]) -> bool:
+    given = [c for c in cells if c is not None]
+    return bool(given) and all(isinstance(c, int | float | np.number) and not isinstance(c, bool) for c in given)
+
+
+def _class(is_number: bool) -> str:
+    return ' class="number"' if is_number else ""
+
+
+def _cell(value: str | float | int | None, numeric: bool, owner: str, is_first: bool) -> str:
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or value != value:  # sorted last, whichever way
+        return f"<td data-empty{_class(numeric)}{owner}>{'–' if value is None else 'NaN'}</td>"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        shown = f"{value:,}" if isinstance(value, int) else format_number(value)
+        whole = repr(value).replace("inf", "Infinity")  # as JavaScript reads it
+        return f'<td data-number="{whole}" title="{whole}"{_class(numeric)}{owner}>{shown}</td>'
+    if is_first:
+        return f'<th scope="row"{owner}>{escape(str(value))}</th>'
+    long = ' class="long"' if len(str(value)) > LONG else ""
+    return f"<td{long}{owner}>{escape(str(value))}</td>"
