@@ -59,8 +59,9 @@ EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation] | typ
 }
 
 
-# Steps that dispatch may run ahead of the device: enough to hide every launch. With several CPU devices XLA stops for
-# ever when more than 32 are in flight: one device waits in an all-reduce for another that may not start.
+# Steps that dispatch may run ahead of the device: enough to hide every launch. Without a bound, runs on several CPU
+# devices were seen to stop for ever on a busy machine: one device waiting in an all-reduce, the other for its turn among
+# the programs that XLA lets be in flight. With it none did.
 IN_FLIGHT = 8
 
 
