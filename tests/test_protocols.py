@@ -38,6 +38,16 @@ def test_accuracies_by_hand():
     assert mean_per_class(np.array([1, 1]), np.array([1, 4])) == 0.5  # classes that do not occur do not count
 
 
+def test_features_that_cannot_be_scored_are_named(digits):
+    """Of test features too: a class would be read out of NaN without a word."""
+    broken = digits.test_x.copy()
+    broken[3, 2] = np.nan
+    with pytest.raises(NonFiniteError, match="the test features of 1 of 497"):
+        Features(digits.train_x, digits.train_y, broken, digits.test_y, 10)
+    with pytest.raises(DataError, match="test labels must be integers in 0..8"):
+        Features(digits.train_x[digits.train_y < 9], digits.train_y[digits.train_y < 9], broken, digits.test_y, 9)
+
+
 def test_hold_out_keeps_the_shares_of_the_classes_and_loses_nothing(digits):
     part = hold_out(digits, 0.1, seed=2**40 + 3)
     assert len(part.test_y) == 130 and len(part.train_y) == 1170
