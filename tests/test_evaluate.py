@@ -133,6 +133,8 @@ def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretrain
     record = finetune.run(c, str(tmp_path))
     frozen = job.run(configured("protocol=knn", pretraining), str(tmp_path / "frozen"))
     assert record["top1"] > 0.25 and record["steps"] == 60 and not record["scratch"]
+    assert record["config"]["optimizer.lr"] == 1e-2 and record["config"]["encoder.depth"] == 2  # recipes can be changed
+    assert "decoder.depth" not in record["config"] and "seed" not in record["config"]
     assert record["params_sha256"] != frozen["checkpoint_sha256"] and record["pool"] == "mean"
     assert record["checkpoint_sha256"] == frozen["checkpoint_sha256"] and record["checkpoint"] == frozen["checkpoint"]
     again = finetune.run(c, str(tmp_path))

@@ -7,6 +7,7 @@ reads them from there. Each run appends one line to ``results.jsonl``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from crate_jax import data, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
-from crate_jax.config import base, validate
+from crate_jax.config import base, flatten, validate
 from crate_jax.corruption import Identity
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.sources import digest
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
 CACHE = "features"  # folder in the workdir
-VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-learn")
 
 
 def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
@@ -125,8 +126,10 @@ def append_result(
 ) -> dict[str, Any]:
     """Appends one line to results.jsonl: the numbers, and all that is needed to get them again.
 
-    A training run's `result` says itself what it started from, when it did.
+    Of the config that is every key whose value is not the default: a recipe can be changed by flags and keeps
+    its name. A training run's `result` says itself what it started from, when it did.
     """
+    defaults = flatten(base())
     record = {
         "protocol": config.protocol.name,
         "version": version,
@@ -136,6 +139,7 @@ def append_result(
         "seed": config.seed,
         **about,
         **result,
+        "config": {k: v for k, v in flatten(config).items() if v != defaults.get(k)},
         "versions": {name: _version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
@@ -173,9 +177,11 @@ def extract_features(
     represent = representation.build(config)
 
     @jax.jit
-    def apply(images_uint8: jax.Array) -> jax.Array:
-        return represent(encoder.params, patchify(normalise(images_uint8, config), config.encoder.patch_size))
+    def encode(params: dict[str, Any], images_uint8: jax.Array) -> jax.Array:
+        return represent(params, patchify(normalise(images_uint8, config), config.encoder.patch_size))
 
+    # Handed over, not closed over: weights inside a compiled program are compiled anew with each checkpoint.
+    apply = functools.partial(encode, jax.device_put(encoder.params, sharding.replicated(mesh)))
     limits = (config.evaluation.train_images, config.evaluation.test_images)
     parts = []
     for source, limit in zip((train, test), limits, strict=True):
