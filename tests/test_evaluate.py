@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from configs import evaluate, quickstart
-from crate_jax import autoencoder, checkpoint, pretrained, representation, train
+from crate_jax import autoencoder, checkpoint, data, pretrained, representation, train
 from crate_jax.convert import weights
 from crate_jax.encoders.layers import layer_norm
 from crate_jax.errors import CheckpointError, ConfigError, DataError
@@ -66,6 +67,25 @@ def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, 
     computed = len(calls)
     job.run(configured("protocol=knn,scratch", pretraining), str(tmp_path))
     assert len(calls) > computed and "random" in results(tmp_path)[-1]["checkpoint"]
+
+
+def test_features_are_kept_under_all_that_they_depend_on():
+    encoder = pretrained.Pretrained("", {}, {}, "some digest")
+
+    def key(arg: str = "train", digest: str = "some digest", n: int = 20, **values) -> str:
+        c = configured("", Path("unused"), **{"data__image_size": (8, 8), **values})
+        source = data.open_split(c, arg)
+        return job.cache_key(c, dataclasses.replace(encoder, sha256=digest), source, np.arange(n))
+
+    others = [key("eval"), key(digest="another"), key(n=21), key(data__source="synthetic"), key(dtype="bfloat16")]
+    for name, value in (
+        ("data__image_size", (16, 16)), ("data__mean", (0.1, 0.2, 0.3)), ("data__std", (1.0, 1.0, 1.0)),
+        ("data__eval_crop", 0.5), ("data__interpolation", "bilinear"), ("evaluation__pool", "cls"),
+        ("evaluation__layer", 1), ("encoder__heads", 2), ("encoder__lam", 0.2),
+    ):  # fmt: skip
+        others.append(key(**{name: value}))
+    assert key() == key(evaluation__batch_size=3, protocol__scratch=True)  # neither changes a feature
+    assert len({key(), *others}) == 1 + len(others)
 
 
 def test_a_damaged_cache_is_computed_again(pretraining, tmp_path):

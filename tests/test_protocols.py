@@ -69,6 +69,15 @@ def test_selection_never_sees_the_test_split(digits):
     assert peeked["top1"] == max(row["top1"] for row in peeked["selection"])
 
 
+def test_the_metric_asked_for_is_what_settings_are_chosen_by(digits):
+    """Few zeros among the test digits: a class that is rarely right counts as much as the others."""
+    kept = np.flatnonzero((digits.test_y > 0) | (np.arange(len(digits.test_y)) % 9 == 0))
+    f = Features(digits.train_x[:60], digits.train_y[:60], digits.test_x[kept], digits.test_y[kept], 10)
+    found = run("knn", f, metric="mean_per_class", select="test", k=(1, 30))
+    assert [row["mean_per_class"] for row in found["selection"]] == [row["mean_per_class"] for row in found["sweep"]]
+    assert found["mean_per_class"] == max(row["mean_per_class"] for row in found["sweep"]) != found["top1"]
+
+
 def test_logreg_is_scikit_learns(digits):
     for c in (0.1, 10.0):
         reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(digits.train_x, digits.train_y)

@@ -204,6 +204,16 @@ def extract_features(
     return Features(train_x, train_y, test_x, test_y, classes), about
 
 
+def cache_key(config: ConfigDict, encoder: pretrained.Pretrained, source: data.Source, indices: np.ndarray) -> str:
+    """A digest of all that features depend on: weights, network, tokens, precision, transform and images."""
+    transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
+    # The same weights are another encoder with other heads or another lambda.
+    network = sorted(config.encoder.to_dict().items())
+    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, _version("crate-jax"))
+    images = (sorted(transform.items()), source.fingerprint(), indices.astype(np.int64))
+    return digest(encoder.sha256, network, what, *images)
+
+
 def _cached(
     config: ConfigDict,
     encoder: pretrained.Pretrained,
@@ -214,13 +224,7 @@ def _cached(
     folder: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of the images at `indices`, from the workdir if they were computed before."""
-    transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
-    # The same weights are another encoder with other heads or another lambda.
-    network = sorted(config.encoder.to_dict().items())
-    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, _version("crate-jax"))
-    images = (sorted(transform.items()), source.fingerprint(), indices.astype(np.int64))
-    key = digest(encoder.sha256, network, what, *images)
-    path = folder / CACHE / f"{key}.npz"
+    path = folder / CACHE / f"{cache_key(config, encoder, source, indices)}.npz"
     try:
         with np.load(path) as stored:
             log.info("features from %s", path)
