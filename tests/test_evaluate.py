@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import crate_jax
 from configs import evaluate, quickstart
 from crate_jax import autoencoder, checkpoint, data, pretrained, representation, train
 from crate_jax.convert import weights
@@ -61,6 +62,7 @@ def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, 
     for record in (first, second):
         assert record["version"] == 1 and record["checkpoint_sha256"] == pretrained.load(str(pretraining), "").sha256
         assert record["versions"]["jax"] == jax.__version__ and record["seed"] == 0
+        assert record["versions"]["crate-jax"] == crate_jax.__version__
         assert (record["train_images"], record["test_images"], record["classes"]) == (1437, 360, 10)
     job.run(configured("protocol=knn", pretraining, evaluation__pool="cls"), str(tmp_path))
     assert len(calls) > computed  # other tokens, other features

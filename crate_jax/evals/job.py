@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax import data, metrics, pretrained, representation, sharding
+from crate_jax import __version__, data, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
 from crate_jax.config import base, flatten, validate
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
 CACHE = "features"  # folder in the workdir
-VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-learn")
+VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-learn")
 
 
 def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
@@ -140,7 +140,8 @@ def append_result(
         **about,
         **result,
         "config": {k: v for k, v in flatten(config).items() if v != defaults.get(k)},
-        "versions": {name: _version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
+        "versions": {"crate-jax": __version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in VERSIONS_OF},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     if jax.process_index() == 0:
@@ -148,13 +149,6 @@ def append_result(
             file.write(json.dumps(record) + "\n")
         metrics.write_json(folder / "config.json", config.to_dict())
     return record
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 def extract_features(
@@ -209,7 +203,7 @@ def cache_key(config: ConfigDict, encoder: pretrained.Pretrained, source: data.S
     transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
     # The same weights are another encoder with other heads or another lambda.
     network = sorted(config.encoder.to_dict().items())
-    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, _version("crate-jax"))
+    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, __version__)
     images = (sorted(transform.items()), source.fingerprint(), indices.astype(np.int64))
     return digest(encoder.sha256, network, what, *images)
 
