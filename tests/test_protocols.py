@@ -117,6 +117,17 @@ def test_the_lars_probe_is_maes(digits):
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
 
 
+def test_rates_of_linear_probes_fall_as_their_recipes_say():
+    """Ten steps an epoch at a batch of 256, for which rates are given."""
+    cosine = [0.1 * 0.5 * (1 + np.cos(np.pi * share)) for share in (0.5, 0.601, 0.801)]
+    warmed = [0.1 * 0.5 * (1 + np.cos(np.pi * (90 * share - 10) / 80)) for share in (0.5, 0.601, 0.801)]
+    expected = {"solo": [0.3, 0.3, 0.03, 0.003], "lightly": [0.1, *cosine], "mae": [0.0, *warmed]}
+    for name, rates in expected.items():
+        recipe = linear_sgd.RECIPES[name]
+        found = [linear_sgd._schedule(recipe, 256, 10)(share * recipe.epochs * 10) for share in (0, 0.5, 0.601, 0.801)]
+        np.testing.assert_allclose(found, rates, rtol=1e-4)
+
+
 def test_batch_norm_makes_the_scale_of_features_irrelevant(digits):
     scaled = Features(digits.train_x * 50 + 3, digits.train_y, digits.test_x * 50 + 3, digits.test_y, 10)
     kept, lost = (run("linear_sgd", f, recipe="mae", epochs=100, lr=3.0)["top1"] for f in (digits, scaled))
