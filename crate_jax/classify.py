@@ -19,12 +19,10 @@ import optax
 from ml_collections import ConfigDict
 
 from crate_jax import checkpoint, data, orthogonality, representation
-from crate_jax.corruption import Identity
-from crate_jax.encoders import ENCODERS
 from crate_jax.encoders.layers import Norm, dense
 from crate_jax.errors import CheckpointError, DataError
 from crate_jax.objective import Batch, Objective, Params, Scalars
-from crate_jax.patches import grid_shape, patchify
+from crate_jax.patches import patchify
 from crate_jax.pretrain import normalise
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)  # of the image; height / width: timm's RandomErasing
@@ -59,18 +57,9 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
     classes = len(source.class_names)
     if classes < 2:
         raise DataError(f"config.data.source={config.data.source!r}: has a single class; a classifier needs two")
-    encoder, options = ENCODERS[config.encoder.name](config), config.finetune
+    options, represent = config.finetune, representation.build(config)
     head = Head(classes, options.norm, options.head_init)
-    represent, patch_size = representation.build(config), config.encoder.patch_size
-    h, w = grid_shape(config.data.image_size, patch_size)
-    patches = jax.ShapeDtypeStruct((1, h * w, 3 * patch_size**2), jnp.float32)
-
-    def init_params(key: jax.Array) -> Params:
-        encoder_key, head_key = jax.random.split(key)
-        x = jnp.zeros(patches.shape, patches.dtype)
-        params = {"encoder": encoder.init(encoder_key, x, Identity())["params"]}
-        return params | {"head": head.init(head_key, represent(params, x))["params"]}
-
+    init_params = representation.with_head(config, head, represent)
     penalty = orthogonality.build(config, jax.eval_shape(init_params, jax.random.key(0)))
 
     def init(key: jax.Array) -> tuple[Params, dict]:
@@ -78,7 +67,7 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
         return init_params(params_key), penalty.init(penalty_key)
 
     def logits(params: Params, images: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        x_BD = represent(params, patchify(images, patch_size), keys_B)
+        x_BD = represent(params, patchify(images, config.encoder.patch_size), keys_B)
         if options.freeze:
             x_BD = jax.lax.stop_gradient(x_BD)
         return head.apply({"params": params["head"]}, x_BD)  # type: ignore[return-value]  # never mutable

@@ -54,11 +54,13 @@ def one_line(error: BaseException) -> str:
     ml_collections wraps whatever a config file raises, traceback included, into a flag's error; the
     error that the file raised is the one to show.
     """
+    if error.args and isinstance(error.args[0], KeyError):  # an unknown key, as an attribute's error
+        error = error.args[0]
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
     message = str(cause or (error.args[0] if isinstance(error, KeyError) and error.args else error))
-    if isinstance(error, KeyError) and message.startswith("'"):  # a section that is not there
+    if isinstance(error, KeyError) and message.startswith("'"):
         message = f"config: unknown key {message}"
     if isinstance(error, SyntaxError):
         message = f"{error.filename}, line {error.lineno}: {message} (SyntaxError)"

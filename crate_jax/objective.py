@@ -29,8 +29,8 @@ class Objective:
       features: (params, images uint8) -> what the job's evaluation reads, of uncorrupted images: (b, D)
         float32, or the class of each pixel, int32 (b, H, W).
       columns: captions of what `pictures` returns, from left to right; empty: there are no pictures.
-      pictures: (params, batch, keys) -> one (b, H, W, 3) array in 0..1 per column; the batch is what the
-        job's evaluation gives to look at.
+      pictures: (params, batch, keys) -> one (b, H, W, 3) array in 0..1 per column; the batch holds
+        `inputs`, of images of the job's evaluation.
       pictures_name: of their files.
       telemetry: (params, batch, keys) -> scalars to log that say what the layers do; None: there are none.
     """

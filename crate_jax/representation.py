@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -42,6 +43,26 @@ def build(config: ConfigDict) -> Callable[..., jax.Array]:
         return pool(tokens, how).astype(jnp.float32)
 
     return represent
+
+
+def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> Callable[[jax.Array], dict[str, Any]]:
+    """The function key -> initial parameters of the config's encoder and of a head on what `read` takes of it.
+
+    Args:
+      config: the whole config.
+      head: takes what `read` returns.
+      read: what :func:`build` or :func:`block_maps` returns.
+    """
+    encoder = ENCODERS[config.encoder.name](config)
+    h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        encoder_key, head_key = jax.random.split(key)
+        patches_BNP = jnp.zeros((1, h * w, 3 * config.encoder.patch_size**2), jnp.float32)
+        params = {"encoder": encoder.init(encoder_key, patches_BNP, Identity())["params"]}
+        return params | {"head": head.init(head_key, read(params, patches_BNP))["params"]}
+
+    return init
 
 
 def block_maps(config: ConfigDict, blocks: Sequence[int]) -> Callable[..., tuple[jax.Array, ...]]:

@@ -17,8 +17,6 @@ import optax
 from ml_collections import ConfigDict
 
 from crate_jax import classify, data, orthogonality, pictures, representation
-from crate_jax.corruption import Identity
-from crate_jax.encoders import ENCODERS
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.objective import Batch, Objective, Params, Scalars
 from crate_jax.patches import grid_shape, patchify, relative_table_rows
@@ -77,16 +75,9 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
             f"two (the value {config.segment.ignore_index}, config.segment.ignore_index, counts as none)"
         )
     classes, size, patch_size = source.classes, tuple(config.data.image_size), config.encoder.patch_size
-    encoder, head = ENCODERS[config.encoder.name](config), HEADS[config.segment.head](config, classes)
+    head = HEADS[config.segment.head](config, classes)
     maps_of = representation.block_maps(config, blocks(config))
-    h, w = grid_shape(size, patch_size)
-
-    def init_params(key: jax.Array) -> Params:
-        encoder_key, head_key = jax.random.split(key)
-        x = jnp.zeros((1, h * w, 3 * patch_size**2), jnp.float32)
-        params = {"encoder": encoder.init(encoder_key, x, Identity())["params"]}
-        return params | {"head": head.init(head_key, maps_of(params, x))["params"]}
-
+    init_params = representation.with_head(config, head, maps_of)
     penalty = orthogonality.build(config, jax.eval_shape(init_params, jax.random.key(0)))
 
     def init(key: jax.Array) -> tuple[Params, dict]:
@@ -117,7 +108,7 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
     return Objective(
         inputs=("image", "mask"),
         init=init,
-        adopt=functools.partial(adopt, grid=(h, w)),
+        adopt=functools.partial(adopt, grid=grid_shape(size, patch_size)),
         loss=loss,
         penalty=orthogonality.weighted(config, penalty),
         penalised=penalty.names,

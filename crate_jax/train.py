@@ -39,7 +39,7 @@ from crate_jax import (
 from crate_jax.config import changed_keys, validate
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals.classification import ClassifierEvaluation
-from crate_jax.evals.frozen import FrozenEvaluation
+from crate_jax.evals.frozen import FrozenEvaluation, sample
 from crate_jax.evals.segmentation import SegmentationEvaluation
 from crate_jax.interrupt import Interrupt, Interrupted
 from crate_jax.objective import Batch, Objective, Params, Scalars
@@ -274,7 +274,7 @@ class Run:
         self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
         self.telemetry = None
         if config.whitebox.every and self.objective.telemetry is not None:
-            shown = self.evaluation.pictures(config.whitebox.images)["image"]
+            shown = self._shown(config.whitebox.images)["image"]
             self.telemetry = telemetry_of(self.objective.telemetry, shown, config.seed, self.mesh)
         decayed = optimizer.decayed(config, shapes)
         parameters.log_rules(shapes, decayed, self.objective.penalised)
@@ -428,11 +428,18 @@ class Run:
         meta["origin"] = self.origin
         self.checkpoints.save(step, self.state.params, self.state.rest(), meta)
 
+    def _shown(self, count: int) -> dict[str, np.ndarray]:
+        """What the objective reads of `count` images of the evaluation, always the same ones."""
+        source = self.evaluation.shown
+        chosen = sample(len(source), count, self.config.seed)
+        batch = next(data.eval_batches(self.config, source, chosen, count))
+        return {name: batch[name] for name in self.objective.inputs}
+
     def _draw(self, step: int) -> str | None:
         """Writes a grid of the objective's pictures; returns its path."""
         if self.draw_pictures is None or not self.config.log.pictures:
             return None
-        batch = self.evaluation.pictures(self.config.log.pictures)
+        batch = self._shown(self.config.log.pictures)
         keys = jax.random.split(jax.random.key(self.config.seed), len(batch["image"]))
         columns = jax.device_get(self.draw_pictures(self.state.eval_params(), batch, keys))
         named = dict(zip(self.objective.columns, columns, strict=True))

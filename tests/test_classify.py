@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import classify, config as configs, optimizer
+from crate_jax import classify, config as configs, data, optimizer
 from crate_jax.corruption import Identity
 from crate_jax.encoders import ENCODERS
 from crate_jax.errors import CheckpointError
@@ -46,6 +46,33 @@ def test_erasing_hits_its_share_of_the_images_with_boxes_of_the_right_size():
     np.testing.assert_allclose(shares * 32 * 32, rows * columns)  # filled boxes
     untouched = jax.vmap(lambda k, x: classify.erase(k, x, 0.0))(keys(400), images)
     np.testing.assert_array_equal(untouched, images)
+
+
+def test_options_of_a_recipe_reach_the_loss():
+    c = configs.base()
+    c.data.image_size, c.encoder.patch_size, c.data.source = (8, 8), 4, "synthetic"
+    c.encoder.update(dict(name="vit", width=16, depth=2, heads=2))
+    source = data.SyntheticSource("train", (8, 8))
+    batch = {"image": np.stack([source.read(i) for i in range(8)]), "label": source.labels[:8]}
+
+    def build(key: str, value: float):
+        changed = c.copy_and_resolve_references()
+        (changed.encoder if key == "drop_path" else changed.finetune)[key] = value
+        return classify.build(changed, source)
+
+    def params_of(objective):
+        return jax.jit(lambda key: objective.init(key)[0])(jax.random.key(1))
+
+    def loss(objective) -> float:
+        return float(jax.jit(objective.loss)(params, batch, keys(8))[0])
+
+    plain = build("head_init", 1.0)
+    params = params_of(plain)
+    scaled = params_of(build("head_init", 0.25))["head"]["linear"]["kernel"]
+    np.testing.assert_allclose(scaled, 0.25 * params["head"]["linear"]["kernel"], rtol=1e-5)
+    expected = loss(plain)
+    for key, value in (("label_smoothing", 0.5), ("cutmix", 1.0), ("erase", 1.0), ("drop_path", 0.9)):
+        assert abs(loss(build(key, value)) - expected) > 1e-4, key
 
 
 def relative(positions: str):

@@ -269,7 +269,7 @@ ERRORS = [
     (["--config=configs/quickstart.py:colour=red", "--workdir={tmp}/w"], "unknown key 'colour'"),
     (["--config={tmp}/broken.py", "--workdir={tmp}/w"], "SyntaxError"),
     (["--config.steps=3", QUICK, "--workdir={tmp}/w"], "before a value for --config"),
-    ([QUICK, "--config.encoder.widht=3", "--workdir={tmp}/w"], "widht"),
+    ([QUICK, "--config.encoder.widht=3", "--workdir={tmp}/w"], "unknown key 'widht'"),
     ([QUICK, "--config.encodr.width=3", "--workdir={tmp}/w"], "unknown key 'encodr'"),
     ([QUICK, "--config.steps=many", "--workdir={tmp}/w"], "many"),
     ([QUICK, "--wrokdir=x", "--workdir={tmp}/w"], "wrokdir"),

@@ -683,7 +683,7 @@ EXPORTS = [  # kind, format, family of the names, parts that come back
 def test_an_export_comes_back_the_same(tmp_path, kind, format, family, parts):
     c, params = imported(kind)
     c["data"]["mean"], c["loss"]["target"] = (0.5, 0.4, 0.3), "patch_normalised"
-    c["data"]["source"], c["init_from"] = "folder:/home/someone", "/home/someone/weights.pth"
+    c["data"]["source"], c["init_from"] = "folder:someone/images", "someone/weights.pth"
     weights.save(tmp_path / "ours.safetensors", c, params)
     out = tmp_path / "out"
     assert command.main(["export", str(tmp_path / "ours.safetensors"), f"--format={format}", f"--out={out}"]) == 0

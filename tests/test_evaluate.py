@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import crate_jax
 from configs import evaluate, quickstart
-from crate_jax import autoencoder, checkpoint, pretrained, representation, train
+from crate_jax import autoencoder, checkpoint, data, pretrained, representation, train
 from crate_jax.convert import weights
 from crate_jax.encoders.layers import layer_norm
 from crate_jax.errors import CheckpointError, ConfigError, DataError
@@ -60,12 +62,32 @@ def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, 
     for record in (first, second):
         assert record["version"] == 1 and record["checkpoint_sha256"] == pretrained.load(str(pretraining), "").sha256
         assert record["versions"]["jax"] == jax.__version__ and record["seed"] == 0
+        assert record["versions"]["crate-jax"] == crate_jax.__version__
         assert (record["train_images"], record["test_images"], record["classes"]) == (1437, 360, 10)
     job.run(configured("protocol=knn", pretraining, evaluation__pool="cls"), str(tmp_path))
     assert len(calls) > computed  # other tokens, other features
     computed = len(calls)
     job.run(configured("protocol=knn,scratch", pretraining), str(tmp_path))
     assert len(calls) > computed and "random" in results(tmp_path)[-1]["checkpoint"]
+
+
+def test_features_are_kept_under_all_that_they_depend_on():
+    encoder = pretrained.Pretrained("", {}, {}, "some digest")
+
+    def key(arg: str = "train", digest: str = "some digest", n: int = 20, **values) -> str:
+        c = configured("", Path("unused"), **{"data__image_size": (8, 8), **values})
+        source = data.open_split(c, arg)
+        return job.cache_key(c, dataclasses.replace(encoder, sha256=digest), source, np.arange(n))
+
+    others = [key("eval"), key(digest="another"), key(n=21), key(data__source="synthetic"), key(dtype="bfloat16")]
+    for name, value in (
+        ("data__image_size", (16, 16)), ("data__mean", (0.1, 0.2, 0.3)), ("data__std", (1.0, 1.0, 1.0)),
+        ("data__eval_crop", 0.5), ("data__interpolation", "bilinear"), ("evaluation__pool", "cls"),
+        ("evaluation__layer", 1), ("encoder__heads", 2), ("encoder__lam", 0.2),
+    ):  # fmt: skip
+        others.append(key(**{name: value}))
+    assert key() == key(evaluation__batch_size=3, protocol__scratch=True)  # neither changes a feature
+    assert len({key(), *others}) == 1 + len(others)
 
 
 def test_a_damaged_cache_is_computed_again(pretraining, tmp_path):
@@ -133,6 +155,8 @@ def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretrain
     record = finetune.run(c, str(tmp_path))
     frozen = job.run(configured("protocol=knn", pretraining), str(tmp_path / "frozen"))
     assert record["top1"] > 0.25 and record["steps"] == 60 and not record["scratch"]
+    assert record["config"]["optimizer.lr"] == 1e-2 and record["config"]["encoder.depth"] == 2  # recipes can be changed
+    assert "decoder.depth" not in record["config"] and "seed" not in record["config"]
     assert record["params_sha256"] != frozen["checkpoint_sha256"] and record["pool"] == "mean"
     assert record["checkpoint_sha256"] == frozen["checkpoint_sha256"] and record["checkpoint"] == frozen["checkpoint"]
     again = finetune.run(c, str(tmp_path))

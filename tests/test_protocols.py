@@ -38,6 +38,16 @@ def test_accuracies_by_hand():
     assert mean_per_class(np.array([1, 1]), np.array([1, 4])) == 0.5  # classes that do not occur do not count
 
 
+def test_features_that_cannot_be_scored_are_named(digits):
+    """Of test features too: a class would be read out of NaN without a word."""
+    broken = digits.test_x.copy()
+    broken[3, 2] = np.nan
+    with pytest.raises(NonFiniteError, match="the test features of 1 of 497"):
+        Features(digits.train_x, digits.train_y, broken, digits.test_y, 10)
+    with pytest.raises(DataError, match="test labels must be integers in 0..8"):
+        Features(digits.train_x[digits.train_y < 9], digits.train_y[digits.train_y < 9], broken, digits.test_y, 9)
+
+
 def test_hold_out_keeps_the_shares_of_the_classes_and_loses_nothing(digits):
     part = hold_out(digits, 0.1, seed=2**40 + 3)
     assert len(part.test_y) == 130 and len(part.train_y) == 1170
@@ -57,6 +67,15 @@ def test_selection_never_sees_the_test_split(digits):
     peeked = run("logreg", digits, select="test")
     assert "optimistic" in peeked["selected_on"]
     assert peeked["top1"] == max(row["top1"] for row in peeked["selection"])
+
+
+def test_the_metric_asked_for_is_what_settings_are_chosen_by(digits):
+    """Few zeros among the test digits: a class that is rarely right counts as much as the others."""
+    kept = np.flatnonzero((digits.test_y > 0) | (np.arange(len(digits.test_y)) % 9 == 0))
+    f = Features(digits.train_x[:60], digits.train_y[:60], digits.test_x[kept], digits.test_y[kept], 10)
+    found = run("knn", f, metric="mean_per_class", select="test", k=(1, 30))
+    assert [row["mean_per_class"] for row in found["selection"]] == [row["mean_per_class"] for row in found["sweep"]]
+    assert found["mean_per_class"] == max(row["mean_per_class"] for row in found["sweep"]) != found["top1"]
 
 
 def test_logreg_is_scikit_learns(digits):
@@ -96,6 +115,17 @@ def test_the_lars_probe_is_maes(digits):
         mean, variance = 0.9 * mean + 0.1 * x.mean(0), 0.9 * variance + 0.1 * x.var(0, ddof=1)
     theirs = (digits.test_x - mean) / np.sqrt(variance + 1e-6) @ w + b
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_rates_of_linear_probes_fall_as_their_recipes_say():
+    """Ten steps an epoch at a batch of 256, for which rates are given."""
+    cosine = [0.1 * 0.5 * (1 + np.cos(np.pi * share)) for share in (0.5, 0.601, 0.801)]
+    warmed = [0.1 * 0.5 * (1 + np.cos(np.pi * (90 * share - 10) / 80)) for share in (0.5, 0.601, 0.801)]
+    expected = {"solo": [0.3, 0.3, 0.03, 0.003], "lightly": [0.1, *cosine], "mae": [0.0, *warmed]}
+    for name, rates in expected.items():
+        recipe = linear_sgd.RECIPES[name]
+        found = [linear_sgd._schedule(recipe, 256, 10)(share * recipe.epochs * 10) for share in (0, 0.5, 0.601, 0.801)]
+        np.testing.assert_allclose(found, rates, rtol=1e-4)
 
 
 def test_batch_norm_makes_the_scale_of_features_irrelevant(digits):

@@ -12,6 +12,7 @@ from crate_jax.data import decoding
 from crate_jax.data.pairs import PairSource, crop_mask
 from crate_jax.data.sources import Source
 from crate_jax.data.undecodable import Undecodable
+from crate_jax.errors import DataError
 
 
 def central_box(height: int, width: int, size: Sequence[int], share: float) -> tuple[float, float, float, float]:
@@ -66,7 +67,7 @@ def eval_batches(
       [b,H,W] if it has masks.
 
     Raises:
-      DataError: too many images cannot be decoded.
+      DataError: too many images cannot be decoded, or none can.
     """
     size, share = tuple(config.data.image_size), config.data.eval_crop
     resample = decoding.RESAMPLING[config.data.interpolation]
@@ -88,6 +89,7 @@ def eval_batches(
     indices = np.asarray(indices, np.int64)
     images: list[dict[str, np.ndarray]] = []
     kept: list[int] = []
+    none_yet = True
     with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
         for start in range(0, len(indices), batch_size):
             chunk = indices[start : start + batch_size].tolist()
@@ -97,10 +99,13 @@ def eval_batches(
             images += [x for x in loaded if not isinstance(x, str)]
             kept += [i for i, x in zip(chunk, loaded, strict=True) if not isinstance(x, str)]
             if len(kept) >= batch_size:
+                none_yet = False
                 yield _pack(source, images[:batch_size], kept[:batch_size])
                 del images[:batch_size], kept[:batch_size]
     if kept:
         yield _pack(source, images, kept)
+    elif none_yet and len(indices):
+        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, {source.name(0)} for one")
 
 
 def eval_images(
@@ -112,7 +117,7 @@ def eval_images(
       uint8 [n,H,W,3] and int32 labels [n] (None if the set has none), without the undecodable images.
 
     Raises:
-      DataError: too many images cannot be decoded.
+      DataError: too many images cannot be decoded, or none can.
     """
     parts = list(eval_batches(config, source, indices, 256))
     images = [part["image"] for part in parts] or [np.zeros((0, *config.data.image_size, 3), np.uint8)]

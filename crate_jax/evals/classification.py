@@ -25,6 +25,9 @@ class ClassifierEvaluation:
       train: the training images; names the classes.
       mesh: the devices that classify.
 
+    Attributes:
+      shown: the images to look at.
+
     Raises:
       DataError: there is no labelled evaluation split.
     """
@@ -36,15 +39,15 @@ class ClassifierEvaluation:
                 f"config.data.source={config.data.source!r}: has no evaluation split (config.data.eval_split); "
                 "fine-tuning is judged on one"
             )
-        self._config, self._mesh, self._test = config, mesh, test
+        self._config, self._mesh, self.shown = config, mesh, test
         self._classify = jax.jit(scores)
 
     def scores(self, params: dict) -> dict[str, float]:
         """Shares in 0..1 of the test images; the names are those of :func:`crate_jax.evals.metrics.accuracies`."""
         options = self._config.evaluation
-        indices = sample(len(self._test), options.test_images, self._config.seed)
+        indices = sample(len(self.shown), options.test_images, self._config.seed)
         place, out, labels = sharding.split(self._mesh), [], []
-        for batch in data.eval_batches(self._config, self._test, indices, CHUNK):
+        for batch in data.eval_batches(self._config, self.shown, indices, CHUNK):
             out.append(extract(lambda x: self._classify(params, x), batch["image"], options.batch_size, place))
             labels.append(batch["label"])
         return accuracies(np.concatenate(out), np.concatenate(labels))
@@ -52,7 +55,3 @@ class ClassifierEvaluation:
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float]:
         """:meth:`scores`; what it compares with is a run of its own (``protocol=scratch``)."""
         return self.scores(params)
-
-    def pictures(self, count: int) -> dict[str, np.ndarray]:
-        """A classifier has none."""
-        raise NotImplementedError

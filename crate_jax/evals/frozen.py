@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from crate_jax import collapse, data, sharding
-from crate_jax.errors import DataError
 from crate_jax.evals import evaluate
 from crate_jax.evals.features import extract
 
@@ -69,13 +68,16 @@ class FrozenEvaluation:
       features: (params, images uint8 (b, H, W, 3)) -> (b, D).
       train: the training images.
       mesh: the devices that encode.
+
+    Attributes:
+      shown: the images to look at: the evaluation split, or the training images where there is none.
     """
 
     def __init__(self, config: ConfigDict, features: Callable[..., jax.Array], train: data.Source, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
         self._features = jax.jit(features)
         test = data.open_split(config, "eval")
-        self._shown = train if test is None else test
+        self.shown = train if test is None else test
         self._splits: tuple[data.Source, data.Source] | None = None
         self._classes = 0
         # Not by the labels: of a TFDS split they cannot be had without reading it all.
@@ -93,8 +95,6 @@ class FrozenEvaluation:
             indices = sample(len(source), limit, self._config.seed)
             batches = data.eval_batches(self._config, source, indices, CHUNK)
             chunks = [(apply(batch["image"]), batch["label"]) for batch in batches]
-            if not chunks:
-                raise DataError(f"evaluation: none of {len(indices)} images can be decoded, {source.name(0)} for one")
             out += [np.concatenate(part) for part in zip(*chunks, strict=True)]
         return out
 
@@ -124,8 +124,3 @@ class FrozenEvaluation:
     def pixel_scores(self) -> dict[str, float]:
         """k-NN and probe of the pixels themselves (:func:`pixel_rows`), the baseline that any encoder should beat."""
         return self._score(pixel_rows, False)
-
-    def pictures(self, count: int) -> dict[str, np.ndarray]:
-        """A batch of `count` images to look at, uint8 (count, H, W, 3), always the same ones."""
-        chosen = sample(len(self._shown), count, self._config.seed)
-        return {"image": data.eval_images(self._config, self._shown, chosen)[0]}

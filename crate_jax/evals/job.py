@@ -7,6 +7,7 @@ reads them from there. Each run appends one line to ``results.jsonl``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -19,10 +20,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax import data, metrics, pretrained, representation, sharding
+from crate_jax import __version__, data, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
-from crate_jax.config import base, validate
+from crate_jax.config import base, flatten, validate
 from crate_jax.corruption import Identity
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.sources import digest
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
 CACHE = "features"  # folder in the workdir
-VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-learn")
 
 
 def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
@@ -125,8 +126,10 @@ def append_result(
 ) -> dict[str, Any]:
     """Appends one line to results.jsonl: the numbers, and all that is needed to get them again.
 
-    A training run's `result` says itself what it started from, when it did.
+    Of the config that is every key whose value is not the default: a recipe can be changed by flags and keeps
+    its name. A training run's `result` says itself what it started from, when it did.
     """
+    defaults = flatten(base())
     record = {
         "protocol": config.protocol.name,
         "version": version,
@@ -136,7 +139,9 @@ def append_result(
         "seed": config.seed,
         **about,
         **result,
-        "versions": {name: _version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
+        "config": {k: v for k, v in flatten(config).items() if v != defaults.get(k)},
+        "versions": {"crate-jax": __version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in VERSIONS_OF},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     if jax.process_index() == 0:
@@ -144,13 +149,6 @@ def append_result(
             file.write(json.dumps(record) + "\n")
         metrics.write_json(folder / "config.json", config.to_dict())
     return record
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 def extract_features(
@@ -173,9 +171,11 @@ def extract_features(
     represent = representation.build(config)
 
     @jax.jit
-    def apply(images_uint8: jax.Array) -> jax.Array:
-        return represent(encoder.params, patchify(normalise(images_uint8, config), config.encoder.patch_size))
+    def encode(params: dict[str, Any], images_uint8: jax.Array) -> jax.Array:
+        return represent(params, patchify(normalise(images_uint8, config), config.encoder.patch_size))
 
+    # Handed over, not closed over: weights inside a compiled program are compiled anew with each checkpoint.
+    apply = functools.partial(encode, jax.device_put(encoder.params, sharding.replicated(mesh)))
     limits = (config.evaluation.train_images, config.evaluation.test_images)
     parts = []
     for source, limit in zip((train, test), limits, strict=True):
@@ -198,6 +198,16 @@ def extract_features(
     return Features(train_x, train_y, test_x, test_y, classes), about
 
 
+def cache_key(config: ConfigDict, encoder: pretrained.Pretrained, source: data.Source, indices: np.ndarray) -> str:
+    """A digest of all that features depend on: weights, network, tokens, precision, transform and images."""
+    transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
+    # The same weights are another encoder with other heads or another lambda.
+    network = sorted(config.encoder.to_dict().items())
+    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, __version__)
+    images = (sorted(transform.items()), source.fingerprint(), indices.astype(np.int64))
+    return digest(encoder.sha256, network, what, *images)
+
+
 def _cached(
     config: ConfigDict,
     encoder: pretrained.Pretrained,
@@ -208,13 +218,7 @@ def _cached(
     folder: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of the images at `indices`, from the workdir if they were computed before."""
-    transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
-    # The same weights are another encoder with other heads or another lambda.
-    network = sorted(config.encoder.to_dict().items())
-    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, _version("crate-jax"))
-    images = (sorted(transform.items()), source.fingerprint(), indices.astype(np.int64))
-    key = digest(encoder.sha256, network, what, *images)
-    path = folder / CACHE / f"{key}.npz"
+    path = folder / CACHE / f"{cache_key(config, encoder, source, indices)}.npz"
     try:
         with np.load(path) as stored:
             log.info("features from %s", path)

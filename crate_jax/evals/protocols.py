@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 
 from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
+from crate_jax.evals.features import check_labelled
 from crate_jax.evals.knn import knn_sweep
 from crate_jax.evals.metrics import METRICS, accuracies
 from crate_jax.evals.probe import fit_all
@@ -26,13 +27,22 @@ SELECTION = {"select": "validation", "validation": 0.1}
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Frozen features of a labelled data set; float32 [n, D] and integer labels [n] in 0 .. num_classes - 1."""
+    """Frozen features of a labelled data set; float32 [n, D] and integer labels [n] in 0 .. num_classes - 1.
+
+    Raises:
+      DataError: labels out of range, or shapes that do not match.
+      NonFiniteError: a feature is NaN or infinite.
+    """
 
     train_x: np.ndarray
     train_y: np.ndarray
     test_x: np.ndarray
     test_y: np.ndarray
     num_classes: int
+
+    def __post_init__(self) -> None:
+        check_labelled("train", self.train_x, self.train_y, self.num_classes)
+        check_labelled("test", self.test_x, self.test_y, self.num_classes)
 
 
 @dataclasses.dataclass(frozen=True)

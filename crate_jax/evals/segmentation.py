@@ -69,6 +69,9 @@ class SegmentationEvaluation:
       train: the training pairs; their number of classes is that of the segmenter.
       mesh: the devices that predict.
 
+    Attributes:
+      shown: the pairs to look at.
+
     Raises:
       DataError: there is no evaluation split, or it holds a class that training does not know.
     """
@@ -81,7 +84,7 @@ class SegmentationEvaluation:
                 "segmentation is judged on one"
             )
         test.require_highest_below(train.classes)
-        self._config, self._mesh, self._test = config, mesh, test
+        self._config, self._mesh, self.shown = config, mesh, test
 
         def add(total_CC: jax.Array, params: dict, images: jax.Array, mask_BHW: jax.Array) -> jax.Array:
             return total_CC + confusion(mask_BHW, predict(params, images), train.classes)
@@ -94,8 +97,8 @@ class SegmentationEvaluation:
         options, place = self._config.evaluation, sharding.split(self._mesh)
         size = -(-options.batch_size // self._mesh.size) * self._mesh.size
         counted, total_CC, on_device = 0, self._zero.astype(np.int64), jnp.asarray(self._zero)
-        indices = sample(len(self._test), options.test_images, self._config.seed)
-        for batch in data.eval_batches(self._config, self._test, indices, size):
+        indices = sample(len(self.shown), options.test_images, self._config.seed)
+        for batch in data.eval_batches(self._config, self.shown, indices, size):
             images, mask = (_fill(batch[name], size) for name in ("image", "mask"))
             mask[len(batch["mask"]) :] = data.IGNORED
             if counted + mask.size > MOST_COUNTED:
@@ -107,12 +110,6 @@ class SegmentationEvaluation:
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, Any]:
         """:meth:`scores`; what it compares with is a run of its own (``scratch``)."""
         return self.scores(params)
-
-    def pictures(self, count: int) -> dict[str, np.ndarray]:
-        """A batch of `count` pairs to look at, always the same ones."""
-        chosen = sample(len(self._test), count, self._config.seed)
-        batch = next(data.eval_batches(self._config, self._test, chosen, count))
-        return {name: batch[name] for name in ("image", "mask")}
 
 
 def _fill(x: np.ndarray, size: int) -> np.ndarray:
