@@ -164,6 +164,25 @@ def test_masking_by_simulation(of_images, patch):
     np.testing.assert_allclose(drawn, G, rtol=5 / np.sqrt(len(keep)) / 0.7, atol=1e-12)
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.75, 0.9])
+def test_masking_of_a_fixed_count_by_simulation(of_images, ratio):
+    """Draws of the training code's sampler, which keeps the same number of 16 patches; at 0.9 one."""
+    patch_D = corrupted.patch_of_number((8, 8), (2, 2))
+    c = configs.base()
+    c.corruption.mask_ratio = ratio
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = corruption.CORRUPTIONS["mask"].make(c.corruption, 16, 12)(keys)
+    keep = 1.0 - np.asarray(drawn.removed_BN, np.float64)
+    pairs = keep.T @ keep / len(keep) / (drawn.kept / 16) ** 2
+    C = of_images.second_DD
+    G = corrupted.masking_of_count(C, patch_D, drawn.kept)
+    # Kept for sure together with probability q: a standard error of sqrt((1 - q) / q / draws), q >= 6 / 120 or 0.
+    np.testing.assert_allclose(C * pairs[np.ix_(patch_D, patch_D)], G, rtol=5 * np.sqrt(20 / len(keep)), atol=1e-12)
+    if drawn.kept > 1:
+        independent = corrupted.masking(C, patch_D, 1 - (drawn.kept - 1) / 15)
+        np.testing.assert_allclose(G / G[0, -1], independent / independent[0, -1], rtol=1e-12)
+
+
 def drawn_projections(tokens, buckets, kind, scale, draws):
     """P of the training code's sampler, (draws, N, N)."""
     c = configs.base()
@@ -287,7 +306,7 @@ def small():
     c = align_config.get_config("debug")
     c.data.source = "digits"
     c.evaluation.train_images = 0
-    c.align.width, c.align.latents, c.align.patch_sizes = 16, 32, (1, 4)
+    c.align.width, c.align.latents, c.align.patch_sizes = 16, 32, (1, (2, 4))
     return c
 
 
@@ -299,7 +318,7 @@ def test_job_answers(small, tmp_path):
     stored = json.loads((tmp_path / "alignment.json").read_text())
     assert stored["images"] == 1437 and stored["classes"] == 10 and len(stored["clean"]) == 32
     assert [(s["corruption"], s["patch"], s["ratio"]) for s in stored["settings"]] == [
-        ("mask", [p, p], r) for p in (1, 4) for r in (0.25, 0.75)
+        ("mask", p, r) for p in ([1, 1], [2, 4]) for r in (0.25, 0.75)
     ] + [("rop", [4, 4], r) for r in (0.25, 0.75)]
     for s in stored["settings"]:
         assert s["gain"] == pytest.approx(s["alignment"] - stored["clean"][15], abs=1e-5)
@@ -325,7 +344,9 @@ def test_the_answer_reads_the_curves():
     assert found.never() == ["mask 2x2", "gaussian noise"]  # its gain at width 2 is below its error
     assert found.share_raised(good) == pytest.approx(1 / 3) and found.share_raised(better) == pytest.approx(2 / 3)
     assert found.record()["best"] == {"mask 1x1": 0.5, "mask 2x2": 0.1}
-    assert "+20.00" in found.summary()
+    assert "+20.00" in found.summary() and found.summary().endswith("never at this width: mask 2x2, gaussian noise")
+    useless = answer.Answer(2, clean, {bad: curves[bad]}, about)
+    assert useless.summary().splitlines()[-1].startswith("nothing of this grid raises alignment at this width")
 
 
 def test_larger_images_keep_their_grid_of_tokens():
@@ -342,7 +363,10 @@ def test_larger_images_keep_their_grid_of_tokens():
     ("values", "message"),
     [
         ({"align.width": 193}, r"config.align.width=193: images of 8 x 8 have only 192 numbers"),
-        ({"align.patch_sizes": (16,)}, r"config.align.patch_sizes=\(16,\)"),
+        ({"align.patch_sizes": (16,)}, r"config.align.patch_sizes=\(16,\): images are only \(8, 8\)"),
+        ({"align.patch_sizes": (4, (2, 9))}, r"config.align.patch_sizes=\(4, \(2, 9\)\): images are only"),
+        ({"align.patch_sizes": (4, (2, 0))}, r"config.align.patch_sizes=.* must be a side in pixels or"),
+        ({"align.patch_sizes": (1.5,)}, r"config.align.patch_sizes=.*1.5 must be a side in pixels or"),
         ({"align.mask_ratios": (0.5, 1.0)}, r"align.mask_ratios=.*between 0 and 1"),
         ({"align.noise": 0.0}, r"config.align.noise must be larger"),  # grey digits: three equal channels
     ],
@@ -427,6 +451,7 @@ def test_section_of_a_run(images, tmp_path, monkeypatch):
     for step in (1, 2):
         saved.save(step, params, {"step": jnp.int32(step)}, {"config": c.to_dict()})
     saved.close()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "probe_top1": 0.5}\n')
     params, _ = checkpoint.read_params(tmp_path)
     splits = [data.open_split(c, s) for s in ("train", "eval")]
     subject = Subject("quick", c, params, tmp_path, *splits, sharding.make_mesh(8, 1))
@@ -438,4 +463,5 @@ def test_section_of_a_run(images, tmp_path, monkeypatch):
     for table in made.tables:
         assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
     assert made.numbers["bands"]["quick"]["steps"] == [1, 2]
+    assert [row[-1] for row in made.tables[2].rows] == made.numbers["bands"]["quick"]["probe"] == [None, 0.5]
     assert set(made.numbers["alignment"]) == {"quick"}

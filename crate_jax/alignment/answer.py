@@ -82,7 +82,7 @@ class Answer:
         }
 
     def summary(self) -> str:
-        """A short table: the best ratio of each group at the width."""
+        """A short table: the best ratio of each group at the width, and what raises alignment at no ratio."""
         share = 100 * self.clean.alignment_K[self.width - 1]
         head = f"alignment at width {self.width} of {self.about['images']} images without corruption: {share:.2f} %"
         rows = [
@@ -103,7 +103,11 @@ class Answer:
             ))  # fmt: skip
         sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, sizes, strict=True)).rstrip() for row in rows]
-        return "\n".join([head, *lines, f"never at this width: {', '.join(self.never())}"])
+        if any(map(self.is_raised, self.curves)):
+            verdict = f"never at this width: {', '.join(self.never())}"
+        else:
+            verdict = "nothing of this grid raises alignment at this width: the best ratios above cost least"
+        return "\n".join([head, *lines, verdict])
 
     def markdown(self, command: str) -> str:
         """The whole grid as a page."""

@@ -94,7 +94,7 @@ def analyse(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source | N
             f"config.align.width={width}: images of {size[0]} x {size[1]} have only {D} numbers; set a smaller width "
             "or larger images (config.data.image_size, config.align.side)"
         )
-    if max(config.align.patch_sizes, default=0) > min(size):
+    if any(patch[0] > size[0] or patch[1] > size[1] for patch in grid.shapes(config)):
         raise ConfigError(f"config.align.patch_sizes={tuple(config.align.patch_sizes)}: images are only {size} pixels")
     source = source or data.open_split(config, "train", labels_required=True)
     if source is None or source.class_names is None:
