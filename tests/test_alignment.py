@@ -401,6 +401,7 @@ def test_larger_images_keep_their_grid_of_tokens():
         ({"align.patch_sizes": (4, (2, 0))}, r"config.align.patch_sizes=.* must be a side in pixels or"),
         ({"align.patch_sizes": (1.5,)}, r"config.align.patch_sizes=.*1.5 must be a side in pixels or"),
         ({"align.mask_ratios": (0.5, 1.0)}, r"align.mask_ratios=.*between 0 and 1"),
+        ({"align.patch_sizes": (), "align.rop_ratios": ()}, r"config.align: there is no corruption to look at"),
         ({"align.noise": 0.0}, r"config.align.noise must be larger"),  # grey digits: three equal channels
     ],
 )

@@ -110,7 +110,7 @@ class Answer:
         if any(map(self.is_raised, self.curves)):
             verdict = f"never at this width: {', '.join(self.never())}"
         else:
-            verdict = "nothing of this grid raises alignment at this width: the best ratios above cost least"
+            verdict = "nothing of this grid raises alignment at this width by more than its numerical error"
         return "\n".join([head, *lines, verdict])
 
     def markdown(self, command: str) -> str:
