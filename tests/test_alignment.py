@@ -364,10 +364,12 @@ def test_job_answers(small, tmp_path):
 def test_the_answer_reads_the_curves():
     """Which ratio is best, what never helps, and at which widths a gain is above its error."""
     clean = closed_form.Curve(np.array([0.2, 0.4, 0.6]), 0.002)
-    good, better, bad = (grid.Setting("mask", (p, p), r) for p, r in ((1, 0.1), (1, 0.5), (2, 0.1)))
+    ratios = ((1, 0.1), (1, 0.5), (1, 0.9), (2, 0.1))
+    good, better, heavy, bad = (grid.Setting("mask", (p, p), r) for p, r in ratios)
     curves = {
         good: closed_form.Curve(np.array([0.1, 0.5, 0.6]), 0.01),
         better: closed_form.Curve(np.array([0.3, 0.6, 0.6]), 0.01),
+        heavy: closed_form.Curve(np.array([0.1, 0.3, 0.5]), 0.01),
         bad: closed_form.Curve(np.array([0.3, 0.411, 0.5]), 0.01),
     }
     about = {"data": "d", "images": 5, "classes": 2, "image_size": [8, 8]}
