@@ -1,14 +1,16 @@
 """Does alignment predict the probe? Closed-form gain of each corruption against measured accuracy, over finished runs.
 
-    python -m benchmarks.alignment_predicts --folder DIR/train RUN RUN ...
+    python -m benchmarks.alignment_predicts --folder DIR/train RUN RUN ... [--widths 64 384]
 
 RUN: workdirs of pre-training runs on the images of DIR that differ in corruption, ratio, patch size or seed only; a
-sweep's folder stands for all of its runs. Prints a Markdown table, a line per corruption (mean over seeds), and
-Spearman's rank correlation of gain and accuracy with a 95 % bootstrap interval over corruptions, for each width asked
-for and each patch size.
+sweep's folder stands for all of its finished runs. Prints a Markdown table, a line per corruption (mean over seeds),
+and Spearman's rank correlation of gain and accuracy with a 95 % bootstrap interval over corruptions, for each width
+asked for and each patch size.
 
-Noise and no corruption have gain 0 by the corollary of Theorem 3 (Balestriero & LeCun, ICML 2024). Where ranks of all
-resampled corruptions tie the correlation is not defined; such resamples are left out.
+Gains are exact for the corruptions as training draws them: all principal components, masks that keep a fixed number of
+patches. Noise and no corruption have gain 0 by the corollary of Theorem 3 (Balestriero & LeCun, ICML 2024). Resampled
+corruptions whose ranks all tie have no correlation and are left out. Theorem 3 is of a squared loss over all patches
+(--config.loss.region=all --config.loss.norm=l2).
 """
 
 from __future__ import annotations
@@ -17,45 +19,96 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import scipy.stats
 
 from crate_jax import config as config_lib, sharding
-from crate_jax.alignment import moments
+from crate_jax.alignment import corrupted, moments
 from crate_jax.alignment.closed_form import Aligner
 from crate_jax.alignment.grid import Setting
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.folder import FolderSource
 
 Key = tuple[str, int, float]  # corruption, patch in pixels, ratio or standard deviation
+STRENGTH = {"mask": "mask_ratio", "rop": "rop_ratio", "noise": "noise_std"}
 MEASURED = ("probe_top1", "knn_top1")
 RESAMPLES = 10_000
+FEWEST = 4  # corruptions of which a rank correlation is shown
+# What runs of one comparison may differ in: the corruption itself, and what does not change what is learned.
+MAY_DIFFER = ("seed:", "encoder.patch_size:", "log.", "save.", "report.", "sweep.", "whitebox.", "align.") + tuple(
+    f"corruption.{key}:" for key in ("name", *STRENGTH.values())
+)
 
 
 def runs(folders: list[str]) -> list[Path]:
     """The workdirs with a summary among the folders and their children."""
-    found = [p for f in map(Path, folders) for p in ((f,) if (f / "summary.json").exists() else sorted(f.iterdir()))]
-    return [p for p in found if (p / "summary.json").exists()]
+    found = []
+    for folder in map(Path, folders):
+        alone = (folder / "summary.json").exists()
+        inside = [folder] if alone else sorted(p.parent for p in folder.glob("*/summary.json"))
+        if not inside:
+            raise SystemExit(f"{folder}: neither it nor a folder in it holds the summary.json of a finished run")
+        found += inside
+    return found
 
 
-def key_of(config: dict) -> Key:
-    corruption, patch = config["corruption"], config["encoder"]["patch_size"]
+def key_of(config: Mapping[str, Any]) -> Key:
+    """What a run's gain depends on."""
+    corruption = config["corruption"]
     name = corruption["name"]
-    strength = {"mask": "mask_ratio", "rop": "rop_ratio", "noise": "noise_std"}.get(name)
-    return name, patch, corruption[strength] if strength else 0.0
+    return name, config["encoder"]["patch_size"], corruption[STRENGTH[name]] if name in STRENGTH else 0.0
+
+
+def read(folders: list[Path]) -> tuple[dict[str, Any], dict[Key, list[dict[str, float]]]]:
+    """The config of one run, and the measured accuracies of all by corruption; runs must differ in nothing else."""
+    measured: dict[Key, list[dict[str, float]]] = defaultdict(list)
+    first: dict[str, Any] = {}
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        first = first or config
+        other = [k for k in config_lib.changed_keys(first, config) if not k.startswith(MAY_DIFFER)]
+        if other:
+            raise SystemExit(f"{folder}: differs from {folders[0]} in more than its corruption: {other[0]}")
+        if any(summary.get(name) is None for name in MEASURED):
+            raise SystemExit(f"{folder}/summary.json: has no {' or '.join(MEASURED)}; the run had no labels to probe")
+        measured[key_of(config)].append(summary)
+    return first, dict(sorted(measured.items()))
+
+
+def corrupted_moments(key: Key, second_DD: np.ndarray, config: Mapping[str, Any]) -> np.ndarray | None:
+    """G of a corruption as training draws it; None where alignment is what it is without."""
+    name, patch, strength = key
+    size, corruption = tuple(config["data"]["image_size"]), config["corruption"]
+    if name == "mask":
+        patch_D = corrupted.patch_of_number(size, (patch, patch))
+        kept = int((int(patch_D[-1]) + 1) * (1 - strength))  # as crate_jax.corruption
+        return corrupted.masking_of_count(second_DD, patch_D, kept)
+    if name == "rop":
+        setting = Setting("rop", (patch, patch), strength, corruption["rop_buckets"], corruption["paper_scale"])
+        return setting.second_moments(second_DD, size)
+    return None
 
 
 def spearman(gain_N: np.ndarray, accuracy_N: np.ndarray) -> tuple[float, float, float]:
-    """Rank correlation and the ends of its 95 % percentile bootstrap interval."""
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        rows = rng.integers(0, len(gain_N), len(gain_N))
-        if np.ptp(gain_N[rows]) and np.ptp(accuracy_N[rows]):
-            drawn.append(scipy.stats.spearmanr(gain_N[rows], accuracy_N[rows]).statistic)
-    return scipy.stats.spearmanr(gain_N, accuracy_N).statistic, *np.percentile(drawn, [2.5, 97.5])
+    """Rank correlation and the ends of its 95 % percentile bootstrap interval; NaN where all of one of them tie."""
+
+    def correlation(rows: np.ndarray) -> float:
+        if not (np.ptp(gain_N[rows]) and np.ptp(accuracy_N[rows])):
+            return float("nan")
+        return float(scipy.stats.spearmanr(gain_N[rows], accuracy_N[rows]).statistic)
+
+    rng, N = np.random.default_rng(0), len(gain_N)
+    found = correlation(np.arange(N))
+    if np.isnan(found):
+        return found, found, found
+    low, high = np.nanpercentile([correlation(rng.integers(0, N, N)) for _ in range(RESAMPLES)], [2.5, 97.5])
+    return found, float(low), float(high)
 
 
 def main(argv: list[str]) -> None:
@@ -65,44 +118,41 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--widths", type=int, nargs="*", default=(), help="k, beside the encoder's")
     args = parser.parse_args(argv)
     sharding.use_cpu_cores(moments.ROWS, 1)
-    measured: dict[Key, list[dict]] = defaultdict(list)
-    for run in runs(args.runs):
-        saved = json.loads((run / "config.json").read_text())
-        measured[key_of(saved)].append(json.loads((run / "summary.json").read_text()))
-    widths = (saved["encoder"]["width"], *args.widths)
+    saved, measured = read(runs(args.runs))
     config = config_lib.base()
     config.data.image_size, config.data.eval_crop = tuple(saved["data"]["image_size"]), 1.0
-    source, size = FolderSource(args.folder), config.data.image_size
+    D = 3 * int(np.prod(config.data.image_size))
+    widths = (saved["encoder"]["width"], *args.widths)
+    if not 1 <= min(widths) <= max(widths) <= D:
+        parser.error(f"--widths {widths}: must lie in 1..{D}, the numbers per image")
+    source = FolderSource(args.folder)
     batches = eval_batches(config, source, np.arange(len(source)), moments.ROWS)
     mesh = sharding.make_mesh(jax.device_count(), 1)
-    found = moments.of_images(batches, len(source.class_names), mesh, config.align.noise)
-    aligner = Aligner(found, max(1024, *widths))
+    found = moments.of_images(batches, len(source.class_names), mesh, config.align.noise, args.folder)
+    aligner = Aligner(found, max(widths), exact=True)
     clean_K = aligner.clean().alignment_K
 
-    print(
-        "| corruption | patch | strength | " + " | ".join(f"gain at {k}" for k in widths) + " | probe | k-NN | runs |"
-    )
+    print(f"| corruption | patch | strength | {' | '.join(f'gain at {k}' for k in widths)} | probe | k-NN | runs |")
     print("|" + "---|" * (6 + len(widths)))
     gains, scores = {}, {}
-    for key in sorted(measured):
-        name, patch, strength = key
-        gain_K = np.zeros_like(clean_K)
-        if name in ("mask", "rop"):
-            setting = Setting(name, (patch, patch), strength)
-            gain_K = aligner.curve(setting.second_moments(found.second_DD, size)).alignment_K - clean_K
+    for key, summaries in measured.items():
+        corrupted_DD = corrupted_moments(key, found.second_DD, saved)
+        gain_K = 0 * clean_K if corrupted_DD is None else aligner.curve(corrupted_DD).alignment_K - clean_K
         gains[key] = [float(gain_K[k - 1]) for k in widths]
-        scores[key] = [float(np.mean([s[m] for s in measured[key]])) for m in MEASURED]
+        scores[key] = [float(np.mean([s[m] for s in summaries])) for m in MEASURED]
         cells = [f"{100 * g:+.2f}" for g in gains[key]] + [f"{100 * s:.1f}" for s in scores[key]]
-        print(f"| {name} | {patch} | {strength:.3g} | {' | '.join(cells)} | {len(measured[key])} |")
+        print(f"| {key[0]} | {key[1]} | {key[2]:.3g} | {' | '.join(cells)} | {len(summaries)} |", flush=True)
     print()
     patches = sorted({patch for _, patch, _ in measured})
     for chosen in ([patches] if len(patches) > 1 else []) + [[p] for p in patches]:
-        keys = [key for key in sorted(measured) if key[1] in chosen]
+        keys = [key for key in measured if key[1] in chosen]
+        where = "all" if len(chosen) > 1 else f"{chosen[0]} px"
+        if len(keys) < FEWEST:
+            print(f"{where}: {len(keys)} corruptions, too few for a rank correlation")
+            continue
         for i, k in enumerate(widths):
             for j, score in enumerate(MEASURED):
-                gain_N, score_N = (np.array([d[key][n] for key in keys]) for d, n in ((gains, i), (scores, j)))
-                rho, low, high = spearman(gain_N, score_N)
-                where = "all" if len(chosen) > 1 else f"{chosen[0]} px"
+                rho, low, high = spearman(np.array([gains[n][i] for n in keys]), np.array([scores[n][j] for n in keys]))
                 print(f"{where}, k = {k}, {score}: {rho:+.2f} [{low:+.2f}, {high:+.2f}], {len(keys)} corruptions")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -177,7 +177,7 @@ def base() -> ConfigDict:
     c.align = align = ConfigDict()  # job align: alignment of reconstruction and labels, in closed form
     align.width = 0  # k at which corruptions are compared; 0: the encoder's width
     align.latents = 1024  # curves run from 1 to this k
-    align.patch_sizes = (1, 2, 4)  # mask: sides of the square patches, in pixels
+    align.patch_sizes = (1, 2, 4)  # mask: sides of square patches in pixels, or (height, width), as in 1,(2,8)
     align.mask_ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)  # removed shares
     align.rop_ratios = (0.05, 0.1, 1 / 7, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75)  # kept shares, of the encoder's patches
     align.noise = 1e-3  # added to the images, in units of their standard deviation: no direction is empty
@@ -348,7 +348,7 @@ def _fail(flat: Mapping[str, Any], key: str, right: str) -> None:
 
 def _check_values(flat: Mapping[str, Any]) -> None:
     for key, default in flatten(base()).items():
-        if isinstance(default, list) and default:
+        if isinstance(default, list) and default and key != "align.patch_sizes":
             kind = type(default[0])
             if not all(isinstance(v, (int, float) if kind is float else kind) for v in flat[key]):
                 _fail(flat, key, f"must hold {({int: 'whole numbers', float: 'numbers'}).get(kind, 'texts')} only")
@@ -376,9 +376,13 @@ def _check_values(flat: Mapping[str, Any]) -> None:
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != 3 or (key == "data.std" and min(flat[key]) <= 0):
             _fail(flat, key, "must be three numbers, one per channel" + (", all positive" if "std" in key else ""))
-    for key, low, high in (("align.mask_ratios", 0, 1), ("align.rop_ratios", 0, 1), ("align.patch_sizes", 0.5, 1e9)):
-        if not all(low < v < high for v in flat[key]):
-            _fail(flat, key, "must hold shares between 0 and 1" if high == 1 else "must hold positive numbers")
+    for key in ("align.mask_ratios", "align.rop_ratios"):
+        if not all(0 < v < 1 for v in flat[key]):
+            _fail(flat, key, "must hold shares between 0 and 1")
+    for size in flat["align.patch_sizes"]:
+        sides = (size, size) if isinstance(size, int) else size
+        if not (isinstance(sides, Sequence) and len(sides) == 2 and all(isinstance(n, int) and n > 0 for n in sides)):
+            _fail(flat, "align.patch_sizes", f"{size!r} must be a side in pixels or (height, width), as in 4,(2,8)")
     for key in ("penalty.include", "penalty.exclude", "optimizer.decay_exclude"):
         for pattern in flat[key]:
             try:

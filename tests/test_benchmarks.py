@@ -8,9 +8,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks import alignment_predicts
 from benchmarks.step import matmul_flops
+from crate_jax import config
 from tests.conftest import ROOT
 
 
@@ -41,6 +45,47 @@ def test_flops_count_loops_and_gradients():
     forward = 3 * 2 * 4 * 5 * 5
     assert matmul_flops(jax.make_jaxpr(run)(x, w).jaxpr) == forward
     assert matmul_flops(jax.make_jaxpr(jax.grad(run, (0, 1)))(x, w).jaxpr) == 3 * forward
+
+
+def fake_run(folder, ratio: float, seed: int, probe: float, **encoder) -> None:
+    """What alignment_predicts reads of a finished run on 8 x 8 images."""
+    c = config.base()
+    c.data.image_size, c.encoder.patch_size, c.encoder.width, c.seed = (8, 8), 2, 12, seed
+    c.corruption.name, c.corruption.mask_ratio = "mask", ratio
+    c.encoder.update(encoder)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(c.to_dict()))
+    (folder / "summary.json").write_text(json.dumps({"probe_top1": probe, "knn_top1": 0.5}))
+
+
+def test_alignment_predicts_ranks_gains_against_accuracies(tmp_path, capsys):
+    """Accuracies that fall as the gain does: a rank correlation of 1, of the means over seeds."""
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3)).cumsum(0) // 8 + 40 * (i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
+    ratios = (0.1, 0.3, 0.5, 0.7, 0.9)
+    for ratio in ratios:
+        for seed in (0, 1):
+            fake_run(tmp_path / "sweep" / f"{ratio},{seed}", ratio, seed, 0.5 + seed)
+    arguments = ["--folder", str(tmp_path / "images"), str(tmp_path / "sweep")]
+    alignment_predicts.main(arguments)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| mask")]
+    gains = [float(row[3]) for row in rows]
+    assert [float(row[2]) for row in rows] == list(ratios) and [float(row[4]) for row in rows] == [100.0] * 5
+    assert len(set(gains)) == 5
+    for ratio, gain in zip(ratios, gains, strict=True):
+        fake_run(tmp_path / "again" / str(ratio), ratio, 0, 0.5 + gain / 1000)
+    alignment_predicts.main([*arguments[:2], str(tmp_path / "again")])
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].startswith("2 px, k = 12, probe_top1: +1.00 [") and last[0].endswith(", 5 corruptions")
+    assert "knn_top1: +nan" in last[1]  # all the same: no ranks
+    fake_run(tmp_path / "sweep" / "other", 0.5, 0, 0.5, depth=3)
+    with pytest.raises(SystemExit, match="differs from .* in more than its corruption: encoder.depth: 12 -> 3"):
+        alignment_predicts.main(arguments)
+    with pytest.raises(SystemExit, match="holds the summary.json of a finished run"):
+        alignment_predicts.main([*arguments[:2], str(tmp_path / "images")])
 
 
 def test_data_prints_a_line_per_setting(cli_env):

@@ -33,9 +33,13 @@ class Answer:
         k = (width or self.width) - 1
         return float(self.curves[setting].alignment_K[k] - self.clean.alignment_K[k])
 
-    def is_raised(self, setting: Setting, width: int | None = None) -> bool:
-        """Whether the gain is above the numerical error of the curve."""
-        return self.gain(setting, width) > self.curves[setting].error
+    def error(self, setting: Setting) -> float:
+        """The numerical error of a setting's gains: that of its curve and of the one without corruption."""
+        return self.curves[setting].error + self.clean.error
+
+    def is_raised(self, setting: Setting) -> bool:
+        """Whether the gain at the encoder's width is above its numerical error."""
+        return self.gain(setting) > self.error(setting)
 
     def groups(self) -> dict[str, list[Setting]]:
         """The settings by family and patch size."""
@@ -55,8 +59,8 @@ class Answer:
 
     def share_raised(self, setting: Setting) -> float:
         """Share of the widths 1 .. K at which the setting raises alignment; 0: it never does."""
-        curve = self.curves[setting]
-        return float(np.mean(curve.alignment_K - self.clean.alignment_K > curve.error))
+        gain_K = self.curves[setting].alignment_K - self.clean.alignment_K
+        return float(np.mean(gain_K > self.error(setting)))
 
     def record(self) -> dict[str, Any]:
         """All numbers, for JSON."""
@@ -71,7 +75,7 @@ class Answer:
                     "ratio": s.ratio,
                     "alignment": float(curve.alignment_K[self.width - 1]),
                     "gain": self.gain(s),
-                    "error": curve.error,
+                    "error": self.error(s),
                     "share_of_widths_raised": self.share_raised(s),
                     "curve": np.round(curve.alignment_K, 6),
                 }
@@ -82,7 +86,7 @@ class Answer:
         }
 
     def summary(self) -> str:
-        """A short table: the best ratio of each group at the width."""
+        """A short table: the best ratio of each group at the width, and what raises alignment at no ratio."""
         share = 100 * self.clean.alignment_K[self.width - 1]
         head = f"alignment at width {self.width} of {self.about['images']} images without corruption: {share:.2f} %"
         rows = [
@@ -103,7 +107,11 @@ class Answer:
             ))  # fmt: skip
         sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, sizes, strict=True)).rstrip() for row in rows]
-        return "\n".join([head, *lines, f"never at this width: {', '.join(self.never())}"])
+        if any(map(self.is_raised, self.curves)):
+            verdict = f"never at this width: {', '.join(self.never())}"
+        else:
+            verdict = "nothing of this grid raises alignment at this width by more than its numerical error"
+        return "\n".join([head, *lines, verdict])
 
     def markdown(self, command: str) -> str:
         """The whole grid as a page."""
@@ -113,13 +121,13 @@ class Answer:
         clean = " | ".join(f"{100 * self.clean.alignment_K[k - 1]:.2f}" for k in shown)
         rows = [f"| none | | | {clean} | |"]
         best = {self.best(group) for group in self.groups().values()}
-        for s, curve in self.curves.items():
+        for s in self.curves:
             cells = []
             for k in shown:
                 text = _points(self.gain(s, k))
                 cells.append(f"**{text}**" if k == width and s in best else text)
             patch = "x".join(map(str, s.patch))
-            rows.append(f"| {s.family} | {patch} | {s.ratio:.3g} | {' | '.join(cells)} | {100 * curve.error:.3f} |")
+            rows.append(f"| {s.family} | {patch} | {s.ratio:.3g} | {' | '.join(cells)} | {100 * self.error(s):.3f} |")
         return "\n".join([
             f"# Alignment at width {width}: {self.about['data']}, {self.about['images']} images, "
             f"{self.about['classes']} classes", "", f"    {command}", "", "```", self.summary(), "```", "",

@@ -37,6 +37,22 @@ def masking(second_DD: np.ndarray, patch_D: np.ndarray, ratio: float) -> np.ndar
     return second_DD * np.where(patch_D[:, None] == patch_D[None, :], 1 / (1 - ratio), 1.0)
 
 
+def masking_of_count(second_DD: np.ndarray, patch_D: np.ndarray, kept: int) -> np.ndarray:
+    """Exactly `kept` of the N patches stay, drawn without replacement, as this library's training masks.
+
+    X X^T with blocks times N / kept on the diagonal and N (kept - 1) / (kept (N - 1)) elsewhere: up to a factor,
+    :func:`masking` with the ratio 1 - (kept - 1) / (N - 1).
+
+    Args:
+      second_DD: X X^T.
+      patch_D: the patch of each number.
+      kept: 1 .. N.
+    """
+    N = int(patch_D.max()) + 1
+    apart = N * (kept - 1) / (kept * max(N - 1, 1))
+    return second_DD * np.where(patch_D[:, None] == patch_D[None, :], N / kept, apart)
+
+
 def gaussian(second_DD: np.ndarray, count: int, std: float) -> np.ndarray:
     """Independent noise of standard deviation `std` added to every number of N = `count` images."""
     return second_DD + count * std**2 * np.eye(len(second_DD))

@@ -52,10 +52,15 @@ class Setting:
         return corrupted.projection(second_DD, patch_D, corrupted.mixing(tokens, buckets, self.buckets, self.scale))
 
 
+def shapes(config: ConfigDict) -> list[tuple[int, int]]:
+    """(height, width) of every entry of `config.align.patch_sizes`; a single number is a square's side."""
+    return [(p, p) if isinstance(p, int) else (p[0], p[1]) for p in config.align.patch_sizes]
+
+
 def settings(config: ConfigDict) -> list[Setting]:
     """The grid of `config.align`: masks of each patch size and ratio, and projections of the encoder's patches."""
     align, side = config.align, config.encoder.patch_size
-    masks = [Setting("mask", (p, p), r) for p in align.patch_sizes for r in align.mask_ratios]
+    masks = [Setting("mask", patch, r) for patch in shapes(config) for r in align.mask_ratios]
     options = (config.corruption.rop_buckets, config.corruption.paper_scale)
     return masks + [Setting("rop", (side, side), r, *options) for r in align.rop_ratios]
 

@@ -84,7 +84,7 @@ def analyse(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source | N
       source: labelled images; None: the training split of config.data.
 
     Raises:
-      ConfigError: a width above the numbers per image, or a patch larger than the image.
+      ConfigError: a width above the numbers per image, a patch larger than the image, or no corruption in the grid.
       DataError: no labels, a single class, images that cannot be analysed.
     """
     size = tuple(config.data.image_size)
@@ -94,8 +94,13 @@ def analyse(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source | N
             f"config.align.width={width}: images of {size[0]} x {size[1]} have only {D} numbers; set a smaller width "
             "or larger images (config.data.image_size, config.align.side)"
         )
-    if max(config.align.patch_sizes, default=0) > min(size):
+    if any(patch[0] > size[0] or patch[1] > size[1] for patch in grid.shapes(config)):
         raise ConfigError(f"config.align.patch_sizes={tuple(config.align.patch_sizes)}: images are only {size} pixels")
+    settings = grid.settings(config)
+    if not settings:
+        raise ConfigError(
+            "config.align: there is no corruption to look at; give mask_ratios and patch_sizes or rop_ratios"
+        )
     source = source or data.open_split(config, "train", labels_required=True)
     if source is None or source.class_names is None:
         raise DataError(f"config.data.source={config.data.source!r}: alignment needs labels, but the images have none")
@@ -118,7 +123,7 @@ def analyse(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source | N
         "classes": len(found.targets_CC),
         "image_size": list(size),
     }
-    return Answer(width, aligner.clean(), grid.evaluate(aligner, grid.settings(config), size), about)
+    return Answer(width, aligner.clean(), grid.evaluate(aligner, settings, size), about)
 
 
 def _write(folder: Path, config: ConfigDict, answer: Answer, record: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def gain_by_ratio(answer: Answer) -> Figure:
     ax = picture.subplots()
     for name, group in answer.groups().items():
         group = sorted(group, key=lambda s: s.ratio)
-        error = [100 * answer.curves[s].error for s in group]
+        error = [100 * answer.error(s) for s in group]
         ax.errorbar([s.ratio for s in group], [100 * answer.gain(s) for s in group], error, fmt="o-", ms=3, label=name)
     ax.axhline(0, color="black", linewidth=1)
     ax.set_xlabel("ratio: removed (mask), kept (rop)")

@@ -11,12 +11,13 @@ from matplotlib.figure import Figure as Plot
 from ml_collections import ConfigDict
 
 from crate_jax import checkpoint, checkpoint_files, config as configs
-from crate_jax.alignment import bands, plots
+from crate_jax.alignment import bands, grid, plots
 from crate_jax.alignment.answer import Answer
 from crate_jax.alignment.job import analyse, shrink_to_side
 from crate_jax.data import eval_images
 from crate_jax.errors import UserError
 from crate_jax.evals.frozen import sample
+from crate_jax.report import summary_section
 from crate_jax.report.section import Figure, Section, Subject, Table
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ SEVERAL = 8  # checkpoints of a run that are looked at
 def section(subjects: Sequence[Subject]) -> Section:
     """Alignment of the runs' images under corruptions near their own, accuracy of subspaces, and error by band.
 
-    Runs on the same images, of one width and grid of patches, share an analysis.
+    Runs on the same images, of one width and with the same grid of corruptions, share an analysis.
     """
     figures: list[Figure] = []
     tables: list[Table] = []
@@ -47,7 +48,8 @@ def section(subjects: Sequence[Subject]) -> Section:
             notes.append(f"{subject.name}: no labelled training images, so no alignment.")
         else:
             align = aligned_config(subject.config)
-            key = (subject.train.fingerprint(), align.align.width, tuple(align.data.image_size), own_ratio(align))
+            size, settings = tuple(align.data.image_size), tuple(grid.settings(align))
+            key = (subject.train.fingerprint(), align.align.width, size, settings)
             try:
                 if key in done:
                     notes.append(f"{subject.name}: alignment as {done[key]}.")
@@ -87,12 +89,6 @@ def aligned_config(config: ConfigDict) -> ConfigDict:
         full.align.rop_ratios = tuple(sorted({*RATIOS, full.corruption.rop_ratio}))
     full.evaluation.train_images = IMAGES
     return full
-
-
-def own_ratio(config: ConfigDict) -> float | None:
-    """The ratio of the run's own corruption; None if it has none that counts."""
-    name = config.corruption.name
-    return config.corruption[f"{name}_ratio"] if name in ("mask", "rop") else None
 
 
 def _sentence(name: str, answer: Answer) -> str:
@@ -158,16 +154,16 @@ def _bands(subject: Subject, figures: list[Figure], tables: list[Table], numbers
             params = checkpoint.read_params(subject.workdir, step)[0]
             found_by_step.append(bands.reconstruction_by_band(config, params, test_images, components, edges, errors))
         by_step = np.stack(found_by_step)
-        numbers["bands"][subject.name] = {"steps": steps, "edges": edges, "error": by_step}
+        probes = logged_probes(subject, steps)
+        numbers["bands"][subject.name] = {"steps": steps, "edges": edges, "error": by_step, "probe": probes}
         names = [f"{a + 1}..{b}" for a, b in zip(edges, edges[1:], strict=False)]
         caption = (
             f"{subject.name}: error of the reconstruction by band of principal components (1: no better than the mean "
-            "image), at the checkpoints that are left"
+            "image), at the checkpoints that are left, and the accuracy that a linear probe had then"
         )
-        tables.append(
-            Table(caption, ("step", *names), tuple((s, *map(float, e)) for s, e in zip(steps, by_step, strict=True)))
-        )
-        figures.append(Figure(f"{caption}.", band_figure(steps, names, by_step)))
+        table = tuple((s, *map(float, e), probe) for s, e, probe in zip(steps, by_step, probes, strict=True))
+        tables.append(Table(caption, ("step", *names, "probe"), table))
+        figures.append(Figure(f"{caption}.", band_figure(steps, names, by_step, probes)))
 
 
 def run_steps(subject: Subject) -> list[int]:
@@ -180,8 +176,20 @@ def run_steps(subject: Subject) -> list[int]:
     return [steps[i] for i in np.linspace(0, len(steps) - 1, SEVERAL).round().astype(int)]
 
 
-def band_figure(steps: Sequence[int], names: Sequence[str], error_SL: np.ndarray) -> Plot:
-    """Error against the step, one line per band; against the band where there is only one step."""
+def logged_probes(subject: Subject, steps: Sequence[int]) -> list[float | None]:
+    """Top-1 (share) of the probe that the run logged at each of the steps; None where it ran none."""
+    metrics = summary_section.read(subject.workdir).metrics
+    found = {line["step"]: line["probe_top1"] for line in metrics if line.get("probe_top1") is not None}
+    return [found.get(step) for step in steps]
+
+
+def band_figure(
+    steps: Sequence[int], names: Sequence[str], error_SL: np.ndarray, probe_S: Sequence[float | None]
+) -> Plot:
+    """Error against the step, one line per band; against the band where there is only one step.
+
+    The probe's accuracy stands on an axis of its own, at the steps that have one.
+    """
     picture = Plot(figsize=(6.4, 3.6), layout="constrained")
     ax = picture.subplots()
     if len(steps) == 1:
@@ -192,6 +200,12 @@ def band_figure(steps: Sequence[int], names: Sequence[str], error_SL: np.ndarray
             ax.plot(steps, errors, "o-", markersize=3, label=name)
         ax.set_xlabel("step")
         ax.legend(frameon=False, fontsize=8, title="components")
+        points = [(s, 100 * p) for s, p in zip(steps, probe_S, strict=True) if p is not None]
+        if points:
+            right = ax.twinx()
+            right.plot(*zip(*points, strict=True), "k:s", markersize=3)
+            right.set_ylabel("probe accuracy (%), dotted")
+            right.spines[["top", "left"]].set_visible(False)
     ax.set_ylabel("error / variance")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
