@@ -60,8 +60,8 @@ EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation] | typ
 
 
 # Steps that dispatch may run ahead of the device: enough to hide every launch. Without a bound, runs on several CPU
-# devices were seen to stop for ever on a busy machine: one device waiting in an all-reduce, the other for its turn among
-# the programs that XLA lets be in flight. With it none did.
+# devices were seen to stop for ever on a busy machine: one device waiting in an all-reduce, the other for its turn
+# among the programs that XLA lets be in flight. With it none did.
 IN_FLIGHT = 8
 
 
