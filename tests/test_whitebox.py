@@ -391,8 +391,11 @@ def test_section_has_every_measure_of_every_run(subjects):
     ]
     value = dict(zip(table.columns, table.rows[1], strict=True))
     numbers = section.numbers["white"]["encoder"]
-    assert value["subspace_rate"] == numbers["subspace_rate"]["mean"][1]
-    assert value["compression"] == pytest.approx(value["subspace_rate"] - value["subspace_rate_before"])
+    assert value["R^c after"] == numbers["subspace_rate"]["mean"][1]
+    assert value["change"] == pytest.approx(value["R^c after"] - value["R^c before"])
+    measured = {m for parts in section.numbers.values() for layers in parts.values() for m in layers}
+    assert set(table.columns[3:]) == {sections.COLUMNS[m] for m in measured}
+    assert not any("$" in figure.caption for figure in section.figures)  # captions are plain text
     assert numbers["subspace_rate"]["std"][1] > 0
     assert 0 < section.numbers["white"]["decoder"]["inversion_error_linear"]["mean"][0] < 2
 

@@ -35,32 +35,36 @@ SEVERAL = 8  # checkpoints of a run that are looked at
 def section(subjects: Sequence[Subject]) -> Section:
     """Alignment of the runs' images under corruptions near their own, accuracy of subspaces, and error by band.
 
-    Runs on the same images, of one width and grid of patches, share an analysis.
+    Runs on the same images, of one width and grid of patches, share an analysis; runs on the same images share their
+    principal components and what is learned from these.
     """
     figures: list[Figure] = []
     tables: list[Table] = []
     numbers: dict[str, Any] = {"alignment": {}, "subspaces": {}, "bands": {}}
     notes: list[str] = []
-    done: dict[tuple, str] = {}
+    together: dict[tuple, list[tuple[Subject, ConfigDict]]] = {}
     for subject in subjects:
         if subject.train is None or subject.train.class_names is None:
             notes.append(f"{subject.name}: no labelled training images, so no alignment.")
-        else:
-            align = aligned_config(subject.config)
-            key = (subject.train.fingerprint(), align.align.width, tuple(align.data.image_size), own_ratio(align))
-            try:
-                if key in done:
-                    notes.append(f"{subject.name}: alignment as {done[key]}.")
-                else:
-                    done[key] = subject.name
-                    answer = analyse(align, subject.mesh, subject.train)
-                    notes.append(_sentence(subject.name, answer))
-                    figures.append(Figure(_caption(subject.name, answer), plots.gain_by_ratio(answer)))
-                    tables.append(_alignment_table(subject.name, answer))
-                    numbers["alignment"][subject.name] = answer.record()
-            except UserError as e:
-                notes.append(f"{subject.name}: no alignment ({e}).")
-        _bands(subject, figures, tables, numbers)
+            continue
+        align = aligned_config(subject.config)
+        size, patch = tuple(align.data.image_size), align.encoder.patch_size
+        key = (subject.train.fingerprint(), align.align.width, size, patch, *_pixels(subject.config))
+        together.setdefault(key, []).append((subject, align))
+    for members in together.values():
+        name = " and ".join(subject.name for subject, _ in members)
+        subject, align = members[0]
+        for kind in ("mask_ratios", "rop_ratios"):
+            align.align[kind] = tuple(sorted({ratio for _, config in members for ratio in config.align[kind]}))
+        try:
+            answer = analyse(align, subject.mesh, subject.train)
+            notes.append(_sentence(name, answer))
+            figures.append(Figure(_caption(name, answer), plots.gain_by_ratio(answer)))
+            tables.append(_alignment_table(name, answer))
+            numbers["alignment"][name] = answer.record()
+        except UserError as e:
+            notes.append(f"{name}: no alignment ({e}).")
+    _bands(subjects, figures, tables, numbers)
     text = (
         "alignment(k) is the share of the label Gram matrix that the k latents of the best linear denoising "
         "auto-encoder hold (Balestriero & LeCun, ICML 2024): a closed form of the images, before any training. A "
@@ -68,6 +72,12 @@ def section(subjects: Sequence[Subject]) -> Section:
         f"the labels. At most {IMAGES} images, width at most {WIDEST}; sampling error is not shown. " + " ".join(notes)
     )
     return Section(TITLE, text, tuple(figures), tuple(tables), numbers)
+
+
+def _pixels(config: ConfigDict) -> tuple:
+    """What decides the numbers that an image is to the encoder, and which images are drawn."""
+    c = config.data
+    return (tuple(c.image_size), tuple(c.mean), tuple(c.std), c.eval_crop, c.interpolation, config.seed)
 
 
 def aligned_config(config: ConfigDict) -> ConfigDict:
@@ -87,12 +97,6 @@ def aligned_config(config: ConfigDict) -> ConfigDict:
         full.align.rop_ratios = tuple(sorted({*RATIOS, full.corruption.rop_ratio}))
     full.evaluation.train_images = IMAGES
     return full
-
-
-def own_ratio(config: ConfigDict) -> float | None:
-    """The ratio of the run's own corruption; None if it has none that counts."""
-    name = config.corruption.name
-    return config.corruption[f"{name}_ratio"] if name in ("mask", "rop") else None
 
 
 def _sentence(name: str, answer: Answer) -> str:
@@ -124,42 +128,67 @@ def _alignment_table(name: str, answer: Answer) -> Table:
     return Table(f"{name}: alignment, shares", columns, (("none", None, None, clean, 0.0), *rows))
 
 
-def _bands(subject: Subject, figures: list[Figure], tables: list[Table], numbers: dict[str, Any]) -> None:
+def _bands(subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]) -> None:
     """Accuracy by subspace where there are labels, error by band where there are checkpoints with a decoder."""
-    has_labels = all(s is not None and s.class_names is not None for s in (subject.train, subject.test))
-    steps = run_steps(subject)
-    if subject.train is None or not (has_labels or steps):
-        return
-    config, side = subject.config, configs.base().align.side
+    together: dict[tuple, list[Subject]] = {}
+    for subject in subjects:
+        if subject.train is None or not (_has_labels(subject) or run_steps(subject)):
+            continue
+        evaluated = None if subject.test is None else subject.test.fingerprint()
+        c = subject.config.evaluation
+        learned = (c.knn_k, c.knn_temperature, repr(c.probe_c))
+        key = (subject.train.fingerprint(), evaluated, *_pixels(subject.config), *learned)
+        together.setdefault(key, []).append(subject)
+    for members in together.values():
+        _bands_together(members, figures, tables, numbers)
+
+
+def _has_labels(subject: Subject) -> bool:
+    return all(s is not None and s.class_names is not None for s in (subject.train, subject.test))
+
+
+def _bands_together(
+    subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]
+) -> None:
+    """The same for runs on the same images."""
+    first, side = subjects[0], configs.base().align.side
+    config, train = first.config, first.train
+    assert train is not None
     (images, labels), (test_images, test_labels) = (
         eval_images(config, source, np.sort(sample(len(source), count, config.seed)))
-        for source, count in ((subject.train, BAND_IMAGES), (subject.test or subject.train, TEST_IMAGES))
+        for source, count in ((train, BAND_IMAGES), (first.test or train, TEST_IMAGES))
     )
     rows = bands.rows_of(config, images, side)
     components = bands.components_of(rows, side)
-    if has_labels and labels is not None and test_labels is not None:
-        classes = len(subject.train.class_names or ())
+    if _has_labels(first) and labels is not None and test_labels is not None:
+        name = " and ".join(subject.name for subject in subjects)
         test = (bands.rows_of(config, test_images, side), test_labels)
+        classes = len(train.class_names or ())
         found = bands.accuracy_by_subspace((rows, labels), test, classes, components, SHARES, config.evaluation)
         caption = (
-            f"{subject.name}: accuracy on {len(test_images)} images of the first (top) and the remaining (bottom) "
+            f"{name}: accuracy on {len(test_images)} images of the first (top) and the remaining (bottom) "
             f"principal components of the pixels, {len(images)} training images"
         )
         columns = ("subspace", "components", "variance", "probe", "k-NN")
         tables.append(
             Table(caption, columns, tuple((f.place, f.dimensions, f.variance, f.probe, f.knn) for f in found))
         )
-        numbers["subspaces"][subject.name] = [vars(f) for f in found]
-    if steps and subject.workdir is not None:
-        edges = [e for e in EDGES if e < len(components.variances_D)] + [len(components.variances_D)]
-        errors = bands.errors_of(config, side)
+        numbers["subspaces"][name] = [vars(f) for f in found]
+    edges = [e for e in EDGES if e < len(components.variances_D)] + [len(components.variances_D)]
+    names = [f"{a + 1}..{b}" for a, b in zip(edges, edges[1:], strict=False)]
+    for subject in subjects:
+        steps = run_steps(subject)
+        if not steps or subject.workdir is None:
+            continue
+        errors = bands.errors_of(subject.config, side)
         found_by_step = []
         for step in steps:
             params = checkpoint.read_params(subject.workdir, step)[0]
-            found_by_step.append(bands.reconstruction_by_band(config, params, test_images, components, edges, errors))
+            found_by_step.append(
+                bands.reconstruction_by_band(subject.config, params, test_images, components, edges, errors)
+            )
         by_step = np.stack(found_by_step)
         numbers["bands"][subject.name] = {"steps": steps, "edges": edges, "error": by_step}
-        names = [f"{a + 1}..{b}" for a, b in zip(edges, edges[1:], strict=False)]
         caption = (
             f"{subject.name}: error of the reconstruction by band of principal components (1: no better than the mean "
             "image), at the checkpoints that are left"
@@ -191,7 +220,8 @@ def band_figure(steps: Sequence[int], names: Sequence[str], error_SL: np.ndarray
         for name, errors in zip(names, error_SL.T, strict=True):
             ax.plot(steps, errors, "o-", markersize=3, label=name)
         ax.set_xlabel("step")
-        ax.legend(frameon=False, fontsize=8, title="components")
+        # Beside the lines: no corner is free of them for sure.
+        picture.legend(loc="outside right upper", frameon=False, fontsize=8, title="components")
     ax.set_ylabel("error / variance")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
