@@ -208,7 +208,7 @@ def test_what_telemetry_saw_of_the_layers_is_drawn(tmp_path):
     (figure,) = summary_section._layers({"a": summary_section.read(tmp_path), "b": summary_section.read(None)})
     assert figure.caption.startswith("a: share of the entries that are not 0")
     drawn = figure.content.axes[0].lines
-    assert [line.get_label() for line in drawn] == [f"step {step}" for step in (10, 20, 40, 50, 70)]
+    assert [line.get_label() for line in drawn] == [f"step {step}" for step in (10, 30, 40, 50, 70)]
     assert all(list(line.get_xdata()) == list(range(1, 13)) for line in drawn)
     np.testing.assert_allclose(drawn[0].get_ydata(), 0.1 * np.arange(1, 13))
 
@@ -315,7 +315,7 @@ def test_a_run_keeps_its_config_and_takes_the_options_of_the_report():
     options.checkpoint, options.report.sections, options.encoder.width = "X", ("overview",), 1000
     full = job.resolve(options, saved)
     expected = configs.flatten(tiny()) | {"checkpoint": "X", "report.sections": ["overview"]}
-    expected |= {k: v for k, v in configs.flatten(options).items() if k.startswith(("log.", "save."))}
+    expected |= {k: v for k, v in configs.flatten(options).items() if k.startswith(("log.", "save.", "whitebox."))}
     assert configs.flatten(full) == expected
     options.data.source, options.data.eval_split = "folder:here", "val"
     assert job.resolve(options, saved).data.source == "folder:here"
@@ -323,6 +323,15 @@ def test_a_run_keeps_its_config_and_takes_the_options_of_the_report():
     only = {k: saved[k] for k in ("encoder", "data")}
     full = job.resolve(report_config.get_config(), only)
     assert (full.job, full.decoder.name, full.corruption.name) == ("evaluate", "linear", "none")
+
+
+def test_every_key_is_of_the_run_or_of_the_report():
+    """A new section of the config has to be put in its place: left out, a run would show with defaults."""
+    of_the_report = {"align", "checkpoint", "job", "log", "report", "save", "sweep", "whitebox"}
+    assert set(configs.base()) == {*job.OF_THE_RUN, *of_the_report}
+    saved = json.loads(configs.to_json(tiny(protocol__name="finetune_mae", whitebox__every=3)))
+    full = job.resolve(report_config.get_config(), saved)
+    assert (full.protocol.name, full.whitebox.every) == ("finetune_mae", 0)
 
 
 def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch, caplog):

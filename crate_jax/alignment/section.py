@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 from ml_collections import ConfigDict
 
-from crate_jax import checkpoint, checkpoint_files, config as configs
+from crate_jax import checkpoint, checkpoint_files
 from crate_jax.alignment import bands, plots
 from crate_jax.alignment.answer import Answer
 from crate_jax.alignment.job import analyse, shrink_to_side
@@ -83,8 +83,6 @@ def _pixels(config: ConfigDict) -> tuple:
 def aligned_config(config: ConfigDict) -> ConfigDict:
     """A small grid around a run's own corruption, on its images as job `align` would shrink them."""
     full = config.copy_and_resolve_references()
-    with full.unlocked():
-        full.align = configs.base().align  # a run from before the analysis has no such keys
     shrink_to_side(full)
     numbers = 3 * int(np.prod(full.data.image_size))
     full.align.width = full.align.latents = min(full.encoder.width, WIDEST, numbers)
@@ -151,8 +149,8 @@ def _bands_together(
     subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]
 ) -> None:
     """The same for runs on the same images."""
-    first, side = subjects[0], configs.base().align.side
-    config, train = first.config, first.train
+    first = subjects[0]
+    config, train, side = first.config, first.train, first.config.align.side
     assert train is not None
     (images, labels), (test_images, test_labels) = (
         eval_images(config, source, np.sort(sample(len(source), count, config.seed)))

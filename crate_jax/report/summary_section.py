@@ -56,7 +56,15 @@ MARKS: dict[str, dict[str, Any]] = {
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
     "": dict(marker="o", markersize=7),  # in the run's colour
 }
-UNINTERESTING = ("job", "checkpoint", "report.", "log.", "save.", "sweep.")  # keys that do not change what is learned
+UNINTERESTING = (
+    "job",
+    "checkpoint",
+    "report.",
+    "log.",
+    "save.",
+    "sweep.",
+    "whitebox.",
+)  # keys that do not change what is learned
 LOG_SPAN = 20  # largest / smallest value from which an axis is logarithmic
 
 
