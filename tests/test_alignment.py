@@ -435,10 +435,12 @@ def test_section_of_a_run(images, tmp_path, monkeypatch):
     again = Subject("again", c.copy_and_resolve_references(), subject.params, None, *splits, subject.mesh)
     again.config.corruption.mask_ratio = 0.3
     made = section.section([subject, other, again])
-    assert "other: no labelled training images" in made.text and "quick and again: " in made.text
+    assert "other: no labelled training images" in made.text and "Images of quick and again: " in made.text
     assert len(made.tables) == 3 and len(made.figures) == 2
     for table in made.tables:
         assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
     assert made.numbers["bands"]["quick"]["steps"] == [1, 2]
-    assert set(made.numbers["alignment"]) == set(made.numbers["subspaces"]) == {"quick and again"}  # taken once
+    assert (
+        set(made.numbers["alignment"]) == set(made.numbers["subspaces"]) == {"Images of quick and again"}
+    )  # taken once
     assert {0.3, 0.5} < {row[2] for row in made.tables[0].rows if row[0] == "mask"}  # the ratios of both

@@ -52,7 +52,7 @@ def section(subjects: Sequence[Subject]) -> Section:
         key = (subject.train.fingerprint(), align.align.width, size, patch, *_pixels(subject.config))
         together.setdefault(key, []).append((subject, align))
     for members in together.values():
-        name = " and ".join(subject.name for subject, _ in members)
+        name = _label([subject for subject, _ in members])
         subject, align = members[0]
         for kind in ("mask_ratios", "rop_ratios"):
             align.align[kind] = tuple(sorted({ratio for _, config in members for ratio in config.align[kind]}))
@@ -78,6 +78,12 @@ def _pixels(config: ConfigDict) -> tuple:
     """What decides the numbers that an image is to the encoder, and which images are drawn."""
     c = config.data
     return (tuple(c.image_size), tuple(c.mean), tuple(c.std), c.eval_crop, c.interpolation, config.seed)
+
+
+def _label(subjects: Sequence[Subject]) -> str:
+    """The name of a run; of several, words that begin with none of their names, as what is theirs is of no one run."""
+    *names, last = [subject.name for subject in subjects]
+    return f"Images of {', '.join(names)} and {last}" if names else last
 
 
 def aligned_config(config: ConfigDict) -> ConfigDict:
@@ -159,7 +165,7 @@ def _bands_together(
     rows = bands.rows_of(config, images, side)
     components = bands.components_of(rows, side)
     if _has_labels(first) and labels is not None and test_labels is not None:
-        name = " and ".join(subject.name for subject in subjects)
+        name = _label(subjects)
         test = (bands.rows_of(config, test_images, side), test_labels)
         classes = len(train.class_names or ())
         found = bands.accuracy_by_subspace((rows, labels), test, classes, components, SHARES, config.evaluation)
@@ -209,17 +215,18 @@ def run_steps(subject: Subject) -> list[int]:
 
 def band_figure(steps: Sequence[int], names: Sequence[str], error_SL: np.ndarray) -> Plot:
     """Error against the step, one line per band; against the band where there is only one step."""
-    picture = Plot(figsize=(6.4, 3.6), layout="constrained")
+    picture = Plot(figsize=(4.4, 3.6), layout="constrained")
     ax = picture.subplots()
     if len(steps) == 1:
         ax.bar(names, error_SL[0])
+        ax.tick_params(axis="x", labelrotation=30)
         ax.set_xlabel("principal components")
     else:
         for name, errors in zip(names, error_SL.T, strict=True):
             ax.plot(steps, errors, "o-", markersize=3, label=name)
         ax.set_xlabel("step")
-        # Beside the lines: no corner is free of them for sure.
-        picture.legend(loc="outside right upper", frameon=False, fontsize=8, title="components")
+        # Below the lines: no corner is free of them for sure.
+        picture.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, title="components")
     ax.set_ylabel("error / variance")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
