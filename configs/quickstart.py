@@ -38,8 +38,10 @@ def get_config(arg: str | None = None):
     c.evaluation.pool = "mean"
     c.save.every = 500
     c.log.every = 100
+    c.whitebox.every, c.whitebox.images = 400, 64  # the report shows how the layers change
     if arg.debug:
         c.steps, c.optimizer.warmup_steps, c.log.every, c.save.every = 4, 1, 2, 2
+        c.whitebox.every = 0
         c.encoder.depth = c.decoder.depth = 2
         c.evaluation.train_images = c.evaluation.test_images = 64
     return c

@@ -138,7 +138,7 @@ def _weight_table(weights: Weights) -> Table:
             for layer, values_n in enumerate(eigenvalues_Ln):
                 found = collapse.weight_measures(values_n)
                 place = layer + 1 if len(eigenvalues_Ln) > 1 else None
-                rows.append((run, name, place, len(values_n), *(found[key] for key in WEIGHT_COLUMNS)))
+                rows.append((run, _short(name), place, len(values_n), *(found[key] for key in WEIGHT_COLUMNS)))
     return Table(
         "Weights that the config's penalty selects, penalised or not. SO is ||G - I||_F^2 and SRIP sigma_max(G - I) of "
         "the smaller Gram matrix G.",
@@ -194,6 +194,10 @@ def _grid(count: int) -> tuple[Plot, list[Axes]]:
     return plot, axes[:count]
 
 
+def _short(kernel: str) -> str:
+    return kernel.removeprefix("encoder/").removesuffix("/kernel")
+
+
 def weight_plot(weights: Weights) -> Plot:
     """Log-log spectra of weights: a panel per kernel, a colour per run, a line per layer."""
     kernels = list(dict.fromkeys(name for found in weights.values() for name in found))
@@ -204,7 +208,7 @@ def weight_plot(weights: Weights) -> Plot:
             for layer, values in enumerate(found.get(name, ())):
                 _line(ax, values, color=colours[run], lw=1, alpha=0.8, label=run if layer == 0 else None)
         ax.axhline(1.0, color="grey", lw=1, ls=":")
-        _log_log(ax, name.removeprefix("encoder/").removesuffix("/kernel"))
+        _log_log(ax, _short(name))
         ax.set_ylabel("eigenvalue", fontsize=8)
     axes[0].legend(fontsize=7)
     return plot
@@ -215,7 +219,7 @@ def layer_plot(features: Features) -> Plot:
     plot, axes = _grid(len(features))
     for ax, (run, found) in zip(axes, features.items(), strict=True):
         blocks = [(place, m) for place, m in found.items() if place != "representation"]
-        shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(blocks)))
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.85, len(blocks)))  # seen on black and on white
         for (place, m), shade in zip(blocks, shades, strict=True):
             _line(ax, _normalised(m.eigenvalues), color=shade, lw=1.2, label=place)
         _log_log(ax, run)

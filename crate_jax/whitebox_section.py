@@ -43,7 +43,7 @@ PLOTS: tuple[tuple[str | None, str | None, str, str], ...] = (
     ),
     (
         "compression", "compression", "change of $R^c$ (nats)",
-        "What one attention step does: $R^c$ after it minus before it, in the same subspaces. The theory wants encoder "
+        "What one attention step does: R^c after it minus before it, in the same subspaces. The theory wants encoder "
         "layers below the line at 0 and decoder layers above it.",
     ),
     (
@@ -76,6 +76,23 @@ PLOTS: tuple[tuple[str | None, str | None, str, str], ...] = (
         "L + 1 - l started from, at what the corruption removed, position taken off; 0: all is there, 1: nothing.",
     ),
 )  # fmt: skip
+COLUMNS = {  # of the table: measure -> what it is called there
+    "subspace_rate_before": "R^c before",
+    "subspace_rate": "R^c after",
+    "compression": "change",
+    "released_rate": "R^c released",
+    "rate": "R",
+    "nonzero": "non-zero",
+    "released_nonzero": "non-zero released",
+    "active": "active",
+    "coherence_mean": "mean |cos|",
+    "coherence_max": "max |cos|",
+    "orthonormality_error": "|U^T U - I|",
+    "inversion_error": "inversion",
+    "inversion_error_scaled": "inversion scaled",
+    "inversion_error_linear": "inversion linear",
+}
+PLOT = (4.4, 3.0)  # inches: two stand side by side on a desktop
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 
 
@@ -103,7 +120,8 @@ def section(subjects: Sequence[Subject], images: int = IMAGES) -> Section:
         if encoder_name == "coherence_mean":
             lines = sorted({float(np.sqrt(2 / (np.pi * subject.config.encoder.width))) for subject in subjects})
         figures.append(Figure(caption, _plot(curves, label, lines)))
-    names = sorted({m for parts in measured.values() for layers in parts.values() for m in layers})
+    found = {m for parts in measured.values() for layers in parts.values() for m in layers}
+    names = [name for name in COLUMNS if name in found]
     rows = tuple(
         (name, part, layer + 1, *(_at(layers, measure, layer) for measure in names))
         for name, parts in measured.items()
@@ -121,7 +139,16 @@ def section(subjects: Sequence[Subject], images: int = IMAGES) -> Section:
             "of tokens and with the width: compare runs of one shape."
         ),
         figures=tuple(figures),
-        tables=(Table("Every measure, layer by layer: means over images.", ("run", "part", "layer", *names), rows),),
+        tables=(
+            Table(
+                "Every measure, layer by layer: means over images. Inversion: relative distance of the decoder's "
+                "features from the encoder's as they are, at the best scale, and after the best linear map. "
+                "|U^T U - I|: how far each subspace's basis is from orthonormal, relative. Released: as the authors' "
+                "script takes it.",
+                ("run", "part", "layer", *(COLUMNS[name] for name in names)),
+                rows,
+            ),
+        ),
         numbers={
             name: {
                 part: {
@@ -173,7 +200,8 @@ def _batches(subject: Subject, source: data.Source, images: int) -> Iterator[np.
 
 
 def _plot(curves: Sequence[Curve], label: str, lines: Sequence[float]) -> Plot:
-    plot = Plot(figsize=(6.0, 3.6), layout="constrained")
+    rows = -(-len(curves) // 2)  # of the legend
+    plot = Plot(figsize=(PLOT[0], PLOT[1] + 0.2 * rows), layout="constrained")
     axes = plot.subplots()
     for curve in curves:
         layers = np.arange(1, len(curve.mean) + 1)
@@ -188,7 +216,7 @@ def _plot(curves: Sequence[Curve], label: str, lines: Sequence[float]) -> Plot:
     axes.set_xlabel("layer")
     axes.set_ylabel(label)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize="small")
+    plot.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return plot
 
 
@@ -275,21 +303,21 @@ def theory_section(seeds: int = 3) -> Section:
         "sigma": np.array(SIGMAS),
         "error": of(lambda x: x.error),
         "bound": of(lambda x: x.bound),
-        "noise left by compression": of(lambda x: x.compression),
-        "noise left by denoising": of(lambda x: x.denoising),
-        "factor on the clean tokens": of(lambda x: x.shrinkage),
+        "noise after the step": of(lambda x: x.compression),
+        "noise after denoising": of(lambda x: x.denoising),
+        "factor on tokens": of(lambda x: x.shrinkage),
     }
     share = THEORY["N"] / THEORY["d"]
-    bound = Plot(figsize=(6.0, 3.6), layout="constrained")
+    bound = Plot(figsize=PLOT, layout="constrained")
     axes = bound.subplots()
     axes.loglog(SIGMAS, columns["error"], "o-", label="error of the theorem's formula")
     axes.loglog(SIGMAS, columns["bound"], "s--", label="its bound, without the constant")
     axes.set_xlabel("noise level sigma")
     axes.set_ylabel("operator norm")
-    left = Plot(figsize=(6.0, 3.6), layout="constrained")
+    left = Plot(figsize=PLOT, layout="constrained")
     other = left.subplots()
-    other.semilogx(SIGMAS, columns["noise left by compression"], "o-", label="one compression step")
-    other.semilogx(SIGMAS, columns["noise left by denoising"], "s--", label="exact denoiser, projection")
+    other.semilogx(SIGMAS, columns["noise after the step"], "o-", label="one compression step")
+    other.semilogx(SIGMAS, columns["noise after denoising"], "s--", label="exact denoiser, projection")
     other.axhline(share, color="grey", linestyle=":", linewidth=1, label="N / d")
     other.set_xlabel("noise level sigma")
     other.set_ylabel("share of the noise outside")
@@ -314,7 +342,8 @@ def theory_section(seeds: int = 3) -> Section:
         ),
         tables=(
             Table(
-                f"Means of {seeds} draws.",
+                f"Means of {seeds} draws. Noise: share of its energy outside the tokens' subspaces; factor: what is "
+                "left of the clean tokens.",
                 tuple(columns),
                 tuple(tuple(float(values[i]) for values in columns.values()) for i in range(len(SIGMAS))),
             ),

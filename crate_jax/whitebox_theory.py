@@ -119,8 +119,8 @@ def outside(sample: Sample, z: np.ndarray) -> float:
     """Share of the noise energy outside each token's own subspace that is still there in `z`."""
 
     def energy(x: np.ndarray) -> float:
-        own = [np.square(basis.T @ x[:, sample.subspace == k]).sum() for k, basis in enumerate(sample.bases)]
-        return float(np.square(x).sum() - np.sum(own))
+        own = ((basis, x[:, sample.subspace == k]) for k, basis in enumerate(sample.bases))
+        return float(sum(np.square(part - basis @ (basis.T @ part)).sum() for basis, part in own))
 
     return energy(z) / energy(sample.noise)
 

@@ -493,11 +493,16 @@ def test_section_of_a_run(images, tmp_path, monkeypatch):
     subject = Subject("quick", c, params, tmp_path, *splits, sharding.make_mesh(8, 1))
     unlabelled = ArraySource("grey", images[0], None, None)
     other = Subject("other", c, {"encoder": params["encoder"]}, None, unlabelled, None, subject.mesh)
-    made = section.section([subject, other])
-    assert "other: no labelled training images" in made.text and "quick: " in made.text
+    again = Subject("again", c.copy_and_resolve_references(), subject.params, None, *splits, subject.mesh)
+    again.config.corruption.mask_ratio = 0.3
+    made = section.section([subject, other, again])
+    assert "other: no labelled training images" in made.text and "Images of quick and again: " in made.text
     assert len(made.tables) == 3 and len(made.figures) == 2
     for table in made.tables:
         assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
     assert made.numbers["bands"]["quick"]["steps"] == [1, 2]
     assert [row[-1] for row in made.tables[2].rows] == made.numbers["bands"]["quick"]["probe"] == [None, 0.5]
-    assert set(made.numbers["alignment"]) == {"quick"}
+    assert (
+        set(made.numbers["alignment"]) == set(made.numbers["subspaces"]) == {"Images of quick and again"}
+    )  # taken once
+    assert {0.3, 0.5} < {row[2] for row in made.tables[0].rows if row[0] == "mask"}  # the ratios of both

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from html import escape
 from html.parser import HTMLParser
@@ -158,13 +159,67 @@ def test_what_belongs_to_a_run_is_marked(compared):
     assert 'data-run="' not in page.render("one", {"a": "a"}, [alone], {}).replace("`[data-run=", "")
 
 
+def test_what_is_about_one_run_is_hidden_with_it():
+    picture, rows = np.zeros((8, 8, 3), np.uint8), (("x", 1),)
+    figures = tuple(Figure(c, picture) for c in ("b$x: seen", "a, class 1", "a and b$x: shared"))
+    tables = tuple(Table(c, ("x", "y"), rows) for c in ("a: own", "ab: of nobody"))
+    html = page.render("two", {"a": "a", "b$x": "b"}, [Section("S", "", figures, tables)], {})
+    assert re.findall(r'<figure class="picture"(.*?) style', html) == [' data-run="1"', ' data-run="0"', ""]
+    assert re.findall(r'<div class="table scroll"(.*?) tabindex', html) == [' data-run="0"', ""]
+    assert re.findall(r'<p class="table-name" id="[^"]*"(.*?)>', html) == [' data-run="0"', ""]
+
+
+def test_a_folder_of_runs_is_all_of_them(runs, tmp_path):
+    """Such as a sweep's, where a run may have failed before it saved anything."""
+    sweep = tmp_path / "sweep"
+    for name, run in zip(("lam=1,seed=0", "lam=2,seed=0"), runs[0], strict=True):
+        shutil.copytree(run, sweep / name)
+    (sweep / "lam=3,seed=0").mkdir()
+    result = report([sweep], report__sections=("overview",))
+    assert result["report"] == str(sweep / "report.html")
+    assert list(read(sweep)[1]["runs"]) == ["lam=1,seed=0", "lam=2,seed=0"]
+    report([sweep, runs[0][1]], tmp_path / "w", report__sections=("overview",))
+    assert len(read(tmp_path / "w")[1]["runs"]) == 3
+
+
+def test_a_section_that_needs_no_run_is_had_without_one(tmp_path, monkeypatch):
+    """As a flag gives them, names of sections are one text."""
+    lone = Section("Alone", "", tables=(Table("t", ("x",), ((1,),)),))
+    monkeypatch.setitem(job.SECTIONS, "theory", job.Analysis("T", lambda _: lone, False, needs_runs=False))
+    c = report_config.get_config()
+    c.report.sections = ("theory",)
+    assert job.run(c, str(tmp_path))["left_out"] == {}
+    assert [s["title"] for s in read(tmp_path)[1]["sections"]] == ["Alone"] and "<h1>Alone</h1>" in read(tmp_path)[0]
+    with pytest.raises(ConfigError, match="--workdir is missing"):
+        job.run(c, None)
+    c.report.sections = ("theory,overview",)
+    with pytest.raises(ConfigError, match="config.checkpoint='': must name"):
+        job.run(c, str(tmp_path))
+    assert job._chosen(c) == ["overview", "theory"]
+    c.report.sections = ()
+    assert "theory" not in job._chosen(c)
+
+
+def test_what_telemetry_saw_of_the_layers_is_drawn(tmp_path):
+    lines = [{"step": 10 * i, "loss": 1.0} for i in range(1, 8)]
+    for line in lines:
+        line |= {f"whitebox/encoder/nonzero/{layer:02d}": 0.1 * layer for layer in range(1, 13)}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (figure,) = summary_section._layers({"a": summary_section.read(tmp_path), "b": summary_section.read(None)})
+    assert figure.caption.startswith("a: share of the entries that are not 0")
+    drawn = figure.content.axes[0].lines
+    assert [line.get_label() for line in drawn] == [f"step {step}" for step in (10, 30, 40, 50, 70)]
+    assert all(list(line.get_xdata()) == list(range(1, 13)) for line in drawn)
+    np.testing.assert_allclose(drawn[0].get_ydata(), 0.1 * np.arange(1, 13))
+
+
 def test_the_report_of_one_run_goes_to_the_run(runs, tmp_path):
     run = shutil.copytree(runs[0][0], tmp_path / "run")
     (run / "report.html").unlink()
     result = report([run / "checkpoints"])
     assert result == {"report": str(run / "report.html"), "json": str(run / "report.json"), "left_out": {}}
     assert read(run)[1]["runs"] == {"run": f"step 4 of {run / 'checkpoints'}"}
-    with pytest.raises(ConfigError, match="--workdir is missing: it says where the report of several runs"):
+    with pytest.raises(ConfigError, match="--workdir is missing: it says where the report goes"):
         report([run, runs[0][1]])
 
 
@@ -260,7 +315,7 @@ def test_a_run_keeps_its_config_and_takes_the_options_of_the_report():
     options.checkpoint, options.report.sections, options.encoder.width = "X", ("overview",), 1000
     full = job.resolve(options, saved)
     expected = configs.flatten(tiny()) | {"checkpoint": "X", "report.sections": ["overview"]}
-    expected |= {k: v for k, v in configs.flatten(options).items() if k.startswith(("log.", "save."))}
+    expected |= {k: v for k, v in configs.flatten(options).items() if k.startswith(("log.", "save.", "whitebox."))}
     assert configs.flatten(full) == expected
     options.data.source, options.data.eval_split = "folder:here", "val"
     assert job.resolve(options, saved).data.source == "folder:here"
@@ -268,6 +323,15 @@ def test_a_run_keeps_its_config_and_takes_the_options_of_the_report():
     only = {k: saved[k] for k in ("encoder", "data")}
     full = job.resolve(report_config.get_config(), only)
     assert (full.job, full.decoder.name, full.corruption.name) == ("evaluate", "linear", "none")
+
+
+def test_every_key_is_of_the_run_or_of_the_report():
+    """A new section of the config has to be put in its place: left out, a run would show with defaults."""
+    of_the_report = {"align", "checkpoint", "job", "log", "report", "save", "sweep", "whitebox"}
+    assert set(configs.base()) == {*job.OF_THE_RUN, *of_the_report}
+    saved = json.loads(configs.to_json(tiny(protocol__name="finetune_mae", whitebox__every=3)))
+    full = job.resolve(report_config.get_config(), saved)
+    assert (full.protocol.name, full.whitebox.every) == ("finetune_mae", 0)
 
 
 def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch, caplog):

@@ -391,8 +391,11 @@ def test_section_has_every_measure_of_every_run(subjects):
     ]
     value = dict(zip(table.columns, table.rows[1], strict=True))
     numbers = section.numbers["white"]["encoder"]
-    assert value["subspace_rate"] == numbers["subspace_rate"]["mean"][1]
-    assert value["compression"] == pytest.approx(value["subspace_rate"] - value["subspace_rate_before"])
+    assert value["R^c after"] == numbers["subspace_rate"]["mean"][1]
+    assert value["change"] == pytest.approx(value["R^c after"] - value["R^c before"])
+    measured = {m for parts in section.numbers.values() for layers in parts.values() for m in layers}
+    assert set(table.columns[3:]) == {sections.COLUMNS[m] for m in measured}
+    assert not any("$" in figure.caption for figure in section.figures)  # captions are plain text
     assert numbers["subspace_rate"]["std"][1] > 0
     assert 0 < section.numbers["white"]["decoder"]["inversion_error_linear"]["mean"][0] < 2
 
@@ -448,3 +451,34 @@ def test_theory_section_draws_its_figures():
     section = sections.theory_section(seeds=1)
     assert all(drawn(figure) > 0.01 for figure in section.figures)
     assert len(section.tables[0].rows) == len(sections.SIGMAS)
+
+
+def test_what_theorem_3_says_is_exact_to_first_order_in_noise_outside():
+    """Eqs. A.40, A.116 for tokens that are orthonormal within their subspace, whatever beta and eta are."""
+    bases, subspace, beta, eta = theory.draw(24, 6, 3, 0.0, 0).bases, np.arange(6) % 3, 5.0, 0.3
+    clean = np.stack([bases[k][:, i // 3] for i, k in enumerate(subspace)], axis=1)
+    noise = random(24, 6).astype(np.float64)
+    for i, k in enumerate(subspace):
+        noise[:, i] -= bases[k] @ (bases[k].T @ noise[:, i])
+    for scale, most in ((0.0, 1e-12), (1e-4, 1e-6)):
+        sample = theory.Sample(bases, clean, scale * noise, subspace)
+        error = theory.norm(theory.compressed(sample, beta, eta) - theory.predicted(sample, beta, eta))
+        assert error < most, scale
+
+
+def test_the_denoiser_is_the_step_along_the_score():
+    """E[x | z] = z + sigma^2 / d grad log p(z) (eq. A.33), the density of the mixture written out."""
+    d, sigma, h = 6, 1.5, 1e-5  # so much noise that no token is surely of one subspace
+    sample = theory.draw(d, 4, 2, sigma, 0)
+
+    def log_density(z):
+        parts = []
+        for basis in sample.bases:
+            covariance = basis @ basis.T / 3 + sigma**2 / d * np.eye(d)
+            parts.append(-0.5 * (np.linalg.slogdet(covariance)[1] + z @ np.linalg.solve(covariance, z)))
+        return np.logaddexp(*parts)
+
+    got = theory.denoised(sample, sigma)
+    for z, x in zip(sample.observed.T, got.T, strict=True):
+        slope = [(log_density(z + h * e) - log_density(z - h * e)) / (2 * h) for e in np.eye(d)]
+        np.testing.assert_allclose(x, z + sigma**2 / d * np.array(slope), atol=1e-7)

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 from ml_collections import ConfigDict
 
-from crate_jax import checkpoint, checkpoint_files, config as configs
-from crate_jax.alignment import bands, grid, plots
+from crate_jax import checkpoint, checkpoint_files
+from crate_jax.alignment import bands, plots
 from crate_jax.alignment.answer import Answer
 from crate_jax.alignment.job import analyse, shrink_to_side
 from crate_jax.data import eval_images
@@ -36,33 +36,37 @@ SEVERAL = 8  # checkpoints of a run that are looked at
 def section(subjects: Sequence[Subject]) -> Section:
     """Alignment of the runs' images under corruptions near their own, accuracy of subspaces, and error by band.
 
-    Runs on the same images, of one width and with the same grid of corruptions, share an analysis.
+    Runs on the same images, of one width and grid of patches, share an analysis; runs on the same images share their
+    principal components and what is learned from these.
     """
     figures: list[Figure] = []
     tables: list[Table] = []
     numbers: dict[str, Any] = {"alignment": {}, "subspaces": {}, "bands": {}}
     notes: list[str] = []
-    done: dict[tuple, str] = {}
+    together: dict[tuple, list[tuple[Subject, ConfigDict]]] = {}
     for subject in subjects:
         if subject.train is None or subject.train.class_names is None:
             notes.append(f"{subject.name}: no labelled training images, so no alignment.")
-        else:
-            align = aligned_config(subject.config)
-            size, settings = tuple(align.data.image_size), tuple(grid.settings(align))
-            key = (subject.train.fingerprint(), align.align.width, size, settings)
-            try:
-                if key in done:
-                    notes.append(f"{subject.name}: alignment as {done[key]}.")
-                else:
-                    done[key] = subject.name
-                    answer = analyse(align, subject.mesh, subject.train)
-                    notes.append(_sentence(subject.name, answer))
-                    figures.append(Figure(_caption(subject.name, answer), plots.gain_by_ratio(answer)))
-                    tables.append(_alignment_table(subject.name, answer))
-                    numbers["alignment"][subject.name] = answer.record()
-            except UserError as e:
-                notes.append(f"{subject.name}: no alignment ({e}).")
-        _bands(subject, figures, tables, numbers)
+            continue
+        align = aligned_config(subject.config)
+        size, patch = tuple(align.data.image_size), align.encoder.patch_size
+        projection = (align.corruption.rop_buckets, align.corruption.paper_scale)
+        key = (subject.train.fingerprint(), align.align.width, size, patch, *projection, *_pixels(subject.config))
+        together.setdefault(key, []).append((subject, align))
+    for members in together.values():
+        name = _label([subject for subject, _ in members])
+        subject, align = members[0]
+        for kind in ("mask_ratios", "rop_ratios"):
+            align.align[kind] = tuple(sorted({ratio for _, config in members for ratio in config.align[kind]}))
+        try:
+            answer = analyse(align, subject.mesh, subject.train)
+            notes.append(_sentence(name, answer))
+            figures.append(Figure(_caption(name, answer), plots.gain_by_ratio(answer)))
+            tables.append(_alignment_table(name, answer))
+            numbers["alignment"][name] = answer.record()
+        except UserError as e:
+            notes.append(f"{name}: no alignment ({e}).")
+    _bands(subjects, figures, tables, numbers)
     text = (
         "alignment(k) is the share of the label Gram matrix that the k latents of the best linear denoising "
         "auto-encoder hold (Balestriero & LeCun, ICML 2024): a closed form of the images, before any training. A "
@@ -72,11 +76,21 @@ def section(subjects: Sequence[Subject]) -> Section:
     return Section(TITLE, text, tuple(figures), tuple(tables), numbers)
 
 
+def _pixels(config: ConfigDict) -> tuple:
+    """What decides the numbers that an image is to the encoder, and which images are drawn."""
+    c = config.data
+    return (tuple(c.image_size), tuple(c.mean), tuple(c.std), c.eval_crop, c.interpolation, config.seed)
+
+
+def _label(subjects: Sequence[Subject]) -> str:
+    """The name of a run; of several, words that begin with none of their names, as what is theirs is of no one run."""
+    *names, last = [subject.name for subject in subjects]
+    return f"Images of {', '.join(names)} and {last}" if names else last
+
+
 def aligned_config(config: ConfigDict) -> ConfigDict:
     """A small grid around a run's own corruption, on its images as job `align` would shrink them."""
     full = config.copy_and_resolve_references()
-    with full.unlocked():
-        full.align = configs.base().align  # a run from before the analysis has no such keys
     shrink_to_side(full)
     numbers = 3 * int(np.prod(full.data.image_size))
     full.align.width = full.align.latents = min(full.encoder.width, WIDEST, numbers)
@@ -120,43 +134,68 @@ def _alignment_table(name: str, answer: Answer) -> Table:
     return Table(f"{name}: alignment, shares", columns, (("none", None, None, clean, 0.0), *rows))
 
 
-def _bands(subject: Subject, figures: list[Figure], tables: list[Table], numbers: dict[str, Any]) -> None:
+def _bands(subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]) -> None:
     """Accuracy by subspace where there are labels, error by band where there are checkpoints with a decoder."""
-    has_labels = all(s is not None and s.class_names is not None for s in (subject.train, subject.test))
-    steps = run_steps(subject)
-    if subject.train is None or not (has_labels or steps):
-        return
-    config, side = subject.config, configs.base().align.side
+    together: dict[tuple, list[Subject]] = {}
+    for subject in subjects:
+        if subject.train is None or not (_has_labels(subject) or run_steps(subject)):
+            continue
+        evaluated = None if subject.test is None else subject.test.fingerprint()
+        c = subject.config.evaluation
+        learned = (c.knn_k, c.knn_temperature, repr(c.probe_c))
+        key = (subject.train.fingerprint(), evaluated, *_pixels(subject.config), *learned)
+        together.setdefault(key, []).append(subject)
+    for members in together.values():
+        _bands_together(members, figures, tables, numbers)
+
+
+def _has_labels(subject: Subject) -> bool:
+    return all(s is not None and s.class_names is not None for s in (subject.train, subject.test))
+
+
+def _bands_together(
+    subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]
+) -> None:
+    """The same for runs on the same images."""
+    first = subjects[0]
+    config, train, side = first.config, first.train, first.config.align.side
+    assert train is not None
     (images, labels), (test_images, test_labels) = (
         eval_images(config, source, np.sort(sample(len(source), count, config.seed)))
-        for source, count in ((subject.train, BAND_IMAGES), (subject.test or subject.train, TEST_IMAGES))
+        for source, count in ((train, BAND_IMAGES), (first.test or train, TEST_IMAGES))
     )
     rows = bands.rows_of(config, images, side)
     components = bands.components_of(rows, side)
-    if has_labels and labels is not None and test_labels is not None:
-        classes = len(subject.train.class_names or ())
+    if _has_labels(first) and labels is not None and test_labels is not None:
+        name = _label(subjects)
         test = (bands.rows_of(config, test_images, side), test_labels)
+        classes = len(train.class_names or ())
         found = bands.accuracy_by_subspace((rows, labels), test, classes, components, SHARES, config.evaluation)
         caption = (
-            f"{subject.name}: accuracy on {len(test_images)} images of the first (top) and the remaining (bottom) "
+            f"{name}: accuracy on {len(test_images)} images of the first (top) and the remaining (bottom) "
             f"principal components of the pixels, {len(images)} training images"
         )
         columns = ("subspace", "components", "variance", "probe", "k-NN")
         tables.append(
             Table(caption, columns, tuple((f.place, f.dimensions, f.variance, f.probe, f.knn) for f in found))
         )
-        numbers["subspaces"][subject.name] = [vars(f) for f in found]
-    if steps and subject.workdir is not None:
-        edges = [e for e in EDGES if e < len(components.variances_D)] + [len(components.variances_D)]
-        errors = bands.errors_of(config, side)
+        numbers["subspaces"][name] = [vars(f) for f in found]
+    edges = [e for e in EDGES if e < len(components.variances_D)] + [len(components.variances_D)]
+    names = [f"{a + 1}..{b}" for a, b in zip(edges, edges[1:], strict=False)]
+    for subject in subjects:
+        steps = run_steps(subject)
+        if not steps or subject.workdir is None:
+            continue
+        errors = bands.errors_of(subject.config, side)
         found_by_step = []
         for step in steps:
             params = checkpoint.read_params(subject.workdir, step)[0]
-            found_by_step.append(bands.reconstruction_by_band(config, params, test_images, components, edges, errors))
+            found_by_step.append(
+                bands.reconstruction_by_band(subject.config, params, test_images, components, edges, errors)
+            )
         by_step = np.stack(found_by_step)
         probes = logged_probes(subject, steps)
         numbers["bands"][subject.name] = {"steps": steps, "edges": edges, "error": by_step, "probe": probes}
-        names = [f"{a + 1}..{b}" for a, b in zip(edges, edges[1:], strict=False)]
         caption = (
             f"{subject.name}: error of the reconstruction by band of principal components (1: no better than the mean "
             "image), at the checkpoints that are left, and the accuracy that a linear probe had then"
@@ -190,16 +229,18 @@ def band_figure(
 
     The probe's accuracy stands on an axis of its own, at the steps that have one.
     """
-    picture = Plot(figsize=(6.4, 3.6), layout="constrained")
+    picture = Plot(figsize=(4.4, 3.6), layout="constrained")
     ax = picture.subplots()
     if len(steps) == 1:
         ax.bar(names, error_SL[0])
+        ax.tick_params(axis="x", labelrotation=30)
         ax.set_xlabel("principal components")
     else:
         for name, errors in zip(names, error_SL.T, strict=True):
             ax.plot(steps, errors, "o-", markersize=3, label=name)
         ax.set_xlabel("step")
-        ax.legend(frameon=False, fontsize=8, title="components")
+        # Below the lines: no corner is free of them for sure.
+        picture.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, title="components")
         points = [(s, 100 * p) for s, p in zip(steps, probe_S, strict=True) if p is not None]
         if points:
             right = ax.twinx()

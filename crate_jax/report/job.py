@@ -12,7 +12,17 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax import __version__, collapse_section, data, metrics, pretrained, sharding, whitebox_section
+from crate_jax import (
+    __version__,
+    checkpoint,
+    checkpoint_files,
+    collapse_section,
+    data,
+    metrics,
+    pretrained,
+    sharding,
+    whitebox_section,
+)
 from crate_jax.alignment import section as alignment_section
 from crate_jax.config import base, flatten, validate
 from crate_jax.errors import ConfigError, DataError, UserError
@@ -33,11 +43,13 @@ class Analysis:
       title: of the section, for the case that there is none.
       run: subjects -> section; a UserError says why there is none.
       needs_images: it is given only subjects whose images can be read.
+      needs_runs: it is about runs. One that is not is there only if config.report.sections names it.
     """
 
     title: str
     run: Callable[[Sequence[Subject]], Section]
     needs_images: bool = True
+    needs_runs: bool = True
 
 
 # In the order of the page.
@@ -48,12 +60,13 @@ SECTIONS: dict[str, Analysis] = {
     "views": Analysis("What the encoder sees", whitebox_section.pictures_section),
     "collapse": Analysis("Collapse", collapse_section.section),
     "alignment": Analysis("Alignment", alignment_section.section),
+    "theory": Analysis("Theorem 3", lambda _: whitebox_section.theory_section(), needs_images=False, needs_runs=False),
 }
 
 # The sections of a config that say what a run is; analyses' own options are the report's.
 OF_THE_RUN = (
     "seed", "steps", "epochs", "batch_size", "accumulate", "dtype", "remat", "init_from", "data", "encoder", "decoder",
-    "corruption", "loss", "penalty", "optimizer", "evaluation", "finetune", "segment",
+    "corruption", "loss", "penalty", "optimizer", "evaluation", "finetune", "protocol", "segment",
 )  # fmt: skip
 OF_THE_DATA = ("source", "data_dir", "train_split", "eval_split")  # of the report's, if it names a source
 
@@ -69,11 +82,13 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
       UserError: a checkpoint cannot be read, or another thing that a user can mend, in one line.
     """
     chosen = _chosen(config)
-    paths = split(config.checkpoint)
+    alone = not config.checkpoint and not any(SECTIONS[name].needs_runs for name in chosen)
+    given = [] if alone else split(config.checkpoint)
+    paths = [run for path in given for run in expand(path)]
     if not workdir:
-        if len(paths) > 1 or Path(paths[0]).expanduser().is_file():
-            raise ConfigError("--workdir is missing: it says where the report of several runs, or of a file, goes")
-        workdir = str(_home(paths[0]))
+        if len(given) != 1 or Path(given[0]).expanduser().is_file():
+            raise ConfigError("--workdir is missing: it says where the report goes, unless it is that of one run")
+        workdir = str(_home(given[0]))
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
     loaded = [pretrained.load(path, "config.checkpoint") for path in paths]
     mesh = sharding.make_mesh(jax.device_count(), 1)
@@ -119,8 +134,19 @@ def split(checkpoint: str) -> list[str]:
     return paths
 
 
+def expand(path: str) -> list[str]:
+    """The path; or, if it is a folder of runs such as a sweep's, the runs in it that have saved a checkpoint."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or checkpoint_files.steps(folder / checkpoint.FOLDER) or checkpoint_files.steps(folder):
+        return [path]
+    runs = [str(run) for run in sorted(folder.iterdir()) if checkpoint_files.steps(run / checkpoint.FOLDER)]
+    return runs or [path]
+
+
 def names(paths: Sequence[str]) -> list[str]:
     """The last part of each path, or as many parts as tell them apart."""
+    if not paths:
+        return []
     whole = [_home(path).parts for path in paths]
     for depth in range(1, max(map(len, whole)) + 1):
         short = ["/".join(parts[-depth:]) for parts in whole]
@@ -137,10 +163,11 @@ def _home(path: str) -> Path:
 
 
 def _chosen(config: ConfigDict) -> list[str]:
-    unknown = [name for name in config.report.sections if name not in SECTIONS]
+    given = [name for text in config.report.sections for name in text.split(",")]  # a flag's a,b is one text
+    unknown = [name for name in given if name not in SECTIONS]
     if unknown:
         raise ConfigError(f"config.report.sections: unknown {unknown[0]!r}; must be of {', '.join(SECTIONS)}")
-    return [name for name in SECTIONS if name in (config.report.sections or SECTIONS)]
+    return [name for name, a in SECTIONS.items() if (name in given if given else a.needs_runs)]
 
 
 def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
@@ -196,7 +223,7 @@ def analyse(subjects: Sequence[Subject], chosen: Sequence[str]) -> tuple[list[Se
     for name in chosen:
         analysis = SECTIONS[name]
         usable = [s for s in subjects if s.train is not None or not analysis.needs_images]
-        if not usable:
+        if not usable and analysis.needs_runs:
             missing[analysis.title] = "there are no images to look at"
             continue
         if analysis.needs_images:
@@ -217,7 +244,7 @@ def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], mis
       sections: of the page.
       missing: title -> why.
     """
-    title = next(iter(origin)) if len(origin) == 1 else f"{len(origin)} runs compared"
+    title = next(iter(origin)) if len(origin) == 1 else f"{len(origin)} runs compared" if origin else sections[0].title
     html = page.render(title, origin, sections, missing)
     numbers = {
         "crate_jax": __version__,
@@ -241,5 +268,5 @@ def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], mis
 def of_training(folder: Path, config: ConfigDict, mesh: Mesh) -> str:
     """The small report at the end of training: what the run has logged, nothing computed; returns its path."""
     subject = Subject(folder.name, config, {}, folder, None, None, mesh)
-    sections, _ = analyse([subject], [name for name, a in SECTIONS.items() if not a.needs_images])
+    sections, _ = analyse([subject], [name for name, a in SECTIONS.items() if a.needs_runs and not a.needs_images])
     return write(folder, {folder.name: folder.name}, sections, {})["report"]

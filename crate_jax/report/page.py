@@ -30,7 +30,8 @@ def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], mis
     Args:
       title: plain text, like all others here.
       runs: name -> where it is from. With more than one, each has a button that shows or hides it. A table's column
-        named ``run`` or like a run, and lines in figures labelled like one, belong to it.
+        named ``run`` or like a run, lines in figures labelled like one, and figures and tables whose caption begins
+        with a run's name and a comma or colon, belong to it.
       sections: in their order.
       missing: title of a section that is left out -> why.
     """
@@ -44,7 +45,7 @@ def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], mis
         links += '<li><a href="#missing">Left out</a></li>'
         items = "".join(f"<li><b>{escape(t)}</b>: {escape(why)}</li>" for t, why in missing.items())
         parts.append(f'<section id="missing" class="missing"><h2>Left out</h2><ul>{items}</ul></section>')
-    origin = "; ".join(f"{name}: {where}" if where != name else name for name, where in runs.items())
+    origin = "".join(f"{name}: {where}. " if where != name else f"{name}. " for name, where in runs.items())
     script = SCRIPT.read_text(encoding="utf-8")
     # The page asks the browser itself to load nothing from anywhere and to run no script but this one.
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -71,7 +72,7 @@ def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], mis
 <nav class="contents" aria-label="Contents"><details open><summary>Contents</summary><ol>{links}</ol></details></nav>
 <main>
 {"".join(parts)}
-<footer><p>{escape(origin)}. The numbers are in report.json beside this file, unrounded.</p></footer>
+<footer><p>{escape(origin)}The numbers are in report.json beside this file, unrounded.</p></footer>
 </main>
 </div>
 <script>{script}</script>
@@ -112,10 +113,18 @@ def _figure(figure: Figure, name: str, runs: Sequence[str]) -> str:
     else:
         content, width = svg.element(figure.content, name, runs, figure.caption)
     kind = "picture" if isinstance(figure.content, np.ndarray) else "plot"
+    mine = _owned(figure.caption, runs)
     return (
-        f'<figure class="{kind}" style="--width: {width:.0f}px; --least: {LEAST * width:.0f}px"><div class="scroll">'
+        f'<figure class="{kind}"{mine} style="--width: {width:.0f}px; --least: {LEAST * width:.0f}px">'
+        f'<div class="scroll">'
         f"{content}</div><figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
+
+
+def _owned(caption: str, runs: Sequence[str]) -> str:
+    """The attribute of what is about one run: it is hidden with it."""
+    number = svg.owner(svg.escape(caption), runs)
+    return "" if number is None else f' data-run="{number}"'
 
 
 def _picture(array: np.ndarray, caption: str) -> tuple[str, float]:
@@ -153,9 +162,10 @@ def _table(table: Table, name: str, runs: Sequence[str]) -> str:
         mine = f' data-run="{runs.index(row[at])}"' if at is not None and row[at] in runs else ""
         cells = [_cell(x, n, o, i == 0) for i, (x, n, o) in enumerate(zip(row, numeric, owner, strict=True))]
         body.append(f"<tr{mine}>{''.join(cells)}</tr>")
+    mine = _owned(table.caption, runs)
     return (
-        f'<p class="table-name" id="{name}">{escape(table.caption)}</p>'
-        f'<div class="table scroll" tabindex="0" role="region" aria-labelledby="{name}">'
+        f'<p class="table-name" id="{name}"{mine}>{escape(table.caption)}</p>'
+        f'<div class="table scroll"{mine} tabindex="0" role="region" aria-labelledby="{name}">'
         f'<table aria-labelledby="{name}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )

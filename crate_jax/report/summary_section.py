@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure as Plot
 from matplotlib.lines import Line2D
 from PIL import Image
@@ -38,13 +39,32 @@ SHARES = {  # numbers of summary.json in 0..1 -> column
     "mean_per_class": "mean per class %", "miou": "mIoU %", "mean_accuracy": "mean accuracy %",
     "pixel_accuracy": "pixel accuracy %",
 }  # fmt: skip
+LAYERS = {  # what telemetry logs by layer -> axis, what the reader should know
+    "encoder/subspace_rate": ("R^c (nats)", "coding rate of the patch tokens in each layer's own subspaces"),
+    "encoder/released_rate": ("R^c of unit tokens (nats)", "coding rate as the released script takes it"),
+    "encoder/rate": ("R (nats)", "coding rate of the patch tokens without subspaces"),
+    "encoder/nonzero": ("share of non-zero entries", "share of the entries that are not 0 after each layer"),
+    "decoder/inversion_error_scaled": (
+        "relative error",
+        "what each decoder layer lacks of the encoder features that it should bring back, at the best scale",
+    ),
+}  # fmt: skip
+LOOKS = 5  # steps that are drawn of a run
 COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
 MARKS: dict[str, dict[str, Any]] = {
     "_pixels": dict(marker="|", color="C7", markersize=13, markeredgewidth=2),
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
     "": dict(marker="o", markersize=7),  # in the run's colour
 }
-UNINTERESTING = ("job", "checkpoint", "report.", "log.", "save.", "sweep.")  # keys that do not change what is learned
+UNINTERESTING = (
+    "job",
+    "checkpoint",
+    "report.",
+    "log.",
+    "save.",
+    "sweep.",
+    "whitebox.",
+)  # keys that do not change what is learned
 LOG_SPAN = 20  # largest / smallest value from which an axis is logarithmic
 
 
@@ -87,7 +107,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def section(subjects: Sequence[Subject]) -> Section:
     """Curves, scores and settings of the runs."""
     logged = {s.name: read(s.workdir) for s in subjects}
-    figures = [*_score_figures(logged), *_curves(logged)]
+    figures = [*_score_figures(logged), *_curves(logged), *_layers(logged)]
     tables = [t for t in (_scores(logged), _runs(subjects, logged), _results(logged), _settings(subjects)) if t]
     return Section(
         title="Overview",
@@ -143,6 +163,33 @@ def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
         if len(logged) > 1:
             plot.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         figures.append(Figure(caption, plot))
+    return figures
+
+
+def _layers(logged: Mapping[str, Logged]) -> list[Figure]:
+    """What telemetry saw of each run's layers (config.whitebox.every): measure by layer, one line per step."""
+    figures = []
+    for name, log in logged.items():
+        for key, (label, what) in LAYERS.items():
+            prefix = f"whitebox/{key}/"
+            looks = {}
+            for m in log.metrics:
+                values = [m[k] for k in sorted(m) if k.startswith(prefix)]
+                if values:
+                    looks[m["step"]] = values
+            if not looks:
+                continue
+            steps = sorted(looks)
+            shown = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, LOOKS)})]
+            plot, ax = _axes(label, 2.9)
+            # Neither end of the colours is lost on white or on black.
+            for step, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0.25, len(shown))), strict=True):
+                layers = range(1, len(looks[step]) + 1)
+                ax.plot(layers, looks[step], "o-", color=shade, markersize=3, label=f"step {step:,}")
+            ax.set_xticks(range(1, max(map(len, looks.values())) + 1))
+            ax.set_xlabel("layer")
+            plot.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+            figures.append(Figure(f"{name}: {what}, while training; dark is late.", plot))
     return figures
 
 
