@@ -21,6 +21,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ from crate_jax.errors import UserError
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """libtpu complains on stderr about the chips that are not there; keeps it for errors only."""
+    """Keeps what libtpu says about the chips that are not there off stderr."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -89,6 +90,22 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
     state = jax.eval_shape(functools.partial(train.init_state, config, objective, tx))
     images = jax.ShapeDtypeStruct((config.batch_size, *config.data.image_size, 3), jnp.uint8)
     return step.lower(state, {"image": images})
+
+
+def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles.
+
+    Raises:
+      UserError: the chip has too little memory for the step.
+    """
+    try:
+        with _quiet():
+            return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        reason = re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(e).splitlines()[0])
+        raise UserError(f"{reason}; lower --batch_per_chip, or set --config.remat=True") from None
 
 
 def report(compiled: jax.stages.Compiled, chip: Chip, images: int) -> tuple[dict[str, Any], hlo_cost.Cost]:
@@ -142,8 +159,7 @@ def main(_: list[str]) -> None:
         devices = topology_devices(_TOPOLOGY.value)
         lowered = lower_step(config, devices)
         start = time.perf_counter()
-        with _quiet():
-            compiled = lowered.compile()
+        compiled = compile_step(lowered)
         seconds = time.perf_counter() - start
     except UserError as e:
         print(e, file=sys.stderr)
