@@ -193,6 +193,17 @@ class Program:
                     a.bytes for operand in line.instruction.operands for a in computation[operand].arrays
                 )
                 number[kind] += line.runs
+        # XLA hides some collectives behind products: a piece of one is in each of several fusions, on one channel.
+        hidden: dict[str, tuple[str, float]] = {}
+        for line in lines:
+            if line.instruction.opcode == "fusion":
+                inner = self.computations[line.instruction.called("calls")]
+                for i in inner.values():
+                    if i.opcode in COLLECTIVES and (channel := re.search(r"channel_id=(\d+)", i.rest)):
+                        hidden[channel.group(1)] = i.opcode, sum(inner[o].arrays[0].bytes for o in i.operands)
+        for kind, size in hidden.values():
+            sent[kind] += size
+            number[kind] += 1
         total = functools.partial(math.fsum)
         return Cost(
             total(line.flops for line in lines),
@@ -270,6 +281,8 @@ class Program:
                     pass  # changed in place
                 elif user.opcode == "bitcast":
                     total += moved(user.name, whole)
+                elif user.root and user.opcode == "tuple":
+                    pass  # handed through
                 elif user.opcode == "fusion":
                     total += (
                         moved(user.name, whole) if self._rearranges(user) else self._fusion(user, inner)[position][1]
@@ -290,6 +303,8 @@ class Program:
                 return written(value.operands[0])
             if value.opcode == "dynamic-update-slice":
                 return inner[value.operands[1]].arrays[0].bytes
+            if value.opcode == "parameter" or value.opcode in COLLECTIVES:  # handed through; see Program.cost
+                return 0.0
             return sum(a.bytes for a in value.arrays)
 
         root = self.root(i.called("calls"))
