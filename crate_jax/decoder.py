@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from crate_jax import target
 from crate_jax.corruption import Corruption, fills
 from crate_jax.encoders.crate import DICTIONARY_INIT, MSSA
 from crate_jax.encoders.embedding import TOKEN_INIT
@@ -66,9 +67,12 @@ class CrateDecoder(nn.Module):
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
         """(B, 1 + M, D) -> (B, N, P)."""
         x = restore(self, tokens_BMD, corruption, self.fill, self.positions, self.grid)
-        x = scan_blocks(
+        blocks = scan_blocks(
             CrateDecoderBlock, self.depth, self.remat, self.heads, self.tied_output, self.normalised, self.dtype
-        )(x, None)[0]
+        )
+        # XLA for TPUs first fills with zeros what a loop will keep for the backward pass, unless no other loop keeps
+        # arrays of the same shape: the encoder's have an axis less.
+        x = blocks(x[None], None)[0][0] if target.is_tpu() else blocks(x, None)[0]
         x = Norm(name="norm")(x)
         return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
 

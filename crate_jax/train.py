@@ -35,6 +35,7 @@ from crate_jax import (
     pretrained,
     segment,
     sharding,
+    target,
 )
 from crate_jax.config import changed_keys, validate
 from crate_jax.errors import ConfigError, NonFiniteError
@@ -133,7 +134,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         image_key, penalty_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        loss, scalars, grads = averaged(state.params, batch, jax.random.split(image_key, config.batch_size))
+        with target.tracing_for(mesh):
+            loss, scalars, grads = averaged(state.params, batch, jax.random.split(image_key, config.batch_size))
         (penalty, (carried, penalty_scalars)), penalty_grads = penalty_and_grad(
             state.params, state.objective, penalty_key
         )
@@ -154,7 +156,11 @@ def make_train_step(
     whole = sharding.replicated(mesh)
     state = state_shardings(jax.eval_shape(lambda: init_state(config, objective, tx)), mesh)
     return jax.jit(
-        train_step, donate_argnums=0, in_shardings=(state, sharding.split(mesh)), out_shardings=(state, whole)
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state, sharding.split(mesh)),
+        out_shardings=(state, whole),
+        compiler_options=target.compiler_options(mesh),
     )
 
 

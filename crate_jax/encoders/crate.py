@@ -17,7 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crate_jax import target
 from crate_jax.corruption import Corruption
+from crate_jax.encoders import mssa_kernel
 from crate_jax.encoders.embedding import Embedding
 from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, dense, scan_blocks
 
@@ -47,7 +49,8 @@ def attend(w_BNE: jax.Array, heads: int) -> jax.Array:
     """softmax(w w^T / sqrt(K)) w per head, (B, N, E) -> (B, N, E); softmax in float32.
 
     The backward pass computes the N x N weights again instead of keeping them, and uses that one
-    tensor is query, key and value: it saves w and two numbers per token and head.
+    tensor is query, key and value: it saves w and two numbers per token and head. On TPUs both
+    passes are kernels (:mod:`mssa_kernel`), which save w alone.
     """
     return _attend_forward(w_BNE, heads)[0]
 
@@ -56,6 +59,11 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _attend_forward(w_BNE: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    saved = w_BNE
+    w_BNE = w_BNE.reshape(-1, *w_BNE.shape[-2:])  # the decoder's have an axis of length one before them, on TPUs
+    if target.is_tpu() and mssa_kernel.fits(w_BNE.shape[0] // target.devices(), heads, w_BNE.shape[-1]):
+        y_BNE = target.per_device(functools.partial(mssa_kernel.forward, heads=heads), w_BNE)
+        return y_BNE.reshape(saved.shape), (saved,)
     w_BHNK = _heads_first(w_BNE, heads)
     logits_BHNN = _einsum("bhnk,bhmk->bhnm", w_BHNK * w_BHNK.shape[-1] ** -0.5, w_BHNK)
     peak_BHN1 = jnp.max(logits_BHNN, axis=-1, keepdims=True)
@@ -64,11 +72,15 @@ def _attend_forward(w_BNE: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.
     # The sum divides the N x K result, not the N x N weights.
     y_BHNK = _einsum("bhnm,bhmk->bhnk", weights_BHNN.astype(w_BNE.dtype), w_BHNK) / total_BHN1
     # Two numbers and not their log-sum: exp(logit - logsum) loses digits where logits are large.
-    return _heads_last(y_BHNK.astype(w_BNE.dtype)), (w_BNE, peak_BHN1, total_BHN1)
+    return _heads_last(y_BHNK.astype(w_BNE.dtype)).reshape(saved.shape), (saved, peak_BHN1, total_BHN1)
 
 
 def _attend_backward(heads: int, saved: tuple[jax.Array, ...], g_BNE: jax.Array) -> tuple[jax.Array]:
-    w_BNE, peak_BHN1, total_BHN1 = saved
+    shape, (w_BNE, g_BNE) = g_BNE.shape, (x.reshape(-1, *x.shape[-2:]) for x in (saved[0], g_BNE))
+    if len(saved) == 1:
+        dw_BNE = target.per_device(functools.partial(mssa_kernel.backward, heads=heads), w_BNE, g_BNE)
+        return (dw_BNE.reshape(shape),)
+    peak_BHN1, total_BHN1 = saved[1:]
     w_BHNK, g_BHNK = _heads_first(w_BNE, heads), _heads_first(g_BNE, heads)
     scaled_BHNK = w_BHNK * w_BHNK.shape[-1] ** -0.5
     # All of it transposed, keys first, which costs nothing as the logits are symmetric: of the last
@@ -83,7 +95,7 @@ def _attend_backward(heads: int, saved: tuple[jax.Array, ...], g_BNE: jax.Array)
         + _einsum("bhmn,bhnk->bhmk", dlogits_BHMN, scaled_BHNK)  # as key
         + _einsum("bhmn,bhmk->bhnk", dlogits_BHMN, scaled_BHNK)  # as query
     )
-    return (_heads_last(dw_BHNK.astype(w_BNE.dtype)),)
+    return (_heads_last(dw_BHNK.astype(w_BNE.dtype)).reshape(shape),)
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crate_jax import target
+
 Dtype = Any
 
 BLOCK_EPS = 1e-5  # CRATE's block norms (torch's default)
@@ -33,7 +35,12 @@ def _layer_norm_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     wide = x_BND.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True) + eps)
+    if target.is_tpu() and x_BND.dtype == jnp.bfloat16:
+        # Both sums in the pass that writes x. It loses digits that bfloat16 never had.
+        variance = jnp.maximum(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+    else:
+        variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + eps)
     y = (wide - mean) * inverse * scale_D + bias_D
     return y.astype(x_BND.dtype), (x_BND, scale_D, mean, inverse)
 
