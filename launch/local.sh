@@ -26,7 +26,6 @@ need_count N
 need_count GRACE
 need_count PORT
 ((PORT < 65536)) || fail "PORT=$PORT: must be at most 65535"
-((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "needs bash 5.1 or newer, this is $BASH_VERSION"
 
 gpus=()
 if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
@@ -71,7 +70,6 @@ if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then fail "PORT=$PORT is ta
 set -m
 declare -A running=()
 received=()
-timer=
 
 pass_on() {
   local pid
@@ -83,7 +81,7 @@ end_groups() {
   for pid in "$@"; do kill -s KILL -- "-$pid" 2>/dev/null || true; done
 }
 
-trap 'end_groups "${!running[@]}" $timer' EXIT
+trap 'end_groups "${!running[@]}"' EXIT
 signals=(INT TERM QUIT USR1 USR2)
 # Kept until all have started, so that none misses it.
 for signal in "${signals[@]}"; do
@@ -103,26 +101,23 @@ done
 trap 'pass_on TERM' HUP
 for signal in "${received[@]}"; do pass_on "$signal"; done
 
-first=0
-while ((${#running[@]})); do
-  status=0
-  # shellcheck disable=SC2086
-  wait -f -n -p ended "${!running[@]}" $timer || status=$? # -f: a process that is only stopped goes on
-  if [[ -z ${ended:-} ]]; then
-    ((status == 127)) || continue # a signal came
-    first=$((first ? first : 1))  # bash knows none of them any more
-    break
-  elif [[ $ended == "$timer" ]]; then
-    break
-  fi
-  unset "running[$ended]"
-  end_groups "$ended"
-  if ((status && !first)); then
-    first=$status
-    # Not TERM at once: the others may be saving for the same signal, and a second one would end that; a run whose peer
-    # died says so itself, and stops.
-    sleep "$GRACE" &
-    timer=$!
-  fi
+first=0 deadline=
+while ((${#running[@]})) && [[ -z $deadline || $SECONDS -lt $deadline ]]; do
+  # A look five times a second, and at once after a signal. Not `wait -n`: of two that end together it can miss one.
+  sleep 0.2 &
+  wait $! || true
+  for pid in "${!running[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then continue; fi
+    status=0
+    wait "$pid" || status=$?
+    unset "running[$pid]"
+    end_groups "$pid"
+    if ((status && !first)); then
+      first=$status
+      # Not TERM at once: the others may be saving for the same signal, and a second one would end that; a run whose
+      # peer died says so itself, and stops.
+      deadline=$((SECONDS + GRACE))
+    fi
+  done
 done
 exit "$first"

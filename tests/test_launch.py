@@ -419,12 +419,3 @@ def test_local_killed_takes_its_processes_along(env, tmp_path):
     local = Local(env, tmp_path)
     local.process.kill()
     local.wait()
-
-
-def test_local_waits_for_a_process_that_is_only_stopped(env, tmp_path):
-    local = Local(env, tmp_path)
-    os.kill(local.pids[0], signal.SIGSTOP)
-    time.sleep(0.2)
-    os.kill(local.pids[0], signal.SIGCONT)
-    local.process.send_signal(signal.SIGTERM)
-    assert local.wait() == 143
