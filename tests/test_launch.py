@@ -52,7 +52,7 @@ shown = [os.environ.get(name, "-") for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DE
 os.write(1, ("\\t".join([number, str(os.getpid()), *shown, *sys.argv[1:]]) + "\\n").encode())
 for argument in sys.argv:
     if argument.startswith(f"fail{{number}}="):
-        time.sleep(0.2)
+        time.sleep(0.2 + int(number) / 2)
         sys.exit(int(argument.partition("=")[2]))
 if "end" not in sys.argv:
     time.sleep(60)
@@ -403,7 +403,7 @@ def test_local_ends_with_the_first_failure_and_leaves_nobody(env, tmp_path):
     assert local.wait() == 7
     assert 1 < time.monotonic() - start < 10  # the others had their time, and no more
     # Those that stop by themselves are waited for, with the first status kept.
-    assert Local(env, tmp_path, "fail0=143", "fail1=143", n=2).wait() == 143
+    assert Local(env, tmp_path, "fail0=143", "fail1=7", n=2).wait() == 143
 
 
 @pytest.mark.parametrize(
