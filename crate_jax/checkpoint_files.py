@@ -31,7 +31,7 @@ from crate_jax.parameters import names
 ITEMS = ("params", "rest")
 META = "meta"
 VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-IGNORED_CHANGES = ("log.", "save.", "evaluation.")  # config keys that do not touch the training state
+IGNORED_CHANGES = ("log.", "save.", "evaluation.", "mesh.")  # config keys that do not touch the training state
 SHOWN = 5  # arrays named in one message
 
 

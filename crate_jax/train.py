@@ -60,8 +60,8 @@ EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation] | typ
 
 
 # Steps that dispatch may run ahead of the device: enough to hide every launch. Without a bound, runs on several CPU
-# devices were seen to stop for ever on a busy machine: one device waiting in an all-reduce, the other for its turn among
-# the programs that XLA lets be in flight. With it none did.
+# devices were seen to stop for ever on a busy machine: one device waiting in an all-reduce, the other for its turn
+# among the programs that XLA lets be in flight. With it none did.
 IN_FLIGHT = 8
 
 
@@ -113,6 +113,7 @@ def make_train_step(
     loss_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
     penalty_and_grad = jax.value_and_grad(objective.penalty, has_aux=True)
     A, decay = config.accumulate, config.optimizer.ema
+    order = sharding.row_order(mesh, config.batch_size)  # a key goes with its image
 
     def averaged(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars, Params]:
         if A == 1:
@@ -133,7 +134,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         image_key, penalty_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        loss, scalars, grads = averaged(state.params, batch, jax.random.split(image_key, config.batch_size))
+        keys_B = jax.random.split(image_key, config.batch_size)
+        loss, scalars, grads = averaged(state.params, batch, keys_B if order is None else keys_B[order])
         (penalty, (carried, penalty_scalars)), penalty_grads = penalty_and_grad(
             state.params, state.objective, penalty_key
         )
@@ -154,14 +156,21 @@ def make_train_step(
     whole = sharding.replicated(mesh)
     state = state_shardings(jax.eval_shape(lambda: init_state(config, objective, tx)), mesh)
     return jax.jit(
-        train_step, donate_argnums=0, in_shardings=(state, sharding.split(mesh)), out_shardings=(state, whole)
+        sharding.on_mesh(mesh, train_step),
+        donate_argnums=0,
+        in_shardings=(state, sharding.split(mesh)),
+        out_shardings=(state, whole),
     )
 
 
 def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of a state (or of its shapes) lies: the optimiser's is split, the rest on every device."""
+    """Where each array of a state (or of its shapes) lies: parameters by their rules, the optimiser's split."""
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
-    return whole.replace(opt_state=sharding.split_update(shapes.opt_state, mesh))
+    return whole.replace(
+        params=sharding.of_parameters(shapes.params, mesh),
+        ema=sharding.of_parameters(shapes.ema, mesh),
+        opt_state=sharding.split_update(shapes.opt_state, mesh),
+    )
 
 
 @jax.jit
@@ -196,7 +205,7 @@ def telemetry_of(
     rows = whole if len(images) % mesh.size else sharding.split(mesh)
     batch = {"image": jax.make_array_from_callback(images.shape, rows, lambda index: images[index])}
     keys = jax.jit(lambda: jax.random.split(jax.random.key(seed), len(images)), out_shardings=rows)()
-    measure = jax.jit(telemetry, out_shardings=whole)
+    measure = jax.jit(sharding.on_mesh(mesh, telemetry), out_shardings=whole)
     return lambda params: measure(params, batch, keys)
 
 
@@ -234,7 +243,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     validate(config)
-    sharding.use_cpu_cores(config.batch_size, config.accumulate)
+    sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)
     # From here on: an exception out of a signal during set-up can get lost in a library's callback.
     with Interrupt() as interrupt, lock(workdir) as folder, contextlib.ExitStack() as stack:
         ready = Run(config, folder, stack, interrupt)
@@ -248,7 +257,9 @@ class Run:
 
     def __init__(self, config: ConfigDict, folder: Path, stack: contextlib.ExitStack, interrupt: Interrupt) -> None:
         self.config, self.folder, self.interrupt = config, folder, interrupt
-        self.mesh = sharding.make_mesh(config.batch_size, config.accumulate)
+        self.mesh = sharding.make_mesh(
+            config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model
+        )
         source = data.open_split(config, "train")
         if source is None:
             raise ConfigError(f"config.data.source={config.data.source!r}: has no training images")
@@ -271,13 +282,35 @@ class Run:
         self.speed = Speed()
         self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
-        self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
+        self.draw_pictures = None
+        if self.objective.pictures:
+            whole = sharding.replicated(self.mesh)
+            self.draw_pictures = jax.jit(sharding.on_mesh(self.mesh, self.objective.pictures), out_shardings=whole)
         self.telemetry = None
         if config.whitebox.every and self.objective.telemetry is not None:
             shown = self.evaluation.pictures(config.whitebox.images)["image"]
             self.telemetry = telemetry_of(self.objective.telemetry, shown, config.seed, self.mesh)
         decayed = optimizer.decayed(config, shapes)
-        parameters.log_rules(shapes, decayed, self.objective.penalised)
+        parameters.log_rules(shapes, decayed, self.objective.penalised, sharding.layouts(shapes, self.mesh))
+        self._log_memory(shapes)
+
+    def _log_memory(self, shapes: Params) -> None:
+        """Logs what lies on each device between two steps; activations come on top of it while one runs."""
+        place = state_shardings(self.state, self.mesh)
+        images = (self.config.batch_size, *self.config.data.image_size, 3)
+        parts = {
+            "parameters": (shapes, place.params),
+            "gradients": (shapes, sharding.split_update(shapes, self.mesh)),
+            "optimizer": (self.state.opt_state, place.opt_state),
+            "moving average": (self.state.ema, place.ema),
+            "images": (jax.ShapeDtypeStruct(images, jnp.uint8), sharding.split(self.mesh)),
+        }
+        each = {name: sharding.bytes_per_device(*part) / 1e6 for name, part in parts.items()}
+        log.info(
+            "mesh of %d (data) x %d (model) devices; MB on each: %s",
+            *self.mesh.devices.shape,
+            ", ".join(f"{name} {size:.1f}" for name, size in each.items()),
+        )
 
     def _start(self, shapes: Params) -> tuple[TrainState, int, dict[str, Any]]:
         """The newest checkpoint's state, or a fresh one; its step; what the checkpoint recorded."""
@@ -440,7 +473,10 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         """Evaluates what was trained, and what it is compared with; writes summary.json."""
-        untrained = jax.jit(lambda: self.objective.init(jax.random.key(self.config.seed))[0])
+        untrained = jax.jit(
+            lambda: self.objective.init(jax.random.key(self.config.seed))[0],
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.state.params),
+        )
         scores = self.evaluation.final_scores(self.state.eval_params(), untrained)
         if numbers(scores):
             self.writer.write(self.total, numbers(scores))

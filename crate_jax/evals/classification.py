@@ -37,7 +37,7 @@ class ClassifierEvaluation:
                 "fine-tuning is judged on one"
             )
         self._config, self._mesh, self._test = config, mesh, test
-        self._classify = jax.jit(scores)
+        self._classify = jax.jit(sharding.on_mesh(mesh, scores))
 
     def scores(self, params: dict) -> dict[str, float]:
         """Shares in 0..1 of the test images; the names are those of :func:`crate_jax.evals.metrics.accuracies`."""

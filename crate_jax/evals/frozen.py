@@ -73,7 +73,7 @@ class FrozenEvaluation:
 
     def __init__(self, config: ConfigDict, features: Callable[..., jax.Array], train: data.Source, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
-        self._features = jax.jit(features)
+        self._features = jax.jit(sharding.on_mesh(mesh, features))
         test = data.open_split(config, "eval")
         self._shown = train if test is None else test
         self._splits: tuple[data.Source, data.Source] | None = None

@@ -87,7 +87,7 @@ class SegmentationEvaluation:
             return total_CC + confusion(mask_BHW, predict(params, images), train.classes)
 
         self._zero = np.zeros((train.classes, train.classes), np.int32)
-        self._add = jax.jit(add, out_shardings=sharding.replicated(mesh))
+        self._add = jax.jit(sharding.on_mesh(mesh, add), out_shardings=sharding.replicated(mesh))
 
     def scores(self, params: dict) -> dict[str, Any]:
         """The scores of :func:`segmentation_scores`; the counts are kept on the device while they fit int32."""
