@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from crate_jax import distributed
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.parameters import is_stacked, names, path_name
 
@@ -52,13 +53,13 @@ def use_cpu_cores(batch_size: int, accumulate: int, model: int = 1) -> None:
     # Devices wait for each other in threads of the pool that they compute with: with no more threads than devices that
     # can be all of them, and where parameters are split a device waits in several at once. And on a busy machine they
     # may wait for longer than XLA's 40 s, after which it aborts.
-    os.environ.setdefault("NPROC", str((2 if model == 1 else 16) * cores))
+    os.environ.setdefault("NPROC", str((2 if model == 1 and distributed.processes() == 1 else 16) * cores))
     if PATIENCE not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{PATIENCE}=300".strip()
     if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    micro = batch_size // accumulate
-    devices = max(n for n in range(1, min(cores, MOST_CPU_DEVICES) + 1) if micro % n == 0)
+    micro = batch_size // accumulate // distributed.processes()
+    devices = max(n for n in range(1, min(cores, MOST_CPU_DEVICES) + 1) if micro % n == 0 or n == 1)
     with contextlib.suppress(RuntimeError):  # JAX has its devices already
         jax.config.update("jax_num_cpu_devices", devices)
 

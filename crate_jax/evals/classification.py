@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,8 +12,8 @@ from ml_collections import ConfigDict
 
 from crate_jax import data, sharding
 from crate_jax.errors import DataError
-from crate_jax.evals.features import extract
-from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.evals.features import of_split
+from crate_jax.evals.frozen import sample
 from crate_jax.evals.metrics import accuracies
 
 
@@ -37,17 +38,13 @@ class ClassifierEvaluation:
                 "fine-tuning is judged on one"
             )
         self._config, self._mesh, self._test = config, mesh, test
-        self._classify = jax.jit(sharding.on_mesh(mesh, scores))
+        self._classify = jax.jit(sharding.on_mesh(mesh, scores), out_shardings=sharding.split(mesh))
 
     def scores(self, params: dict) -> dict[str, float]:
         """Shares in 0..1 of the test images; the names are those of :func:`crate_jax.evals.metrics.accuracies`."""
-        options = self._config.evaluation
-        indices = sample(len(self._test), options.test_images, self._config.seed)
-        place, out, labels = sharding.split(self._mesh), [], []
-        for batch in data.eval_batches(self._config, self._test, indices, CHUNK):
-            out.append(extract(lambda x: self._classify(params, x), batch["image"], options.batch_size, place))
-            labels.append(batch["label"])
-        return accuracies(np.concatenate(out), np.concatenate(labels))
+        indices = sample(len(self._test), self._config.evaluation.test_images, self._config.seed)
+        classify = functools.partial(self._classify, params)
+        return accuracies(*of_split(classify, self._config, self._test, indices, self._mesh))
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float]:
         """:meth:`scores`; what it compares with is a run of its own (``protocol=scratch``)."""
