@@ -161,8 +161,10 @@ def main(argv: Sequence[str]) -> int:
         given = flags.FLAGS
         cluster = distributed.find(os.environ, given.coordinator_address, given.num_processes, given.process_id)
         if cluster is not None:
+            if cluster.process:
+                absl_logging.set_verbosity(absl_logging.WARNING)
             distributed.start(cluster)
-            if not distributed.first():
+            if not distributed.first():  # of a TPU slice this is known only now
                 absl_logging.set_verbosity(absl_logging.WARNING)
         run, show = JOBS[config.job]
         result = run(config, flags.FLAGS.workdir)
