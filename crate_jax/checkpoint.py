@@ -320,9 +320,15 @@ def _placed_like(value: Any, leaf: Any) -> Any:
 
 
 def params_sha256(params: PyTree) -> str:
-    """Hashes names, dtypes, shapes and bytes of all arrays, in the order of their names."""
+    """Hashes names, dtypes, shapes and bytes of all arrays, in the order of their names.
+
+    However they lie on devices. Arrays of which other processes hold a part are gathered one at a time; all processes
+    must call it then.
+    """
     digest = hashlib.sha256()
     for name, x in sorted(names(params).items()):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            x = multihost_utils.process_allgather(x, tiled=True)
         x = np.ascontiguousarray(jax.device_get(x))
         digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
         digest.update(x.tobytes())

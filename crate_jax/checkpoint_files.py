@@ -7,6 +7,7 @@ versions, and shape, dtype and checksum of every array, under a digest of its ow
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 
+from crate_jax import distributed
 from crate_jax.checksum import checksums
 from crate_jax.config import changed_keys
 from crate_jax.errors import CheckpointError
@@ -31,7 +34,7 @@ from crate_jax.parameters import names
 ITEMS = ("params", "rest")
 META = "meta"
 VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-IGNORED_CHANGES = ("log.", "save.", "evaluation.")  # config keys that do not touch the training state
+IGNORED_CHANGES = ("log.", "save.", "evaluation.", "mesh.")  # config keys that do not touch the training state
 SHOWN = 5  # arrays named in one message
 
 
@@ -148,11 +151,17 @@ def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mappi
     if stored:
         if not (folder / item).is_dir():
             raise DamagedError(f"{item} is missing")
+        problem: Exception | None = None
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                read = names(checkpointer.restore(folder / item, args=ocp.args.StandardRestore(stored)))
+            # Not through a Checkpointer, which lets processes that could read wait for one that could not.
+            with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+                read = names(handler.restore(epath.Path(folder / item), args=ocp.args.StandardRestore(stored)))
         except Exception as e:  # Orbax and TensorStore raise anything, bare Exception included
-            raise DamagedError(f"{item} cannot be read ({one_line(e)})") from e
+            problem = e
+        # What one process cannot read is damaged for all: they go on to checksums, and another checkpoint, together.
+        if distributed.largest(int(problem is not None)):
+            why = "by another process" if problem is None else f"({one_line(problem)})"
+            raise DamagedError(f"{item} cannot be read {why}") from problem
     for name, target in targets.items():
         if not target.size:
             read[name] = _empty(target)

@@ -36,6 +36,11 @@ def base() -> ConfigDict:
     c.checkpoint = ""  # workdir or weights file of the encoder that is judged; report: also several, A,B,C
     c.dtype = "float32"  # activations: float32 | bfloat16; parameters are always float32
     c.remat = False  # recompute each block in the backward pass: less memory, more time
+    c.remat_keep = "nothing"  # of a recomputed block: nothing | weights (products with weights) | products (all)
+
+    c.mesh = mesh = ConfigDict()  # devices along the two axes; 0: the rest. A batch is split over both
+    mesh.data = 0  # copies of the parameters; 1, with model=0: fully sharded
+    mesh.model = 1  # devices that hold one copy together
 
     c.data = data = ConfigDict()
     data.source = "digits"  # digits | folder:PATH | tfds:NAME | synthetic
@@ -272,6 +277,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16"),
+    "remat_keep": ("nothing", "weights", "products"),
     "data.interpolation": ("bicubic", "bilinear"),
     "encoder.positions": ("sincos", "learned", "relative", "relative_per_block", "none"),
     "encoder.dictionary": ("complete", "overcomplete"),
@@ -300,7 +306,7 @@ POSITIVE = (
     "optimizer.lr align.latents align.side whitebox.images"
 ).split()
 NOT_NEGATIVE = (
-    "steps epochs data.workers data.memory_mb data.randaugment_layers decoder.width decoder.depth "
+    "steps epochs mesh.data mesh.model data.workers data.memory_mb data.randaugment_layers decoder.width decoder.depth "
     "encoder.eta encoder.lam encoder.layer_scale corruption.paper_scale corruption.noise_std penalty.weight "
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
@@ -436,6 +442,8 @@ def _check_sizes(config: ConfigDict) -> None:
         )
     if config.job not in ("evaluate", "align") and bool(config.steps) == bool(config.epochs):
         raise ConfigError(f"config.steps={config.steps}, config.epochs={config.epochs}: set exactly one of the two")
+    if not config.mesh.data and not config.mesh.model:
+        raise ConfigError("config.mesh.data=0, config.mesh.model=0: only one of the two can be the rest; set one to 1")
     if config.optimizer.warmup_steps and config.optimizer.warmup_epochs:
         raise ConfigError("config.optimizer: set warmup_steps or warmup_epochs, not both")
 

@@ -16,9 +16,10 @@ from crate_jax import target
 from crate_jax.corruption import Corruption, fills
 from crate_jax.encoders.crate import DICTIONARY_INIT, MSSA
 from crate_jax.encoders.embedding import TOKEN_INIT
-from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, dense, scan_blocks
+from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, dense, remat_rule, scan_blocks
 from crate_jax.encoders.vit import scan_vit_blocks
 from crate_jax.patches import grid_shape, sincos_positions
+from crate_jax.sharding import by_batch
 
 
 class CrateDecoderBlock(nn.Module):
@@ -38,6 +39,7 @@ class CrateDecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, y_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One layer; the second argument and result are what `nn.scan` threads through."""
+        y_BND = by_batch(y_BND)
         y = Norm(BLOCK_EPS, name="linear_norm")(y_BND)
         g = dense(y.shape[-1], "linear", self.dtype, bias=False, init=DICTIONARY_INIT)(y)
         normed = Norm(BLOCK_EPS, name="mssa_norm")(g)
@@ -60,7 +62,7 @@ class CrateDecoder(nn.Module):
     tied_output: bool
     normalised: bool
     fill: bool
-    remat: bool
+    remat: str
     dtype: Dtype
 
     @nn.compact
@@ -86,7 +88,7 @@ class TransformerDecoder(nn.Module):
     grid: tuple[int, int]
     pixels: int
     fill: bool
-    remat: bool
+    remat: str
     dtype: Dtype
 
     @nn.compact
@@ -157,7 +159,7 @@ def _shared(config: ConfigDict) -> dict:
         grid=grid_shape(config.data.image_size, config.encoder.patch_size),
         pixels=3 * config.encoder.patch_size**2,
         fill=fills(config)["decoder"],
-        remat=config.remat,
+        remat=remat_rule(config),
         dtype=jnp.dtype(config.dtype),
     )
 

@@ -7,15 +7,17 @@ same workdir continues a run that was stopped.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from crate_jax import sweep, train
+from crate_jax import distributed, sweep, train
 from crate_jax.alignment import job as align
 from crate_jax.errors import ConfigError, NonFiniteError, UserError
 from crate_jax.evals import finetune, job
@@ -26,6 +28,9 @@ def define_flags() -> None:
     """Defines the flags of the command line; not done by an import, which other commands may do too."""
     config_flags.DEFINE_config_file("config", None, "A file of configs/, with its argument after a colon.")
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures, summary.")
+    flags.DEFINE_string("coordinator_address", "", "Of several processes: HOST:PORT of process 0.")
+    flags.DEFINE_integer("num_processes", 0, "Of several processes: how many.", lower_bound=0)
+    flags.DEFINE_integer("process_id", -1, "Of several processes: the number of this one, from 0.", lower_bound=-1)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -45,6 +50,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def fail(error: BaseException) -> NoReturn:
     """Prints an error as one line and leaves with status 2."""
     print(f"error: {one_line(error)}", file=sys.stderr)
+    if distributed.processes() > 1:
+        distributed.leave(2)
     sys.exit(2)
 
 
@@ -153,16 +160,36 @@ def main(argv: Sequence[str]) -> int:
     try:
         if config.job not in JOBS:
             raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
+        given = flags.FLAGS
+        cluster = distributed.find(os.environ, given.coordinator_address, given.num_processes, given.process_id)
+        if cluster is not None:
+            if cluster.process:
+                absl_logging.set_verbosity(absl_logging.WARNING)
+            distributed.start(cluster)
+            if not distributed.first():  # of a TPU slice this is known only now
+                absl_logging.set_verbosity(absl_logging.WARNING)
         run, show = JOBS[config.job]
-        show(run(config, flags.FLAGS.workdir))
+        result = run(config, flags.FLAGS.workdir)
+        distributed.unwatch()
+        if distributed.first():
+            show(result)
     except Interrupted as e:
-        print(f"{e}; the same command continues it", file=sys.stderr)
+        distributed.unwatch()
+        if distributed.first():
+            print(f"{e}; the same command continues it", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         print("stopped by SIGINT; the same command continues from the last checkpoint, if any", file=sys.stderr)
+        if distributed.processes() > 1:
+            distributed.leave(128 + signal.SIGINT)
         return 128 + signal.SIGINT
     except (UserError, OSError) as e:
         fail(e)
+    except Exception:
+        if distributed.processes() == 1:
+            raise
+        traceback.print_exc()  # of a collective, maybe, that another process left: the watch says which
+        distributed.fall_behind()
     return 0
 
 

@@ -39,7 +39,7 @@ READ_BY = {
     "penalty.weight": ("penalty.name", ("so", "srip")),
 }
 # Keys under which a run may go on, or count as finished, though they changed: its numbers stay the same.
-WITHOUT_EFFECT = ("log.", "save.", "data.workers", "data.threads", "data.prefetch", "data.memory_mb")
+WITHOUT_EFFECT = ("log.", "save.", "data.workers", "data.threads", "data.prefetch", "data.memory_mb", "mesh.")
 
 
 @dataclasses.dataclass(frozen=True)

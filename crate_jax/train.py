@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from crate_jax import (
     checkpoint,
     classify,
     data,
+    distributed,
     metrics,
     optimizer,
     parameters,
@@ -64,6 +65,7 @@ EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation] | typ
 # devices were seen to stop for ever on a busy machine: one device waiting in an all-reduce, the other for its turn
 # among the programs that XLA lets be in flight. With it none did.
 IN_FLIGHT = 8
+SIGNAL = "signal"  # in a batch of several processes: what signal each got, per row; in the scalars: the largest
 
 
 @struct.dataclass
@@ -114,6 +116,7 @@ def make_train_step(
     loss_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
     penalty_and_grad = jax.value_and_grad(objective.penalty, has_aux=True)
     A, decay = config.accumulate, config.optimizer.ema
+    order = sharding.row_order(mesh, config.batch_size)  # a key goes with its image
 
     def averaged(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars, Params]:
         if A == 1:
@@ -133,9 +136,12 @@ def make_train_step(
         return loss, scalars, grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        batch = dict(batch)
+        signal_B = batch.pop(SIGNAL, None)
         image_key, penalty_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        keys_B = jax.random.split(image_key, config.batch_size)
         with target.tracing_for(mesh):
-            loss, scalars, grads = averaged(state.params, batch, jax.random.split(image_key, config.batch_size))
+            loss, scalars, grads = averaged(state.params, batch, keys_B if order is None else keys_B[order])
         (penalty, (carried, penalty_scalars)), penalty_grads = penalty_and_grad(
             state.params, state.objective, penalty_key
         )
@@ -150,13 +156,14 @@ def make_train_step(
             **penalty_scalars,
             "lr": schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
+            **({} if signal_B is None else {SIGNAL: jnp.max(signal_B)}),
         }
         return TrainState(state.step + 1, params, opt_state, carried, ema), scalars
 
     whole = sharding.replicated(mesh)
     state = state_shardings(jax.eval_shape(lambda: init_state(config, objective, tx)), mesh)
     return jax.jit(
-        train_step,
+        sharding.on_mesh(mesh, train_step),
         donate_argnums=0,
         in_shardings=(state, sharding.split(mesh)),
         out_shardings=(state, whole),
@@ -165,9 +172,13 @@ def make_train_step(
 
 
 def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of a state (or of its shapes) lies: the optimiser's is split, the rest on every device."""
+    """Where each array of a state (or of its shapes) lies: parameters by their rules, the optimiser's split."""
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
-    return whole.replace(opt_state=sharding.split_update(shapes.opt_state, mesh))
+    return whole.replace(
+        params=sharding.of_parameters(shapes.params, mesh),
+        ema=sharding.of_parameters(shapes.ema, mesh),
+        opt_state=sharding.split_update(shapes.opt_state, mesh),
+    )
 
 
 @jax.jit
@@ -202,7 +213,7 @@ def telemetry_of(
     rows = whole if len(images) % mesh.size else sharding.split(mesh)
     batch = {"image": jax.make_array_from_callback(images.shape, rows, lambda index: images[index])}
     keys = jax.jit(lambda: jax.random.split(jax.random.key(seed), len(images)), out_shardings=rows)()
-    measure = jax.jit(telemetry, out_shardings=whole)
+    measure = jax.jit(sharding.on_mesh(mesh, telemetry), out_shardings=whole)
     return lambda params: measure(params, batch, keys)
 
 
@@ -240,13 +251,16 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     validate(config)
-    sharding.use_cpu_cores(config.batch_size, config.accumulate)
+    sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)
     # From here on: an exception out of a signal during set-up can get lost in a library's callback.
     with Interrupt() as interrupt, lock(workdir) as folder, contextlib.ExitStack() as stack:
         ready = Run(config, folder, stack, interrupt)
-        if interrupt.signal is not None:
-            raise Interrupted(interrupt.signal, "before the first step")
-        return ready.run()
+        signum = distributed.largest(interrupt.signal or 0)
+        if signum:
+            raise Interrupted(signum, "before the first step")
+        summary = ready.run()
+        distributed.barrier("run finished")  # what process 0 wrote is there for all
+        return summary
 
 
 class Run:
@@ -254,7 +268,9 @@ class Run:
 
     def __init__(self, config: ConfigDict, folder: Path, stack: contextlib.ExitStack, interrupt: Interrupt) -> None:
         self.config, self.folder, self.interrupt = config, folder, interrupt
-        self.mesh = sharding.make_mesh(config.batch_size, config.accumulate)
+        self.mesh = sharding.make_mesh(
+            config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model
+        )
         source = data.open_split(config, "train")
         if source is None:
             raise ConfigError(f"config.data.source={config.data.source!r}: has no training images")
@@ -276,14 +292,37 @@ class Run:
         self.writer = stack.enter_context(metrics.Writer(folder, config, self.start))
         self.speed = Speed()
         self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
+        self.signal: int | None = None  # that came to any process, as all of them know it
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
-        self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
+        self.draw_pictures = None
+        if self.objective.pictures:
+            whole = sharding.replicated(self.mesh)
+            self.draw_pictures = jax.jit(sharding.on_mesh(self.mesh, self.objective.pictures), out_shardings=whole)
         self.telemetry = None
         if config.whitebox.every and self.objective.telemetry is not None:
             shown = self._shown(config.whitebox.images)["image"]
             self.telemetry = telemetry_of(self.objective.telemetry, shown, config.seed, self.mesh)
         decayed = optimizer.decayed(config, shapes)
-        parameters.log_rules(shapes, decayed, self.objective.penalised)
+        parameters.log_rules(shapes, decayed, self.objective.penalised, sharding.layouts(shapes, self.mesh))
+        self._log_memory(shapes)
+
+    def _log_memory(self, shapes: Params) -> None:
+        """Logs what lies on each device between two steps; activations come on top of it while one runs."""
+        place = state_shardings(self.state, self.mesh)
+        images = (self.config.batch_size, *self.config.data.image_size, 3)
+        parts = {
+            "parameters": (shapes, place.params),
+            "gradients": (shapes, sharding.split_update(shapes, self.mesh)),
+            "optimizer": (self.state.opt_state, place.opt_state),
+            "moving average": (self.state.ema, place.ema),
+            "images": (jax.ShapeDtypeStruct(images, jnp.uint8), sharding.split(self.mesh)),
+        }
+        each = {name: sharding.bytes_per_device(*part) / 1e6 for name, part in parts.items()}
+        log.info(
+            "mesh of %d (data) x %d (model) devices; MB on each: %s",
+            *self.mesh.devices.shape,
+            ", ".join(f"{name} {size:.1f}" for name, size in each.items()),
+        )
 
     def _start(self, shapes: Params) -> tuple[TrainState, int, dict[str, Any]]:
         """The newest checkpoint's state, or a fresh one; its step; what the checkpoint recorded."""
@@ -332,7 +371,8 @@ class Run:
     def run(self) -> dict[str, Any]:
         """The loop, then evaluation, pictures and the summary."""
         config = self.config
-        metrics.write_json(self.folder / "config.json", config.to_dict())
+        if distributed.first():
+            metrics.write_json(self.folder / "config.json", config.to_dict())
         log.info(
             "training %d -> %d of batch %d on %d x %s, %s parameters",
             self.start, self.total, config.batch_size, self.mesh.size,
@@ -346,7 +386,7 @@ class Run:
                     self.state, scalars = self.train_step(self.state, batch)
                     self.pending.append((scalars, undecodable))
                     if len(self.pending) > IN_FLIGHT:
-                        jax.block_until_ready(self.pending[-1 - IN_FLIGHT][0])
+                        self._agree([jax.block_until_ready(self.pending[-1 - IN_FLIGHT][0])])
                     self._after(step, progress)
         return self._finish()
 
@@ -360,6 +400,8 @@ class Run:
             if "label" in self.objective.inputs:
                 batch = {**batch, "label": np.asarray(self.source.labels_of(batch["index"]), np.int32)}
             inputs = {name: batch[name] for name in self.objective.inputs}
+            if distributed.processes() > 1:
+                inputs[SIGNAL] = np.full(len(batch["index"]), self.interrupt.signal or 0, np.int32)
             return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"])
 
         with (
@@ -370,12 +412,21 @@ class Run:
         ):
             yield from ready
 
+    def _agree(self, scalars: Sequence[Scalars]) -> None:
+        """Takes note of a signal to any process that went through a step, which all processes do at the same step."""
+        if distributed.processes() == 1:
+            self.signal = self.interrupt.signal
+        else:
+            self.signal = self.signal or max(int(s[SIGNAL]) for s in scalars) or None
+
     def _after(self, step: int, progress: metrics.Progress) -> None:
         """What happens between steps; all of it between log points is a few comparisons."""
         every, last = self.config, step == self.total
         if last or step % every.log.every == 0:
             self._report(step, progress)
-        save = last or step % every.save.every == 0 or self.interrupt.signal is not None
+        if distributed.processes() == 1:
+            self._agree(())
+        save = last or step % every.save.every == 0 or self.signal is not None
         evaluate = not last and every.evaluation.every and step % every.evaluation.every == 0
         draw = not last and every.log.pictures_every and step % every.log.pictures_every == 0
         look = self.telemetry is not None and step % every.whitebox.every == 0
@@ -384,9 +435,9 @@ class Run:
         self._report(step, progress)
         if save:
             self._save(step)
-        if self.interrupt.signal is not None and not last:
+        if self.signal is not None and save and not last:
             self.checkpoints.wait()
-            raise Interrupted(self.interrupt.signal, f"at step {step}, state saved")
+            raise Interrupted(self.signal, f"at step {step}, state saved")
         if evaluate:
             self.writer.write(step, numbers(self.evaluation.scores(self.state.eval_params())))
         if draw:
@@ -407,6 +458,9 @@ class Run:
         scalars = jax.device_get([s for s, _ in self.pending])
         undecodable = sum(count for _, count in self.pending)
         self.pending = []
+        self._agree(scalars)
+        for values in scalars:
+            values.pop(SIGNAL, None)
         speed = self.speed.add(len(scalars) * self.config.batch_size)
         first = step - len(scalars) + 1
         for offset, values in enumerate(scalars):
@@ -446,14 +500,21 @@ class Run:
         if self.draw_pictures is None or not self.config.log.pictures:
             return None
         batch = self._shown(self.config.log.pictures)
-        keys = jax.random.split(jax.random.key(self.config.seed), len(batch["image"]))
+        count = len(batch["image"])
+        keys = jax.jit(
+            lambda: jax.random.split(jax.random.key(self.config.seed), count),
+            out_shardings=sharding.replicated(self.mesh),
+        )()
         columns = jax.device_get(self.draw_pictures(self.state.eval_params(), batch, keys))
         named = dict(zip(self.objective.columns, columns, strict=True))
         return self.writer.write_image(step, self.objective.pictures_name, pictures.reconstruction_grid(named))
 
     def _finish(self) -> dict[str, Any]:
         """Evaluates what was trained, and what it is compared with; writes summary.json."""
-        untrained = jax.jit(lambda: self.objective.init(jax.random.key(self.config.seed))[0])
+        untrained = jax.jit(
+            lambda: self.objective.init(jax.random.key(self.config.seed))[0],
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.state.params),
+        )
         scores = self.evaluation.final_scores(self.state.eval_params(), untrained)
         if numbers(scores):
             self.writer.write(self.total, numbers(scores))
@@ -470,14 +531,15 @@ class Run:
             "pictures": picture,
         }
         self.checkpoints.wait()
-        metrics.write_json(self.folder / "summary.json", summary)
-        summary["report"] = self._write_report()  # of the summary, among others
-        metrics.write_json(self.folder / "summary.json", summary)
+        if distributed.first():
+            metrics.write_json(self.folder / "summary.json", summary)
+            summary["report"] = self._write_report()  # of the summary, among others
+            metrics.write_json(self.folder / "summary.json", summary)
         return summary
 
     def _write_report(self) -> str | None:
         """Writes report.html; returns its path. A page that cannot be drawn is no reason to fail a run that is done."""
-        if not self.config.log.report or jax.process_index() != 0:
+        if not self.config.log.report:
             return None
         try:
             from crate_jax.report import job  # here: drawing takes 0.3 s to import

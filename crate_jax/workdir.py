@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
+from crate_jax import distributed
 from crate_jax.errors import CheckpointError, UserError
+
+log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 
@@ -21,7 +26,7 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
 
     The lock is the kernel's (flock), so it goes with the process however that ends, `kill -9`
     included; the file stays behind and means nothing by itself. In a run of several processes only
-    the first one takes the lock.
+    the first one takes the lock; if it cannot, all fail.
 
     Yields:
       the absolute path of the folder.
@@ -29,29 +34,43 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
       UserError: the folder cannot be created or written to, or another process holds it.
     """
-    folder = _create(workdir)
+    folder = distributed.by_first(lambda: _create(workdir)) or Path(workdir).expanduser().absolute()
+    file = distributed.by_first(lambda: _take(folder))
+    with file or contextlib.nullcontext():
+        seen = file is not None or (folder / LOCK_NAME).exists()
+        if not seen:
+            log.error("workdir %s: this process does not see it", folder)
+        if distributed.largest(int(not seen)):
+            raise UserError(f"workdir {folder}: must be the same folder for all processes, on a shared file system")
+        distributed.watch()
+        yield folder
+
+
+def _take(folder: Path) -> TextIO:
+    """Opens and locks the lock file, which names this process from then on."""
     try:
         # "a": opening must not wipe the holder's line before the lock is ours.
         file = open(folder / LOCK_NAME, "a+", encoding="utf-8")
     except OSError as e:
         raise UserError(f"workdir {folder}: cannot be written to ({e.strerror}); choose another --workdir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"workdir {folder} is in use by process {holder}; wait for it, stop it, or choose another --workdir"
-            ) from None
-        except OSError as e:
-            raise UserError(
-                f"workdir {folder}: its file system cannot lock files ({e.strerror}); choose another --workdir"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield folder
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"workdir {folder} is in use by process {holder}; wait for it, stop it, or choose another --workdir"
+        ) from None
+    except OSError as e:
+        file.close()
+        raise UserError(
+            f"workdir {folder}: its file system cannot lock files ({e.strerror}); choose another --workdir"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _create(workdir: str | os.PathLike[str]) -> Path:

@@ -22,6 +22,7 @@ from crate_jax.corruption import Corruption
 from crate_jax.encoders import mssa_kernel
 from crate_jax.encoders.embedding import Embedding
 from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, dense, scan_blocks
+from crate_jax.sharding import by_batch
 
 # torch's kaiming_uniform_(a=0) on an (out x in) matrix.
 DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
@@ -207,6 +208,7 @@ class CrateBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One layer; the second argument and result are what `nn.scan` threads through."""
+        x_BND = by_batch(x_BND)
         self.sow("intermediates", "input", x_BND)
         x = x_BND + MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(
             Norm(BLOCK_EPS, name="mssa_norm")(x_BND)
@@ -244,7 +246,7 @@ class CrateEncoder(nn.Module):
     embed_norm: bool
     final_norm: bool
     final_eps: float
-    remat: bool
+    remat: str
     dtype: Dtype
 
     @nn.compact

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from crate_jax import target
 
@@ -110,17 +111,30 @@ INITIALIZERS = {
 }
 
 
-def scan_blocks(block: type[nn.Module], depth: int, remat: bool, *args: object, in_axes: object = 0) -> nn.Module:
+# What a recomputed block keeps from the forward pass.
+REMAT: dict[str, Any] = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.dots_saveable,
+}
+
+
+def remat_rule(config: ConfigDict) -> str:
+    """The row of REMAT that a config asks for; empty: its blocks are not recomputed."""
+    return config.remat_keep if config.remat else ""
+
+
+def scan_blocks(block: type[nn.Module], depth: int, remat: str, *args: object, in_axes: object = 0) -> nn.Module:
     """`depth` copies of a block as one scan, parameters stacked under the name ``blocks``.
 
     Args:
       block: a module whose call takes (tokens, *inputs) and returns (tokens, None).
       depth: how many copies.
-      remat: recompute each block in the backward pass.
+      remat: recompute each block in the backward pass, but for what this row of REMAT keeps; empty: do not.
       *args: the block's attributes.
       in_axes: for each further input of the call, 0 (one slice per layer) or nn.broadcast.
     """
-    cls = nn.remat(block, prevent_cse=False) if remat else block
+    cls = nn.remat(block, prevent_cse=False, policy=REMAT[remat]) if remat else block
     return nn.scan(
         cls,
         variable_axes={"params": 0, "intermediates": 0},

@@ -25,12 +25,11 @@ from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
 from crate_jax.config import base, flatten, validate
 from crate_jax.corruption import Identity
-from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.sources import digest
 from crate_jax.encoders import ENCODERS
 from crate_jax.errors import ConfigError, DataError
-from crate_jax.evals.features import extract
-from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.evals.features import of_split
+from crate_jax.evals.frozen import sample
 from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.patches import grid_shape, patchify
@@ -170,7 +169,7 @@ def extract_features(
     mesh = sharding.make_mesh(jax.device_count(), 1)
     represent = representation.build(config)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.split(mesh))
     def encode(params: dict[str, Any], images_uint8: jax.Array) -> jax.Array:
         return represent(params, patchify(normalise(images_uint8, config), config.encoder.patch_size))
 
@@ -227,13 +226,7 @@ def _cached(
         pass
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
-    place = sharding.split(mesh)
-    features, labels = [], []
-    for batch in eval_batches(config, source, indices, CHUNK):
-        features.append(extract(apply, batch["image"], config.evaluation.batch_size, place))
-        labels.append(batch["label"])
-        log.info("%d of %d images", sum(map(len, labels)), len(indices))
-    out = np.concatenate(features), np.concatenate(labels)
+    out = of_split(apply, config, source, indices, mesh)
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
