@@ -11,6 +11,7 @@ The images are the run's own. Where they are no longer there, or to look at othe
 --config.data.source=folder:DIR (and data_dir, train_split, eval_split); without images the sections that need
 none remain, and the page says which are left out. --config.report.sections=overview,pictures chooses
 among overview, pictures, whitebox, views, collapse and alignment.
+--config.whitebox.images says how many images the layers are measured on.
 Theorem 3 of arXiv 2404.02446 as an experiment needs neither a run nor images, and is there only if it is asked for:
 
     python -m crate_jax.main --config=configs/report.py --config.report.sections=theory --workdir=W
@@ -25,4 +26,5 @@ def get_config(arg: str | None = None):
     c = base()
     c.job = "report"
     c.data.source = ""  # the run's
+    c.whitebox.images = 256
     return c

@@ -16,7 +16,6 @@ from crate_jax.patches import patchify
 from crate_jax.pretrain import normalise
 from crate_jax.report.section import Figure, Section, Subject, Table
 
-IMAGES = 256  # of each subject that are measured
 BATCH = 64
 SHOWN = 8  # rows of a picture
 RATIOS = {"mask": (0.25, 0.5, 0.75, 0.9), "rop": (0.5, 0.25, 0.14, 0.05), "noise": (0.25, 0.5, 1.0, 2.0)}
@@ -96,13 +95,14 @@ PLOT = (4.4, 3.0)  # inches: two stand side by side on a desktop
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 
 
-def section(subjects: Sequence[Subject], images: int = IMAGES) -> Section:
+def section(subjects: Sequence[Subject]) -> Section:
     """The measures of all subjects, by layer.
 
     Args:
-      subjects: runs; one without images only has the measures of its weights.
-      images: how many of the evaluation split (of the training split where there is none).
+      subjects: runs, looked at on `config.whitebox.images` images of the evaluation split (of the training split where
+        there is none); one without images only has the measures of its weights.
     """
+    images = subjects[0].config.whitebox.images  # the report's, so the same for all
     measured = {subject.name: profile(subject, images) for subject in subjects}
     colours = {subject.name: COLOURS[i % len(COLOURS)] for i, subject in enumerate(subjects)}
     figures = []

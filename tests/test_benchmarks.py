@@ -17,6 +17,8 @@ from benchmarks.step import matmul_flops
 from crate_jax import config
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.command
+
 
 def run(cli_env, *args: str) -> list[dict]:
     result = subprocess.run(

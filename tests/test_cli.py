@@ -17,6 +17,8 @@ from PIL import Image
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.command
+
 QUICK = "--config=configs/quickstart.py:debug"
 SUMMARY = {
     "steps", "loss", "images_per_sec", "knn_top1", "probe_top1", "probe_top1_untrained", "params_sha256", "pictures",

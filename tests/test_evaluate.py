@@ -22,6 +22,8 @@ from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.evals import finetune, job
 from tests.test_cli import one_line_error
 
+pytestmark = pytest.mark.command
+
 
 @pytest.fixture(scope="module")
 def pretraining(tmp_path_factory) -> Path:

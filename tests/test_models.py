@@ -108,10 +108,8 @@ def test_options_of_encoders(encoder):
     """Learned positions, over-complete dictionary, tied output, relative bias, drop path: all train."""
     options = {
         "crate": [
-            {"positions": "learned", "embed_norm": True},
-            {"dictionary": "overcomplete"},
-            {"tied_output": True},
-            {"positions": "none"},
+            {"positions": "learned", "embed_norm": True, "dictionary": "overcomplete"},
+            {"positions": "none", "tied_output": True},
         ],
         "vit": [
             {"positions": "relative", "qkv_bias": "qv", "layer_scale": 0.1, "drop_path": 0.5, "init": "trunc_normal"},

@@ -18,6 +18,8 @@ from crate_jax import config as configs, pictures, train
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.report import Figure, Section, Table, job, page, summary_section, svg
 
+pytestmark = pytest.mark.command
+
 NAMES = ("<script>alert(1)<script>", "b$x_2 & c")  # of folders
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

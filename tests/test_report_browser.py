@@ -15,6 +15,8 @@ from crate_jax.report import Figure, Section, Table, page, summary_section
 from crate_jax.report.section import Subject
 from tests.test_report import tiny
 
+pytestmark = pytest.mark.command
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make install-browser")
 
 NAMES = ("mask", "rop", "noise")

@@ -378,7 +378,8 @@ def drawn(figure) -> float:
 
 
 def test_section_has_every_measure_of_every_run(subjects):
-    section = sections.section(subjects, images=24)
+    subjects[0].config.whitebox.images = 24
+    section = sections.section(subjects)
     assert len(section.figures) == 8
     assert all(drawn(figure) > 0.01 for figure in section.figures)
     json.dumps(section.numbers)
