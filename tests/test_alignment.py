@@ -20,6 +20,8 @@ from crate_jax.data.sources import ArraySource
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.report import Subject
 
+pytestmark = pytest.mark.one_python
+
 
 @pytest.fixture(scope="module")
 def images():

@@ -17,7 +17,7 @@ from benchmarks.step import matmul_flops
 from crate_jax import config
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.one_python
 
 
 def run(cli_env, *args: str) -> list[dict]:

@@ -12,6 +12,8 @@ from crate_jax.corruption import Identity
 from crate_jax.encoders import ENCODERS
 from crate_jax.errors import CheckpointError
 
+pytestmark = pytest.mark.one_python
+
 
 def keys(n: int) -> jax.Array:
     return jax.random.split(jax.random.key(0), n)

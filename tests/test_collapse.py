@@ -16,6 +16,8 @@ from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals.frozen import FrozenEvaluation, collapse_scores
 from crate_jax.report import Subject
 
+pytestmark = pytest.mark.one_python
+
 
 def orthonormal(n: int, d: int, seed: int = 0) -> np.ndarray:
     """(n, d) with orthonormal columns whose means are zero."""

@@ -22,7 +22,7 @@ from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.evals import finetune, job
 from tests.test_cli import one_line_error
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.one_python
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +271,7 @@ def test_other_classes_in_the_test_folder_are_named(pretraining, tmp_path):
         job.run(configured("", pretraining, data__source=f"folder:{tmp_path / 'set'}"), str(tmp_path / "work"))
 
 
+@pytest.mark.slow
 def test_relative_positions_of_another_grid_are_named(tmp_path):
     c = quickstart.get_config("debug")
     c.encoder.name, c.encoder.positions, c.log.pictures = "vit", "relative", 0
@@ -282,15 +283,18 @@ def test_relative_positions_of_another_grid_are_named(tmp_path):
 
 
 def test_commands(run_cli, pretraining, tmp_path):
-    """Both jobs from the command line, and an error as one line."""
+    """From the command line, and an error as one line."""
     flags = [f"--config.checkpoint={pretraining}", "--config.data.source=digits", f"--workdir={tmp_path}"]
     found = run_cli(["--config=configs/evaluate.py:protocol=logreg,debug", "--config.protocol.select=test", *flags])
     assert found.returncode == 0, found.stderr[-2000:]
     assert "chosen on the test split, which is optimistic" in found.stdout and "top1" in found.stdout
-    tuned = run_cli(
-        ["--config=configs/evaluate.py:protocol=finetune_ropim,debug", *flags[:2], f"--workdir={tmp_path}/t"]
-    )
-    assert tuned.returncode == 0, tuned.stderr[-2000:]
-    assert "finetune_ropim of step 30" in tuned.stdout
     wrong = run_cli(["--config=configs/evaluate.py", "--config.data.source=digits", f"--workdir={tmp_path}"])
     assert "config.checkpoint is empty" in one_line_error(wrong)
+
+
+@pytest.mark.slow
+def test_fine_tuning_from_the_command_line(run_cli, pretraining, tmp_path):
+    flags = [f"--config.checkpoint={pretraining}", "--config.data.source=digits"]
+    tuned = run_cli(["--config=configs/evaluate.py:protocol=finetune_ropim,debug", *flags, f"--workdir={tmp_path}"])
+    assert tuned.returncode == 0, tuned.stderr[-2000:]
+    assert "finetune_ropim of step 30" in tuned.stdout

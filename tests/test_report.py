@@ -18,7 +18,7 @@ from crate_jax import config as configs, pictures, train
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.report import Figure, Section, Table, job, page, summary_section, svg
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.one_python
 
 NAMES = ("<script>alert(1)<script>", "b$x_2 & c")  # of folders
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -243,6 +243,7 @@ def image_folder(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_what_cannot_be_said_is_named(runs, tmp_path, monkeypatch):
     """Of two runs, the images of one are gone, and an analysis refuses: the rest is there."""
     monkeypatch.setitem(job.SECTIONS, "sizes", job.Analysis("Sizes", of_images))

@@ -15,7 +15,7 @@ from crate_jax.report import Figure, Section, Table, page, summary_section
 from crate_jax.report.section import Subject
 from tests.test_report import tiny
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.one_python
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make install-browser")
 

@@ -25,6 +25,8 @@ from crate_jax.evals import finetune, segmentation
 from crate_jax.patches import relative_position_index, relative_table_rows
 from crate_jax.segmentation_heads import HEADS, UPerHead, pooling_matrix
 
+pytestmark = pytest.mark.one_python
+
 CLASSES = 4
 COLOURS = np.array([(120, 120, 120), (220, 40, 40), (40, 220, 40), (40, 40, 220)])
 

@@ -23,7 +23,7 @@ from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.interrupt import Interrupt, Interrupted
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.one_python
 
 TINY = {
     "steps": 4, "batch_size": 16, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2, "decoder.depth": 1,

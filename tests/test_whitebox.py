@@ -28,6 +28,8 @@ from crate_jax.corruption import Identity, Masking
 from crate_jax.encoders import ENCODERS
 from crate_jax.report import Subject
 
+pytestmark = pytest.mark.one_python
+
 
 def small(encoder: str = "crate", decoder: str = "crate", fill: str = "token", **encoder_values):
     """A tiny model: 16 patches of 4 x 4 pixels, width 16, 3 layers in the encoder and 2 in the decoder."""
