@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress as RichProgress, TextColumn
 
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, UserError
 from crate_jax.pictures import save_png
 
 log = logging.getLogger(__name__)
@@ -344,10 +344,20 @@ def _plain(obj: Any) -> Any:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replaces a file by a rename, after its contents have reached the disk. Call it in one process only."""
+    """Replaces a file by a rename, after its contents have reached the disk. Call it in one process only.
+
+    Raises:
+      UserError: it cannot be written, the disk being full for one; the old file is still there.
+    """
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        message = f"{os.fspath(path)} cannot be written: {e.strerror}; make room, or choose another folder"
+        raise UserError(message) from e

@@ -43,8 +43,8 @@ def write(folder: Path, config: ConfigDict, records: Sequence[Record], total: in
     text = table(config.sweep.key, records, total, command)
     if jax.process_index() == 0:
         metrics.write_json(folder / "sweep.json", list(records))
-        (folder / "sweep.csv").write_text(_csv(records), encoding="utf-8")
-        (folder / "table.md").write_text(text, encoding="utf-8")
+        metrics.write_text(folder / "sweep.csv", _csv(records))
+        metrics.write_text(folder / "table.md", text)
         if any(r["status"] == "done" for r in records):
             picture = figure(config, records)
             for kind in ("png", "svg"):

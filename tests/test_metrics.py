@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from crate_jax import config as configs, metrics
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, UserError
 from crate_jax.pictures import reconstruction_grid
 
 
@@ -79,6 +79,13 @@ def test_write_json_replaces_whole_files(tmp_path):
     metrics.write_json(tmp_path / "a.json", {"x": np.float32(0.5), "n": np.int64(3)})
     metrics.write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "a.json").mkdir()  # a rename onto a folder fails, as a write to a full disk does
+    with pytest.raises(UserError, match=r"a\.json cannot be written: Is a directory; make room"):
+        metrics.write_json(tmp_path / "a.json", {"x": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 

@@ -130,7 +130,7 @@ def _write(folder: Path, config: ConfigDict, answer: Answer, record: dict[str, A
     metrics.write_json(folder / "alignment.json", record)
     metrics.write_json(folder / "config.json", config.to_dict())
     command = shlex.join(["python", *sys.orig_argv[1:]])
-    (folder / "table.md").write_text(answer.markdown(command), encoding="utf-8")
+    metrics.write_text(folder / "table.md", answer.markdown(command))
     for name, draw in FIGURES.items():
         picture = draw(answer)
         for kind in ("png", "svg"):

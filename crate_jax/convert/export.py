@@ -20,7 +20,7 @@ from crate_jax.convert import files
 from crate_jax.convert.families import export_state_dict
 from crate_jax.convert.rules import Array
 from crate_jax.convert.weights import metadata, model_config
-from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.errors import ConfigError
 from crate_jax.metrics import write_json
 from crate_jax.parameters import names
 from crate_jax.patches import grid_shape, sincos_positions
@@ -56,7 +56,7 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
 
     Raises:
       ConfigError: the format cannot hold this model.
-      CheckpointError: it cannot be written.
+      UserError: it cannot be written.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format={format}: must be one of {', '.join(FORMATS)}")
@@ -67,11 +67,8 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
         config["decoder"] = {**config["decoder"], "name": "linear"}
     folder = Path(out).expanduser()
     files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})
-    try:
-        for name, content in made.beside.items():
-            write_json(folder / name, content)
-    except OSError as e:
-        raise CheckpointError(f"{folder}: cannot be written ({e.strerror})") from None
+    for name, content in made.beside.items():
+        write_json(folder / name, content)
     return made
 
 
