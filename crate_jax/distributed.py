@@ -15,6 +15,7 @@ import os
 import re
 import select
 import socket
+import struct
 import sys
 import threading
 import time
@@ -241,12 +242,14 @@ def _die(line: str, status: int) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends a process that failed: at once, as JAX's own end waits for the others; they notice."""
-    if _watch is not None:
-        _watch.end(told=False)
+    """Ends a process that failed, without JAX's own end, which waits for the others: they end with the same status."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if _watch is not None:
+        _watch.end()
     time.sleep(GRACE)
+    if _watch is not None:
+        _watch.tell_failure(status)
     os._exit(status)
 
 
@@ -269,14 +272,19 @@ def watch() -> None:
 def unwatch() -> None:
     """Ends the watch: from now on processes may go."""
     if _watch is not None:
-        _watch.end(told=True)
+        _watch.end()
+        _watch.tell(BYE)
+
+
+BYE, ALIVE, GONE = b"b", b".", b"g"  # what processes tell each other; GONE is followed by GONE_FORMAT
+GONE_FORMAT = struct.Struct(">IB")  # which process, with what status
 
 
 class Watch:
     """A thread that ends this process, naming the culprit, when another one is gone.
 
-    Process 0 listens; every other one connects to it and says who it is. All send a byte every BEAT seconds, and
-    ``bye`` before they leave of their own accord. Process 0 tells the others whom it lost.
+    Process 0 listens; every other one connects to it and says who it is. All send a byte every BEAT seconds, BYE before
+    they leave of their own accord, and GONE when they failed. Process 0 passes on who failed, or was lost.
     """
 
     def __init__(self) -> None:
@@ -301,7 +309,7 @@ class Watch:
                 while len(self._peers) < _processes - 1:
                     peer = listener.accept()[0]
                     peer.settimeout(SILENCE)
-                    self._peers[int.from_bytes(peer.recv(4), "big")] = peer
+                    self._peers[int.from_bytes(_receive(peer, 4), "big")] = peer
                 listener.close()
             else:
                 self._peers[0] = socket.create_connection((host, port), timeout=SILENCE)
@@ -310,12 +318,19 @@ class Watch:
             log.warning("process %d: no watch over the other processes (%s); JAX's own is slower", self._me, e)
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
-    def end(self, told: bool) -> None:
-        """Stops looking; `told`: so do the others, for this process."""
+    def end(self) -> None:
+        """Stops looking."""
         self._ended.set()
-        for peer in self._peers.values():
-            if told:
-                _send(peer, b"b")
+
+    def tell(self, message: bytes, but: int = -1) -> None:
+        """Sends to the processes that this one is connected to, `but` one."""
+        for process, peer in self._peers.items():
+            if process != but:
+                _send(peer, message)
+
+    def tell_failure(self, status: int) -> None:
+        """Ends the others, too."""
+        self.tell(GONE + GONE_FORMAT.pack(self._me, status))
 
     def _run(self) -> None:
         heard = dict.fromkeys(self._peers, time.monotonic())
@@ -324,32 +339,47 @@ class Watch:
             ready = select.select(list(open_ones.values()), [], [], BEAT / 2)[0]
             for process, peer in list(open_ones.items()):
                 if peer in ready:
-                    try:
-                        got = peer.recv(1)
-                    except OSError:
-                        got = b""
-                    if got == b"b":
+                    got = _receive(peer, 1)
+                    if got == BYE:
                         del open_ones[process]
                         continue
+                    if got == GONE:
+                        told = _receive(peer, GONE_FORMAT.size)
+                        self._lost(*(GONE_FORMAT.unpack(told) if told else (process, LOST)))
                     if not got:
-                        self._lost(process)
-                    if got == b"l":  # process 0 lost another one
-                        self._lost(int.from_bytes(peer.recv(4), "big"))
+                        self._lost(process, LOST)
                     heard[process] = time.monotonic()
                 elif time.monotonic() - heard[process] > SILENCE:
-                    self._lost(process)
-                _send(peer, b".")
+                    self._lost(process, LOST)
+                _send(peer, ALIVE)
 
-    def _lost(self, process: int) -> None:
+    def _lost(self, process: int, status: int) -> None:
+        """Ends this process with the status of the one that is gone: 2, a mistake, would only come again."""
         if self._ended.is_set():
             return
-        for other, peer in self._peers.items():
-            if self._me == 0 and other != process:
-                _send(peer, b"l" + process.to_bytes(4, "big"))
-        _die(
-            f"process {process} of {_processes} ({self._names[process]}) is gone; see its own last lines. Process "
-            f"{self._me} stops; the same command in all processes continues from the last checkpoint", LOST,
-        )  # fmt: skip
+        if self._me == 0:
+            self.tell(GONE + GONE_FORMAT.pack(process, status), but=process)
+        gone = f"process {process} of {_processes} ({self._names[process]})"
+        if status == LOST:
+            _die(
+                f"{gone} is gone; see its own last lines. Process {self._me} stops; the same command in all processes "
+                "continues from the last checkpoint", LOST,
+            )  # fmt: skip
+        _die(f"{gone} failed with status {status}; see its own last lines. Process {self._me} stops", status)
+
+
+def _receive(peer: socket.socket, size: int) -> bytes:
+    """So many bytes, or none at all if the connection ended."""
+    got = b""
+    while len(got) < size:
+        try:
+            more = peer.recv(size - len(got))
+        except OSError:
+            return b""
+        if not more:
+            return b""
+        got += more
+    return got
 
 
 def _send(peer: socket.socket, data: bytes) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The batch script that slurm.sh submits: srun, then requeue when the run was stopped by a signal with its state saved.
+# The batch script that slurm.sh submits: srun, then requeue when the run was stopped by a signal with its state saved,
+# or because another process was gone.
 #
 #   launch/slurm_job.sh [--dry-run] ARGUMENTS of crate_jax.main
 #
@@ -36,9 +37,9 @@ fi
 
 "${command[@]}"
 status=$?
-# 143 and 130: a signal (the coming limit, pre-emption), state saved. Everything else would only fail again, except a
-# lost node, after which SLURM requeues the job itself.
-if ((status == 143 || status == 130)); then
+# 143 and 130: a signal (the coming limit, pre-emption), state saved. 75: a process is gone, or silent, with no status of
+# its own; of a node that SLURM lost, it requeues the job itself. Everything else would only fail again.
+if ((status == 143 || status == 130 || status == 75)); then
   case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) in
     # scancel sends the same signal; who cancels a job does not want it back
     CANCELLED | COMPLETING) ;;

@@ -245,6 +245,37 @@ def test_what_stops_one_process_stops_all_in_one_line(cli_env, tmp_path):
         holder.wait()
 
 
+FAILING = """
+import sys, time
+from crate_jax import distributed
+address, process = sys.argv[1], int(sys.argv[2])
+distributed.start(distributed.Cluster(address, 3, process))
+distributed.watch()
+if process == 1:
+    distributed.leave(2)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_fails_ends_the_others_with_its_own_status(cli_env):
+    """So that a launcher does not try a mistake again. Process 2 hears of it from process 0."""
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", FAILING, address, str(i)], cwd=ROOT, env=cli_env,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(3)
+    ]  # fmt: skip
+    try:
+        ended = ends(processes, 50)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [status for status, _, _ in ended] == [2, 2, 2], ended
+    for i in (0, 2):
+        line = ended[i][2].splitlines()[-1]
+        assert line.startswith("error: process 1 of 3 (") and f"pid {processes[1].pid}) failed with status 2" in line
+
+
 @pytest.mark.parametrize(("process", "role"), [(0, "starts the meeting point at"), (1, "looks for process 0 at")])
 @pytest.mark.slow
 def test_a_process_that_stays_alone_says_so(process, role, cli_env):
