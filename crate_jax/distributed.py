@@ -183,6 +183,11 @@ def processes() -> int:
     return _processes
 
 
+def process() -> int:
+    """This one's number; does not start JAX."""
+    return _process
+
+
 def first() -> bool:
     """Whether this process is the one that writes and prints; does not start JAX."""
     return _process == 0

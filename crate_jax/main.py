@@ -150,12 +150,17 @@ JOBS: dict[str, tuple[Callable[[ConfigDict, Any], dict[str, Any]], Callable[[dic
 }
 
 
+def set_up_log(process: int) -> None:
+    """Process 0 says everything; the others only what is wrong, and who says it."""
+    absl_logging.set_verbosity(absl_logging.WARNING if process else absl_logging.INFO)
+    who = f"process {process}: " if process else ""
+    formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {who}%(message)s", "%H:%M:%S")
+    absl_logging.get_absl_handler().setFormatter(formatter)
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the config's job."""
-    absl_logging.set_verbosity(absl_logging.INFO)
-    absl_logging.get_absl_handler().setFormatter(
-        logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    )
+    set_up_log(process=0)
     config = flags.FLAGS.config
     try:
         if config.job not in JOBS:
@@ -163,11 +168,9 @@ def main(argv: Sequence[str]) -> int:
         given = flags.FLAGS
         cluster = distributed.find(os.environ, given.coordinator_address, given.num_processes, given.process_id)
         if cluster is not None:
-            if cluster.process:
-                absl_logging.set_verbosity(absl_logging.WARNING)
+            set_up_log(cluster.process)
             distributed.start(cluster)
-            if not distributed.first():  # of a TPU slice this is known only now
-                absl_logging.set_verbosity(absl_logging.WARNING)
+            set_up_log(distributed.process())  # of a TPU slice it is known only now
         run, show = JOBS[config.job]
         result = run(config, flags.FLAGS.workdir)
         distributed.unwatch()

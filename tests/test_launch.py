@@ -208,9 +208,7 @@ def test_slurm_job_requeues_what_a_signal_or_a_lost_process_stopped(env, status,
     done = launch(env, "slurm_job.sh", *ARGS, SRUN_STATUS=status, SLURM_JOB_ID=77, PYTHON="py", **settings)
     asked = recorded(env)
     assert done.returncode == status
-    assert shlex.split(asked[0])[:6] == [
-        *("srun", "--kill-on-bad-exit=0", "--wait=300", "py", "-m", "crate_jax.main")
-    ]
+    assert shlex.split(asked[0])[:6] == [*("srun", "--kill-on-bad-exit=0", "--wait=300", "py", "-m", "crate_jax.main")]
     assert ("scontrol requeue 77" in asked) is requeued
 
 
