@@ -144,7 +144,7 @@ def _named(setting: Setting, check: Any) -> None:
 
 def _check_parts(config: ConfigDict) -> None:
     """What a run would only find out at its start: devices, schedule, patterns of the penalty."""
-    sharding.make_mesh(config.batch_size, config.accumulate)
+    sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
     optimizer.schedule(config, config.steps or 10**9, 0.0)
     pretrain.build(config)
 

@@ -65,8 +65,8 @@ SECTIONS: dict[str, Analysis] = {
 
 # The sections of a config that say what a run is; analyses' own options are the report's.
 OF_THE_RUN = (
-    "seed", "steps", "epochs", "batch_size", "accumulate", "dtype", "remat", "init_from", "data", "encoder", "decoder",
-    "corruption", "loss", "penalty", "optimizer", "evaluation", "finetune", "protocol", "segment",
+    "seed", "steps", "epochs", "batch_size", "accumulate", "dtype", "remat", "remat_keep", "init_from", "data",
+    "encoder", "decoder", "corruption", "loss", "penalty", "optimizer", "evaluation", "finetune", "protocol", "segment",
 )  # fmt: skip
 OF_THE_DATA = ("source", "data_dir", "train_split", "eval_split")  # of the report's, if it names a source
 
