@@ -82,7 +82,7 @@ def topology_devices(topology: str) -> list[Any]:
 
 def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
     """The train step of a validated config, traced for these devices; no array is made."""
-    mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices)
+    mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices, config.mesh.data, config.mesh.model)
     objective = pretrain.build(config)
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)

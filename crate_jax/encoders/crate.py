@@ -62,7 +62,7 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _attend_forward(w_BNE: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     saved = w_BNE
     w_BNE = w_BNE.reshape(-1, *w_BNE.shape[-2:])  # the decoder's have an axis of length one before them, on TPUs
-    if target.is_tpu() and mssa_kernel.fits(w_BNE.shape[0] // target.devices(), heads, w_BNE.shape[-1]):
+    if target.is_tpu() and mssa_kernel.fits(target.images_per_device(w_BNE.shape[0]), heads, w_BNE.shape[-1]):
         y_BNE = target.per_device(functools.partial(mssa_kernel.forward, heads=heads), w_BNE)
         return y_BNE.reshape(saved.shape), (saved,)
     w_BHNK = _heads_first(w_BNE, heads)
