@@ -36,7 +36,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def images_per_device(images: int) -> int:
-    """How many of a batch each device of the mesh has; 0 where they cannot be split evenly, as a few pictures cannot."""
+    """How many of a batch each device of the mesh has; 0 where it cannot be split evenly, as a few pictures cannot."""
     devices = jax.sharding.get_abstract_mesh().size
     return 0 if images % devices else images // devices
 

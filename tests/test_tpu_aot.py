@@ -75,6 +75,48 @@ def test_a_program_for_tpus_is_counted_as_xla_counts_it():
     assert sorted(line.bytes / line.runs for line in kernels) == [2 * tokens, 3 * tokens]
 
 
+IN_FUSIONS = """
+%piece (p: bf16[2,64]) -> bf16[8,64] {
+  %p = bf16[2,64]{1,0} parameter(0)
+  ROOT %g = bf16[8,64]{1,0} all-gather(%p), channel_id=5, dimensions={0}
+}
+
+%piece.1 (p.1: bf16[2,64]) -> bf16[8,64] {
+  %p.1 = bf16[2,64]{1,0} parameter(0)
+  ROOT %g.1 = bf16[8,64]{1,0} all-gather(%p.1), channel_id=5, dimensions={0}
+}
+
+%all-reduce-scatter.1 (q: f32[8,64]) -> f32[2,64] {
+  %q = f32[8,64]{1,0} parameter(0)
+  %r = f32[8,64]{1,0} all-reduce(%q), channel_id=1, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %s = f32[2,64]{1,0} dynamic-slice(%r, %zero, %zero), dynamic_slice_sizes={2,64}
+}
+
+%body (t: (bf16[2,64], f32[8,64])) -> (bf16[2,64], f32[8,64]) {
+  %t = (bf16[2,64]{1,0}, f32[8,64]{1,0}) parameter(0)
+  %a = bf16[2,64]{1,0} get-tuple-element(%t), index=0
+  %b = f32[8,64]{1,0} get-tuple-element(%t), index=1
+  %c = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%piece
+  %d = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%piece.1
+  %e = f32[2,64]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  %f = f32[2,64]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %u = (bf16[2,64]{1,0}, f32[8,64]{1,0}) tuple(%a, %b)
+}
+
+ENTRY %main (x: (bf16[2,64], f32[8,64])) -> (bf16[2,64], f32[8,64]) {
+  %x = (bf16[2,64]{1,0}, f32[8,64]{1,0}) parameter(0)
+  ROOT %w = (bf16[2,64]{1,0}, f32[8,64]{1,0}) while(%x), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""  # as libtpu writes them: one gather in two pieces, and two reduce-scatters, in a loop of three
+
+
+def test_collectives_inside_fusions_are_counted_once_and_as_often_as_their_loop_runs():
+    cost = Program(IN_FUSIONS).cost()
+    assert cost.collectives == {"all-gather": 3, "reduce-scatter": 6}
+    assert cost.collective_bytes == {"all-gather": 3 * 2 * 64 * 2, "reduce-scatter": 6 * 8 * 64 * 4}
+
+
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("ENTRY nothing")
@@ -147,7 +189,8 @@ def test_a_kernel_runs_on_each_devices_own_images(data, model):
 def test_tokens_stay_split_over_the_images_behind_the_axis_of_one():
     mesh = sharding.make_mesh(8, 1, jax.devices()[:4], 2, 2)
     for shape, spec in (((8, 3, 2), PartitionSpec(BATCH)), ((1, 8, 3, 2), PartitionSpec(None, BATCH))):
-        out = jax.jit(sharding.on_mesh(mesh, sharding.by_batch))(jnp.zeros(shape))
+        keep = jax.jit(sharding.on_mesh(mesh, sharding.by_batch), in_shardings=sharding.replicated(mesh))
+        out = keep(jnp.zeros(shape))
         assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shape))
 
 
