@@ -224,7 +224,7 @@ def test_the_norm_in_one_pass_is_the_one_in_two(monkeypatch, mean, deviation):
     def run(one_pass):
         monkeypatch.setattr(target, "is_tpu", lambda: one_pass)
         y, pull = jax.vjp(lambda *a: layers.layer_norm(*a, 1e-5), x, scale, bias)
-        return layers._layer_norm_forward(x, scale, bias, 1e-5)[1][2:], (y, *pull(g))
+        return layers.layer_norm_forward(x, scale, bias, 1e-5)[1][2:], (y, *pull(g))
 
     (statistics, values), (expected_statistics, expected) = run(True), run(False)
     for a, b in zip(statistics, expected_statistics, strict=True):
