@@ -136,7 +136,7 @@ def test_the_roofline_takes_the_larger_time():
 def test_topologies_name_a_chip_and_a_shape():
     assert chip_of("v5e:16x16") == (CHIPS["v5e"], 256)
     assert chip_of("v5p:2x2x2") == (CHIPS["v5p"], 8)
-    for bad in ("v5e", "v9:2x2", "v5e:4", "v5e:4xx4"):
+    for bad in ("v5e", "v9:2x2", "v5e:4", "v5e:4xx4", "v5e:0x4"):
         with pytest.raises(UserError, match=bad):
             chip_of(bad)
 
@@ -272,17 +272,50 @@ def command(cli_env, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_unknown_chip_is_one_line(cli_env):
-    result = command(cli_env, "--config=configs/crate_mae.py:debug", "--topology=v9:2x2")
+@pytest.mark.parametrize(
+    "args, line",
+    [
+        (
+            ["--config=configs/crate_mae.py:debug", "--topology=v9:2x2"],
+            "--topology=v9:2x2: takes a chip (v5e, v5p, v6e) and a shape, such as v5e:4x4",
+        ),
+        (["--topology=v5e:4x4"], "--config is missing, such as --config=configs/crate_mae.py:variant=B"),
+        (["--config=configs/align.py"], "config.job='align': only the step of pretrain is compiled here"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_line(cli_env, args, line):
+    result = command(cli_env, *args)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines() == [
-        "--topology=v9:2x2: takes a chip (v5e, v5p, v6e) and a shape, such as v5e:4x4"
-    ]
+    assert result.stderr.splitlines() == [f"error: {line}"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_a_missing_compiler_is_one_line(cli_env):
+    result = command(cli_env, "--config=configs/crate_mae.py:debug")
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: libtpu is not installed") and "pip install 'crate-jax[tpu]'" in line
 
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed (extra tpu)"
 )
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--topology=v5e:3x5"], "--topology=v5e:3x5: libtpu does not know this slice"),
+        (["--topology=v5e:2x2", "--batch_per_chip=4000"], "lower --batch_per_chip, or set --config.remat=True"),
+    ],
+)
+def test_what_the_compiler_refuses_is_one_line(cli_env, args, said):
+    result = command(cli_env, "--config=configs/crate_mae.py:variant=Ti", *args)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert said in line
 
 
 @needs_libtpu
@@ -301,5 +334,6 @@ def test_a_real_step_compiles(cli_env, config, topology):
     assert out["bytes_time_over_flop_time"] == pytest.approx(
         (out["bytes_per_chip"] / chip.bandwidth) / (out["flops_per_chip"] / chip.flops)
     )
+    assert out["bytes_per_chip"] > out["hbm_traffic_per_chip"] > 0 and out["flops_per_chip"] > 0
     slowest = max(out["bytes_per_chip"] / chip.bandwidth, out["flops_per_chip"] / chip.flops)
     assert out["roofline_images_per_sec"] == pytest.approx(16 / slowest)
