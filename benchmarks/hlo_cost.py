@@ -193,17 +193,24 @@ class Program:
                     a.bytes for operand in line.instruction.operands for a in computation[operand].arrays
                 )
                 number[kind] += line.runs
-        # XLA hides some collectives behind products: a piece of one is in each of several fusions, on one channel.
-        hidden: dict[str, tuple[str, float]] = {}
+        # In fusions: a reduce-scatter is an all-reduce whose result is cut up; and XLA hides some collectives behind
+        # products: a piece of one is in each of several fusions, on one channel.
+        hidden: dict[str, tuple[str, float, int]] = {}
         for line in lines:
-            if line.instruction.opcode == "fusion":
-                inner = self.computations[line.instruction.called("calls")]
-                for i in inner.values():
-                    if i.opcode in COLLECTIVES and (channel := re.search(r"channel_id=(\d+)", i.rest)):
-                        hidden[channel.group(1)] = i.opcode, sum(inner[o].arrays[0].bytes for o in i.operands)
-        for kind, size in hidden.values():
-            sent[kind] += size
-            number[kind] += 1
+            if line.instruction.opcode != "fusion":
+                continue
+            name = line.instruction.called("calls")
+            inner = self.computations[name]
+            for i in inner.values():
+                if i.opcode in COLLECTIVES and (channel := re.search(r"channel_id=(\d+)", i.rest)):
+                    size = sum(inner[o].arrays[0].bytes for o in i.operands)
+                    if name.startswith("all-reduce-scatter"):
+                        hidden[line.instruction.name] = "reduce-scatter", size, line.runs
+                    else:
+                        hidden[channel.group(1)] = i.opcode, size, line.runs
+        for kind, size, runs in hidden.values():
+            sent[kind] += runs * size
+            number[kind] += runs
         total = functools.partial(math.fsum)
         return Cost(
             total(line.flops for line in lines),

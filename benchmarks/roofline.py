@@ -33,7 +33,7 @@ def chip_of(topology: str) -> tuple[Chip, int]:
     Raises:
       UserError: it is not of that form, or its figures are not known here.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", topology)
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
     if match is None or match.group(1) not in CHIPS:
         raise UserError(f"--topology={topology}: takes a chip ({', '.join(CHIPS)}) and a shape, such as v5e:4x4")
     return CHIPS[match.group(1)], math.prod(int(side) for side in match.group(2).split("x"))

@@ -24,7 +24,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Before jax: libtpu must neither look for a metadata server nor for chips, and JAX must not start on them.
@@ -48,7 +48,8 @@ from ml_collections import ConfigDict, config_flags
 from benchmarks import hlo_cost
 from benchmarks.roofline import Chip, chip_of, roofline
 from crate_jax import config as configs, optimizer, pretrain, sharding, train
-from crate_jax.errors import UserError
+from crate_jax.errors import ConfigError, UserError
+from crate_jax.main import fail
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def topology_devices(topology: str) -> list[Any]:
 
 def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
     """The train step of a validated config, traced for these devices; no array is made."""
-    mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices)
+    mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices, config.mesh.data, config.mesh.model)
     objective = pretrain.build(config)
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
@@ -140,42 +141,58 @@ def show_top(cost: hlo_cost.Cost, count: int) -> None:
         )
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, such as v5e:16x16 or v5p:2x2x2.")
-_IMAGES = flags.DEFINE_integer("batch_per_chip", 128, "Images per step on each chip.", lower_bound=1)
-_HLO = flags.DEFINE_string("hlo", "", "File for the text of the compiled program.")
-_TOP = flags.DEFINE_integer("top", 0, "How many of the instructions that move most to list.", lower_bound=0)
+def define_flags() -> None:
+    """Defines the flags of the command line."""
+    config_flags.DEFINE_config_file("config", None, "A file of configs/ that pre-trains.")
+    flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, such as v5e:16x16 or v5p:2x2x2.")
+    flags.DEFINE_integer("batch_per_chip", 128, "Images per step on each chip.", lower_bound=1)
+    flags.DEFINE_string("hlo", "", "File for the text of the compiled program.")
+    flags.DEFINE_integer("top", 0, "How many of the instructions that move most to list.", lower_bound=0)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Absl's parser, but a bad flag, config file or key is one line and status 2."""
+    try:
+        rest = flags.FLAGS(list(argv))
+        if flags.FLAGS.config is None:
+            raise ConfigError("--config is missing, such as --config=configs/crate_mae.py:variant=B")
+        if len(rest) > 1:
+            raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+        return rest
+    except Exception as e:  # whatever a config file or an override raises is the user's to mend
+        fail(e)
 
 
 def main(_: list[str]) -> None:
     """Compiles the step of the config and prints its cost."""
+    given = flags.FLAGS
+    config = given.config
     try:
-        chip, chips = chip_of(_TOPOLOGY.value)
-        config = _CONFIG.value
-        config.batch_size = _IMAGES.value * chips
+        chip, chips = chip_of(given.topology)
+        if config.job != "pretrain":
+            raise ConfigError(f"config.job={config.job!r}: only the step of pretrain is compiled here")
+        config.batch_size = given.batch_per_chip * chips
         config.steps, config.epochs = config.steps or 10_000, 0.0
         config.optimizer.warmup_epochs = 0.0
         configs.validate(config)
-        devices = topology_devices(_TOPOLOGY.value)
+        devices = topology_devices(given.topology)
         lowered = lower_step(config, devices)
-        start = time.perf_counter()
-        compiled = compile_step(lowered)
-        seconds = time.perf_counter() - start
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
-    if _HLO.value:
-        with open(_HLO.value, "w", encoding="utf-8") as file:
-            file.write(compiled.as_text())
-    numbers, cost = report(compiled, chip, _IMAGES.value)
-    show_top(cost, _TOP.value)
+        with open(given.hlo or os.devnull, "w", encoding="utf-8") as file:  # before the minutes of compiling
+            start = time.perf_counter()
+            compiled = compile_step(lowered)
+            seconds = time.perf_counter() - start
+            file.write(compiled.as_text() if given.hlo else "")
+    except (UserError, OSError) as e:
+        fail(e)
+    numbers, cost = report(compiled, chip, given.batch_per_chip)
+    show_top(cost, given.top)
     print(
         json.dumps(
             {
-                "topology": _TOPOLOGY.value,
+                "topology": given.topology,
                 "chips": chips,
                 "chip": dataclasses.asdict(chip),
-                "batch_per_chip": _IMAGES.value,
+                "batch_per_chip": given.batch_per_chip,
                 "dtype": config.dtype,
                 "compile_seconds": round(seconds, 1),
                 **numbers,
@@ -185,4 +202,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -14,9 +14,19 @@ from ml_collections import ConfigDict
 
 from crate_jax import target
 from crate_jax.corruption import Corruption, fills
-from crate_jax.encoders.crate import DICTIONARY_INIT, MSSA
+from crate_jax.encoders.crate import DICTIONARY_INIT, MSSA, Kernel
 from crate_jax.encoders.embedding import TOKEN_INIT
-from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, dense, remat_rule, scan_blocks
+from crate_jax.encoders.layers import (
+    BLOCK_EPS,
+    INITIALIZERS,
+    Dtype,
+    Norm,
+    dense,
+    layer_norm,
+    norm_product,
+    remat_rule,
+    scan_blocks,
+)
 from crate_jax.encoders.vit import scan_vit_blocks
 from crate_jax.patches import grid_shape, sincos_positions
 from crate_jax.sharding import by_batch
@@ -40,11 +50,12 @@ class CrateDecoderBlock(nn.Module):
     def __call__(self, y_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One layer; the second argument and result are what `nn.scan` threads through."""
         y_BND = by_batch(y_BND)
-        y = Norm(BLOCK_EPS, name="linear_norm")(y_BND)
-        g = dense(y.shape[-1], "linear", self.dtype, bias=False, init=DICTIONARY_INIT)(y)
-        normed = Norm(BLOCK_EPS, name="mssa_norm")(g)
-        out = MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(normed)
-        stream = normed if self.normalised else g
+        D = y_BND.shape[-1]
+        norm = Norm(BLOCK_EPS, name="linear_norm").scale_and_bias(D)
+        g = norm_product(y_BND, *norm, Kernel((D, D), DICTIONARY_INIT, name="linear")(), BLOCK_EPS)
+        norm = Norm(BLOCK_EPS, name="mssa_norm").scale_and_bias(D)
+        out = MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(g, *norm)
+        stream = layer_norm(g, *norm, BLOCK_EPS) if self.normalised else g
         self.sow("intermediates", "before_mssa", stream)
         y = stream - out
         self.sow("intermediates", "after_mssa", y)

@@ -219,14 +219,14 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_batch(x_BND: jax.Array) -> jax.Array:
-    """Keeps tokens (B, N, D) split over the batch where parameters are split over ``model``; else `x_BND` as it is.
+    """Keeps tokens (..., B, N, D) split over the batch where parameters are split over ``model``; else as they are.
 
     Without it XLA may lay them out as the parameters are, and move activations instead of weights.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if MODEL not in mesh.axis_names or mesh.shape[MODEL] == 1 or x_BND.shape[0] % mesh.size:
+    if MODEL not in mesh.axis_names or mesh.shape[MODEL] == 1 or x_BND.shape[-3] % mesh.size:
         return x_BND
-    return jax.lax.with_sharding_constraint(x_BND, PartitionSpec(BATCH))
+    return jax.lax.with_sharding_constraint(x_BND, PartitionSpec(*[None] * (x_BND.ndim - 3), BATCH))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

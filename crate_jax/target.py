@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from crate_jax.sharding import DATA
+from crate_jax.sharding import BATCH
 
 
 def tracing_for(mesh: Mesh) -> AbstractContextManager:
@@ -35,9 +35,10 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     return COMPILER_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
 
 
-def devices() -> int:
-    """Over how many devices a batch is split."""
-    return jax.sharding.get_abstract_mesh().shape[DATA]
+def images_per_device(images: int) -> int:
+    """How many of a batch each device of the mesh has; 0 where it cannot be split evenly, as a few pictures cannot."""
+    devices = jax.sharding.get_abstract_mesh().size
+    return 0 if images % devices else images // devices
 
 
 def per_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
@@ -45,9 +46,9 @@ def per_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
 
     Args:
       kernel: of arrays with a leading batch axis, to one such array.
-      *arrays: (B, ...), split over the data axis of the mesh that is traced for.
+      *arrays: (B, ...), split over all devices of the mesh that is traced for.
     """
-    rows = PartitionSpec(DATA)
+    rows = PartitionSpec(BATCH)
     # Not differentiated through and nothing is summed over devices: what varies need not be tracked.
     split = jax.shard_map(kernel, in_specs=(rows,) * len(arrays), out_specs=rows, check_vma=False)
     return split(*arrays)

@@ -33,7 +33,7 @@ IMAGES = (16, 8)  # of a block: 16 rows of bfloat16 are a register
 
 def fits(images: int, heads: int, width: int) -> bool:
     """Whether the kernel takes `images` per device and `heads` over a width E: whole heads in whole blocks of lanes."""
-    return images % IMAGES[-1] == 0 and width % LANES == 0 and LANES % (width // heads) == 0
+    return images > 0 and images % IMAGES[-1] == 0 and width % LANES == 0 and LANES % (width // heads) == 0
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
