@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from crate_jax import checkpoint_files as files
 from crate_jax.errors import CheckpointError
 from crate_jax.parameters import names
-from crate_jax.workdir import check_free_space
+from crate_jax.workdir import check_free_space, expanduser
 
 PyTree = Any
 
@@ -252,7 +252,7 @@ def read_params(
       CheckpointError: no such folder or step, no checkpoint in it, or none that is usable.
     """
     files.quiet_orbax()
-    folder = Path(workdir).expanduser().absolute()
+    folder = expanduser(workdir).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected the workdir of another run")
     if (folder / FOLDER).is_dir():

@@ -8,6 +8,7 @@ returns the result; nothing reads a key that is not here.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -228,7 +229,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     for item in filter(None, (arg or "").split(",")):
         key, _, text = item.partition("=")
         if key not in defaults:
-            raise ConfigError(f"config string: unknown key '{key}'; valid keys: {', '.join(sorted(defaults))}")
+            valid = f"valid keys: {', '.join(sorted(defaults))}" if defaults else "this config takes none"
+            raise ConfigError(f"config string: unknown key '{key}'; {valid}")
         allowed = defaults[key]
         kind = type(out[key])
         if kind is bool:
@@ -242,7 +244,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
             except ValueError:
                 raise ConfigError(f"config string: {key}={text!r} is not a valid {kind.__name__}") from None
         if isinstance(allowed, tuple) and value not in allowed:
-            raise ConfigError(f"config string: {key}={value} is not one of {', '.join(map(str, allowed))}")
+            raise ConfigError(
+                f"config string: {key}={value} is not one of {', '.join(map(str, filter(None, allowed)))}"
+            )
         out[key] = value
     return ConfigDict(out).lock()
 
@@ -300,13 +304,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "whitebox.measure": ("paper", "released", "both"),
 }
 POSITIVE = (
-    "batch_size accumulate data.threads data.prefetch encoder.patch_size encoder.width encoder.depth encoder.heads "
+    "batch_size accumulate encoder.patch_size encoder.width encoder.depth encoder.heads "
     "encoder.expansion encoder.mlp_ratio encoder.final_eps decoder.heads evaluation.batch_size evaluation.knn_k "
     "evaluation.knn_temperature evaluation.probe_c penalty.iterations save.every save.keep log.every "
     "optimizer.lr align.latents align.side whitebox.images"
 ).split()
 NOT_NEGATIVE = (
-    "steps epochs mesh.data mesh.model data.workers data.memory_mb data.randaugment_layers decoder.width decoder.depth "
+    "steps epochs mesh.data mesh.model data.memory_mb data.randaugment_layers decoder.width decoder.depth "
     "encoder.eta encoder.lam encoder.layer_scale corruption.paper_scale corruption.noise_std penalty.weight "
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
@@ -317,6 +321,9 @@ NOT_NEGATIVE = (
 RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("seed", 0, 2**63 - 1, True, True),
     ("data.flip", 0, 1, True, True),
+    ("data.workers", 0, 1024, True, True),
+    ("data.threads", 1, 1024, True, True),
+    ("data.prefetch", 1, 1024, True, True),
     ("data.randaugment_magnitude", 0, 30, True, True),
     ("data.eval_crop", 0, 1, False, True),
     ("data.max_undecodable", 0, 1, True, True),
@@ -332,6 +339,10 @@ RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("optimizer.b2", 0, 1, True, False),
     ("optimizer.momentum", 0, 1, True, False),
 )
+KINDS: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,), list: (list,)}
+KIND_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", list: "a tuple"}
+LARGEST = 2**31 - 1  # of whole numbers but the seed: JAX's own are of 32 bits
+MOST_PATCHES = 2**20  # of one image
 SOURCES = ("digits", "folder:PATH", "tfds:NAME", "synthetic")
 
 
@@ -341,11 +352,31 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ConfigError: names the key, the value received and what would be right.
     """
+    require_keys(config)
     flat = flatten(config)
     _check_values(flat)
     _check_tables(config)
     _check_sizes(config)
     _check_combinations(config)
+
+
+def require_keys(config: Any) -> None:
+    """Checks that a config has every key of :func:`base`, each with a value of its type.
+
+    Raises:
+      ConfigError: names the first key that is missing or of another type.
+    """
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"the config is a {type(config).__name__}: get_config must return crate_jax.config.base() with its changes"
+        )
+    flat = flatten(config)
+    for key, default in flatten(base()).items():
+        if key not in flat:
+            raise ConfigError(f"config.{key}: is missing; a config starts from crate_jax.config.base()")
+        kinds = KINDS[type(default)]
+        if not isinstance(flat[key], kinds) or (isinstance(flat[key], bool) and bool not in kinds):
+            _fail(flat, key, f"must be {KIND_NAMES[type(default)]}")
 
 
 def _fail(flat: Mapping[str, Any], key: str, right: str) -> None:
@@ -362,6 +393,8 @@ def _check_values(flat: Mapping[str, Any]) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not abs(number) < float("inf"):
                 _fail(flat, key, "must be finite" if isinstance(value, list) else "must be a finite number")
+            if isinstance(number, int) and abs(number) > LARGEST and key != "seed":
+                _fail(flat, key, f"must be at most {LARGEST}")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             _fail(flat, key, f"must be one of {', '.join(map(str, allowed))}")
@@ -426,6 +459,11 @@ def _check_sizes(config: ConfigDict) -> None:
                 f"config.data.image_size={tuple(size)}: both sides must be multiples of "
                 f"config.encoder.patch_size={patch}"
             )
+    if math.prod(size) // patch**2 > MOST_PATCHES:
+        raise ConfigError(
+            f"config.data.image_size={tuple(size)}: has more than {MOST_PATCHES} patches of config.encoder.patch_size="
+            f"{patch}"
+        )
     for part in ("encoder", "decoder"):
         width = config[part].width or config.encoder.width
         if part == "decoder" and config.decoder.name == "linear":

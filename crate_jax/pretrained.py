@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from crate_jax import checkpoint
 from crate_jax.convert import weights
 from crate_jax.errors import ConfigError
+from crate_jax.workdir import expanduser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ def load(path: str, key: str) -> Pretrained:
     """
     if not path:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
-    if Path(path).expanduser().is_file():
-        loaded = weights.load(Path(path).expanduser())
+    if expanduser(path).is_file():
+        loaded = weights.load(expanduser(path))
         return Pretrained(str(path), loaded.config, loaded.params, checkpoint.params_sha256(loaded.params))
     params, meta = checkpoint.read_params(path, averages=True)
     name = f"step {meta['step']} of {path}"

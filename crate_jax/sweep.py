@@ -42,6 +42,9 @@ READ_BY = {
 WITHOUT_EFFECT = ("log.", "save.", "data.workers", "data.threads", "data.prefetch", "data.memory_mb", "mesh.")
 
 
+MOST_SEEDS = 10_000  # each is a run; a slip of the keyboard beyond
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """One run of a sweep: its value and seed, the name of its folder, its whole config."""
@@ -60,8 +63,8 @@ def expand(config: ConfigDict) -> list[Setting]:
         same, or a run's config is not valid.
     """
     key, seeds = config.sweep.key, config.sweep.seeds
-    if seeds < 1:
-        raise ConfigError(f"config.sweep.seeds={seeds}: must be at least 1")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise ConfigError(f"config.sweep.seeds={seeds}: must lie in [1, {MOST_SEEDS}]")
     _check_key(config, key)
     default = flatten(config)[key]
     given = config.sweep["values"]

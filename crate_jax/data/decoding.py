@@ -16,6 +16,8 @@ Images of more than Pillow's limit (2 * `PIL.Image.MAX_IMAGE_PIXELS`, 179 millio
 from __future__ import annotations
 
 import io
+import os
+import stat
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,7 +56,11 @@ def read_file(path: str) -> bytes:
       DecodeError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as f:
+        with open(
+            os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb"
+        ) as f:  # opening a named pipe would wait for a writer
+            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):  # a device may have no end
+                raise DecodeError("not a regular file")
             return f.read()
     except OSError as e:
         raise DecodeError(_reason(e)) from e
