@@ -123,7 +123,32 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path.relative_to(folder)} is not valid JSON") from None
     if not isinstance(stored, dict) or set(stored) != {"sha256", "body"} or _digest(stored["body"]) != stored["sha256"]:
         raise DamagedError(f"{path.relative_to(folder)} is not what was saved (wrong checksum)")
-    return stored["body"]
+    body = stored["body"]
+    if not _is_complete(body):
+        raise DamagedError(f"{path.relative_to(folder)} is not as this version writes it: of another one?")
+    return body
+
+
+def _is_complete(body: Any) -> bool:
+    """Whether a meta has what is read of it: the step, the config, and shape, type and checksum of every array."""
+    kinds = {"step": int, "config": dict, "arrays": dict}
+    if not isinstance(body, dict) or not all(isinstance(body.get(key), kind) for key, kind in kinds.items()):
+        return False
+    if not all(isinstance(body["arrays"].get(item), dict) for item in ITEMS):
+        return False
+    return all(_is_entry(entry) for item in ITEMS for entry in body["arrays"][item].values())
+
+
+def _is_entry(entry: Any) -> bool:
+    try:
+        jnp.dtype(entry["dtype"])
+        return (
+            "checksum" in entry
+            and isinstance(entry["shape"], list)
+            and all(type(n) is int and n >= 0 for n in entry["shape"])
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def host_targets(meta: Mapping[str, Any], item: str) -> dict[str, np.ndarray]:

@@ -15,7 +15,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import jax
+try:
+    import jax
+except ValueError as e:  # a variable of the environment, such as JAX_NUM_CPU_DEVICES=two
+    if __name__ != "__main__":
+        raise
+    print(f"error: {e}; set the variable of that name right, or unset it", file=sys.stderr)
+    sys.exit(2)
 from absl import app, flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 

@@ -11,7 +11,9 @@ environment; those with `alone` are a shell's, in a process of their own.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -123,7 +125,9 @@ config_file("config_latin", 'x = "ä"'.encode("latin-1"))
 def file(name: str, data: bytes | str) -> None:
     """A maker that writes one file: `name` is 'MAKER FILE'."""
     label, where = name.split()
-    MAKERS[label] = lambda folder: (folder / where).write_bytes(data.encode() if isinstance(data, str) else data) and None
+    MAKERS[label] = lambda folder: (
+        (folder / where).write_bytes(data.encode() if isinstance(data, str) else data) and None
+    )
 
 
 def images(root: Path, count: int = 8, splits: tuple[str, ...] = ("train", "test"), labelled: bool = True) -> None:
@@ -191,8 +195,6 @@ for _name in BAD_IMAGES:
 @maker
 def image_pipe(folder: Path) -> None:
     """A named pipe among the images, which nobody writes to."""
-    import os
-
     images(folder)
     (folder / "images" / "train" / "cat" / "0.png").unlink()
     os.mkfifo(folder / "images" / "train" / "cat" / "0.png")
@@ -235,9 +237,8 @@ file("weights_malicious x.pth", pickle.dumps(print))
 file("weights_cut_zip x.pth", b"PK\x03\x04" + bytes(50))
 file("weights_cut x.safetensors", safetensors.numpy.save({"a": np.zeros((9, 9), np.float32)})[:-20])
 file("weights_foreign x.safetensors", safetensors.numpy.save({"conv1.weight": np.zeros((9, 9), np.float32)}))
-file("weights_later x.safetensors", safetensors.numpy.save(
-    {"encoder/x": np.zeros(3, np.float32)}, {"crate_jax": json.dumps({"version": 99, "family": "crate_jax", "config": {}})}
-))  # fmt: skip
+LATER = {"crate_jax": json.dumps({"version": 99, "family": "crate_jax", "config": {}})}
+file("weights_later x.safetensors", safetensors.numpy.save({"encoder/x": np.zeros(3, np.float32)}, LATER))
 
 
 @maker
@@ -274,8 +275,6 @@ def weights_nan(folder: Path) -> None:
 @maker
 def run_newer(folder: Path) -> None:
     """A checkpoint whose meta has no entry that this version reads."""
-    import hashlib
-
     for meta in (folder / "run" / "checkpoints").glob("*/meta/metadata"):
         body = {"format": 99, "step": 1}
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -302,24 +301,24 @@ def page() -> str:
     text = [
         "# Bad inputs, and what is said",
         "",
-        "What goes wrong by a slip, tried by `tests/test_bad_inputs.py`: each ends with this one line on stderr and exit",
-        "status 2, nothing that was there is changed. Where the input is tolerated the line is a warning, and the command does",
-        "its work. `...` stands for what differs between machines. Made by `python -m tests.bad_inputs > docs/bad_inputs.md`",
-        "of `tests/bad_inputs.toml`.",
+        "Slips and damage that `tests/test_bad_inputs.py` tries. Each ends with this one line on stderr and exit status 2,",
+        "and nothing that was there is changed; where a row says tolerated, the line is a warning or a result, and the",
+        "command does its work. `...` stands for what differs between machines. This page is made of",
+        "`tests/bad_inputs.toml` by `python -m tests.bad_inputs > docs/bad_inputs.md`.",
         "",
-        "`main` is `python -m crate_jax.main`, `convert` is `python -m crate_jax.convert`, DIR a folder, RUN the workdir of a",
-        "finished run,",
+        "`main` is `python -m crate_jax.main`, `convert` is `python -m crate_jax.convert`, DIR a folder with the bad",
+        "input, RUN the workdir of a finished run,",
         *(f"{name} is `{flags}`{',' if name == 'QUICK' else '.'}" for name, flags in SHORT.items()),
         "",
     ]
     group = ""
     for row in rows():
         if row.group != group:
+            text += [""] if group else []
             group = row.group
             text += [f"## {group}", "", "| what | command | line |", "|---|---|---|"]
         cells = (row.what, f"`{row.command}`", ("tolerated: " if row.tolerated else "") + f"`{row.line}`")
         text.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
-        text += [""] if row is None else []
     return "\n".join(text) + "\n"
 
 

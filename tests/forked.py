@@ -2,8 +2,8 @@
 
     python -m tests.forked < commands.json
 
-Reads a list of {"argv", "env"} from stdin and writes one line {"status", "stdout", "stderr"} for each, in order. `argv`
-begins with the module. The process that imports never starts JAX's backend, so that it can be forked.
+Reads a list of {"argv", "env"} from stdin and writes a line {"status", "stdout", "stderr", "seconds"} for each, in
+order. `argv` begins with the module. The process that imports never starts JAX's backend, so that it can be forked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SECONDS = 150
 
 
 def run(argv: list[str], env: dict[str, str]) -> dict[str, object]:
-    """Status, stdout and stderr of `python -m ARGV...`."""
+    """Status, stdout, stderr and processor seconds of `python -m ARGV...`."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = os.fork()
         if not process:
@@ -41,12 +41,13 @@ def run(argv: list[str], env: dict[str, str]) -> dict[str, object]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        _, waited, used = os.wait4(process, 0)
+        status = os.waitstatus_to_exitcode(waited)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode("utf-8", "backslashreplace"))
-    return {"status": status, "stdout": texts[0], "stderr": texts[1]}
+    return {"status": status, "stdout": texts[0], "stderr": texts[1], "seconds": used.ru_utime + used.ru_stime}
 
 
 def call(argv: list[str]) -> int:

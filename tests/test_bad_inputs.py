@@ -79,7 +79,7 @@ def printed(row: Row, result: dict, folder: Path) -> str:
     lines = err.splitlines()
     if row.tolerated:
         assert result["status"] == 0, err[-3000:]
-        texts = [line.partition(" W ")[2] or line for line in lines]
+        texts = [line.partition(" W ")[2] or line for line in [*lines, *result["stdout"].splitlines()]]
         return next((text for text in texts if row.matches(text)), "\n".join(texts[-20:]))
     assert result["status"] == 2, f"status {result['status']}\n{err[-3000:]}"
     errors = [line for line in lines if line.startswith("error: ")]

@@ -86,6 +86,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if config.protocol.metric not in METRICS:
         raise ConfigError(f"config.protocol.metric={config.protocol.metric!r}: must be one of {', '.join(METRICS)}")
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
+    sharding.all_devices()  # if there are none, that is said here
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = inherit(config, encoder)
     validate(full)
@@ -164,8 +165,10 @@ def extract_features(
     sources = [data.open_split(config, split, labels_required=True) for split in ("train", "eval")]
     train, test = sources
     if train is None or test is None:
-        missing = "training" if train is None else "evaluation"
-        raise DataError(f"config.data.source={config.data.source!r}: has no {missing} split")
+        missing, key = ("training", "train_split") if train is None else ("evaluation", "eval_split")
+        raise DataError(
+            f"config.data.source={config.data.source!r}: has no {missing} split; config.data.{key} names it"
+        )
     mesh = sharding.make_mesh(jax.device_count(), 1)
     represent = representation.build(config)
 

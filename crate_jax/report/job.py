@@ -90,6 +90,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
             raise ConfigError("--workdir is missing: it says where the report goes, unless it is that of one run")
         workdir = str(_home(given[0]))
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
+    sharding.all_devices()  # if there are none, that is said here
     loaded = [pretrained.load(path, "config.checkpoint") for path in paths]
     mesh = sharding.make_mesh(jax.device_count(), 1)
     missing: dict[str, str] = {}
