@@ -142,11 +142,8 @@ def _is_complete(body: Any) -> bool:
 def _is_entry(entry: Any) -> bool:
     try:
         jnp.dtype(entry["dtype"])
-        return (
-            "checksum" in entry
-            and isinstance(entry["shape"], list)
-            and all(type(n) is int and n >= 0 for n in entry["shape"])
-        )
+        sizes = entry["shape"] if "checksum" in entry else None
+        return isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes)
     except (KeyError, TypeError):
         return False
 

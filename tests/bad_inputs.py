@@ -301,9 +301,9 @@ def page() -> str:
     text = [
         "# Bad inputs, and what is said",
         "",
-        "Slips and damage that `tests/test_bad_inputs.py` tries. Each ends with this one line on stderr and exit status 2,",
-        "and nothing that was there is changed; where a row says tolerated, the line is a warning or a result, and the",
-        "command does its work. `...` stands for what differs between machines. This page is made of",
+        "Slips and damage that `tests/test_bad_inputs.py` tries. Each ends with this one line on stderr and exit",
+        "status 2, and nothing that was there is changed; where a row says tolerated, the line is a warning or a",
+        "result, and the command does its work. `...` stands for what differs between machines. This page is made of",
         "`tests/bad_inputs.toml` by `python -m tests.bad_inputs > docs/bad_inputs.md`.",
         "",
         "`main` is `python -m crate_jax.main`, `convert` is `python -m crate_jax.convert`, DIR a folder with the bad",
