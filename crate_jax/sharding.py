@@ -73,7 +73,7 @@ def all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as e:  # no such platform, or its driver does not start
-        why = str(e) or f"JAX_PLATFORMS={jax.config.jax_platforms} is not on this machine; unset it, or set it to cpu"
+        why = str(e) or "that of JAX_PLATFORMS is not on this machine; unset it, or set it to cpu"
         raise UserError(f"JAX has no device to run on: {why}") from None
 
 

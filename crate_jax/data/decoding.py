@@ -58,9 +58,8 @@ def read_file(path: str) -> bytes:
       DecodeError: the file cannot be read.
     """
     try:
-        with open(
-            os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb"
-        ) as f:  # opening a named pipe would wait for a writer
+        # Opening a named pipe would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):  # a device may have no end
                 raise DecodeError("not a regular file")
             return f.read()
