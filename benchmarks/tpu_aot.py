@@ -47,8 +47,9 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks import hlo_cost
 from benchmarks.roofline import Chip, chip_of, roofline
-from crate_jax import config as configs, optimizer, pretrain, sharding, train
+from crate_jax import optimizer, pretrain, sharding, train
 from crate_jax.errors import UserError
+from crate_jax.validation import validate
 
 
 @contextlib.contextmanager
@@ -155,7 +156,7 @@ def main(_: list[str]) -> None:
         config.batch_size = _IMAGES.value * chips
         config.steps, config.epochs = config.steps or 10_000, 0.0
         config.optimizer.warmup_epochs = 0.0
-        configs.validate(config)
+        validate(config)
         devices = topology_devices(_TOPOLOGY.value)
         lowered = lower_step(config, devices)
         start = time.perf_counter()

@@ -27,10 +27,10 @@ from ml_collections import ConfigDict, config_flags
 
 from crate_jax import distributed, sweep, train
 from crate_jax.alignment import job as align
-from crate_jax.config import require_keys
 from crate_jax.errors import ConfigError, NonFiniteError, UserError
 from crate_jax.evals import finetune, job
 from crate_jax.interrupt import Interrupted
+from crate_jax.validation import require_keys
 
 USAGE = "python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR"
 

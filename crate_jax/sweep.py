@@ -22,9 +22,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from crate_jax import optimizer, pretrain, sharding, sweep_report, train
-from crate_jax.config import base, changed_keys, flatten, validate
+from crate_jax.config import base, changed_keys, flatten
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.interrupt import Interrupt, Interrupted
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)

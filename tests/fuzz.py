@@ -29,11 +29,12 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from crate_jax import checkpoint_files, main, optimizer, pretrain, sweep
-from crate_jax.config import base, flatten, validate
+from crate_jax.config import base, flatten
 from crate_jax.convert import weights
 from crate_jax.data import decoding
 from crate_jax.data.sources import SyntheticSource
 from crate_jax.errors import UserError
+from crate_jax.validation import validate
 from tests import test_convert
 
 NASTY = (

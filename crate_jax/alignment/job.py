@@ -20,10 +20,10 @@ from crate_jax import data, metrics, pretrained, sharding
 from crate_jax.alignment import grid, moments, plots
 from crate_jax.alignment.answer import Answer
 from crate_jax.alignment.closed_form import Aligner
-from crate_jax.config import validate
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals.frozen import sample
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)

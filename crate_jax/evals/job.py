@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from crate_jax import __version__, data, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
-from crate_jax.config import base, flatten, validate
+from crate_jax.config import base, flatten
 from crate_jax.corruption import Identity
 from crate_jax.data.sources import digest
 from crate_jax.encoders import ENCODERS
@@ -34,6 +34,7 @@ from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.patches import grid_shape, patchify
 from crate_jax.pretrain import normalise
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)

@@ -24,10 +24,11 @@ from crate_jax import (
     whitebox_section,
 )
 from crate_jax.alignment import section as alignment_section
-from crate_jax.config import base, flatten, validate
+from crate_jax.config import base, flatten
 from crate_jax.errors import ConfigError, DataError, UserError
 from crate_jax.report import page, summary_section
 from crate_jax.report.section import Section, Subject
+from crate_jax.validation import validate
 from crate_jax.workdir import expanduser, lock
 
 log = logging.getLogger(__name__)
