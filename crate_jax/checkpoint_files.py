@@ -141,8 +141,7 @@ def _is_complete(body: Any) -> bool:
 
 def _is_entry(entry: Any) -> bool:
     try:
-        jnp.dtype(entry["dtype"])
-        sizes = entry["shape"] if "checksum" in entry else None
+        sizes = entry["shape"] if "checksum" in entry and isinstance(entry["dtype"], str) else None
         return isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes)
     except (KeyError, TypeError):
         return False
@@ -150,7 +149,10 @@ def _is_entry(entry: Any) -> bool:
 
 def host_targets(meta: Mapping[str, Any], item: str) -> dict[str, np.ndarray]:
     """Returns NumPy targets for `read_arrays`, from the shapes and dtypes that the meta names."""
-    return {name: np.empty(e["shape"], jnp.dtype(e["dtype"])) for name, e in meta["arrays"][item].items()}
+    try:
+        return {name: np.empty(e["shape"], jnp.dtype(e["dtype"])) for name, e in meta["arrays"][item].items()}
+    except (TypeError, ValueError) as e:  # no such type, or a size beyond what an array can have
+        raise DamagedError(f"{META}: {item} holds an array that cannot be ({one_line(e)})") from None
 
 
 def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def fail(error: BaseException) -> NoReturn:
     """Prints an error as one line and leaves with status 2."""
     print(f"error: {one_line(error)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what could not be written must not be tried once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if distributed.processes() > 1:
         distributed.leave(2)
     sys.exit(2)
@@ -245,6 +249,7 @@ def main(argv: Sequence[str]) -> int:
         distributed.unwatch()
         if distributed.first():
             show(result)
+            sys.stdout.flush()  # where it is full or its reader is gone, that is said here
     except Interrupted as e:
         distributed.unwatch()
         if distributed.first():
