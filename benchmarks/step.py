@@ -25,7 +25,8 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from crate_jax import config as configs, optimizer, pretrain, sharding, train
+from crate_jax import optimizer, pretrain, sharding, train
+from crate_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Images per step.", lower_bound=1)
@@ -92,7 +93,7 @@ def main(_: list[str]) -> None:
     config.batch_size = _BATCH.value
     config.steps, config.epochs = config.steps or 10_000, 0.0
     config.optimizer.warmup_epochs = 0.0
-    configs.validate(config)
+    validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate)
     mesh = sharding.make_mesh(config.batch_size, config.accumulate)
     objective = pretrain.build(config)

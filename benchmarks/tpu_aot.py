@@ -47,9 +47,10 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks import hlo_cost
 from benchmarks.roofline import Chip, chip_of, roofline
-from crate_jax import config as configs, optimizer, pretrain, sharding, train
+from crate_jax import optimizer, pretrain, sharding, train
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.main import fail
+from crate_jax.validation import validate
 
 
 @contextlib.contextmanager
@@ -174,7 +175,7 @@ def main(_: list[str]) -> None:
         config.batch_size = given.batch_per_chip * chips
         config.steps, config.epochs = config.steps or 10_000, 0.0
         config.optimizer.warmup_epochs = 0.0
-        configs.validate(config)
+        validate(config)
         devices = topology_devices(given.topology)
         lowered = lower_step(config, devices)
         with open(given.hlo or os.devnull, "w", encoding="utf-8") as file:  # before the minutes of compiling

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from crate_jax import checkpoint_files as files
 from crate_jax.errors import CheckpointError
 from crate_jax.parameters import names
-from crate_jax.workdir import check_free_space
+from crate_jax.workdir import check_free_space, expanduser
 
 PyTree = Any
 
@@ -252,7 +252,7 @@ def read_params(
       CheckpointError: no such folder or step, no checkpoint in it, or none that is usable.
     """
     files.quiet_orbax()
-    folder = Path(workdir).expanduser().absolute()
+    folder = expanduser(workdir).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected the workdir of another run")
     if (folder / FOLDER).is_dir():
@@ -293,7 +293,7 @@ def init_encoder(params: PyTree, other: PyTree, what: str) -> PyTree:
       what: where `other` comes from, for messages, such as ``"config.init_from=DIR"``.
 
     Raises:
-      CheckpointError: lists every array that is missing, unexpected or of another shape.
+      CheckpointError: lists the first arrays that are missing, unexpected or of another shape.
     """
     if not isinstance(other, Mapping) or "encoder" not in other:
         raise CheckpointError(f"{what}: its parameters have no 'encoder'")
@@ -309,7 +309,7 @@ def init_encoder(params: PyTree, other: PyTree, what: str) -> PyTree:
         if ours[name].shape != theirs[name].shape:
             wrong.append(f"encoder/{name}: checkpoint {theirs[name].shape}, config {ours[name].shape}")
     if wrong:
-        raise CheckpointError(f"{what}: its encoder does not fit: {'; '.join(wrong)}")
+        raise CheckpointError(f"{what}: its encoder does not fit: {files.some(wrong, '; ')}")
     replaced = [_placed_like(theirs[name], leaf) if name in theirs else leaf for name, leaf in ours.items()]
     return {**params, "encoder": jax.tree.unflatten(jax.tree.structure(params["encoder"]), replaced)}
 

@@ -123,12 +123,36 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path.relative_to(folder)} is not valid JSON") from None
     if not isinstance(stored, dict) or set(stored) != {"sha256", "body"} or _digest(stored["body"]) != stored["sha256"]:
         raise DamagedError(f"{path.relative_to(folder)} is not what was saved (wrong checksum)")
-    return stored["body"]
+    body = stored["body"]
+    if not _is_complete(body):
+        raise DamagedError(f"{path.relative_to(folder)} is not as this version writes it: of another one?")
+    return body
+
+
+def _is_complete(body: Any) -> bool:
+    """Whether a meta has what is read of it: the step, the config, and shape, type and checksum of every array."""
+    kinds = {"step": int, "config": dict, "arrays": dict}
+    if not isinstance(body, dict) or not all(isinstance(body.get(key), kind) for key, kind in kinds.items()):
+        return False
+    if not all(isinstance(body["arrays"].get(item), dict) for item in ITEMS):
+        return False
+    return all(_is_entry(entry) for item in ITEMS for entry in body["arrays"][item].values())
+
+
+def _is_entry(entry: Any) -> bool:
+    try:
+        sizes = entry["shape"] if "checksum" in entry and isinstance(entry["dtype"], str) else None
+        return isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes)
+    except (KeyError, TypeError):
+        return False
 
 
 def host_targets(meta: Mapping[str, Any], item: str) -> dict[str, np.ndarray]:
     """Returns NumPy targets for `read_arrays`, from the shapes and dtypes that the meta names."""
-    return {name: np.empty(e["shape"], jnp.dtype(e["dtype"])) for name, e in meta["arrays"][item].items()}
+    try:
+        return {name: np.empty(e["shape"], jnp.dtype(e["dtype"])) for name, e in meta["arrays"][item].items()}
+    except (TypeError, ValueError) as e:  # no such type, or a size beyond what an array can have
+        raise DamagedError(f"{META}: {item} holds an array that cannot be ({one_line(e)})") from None
 
 
 def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mapping[str, Any]) -> dict[str, Any]:

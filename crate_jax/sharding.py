@@ -64,6 +64,19 @@ def use_cpu_cores(batch_size: int, accumulate: int, model: int = 1) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
+def all_devices() -> list[jax.Device]:
+    """The devices of all processes.
+
+    Raises:
+      UserError: there are none.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as e:  # no such platform, or its driver does not start
+        why = str(e) or "that of JAX_PLATFORMS is not on this machine; unset it, or set it to cpu"
+        raise UserError(f"JAX has no device to run on: {why}") from None
+
+
 def make_mesh(
     batch_size: int, accumulate: int, devices: Sequence[jax.Device] | None = None, data: int = 0, model: int = 1
 ) -> Mesh:
@@ -80,10 +93,7 @@ def make_mesh(
       ConfigError: the devices do not form such a mesh, or a micro-batch cannot be split evenly over them.
       UserError: there are no devices.
     """
-    try:
-        devices = list(devices if devices is not None else jax.devices())
-    except RuntimeError as e:  # no such platform, or its driver does not start
-        raise UserError(f"JAX has no device to run on: {e}") from None
+    devices = list(devices if devices is not None else all_devices())
     micro = batch_size // accumulate
     if micro % len(devices):
         raise ConfigError(

@@ -38,13 +38,14 @@ from crate_jax import (
     sharding,
     target,
 )
-from crate_jax.config import changed_keys, validate
+from crate_jax.config import changed_keys
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.frozen import FrozenEvaluation, sample
 from crate_jax.evals.segmentation import SegmentationEvaluation
 from crate_jax.interrupt import Interrupt, Interrupted
 from crate_jax.objective import Batch, Objective, Params, Scalars
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)

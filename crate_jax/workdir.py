@@ -34,7 +34,7 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
       UserError: the folder cannot be created or written to, or another process holds it.
     """
-    folder = distributed.by_first(lambda: _create(workdir)) or Path(workdir).expanduser().absolute()
+    folder = distributed.by_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
     file = distributed.by_first(lambda: _take(folder))
     with file or contextlib.nullcontext():
         seen = file is not None or (folder / LOCK_NAME).exists()
@@ -44,6 +44,20 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
             raise UserError(f"workdir {folder}: must be the same folder for all processes, on a shared file system")
         distributed.watch()
         yield folder
+
+
+def expanduser(path: str | os.PathLike[str]) -> Path:
+    """A path with a leading ``~`` or ``~NAME`` replaced by that home folder.
+
+    Raises:
+      UserError: there is no such user, or no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{os.fspath(path)}: the home folder of {Path(path).parts[0]} is not known; write it out"
+        ) from None
 
 
 def _take(folder: Path) -> TextIO:
@@ -76,7 +90,7 @@ def _take(folder: Path) -> TextIO:
 def _create(workdir: str | os.PathLike[str]) -> Path:
     if not os.fspath(workdir) or "://" in os.fspath(workdir):
         raise UserError(f"workdir {os.fspath(workdir)!r}: must be a folder on a local or mounted file system")
-    folder = Path(workdir).expanduser().absolute()
+    folder = expanduser(workdir).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -262,36 +262,3 @@ def test_images_without_labels_train_without_an_evaluation(run_cli, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     written = summary(tmp_path / "run")
     assert written["probe_top1"] is None and written["pictures"]
-
-
-ERRORS = [
-    ([], "--config is missing"),
-    ([QUICK], "--workdir is missing"),
-    (["--config=configs/none.py", "--workdir={tmp}/w"], "configs/none.py"),
-    (["--config=configs/quickstart.py:colour=red", "--workdir={tmp}/w"], "unknown key 'colour'"),
-    (["--config={tmp}/broken.py", "--workdir={tmp}/w"], "SyntaxError"),
-    (["--config.steps=3", QUICK, "--workdir={tmp}/w"], "before a value for --config"),
-    ([QUICK, "--config.encoder.widht=3", "--workdir={tmp}/w"], "unknown key 'widht'"),
-    ([QUICK, "--config.encodr.width=3", "--workdir={tmp}/w"], "unknown key 'encodr'"),
-    ([QUICK, "--config.steps=many", "--workdir={tmp}/w"], "many"),
-    ([QUICK, "--wrokdir=x", "--workdir={tmp}/w"], "wrokdir"),
-    ([QUICK, "extra", "--workdir={tmp}/w"], "unexpected argument 'extra'"),
-    ([QUICK, "--config.job=sleep", "--workdir={tmp}/w"], "config.job='sleep'"),
-    ([QUICK, "--config.encoder.heads=5", "--workdir={tmp}/w"], "multiple of config.encoder.heads=5"),
-    ([QUICK, "--config.data.source=folder:{tmp}/nothing", "--workdir={tmp}/w"], "nothing"),
-    ([QUICK, "--config.data.source=folder:{tmp}/empty", "--workdir={tmp}/w"], "empty"),
-    ([QUICK, "--config.data.source=tfds:no_such_set", "--workdir={tmp}/w"], "no_such_set"),
-    ([QUICK, "--config.log.wandb=project", "--workdir={tmp}/w"], "wandb"),
-    ([QUICK, "--workdir={tmp}/file"], "file"),
-    ([QUICK, "--config.penalty.name=so", "--config.penalty.weight=1", "--config.penalty.include=('none',)",
-      "--workdir={tmp}/w"], "penalty.include"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("args", "expected"), ERRORS, ids=[e for _, e in ERRORS])
-def test_mistakes_get_one_line(args, expected, run_cli, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("a file, not a folder")
-    (tmp_path / "broken.py").write_text("def get_config(:")
-    line = one_line_error(run_cli([a.format(tmp=tmp_path) for a in args]))
-    assert expected in line

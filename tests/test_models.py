@@ -12,13 +12,14 @@ import pytest
 
 from configs import crate_mae, vit_mae
 from crate_jax import autoencoder, config as configs, corruption as corruptions, parameters, reconstruction
-from crate_jax.config import ConfigError, validate
+from crate_jax.config import ConfigError
 from crate_jax.corruption import Identity, Masking
 from crate_jax.decoder import DECODERS
 from crate_jax.encoders import ENCODERS
 from crate_jax.encoders.crate import ista, norm_ista
 from crate_jax.encoders.layers import BLOCK_EPS, norm_product
 from crate_jax.patches import patchify, sincos_positions, unpatchify
+from crate_jax.validation import validate
 
 CORRUPTIONS = {  # every corruption, masking in its three ways
     "mask-token": {"name": "mask", "mask_fill": "token"},

@@ -24,6 +24,7 @@ from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.evals import finetune, segmentation
 from crate_jax.patches import relative_position_index, relative_table_rows
 from crate_jax.segmentation_heads import HEADS, UPerHead, pooling_matrix
+from crate_jax.validation import CHOICES, validate
 
 pytestmark = pytest.mark.one_python
 
@@ -73,7 +74,7 @@ def small(folder: Path, arg: str = "", **values):
     for key, value in values.items():
         *section, leaf = key.split("__")
         (c[section[0]] if section else c)[leaf] = value
-    configs.validate(c)
+    validate(c)
     return c
 
 
@@ -401,7 +402,7 @@ def test_the_recipes_build_for_the_papers_encoders(folder, pretraining, head):
     c.data.source, c.data.image_size, c.segment.classes = f"folder:{folder}", (512, 512), 150
     of = importlib.import_module(f"configs.{pretraining}").get_config("")
     c = finetune.resolve(c, pretrained.Pretrained("", of.to_dict(), {}, ""))
-    configs.validate(c)
+    validate(c)
     objective = segment.build(c, data.open_split(c, "train"))
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     optimizer.build(c, shapes, c.steps, 100.0)
@@ -590,4 +591,4 @@ def test_relative_biases_keep_what_they_say_on_a_larger_grid():
 
 
 def test_every_head_has_a_config():
-    assert set(HEADS) == set(configs.CHOICES["segment.head"])
+    assert set(HEADS) == set(CHOICES["segment.head"])

@@ -15,6 +15,7 @@ import pytest
 
 from crate_jax import autoencoder, config as configs, optimizer, pretrain, sharding, train
 from crate_jax.errors import ConfigError
+from crate_jax.validation import validate
 
 
 def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none"):
@@ -29,7 +30,7 @@ def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none
     c.corruption.name = corruption
     c.penalty.name, c.penalty.weight = penalty, 1e-2
     c.optimizer.lr, c.optimizer.lr_batch = 1e-4, 0
-    configs.validate(c)
+    validate(c)
     return c
 
 

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from crate_jax import __version__, data, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
-from crate_jax.config import base, flatten, validate
+from crate_jax.config import base, flatten
 from crate_jax.corruption import Identity
 from crate_jax.data.sources import digest
 from crate_jax.encoders import ENCODERS
@@ -34,6 +34,7 @@ from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.patches import grid_shape, patchify
 from crate_jax.pretrain import normalise
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if config.protocol.metric not in METRICS:
         raise ConfigError(f"config.protocol.metric={config.protocol.metric!r}: must be one of {', '.join(METRICS)}")
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
+    sharding.all_devices()  # if there are none, that is said here
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = inherit(config, encoder)
     validate(full)
@@ -164,8 +166,10 @@ def extract_features(
     sources = [data.open_split(config, split, labels_required=True) for split in ("train", "eval")]
     train, test = sources
     if train is None or test is None:
-        missing = "training" if train is None else "evaluation"
-        raise DataError(f"config.data.source={config.data.source!r}: has no {missing} split")
+        missing, key = ("training", "train_split") if train is None else ("evaluation", "eval_split")
+        raise DataError(
+            f"config.data.source={config.data.source!r}: has no {missing} split; config.data.{key} names it"
+        )
     mesh = sharding.make_mesh(jax.device_count(), 1)
     represent = representation.build(config)
 
