@@ -196,6 +196,9 @@ def base() -> ConfigDict:
     whitebox.images = 16  # of the evaluation split, always the same ones
     whitebox.measure = "paper"  # R^c of Z^{l+1/2}, patch tokens | released (the authors' script) | both
 
+    c.nonfinite = nonfinite = ConfigDict()  # a step whose loss or gradient is NaN or infinite
+    nonfinite.skip = 0  # so many in a row are left without effect before the run stops; 0: it stops at the first
+
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
     save.keep = 3
@@ -311,7 +314,7 @@ NOT_NEGATIVE = (
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
     "evaluation.layer align.width align.noise finetune.head_init finetune.mixup finetune.cutmix "
-    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every whitebox.every"
+    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every whitebox.every nonfinite.skip"
 ).split()
 # (key, lowest, highest, lowest allowed?, highest allowed?)
 RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
