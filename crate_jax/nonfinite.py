@@ -78,7 +78,8 @@ class Watch:
         if not distributed.first():
             return
         path = self.path(step)
-        path.parent.mkdir(exist_ok=True)
+        with metrics.writing(path):
+            path.parent.mkdir(exist_ok=True)
         record = {
             "step": step,
             "seed": self.config.seed,
