@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,3 +150,61 @@ def test_a_workdir_that_vanishes_stops_the_run_in_one_line(processes, cli_env, t
     ended = statuses(life)
     assert 2 in ended and set(ended) <= {2, distributed.LOST}, life.errors[0].read_text()[-3000:]
     assert str(tmp_path / "run") in error_line(life, ended.index(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("when", ["compiling", "compiling, twice", "evaluating"])
+def test_a_signal_outside_the_steps(when, processes, cli_env, tmp_path):
+    """Before the first step it saves that step; a second one acts at once; in the last evaluation the run ends."""
+    said = {"evaluating": " I step 8/8 "}.get(when, " I training 0 -> 8 ")
+    flags = [*FLAGS, "--config.steps=8"]
+    life = Life(cli_env, flags, tmp_path / "run", processes)
+    assert life.wait_for(lambda: said in life.errors[0].read_text())
+    for _ in range(2 if "twice" in when else 1):
+        life.processes[-1].send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    ended = statuses(life)
+    if when == "evaluating":
+        assert ended == [0] * processes
+    elif when == "compiling":
+        assert ended == [128 + signal.SIGTERM] * processes, life.errors[0].read_text()[-3000:]
+        assert "state saved; the same command continues it" in life.errors[0].read_text()
+        assert checkpoints(tmp_path / "run")
+    else:
+        assert ended == [*[distributed.LOST] * (processes - 1), -signal.SIGTERM]
+    if when != "evaluating":
+        Life(cli_env, flags, tmp_path / "run", processes).end()
+    assert len(losses(tmp_path / "run")) == 8
+    check_clean(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_second_job_of_two_processes_is_refused_in_both(cli_env, tmp_path):
+    flags = [*FLAGS, "--config.steps=100000"]
+    holder = Life(cli_env, flags, tmp_path / "run", 2)
+    assert holder.wait_for(lambda: " I step " in holder.errors[0].read_text())
+    (tmp_path / "second").mkdir()
+    second = Life(cli_env, flags, tmp_path / "run", 2, logs=tmp_path / "second")
+    assert statuses(second) == [2, 2]
+    for process in range(2):
+        assert f"is in use by process {holder.processes[0].pid} on " in error_line(second, process)
+    assert holder.runs()
+    holder.kill([0])
+
+
+@pytest.mark.slow
+def test_two_processes_name_the_images_of_the_whole_batch(cli_env, tmp_path):
+    """A rate that blows the weights up: both stop with one line, and the file holds both processes' rows in order."""
+    flags = [*FLAGS, "--config.steps=50", "--config.optimizer.lr=1e30", "--config.nonfinite.skip=2"]
+    written = []
+    for processes in (1, 2):
+        life = Life(cli_env, flags, tmp_path / f"run{processes}", processes)
+        assert statuses(life) == [2] * processes, life.errors[0].read_text()[-3000:]
+        line = error_line(life, processes - 1)
+        assert "as in the 2 steps before (config.nonfinite.skip=2)" in line
+        path = Path(line.split("named in ")[1].split(";")[0])
+        written.append(json.loads(path.read_text()))
+        assert len(list(path.parent.iterdir())) == 3
+    one, two = written
+    assert one["indices"] == two["indices"] and one["images"] == two["images"] and len(set(one["images"])) == 8
