@@ -134,6 +134,9 @@ def test_a_bad_image_costs_its_steps_and_is_named(folder, white_is_bad, tmp_path
     for steps in (bad[1], 9):  # the first life ends with a step that was skipped
         continued = train.run(configured(folder, steps, skip=2), str(tmp_path / "continued"))
     assert continued["params_sha256"] == summary["params_sha256"] and continued["skipped"] == len(bad)
+    for step, record in written.items():  # numbers and all, as in a replay from a checkpoint
+        again = json.loads((tmp_path / "continued" / nonfinite.FOLDER / f"{step}.json").read_text())
+        assert again | {"newest_checkpoint": 0} == record | {"newest_checkpoint": 0}
 
 
 def test_without_skipping_the_run_stops_and_names_the_images(folder, white_is_bad, tmp_path):
