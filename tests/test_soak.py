@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import random
@@ -28,6 +29,7 @@ FLAGS = [
     "--config.log.every=1", "--config.log.pictures=0", "--config.log.report=False", "--config.batch_size=8",
 ]  # fmt: skip
 UNFINISHED = "*.orbax-checkpoint-tmp*"
+SAVE_EVERY = 12  # in the soak: so few that some kills hit a save, so many that some do not
 LEAVE_SECONDS = 60  # that the others have once one was killed
 
 
@@ -42,6 +44,7 @@ class Life:
         if processes > 1:
             command += [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
         self.workdir, self.processes, self.errors = workdir, [], []
+        self.before = unfinished(workdir)
         for i in range(processes):
             self.errors.append((logs or workdir.parent) / f"{workdir.name}.{i}.err")
             with open(self.errors[i], "w") as errors:
@@ -70,7 +73,8 @@ class Life:
         return path.exists() and path.read_text().startswith(f"{self.processes[0].pid} ")
 
     def saving(self) -> bool:
-        return any((self.workdir / "checkpoints").glob(UNFINISHED))
+        """Whether there is an unfinished save that an earlier life did not leave."""
+        return bool(unfinished(self.workdir) - self.before)
 
     def stage(self) -> str:
         """Where the processes ended: an unfinished save lies about, or the log has no step yet, or neither."""
@@ -92,6 +96,15 @@ class Life:
     def end(self) -> None:
         for i, process in enumerate(self.processes):
             assert process.wait(900) == 0, self.errors[i].read_text()[-3000:]
+
+
+def unfinished(workdir: Path) -> set[tuple[str, int]]:
+    """Folders of saves that are not complete, by name and inode."""
+    found = set()
+    for path in (workdir / "checkpoints").glob(UNFINISHED):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def checkpoints(workdir: Path) -> set[str]:
@@ -149,7 +162,7 @@ def soak(env: dict, root: Path, steps: int, kills: int, shapes: Sequence[tuple[i
 
     A run that is through before is followed by another, in the next folder. Returns the folders, prints what happened.
     """
-    rng, flags = random.Random(seed), [*FLAGS, f"--config.steps={steps}"]
+    rng, flags = random.Random(seed), [*FLAGS, f"--config.steps={steps}", f"--config.save.every={SAVE_EVERY}"]
     count = collections.Counter({"kills": 0, "in a save": 0})
     slowest, start, lives, folders = 0.0, time.monotonic(), 0, [root / "run0"]
     while count["kills"] < kills:
