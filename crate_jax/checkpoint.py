@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from crate_jax import checkpoint_files as files
+from crate_jax import checkpoint_files as files, distributed
 from crate_jax.errors import CheckpointError
 from crate_jax.parameters import names
 from crate_jax.workdir import check_free_space, expanduser
@@ -97,7 +97,8 @@ class Checkpoints:
         arrays = {"params": _arrays(params), "rest": _arrays(rest)}
         leaves = [x for item in arrays.values() for x in item.values()]
         # 4 KiB per array and 1 MiB in all: Orbax's own files and the file system's blocks.
-        check_free_space(self.folder, sum(x.nbytes for x in leaves) + 4096 * len(leaves) + 2**20)
+        needed = sum(x.nbytes for x in leaves) + 4096 * len(leaves) + 2**20
+        distributed.by_first(lambda: check_free_space(self.folder, needed))  # all stop, or none
         trees = {item: files.storable(x) for item, x in arrays.items()}
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in trees.items() if tree}
         items[files.META] = ocp.args.JsonSave(files.make_meta(step, meta, arrays))
@@ -132,7 +133,7 @@ class Checkpoints:
         self.wait()
         wanted = {"params": _targets(abstract_params), "rest": _targets(abstract_rest)}
         problems: dict[int, str] = {}
-        for step in files.steps(self.folder):
+        for step in self._candidates():
             folder = self.folder / str(step)
             try:
                 meta = files.read_meta(folder)
@@ -151,6 +152,15 @@ class Checkpoints:
         if problems:
             raise CheckpointError(_none_usable(self.folder, problems))
         return None
+
+    def _candidates(self) -> Iterator[int]:
+        """The steps on disk, newest first; one that any process sees, all go through."""
+        step = -1
+        while (step := distributed.largest(max(self._steps(below=step), default=-1))) >= 0:
+            yield step
+
+    def _steps(self, below: int) -> list[int]:
+        return [step for step in files.steps(self.folder) if below < 0 or step < below]
 
     def wait(self) -> None:
         """Waits for the running save.
@@ -226,7 +236,8 @@ def _targets(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _warn_unusable(step: int, folder: Path, e: files.DamagedError) -> str:
-    logging.warning("checkpoint of step %d (%s) cannot be used: %s", step, folder, e)
+    if e.told:
+        logging.warning("checkpoint of step %d (%s) cannot be used: %s", step, folder, e)
     return str(e)
 
 

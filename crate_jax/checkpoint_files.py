@@ -39,7 +39,30 @@ SHOWN = 5  # arrays named in one message
 
 
 class DamagedError(Exception):
-    """What was read is not what was written."""
+    """What was read is not what was written.
+
+    Attributes:
+      told: whether this process is one to say so: process 0, and the first one that noticed.
+    """
+
+    def __init__(self, message: str, told: bool = True) -> None:
+        super().__init__(message)
+        self.told = told
+
+
+def agree(problem: str) -> None:
+    """Makes what one process cannot use damaged for all, so that all go on to the same checkpoint.
+
+    Args:
+      problem: this process's; empty: it has none. All processes must call it.
+
+    Raises:
+      DamagedError: some process has a problem.
+    """
+    me, everyone = jax.process_index(), distributed.processes()
+    first = -distributed.largest(-(me if problem else everyone))
+    if first < everyone:
+        raise DamagedError(problem or f"process {first} cannot read it, see its log", told=me in (0, first))
 
 
 def steps(folder: Path) -> list[int]:
@@ -109,24 +132,27 @@ def _signature(x: Any) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Reads and verifies the meta of the checkpoint in `folder`.
+    """Reads and verifies the meta of the checkpoint in `folder`; all processes must call it.
 
     Raises:
       DamagedError: it is missing or is not what was written.
     """
     path = folder / META / "metadata"
+    stored: Any = None
+    problem = ""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(stored, dict) and set(stored) == {"sha256", "body"}
+        if not whole or _digest(stored["body"]) != stored["sha256"]:
+            problem = f"{path.relative_to(folder)} is not what was saved (wrong checksum)"
+        elif not _is_complete(stored["body"]):
+            problem = f"{path.relative_to(folder)} is not as this version writes it: of another one?"
     except OSError as e:
-        raise DamagedError(f"{path.relative_to(folder)}: {e.strerror}") from None
+        problem = f"{path.relative_to(folder)}: {e.strerror}"
     except ValueError:
-        raise DamagedError(f"{path.relative_to(folder)} is not valid JSON") from None
-    if not isinstance(stored, dict) or set(stored) != {"sha256", "body"} or _digest(stored["body"]) != stored["sha256"]:
-        raise DamagedError(f"{path.relative_to(folder)} is not what was saved (wrong checksum)")
-    body = stored["body"]
-    if not _is_complete(body):
-        raise DamagedError(f"{path.relative_to(folder)} is not as this version writes it: of another one?")
-    return body
+        problem = f"{path.relative_to(folder)} is not valid JSON"
+    agree(problem)
+    return stored["body"]
 
 
 def _is_complete(body: Any) -> bool:
@@ -156,7 +182,7 @@ def host_targets(meta: Mapping[str, Any], item: str) -> dict[str, np.ndarray]:
 
 
 def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads and verifies all arrays of one item.
+    """Reads and verifies all arrays of one item; all processes must call it.
 
     Args:
       folder: of the checkpoint.
@@ -173,29 +199,27 @@ def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mappi
     read: dict[str, Any] = {}
     stored = storable(targets)
     if stored:
-        if not (folder / item).is_dir():
-            raise DamagedError(f"{item} is missing")
-        problem: Exception | None = None
+        problem = ""
         try:
             # Not through a Checkpointer, which lets processes that could read wait for one that could not.
             with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
                 read = names(handler.restore(epath.Path(folder / item), args=ocp.args.StandardRestore(stored)))
         except Exception as e:  # Orbax and TensorStore raise anything, bare Exception included
-            problem = e
-        # What one process cannot read is damaged for all: they go on to checksums, and another checkpoint, together.
-        if distributed.largest(int(problem is not None)):
-            why = "by another process" if problem is None else f"({one_line(problem)})"
-            raise DamagedError(f"{item} cannot be read {why}") from problem
+            there = (folder / item).is_dir()
+            problem = f"{item} cannot be read ({one_line(e)})" if there else f"{item} is missing"
+        agree(problem)  # before checksums, which all processes take together
+    lacking = ""
     for name, target in targets.items():
         if not target.size:
             read[name] = _empty(target)
         elif name not in read or _signature(read[name]) != _signature(target):
-            raise DamagedError(f"{item}: {name} is missing or has another shape")
+            lacking = f"{item}: {name} is missing or has another shape"
+    agree(lacking)
     read = {name: read[name] for name in targets}
     entries = meta["arrays"][item]
     wrong = [name for name, value in checksums(read).items() if value != entries[name]["checksum"]]
-    if wrong:
-        raise DamagedError(f"{item}: the content of {some(wrong, ', ')} is not what was saved (wrong checksum)")
+    # What lies whole in each process was read by each: the sums need not be the same.
+    agree(f"{item}: the content of {some(wrong, ', ')} is not what was saved (wrong checksum)" if wrong else "")
     return read
 
 

@@ -195,6 +195,9 @@ def base() -> ConfigDict:
     whitebox.images = 16  # of the evaluation split, always the same ones
     whitebox.measure = "paper"  # R^c of Z^{l+1/2}, patch tokens | released (the authors' script) | both
 
+    c.nonfinite = nonfinite = ConfigDict()  # a step whose loss or gradient is NaN or infinite
+    nonfinite.skip = 0  # so many in a row are left without effect before the run stops; 0: it stops at the first
+
     c.save = save = ConfigDict()  # checkpoints
     save.every = 1000  # steps; the last step is always saved
     save.keep = 3

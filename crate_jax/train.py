@@ -8,6 +8,7 @@ bits it would have had.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -29,6 +30,7 @@ from crate_jax import (
     data,
     distributed,
     metrics,
+    nonfinite,
     optimizer,
     parameters,
     pictures,
@@ -113,6 +115,7 @@ def make_train_step(
 
     With config.accumulate = A the batch is cut into A micro-batches whose gradients are averaged.
     Randomness is per image and the penalty is taken once, so the update is that of the whole batch.
+    With config.nonfinite.skip a step that is not finite changes nothing but its number.
     """
     loss_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
     penalty_and_grad = jax.value_and_grad(objective.penalty, has_aux=True)
@@ -159,7 +162,11 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             **({} if signal_B is None else {SIGNAL: jnp.max(signal_B)}),
         }
-        return TrainState(state.step + 1, params, opt_state, carried, ema), scalars
+        new = TrainState(state.step + 1, params, opt_state, carried, ema)
+        if config.nonfinite.skip:
+            scalars["lr"] = schedule(optimizer.updates_done(state.opt_state))
+            new, scalars[nonfinite.SKIPPED] = nonfinite.keep(scalars, new, dataclasses.replace(state, step=new.step))
+        return new, scalars
 
     whole = sharding.replicated(mesh)
     state = state_shardings(jax.eval_shape(lambda: init_state(config, objective, tx)), mesh)
@@ -292,7 +299,10 @@ class Run:
             )
         self.writer = stack.enter_context(metrics.Writer(folder, config, self.start))
         self.speed = Speed()
-        self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
+        # Since the last log point: scalars on the device, undecodable images, indices of this process's rows.
+        self.pending: list[tuple[Scalars, int, np.ndarray]] = []
+        counted = self.record.get(nonfinite.SKIPPED, {})
+        self.nonfinite = nonfinite.Watch(config, folder, source, **counted)
         self.signal: int | None = None  # that came to any process, as all of them know it
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
         self.draw_pictures = None
@@ -383,27 +393,27 @@ class Run:
             with contextlib.closing(self._batches()) as batches:
                 self.speed.restart()
                 for step in range(self.start + 1, self.total + 1):
-                    batch, undecodable = next(batches)
+                    batch, undecodable, indices = next(batches)
                     self.state, scalars = self.train_step(self.state, batch)
-                    self.pending.append((scalars, undecodable))
+                    self.pending.append((scalars, undecodable, indices))
                     if len(self.pending) > IN_FLIGHT:
                         self._agree([jax.block_until_ready(self.pending[-1 - IN_FLIGHT][0])])
                     self._after(step, progress)
         return self._finish()
 
-    def _batches(self) -> Generator[tuple[Batch, int], None, None]:
-        """Batches on the device, and how many of their images replace files that could not be decoded."""
+    def _batches(self) -> Generator[tuple[Batch, int, np.ndarray], None, None]:
+        """Batches on the device, how many of their images replace undecodable ones, and this process's indices."""
         pipeline = data.TrainPipeline(
             self.config, self.source, process_index=jax.process_index(), process_count=jax.process_count()
         )
 
-        def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
+        def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int, np.ndarray]:
             if "label" in self.objective.inputs:
                 batch = {**batch, "label": np.asarray(self.source.labels_of(batch["index"]), np.int32)}
             inputs = {name: batch[name] for name in self.objective.inputs}
             if distributed.processes() > 1:
                 inputs[SIGNAL] = np.full(len(batch["index"]), self.interrupt.signal or 0, np.int32)
-            return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"])
+            return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"]), batch["index"]
 
         with (
             contextlib.closing(pipeline),
@@ -452,25 +462,50 @@ class Run:
         """Waits for the steps since the last log point, checks and logs them.
 
         Raises:
-          NonFiniteError: a loss is NaN or infinite.
+          NonFiniteError: a loss or a gradient is NaN or infinite, and config.nonfinite.skip steps before it were.
         """
         if not self.pending:
             return
-        scalars = jax.device_get([s for s, _ in self.pending])
-        undecodable = sum(count for _, count in self.pending)
+        scalars = jax.device_get([s for s, _, _ in self.pending])
+        undecodable = sum(count for _, count, _ in self.pending)
+        indices = [rows for _, _, rows in self.pending]
         self.pending = []
         self._agree(scalars)
         for values in scalars:
             values.pop(SIGNAL, None)
         speed = self.speed.add(len(scalars) * self.config.batch_size)
         first = step - len(scalars) + 1
-        for offset, values in enumerate(scalars):
-            if not math.isfinite(values["loss"]):
-                raise self._non_finite(f"the loss is {float(values['loss'])} at step {first + offset}")
-        means = {k: float(np.mean([v[k] for v in scalars])) for k in scalars[0]} | {"lr": float(scalars[-1]["lr"])}
-        self.record = {"loss": means["loss"], "images_per_sec": self.speed.average()}
+        done = [v for i, v in enumerate(scalars) if self._counts(first + i, v, indices[i])]
+        means = {k: float(np.mean([v[k] for v in done])) for k in scalars[0] if done} | {"lr": float(scalars[-1]["lr"])}
+        if self.config.nonfinite.skip:
+            means[nonfinite.SKIPPED] = len(scalars) - len(done)
+            means["skipped_total"] = self.nonfinite.total
+        self.record = {
+            "loss": means.get("loss", self.record.get("loss", math.nan)),
+            "images_per_sec": self.speed.average(),
+            nonfinite.SKIPPED: {"streak": self.nonfinite.streak, "total": self.nonfinite.total},
+        }
         progress.update(step, means, speed)
         self.writer.write(step, means | {"images_per_sec": speed, "undecodable": undecodable})
+
+    def _counts(self, step: int, scalars: Mapping[str, np.ndarray], indices: np.ndarray) -> bool:
+        """Whether a step was finite; one that was not is written down.
+
+        Raises:
+          NonFiniteError: it and as many before it as config.nonfinite.skip allows were not.
+        """
+        watch, allowed = self.nonfinite, self.config.nonfinite.skip
+        what = watch.see(scalars)
+        if not what:
+            return True
+        watch.write(step, scalars, indices, self.checkpoints.latest())
+        if watch.streak > allowed:
+            if allowed:
+                what += f", as in the {watch.streak - 1} steps before (config.nonfinite.skip={allowed}),"
+            raise self._non_finite(f"{what} at step {step}; its images are named in {watch.path(step)}")
+        if distributed.first():
+            log.warning("step %d skipped: %s; its images are named in %s", step, what, watch.path(step))
+        return False
 
     def _non_finite(self, what: str) -> NonFiniteError:
         self.checkpoints.wait()
@@ -524,6 +559,7 @@ class Run:
             "steps": self.total,
             "loss": self.record["loss"],
             "images_per_sec": self.record["images_per_sec"],
+            **({nonfinite.SKIPPED: self.nonfinite.total} if self.config.nonfinite.skip else {}),
             **scores,
             "params": parameters.count(self.state.params),
             "params_sha256": checkpoint.params_sha256(self.state.params),

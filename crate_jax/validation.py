@@ -48,7 +48,7 @@ NOT_NEGATIVE = (
     "optimizer.lr_batch optimizer.warmup_epochs optimizer.warmup_steps optimizer.warmup_lr optimizer.min_lr "
     "optimizer.weight_decay optimizer.clip_norm evaluation.every evaluation.train_images evaluation.test_images "
     "evaluation.layer align.width align.noise finetune.head_init finetune.mixup finetune.cutmix "
-    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every whitebox.every"
+    "segment.channels segment.auxiliary segment.classes log.pictures log.pictures_every whitebox.every nonfinite.skip"
 ).split()
 # (key, lowest, highest, lowest allowed?, highest allowed?)
 RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (

@@ -81,6 +81,8 @@ def _take(folder: Path) -> TextIO:
         raise UserError(
             f"workdir {folder}: its file system cannot lock files ({e.strerror}); choose another --workdir"
         ) from None
+    for left in folder.glob("*.[0-9]*.tmp"):  # of a process that was killed while it wrote (metrics.write_text)
+        left.unlink(missing_ok=True)
     file.truncate(0)
     file.write(f"{os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -101,12 +103,17 @@ def _create(workdir: str | os.PathLike[str]) -> Path:
 
 
 def check_free_space(path: str | os.PathLike[str], bytes_needed: int) -> None:
-    """Checks that the file system of the existing folder `path` has room for `bytes_needed` more bytes.
+    """Checks that the file system of the folder `path` has room for `bytes_needed` more bytes.
 
     Raises:
-      CheckpointError: names what is free and what is needed.
+      CheckpointError: names what is free and what is needed, or says that the folder is gone.
     """
-    free = shutil.disk_usage(path).free
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError as e:
+        raise CheckpointError(
+            f"{os.fspath(path)} is gone ({e.strerror}); the same command starts from what is left of the workdir"
+        ) from None
     if free < bytes_needed:
         raise CheckpointError(
             f"no space left for a checkpoint in {os.fspath(path)}: {bytes_needed / 1e6:,.1f} MB needed, "

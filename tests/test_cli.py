@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -72,43 +71,6 @@ def test_running_again_changes_nothing(finished, run_cli, tmp_path):
     before, after = summary(finished[0]), summary(workdir)
     for key in SUMMARY - {"pictures"}:
         assert before[key] == after[key], key
-
-
-def test_killed_at_random_and_run_again_gives_the_same_bits(run_cli, cli_env, tmp_path):
-    """Kill -9 at random moments, the same command until it is through: the uninterrupted run's weights."""
-    flags = [
-        "--config=configs/quickstart.py:debug,penalty=srip",
-        "--config.steps=45", "--config.save.every=3", "--config.log.every=4", "--config.optimizer.ema=0.9",
-    ]  # fmt: skip
-    whole = tmp_path / "whole"
-    assert run_cli([*flags, f"--workdir={whole}"]).returncode == 0
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "crate_jax.main", *flags, f"--workdir={killed}"]
-    rng, kills, steps_at_kill = random.Random(0), 0, []
-    for _ in range(30):
-        process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        done = {p.name for p in (killed / "checkpoints").glob("[0-9]*")}
-        deadline = time.monotonic() + 240
-        # Kill only after some progress in this life, at a random moment of it.
-        while kills < 3 and process.poll() is None and time.monotonic() < deadline:
-            if {p.name for p in (killed / "checkpoints").glob("[0-9]*")} - done:
-                time.sleep(rng.uniform(0.0, 0.4))
-                if process.poll() is None:
-                    process.kill()
-                    kills += 1
-                    steps_at_kill.append(
-                        max(
-                            (int(n.name) for n in (killed / "checkpoints").glob("[0-9]*") if n.name.isdigit()),
-                            default=0,
-                        )
-                    )
-                break
-            time.sleep(0.02)
-        if process.wait(timeout=240) == 0:
-            break
-    assert kills >= 2, f"only {kills} kills hit a running process"
-    assert summary(killed)["params_sha256"] == summary(whole)["params_sha256"]
-    assert summary(killed)["loss"] == summary(whole)["loss"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
