@@ -292,11 +292,12 @@ class _NotOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name == "asyncio":
             text = record.getMessage()
-            return not ("never retrieved" in text and ("tensorstore" in text.lower() or _ORBAX in text))
+            return not ("never retrieved" in text and any(sign in text.lower() for sign in _ITS_FILES))
         return _ORBAX not in record.pathname
 
 
 _ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
+_ITS_FILES = ("tensorstore", "orbax-checkpoint", _ORBAX)  # one of which an error about them names
 _FILTER = _NotOrbax()
 
 
