@@ -49,9 +49,15 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def fail(error: BaseException) -> NoReturn:
     """Prints an error as one line and leaves with status 2."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    told = True
+    try:
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    except OSError:  # the log lies on the disk that is full
+        told = False
     if distributed.processes() > 1:
         distributed.leave(2)
+    if not told:
+        os._exit(2)  # Python would try again to write it, and leave with another status
     sys.exit(2)
 
 

@@ -257,3 +257,10 @@ def test_mistakes_get_one_line(args, expected, run_cli, tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:")
     line = one_line_error(run_cli([a.format(tmp=tmp_path) for a in args]))
     assert expected in line
+
+
+def test_the_status_is_right_also_where_the_message_has_no_room(cli_env, tmp_path):
+    """A log on the disk that is full."""
+    command = [sys.executable, "-m", "crate_jax.main", QUICK, "--config.job=sleep", f"--workdir={tmp_path / 'w'}"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, cwd=ROOT, env=cli_env, stderr=full, timeout=300).returncode == 2
