@@ -8,6 +8,7 @@ ends the others too, but after a longer time, without a line that a person can r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -236,7 +237,8 @@ def by_first(act: Callable[[], T]) -> T | None:
 
 def _die(line: str, status: int) -> NoReturn:
     """One line and out, whatever other threads are waiting for."""
-    os.write(2, f"error: {line}\n".encode())
+    with contextlib.suppress(OSError):  # the log's disk is full
+        os.write(2, f"error: {line}\n".encode())
     os._exit(status)
 
 
@@ -244,8 +246,9 @@ def leave(status: int) -> NoReturn:
     """Ends a process that failed: at once, as JAX's own end waits for the others; they notice."""
     if _watch is not None:
         _watch.end(told=False)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the log's disk is full
+            stream.flush()
     time.sleep(GRACE)
     os._exit(status)
 
