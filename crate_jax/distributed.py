@@ -8,6 +8,7 @@ ends the others too, but after a longer time, without a line that a person can r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -242,14 +243,16 @@ def by_first(act: Callable[[], T]) -> T | None:
 
 def _die(line: str, status: int) -> NoReturn:
     """One line and out, whatever other threads are waiting for."""
-    os.write(2, f"error: {line}\n".encode())
+    with contextlib.suppress(OSError):  # the log's disk is full
+        os.write(2, f"error: {line}\n".encode())
     os._exit(status)
 
 
 def leave(status: int) -> NoReturn:
     """Ends a process that failed, without JAX's own end, which waits for the others: they end with the same status."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the log's disk is full
+            stream.flush()
     if _watch is not None:
         _watch.end()
     time.sleep(GRACE)

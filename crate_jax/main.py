@@ -69,11 +69,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def fail(error: BaseException) -> NoReturn:
     """Prints an error as one line and leaves with status 2."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # what could not be written must not be tried once more at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream, text in ((sys.stderr, f"error: {one_line(error)}\n"), (sys.stdout, "")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # what could not be written must not be tried once more at the end, with another status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if distributed.processes() > 1:
         distributed.leave(2)
     sys.exit(2)

@@ -1,23 +1,17 @@
 """What the program that is being traced will run on, and the kernels written for it.
 
-A step is traced under the mesh that it is compiled for (:func:`tracing_for`), which need not be of
-this machine's devices. Code that has something better than XLA's own for one platform asks here.
+A step is traced under the mesh that it is compiled for (:func:`crate_jax.sharding.on_mesh`), which
+need not be of this machine's devices. Code that has something better than XLA's own for one platform asks here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from crate_jax.sharding import BATCH
-
-
-def tracing_for(mesh: Mesh) -> AbstractContextManager:
-    """Names the mesh that what is traced inside is compiled for."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def is_tpu() -> bool:

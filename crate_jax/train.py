@@ -144,8 +144,7 @@ def make_train_step(
         signal_B = batch.pop(SIGNAL, None)
         image_key, penalty_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         keys_B = jax.random.split(image_key, config.batch_size)
-        with target.tracing_for(mesh):
-            loss, scalars, grads = averaged(state.params, batch, keys_B if order is None else keys_B[order])
+        loss, scalars, grads = averaged(state.params, batch, keys_B if order is None else keys_B[order])
         (penalty, (carried, penalty_scalars)), penalty_grads = penalty_and_grad(
             state.params, state.objective, penalty_key
         )

@@ -224,3 +224,10 @@ def test_images_without_labels_train_without_an_evaluation(run_cli, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     written = summary(tmp_path / "run")
     assert written["probe_top1"] is None and written["pictures"]
+
+
+def test_the_status_is_right_also_where_the_message_has_no_room(cli_env, tmp_path):
+    """A log on the disk that is full."""
+    command = [sys.executable, "-m", "crate_jax.main", QUICK, "--config.job=sleep", f"--workdir={tmp_path / 'w'}"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, cwd=ROOT, env=cli_env, stderr=full, timeout=300).returncode == 2
