@@ -140,7 +140,7 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
     """Connects this process to the others; to be called before JAX is used.
 
     Raises:
-      UserError: it cannot. If after `seconds` not all processes are there, the process ends itself with status 2 and
+      UserError: it cannot. If after `seconds` not all processes are there, the process ends itself with status LOST and
         one line, since JAX would abort it.
     """
     global _processes, _process, _address
@@ -153,7 +153,7 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
         role = "starts the meeting point at" if cluster.address and cluster.process == 0 else "looks for process 0 at"
         _die(
             f"{who} {role} {where}, and not all processes met there in {seconds:.0f} s; are all of them "
-            "started, with the same address and number of processes, and is the port open?", 2,
+            "started, with the same address and number of processes, and is the port open?", LOST,
         )  # fmt: skip
 
     timer = threading.Timer(seconds, give_up)

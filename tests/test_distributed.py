@@ -282,5 +282,5 @@ def test_a_process_that_stays_alone_says_so(process, role, cli_env):
     program = f"from crate_jax import distributed as d; d.start(d.Cluster('127.0.0.1:{free_port()}', 2, {process}), 3)"
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, env=cli_env, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 2
+    assert result.returncode == distributed.LOST  # a late one, most often: launchers try again
     assert result.stderr.splitlines()[-1].startswith(f"error: process {process} of 2 {role} 127.0.0.1:")
