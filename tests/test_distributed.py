@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crate_jax import checkpoint, distributed, pictures, train
+from crate_jax import checkpoint, distributed, pictures, train, watch
 from crate_jax.distributed import Cluster
 from crate_jax.errors import ConfigError
 from tests.conftest import ROOT
@@ -197,7 +197,7 @@ def test_the_others_stop_and_name_a_process_that_is_killed(victim, cli_env, tmp_
         wait_for(lambda: steps_done(tmp_path / "run") > 12, processes)
         processes[victim].kill()
         status, _, stderr = ends(processes, 60)[1 - victim]
-    assert status == distributed.LOST, stderr[-3000:]
+    assert status == watch.LOST, stderr[-3000:]
     line = [line for line in stderr.splitlines() if line.startswith("error: ")][-1]
     assert f"process {victim} of 2" in line and f"pid {processes[victim].pid}" in line
     config, _ = configured("crate", 60)
@@ -282,5 +282,5 @@ def test_a_process_that_stays_alone_says_so(process, role, cli_env):
     program = f"from crate_jax import distributed as d; d.start(d.Cluster('127.0.0.1:{free_port()}', 2, {process}), 3)"
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, env=cli_env, capture_output=True, text=True, timeout=100)
-    assert result.returncode == distributed.LOST  # a late one, most often: launchers try again
+    assert result.returncode == watch.LOST  # a late one, most often: launchers try again
     assert result.stderr.splitlines()[-1].startswith(f"error: process {process} of 2 {role} 127.0.0.1:")

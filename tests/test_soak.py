@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from crate_jax import distributed, workdir as workdirs
+from crate_jax import watch, workdir as workdirs
 from tests.conftest import ROOT
 from tests.test_distributed import free_port
 
@@ -89,7 +89,7 @@ class Life:
         start = time.monotonic()
         for i, process in enumerate(self.processes):
             status = process.wait(LEAVE_SECONDS)
-            expected = -signal.SIGKILL if i in victims else distributed.LOST
+            expected = -signal.SIGKILL if i in victims else watch.LOST
             assert status == expected, f"process {i}, victims {victims}: {status}\n{self.errors[i].read_text()[-3000:]}"
         self.left_after = time.monotonic() - start
 

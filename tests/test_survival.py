@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from crate_jax import distributed
+from crate_jax import watch
 from tests.test_checkpoint import flip, largest
 from tests.test_soak import FLAGS, Life, check_clean, check_same, checkpoints, losses
 
@@ -178,7 +178,7 @@ def test_a_signal_outside_the_steps(when, processes, cli_env, tmp_path):
         assert "state saved; the same command continues it" in life.errors[0].read_text()
         assert checkpoints(tmp_path / "run")
     else:
-        assert ended == [*[distributed.LOST] * (processes - 1), -signal.SIGTERM]
+        assert ended == [*[watch.LOST] * (processes - 1), -signal.SIGTERM]
     if when != "evaluating":
         Life(cli_env, flags, tmp_path / "run", processes).end()
     assert len(losses(tmp_path / "run")) == 8
