@@ -47,7 +47,7 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks import hlo_cost
 from benchmarks.roofline import Chip, chip_of, roofline
-from crate_jax import optimizer, pretrain, sharding, train
+from crate_jax import optimizer, pretrain, sharding, train_step
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.main import fail
 from crate_jax.validation import validate
@@ -88,8 +88,8 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
     objective = pretrain.build(config)
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
-    step = train.make_train_step(config, objective, tx, schedule, mesh)
-    state = jax.eval_shape(functools.partial(train.init_state, config, objective, tx))
+    step = train_step.make_train_step(config, objective, tx, schedule, mesh)
+    state = jax.eval_shape(functools.partial(train_step.init_state, config, objective, tx))
     images = jax.ShapeDtypeStruct((config.batch_size, *config.data.image_size, 3), jnp.uint8)
     return step.lower(state, {"image": images})
 

@@ -286,7 +286,7 @@ def read_params(
 
 
 def _read_params(folder: Path, meta: dict[str, Any], averages: bool) -> dict[str, Any]:
-    """The parameters by name, or their averages (:meth:`crate_jax.train.TrainState.eval_params`)."""
+    """The parameters by name, or their averages (:meth:`crate_jax.train_step.TrainState.eval_params`)."""
     kept = [name for name in meta["arrays"]["rest"] if averages and name.startswith(AVERAGES)]
     item = "rest" if kept else "params"
     arrays = files.read_arrays(folder, meta, item, files.host_targets(meta, item))

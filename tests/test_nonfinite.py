@@ -13,8 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import checkpoint, config as configs, data, nonfinite, optimizer, pictures, pretrain, sharding, train
+from crate_jax import (
+    checkpoint,
+    data,
+    nonfinite,
+    optimizer,
+    pictures,
+    pretrain,
+    sharding,
+    train,
+    train_step,
+)
 from crate_jax.errors import NonFiniteError
+from crate_jax.validation import validate
 from tests.test_train import images, small
 
 
@@ -44,9 +55,9 @@ def prepared(c, where: str, devices: int):
     mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
     objective = poisoned(pretrain.build(c), where)
     tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), c.steps, 10.0)
-    init = functools.partial(train.init_state, c, objective, tx)
-    state = jax.jit(init, out_shardings=train.state_shardings(jax.eval_shape(init), mesh))()
-    return train.make_train_step(c, objective, tx, schedule, mesh), state, mesh
+    init = functools.partial(train_step.init_state, c, objective, tx)
+    state = jax.jit(init, out_shardings=train_step.state_shardings(jax.eval_shape(init), mesh))()
+    return train_step.make_train_step(c, objective, tx, schedule, mesh), state, mesh
 
 
 @pytest.mark.parametrize(
@@ -97,7 +108,7 @@ def configured(folder: Path, steps: int, skip: int):
     c.encoder.depth, c.decoder.name, c.nonfinite.skip = 1, "linear", skip
     c.optimizer.schedule = "constant"  # so that a run may be made longer
     c.log.every, c.log.pictures, c.log.report, c.log.tensorboard, c.save.every = 3, 0, False, False, 2
-    configs.validate(c)
+    validate(c)
     return c
 
 
@@ -165,4 +176,4 @@ def test_a_streak_ends_the_run_also_across_a_restart(folder, tmp_path):
     assert sorted(int(p.stem) for p in (tmp_path / "run" / nonfinite.FOLDER).iterdir()) == [*range(step - 3, step + 1)]
     params, meta = checkpoint.read_params(tmp_path / "run")
     assert meta["step"] == step - 1 and meta["record"]["skipped"] == {"streak": 3, "total": 3}
-    assert train.all_finite(params)
+    assert train_step.all_finite(params)

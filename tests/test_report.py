@@ -330,7 +330,7 @@ def test_a_run_keeps_its_config_and_takes_the_options_of_the_report():
 
 def test_every_key_is_of_the_run_or_of_the_report():
     """A new section of the config has to be put in its place: left out, a run would show with defaults."""
-    of_the_report = {"align", "checkpoint", "job", "log", "mesh", "report", "save", "sweep", "whitebox"}
+    of_the_report = {"align", "checkpoint", "job", "log", "mesh", "nonfinite", "report", "save", "sweep", "whitebox"}
     assert set(configs.base()) == {*job.OF_THE_RUN, *of_the_report}
     saved = json.loads(configs.to_json(tiny(protocol__name="finetune_mae", whitebox__every=3)))
     full = job.resolve(report_config.get_config(), saved)

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 
-from crate_jax import config as configs, data, optimizer, pictures, pretrained, segment, sharding, train
+from crate_jax import config as configs, data, optimizer, pictures, pretrained, segment, sharding, train, train_step
 from crate_jax.data.pairs import IGNORED, crop_mask
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.evals import finetune, segmentation
@@ -511,8 +511,8 @@ def test_upernet_learns_shapes(folder):
     source = data.open_split(c, "train")
     objective = segment.build(c, source)
     tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 60, 1.0)
-    step = train.make_train_step(c, objective, tx, schedule, mesh)
-    state = jax.jit(lambda: train.init_state(c, objective, tx))()
+    step = train_step.make_train_step(c, objective, tx, schedule, mesh)
+    state = jax.jit(lambda: train_step.init_state(c, objective, tx))()
     for batch, _ in zip(data.TrainPipeline(c, source).batches(), range(60), strict=False):
         state, scalars = step(state, sharding.put_batch({k: batch[k] for k in objective.inputs}, mesh))
     assert set(scalars) >= {"cross_entropy", "auxiliary"}
@@ -545,8 +545,8 @@ def test_devices_and_micro_batches_change_nothing(folder):
         mesh = sharding.make_mesh(16, accumulate, jax.devices()[:devices])
         objective = segment.build(c, data.open_split(c, "train"))
         tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 4, 1.0)
-        state, scalars = train.make_train_step(c, objective, tx, schedule, mesh)(
-            train.init_state(c, objective, tx), sharding.put_batch(batch, mesh)
+        state, scalars = train_step.make_train_step(c, objective, tx, schedule, mesh)(
+            train_step.init_state(c, objective, tx), sharding.put_batch(batch, mesh)
         )
         return jax.device_get((state.params, scalars))
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from crate_jax import autoencoder, optimizer, parameters, pretrain, sharding, train
+from crate_jax import autoencoder, optimizer, parameters, pretrain, sharding, train_step
 from crate_jax.errors import ConfigError
 from tests.test_train import images, small
 
@@ -23,11 +23,13 @@ def train_on(encoder: str, data: int, model: int):
     c.decoder.name = {"crate": "crate", "vit": "linear"}[encoder]
     mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[: data * model], data, model)
     objective = pretrain.build(c)
-    init = functools.partial(train.init_state, c, objective)
+    init = functools.partial(train_step.init_state, c, objective)
     tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 4, 10.0)
-    state = jax.jit(lambda: init(tx), out_shardings=train.state_shardings(jax.eval_shape(lambda: init(tx)), mesh))()
+    state = jax.jit(
+        lambda: init(tx), out_shardings=train_step.state_shardings(jax.eval_shape(lambda: init(tx)), mesh)
+    )()
     batches = [sharding.put_batch({"image": images(i, c.batch_size)}, mesh) for i in range(2)]
-    step = train.make_train_step(c, objective, tx, schedule, mesh).lower(state, batches[0]).compile()
+    step = train_step.make_train_step(c, objective, tx, schedule, mesh).lower(state, batches[0]).compile()
     losses = []
     for batch in batches:
         state, scalars = step(state, batch)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 
 from benchmarks.hlo_cost import Program
 from benchmarks.roofline import CHIPS, chip_of, roofline
-from crate_jax import optimizer, parameters, pretrain, sharding, target, train
+from crate_jax import optimizer, parameters, pretrain, sharding, target, train_step
 from crate_jax.encoders import layers, mssa_kernel
 from crate_jax.encoders.crate import attend
 from crate_jax.errors import UserError
@@ -255,9 +255,9 @@ def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
         objective = pretrain.build(config)
         shapes = jax.eval_shape(lambda objective=objective: objective.init(jax.random.key(0))[0])
         tx, schedule = optimizer.build(config, shapes, config.steps, 10.0)
-        state = jax.eval_shape(functools.partial(train.init_state, config, objective, tx))
+        state = jax.eval_shape(functools.partial(train_step.init_state, config, objective, tx))
         batch = {"image": jax.ShapeDtypeStruct((config.batch_size, 8, 8, 3), jnp.uint8)}
-        step = train.make_train_step(config, objective, tx, schedule, mesh).lower(state, batch).compile()
+        step = train_step.make_train_step(config, objective, tx, schedule, mesh).lower(state, batch).compile()
         sent[chips] = Program(step.as_text()).cost().collective_bytes
         assert set(sent[chips]) == {"all-reduce", "all-gather"}
         weights = 4 * parameters.count(shapes)

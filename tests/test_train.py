@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import autoencoder, config as configs, optimizer, pretrain, sharding, train
+from crate_jax import autoencoder, config as configs, optimizer, pretrain, sharding, train, train_step
 from crate_jax.errors import ConfigError
 from crate_jax.validation import validate
 
@@ -44,9 +44,9 @@ def steps(c, devices: int, count: int = 3):
     objective = pretrain.build(c)
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     tx, schedule = optimizer.build(c, shapes, c.steps, 10.0)
-    step = train.make_train_step(c, objective, tx, schedule, mesh)
-    init = functools.partial(train.init_state, c, objective, tx)
-    state = jax.jit(init, out_shardings=train.state_shardings(jax.eval_shape(init), mesh))()
+    step = train_step.make_train_step(c, objective, tx, schedule, mesh)
+    init = functools.partial(train_step.init_state, c, objective, tx)
+    state = jax.jit(init, out_shardings=train_step.state_shardings(jax.eval_shape(init), mesh))()
     losses = []
     for i in range(count):
         batch = sharding.put_batch({"image": images(i, c.batch_size)}, mesh)
