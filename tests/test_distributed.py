@@ -233,8 +233,11 @@ def test_what_stops_one_process_stops_all_in_one_line(cli_env, tmp_path):
     )  # fmt: skip
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        for extra, message in (([], "is in use by process"), (["--config.batch_size=6"], "cannot be split over")):
-            with started(cli_env, 2, [*flags, *extra, f"--workdir={tmp_path}"]) as processes:
+        for workdir, extra, message in (
+            (tmp_path, [], "is in use by process"),
+            (tmp_path / "other", ["--config.batch_size=6"], "cannot be split over"),
+        ):
+            with started(cli_env, 2, [*flags, *extra, f"--workdir={workdir}"]) as processes:
                 ended = ends(processes, 120)
             for status, _, stderr in ended:
                 assert status == 2 and "Traceback" not in stderr, stderr[-3000:]

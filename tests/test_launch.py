@@ -17,6 +17,8 @@ import yaml
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.one_python
+
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(p.name for p in LAUNCH.glob("*.sh") if p.name != "settings.sh")
 TOOLS = ("gcloud", "sbatch", "srun", "squeue", "scontrol", "kubectl", "python3")

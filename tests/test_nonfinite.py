@@ -28,6 +28,8 @@ from crate_jax.errors import NonFiniteError
 from crate_jax.validation import validate
 from tests.test_train import images, small
 
+pytestmark = pytest.mark.one_python
+
 
 def poisoned(objective, where: str):
     """The objective, but a batch with an all-white image makes its loss, its gradient or its penalty NaN.

@@ -272,6 +272,7 @@ def command(cli_env, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     "args, line",
     [
@@ -289,6 +290,7 @@ def test_what_cannot_be_compiled_is_one_line(cli_env, args, line):
     assert result.stderr.splitlines() == [f"error: {line}"]
 
 
+@pytest.mark.one_python
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_a_missing_compiler_is_one_line(cli_env):
     result = command(cli_env, "--config=configs/crate_mae.py:debug")

@@ -58,8 +58,14 @@ def steps(c, devices: int, count: int = 3):
 METHODS = [("crate", "mask", "srip"), ("vit", "rop", "so"), ("vit", "noise", "none")]
 
 
-@pytest.mark.parametrize("smallest_split", [1, 2**14])
-@pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
+@pytest.mark.parametrize(
+    ("encoder", "corruption", "penalty", "smallest_split"),
+    [(*METHODS[0], 1), (*METHODS[1], 2**14)]
+    + [
+        pytest.param(*method, split, marks=pytest.mark.slow)
+        for method, split in [(METHODS[0], 2**14), (METHODS[1], 1), (METHODS[2], 1), (METHODS[2], 2**14)]
+    ],
+)
 def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, monkeypatch):
     """Losses to 1e-6 over three steps, drop path, corruption and penalty included; optimiser split or not."""
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", smallest_split)
@@ -71,7 +77,7 @@ def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, m
     chex.assert_trees_all_close(state_one.params, jax.device_get(state_eight.params), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars", "lion"])
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lars", "lion"))])
 def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
     """An eighth of every moment on each device, stays so after a step; the parameters whole on all."""
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 1)
@@ -114,7 +120,9 @@ def test_cpu_devices_follow_the_cores_and_the_batch(env, cores, batch, devices):
     assert out.stdout.split() == [str(devices)] * 2, out.stderr
 
 
-@pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
+@pytest.mark.parametrize(
+    ("encoder", "corruption", "penalty"), [*METHODS[:2], pytest.param(*METHODS[2], marks=pytest.mark.slow)]
+)
 def test_accumulated_gradients_equal_the_big_batch(encoder, corruption, penalty):
     """Four micro-batches on two devices give the update of the whole batch: same draws, penalty once."""
     c = small(encoder, corruption, penalty)
