@@ -81,9 +81,10 @@ test: $(VENV)/.installed-test ## the quick tests
 test-slow: $(VENV)/.installed-test ## the tests marked slow
 	@$(PYTEST) -m slow $(ARGS)
 
-lint: $(VENV)/.installed-test ## ruff: rules and format, without changing a file
+lint: $(VENV)/.installed-test ## ruff: rules and format, without changing a file; shellcheck
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/shellcheck -x .ci/run launch/*.sh
 
 format: $(VENV)/.installed-test ## ruff: fix what can be fixed, and format
 	@$(BIN)/python -m ruff check --fix .

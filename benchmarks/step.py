@@ -25,7 +25,8 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from crate_jax import config as configs, optimizer, pretrain, sharding, train
+from crate_jax import optimizer, pretrain, sharding, train, train_step
+from crate_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Images per step.", lower_bound=1)
@@ -92,15 +93,15 @@ def main(_: list[str]) -> None:
     config.batch_size = _BATCH.value
     config.steps, config.epochs = config.steps or 10_000, 0.0
     config.optimizer.warmup_epochs = 0.0
-    configs.validate(config)
+    validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate)
     mesh = sharding.make_mesh(config.batch_size, config.accumulate)
     objective = pretrain.build(config)
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
-    step = train.make_train_step(config, objective, tx, schedule, mesh)
-    init = functools.partial(train.init_state, config, objective, tx)
-    state = jax.jit(init, out_shardings=train.state_shardings(jax.eval_shape(init), mesh))()
+    step = train_step.make_train_step(config, objective, tx, schedule, mesh)
+    init = functools.partial(train_step.init_state, config, objective, tx)
+    state = jax.jit(init, out_shardings=train_step.state_shardings(jax.eval_shape(init), mesh))()
     images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *config.data.image_size, 3), np.uint8)
     batch = sharding.put_batch({"image": images}, mesh)
     keys = jax.random.split(jax.random.key(0), config.batch_size)

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from crate_jax import checkpoint_files as files
+from crate_jax import checkpoint_files as files, distributed
 from crate_jax.errors import CheckpointError
 from crate_jax.parameters import names
-from crate_jax.workdir import check_free_space
+from crate_jax.workdir import check_free_space, expanduser
 
 PyTree = Any
 
@@ -97,7 +97,8 @@ class Checkpoints:
         arrays = {"params": _arrays(params), "rest": _arrays(rest)}
         leaves = [x for item in arrays.values() for x in item.values()]
         # 4 KiB per array and 1 MiB in all: Orbax's own files and the file system's blocks.
-        check_free_space(self.folder, sum(x.nbytes for x in leaves) + 4096 * len(leaves) + 2**20)
+        needed = sum(x.nbytes for x in leaves) + 4096 * len(leaves) + 2**20
+        distributed.by_first(lambda: check_free_space(self.folder, needed))  # all stop, or none
         trees = {item: files.storable(x) for item, x in arrays.items()}
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in trees.items() if tree}
         items[files.META] = ocp.args.JsonSave(files.make_meta(step, meta, arrays))
@@ -132,7 +133,7 @@ class Checkpoints:
         self.wait()
         wanted = {"params": _targets(abstract_params), "rest": _targets(abstract_rest)}
         problems: dict[int, str] = {}
-        for step in files.steps(self.folder):
+        for step in self._candidates():
             folder = self.folder / str(step)
             try:
                 meta = files.read_meta(folder)
@@ -151,6 +152,15 @@ class Checkpoints:
         if problems:
             raise CheckpointError(_none_usable(self.folder, problems))
         return None
+
+    def _candidates(self) -> Iterator[int]:
+        """The steps on disk, newest first; one that any process sees, all go through."""
+        step = -1
+        while (step := distributed.largest(max(self._steps(below=step), default=-1))) >= 0:
+            yield step
+
+    def _steps(self, below: int) -> list[int]:
+        return [step for step in files.steps(self.folder) if below < 0 or step < below]
 
     def wait(self) -> None:
         """Waits for the running save.
@@ -226,7 +236,8 @@ def _targets(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _warn_unusable(step: int, folder: Path, e: files.DamagedError) -> str:
-    logging.warning("checkpoint of step %d (%s) cannot be used: %s", step, folder, e)
+    if e.told:
+        logging.warning("checkpoint of step %d (%s) cannot be used: %s", step, folder, e)
     return str(e)
 
 
@@ -252,7 +263,7 @@ def read_params(
       CheckpointError: no such folder or step, no checkpoint in it, or none that is usable.
     """
     files.quiet_orbax()
-    folder = Path(workdir).expanduser().absolute()
+    folder = expanduser(workdir).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected the workdir of another run")
     if (folder / FOLDER).is_dir():
@@ -275,7 +286,7 @@ def read_params(
 
 
 def _read_params(folder: Path, meta: dict[str, Any], averages: bool) -> dict[str, Any]:
-    """The parameters by name, or their averages (:meth:`crate_jax.train.TrainState.eval_params`)."""
+    """The parameters by name, or their averages (:meth:`crate_jax.train_step.TrainState.eval_params`)."""
     kept = [name for name in meta["arrays"]["rest"] if averages and name.startswith(AVERAGES)]
     item = "rest" if kept else "params"
     arrays = files.read_arrays(folder, meta, item, files.host_targets(meta, item))
@@ -293,7 +304,7 @@ def init_encoder(params: PyTree, other: PyTree, what: str) -> PyTree:
       what: where `other` comes from, for messages, such as ``"config.init_from=DIR"``.
 
     Raises:
-      CheckpointError: lists every array that is missing, unexpected or of another shape.
+      CheckpointError: lists the first arrays that are missing, unexpected or of another shape.
     """
     if not isinstance(other, Mapping) or "encoder" not in other:
         raise CheckpointError(f"{what}: its parameters have no 'encoder'")
@@ -309,7 +320,7 @@ def init_encoder(params: PyTree, other: PyTree, what: str) -> PyTree:
         if ours[name].shape != theirs[name].shape:
             wrong.append(f"encoder/{name}: checkpoint {theirs[name].shape}, config {ours[name].shape}")
     if wrong:
-        raise CheckpointError(f"{what}: its encoder does not fit: {'; '.join(wrong)}")
+        raise CheckpointError(f"{what}: its encoder does not fit: {files.some(wrong, '; ')}")
     replaced = [_placed_like(theirs[name], leaf) if name in theirs else leaf for name, leaf in ours.items()]
     return {**params, "encoder": jax.tree.unflatten(jax.tree.structure(params["encoder"]), replaced)}
 
@@ -320,9 +331,15 @@ def _placed_like(value: Any, leaf: Any) -> Any:
 
 
 def params_sha256(params: PyTree) -> str:
-    """Hashes names, dtypes, shapes and bytes of all arrays, in the order of their names."""
+    """Hashes names, dtypes, shapes and bytes of all arrays, in the order of their names.
+
+    However they lie on devices. Arrays of which other processes hold a part are gathered one at a time; all processes
+    must call it then.
+    """
     digest = hashlib.sha256()
     for name, x in sorted(names(params).items()):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            x = multihost_utils.process_allgather(x, tiled=True)
         x = np.ascontiguousarray(jax.device_get(x))
         digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
         digest.update(x.tobytes())

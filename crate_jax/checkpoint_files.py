@@ -7,6 +7,7 @@ versions, and shape, dtype and checksum of every array, under a digest of its ow
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 
+from crate_jax import distributed
 from crate_jax.checksum import checksums
 from crate_jax.config import changed_keys
 from crate_jax.errors import CheckpointError
@@ -31,12 +34,35 @@ from crate_jax.parameters import names
 ITEMS = ("params", "rest")
 META = "meta"
 VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-IGNORED_CHANGES = ("log.", "save.", "evaluation.")  # config keys that do not touch the training state
+IGNORED_CHANGES = ("log.", "save.", "evaluation.", "mesh.")  # config keys that do not touch the training state
 SHOWN = 5  # arrays named in one message
 
 
 class DamagedError(Exception):
-    """What was read is not what was written."""
+    """What was read is not what was written.
+
+    Attributes:
+      told: whether this process is one to say so: process 0, and the first one that noticed.
+    """
+
+    def __init__(self, message: str, told: bool = True) -> None:
+        super().__init__(message)
+        self.told = told
+
+
+def agree(problem: str) -> None:
+    """Makes what one process cannot use damaged for all, so that all go on to the same checkpoint.
+
+    Args:
+      problem: this process's; empty: it has none. All processes must call it.
+
+    Raises:
+      DamagedError: some process has a problem.
+    """
+    me, everyone = jax.process_index(), distributed.processes()
+    first = -distributed.largest(-(me if problem else everyone))
+    if first < everyone:
+        raise DamagedError(problem or f"process {first} cannot read it, see its log", told=me in (0, first))
 
 
 def steps(folder: Path) -> list[int]:
@@ -106,30 +132,57 @@ def _signature(x: Any) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Reads and verifies the meta of the checkpoint in `folder`.
+    """Reads and verifies the meta of the checkpoint in `folder`; all processes must call it.
 
     Raises:
       DamagedError: it is missing or is not what was written.
     """
     path = folder / META / "metadata"
+    stored: Any = None
+    problem = ""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(stored, dict) and set(stored) == {"sha256", "body"}
+        if not whole or _digest(stored["body"]) != stored["sha256"]:
+            problem = f"{path.relative_to(folder)} is not what was saved (wrong checksum)"
+        elif not _is_complete(stored["body"]):
+            problem = f"{path.relative_to(folder)} is not as this version writes it: of another one?"
     except OSError as e:
-        raise DamagedError(f"{path.relative_to(folder)}: {e.strerror}") from None
+        problem = f"{path.relative_to(folder)}: {e.strerror}"
     except ValueError:
-        raise DamagedError(f"{path.relative_to(folder)} is not valid JSON") from None
-    if not isinstance(stored, dict) or set(stored) != {"sha256", "body"} or _digest(stored["body"]) != stored["sha256"]:
-        raise DamagedError(f"{path.relative_to(folder)} is not what was saved (wrong checksum)")
+        problem = f"{path.relative_to(folder)} is not valid JSON"
+    agree(problem)
     return stored["body"]
+
+
+def _is_complete(body: Any) -> bool:
+    """Whether a meta has what is read of it: the step, the config, and shape, type and checksum of every array."""
+    kinds = {"step": int, "config": dict, "arrays": dict}
+    if not isinstance(body, dict) or not all(isinstance(body.get(key), kind) for key, kind in kinds.items()):
+        return False
+    if not all(isinstance(body["arrays"].get(item), dict) for item in ITEMS):
+        return False
+    return all(_is_entry(entry) for item in ITEMS for entry in body["arrays"][item].values())
+
+
+def _is_entry(entry: Any) -> bool:
+    try:
+        sizes = entry["shape"] if "checksum" in entry and isinstance(entry["dtype"], str) else None
+        return isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes)
+    except (KeyError, TypeError):
+        return False
 
 
 def host_targets(meta: Mapping[str, Any], item: str) -> dict[str, np.ndarray]:
     """Returns NumPy targets for `read_arrays`, from the shapes and dtypes that the meta names."""
-    return {name: np.empty(e["shape"], jnp.dtype(e["dtype"])) for name, e in meta["arrays"][item].items()}
+    try:
+        return {name: np.empty(e["shape"], jnp.dtype(e["dtype"])) for name, e in meta["arrays"][item].items()}
+    except (TypeError, ValueError) as e:  # no such type, or a size beyond what an array can have
+        raise DamagedError(f"{META}: {item} holds an array that cannot be ({one_line(e)})") from None
 
 
 def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads and verifies all arrays of one item.
+    """Reads and verifies all arrays of one item; all processes must call it.
 
     Args:
       folder: of the checkpoint.
@@ -146,23 +199,27 @@ def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mappi
     read: dict[str, Any] = {}
     stored = storable(targets)
     if stored:
-        if not (folder / item).is_dir():
-            raise DamagedError(f"{item} is missing")
+        problem = ""
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                read = names(checkpointer.restore(folder / item, args=ocp.args.StandardRestore(stored)))
+            # Not through a Checkpointer, which lets processes that could read wait for one that could not.
+            with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+                read = names(handler.restore(epath.Path(folder / item), args=ocp.args.StandardRestore(stored)))
         except Exception as e:  # Orbax and TensorStore raise anything, bare Exception included
-            raise DamagedError(f"{item} cannot be read ({one_line(e)})") from e
+            there = (folder / item).is_dir()
+            problem = f"{item} cannot be read ({one_line(e)})" if there else f"{item} is missing"
+        agree(problem)  # before checksums, which all processes take together
+    lacking = ""
     for name, target in targets.items():
         if not target.size:
             read[name] = _empty(target)
         elif name not in read or _signature(read[name]) != _signature(target):
-            raise DamagedError(f"{item}: {name} is missing or has another shape")
+            lacking = f"{item}: {name} is missing or has another shape"
+    agree(lacking)
     read = {name: read[name] for name in targets}
     entries = meta["arrays"][item]
     wrong = [name for name, value in checksums(read).items() if value != entries[name]["checksum"]]
-    if wrong:
-        raise DamagedError(f"{item}: the content of {some(wrong, ', ')} is not what was saved (wrong checksum)")
+    # What lies whole in each process was read by each: the sums need not be the same.
+    agree(f"{item}: the content of {some(wrong, ', ')} is not what was saved (wrong checksum)" if wrong else "")
     return read
 
 
@@ -235,11 +292,12 @@ class _NotOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name == "asyncio":
             text = record.getMessage()
-            return not ("never retrieved" in text and ("tensorstore" in text.lower() or _ORBAX in text))
+            return not ("never retrieved" in text and any(sign in text.lower() for sign in _ITS_FILES))
         return _ORBAX not in record.pathname
 
 
 _ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
+_ITS_FILES = ("tensorstore", "orbax-checkpoint", _ORBAX)  # one of which an error about them names
 _FILTER = _NotOrbax()
 
 

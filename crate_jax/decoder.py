@@ -12,12 +12,24 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from crate_jax import target
 from crate_jax.corruption import Corruption, fills
-from crate_jax.encoders.crate import DICTIONARY_INIT, MSSA
+from crate_jax.encoders.crate import DICTIONARY_INIT, MSSA, Kernel
 from crate_jax.encoders.embedding import TOKEN_INIT
-from crate_jax.encoders.layers import BLOCK_EPS, INITIALIZERS, Dtype, Norm, dense, scan_blocks
+from crate_jax.encoders.layers import (
+    BLOCK_EPS,
+    INITIALIZERS,
+    Dtype,
+    Norm,
+    dense,
+    layer_norm,
+    norm_product,
+    remat_rule,
+    scan_blocks,
+)
 from crate_jax.encoders.vit import scan_vit_blocks
 from crate_jax.patches import grid_shape, sincos_positions
+from crate_jax.sharding import by_batch
 
 
 class CrateDecoderBlock(nn.Module):
@@ -37,11 +49,13 @@ class CrateDecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, y_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One layer; the second argument and result are what `nn.scan` threads through."""
-        y = Norm(BLOCK_EPS, name="linear_norm")(y_BND)
-        g = dense(y.shape[-1], "linear", self.dtype, bias=False, init=DICTIONARY_INIT)(y)
-        normed = Norm(BLOCK_EPS, name="mssa_norm")(g)
-        out = MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(normed)
-        stream = normed if self.normalised else g
+        y_BND = by_batch(y_BND)
+        D = y_BND.shape[-1]
+        norm = Norm(BLOCK_EPS, name="linear_norm").scale_and_bias(D)
+        g = norm_product(y_BND, *norm, Kernel((D, D), DICTIONARY_INIT, name="linear")(), BLOCK_EPS)
+        norm = Norm(BLOCK_EPS, name="mssa_norm").scale_and_bias(D)
+        out = MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(g, *norm)
+        stream = layer_norm(g, *norm, BLOCK_EPS) if self.normalised else g
         self.sow("intermediates", "before_mssa", stream)
         y = stream - out
         self.sow("intermediates", "after_mssa", y)
@@ -59,16 +73,19 @@ class CrateDecoder(nn.Module):
     tied_output: bool
     normalised: bool
     fill: bool
-    remat: bool
+    remat: str
     dtype: Dtype
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
         """(B, 1 + M, D) -> (B, N, P)."""
         x = restore(self, tokens_BMD, corruption, self.fill, self.positions, self.grid)
-        x = scan_blocks(
+        blocks = scan_blocks(
             CrateDecoderBlock, self.depth, self.remat, self.heads, self.tied_output, self.normalised, self.dtype
-        )(x, None)[0]
+        )
+        # XLA for TPUs first fills with zeros what a loop will keep for the backward pass, unless no other loop keeps
+        # arrays of the same shape: the encoder's have an axis less.
+        x = blocks(x[None], None)[0][0] if target.is_tpu() else blocks(x, None)[0]
         x = Norm(name="norm")(x)
         return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
 
@@ -82,7 +99,7 @@ class TransformerDecoder(nn.Module):
     grid: tuple[int, int]
     pixels: int
     fill: bool
-    remat: bool
+    remat: str
     dtype: Dtype
 
     @nn.compact
@@ -153,7 +170,7 @@ def _shared(config: ConfigDict) -> dict:
         grid=grid_shape(config.data.image_size, config.encoder.patch_size),
         pixels=3 * config.encoder.patch_size**2,
         fill=fills(config)["decoder"],
-        remat=config.remat,
+        remat=remat_rule(config),
         dtype=jnp.dtype(config.dtype),
     )
 

@@ -11,7 +11,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
@@ -98,7 +99,8 @@ class Writer:
         if not self._sinks:
             return None
         path = os.path.join(self._pictures, f"{name}_{step:07d}.png")
-        save_png(path, array)
+        with writing(path):
+            save_png(path, array)
         for sink in self._sinks:
             sink.write_image(step, name, array)
         return path
@@ -142,19 +144,22 @@ class JsonLines:
             with open(path, encoding="utf-8", errors="replace") as f:
                 kept = [line for line in f if start_step > 0 and _step_of(line) <= start_step]
             write_text(path, "".join(kept))
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        with writing(path):
+            self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a line."""
-        self._file.write(json.dumps(_plain({"step": int(step), **scalars}), allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._file.name):
+            self._file.write(json.dumps(_plain({"step": int(step), **scalars}), allow_nan=False) + "\n")
+            self._file.flush()
 
     def write_image(self, step: int, name: str, array: np.ndarray) -> None:
         """Pictures are files of their own."""
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+            self._file.close()
 
 
 def _step_of(line: str) -> float:
@@ -166,26 +171,43 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """TensorBoard event files, by tensorboardX."""
+    """TensorBoard event files, by tensorboardX: without its thread, which dies unseen where the disk is full."""
 
     def __init__(self, folder: str, start_step: int) -> None:
         """Opens a new event file that hides events after `start_step` in older ones."""
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._writer = SummaryWriter(folder, purge_step=start_step + 1 if start_step else 0)
+        self._event, self._folder = Event, folder
+        with writing(folder):
+            os.makedirs(folder, exist_ok=True)
+            self._writer = EventsWriter(os.path.join(folder, "events"))
+        start = start_step + 1 if start_step else 0
+        self._add(start, file_version="brain.Event:2")
+        self._add(start, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step: int, **content: Any) -> None:
+        with writing(self._folder):
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
+            self._writer.flush()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds one point per scalar."""
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, float(value), step)
+        from tensorboardX import summary
+
+        points = [summary.scalar(name, float(value)).value[0] for name, value in scalars.items()]
+        self._add(step, summary=summary.Summary(value=points))
 
     def write_image(self, step: int, name: str, array: np.ndarray) -> None:
         """Adds a picture."""
-        self._writer.add_image(name, array, step, dataformats="HWC")
+        from tensorboardX import summary
+
+        self._add(step, summary=summary.image(name, array, dataformats="HWC"))
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
-        self._writer.close()
+        """Closes the event file."""
+        with contextlib.suppress(OSError):  # of an event that could not be written, which was said
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -359,5 +381,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        message = f"{os.fspath(path)} cannot be written: {e.strerror}; make room, or choose another folder"
-        raise UserError(message) from e
+        raise _unwritable(path, e) from e
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what writes a file or folder: an OSError becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as e:
+        raise _unwritable(path, e) from e
+
+
+def _unwritable(path: str | os.PathLike[str], e: OSError) -> UserError:
+    return UserError(f"{os.fspath(path)} cannot be written: {e.strerror or e}; make room, or choose another folder")

@@ -152,6 +152,12 @@ def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTra
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
+def updates_done(opt_state: Any) -> jax.Array:
+    """The step that the schedule is at, int32 scalar: how many updates the optimiser made."""
+    here = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    return next(x.count for x in jax.tree.leaves(opt_state, is_leaf=here) if here(x))
+
+
 OPTIMIZERS = {"adamw": _adamw, "lars": _lars, "lion": _lion}
 
 

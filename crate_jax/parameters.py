@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -92,19 +92,22 @@ def mask(params: Any, selected: Collection[str]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in selected, params)
 
 
-def log_rules(params: Any, decayed: Collection[str], penalised: Collection[str]) -> None:
-    """Logs one line per parameter (shape, weight decay, penalty) and the totals, as one record.
+def log_rules(
+    params: Any, decayed: Collection[str], penalised: Collection[str], layout: Mapping[str, str] | None = None
+) -> None:
+    """Logs one line per parameter (shape, weight decay, penalty, layout) and the totals, as one record.
 
     Args:
       params: tree of arrays or of shapes.
       decayed: names under weight decay.
       penalised: names under the orthogonality penalty.
+      layout: of those that are split over devices, how.
     """
     leaves = names(params)
     width = max(map(len, leaves))
 
-    def row(name: str, shape: str, size: int, decay: str, penalty: str) -> str:
-        return f"{name:<{width}}  {shape:<20} {size:>12,}  {decay:<5}  {penalty}".rstrip()
+    def row(name: str, shape: str, size: int, decay: str, penalty: str, layout: str) -> str:
+        return f"{name:<{width}}  {shape:<20} {size:>12,}  {decay:<5}  {penalty:<7}  {layout}".rstrip()
 
     rows = [
         row(
@@ -113,6 +116,7 @@ def log_rules(params: Any, decayed: Collection[str], penalised: Collection[str])
             count(leaf),
             "decay" if name in decayed else "",
             "penalty" if name in penalised else "",
+            (layout or {}).get(name, ""),
         )
         for name, leaf in leaves.items()
     ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crate_jax import checkpoint
+from crate_jax.checkpoint_files import some
 from crate_jax.convert import weights
-from crate_jax.errors import ConfigError
+from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.parameters import names
+from crate_jax.workdir import expanduser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +41,16 @@ def load(path: str, key: str) -> Pretrained:
 
     Raises:
       ConfigError: `path` is empty.
-      CheckpointError: there is none, it is damaged, or it is a file of a model that is not known.
+      CheckpointError: there is none, it is damaged, or it is a file of a model that is not known or of numbers that
+        are not finite.
     """
     if not path:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
-    if Path(path).expanduser().is_file():
-        loaded = weights.load(Path(path).expanduser())
+    if expanduser(path).is_file():
+        loaded = weights.load(expanduser(path))
+        wrong = [name for name, array in names(loaded.params).items() if not np.isfinite(array).all()]
+        if wrong:
+            raise CheckpointError(f"{path}: holds NaN or infinite numbers, in {some(wrong, ', ')}")
         return Pretrained(str(path), loaded.config, loaded.params, checkpoint.params_sha256(loaded.params))
     params, meta = checkpoint.read_params(path, averages=True)
     name = f"step {meta['step']} of {path}"

@@ -22,9 +22,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from crate_jax import optimizer, pretrain, sharding, sweep_report, train
-from crate_jax.config import base, changed_keys, flatten, validate
+from crate_jax.config import base, changed_keys, flatten
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.interrupt import Interrupt, Interrupted
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,10 @@ READ_BY = {
     "penalty.weight": ("penalty.name", ("so", "srip")),
 }
 # Keys under which a run may go on, or count as finished, though they changed: its numbers stay the same.
-WITHOUT_EFFECT = ("log.", "save.", "data.workers", "data.threads", "data.prefetch", "data.memory_mb")
+WITHOUT_EFFECT = ("log.", "save.", "data.workers", "data.threads", "data.prefetch", "data.memory_mb", "mesh.")
+
+
+MOST_SEEDS = 10_000  # each is a run; a slip of the keyboard beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,8 @@ def expand(config: ConfigDict) -> list[Setting]:
         same, or a run's config is not valid.
     """
     key, seeds = config.sweep.key, config.sweep.seeds
-    if seeds < 1:
-        raise ConfigError(f"config.sweep.seeds={seeds}: must be at least 1")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise ConfigError(f"config.sweep.seeds={seeds}: must lie in [1, {MOST_SEEDS}]")
     _check_key(config, key)
     default = flatten(config)[key]
     given = config.sweep["values"]
@@ -144,7 +148,7 @@ def _named(setting: Setting, check: Any) -> None:
 
 def _check_parts(config: ConfigDict) -> None:
     """What a run would only find out at its start: devices, schedule, patterns of the penalty."""
-    sharding.make_mesh(config.batch_size, config.accumulate)
+    sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
     optimizer.schedule(config, config.steps or 10**9, 0.0)
     pretrain.build(config)
 

@@ -1,4 +1,4 @@
-"""The training loop, the only one: state, one jitted step, logging, evaluation, saving, resuming.
+"""The training loop, the only one: steps, logging, evaluation, saving, resuming.
 
 It takes an objective (see :mod:`crate_jax.objective`) and knows nothing of methods. The batch and
 all randomness are functions of the step, so a run that was stopped anywhere continues with the
@@ -11,15 +11,13 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -27,7 +25,9 @@ from crate_jax import (
     checkpoint,
     classify,
     data,
+    distributed,
     metrics,
+    nonfinite,
     optimizer,
     parameters,
     pictures,
@@ -36,13 +36,15 @@ from crate_jax import (
     segment,
     sharding,
 )
-from crate_jax.config import changed_keys, validate
+from crate_jax.config import changed_keys
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.frozen import FrozenEvaluation, sample
 from crate_jax.evals.segmentation import SegmentationEvaluation
 from crate_jax.interrupt import Interrupt, Interrupted
 from crate_jax.objective import Batch, Objective, Params, Scalars
+from crate_jax.train_step import SIGNAL, TrainState, all_finite, init_state, make_train_step, state_shardings
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)
@@ -63,111 +65,6 @@ EVALUATIONS: dict[str, type[FrozenEvaluation] | type[ClassifierEvaluation] | typ
 # devices were seen to stop for ever on a busy machine: one device waiting in an all-reduce, the other for its turn
 # among the programs that XLA lets be in flight. With it none did.
 IN_FLIGHT = 8
-
-
-@struct.dataclass
-class TrainState:
-    """Everything a step changes.
-
-    Attributes:
-      step: optimiser steps done, int32 scalar.
-      params: float32 parameters.
-      opt_state: the optimiser's.
-      objective: what the objective carries along (power-iteration vectors, for one).
-      ema: moving average of the parameters, or None.
-    """
-
-    step: jax.Array
-    params: Params
-    opt_state: optax.OptState
-    objective: dict
-    ema: Params | None
-
-    def eval_params(self) -> Params:
-        """The parameters that evaluations and pictures use."""
-        return self.params if self.ema is None else self.ema
-
-    def rest(self) -> dict[str, Any]:
-        """All but the parameters, as a tree for a checkpoint."""
-        return {"step": self.step, "opt_state": self.opt_state, "objective": self.objective, "ema": self.ema}
-
-
-def init_state(
-    config: ConfigDict, objective: Objective, tx: optax.GradientTransformation, params: Params | None = None
-) -> TrainState:
-    """The state of step 0, a function of config.seed; `params` replaces the random ones."""
-    drawn, carried = objective.init(jax.random.key(config.seed))
-    params = drawn if params is None else params
-    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), carried, ema)
-
-
-def make_train_step(
-    config: ConfigDict, objective: Objective, tx: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
-    """The jitted step (state, batch of `objective.inputs`) -> (state, scalars); donates the state.
-
-    With config.accumulate = A the batch is cut into A micro-batches whose gradients are averaged.
-    Randomness is per image and the penalty is taken once, so the update is that of the whole batch.
-    """
-    loss_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
-    penalty_and_grad = jax.value_and_grad(objective.penalty, has_aux=True)
-    A, decay = config.accumulate, config.optimizer.ema
-
-    def averaged(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars, Params]:
-        if A == 1:
-            (loss, scalars), grads = loss_and_grad(params, batch, keys_B)
-            return loss, scalars, grads
-
-        def micro_batches(x: jax.Array) -> jax.Array:  # interleaved: every device keeps its own rows
-            return sharding.constrain_micro_batches(x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), mesh)
-
-        def add(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, loss_and_grad(params, *micro)), None
-
-        micro = jax.tree.map(micro_batches, (batch, keys_B))
-        shapes = jax.eval_shape(loss_and_grad, params, *jax.tree.map(lambda x: x[0], micro))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (loss, scalars), grads = jax.tree.map(lambda x: x / A, jax.lax.scan(add, zero, micro)[0])
-        return loss, scalars, grads
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
-        image_key, penalty_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        loss, scalars, grads = averaged(state.params, batch, jax.random.split(image_key, config.batch_size))
-        (penalty, (carried, penalty_scalars)), penalty_grads = penalty_and_grad(
-            state.params, state.objective, penalty_key
-        )
-        grads = jax.tree.map(jnp.add, grads, penalty_grads)
-        grads = jax.lax.with_sharding_constraint(grads, sharding.split_update(grads, mesh))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - decay)
-        scalars = {
-            "loss": loss + penalty,
-            **scalars,
-            **penalty_scalars,
-            "lr": schedule(state.step),
-            "grad_norm": optax.tree.norm(grads),
-        }
-        return TrainState(state.step + 1, params, opt_state, carried, ema), scalars
-
-    whole = sharding.replicated(mesh)
-    state = state_shardings(jax.eval_shape(lambda: init_state(config, objective, tx)), mesh)
-    return jax.jit(
-        train_step, donate_argnums=0, in_shardings=(state, sharding.split(mesh)), out_shardings=(state, whole)
-    )
-
-
-def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of a state (or of its shapes) lies: the optimiser's is split, the rest on every device."""
-    whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
-    return whole.replace(opt_state=sharding.split_update(shapes.opt_state, mesh))
-
-
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Whether no array of a tree holds NaN or an infinity."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
@@ -196,7 +93,7 @@ def telemetry_of(
     rows = whole if len(images) % mesh.size else sharding.split(mesh)
     batch = {"image": jax.make_array_from_callback(images.shape, rows, lambda index: images[index])}
     keys = jax.jit(lambda: jax.random.split(jax.random.key(seed), len(images)), out_shardings=rows)()
-    measure = jax.jit(telemetry, out_shardings=whole)
+    measure = jax.jit(sharding.on_mesh(mesh, telemetry), out_shardings=whole)
     return lambda params: measure(params, batch, keys)
 
 
@@ -234,13 +131,16 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     validate(config)
-    sharding.use_cpu_cores(config.batch_size, config.accumulate)
+    sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)
     # From here on: an exception out of a signal during set-up can get lost in a library's callback.
     with Interrupt() as interrupt, lock(workdir) as folder, contextlib.ExitStack() as stack:
         ready = Run(config, folder, stack, interrupt)
-        if interrupt.signal is not None:
-            raise Interrupted(interrupt.signal, "before the first step")
-        return ready.run()
+        signum = distributed.largest(interrupt.signal or 0)
+        if signum:
+            raise Interrupted(signum, "before the first step")
+        summary = ready.run()
+        distributed.barrier("run finished")  # what process 0 wrote is there for all
+        return summary
 
 
 class Run:
@@ -248,7 +148,9 @@ class Run:
 
     def __init__(self, config: ConfigDict, folder: Path, stack: contextlib.ExitStack, interrupt: Interrupt) -> None:
         self.config, self.folder, self.interrupt = config, folder, interrupt
-        self.mesh = sharding.make_mesh(config.batch_size, config.accumulate)
+        self.mesh = sharding.make_mesh(
+            config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model
+        )
         source = data.open_split(config, "train")
         if source is None:
             raise ConfigError(f"config.data.source={config.data.source!r}: has no training images")
@@ -269,15 +171,41 @@ class Run:
             )
         self.writer = stack.enter_context(metrics.Writer(folder, config, self.start))
         self.speed = Speed()
-        self.pending: list[tuple[Scalars, int]] = []  # device scalars and undecodable images since the last log point
+        # Since the last log point: scalars on the device, undecodable images, indices of this process's rows.
+        self.pending: list[tuple[Scalars, int, np.ndarray]] = []
+        counted = self.record.get(nonfinite.SKIPPED, {})
+        self.nonfinite = nonfinite.Watch(config, folder, source, **counted)
+        self.signal: int | None = None  # that came to any process, as all of them know it
         self.train_step = make_train_step(config, self.objective, self.tx, self.schedule, self.mesh)
-        self.draw_pictures = jax.jit(self.objective.pictures) if self.objective.pictures else None
+        self.draw_pictures = None
+        if self.objective.pictures:
+            whole = sharding.replicated(self.mesh)
+            self.draw_pictures = jax.jit(sharding.on_mesh(self.mesh, self.objective.pictures), out_shardings=whole)
         self.telemetry = None
         if config.whitebox.every and self.objective.telemetry is not None:
             shown = self._shown(config.whitebox.images)["image"]
             self.telemetry = telemetry_of(self.objective.telemetry, shown, config.seed, self.mesh)
         decayed = optimizer.decayed(config, shapes)
-        parameters.log_rules(shapes, decayed, self.objective.penalised)
+        parameters.log_rules(shapes, decayed, self.objective.penalised, sharding.layouts(shapes, self.mesh))
+        self._log_memory(shapes)
+
+    def _log_memory(self, shapes: Params) -> None:
+        """Logs what lies on each device between two steps; activations come on top of it while one runs."""
+        place = state_shardings(self.state, self.mesh)
+        images = (self.config.batch_size, *self.config.data.image_size, 3)
+        parts = {
+            "parameters": (shapes, place.params),
+            "gradients": (shapes, sharding.split_update(shapes, self.mesh)),
+            "optimizer": (self.state.opt_state, place.opt_state),
+            "moving average": (self.state.ema, place.ema),
+            "images": (jax.ShapeDtypeStruct(images, jnp.uint8), sharding.split(self.mesh)),
+        }
+        each = {name: sharding.bytes_per_device(*part) / 1e6 for name, part in parts.items()}
+        log.info(
+            "mesh of %d (data) x %d (model) devices; MB on each: %s",
+            *self.mesh.devices.shape,
+            ", ".join(f"{name} {size:.1f}" for name, size in each.items()),
+        )
 
     def _start(self, shapes: Params) -> tuple[TrainState, int, dict[str, Any]]:
         """The newest checkpoint's state, or a fresh one; its step; what the checkpoint recorded."""
@@ -326,7 +254,8 @@ class Run:
     def run(self) -> dict[str, Any]:
         """The loop, then evaluation, pictures and the summary."""
         config = self.config
-        metrics.write_json(self.folder / "config.json", config.to_dict())
+        if distributed.first():
+            metrics.write_json(self.folder / "config.json", config.to_dict())
         log.info(
             "training %d -> %d of batch %d on %d x %s, %s parameters",
             self.start, self.total, config.batch_size, self.mesh.size,
@@ -336,25 +265,27 @@ class Run:
             with contextlib.closing(self._batches()) as batches:
                 self.speed.restart()
                 for step in range(self.start + 1, self.total + 1):
-                    batch, undecodable = next(batches)
+                    batch, undecodable, indices = next(batches)
                     self.state, scalars = self.train_step(self.state, batch)
-                    self.pending.append((scalars, undecodable))
+                    self.pending.append((scalars, undecodable, indices))
                     if len(self.pending) > IN_FLIGHT:
-                        jax.block_until_ready(self.pending[-1 - IN_FLIGHT][0])
+                        self._agree([jax.block_until_ready(self.pending[-1 - IN_FLIGHT][0])])
                     self._after(step, progress)
         return self._finish()
 
-    def _batches(self) -> Generator[tuple[Batch, int], None, None]:
-        """Batches on the device, and how many of their images replace files that could not be decoded."""
+    def _batches(self) -> Generator[tuple[Batch, int, np.ndarray], None, None]:
+        """Batches on the device, how many of their images replace undecodable ones, and this process's indices."""
         pipeline = data.TrainPipeline(
             self.config, self.source, process_index=jax.process_index(), process_count=jax.process_count()
         )
 
-        def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
+        def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int, np.ndarray]:
             if "label" in self.objective.inputs:
                 batch = {**batch, "label": np.asarray(self.source.labels_of(batch["index"]), np.int32)}
             inputs = {name: batch[name] for name in self.objective.inputs}
-            return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"])
+            if distributed.processes() > 1:
+                inputs[SIGNAL] = np.full(len(batch["index"]), self.interrupt.signal or 0, np.int32)
+            return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"]), batch["index"]
 
         with (
             contextlib.closing(pipeline),
@@ -364,12 +295,21 @@ class Run:
         ):
             yield from ready
 
+    def _agree(self, scalars: Sequence[Scalars]) -> None:
+        """Takes note of a signal to any process that went through a step, which all processes do at the same step."""
+        if distributed.processes() == 1:
+            self.signal = self.interrupt.signal
+        else:
+            self.signal = self.signal or max(int(s[SIGNAL]) for s in scalars) or None
+
     def _after(self, step: int, progress: metrics.Progress) -> None:
         """What happens between steps; all of it between log points is a few comparisons."""
         every, last = self.config, step == self.total
         if last or step % every.log.every == 0:
             self._report(step, progress)
-        save = last or step % every.save.every == 0 or self.interrupt.signal is not None
+        if distributed.processes() == 1:
+            self._agree(())
+        save = last or step % every.save.every == 0 or self.signal is not None
         evaluate = not last and every.evaluation.every and step % every.evaluation.every == 0
         draw = not last and every.log.pictures_every and step % every.log.pictures_every == 0
         look = self.telemetry is not None and step % every.whitebox.every == 0
@@ -378,9 +318,9 @@ class Run:
         self._report(step, progress)
         if save:
             self._save(step)
-        if self.interrupt.signal is not None and not last:
+        if self.signal is not None and save and not last:
             self.checkpoints.wait()
-            raise Interrupted(self.interrupt.signal, f"at step {step}, state saved")
+            raise Interrupted(self.signal, f"at step {step}, state saved")
         if evaluate:
             self.writer.write(step, numbers(self.evaluation.scores(self.state.eval_params())))
         if draw:
@@ -394,22 +334,50 @@ class Run:
         """Waits for the steps since the last log point, checks and logs them.
 
         Raises:
-          NonFiniteError: a loss is NaN or infinite.
+          NonFiniteError: a loss or a gradient is NaN or infinite, and config.nonfinite.skip steps before it were.
         """
         if not self.pending:
             return
-        scalars = jax.device_get([s for s, _ in self.pending])
-        undecodable = sum(count for _, count in self.pending)
+        scalars = jax.device_get([s for s, _, _ in self.pending])
+        undecodable = sum(count for _, count, _ in self.pending)
+        indices = [rows for _, _, rows in self.pending]
         self.pending = []
+        self._agree(scalars)
+        for values in scalars:
+            values.pop(SIGNAL, None)
         speed = self.speed.add(len(scalars) * self.config.batch_size)
         first = step - len(scalars) + 1
-        for offset, values in enumerate(scalars):
-            if not math.isfinite(values["loss"]):
-                raise self._non_finite(f"the loss is {float(values['loss'])} at step {first + offset}")
-        means = {k: float(np.mean([v[k] for v in scalars])) for k in scalars[0]} | {"lr": float(scalars[-1]["lr"])}
-        self.record = {"loss": means["loss"], "images_per_sec": self.speed.average()}
+        done = [v for i, v in enumerate(scalars) if self._counts(first + i, v, indices[i])]
+        means = {k: float(np.mean([v[k] for v in done])) for k in scalars[0] if done} | {"lr": float(scalars[-1]["lr"])}
+        if self.config.nonfinite.skip:
+            means[nonfinite.SKIPPED] = len(scalars) - len(done)
+            means["skipped_total"] = self.nonfinite.total
+        self.record = {
+            "loss": means.get("loss", self.record.get("loss", math.nan)),
+            "images_per_sec": self.speed.average(),
+            nonfinite.SKIPPED: {"streak": self.nonfinite.streak, "total": self.nonfinite.total},
+        }
         progress.update(step, means, speed)
         self.writer.write(step, means | {"images_per_sec": speed, "undecodable": undecodable})
+
+    def _counts(self, step: int, scalars: Mapping[str, np.ndarray], indices: np.ndarray) -> bool:
+        """Whether a step was finite; one that was not is written down.
+
+        Raises:
+          NonFiniteError: it and as many before it as config.nonfinite.skip allows were not.
+        """
+        watch, allowed = self.nonfinite, self.config.nonfinite.skip
+        what = watch.see(scalars)
+        if not what:
+            return True
+        watch.write(step, scalars, indices, self.checkpoints.latest())
+        if watch.streak > allowed:
+            if allowed:
+                what += f", as in the {watch.streak - 1} steps before (config.nonfinite.skip={allowed}),"
+            raise self._non_finite(f"{what} at step {step}; its images are named in {watch.path(step)}")
+        if distributed.first():
+            log.warning("step %d skipped: %s; its images are named in %s", step, what, watch.path(step))
+        return False
 
     def _non_finite(self, what: str) -> NonFiniteError:
         self.checkpoints.wait()
@@ -440,14 +408,21 @@ class Run:
         if self.draw_pictures is None or not self.config.log.pictures:
             return None
         batch = self._shown(self.config.log.pictures)
-        keys = jax.random.split(jax.random.key(self.config.seed), len(batch["image"]))
+        count = len(batch["image"])
+        keys = jax.jit(
+            lambda: jax.random.split(jax.random.key(self.config.seed), count),
+            out_shardings=sharding.replicated(self.mesh),
+        )()
         columns = jax.device_get(self.draw_pictures(self.state.eval_params(), batch, keys))
         named = dict(zip(self.objective.columns, columns, strict=True))
         return self.writer.write_image(step, self.objective.pictures_name, pictures.reconstruction_grid(named))
 
     def _finish(self) -> dict[str, Any]:
         """Evaluates what was trained, and what it is compared with; writes summary.json."""
-        untrained = jax.jit(lambda: self.objective.init(jax.random.key(self.config.seed))[0])
+        untrained = jax.jit(
+            lambda: self.objective.init(jax.random.key(self.config.seed))[0],
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.state.params),
+        )
         scores = self.evaluation.final_scores(self.state.eval_params(), untrained)
         if numbers(scores):
             self.writer.write(self.total, numbers(scores))
@@ -456,6 +431,7 @@ class Run:
             "steps": self.total,
             "loss": self.record["loss"],
             "images_per_sec": self.record["images_per_sec"],
+            **({nonfinite.SKIPPED: self.nonfinite.total} if self.config.nonfinite.skip else {}),
             **scores,
             "params": parameters.count(self.state.params),
             "params_sha256": checkpoint.params_sha256(self.state.params),
@@ -464,14 +440,15 @@ class Run:
             "pictures": picture,
         }
         self.checkpoints.wait()
-        metrics.write_json(self.folder / "summary.json", summary)
-        summary["report"] = self._write_report()  # of the summary, among others
-        metrics.write_json(self.folder / "summary.json", summary)
+        if distributed.first():
+            metrics.write_json(self.folder / "summary.json", summary)
+            summary["report"] = self._write_report()  # of the summary, among others
+            metrics.write_json(self.folder / "summary.json", summary)
         return summary
 
     def _write_report(self) -> str | None:
         """Writes report.html; returns its path. A page that cannot be drawn is no reason to fail a run that is done."""
-        if not self.config.log.report or jax.process_index() != 0:
+        if not self.config.log.report:
             return None
         try:
             from crate_jax.report import job  # here: drawing takes 0.3 s to import

@@ -19,6 +19,9 @@ DEVICES = 8
 for _name in [name for name in os.environ if name.startswith(("JAX_", "XLA_", "LIBTPU_"))]:
     del os.environ[_name]
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's threads: a device waits in one for each collective that does not depend on another, and where parameters are
+# split there are many. With too few threads the last device finds none, and all wait for it until XLA aborts.
+os.environ.setdefault("NPROC", "64")
 
 import jax  # noqa: E402  (reads the environment when imported)
 

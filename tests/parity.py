@@ -24,7 +24,7 @@ from crate_jax.alignment import closed_form, corrupted, moments
 from crate_jax.convert import import_state_dict
 from crate_jax.corruption import Identity, Masking, Projection
 from crate_jax.decoder import CrateDecoderBlock
-from crate_jax.encoders.crate import MSSA, CrateBlock, ista
+from crate_jax.encoders.crate import CrateBlock, attend, ista
 from crate_jax.encoders.layers import BLOCK_EPS, attention_weights, layer_norm
 from crate_jax.parameters import names
 from crate_jax.patches import grid_shape, patchify, unpatchify
@@ -73,12 +73,12 @@ def crate_blocks(file: File) -> tuple[Errors, Errors]:
     """One encoder and one decoder block."""
     heads, lam = int(file["meta"][2]), float(file["meta"][6])
     params = import_state_dict("crate_blocks", strip(file, "sd/"), (1, 1))
-    x = jnp.asarray(file["in/tokens"])
+    x, own = jnp.asarray(file["in/tokens"]), params["encoder"]["mssa"]
     encoder = CrateBlock(heads, 0.1, lam, 0, False, jnp.float32)
     decoder = CrateDecoderBlock(heads, False, False, jnp.float32)
     ours = {
-        "mssa": MSSA(heads, False, jnp.float32).apply({"params": params["encoder"]["mssa"]}, x),
-        "ista": ista(x, jnp.asarray(params["encoder"]["dictionary"]["kernel"]), 0.1, lam),
+        "mssa": attend(x @ own["subspaces"]["kernel"], heads) @ own["output"]["kernel"] + own["output"]["bias"],
+        "ista": ista(x, jnp.asarray(params["encoder"]["dictionary"]["kernel"]), 0.1, lam)[0],
         "encoder_block": encoder.apply({"params": params["encoder"]}, x, None)[0],
         "decoder_block": decoder.apply({"params": params["decoder"]}, x, None)[0],
     }

@@ -14,6 +14,7 @@ from crate_jax.config import ConfigError
 from crate_jax.evals import finetune, job
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.pretrained import Pretrained
+from crate_jax.validation import validate
 
 NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
 ARGUMENTS = {
@@ -53,7 +54,7 @@ def load(name: str, arg: str = ""):
 def test_config_builds(name, arg):
     """Valid, no key outside the base config, and model, penalty and optimiser fit by their shapes."""
     c = load(name, arg)
-    configs.validate(c)
+    validate(c)
     assert configs.flatten(c).keys() == configs.flatten(configs.base()).keys()
     json.loads(configs.to_json(c))
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
@@ -72,7 +73,7 @@ def test_every_protocol_fits_a_checkpoint(protocol, task):
     for pretraining in ("crate_mae", "vit_mae", "rop_vitb"):
         encoder = Pretrained("", load(pretraining).to_dict(), {}, "")
         full = job.inherit(c, encoder) if protocol in PROTOCOLS else finetune.resolve(c, encoder)
-        configs.validate(full)
+        validate(full)
         assert full.protocol.metric == ("mean_per_class" if task else "top1")
         assert full.data.image_size == (224, 224) and full.encoder.width == 768
 
@@ -83,7 +84,7 @@ def test_segmentation_fits_a_checkpoint(arg):
     assert configs.flatten(c).keys() == configs.flatten(configs.base()).keys()
     for pretraining in ("crate_mae", "vit_mae", "rop_vitb"):
         full = finetune.resolve(c, Pretrained("", load(pretraining).to_dict(), {}, ""))
-        configs.validate(full)
+        validate(full)
         assert full.protocol.name in finetune.SEGMENTERS
         assert full.finetune.freeze == ("freeze" in arg)
         assert full.encoder.final_norm == ("upernet" not in arg)
@@ -125,6 +126,9 @@ BAD = [
     ({"penalty.name": "so"}, r"needs a weight above 0"),
     ({"batch_size": 0}, r"config.batch_size=0: must be greater than 0"),
     ({"batch_size": 10, "accumulate": 3}, r"must be a multiple of config.accumulate=3"),
+    ({"mesh.data": -1}, r"config.mesh.data=-1: must not be negative"),
+    ({"mesh.model": 0}, r"only one of the two can be the rest"),
+    ({"remat_keep": "all"}, r"must be one of nothing, weights, products"),
     ({"steps": 5}, r"set exactly one of the two"),
     ({"epochs": 0.0}, r"set exactly one of the two"),
     ({"optimizer.lr": float("nan")}, r"must be a finite number"),
@@ -153,7 +157,7 @@ def test_bad_values_are_named(values, message):
         *section, leaf = key.split(".")
         (c[section[0]] if section else c)[leaf] = value
     with pytest.raises(ConfigError, match=message) as caught:
-        configs.validate(c)
+        validate(c)
     assert "\n" not in str(caught.value)
 
 

@@ -164,6 +164,18 @@ def test_each_epoch_covers_each_image_once(root):
     assert len({epoch.tobytes() for epoch in epochs}) == len(epochs), "every epoch has an order of its own"
 
 
+def test_each_epoch_covers_each_image_once_also_if_the_processes_change(root):
+    """A run that is stopped and continued by 1, 2, 4 and 1 processes; a life goes further than its checkpoint."""
+    config, seen = configured(root), []
+    for processes, start, stop in ((1, 0, 3), (2, 2, 5), (4, 5, 6), (4, 5, 9), (1, 8, IMAGES)):
+        hosts = [take(config, stop - start, start, process_index=i, process_count=processes) for i in range(processes)]
+        steps = [np.concatenate([batch["index"] for batch in parts]) for parts in zip(*hosts, strict=True)]
+        seen = seen[:start] + steps
+    epochs = np.concatenate(seen).reshape(-1, IMAGES)
+    assert len(epochs) == BATCH
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(IMAGES), (BATCH, 1)))
+
+
 def test_an_image_looks_different_in_each_epoch(root):
     batches = take(configured(root, batch_size=IMAGES), 2)
     first, second = ({int(i): x for i, x in zip(b["index"], b["image"], strict=True)} for b in batches)

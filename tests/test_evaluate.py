@@ -52,8 +52,8 @@ def results(workdir: Path) -> list[dict]:
 
 def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, monkeypatch):
     calls = []
-    extract = job.extract
-    monkeypatch.setattr(job, "extract", lambda *args: calls.append(1) or extract(*args))
+    of_split = job.of_split
+    monkeypatch.setattr(job, "of_split", lambda *args: calls.append(1) or of_split(*args))
     first = job.run(configured("protocol=knn", pretraining), str(tmp_path))
     computed = len(calls)
     second = job.run(configured("protocol=logreg", pretraining), str(tmp_path))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import math
+import resource
+import struct
 
 import numpy as np
 import pytest
@@ -54,10 +57,39 @@ def test_nan_is_valid_json(tmp_path):
 
 def test_tensorboard_files_are_written(tmp_path):
     pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
-    with metrics.Writer(tmp_path, configs.base(), 0) as writer:
-        writer.write(1, {"loss": 0.5})
+    from tensorboardX.proto.event_pb2 import Event
+
+    with metrics.Writer(tmp_path, configs.base(), 4) as writer:
+        writer.write(7, {"loss": 0.5, "a/b": 2.0})
+        writer.write_image(7, "grid", np.zeros((5, 7, 3), np.uint8))
     (file,) = (tmp_path / "tensorboard").glob("events*")
-    assert b"loss" in file.read_bytes()
+    content, events = file.read_bytes(), []
+    while content:  # length, its checksum, the event, its checksum
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    assert events[0].file_version == "brain.Event:2" and events[2].session_log.status == 1 and events[2].step == 5
+    values = {value.tag: value for event in events for value in event.summary.value if event.step == 7}
+    assert values["loss"].simple_value == 0.5 and values["a/b"].simple_value == 2.0
+    assert (values["grid"].image.height, values["grid"].image.width) == (5, 7)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "pictures/grid_0000001.png"])
+def test_a_file_without_room_is_named(tmp_path, name):
+    """A limit on the size of a file stands for the end of the disk; closing says nothing more."""
+    if name == "tensorboard":
+        pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with metrics.Writer(tmp_path, quiet(), 0) as writer, contextlib.ExitStack() as stack:
+        board = metrics.TensorBoard(str(tmp_path / "tensorboard"), 0) if name == "tensorboard" else writer
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(UserError, match=rf"{name} cannot be written: File too large; make room"):
+            for step in range(1, 1000):
+                board.write_image(step, "grid", pixels) if "png" in name else board.write(step, {"loss": 0.5})
+        if name == "tensorboard":
+            board.close()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -12,12 +12,14 @@ import pytest
 
 from configs import crate_mae, vit_mae
 from crate_jax import autoencoder, config as configs, corruption as corruptions, parameters, reconstruction
-from crate_jax.config import ConfigError, validate
+from crate_jax.config import ConfigError
 from crate_jax.corruption import Identity, Masking
 from crate_jax.decoder import DECODERS
 from crate_jax.encoders import ENCODERS
-from crate_jax.encoders.crate import ista
+from crate_jax.encoders.crate import ista, norm_ista
+from crate_jax.encoders.layers import BLOCK_EPS, norm_product
 from crate_jax.patches import patchify, sincos_positions, unpatchify
+from crate_jax.validation import validate
 
 CORRUPTIONS = {  # every corruption, masking in its three ways
     "mask-token": {"name": "mask", "mask_fill": "token"},
@@ -154,6 +156,17 @@ def test_remat_changes_nothing_but_memory(encoder):
     assert rematted.lower(params, patches(c)).compile().cost_analysis()["flops"] > 1.05 * plain_flops
 
 
+def test_remat_keeps_what_it_is_told_to():
+    """The more products a recomputed block keeps, the fewer stand in the traced backward pass."""
+    c, products = small("vit"), {}
+    params = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
+    for c.remat, c.remat_keep in ((False, "nothing"), (True, "products"), (True, "weights"), (True, "nothing")):
+        traced = jax.make_jaxpr(jax.grad(loss_of(c)))(params, patches(c))
+        products[c.remat, c.remat_keep] = str(traced).count("dot_general")
+    counts = list(products.values())
+    assert counts[0] == counts[1] < counts[2] < counts[3], products
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("corruption", ["mask-token", "mask-zero", "mask-drop"])
 def test_a_removed_patch_does_not_reach_the_encoder(encoder, corruption):
@@ -189,7 +202,29 @@ def test_ista_step_lowers_its_objective():
     def objective(z):
         return jnp.sum(0.5 * jnp.sum((x - z @ kernel) ** 2, -1) + 0.1 * jnp.sum(jnp.abs(z), -1))
 
-    assert float(objective(ista(x, kernel, 0.05, 0.1))) < float(objective(x))
+    assert float(objective(ista(x, kernel, 0.05, 0.1)[0])) < float(objective(x))
+
+
+@pytest.mark.parametrize("name", ["product", "ista"])
+def test_what_normalises_again_in_the_backward_pass_is_the_plain_composition(name):
+    """Values and gradients against automatic differentiation through the textbook norm."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, g = (1 + 2 * jax.random.normal(key, (2, 5, 16)) for key in keys[:2])
+    scale, bias, kernel = (jax.random.normal(k, s) for k, s in zip(keys[2:], [(16,), (16,), (16, 16)], strict=True))
+
+    def plain(x, scale, bias, kernel):
+        mean, variance = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
+        y = (x - mean) / jnp.sqrt(variance + BLOCK_EPS) * scale + bias
+        return y @ kernel if name == "product" else jax.nn.relu(y + 0.1 * (y - y @ kernel) @ kernel.T - 0.1 * 0.5)
+
+    def ours(*args):
+        return norm_product(*args, BLOCK_EPS) if name == "product" else norm_ista(*args, 0.1, 0.5)
+
+    with jax.default_matmul_precision("highest"):
+        (y, pull), (expected, expected_pull) = (jax.vjp(f, x, scale, bias, kernel) for f in (ours, plain))
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        for a, b in zip(pull(g), expected_pull(g), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_patchify_is_undone_and_ordered_by_row_column_channel():

@@ -291,7 +291,7 @@ def test_the_command_line_says_what_is_wrong_and_where_the_report_is(runs, run_c
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"error: {tmp_path}/none: no such folder" in result.stderr
     run = shutil.copytree(runs[0][0], tmp_path / "run")
-    result = run_cli([command[0], f"--config.checkpoint={run}"])
+    result = run_cli([command[0], f"--config.checkpoint={run}", "--config.report.sections=overview"])
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"report: {run}/report.html"
 
@@ -330,7 +330,7 @@ def test_a_run_keeps_its_config_and_takes_the_options_of_the_report():
 
 def test_every_key_is_of_the_run_or_of_the_report():
     """A new section of the config has to be put in its place: left out, a run would show with defaults."""
-    of_the_report = {"align", "checkpoint", "job", "log", "report", "save", "sweep", "whitebox"}
+    of_the_report = {"align", "checkpoint", "job", "log", "mesh", "nonfinite", "report", "save", "sweep", "whitebox"}
     assert set(configs.base()) == {*job.OF_THE_RUN, *of_the_report}
     saved = json.loads(configs.to_json(tiny(protocol__name="finetune_mae", whitebox__every=3)))
     full = job.resolve(report_config.get_config(), saved)

@@ -18,12 +18,13 @@ import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 
-from crate_jax import config as configs, data, optimizer, pictures, pretrained, segment, sharding, train
+from crate_jax import config as configs, data, optimizer, pictures, pretrained, segment, sharding, train, train_step
 from crate_jax.data.pairs import IGNORED, crop_mask
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.evals import finetune, segmentation
 from crate_jax.patches import relative_position_index, relative_table_rows
 from crate_jax.segmentation_heads import HEADS, UPerHead, pooling_matrix
+from crate_jax.validation import CHOICES, validate
 
 pytestmark = pytest.mark.one_python
 
@@ -73,7 +74,7 @@ def small(folder: Path, arg: str = "", **values):
     for key, value in values.items():
         *section, leaf = key.split("__")
         (c[section[0]] if section else c)[leaf] = value
-    configs.validate(c)
+    validate(c)
     return c
 
 
@@ -401,7 +402,7 @@ def test_the_recipes_build_for_the_papers_encoders(folder, pretraining, head):
     c.data.source, c.data.image_size, c.segment.classes = f"folder:{folder}", (512, 512), 150
     of = importlib.import_module(f"configs.{pretraining}").get_config("")
     c = finetune.resolve(c, pretrained.Pretrained("", of.to_dict(), {}, ""))
-    configs.validate(c)
+    validate(c)
     objective = segment.build(c, data.open_split(c, "train"))
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     optimizer.build(c, shapes, c.steps, 100.0)
@@ -510,8 +511,8 @@ def test_upernet_learns_shapes(folder):
     source = data.open_split(c, "train")
     objective = segment.build(c, source)
     tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 60, 1.0)
-    step = train.make_train_step(c, objective, tx, schedule, mesh)
-    state = jax.jit(lambda: train.init_state(c, objective, tx))()
+    step = train_step.make_train_step(c, objective, tx, schedule, mesh)
+    state = jax.jit(lambda: train_step.init_state(c, objective, tx))()
     for batch, _ in zip(data.TrainPipeline(c, source).batches(), range(60), strict=False):
         state, scalars = step(state, sharding.put_batch({k: batch[k] for k in objective.inputs}, mesh))
     assert set(scalars) >= {"cross_entropy", "auxiliary"}
@@ -544,8 +545,8 @@ def test_devices_and_micro_batches_change_nothing(folder):
         mesh = sharding.make_mesh(16, accumulate, jax.devices()[:devices])
         objective = segment.build(c, data.open_split(c, "train"))
         tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 4, 1.0)
-        state, scalars = train.make_train_step(c, objective, tx, schedule, mesh)(
-            train.init_state(c, objective, tx), sharding.put_batch(batch, mesh)
+        state, scalars = train_step.make_train_step(c, objective, tx, schedule, mesh)(
+            train_step.init_state(c, objective, tx), sharding.put_batch(batch, mesh)
         )
         return jax.device_get((state.params, scalars))
 
@@ -590,4 +591,4 @@ def test_relative_biases_keep_what_they_say_on_a_larger_grid():
 
 
 def test_every_head_has_a_config():
-    assert set(HEADS) == set(configs.CHOICES["segment.head"])
+    assert set(HEADS) == set(CHOICES["segment.head"])

@@ -218,7 +218,7 @@ BAD = [
     (dict(sweep__key="job"), "there is no such key to sweep"),
     (dict(sweep__key=""), "config.sweep.key='': there is no such key"),
     (dict(sweep__key="seed"), "seeds go into config.sweep.seeds"),
-    (dict(sweep__seeds=0), "config.sweep.seeds=0: must be at least 1"),
+    (dict(sweep__seeds=0), "config.sweep.seeds=0: must lie in [1, 10000]"),
     (dict(sweep__values=()), "config.sweep.values is empty"),
     (dict(sweep__values=(0.1, "many")), "'many' is not a valid float, which config.encoder.lam is"),
     (dict(sweep__values=(True,)), "True is not a valid float"),

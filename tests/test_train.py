@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import autoencoder, config as configs, optimizer, pretrain, sharding, train
+from crate_jax import autoencoder, config as configs, optimizer, pretrain, sharding, train, train_step
 from crate_jax.errors import ConfigError
+from crate_jax.validation import validate
 
 
 def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none"):
@@ -29,7 +30,7 @@ def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none
     c.corruption.name = corruption
     c.penalty.name, c.penalty.weight = penalty, 1e-2
     c.optimizer.lr, c.optimizer.lr_batch = 1e-4, 0
-    configs.validate(c)
+    validate(c)
     return c
 
 
@@ -43,9 +44,9 @@ def steps(c, devices: int, count: int = 3):
     objective = pretrain.build(c)
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     tx, schedule = optimizer.build(c, shapes, c.steps, 10.0)
-    step = train.make_train_step(c, objective, tx, schedule, mesh)
-    init = functools.partial(train.init_state, c, objective, tx)
-    state = jax.jit(init, out_shardings=train.state_shardings(jax.eval_shape(init), mesh))()
+    step = train_step.make_train_step(c, objective, tx, schedule, mesh)
+    init = functools.partial(train_step.init_state, c, objective, tx)
+    state = jax.jit(init, out_shardings=train_step.state_shardings(jax.eval_shape(init), mesh))()
     losses = []
     for i in range(count):
         batch = sharding.put_batch({"image": images(i, c.batch_size)}, mesh)
@@ -57,8 +58,14 @@ def steps(c, devices: int, count: int = 3):
 METHODS = [("crate", "mask", "srip"), ("vit", "rop", "so"), ("vit", "noise", "none")]
 
 
-@pytest.mark.parametrize("smallest_split", [1, 2**14])
-@pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
+@pytest.mark.parametrize(
+    ("encoder", "corruption", "penalty", "smallest_split"),
+    [(*METHODS[0], 1), (*METHODS[1], 2**14)]
+    + [
+        pytest.param(*method, split, marks=pytest.mark.slow)
+        for method, split in [(METHODS[0], 2**14), (METHODS[1], 1), (METHODS[2], 1), (METHODS[2], 2**14)]
+    ],
+)
 def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, monkeypatch):
     """Losses to 1e-6 over three steps, drop path, corruption and penalty included; optimiser split or not."""
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", smallest_split)
@@ -70,7 +77,7 @@ def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, m
     chex.assert_trees_all_close(state_one.params, jax.device_get(state_eight.params), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars", "lion"])
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lars", "lion"))])
 def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
     """An eighth of every moment on each device, stays so after a step; the parameters whole on all."""
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 1)
@@ -113,7 +120,9 @@ def test_cpu_devices_follow_the_cores_and_the_batch(env, cores, batch, devices):
     assert out.stdout.split() == [str(devices)] * 2, out.stderr
 
 
-@pytest.mark.parametrize(("encoder", "corruption", "penalty"), METHODS)
+@pytest.mark.parametrize(
+    ("encoder", "corruption", "penalty"), [*METHODS[:2], pytest.param(*METHODS[2], marks=pytest.mark.slow)]
+)
 def test_accumulated_gradients_equal_the_big_batch(encoder, corruption, penalty):
     """Four micro-batches on two devices give the update of the whole batch: same draws, penalty once."""
     c = small(encoder, corruption, penalty)

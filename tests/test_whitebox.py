@@ -27,6 +27,7 @@ from crate_jax import (
 from crate_jax.corruption import Identity, Masking
 from crate_jax.encoders import ENCODERS
 from crate_jax.report import Subject
+from crate_jax.validation import validate
 
 pytestmark = pytest.mark.one_python
 
@@ -42,7 +43,7 @@ def small(encoder: str = "crate", decoder: str = "crate", fill: str = "token", *
     c.decoder.name, c.decoder.depth, c.decoder.heads = decoder, 2, 2
     c.corruption.mask_fill, c.decoder.positions = fill, fill == "drop"
     c.corruption.mask_ratio = 0.5
-    configs.validate(c)
+    validate(c)
     return c
 
 

@@ -59,6 +59,13 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> 
             pass
 
 
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    for name in ("config.json.4711.tmp", "config.json", "notes.tmp"):
+        (tmp_path / name).write_text("{")
+    with workdir.lock(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [workdir.LOCK_NAME, "config.json", "notes.tmp"]
+
+
 def test_released_at_the_end_even_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), workdir.lock(tmp_path):
         _ = 1 / 0
@@ -100,6 +107,8 @@ def test_folder_that_cannot_be_written(tmp_path: Path, exists: bool) -> None:
 
 
 def test_free_space(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone/checkpoints is gone \(No such file"):
+        workdir.check_free_space(tmp_path / "gone" / "checkpoints", 1000)
     workdir.check_free_space(tmp_path, 1000)
     with pytest.raises(
         CheckpointError, match=r"no space left .*1,000,000,000,000\.0 MB needed, [\d,.]+ MB free; make room"

@@ -20,10 +20,10 @@ from crate_jax import data, metrics, pretrained, sharding
 from crate_jax.alignment import grid, moments, plots
 from crate_jax.alignment.answer import Answer
 from crate_jax.alignment.closed_form import Aligner
-from crate_jax.config import validate
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals.frozen import sample
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     config = resolve(config)
     validate(config)
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
+    sharding.all_devices()  # if there are none, that is said here
     with lock(workdir) as folder:
         start = time.perf_counter()
         answer = analyse(config, sharding.make_mesh(jax.device_count(), 1))

@@ -155,7 +155,7 @@ def _make_step(mesh: Mesh, classes: int) -> Callable[..., tuple[jax.Array, ...]]
 
         return gram + product(z_bD, z_bD), cross + product(y_bC, z_bD)
 
-    part = PartitionSpec(sharding.DATA)
+    part = PartitionSpec(sharding.BATCH)
     split = jax.shard_map(on_one_device, mesh=mesh, in_specs=(part,) * 4, out_specs=(part,) * 2)
     return jax.jit(split, donate_argnums=(0, 1))
 

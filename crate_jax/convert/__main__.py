@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from crate_jax import pretrained
 from crate_jax.config import base, changed_keys
@@ -107,9 +107,18 @@ def _three(flag: str, text: str | None) -> tuple[float, ...] | None:
     return values
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Argparse's, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves with status 2."""
+        print(f"error: {message}; python -m crate_jax.convert --help says more", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m crate_jax.convert", description=__doc__)
+    top = Parser(prog="python -m crate_jax.convert", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="inspect|import|export")
     for name, run, path, what in (
         ("inspect", inspect, "FILE_OR_WORKDIR", "what a file holds, and what of it is used"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -24,6 +23,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.metrics import write_json
 from crate_jax.parameters import names
 from crate_jax.patches import grid_shape, sincos_positions
+from crate_jax.workdir import expanduser
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers writes
 
@@ -65,7 +65,7 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
     if made.left_out:  # what is written is an encoder, and the config in it says so
         config = {**config, "corruption": {**config["corruption"], "name": "none"}}
         config["decoder"] = {**config["decoder"], "name": "linear"}
-    folder = Path(out).expanduser()
+    folder = expanduser(out)
     files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})
     for name, content in made.beside.items():
         write_json(folder / name, content)

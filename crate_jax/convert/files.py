@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from crate_jax.convert.torch_files import PICKLE_START, ZIP_START, Inert, Tensor, open_checkpoint
 from crate_jax.errors import CheckpointError
-from crate_jax.workdir import check_free_space
+from crate_jax.workdir import check_free_space, expanduser
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,7 +50,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, Any]]:
     Raises:
       CheckpointError: there is no such file, it is damaged, of another format, or refers to anything but weights.
     """
-    path = Path(path).expanduser()
+    path = expanduser(path)
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a file of weights")
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -122,7 +124,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
     Raises:
       CheckpointError: the folder cannot be made, or there is no room.
     """
-    path = Path(path).expanduser().absolute()
+    path = expanduser(path).absolute()
     dense = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ Images of more than Pillow's limit (2 * `PIL.Image.MAX_IMAGE_PIXELS`, 179 millio
 from __future__ import annotations
 
 import io
+import os
+import stat
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +25,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# Pillow would open others too by their content, whatever the name: EPS, for one, runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 ORIENTATION_TAG = 0x0112
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as the crop stays this much larger
 # than the output: the antialiasing filter, not the decoder, then decides the result.
@@ -40,7 +44,7 @@ def open_image(data: bytes) -> Image.Image:
       DecodeError: the bytes are no image that Pillow can read.
     """
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as e:  # its own text names the buffer
         raise DecodeError("not an image in a known format") from e
     except Exception as e:  # damaged files make the parsers raise nearly anything
@@ -54,10 +58,13 @@ def read_file(path: str) -> bytes:
       DecodeError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as f:
+        # Opening a named pipe would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
+            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):  # a device may have no end
+                raise DecodeError("not a regular file")
             return f.read()
     except OSError as e:
-        raise DecodeError(_reason(e)) from e
+        raise DecodeError(f"cannot be read ({e.strerror})") from e
 
 
 def oriented_size(image: Image.Image) -> tuple[int, int]:

@@ -104,6 +104,7 @@ def open_folder(path: str, split: str, train_split: str, eval_split: str) -> Fol
       DataError: see FolderSource; also a named split that is missing, or other classes in the
         evaluation than in the training split.
     """
+    path = os.path.expanduser(path)
     _check_folder(path)
     train_root = os.path.join(path, train_split) if train_split else path
     whole_tree = not train_split or not os.path.isdir(train_root)

@@ -32,6 +32,7 @@ class Undecodable:
         self._limit = limit
         self._seen = 0
         self.indices: set[int] = set()
+        self._reasons: dict[int, str] = {}
 
     def add(self, bad: Iterable[tuple[int, str]], seen: int) -> None:
         """Notes undecodable files.
@@ -48,16 +49,18 @@ class Undecodable:
         for index, reason in bad:
             if index not in self.indices:
                 self.indices.add(index)
+                self._reasons[index] = reason
                 _log.warning("skipping undecodable image %s: %s", self._source.name(index), reason)
         counted = max(self._seen, min(size, MIN_FILES))
         count = len(self.indices)
         if count > self._limit * counted:
             raise DataError(
                 f"{count} of {counted} images cannot be decoded ({count / counted:.2%}, more than "
-                f"config.data.max_undecodable={self._limit:g} allows): {self.named()}"
+                f"config.data.max_undecodable={self._limit:g} allows); mend or remove them, or allow more: "
+                f"{self.named()}"
             )
 
     def named(self) -> str:
-        """The names of the first few, for a message."""
-        names = [self._source.name(i) for i in sorted(self.indices)[:NAMED]]
+        """The first few and what is wrong with them, for a message."""
+        names = [f"{self._source.name(i)} ({self._reasons[i]})" for i in sorted(self.indices)[:NAMED]]
         return ", ".join(names) + (", ..." if len(self.indices) > NAMED else "")

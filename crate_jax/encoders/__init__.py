@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.corruption import fills
 from crate_jax.encoders.crate import CrateEncoder
+from crate_jax.encoders.layers import remat_rule
 from crate_jax.encoders.vit import ViTEncoder
 from crate_jax.patches import grid_shape
 
@@ -49,7 +50,7 @@ def _shared(config: ConfigDict) -> dict:
         embed_norm=e.embed_norm,
         final_norm=e.final_norm,
         final_eps=e.final_eps,
-        remat=config.remat,
+        remat=remat_rule(config),
         dtype=jnp.dtype(config.dtype),
     )
 

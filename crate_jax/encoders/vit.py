@@ -13,6 +13,7 @@ from crate_jax.corruption import Corruption
 from crate_jax.encoders.embedding import Embedding
 from crate_jax.encoders.layers import INITIALIZERS, Dtype, Norm, attention, dense, scan_blocks
 from crate_jax.patches import relative_position_index, relative_table_rows
+from crate_jax.sharding import by_batch
 
 
 def drop_path_scales(keys_B: jax.Array, depth: int, rate: float) -> jax.Array:
@@ -44,7 +45,7 @@ class SelfAttention(nn.Module):
             zeros = nn.initializers.zeros_init()
             q_bias, v_bias = (self.param(name, zeros, (D,), jnp.float32) for name in ("q_bias", "v_bias"))
             qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
-        q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
+        q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(by_batch(qkv), 3, axis=-1))
         y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
         return dense(D, "output", self.dtype, init=INITIALIZERS[self.initializer])(y_BND)
 
@@ -69,6 +70,7 @@ class ViTBlock(nn.Module):
         corruption: Corruption | None = None,
     ) -> tuple[jax.Array, None]:
         """One layer; `scales_2B` multiplies the two branches image by image."""
+        x_BND = by_batch(x_BND)
         D = x_BND.shape[-1]
         if self.bias_grid is not None and corruption is not None:
             bias_BHNN = relative_bias(self, self.bias_grid, self.heads, corruption)
@@ -87,7 +89,7 @@ class ViTBlock(nn.Module):
         self.sow("intermediates", "after_attention", x)
         y = Norm(name="mlp_norm")(x)
         y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=INITIALIZERS[self.initializer])(y)
-        y = jax.nn.gelu(y, approximate=False)
+        y = jax.nn.gelu(by_batch(y), approximate=False)
         self.sow("intermediates", "mlp_hidden", y)
         y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer])(y)
         x = x + branch(y, 1)
@@ -108,7 +110,7 @@ def scan_vit_blocks(
     scales_L2B: jax.Array | None,
     corruption: Corruption | None,
     depth: int,
-    remat: bool,
+    remat: str,
     *args: object,
 ) -> jax.Array:
     """`depth` ViT blocks; bias and corruption are shared by all layers, the drop-path factors are one per layer."""
@@ -133,7 +135,7 @@ class ViTEncoder(nn.Module):
     embed_norm: bool
     final_norm: bool
     final_eps: float
-    remat: bool
+    remat: str
     dtype: Dtype
 
     @nn.compact

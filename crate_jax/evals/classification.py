@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import data, sharding
 from crate_jax.errors import DataError
-from crate_jax.evals.features import extract
-from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.evals.features import of_split
+from crate_jax.evals.frozen import sample
 from crate_jax.evals.metrics import accuracies
 
 
@@ -40,17 +40,13 @@ class ClassifierEvaluation:
                 "fine-tuning is judged on one"
             )
         self._config, self._mesh, self.shown = config, mesh, test
-        self._classify = jax.jit(scores)
+        self._classify = jax.jit(sharding.on_mesh(mesh, scores), out_shardings=sharding.split(mesh))
 
     def scores(self, params: dict) -> dict[str, float]:
         """Shares in 0..1 of the test images; the names are those of :func:`crate_jax.evals.metrics.accuracies`."""
-        options = self._config.evaluation
-        indices = sample(len(self.shown), options.test_images, self._config.seed)
-        place, out, labels = sharding.split(self._mesh), [], []
-        for batch in data.eval_batches(self._config, self.shown, indices, CHUNK):
-            out.append(extract(lambda x: self._classify(params, x), batch["image"], options.batch_size, place))
-            labels.append(batch["label"])
-        return accuracies(np.concatenate(out), np.concatenate(labels))
+        indices = sample(len(self.shown), self._config.evaluation.test_images, self._config.seed)
+        classify = functools.partial(self._classify, params)
+        return accuracies(*of_split(classify, self._config, self.shown, indices, self._mesh))
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float]:
         """:meth:`scores`; what it compares with is a run of its own (``protocol=scratch``)."""

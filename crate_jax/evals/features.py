@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from crate_jax import distributed, sharding
+from crate_jax.data.evaluation import eval_batches
+from crate_jax.data.sources import Source
 from crate_jax.errors import DataError, NonFiniteError
 
 # Batches queued on the device. Dispatch runs ahead of the device by this much, which hides every copy; waiting for
@@ -17,68 +21,103 @@ IN_FLIGHT = 8
 
 def extract(
     apply: Callable[[jax.Array], jax.Array],
-    images_uint8: np.ndarray,
-    batch_size: int,
-    sharding: jax.sharding.NamedSharding | None = None,
+    batches: Iterable[np.ndarray],
+    rows: int,
+    place: jax.sharding.NamedSharding,
 ) -> np.ndarray:
-    """Encodes images in batches of one fixed size, so that `apply` compiles once.
+    """Encodes this process's images in batches of one fixed size, so that `apply` compiles once.
 
-    The last batch is filled up with copies of its last image, whose features are dropped. The host never waits for
+    A smaller batch is filled up with copies of its last image, whose features are dropped. The host never waits for
     the batch it has just sent: results are copied back while later batches run, and gathered at the end.
 
     Args:
-      apply: jitted function, uint8 [b, H, W, 3] on the device -> float [b, D]. Each row must depend on its own image
-        only (no batch statistics).
-      images_uint8: uint8 [n, H, W, 3]; with several processes, the same images in each.
-      batch_size: images per call; rounded up to a multiple of the devices of `sharding`.
-      sharding: how a batch is laid out over the devices; None: the default device.
+      apply: jitted function, uint8 [b, H, W, 3] on the devices -> float [b, D], laid out as its input. Each row must
+        depend on its own image only (no batch statistics).
+      batches: uint8 [n, H, W, 3], n at most `rows`; equally many in every process.
+      rows: images of this process per call, a multiple of its devices.
+      place: how a batch is laid out over the devices of all processes.
 
     Returns:
-      Float32 [n, D] on the host, in the order of the images; the same in every process.
+      Float32 [n, D] on the host, in the order of this process's images.
 
     Raises:
-      DataError: no images.
-      TypeError: the images are not uint8 [n, H, W, 3].
-      ValueError: `batch_size` is below 1, or `apply` does not return [b, D].
+      ValueError: `apply` does not return [b, D].
     """
-    if images_uint8.dtype != np.uint8 or images_uint8.ndim != 4 or images_uint8.shape[-1] != 3:
-        raise TypeError(
-            f"extract: images must be uint8 [n, H, W, 3], got {images_uint8.dtype} {list(images_uint8.shape)}"
-        )
-    if batch_size < 1:
-        raise ValueError(f"extract: batch_size={batch_size} must be at least 1")
-    n = len(images_uint8)
-    if n == 0:
-        raise DataError("evaluation: there are no images to encode; the split is empty")
-    devices = len(sharding.device_set) if sharding is not None else 1
-    size = -(-batch_size // devices) * devices
-    outputs: list[jax.Array] = []
-    for start in range(0, n, size):
-        batch = images_uint8[start : start + size]
-        if len(batch) < size:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        features = apply(_put(batch, sharding))
-        if features.ndim != 2 or features.shape[0] != size:
-            raise ValueError(f"extract: apply must return [{size}, D], got {list(features.shape)}")
+    outputs: list[tuple[jax.Array, int]] = []
+    for images in batches:
+        features = apply(jax.make_array_from_process_local_data(place, filled(images, rows)))
+        if features.ndim != 2 or features.shape[0] != rows * distributed.processes():
+            raise ValueError(f"extract: apply must return [{rows * distributed.processes()}, D], got {features.shape}")
         if features.is_fully_addressable:
             features.copy_to_host_async()
-        outputs.append(features)
+        outputs.append((features, len(images)))
         if len(outputs) > IN_FLIGHT:
-            outputs[-1 - IN_FLIGHT].block_until_ready()
-    return np.concatenate([_gather(features) for features in outputs])[:n]
+            outputs[-1 - IN_FLIGHT][0].block_until_ready()
+    return np.concatenate([_own_rows(features)[:count] for features, count in outputs])
 
 
-def _put(batch: np.ndarray, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(batch)
-    # Every process holds the whole batch and puts only its own devices' rows.
-    return jax.make_array_from_callback(batch.shape, sharding, lambda rows: batch[rows])
+def of_split(
+    apply: Callable[[jax.Array], jax.Array], config: ConfigDict, source: Source, indices: np.ndarray, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of the images at `indices` that can be decoded, in their order.
+
+    Each process decodes and encodes its part of them; all get the whole result.
+
+    Args:
+      apply: jitted function, uint8 [b, H, W, 3] on the devices -> float [b, D], row by row.
+      config: reads data and evaluation.batch_size.
+      source: an opened, labelled split.
+      indices: of the images.
+      mesh: the devices that encode.
+
+    Returns:
+      float32 [n, D] and int32 [n].
+
+    Raises:
+      DataError: too many images cannot be decoded, or none can.
+    """
+    labels = [np.zeros(0, np.int32)]
+
+    def images() -> Iterator[np.ndarray]:
+        for batch in lockstep(config, source, indices, mesh):
+            labels.extend([batch["label"]] if "label" in batch else [])
+            yield batch["image"]
+
+    own = extract(apply, images(), per_process(config, mesh), sharding.split(mesh))
+    features, labels_N = distributed.in_order(own), distributed.in_order(np.concatenate(labels))
+    if not len(features):
+        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, {source.name(0)} for one")
+    return features, labels_N
 
 
-def _gather(features: jax.Array) -> np.ndarray:
-    if not features.is_fully_addressable:
-        features = multihost_utils.process_allgather(features, tiled=True)
-    return np.asarray(features, np.float32)
+def per_process(config: ConfigDict, mesh: Mesh) -> int:
+    """Images that each process gives to a call: its part of evaluation.batch_size, a multiple of its devices."""
+    return -(-config.evaluation.batch_size // mesh.size) * mesh.size // distributed.processes()
+
+
+def lockstep(config: ConfigDict, source: Source, indices: np.ndarray, mesh: Mesh) -> Iterator[Mapping[str, np.ndarray]]:
+    """Evaluation batches of this process's part of `indices`, equally many in every process.
+
+    All hold at most :func:`per_process` images; those that only other processes still need have an empty ``image``.
+    """
+    parts = np.array_split(np.asarray(indices), distributed.processes())
+    batches = eval_batches(config, source, parts[jax.process_index()], per_process(config, mesh))
+    empty = {"image": np.zeros((0, *config.data.image_size, 3), np.uint8)}
+    for _ in range(-(-len(parts[0]) // per_process(config, mesh))):
+        yield next(batches, empty)
+
+
+def filled(x: np.ndarray, size: int) -> np.ndarray:
+    """Rows repeated at the end, or zeros where there are none, up to `size`; always a copy."""
+    more = np.repeat(x[-1:], size - len(x), axis=0) if len(x) else np.zeros((size, *x.shape[1:]), x.dtype)
+    return np.concatenate([x, more])
+
+
+def _own_rows(features: jax.Array) -> np.ndarray:
+    if features.is_fully_addressable:
+        return np.asarray(features, np.float32)
+    parts = {shard.index[0].start or 0: shard.data for shard in features.addressable_shards}
+    return np.concatenate([np.asarray(parts[start], np.float32) for start in sorted(parts)])
 
 
 def check_labelled(name: str, features: np.ndarray, labels: np.ndarray, num_classes: int) -> None:

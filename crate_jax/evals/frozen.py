@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -11,9 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from crate_jax import collapse, data, sharding
+from crate_jax import collapse, data, distributed, sharding
+from crate_jax.errors import DataError
 from crate_jax.evals import evaluate
-from crate_jax.evals.features import extract
+from crate_jax.evals.features import of_split
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,22 @@ def pixel_rows(images: np.ndarray) -> np.ndarray:
         size = max(1, round(width / shrink)), max(1, round(height / shrink))
         images = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BOX)) for x in images])
     return images.reshape(len(images), -1).astype(np.float32) / 255.0
+
+
+def pixels_of_split(config: ConfigDict, source: data.Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`pixel_rows` and labels of the images at `indices`; each process decodes its part, all get the whole.
+
+    Raises:
+      DataError: too many images cannot be decoded, or none can.
+    """
+    own = np.array_split(indices, distributed.processes())[jax.process_index()]
+    chunks = [(pixel_rows(b["image"]), b["label"]) for b in data.eval_batches(config, source, own, CHUNK)]
+    if distributed.largest(len(chunks)) == 0:
+        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, {source.name(0)} for one")
+    width = pixel_rows(np.zeros((1, *config.data.image_size, 3), np.uint8)).shape[1]
+    rows = np.concatenate([np.zeros((0, width), np.float32), *(x for x, _ in chunks)])
+    labels = np.concatenate([np.zeros(0, np.int32), *(y for _, y in chunks)])
+    return distributed.in_order(rows), distributed.in_order(labels)
 
 
 def sample(count: int, limit: int, seed: int) -> np.ndarray:
@@ -75,7 +93,7 @@ class FrozenEvaluation:
 
     def __init__(self, config: ConfigDict, features: Callable[..., jax.Array], train: data.Source, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
-        self._features = jax.jit(features)
+        self._features = jax.jit(sharding.on_mesh(mesh, features), out_shardings=sharding.split(mesh))
         test = data.open_split(config, "eval")
         self.shown = train if test is None else test
         self._splits: tuple[data.Source, data.Source] | None = None
@@ -87,21 +105,16 @@ class FrozenEvaluation:
             self._splits = (train, test)
             self._classes = max(len(train.class_names), len(test.class_names))
 
-    def _encode(self, apply: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-        """[train x, train y, test x, test y] with x = apply(images)."""
-        assert self._splits is not None
-        options, out = self._config.evaluation, []
-        for source, limit in zip(self._splits, (options.train_images, options.test_images), strict=True):
-            indices = sample(len(source), limit, self._config.seed)
-            batches = data.eval_batches(self._config, source, indices, CHUNK)
-            chunks = [(apply(batch["image"]), batch["label"]) for batch in batches]
-            out += [np.concatenate(part) for part in zip(*chunks, strict=True)]
-        return out
-
-    def _score(self, apply: Callable[[np.ndarray], np.ndarray], collapsed: bool) -> dict[str, float]:
+    def _score(
+        self, read: Callable[[data.Source, np.ndarray], tuple[np.ndarray, np.ndarray]], collapsed: bool
+    ) -> dict[str, float]:
+        """The scores of `read`: (split, numbers of images) -> (rows, labels)."""
         if self._splits is None:
             return {}
-        train_x, train_y, test_x, test_y = self._encode(apply)
+        options, parts = self._config.evaluation, []
+        for source, limit in zip(self._splits, (options.train_images, options.test_images), strict=True):
+            parts.append(read(source, sample(len(source), limit, self._config.seed)))
+        (train_x, train_y), (test_x, test_y) = parts
         scores = evaluate(train_x, train_y, test_x, test_y, self._classes, self._config.evaluation)
         return {**scores, **(collapse_scores(train_x) if collapsed else {})}
 
@@ -110,8 +123,8 @@ class FrozenEvaluation:
 
         The first two are shares in 0..1; for the others see :func:`collapse_scores`.
         """
-        size, place = self._config.evaluation.batch_size, sharding.split(self._mesh)
-        return self._score(lambda images: extract(lambda x: self._features(params, x), images, size, place), True)
+        encode = functools.partial(self._features, params)
+        return self._score(lambda source, indices: of_split(encode, self._config, source, indices, self._mesh), True)
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float | None]:
         """:meth:`scores`, the same of the untrained encoder and of raw pixels; None where there are no labels."""
@@ -123,4 +136,4 @@ class FrozenEvaluation:
 
     def pixel_scores(self) -> dict[str, float]:
         """k-NN and probe of the pixels themselves (:func:`pixel_rows`), the baseline that any encoder should beat."""
-        return self._score(pixel_rows, False)
+        return self._score(functools.partial(pixels_of_split, self._config), False)

@@ -23,18 +23,18 @@ from ml_collections import ConfigDict
 from crate_jax import __version__, data, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
-from crate_jax.config import base, flatten, validate
+from crate_jax.config import base, flatten
 from crate_jax.corruption import Identity
-from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.sources import digest
 from crate_jax.encoders import ENCODERS
 from crate_jax.errors import ConfigError, DataError
-from crate_jax.evals.features import extract
-from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.evals.features import of_split
+from crate_jax.evals.frozen import sample
 from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.patches import grid_shape, patchify
 from crate_jax.pretrain import normalise
+from crate_jax.validation import validate
 from crate_jax.workdir import lock
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if config.protocol.metric not in METRICS:
         raise ConfigError(f"config.protocol.metric={config.protocol.metric!r}: must be one of {', '.join(METRICS)}")
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
+    sharding.all_devices()  # if there are none, that is said here
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = inherit(config, encoder)
     validate(full)
@@ -165,12 +166,14 @@ def extract_features(
     sources = [data.open_split(config, split, labels_required=True) for split in ("train", "eval")]
     train, test = sources
     if train is None or test is None:
-        missing = "training" if train is None else "evaluation"
-        raise DataError(f"config.data.source={config.data.source!r}: has no {missing} split")
+        missing, key = ("training", "train_split") if train is None else ("evaluation", "eval_split")
+        raise DataError(
+            f"config.data.source={config.data.source!r}: has no {missing} split; config.data.{key} names it"
+        )
     mesh = sharding.make_mesh(jax.device_count(), 1)
     represent = representation.build(config)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.split(mesh))
     def encode(params: dict[str, Any], images_uint8: jax.Array) -> jax.Array:
         return represent(params, patchify(normalise(images_uint8, config), config.encoder.patch_size))
 
@@ -227,13 +230,7 @@ def _cached(
         pass
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
-    place = sharding.split(mesh)
-    features, labels = [], []
-    for batch in eval_batches(config, source, indices, CHUNK):
-        features.append(extract(apply, batch["image"], config.evaluation.batch_size, place))
-        labels.append(batch["label"])
-        log.info("%d of %d images", sum(map(len, labels)), len(indices))
-    out = np.concatenate(features), np.concatenate(labels)
+    out = of_split(apply, config, source, indices, mesh)
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax import data, sharding
+from crate_jax import data, distributed, sharding
 from crate_jax.errors import DataError
+from crate_jax.evals.features import filled, lockstep, per_process
 from crate_jax.evals.frozen import sample
 
 MOST_COUNTED = int(np.iinfo(np.int32).max)  # pixels, on the device
@@ -90,28 +91,25 @@ class SegmentationEvaluation:
             return total_CC + confusion(mask_BHW, predict(params, images), train.classes)
 
         self._zero = np.zeros((train.classes, train.classes), np.int32)
-        self._add = jax.jit(add, out_shardings=sharding.replicated(mesh))
+        self._add = jax.jit(sharding.on_mesh(mesh, add), out_shardings=sharding.replicated(mesh))
 
     def scores(self, params: dict) -> dict[str, Any]:
         """The scores of :func:`segmentation_scores`; the counts are kept on the device while they fit int32."""
         options, place = self._config.evaluation, sharding.split(self._mesh)
-        size = -(-options.batch_size // self._mesh.size) * self._mesh.size
+        size = per_process(self._config, self._mesh)
         counted, total_CC, on_device = 0, self._zero.astype(np.int64), jnp.asarray(self._zero)
         indices = sample(len(self.shown), options.test_images, self._config.seed)
-        for batch in data.eval_batches(self._config, self.shown, indices, size):
-            images, mask = (_fill(batch[name], size) for name in ("image", "mask"))
-            mask[len(batch["mask"]) :] = data.IGNORED
-            if counted + mask.size > MOST_COUNTED:
+        for batch in lockstep(self._config, self.shown, indices, self._mesh):
+            images = filled(batch["image"], size)
+            mask = np.full(images.shape[:3], data.IGNORED, np.int16)
+            mask[: len(batch["image"])] = batch.get("mask", 0)
+            pixels = mask.size * distributed.processes()
+            if counted + pixels > MOST_COUNTED:
                 total_CC, on_device, counted = total_CC + np.asarray(on_device), jnp.asarray(self._zero), 0
-            put = (jax.make_array_from_callback(x.shape, place, x.__getitem__) for x in (images, mask))
-            on_device, counted = self._add(on_device, params, *put), counted + mask.size
+            put = (jax.make_array_from_process_local_data(place, x) for x in (images, mask))
+            on_device, counted = self._add(on_device, params, *put), counted + pixels
         return segmentation_scores(total_CC + np.asarray(on_device))
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, Any]:
         """:meth:`scores`; what it compares with is a run of its own (``scratch``)."""
         return self.scores(params)
-
-
-def _fill(x: np.ndarray, size: int) -> np.ndarray:
-    """Rows repeated at the end up to `size`; always a copy."""
-    return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])

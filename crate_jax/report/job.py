@@ -24,11 +24,12 @@ from crate_jax import (
     whitebox_section,
 )
 from crate_jax.alignment import section as alignment_section
-from crate_jax.config import base, flatten, validate
+from crate_jax.config import base, flatten
 from crate_jax.errors import ConfigError, DataError, UserError
 from crate_jax.report import page, summary_section
 from crate_jax.report.section import Section, Subject
-from crate_jax.workdir import lock
+from crate_jax.validation import validate
+from crate_jax.workdir import expanduser, lock
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ SECTIONS: dict[str, Analysis] = {
 
 # The sections of a config that say what a run is; analyses' own options are the report's.
 OF_THE_RUN = (
-    "seed", "steps", "epochs", "batch_size", "accumulate", "dtype", "remat", "init_from", "data", "encoder", "decoder",
-    "corruption", "loss", "penalty", "optimizer", "evaluation", "finetune", "protocol", "segment",
+    "seed", "steps", "epochs", "batch_size", "accumulate", "dtype", "remat", "remat_keep", "init_from", "data",
+    "encoder", "decoder", "corruption", "loss", "penalty", "optimizer", "evaluation", "finetune", "protocol", "segment",
 )  # fmt: skip
 OF_THE_DATA = ("source", "data_dir", "train_split", "eval_split")  # of the report's, if it names a source
 
@@ -86,10 +87,11 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     given = [] if alone else split(config.checkpoint)
     paths = [run for path in given for run in expand(path)]
     if not workdir:
-        if len(given) != 1 or Path(given[0]).expanduser().is_file():
+        if len(given) != 1 or expanduser(given[0]).is_file():
             raise ConfigError("--workdir is missing: it says where the report goes, unless it is that of one run")
         workdir = str(_home(given[0]))
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
+    sharding.all_devices()  # if there are none, that is said here
     loaded = [pretrained.load(path, "config.checkpoint") for path in paths]
     mesh = sharding.make_mesh(jax.device_count(), 1)
     missing: dict[str, str] = {}
@@ -103,7 +105,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
         except UserError as e:
             missing[f"what needs the images of {name}"] = str(e)
             log.warning("%s: its images cannot be read: %s", name, e)
-        home = _home(path) if Path(path).expanduser().is_dir() else None
+        home = _home(path) if expanduser(path).is_dir() else None
         subjects.append(Subject(name, full, encoder.params, home, train, test, mesh))
     with lock(workdir) as folder:
         sections, left_out = analyse(subjects, chosen)
@@ -120,7 +122,7 @@ def split(checkpoint: str) -> list[str]:
     parts, paths = checkpoint.split(","), []
     while parts:
         joined = [",".join(parts[:n]) for n in range(1, len(parts) + 1)]
-        path = next((p for p in joined if p and Path(p).expanduser().exists()), parts[0])
+        path = next((p for p in joined if p and expanduser(p).exists()), parts[0])
         parts = parts[path.count(",") + 1 :]
         paths.append(path)
     for path in paths:
@@ -136,7 +138,7 @@ def split(checkpoint: str) -> list[str]:
 
 def expand(path: str) -> list[str]:
     """The path; or, if it is a folder of runs such as a sweep's, the runs in it that have saved a checkpoint."""
-    folder = Path(path).expanduser()
+    folder = expanduser(path)
     if not folder.is_dir() or checkpoint_files.steps(folder / checkpoint.FOLDER) or checkpoint_files.steps(folder):
         return [path]
     runs = [str(run) for run in sorted(folder.iterdir()) if checkpoint_files.steps(run / checkpoint.FOLDER)]
@@ -157,7 +159,7 @@ def names(paths: Sequence[str]) -> list[str]:
 
 def _home(path: str) -> Path:
     """The run's folder, also if its checkpoints were named."""
-    whole = Path(path).expanduser().absolute()
+    whole = expanduser(path).absolute()
     is_inside = whole.name == "checkpoints" and whole.is_dir()
     return whole.parent if is_inside else whole
 

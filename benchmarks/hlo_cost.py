@@ -1,0 +1,370 @@
+"""What an optimised HLO program costs per chip: FLOPs, bytes and collectives, loops multiplied out.
+
+XLA's own `cost_analysis()` counts the body of a loop once, however often it runs, so for a model
+whose layers are scanned it says a twelfth. This counts the text of the compiled program by XLA's
+rules (`HloCostAnalysis`): every instruction reads its operands and writes its result, a fusion
+being one instruction; a slice reads what it takes and an update in place writes what it changes; a
+Pallas kernel counts what its `CostEstimate` says. With `loops=False` it counts bodies once, as XLA
+does, and a test compares the two. One rule differs: for a slice that is fetched ahead of its use
+(`slice-start`) XLA adds twice the whole array, here it is the slice, read and written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+ELEMENT_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
+    "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
+}  # fmt: skip
+
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "optimization-barrier", "domain", "add-dependency", "copy-done", "send", "send-done", "recv-done",
+    "recv", "slice-done", "all-reduce-done", "all-gather-done", "collective-permute-done", "async-done", "async-update",
+}  # fmt: skip
+# One operation per element of the result.
+ELEMENTWISE = {
+    "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "power", "remainder", "compare",
+    "select", "and", "or", "xor", "not", "clamp", "round-nearest-afz", "round-nearest-even", "floor", "ceil", "sign",
+    "shift-left", "shift-right-logical", "shift-right-arithmetic",
+}  # fmt: skip
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
+
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"^ ([a-z][\w\-]*)\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a shape: its type, sides, and whether the program keeps it in the chip's scratch memory."""
+
+    dtype: str
+    sides: tuple[int, ...]
+    on_chip: bool = False
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.sides)
+
+    @property
+    def bytes(self) -> float:
+        return self.elements * ELEMENT_BYTES.get(self.dtype, 0)  # tokens and opaque types: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of the text."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]  # of the result; several for a tuple
+    operands: tuple[str, ...]
+    rest: str  # attributes
+    root: bool
+    literal: str = ""
+
+    def called(self, attribute: str) -> str:
+        """The computation that an attribute names."""
+        found = re.search(attribute + r"=%?([\w.\-]+)", self.rest)
+        if found is None:
+            raise ValueError(f"{self.opcode} {self.name} has no {attribute}")
+        return found.group(1)
+
+    @property
+    def origin(self) -> str:
+        """The operation of the traced program that it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found.group(1) if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What one instruction costs in all its runs."""
+
+    instruction: Instruction
+    computation: str
+    runs: int
+    flops: float
+    bytes: float
+    hbm_bytes: float  # without what lies in the chip's scratch memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A program's cost per chip."""
+
+    flops: float
+    bytes: float
+    hbm_bytes: float
+    collective_bytes: dict[str, float]  # by kind: bytes of each chip's operands
+    collectives: dict[str, int]  # by kind: how many run
+    lines: list[Line]
+
+
+def _balanced(text: str, start: int) -> int:
+    """The index after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"unbalanced parentheses: {text[start : start + 80]}")
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    return tuple(
+        Array(dtype, tuple(int(s) for s in sides.split(",") if s), "S(1)" in (layout or ""))
+        for dtype, sides, layout in _ARRAY.findall(text)
+    )
+
+
+def _instruction(line: str) -> Instruction | None:
+    match = _INSTRUCTION.match(line)
+    if match is None:
+        return None
+    root, name, text = match.groups()
+    end = _balanced(text, 0) if text.startswith("(") else text.index(" ")
+    opcode = _OPCODE.match(text[end:])
+    if opcode is None:
+        return None
+    start = end + opcode.end() - 1
+    stop = _balanced(text, start)
+    inside = text[start + 1 : stop - 1]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(name, opcode.group(1), _arrays(text[:end]), operands, text[stop:], bool(root), inside)
+
+
+class Program:
+    """The computations of an HLO text."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] | None = None
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                current = self.computations.setdefault(header.group(1), {})
+                if line.startswith("ENTRY"):
+                    self.entry = header.group(1)
+            elif current is not None and (instruction := _instruction(line)):
+                current[instruction.name] = instruction
+        if not self.entry:
+            raise ValueError("the text has no ENTRY computation: not an HLO module")
+
+    def root(self, computation: str) -> Instruction:
+        """The instruction whose value a computation returns."""
+        return next(i for i in self.computations[computation].values() if i.root)
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a while loop runs: its known count, or the constant that its counter, from 0, is compared with.
+
+        Raises:
+          ValueError: the condition is no comparison with a constant.
+        """
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(known.group(1))
+        condition = self.computations[loop.called("condition")]
+        compared = self.root(loop.called("condition"))
+        if compared.opcode == "fusion":
+            condition = {**condition, **self.computations[compared.called("calls")]}
+        limits = [int(i.literal) for i in condition.values() if i.opcode == "constant" and i.literal.isdigit()]
+        if len(limits) != 1:
+            raise ValueError(f"cannot tell how often {loop.name} runs: its condition has the constants {limits}")
+        return limits[0]
+
+    def cost(self, loops: bool = True) -> Cost:
+        """Counts the program; `loops=False` counts a loop's body once, as XLA does."""
+        lines = list(self._walk(self.entry, 1, loops))
+        sent: Counter[str] = Counter()
+        number: Counter[str] = Counter()
+        for line in lines:
+            kind = line.instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                computation = self.computations[line.computation]
+                sent[kind] += line.runs * sum(
+                    a.bytes for operand in line.instruction.operands for a in computation[operand].arrays
+                )
+                number[kind] += line.runs
+        # In fusions: a reduce-scatter is an all-reduce whose result is cut up; and XLA hides some collectives behind
+        # products: a piece of one is in each of several fusions, on one channel.
+        hidden: dict[str, tuple[str, float, int]] = {}
+        for line in lines:
+            if line.instruction.opcode != "fusion":
+                continue
+            name = line.instruction.called("calls")
+            inner = self.computations[name]
+            for i in inner.values():
+                if i.opcode in COLLECTIVES and (channel := re.search(r"channel_id=(\d+)", i.rest)):
+                    size = sum(inner[o].arrays[0].bytes for o in i.operands)
+                    if name.startswith("all-reduce-scatter"):
+                        hidden[line.instruction.name] = "reduce-scatter", size, line.runs
+                    else:
+                        hidden[channel.group(1)] = i.opcode, size, line.runs
+        for kind, size, runs in hidden.values():
+            sent[kind] += runs * size
+            number[kind] += runs
+        total = functools.partial(math.fsum)
+        return Cost(
+            total(line.flops for line in lines),
+            total(line.bytes for line in lines),
+            total(line.hbm_bytes for line in lines),
+            dict(sent),
+            dict(number),
+            lines,
+        )
+
+    def _walk(self, name: str, runs: int, loops: bool) -> Iterator[Line]:
+        computation = self.computations[name]
+        for i in computation.values():
+            if i.opcode == "while":
+                times = runs * (self.trips(i) if loops else 1)
+                yield from self._walk(i.called("body"), times, loops)
+            elif i.opcode == "call":
+                yield from self._walk(i.called("to_apply"), runs, loops)
+            elif i.opcode == "async-start":
+                yield from self._walk(i.called("calls"), runs, loops)
+            elif i.opcode == "conditional":  # the dearest branch
+                names = re.findall(r"%([\w.\-]+)", i.rest[i.rest.index("_computation") :].split("metadata")[0])
+                branches = [list(self._walk(b, runs, loops)) for b in names if b in self.computations]
+                yield from max(branches, key=lambda lines: sum(line.bytes for line in lines))
+            elif i.opcode not in FREE:
+                moved, on_hbm = self._bytes(i, computation)
+                yield Line(i, name, runs, runs * self._flops(i, computation), runs * moved, runs * on_hbm)
+
+    def _bytes(self, i: Instruction, computation: dict[str, Instruction]) -> tuple[float, float]:
+        """(bytes read and written, those of them in HBM)."""
+        estimate = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)', i.rest)
+        if i.opcode == "custom-call":
+            if estimate:
+                return float(estimate.group(1)), float(estimate.group(1))
+            if 'custom_call_target="tpu_custom_call"' not in i.rest:  # buffers, bitcasts
+                return 0.0, 0.0
+        reads = [(computation[o].arrays, o) for o in i.operands]
+        if i.opcode == "fusion":
+            parts = self._fusion(i, computation)
+        elif i.opcode in ("dynamic-slice", "slice", "gather"):
+            parts = [(i.arrays[0], i.arrays[0].bytes), (computation[i.operands[0]].arrays[0], i.arrays[0].bytes)]
+            parts += [(a, a.bytes) for arrays, _ in reads[1:] for a in arrays]
+        elif i.opcode == "dynamic-update-slice":
+            update = computation[i.operands[1]].arrays[0]
+            parts = [(i.arrays[0], update.bytes), (update, update.bytes)]
+        elif i.opcode in ("copy-start", "slice-start"):  # result: (destination, source, ...) or the other way round
+            source, moved = computation[i.operands[0]].arrays[0], min(a.bytes for a in i.arrays[:2])
+            target = next((a for a in i.arrays[:2] if a.on_chip != source.on_chip), source)
+            parts = [(source, moved), (target, moved)]
+        elif i.opcode.endswith("-start"):
+            operands = [a for arrays, _ in reads for a in arrays]
+            results = i.arrays[len(operands) :] or i.arrays
+            parts = [(a, a.bytes) for a in (*operands, *results) if a.sides]
+        else:
+            parts = [(a, a.bytes) for a in i.arrays]
+            parts += [(a, a.bytes) for arrays, _ in reads for a in arrays]
+        return sum(b for _, b in parts), sum(b for a, b in parts if not a.on_chip)
+
+    def _fusion(self, i: Instruction, computation: dict[str, Instruction]) -> list[tuple[Array, float]]:
+        """(array, bytes moved of it) for each operand and result of a fusion."""
+        inner = self.computations[i.called("calls")]
+        users: dict[str, list[Instruction]] = {}
+        for instruction in inner.values():
+            for operand in instruction.operands:
+                users.setdefault(operand, []).append(instruction)
+
+        def moved(name: str, whole: float) -> float:
+            """What is read of a value: slices of it, or all."""
+            total = 0.0
+            for user in users.get(name, []):
+                position = user.operands.index(name)
+                if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
+                    total += user.arrays[0].bytes
+                elif user.opcode == "dynamic-update-slice" and position == 0:
+                    pass  # changed in place
+                elif user.opcode == "bitcast":
+                    total += moved(user.name, whole)
+                elif user.root and user.opcode == "tuple":
+                    pass  # handed through
+                elif user.opcode == "fusion":
+                    total += (
+                        moved(user.name, whole) if self._rearranges(user) else self._fusion(user, inner)[position][1]
+                    )
+                else:
+                    return whole
+            return min(total, whole)
+
+        parameters = {int(p.literal): p for p in inner.values() if p.opcode == "parameter"}
+        parts = []
+        for index, operand in enumerate(i.operands):
+            array = computation[operand].arrays[0]
+            parts.append((array, moved(parameters[index].name, sum(a.bytes for a in computation[operand].arrays))))
+
+        def written(name: str) -> float:
+            value = inner[name]
+            if value.opcode == "bitcast":
+                return written(value.operands[0])
+            if value.opcode == "dynamic-update-slice":
+                return inner[value.operands[1]].arrays[0].bytes
+            if value.opcode == "parameter" or value.opcode in COLLECTIVES:  # handed through; see Program.cost
+                return 0.0
+            return sum(a.bytes for a in value.arrays)
+
+        root = self.root(i.called("calls"))
+        results = root.operands if root.opcode == "tuple" else (root.name,)
+        return parts + [(array, written(name)) for array, name in zip(i.arrays, results, strict=False)]
+
+    def _rearranges(self, fusion: Instruction) -> bool:
+        """Whether a fusion inside another only lays its one operand out anew: a slice of it is a slice of that."""
+        opcodes = {i.opcode for i in self.computations[fusion.called("calls")].values()}
+        return opcodes <= {"parameter", "copy", "bitcast"}
+
+    def _flops(self, i: Instruction, computation: dict[str, Instruction]) -> float:
+        if i.opcode == "fusion":
+            inner = self.computations[i.called("calls")]
+            return sum(self._flops(j, inner) for j in inner.values())
+        if i.opcode == "custom-call":
+            estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', i.rest)
+            return float(estimate.group(1)) if estimate else 0.0
+        if i.opcode in ELEMENTWISE:
+            return i.arrays[0].elements
+        if i.opcode in ("reduce", "reduce-window", "all-reduce"):
+            return sum(a.elements for o in i.operands[:1] for a in computation[o].arrays)
+        if i.opcode == "dot":
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+            lhs = computation[i.operands[0]].arrays[0].sides
+            inner_size = math.prod(lhs[int(d)] for d in contracted.group(1).split(",") if d) if contracted else 1
+            return 2.0 * i.arrays[0].elements * inner_size
+        if i.opcode == "convolution":
+            lhs, rhs = (computation[o].arrays[0] for o in i.operands[:2])
+            return convolution_flops(lhs.sides, rhs.sides, i.arrays[0].sides, i.rest)
+        return 0.0
+
+
+def convolution_flops(lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], attributes: str) -> float:
+    """FLOPs of a convolution, which a matrix product becomes on a TPU; products with padding do not count."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    if labels is None:
+        raise ValueError(f"a convolution without dim_labels: {attributes[:80]}")
+    lhs_labels, rhs_labels, out_labels = labels.groups()
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", attributes) or [""])[0]))
+    spatial = [c for c in out_labels if c.isdigit()]
+
+    def option(key: str, default: str) -> list[str]:
+        return window[key].split("x") if key in window else [default] * len(spatial)
+
+    options = zip(
+        option("stride", "1"), option("pad", "0_0"), option("lhs_dilate", "1"), option("rhs_dilate", "1"), strict=True
+    )
+    total = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")] * rhs[rhs_labels.index("i")]
+    for c, (stride, pad, lhs_dilate, rhs_dilate) in zip(spatial, options, strict=True):
+        inputs, kernel, outputs = lhs[lhs_labels.index(c)], rhs[rhs_labels.index(c)], out[out_labels.index(c)]
+        low, dilate = int(pad.split("_")[0]), int(lhs_dilate)
+        end = (inputs - 1) * dilate + 1
+        at = (o * int(stride) - low + k * int(rhs_dilate) for o in range(outputs) for k in range(kernel))
+        total *= sum(0 <= position < end and position % dilate == 0 for position in at)
+    return total

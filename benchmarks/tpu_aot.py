@@ -1,0 +1,207 @@
+"""Compiles the train step of a config for a TPU slice, without one, and says what it costs per chip.
+
+    pip install "crate-jax[tpu]"
+    python -m benchmarks.tpu_aot --topology=v5e:16x16 --config=configs/crate_mae.py:variant=B [--config.KEY=VALUE ...]
+
+The step is the one that training runs; libtpu's compiler runs on this machine's CPU. Prints one JSON
+object. `flops_per_chip` and `bytes_per_chip` follow XLA's rules with loops multiplied out
+(:mod:`benchmarks.hlo_cost`): bytes are what the instructions read and write, also where the compiler
+keeps an array in the chip's scratch memory (VMEM). `hbm_traffic_per_chip` leaves those out.
+`hbm_bytes_per_chip` is memory: arguments and temporaries. The roofline takes the larger of
+FLOPs / peak and bytes / bandwidth; it is a bound, not a measurement, and leaves the links between
+chips out, whose bytes stand in `collective_bytes_per_chip`. `--hlo=FILE` writes the compiled program,
+`--top=N` the N instructions that move most on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# Before jax: libtpu must neither look for a metadata server nor for chips, and JAX must not start on them.
+os.environ.update(
+    {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip to fight over: several may compile at once
+    }
+)
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict, config_flags
+
+from benchmarks import hlo_cost
+from benchmarks.roofline import Chip, chip_of, roofline
+from crate_jax import optimizer, pretrain, sharding, train_step
+from crate_jax.errors import ConfigError, UserError
+from crate_jax.main import fail
+from crate_jax.validation import validate
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what libtpu says about the chips that are not there off stderr."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """The devices of a slice that is not there.
+
+    Raises:
+      UserError: libtpu is missing, or it knows no such slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu is not installed, and it holds the compiler for TPUs: pip install 'crate-jax[tpu]'")
+    try:
+        with _quiet():
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except jax.errors.JaxRuntimeError as e:
+        raise UserError(f"--topology={topology}: libtpu does not know this slice: {str(e).splitlines()[0]}") from None
+
+
+def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
+    """The train step of a validated config, traced for these devices; no array is made."""
+    mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices, config.mesh.data, config.mesh.model)
+    objective = pretrain.build(config)
+    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
+    tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
+    step = train_step.make_train_step(config, objective, tx, schedule, mesh)
+    state = jax.eval_shape(functools.partial(train_step.init_state, config, objective, tx))
+    images = jax.ShapeDtypeStruct((config.batch_size, *config.data.image_size, 3), jnp.uint8)
+    return step.lower(state, {"image": images})
+
+
+def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles.
+
+    Raises:
+      UserError: the chip has too little memory for the step.
+    """
+    try:
+        with _quiet():
+            return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        reason = re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(e).splitlines()[0])
+        raise UserError(f"{reason}; lower --batch_per_chip, or set --config.remat=True") from None
+
+
+def report(compiled: jax.stages.Compiled, chip: Chip, images: int) -> tuple[dict[str, Any], hlo_cost.Cost]:
+    """What a compiled step costs per chip and step; `images` of them are on each chip."""
+    memory = compiled.memory_analysis()
+    cost = hlo_cost.Program(compiled.as_text()).cost()
+    hbm = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    hbm += memory.output_size_in_bytes - memory.alias_size_in_bytes  # the state is updated in place
+    return {
+        "flops_per_chip": cost.flops,
+        "bytes_per_chip": cost.bytes,
+        "hbm_traffic_per_chip": cost.hbm_bytes,
+        "hbm_bytes_per_chip": hbm,
+        "hbm_arguments_per_chip": memory.argument_size_in_bytes,
+        "hbm_temporaries_per_chip": memory.temp_size_in_bytes,
+        "hbm_share": hbm / chip.hbm,
+        "collective_bytes_per_chip": cost.collective_bytes,
+        "collectives": cost.collectives,
+        **roofline(chip, cost.flops, cost.bytes, images),
+        "hbm_traffic_time_over_flop_time": (cost.hbm_bytes / chip.bandwidth) / (cost.flops / chip.flops),
+    }, cost
+
+
+def show_top(cost: hlo_cost.Cost, count: int) -> None:
+    """Prints the instructions that move most bytes, one line each, on stderr."""
+    for line in sorted(cost.lines, key=lambda line: -line.bytes)[:count]:
+        arrays = ", ".join(f"{a.dtype}{list(a.sides)}" for a in line.instruction.arrays[:3])
+        print(
+            f"{line.bytes / 1e9:7.2f} GB {line.hbm_bytes / 1e9:7.2f} in HBM  x{line.runs:<4} {line.instruction.opcode} "
+            f"{arrays}  {line.instruction.origin}",
+            file=sys.stderr,
+        )
+
+
+def define_flags() -> None:
+    """Defines the flags of the command line."""
+    config_flags.DEFINE_config_file("config", None, "A file of configs/ that pre-trains.")
+    flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, such as v5e:16x16 or v5p:2x2x2.")
+    flags.DEFINE_integer("batch_per_chip", 128, "Images per step on each chip.", lower_bound=1)
+    flags.DEFINE_string("hlo", "", "File for the text of the compiled program.")
+    flags.DEFINE_integer("top", 0, "How many of the instructions that move most to list.", lower_bound=0)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Absl's parser, but a bad flag, config file or key is one line and status 2."""
+    try:
+        rest = flags.FLAGS(list(argv))
+        if flags.FLAGS.config is None:
+            raise ConfigError("--config is missing, such as --config=configs/crate_mae.py:variant=B")
+        if len(rest) > 1:
+            raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+        return rest
+    except Exception as e:  # whatever a config file or an override raises is the user's to mend
+        fail(e)
+
+
+def main(_: list[str]) -> None:
+    """Compiles the step of the config and prints its cost."""
+    given = flags.FLAGS
+    config = given.config
+    try:
+        chip, chips = chip_of(given.topology)
+        if config.job != "pretrain":
+            raise ConfigError(f"config.job={config.job!r}: only the step of pretrain is compiled here")
+        config.batch_size = given.batch_per_chip * chips
+        config.steps, config.epochs = config.steps or 10_000, 0.0
+        config.optimizer.warmup_epochs = 0.0
+        validate(config)
+        devices = topology_devices(given.topology)
+        lowered = lower_step(config, devices)
+        with open(given.hlo or os.devnull, "w", encoding="utf-8") as file:  # before the minutes of compiling
+            start = time.perf_counter()
+            compiled = compile_step(lowered)
+            seconds = time.perf_counter() - start
+            file.write(compiled.as_text() if given.hlo else "")
+    except (UserError, OSError) as e:
+        fail(e)
+    numbers, cost = report(compiled, chip, given.batch_per_chip)
+    show_top(cost, given.top)
+    print(
+        json.dumps(
+            {
+                "topology": given.topology,
+                "chips": chips,
+                "chip": dataclasses.asdict(chip),
+                "batch_per_chip": given.batch_per_chip,
+                "dtype": config.dtype,
+                "compile_seconds": round(seconds, 1),
+                **numbers,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,61 @@
+# shellcheck shell=bash
+# Sourced by every launcher: --help and --dry-run, checks of the settings, and how a command is run or shown.
+set -euo pipefail
+
+# Status 2 is the user's mistake, as in crate_jax.main: nothing retries it.
+fail() {
+  printf '%s: %s\n' "${0##*/}" "$1" >&2
+  exit 2
+}
+
+# Takes --help and --dry-run out of the arguments, wherever they stand; the others are in ARGS.
+# The help is the comment at the top of the script, so the two cannot differ.
+read_arguments() {
+  DRY_RUN='' ARGS=()
+  local argument
+  for argument in "$@"; do
+    case $argument in
+      --help | -h)
+        sed -n '2,/^$/{/^#/s/^# \{0,1\}//p}' "$0"
+        exit 0
+        ;;
+      --dry-run) DRY_RUN=yes ;;
+      *) ARGS+=("$argument") ;;
+    esac
+  done
+}
+
+# need NAME MEANING: the setting NAME has a value.
+need() { [[ -n ${!1:-} ]] || fail "$1 is not set: $2"; }
+
+# need_count NAME [LEAST]: NAME is a whole number, at least LEAST (1).
+need_count() {
+  # ten digits at most: bash's numbers have 64 bits, and 08 would be a bad octal
+  [[ ${!1:-} =~ ^(0|[1-9][0-9]{0,9})$ && ${!1} -ge ${2:-1} ]] ||
+    fail "$1=${!1:-}: must be a whole number, ${2:-1} or more"
+}
+
+# need_label NAME: NAME can be part of a host name, as clouds and clusters want it.
+need_label() {
+  [[ ${!1:-} =~ ^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$ ]] ||
+    fail "$1=${!1:-}: must be lower-case letters, digits and '-', starting with a letter, 50 at most"
+}
+
+# need_switch NAME: NAME is 0 or 1.
+need_switch() { [[ ${!1} == [01] ]] || fail "$1=${!1}: must be 0 or 1"; }
+
+# One line that a shell reads as this very command.
+show() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s\n' "${line% }"
+}
+
+run() {
+  if [[ -n $DRY_RUN ]]; then
+    show "$@"
+  else
+    command -v "$1" >/dev/null || fail "$1 is not on the PATH"
+    "$@"
+  fi
+}

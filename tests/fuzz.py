@@ -1,0 +1,327 @@
+"""Random and mutated inputs: configs, images, files of weights, metas of checkpoints. None may end in a traceback.
+
+    python -m tests.fuzz SECONDS [config image weights meta] [--seed=N]
+
+Each target is a class whose `case(rng)` makes one input, hands it to the library and raises what it should not have
+raised; what an input is, is a function of the seed and the example's number, which a failure names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import random
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import safetensors.numpy
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from crate_jax import checkpoint_files, main, optimizer, pretrain, sweep
+from crate_jax.config import base, flatten
+from crate_jax.convert import weights
+from crate_jax.data import decoding
+from crate_jax.data.sources import SyntheticSource
+from crate_jax.errors import UserError
+from crate_jax.validation import validate
+from tests import test_convert
+
+NASTY = (
+    '', ' ', '0', '-0', '-1', '1', '2', '3', '7', '0.5', '-0.0', '1e999', '-1e999', '1e-999', '1e30', 'nan', 'inf',
+    '0x10', '1_000', '1,2', '1,2,3', '(1,2)', '[1,2]', '(1,(2,3))', '(,)', '()', '[]', '{}', "{'a': 1}", 'None',
+    'True', 'false', "'x'", '"', "'", '\\', '\n', '\x00', '%s', '{0}', '\u043a\u043e\u0434\u0435\u0440', '\xe4\u0301',
+    '\U0001f600', '\udcff', "a" * 5000, "9" * 30, "9" * 5000, "-" * 9, '=', ':', '/', '..', '~', 'lambda: 1',
+    "__import__('os')", '1j', '1/0', "('(',)", "('a',)", '*', '?', 'crate', 'vit', 'mask', 'rop', 'srip', 'none',
+    'adamw', 'linear', 'relative', 'learned', 'drop', 'upernet', 'folder:', 'folder:\x00', 'tfds:', 'tfds:\x00',
+    'digits',
+)  # fmt: skip
+ODD_JSON = (None, -1, 10**15, [], [10**12], [-3], ["a"], [3.5], "x", {}, True, "float32", 1e400)
+CONFIGS = {
+    "quickstart": "penalty debug",
+    "cifar10": "encoder corruption penalty debug",
+    "crate_mae": "variant penalty debug",
+    "rop_vitb": "variant penalty debug",
+    "vit_mae": "variant penalty debug",
+    "evaluate": "protocol task scratch debug",
+    "segment": "head freeze scratch debug",
+    "align": "debug",
+    "report": "",
+    "sweep": "over base seeds debug encoder",
+}
+
+
+class Target(Protocol):
+    """Something to fuzz."""
+
+    def case(self, rng: random.Random) -> None:
+        """Tries one input."""
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """A copy with a few bytes changed, taken out, repeated, or cut short; sizes and counts often become extreme."""
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        # Half of them in the header, where sizes and types stand.
+        where = rng.randrange(min(len(out), 64) if rng.random() < 0.5 else len(out)) if out else 0
+        match rng.randrange(7):
+            case 0 if out:
+                out[where] ^= 1 << rng.randrange(8)
+            case 1 if out:
+                out[where] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
+            case 2:
+                out[where : where + 4] = rng.choice(
+                    (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\0\xff\xff")
+                )
+            case 3:
+                del out[where : where + rng.choice((1, 4, 100))]
+            case 4:
+                out[where:where] = out[where : where + rng.choice((1, 8, 200))]
+            case 5:
+                out[where:where] = rng.randbytes(rng.choice((1, 8, 200)))
+            case 6 if rng.random() < 0.3:
+                del out[where:]
+    return bytes(out)
+
+
+class ConfigTarget:
+    """A command line through the real parser and validation; of those that are valid and small some are built as well.
+
+    Args:
+      builds: how many, as that takes long.
+    """
+
+    def __init__(self, builds: int = 10**9) -> None:
+        if "config" not in flags.FLAGS:
+            main.define_flags()
+        self.builds_left = builds
+        self.keys = sorted(flatten(base()))
+        self.groups = sorted({key.rpartition(".")[0] for key in self.keys} - {""})
+
+    def text(self, rng: random.Random, key: str = "") -> str:
+        """A value: nasty, what stands there now, a random number, or a mix."""
+        match rng.randrange(5):
+            case 0:
+                return str(flatten(base()).get(key, rng.choice(NASTY)))
+            case 1:
+                return str(rng.choice((rng.randint(-4, 70), rng.uniform(-2, 2), 10 ** rng.randint(-12, 12))))
+            case 2:
+                return rng.choice(NASTY) + rng.choice((",", "", ".", "=")) + rng.choice(NASTY)
+        return rng.choice(NASTY)
+
+    def argv(self, rng: random.Random) -> list[str]:
+        """A command line."""
+        name = rng.choice(sorted(CONFIGS))
+        words = CONFIGS[name].split()
+        arg = "debug" if "debug" in words else ""
+        if rng.random() < 0.4:
+            items = []
+            for _ in range(rng.randint(1, 3)):
+                key = rng.choice((*words, *NASTY)) if words else rng.choice(NASTY)
+                items.append(rng.choice((key, f"{key}={self.text(rng)}")))
+            arg = ",".join(items)
+        argv = ["main", f"--config=configs/{name}.py" + (f":{arg}" if arg else ""), "--workdir=w"]
+        for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+            key = rng.choice(self.keys)
+            if rng.random() < 0.1:
+                key = rng.choice((*self.groups, key + ".x", key[:-1], rng.choice(NASTY), key.upper()))
+            argv.append(f"--config.{key}={self.text(rng, key)}" if rng.random() < 0.95 else f"--config.{key}")
+        if rng.random() < 0.05:
+            rng.shuffle(argv)
+        return argv
+
+    def case(self, rng: random.Random) -> None:
+        """Success, or status 2 and one line."""
+        argv = self.argv(rng)
+        before, sys.argv = sys.argv, argv
+        err = io.StringIO()
+        try:
+            with flagsaver.flagsaver(), contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
+                main.parse_flags(argv)
+                self.check(flags.FLAGS.config)
+        except SystemExit as e:
+            lines = err.getvalue().splitlines()
+            if e.code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or "Traceback" in lines[0]:
+                raise AssertionError(f"{argv}: status {e.code}, {err.getvalue()[:2000]!r}") from e
+        except UserError as e:
+            if not str(e) or "Traceback" in str(e):
+                raise AssertionError(f"{argv}: {e}") from e
+        except Exception as e:
+            raise AssertionError(f"{argv}: {type(e).__name__}: {e}") from e
+        finally:
+            sys.argv = before
+
+    def check(self, config: Any) -> None:
+        """What a job looks at before it opens any data; the shapes of the model, if it is a small one."""
+        if config.job not in main.JOBS:
+            main.fail(UserError("as main says it"))
+        if config.job == "sweep":
+            sweep.expand(config)
+            return
+        validate(config)
+        sizes = [v for k, v in flatten(config).items() if isinstance(v, int)] + list(config.data.image_size)
+        if self.builds_left <= 0 or config.job != "pretrain" or max(sizes) > 20_000 or config.encoder.width > 256:
+            return
+        self.builds_left -= 1
+        objective = pretrain.build(config, SyntheticSource("train", config.data.image_size))
+        shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
+        optimizer.build(config, shapes, max(config.steps, 1), 10.0)
+
+
+class ImageTarget:
+    """Damaged image files through the decoder."""
+
+    def __init__(self) -> None:
+        pixels = np.random.default_rng(0).integers(0, 255, (24, 33, 3), np.uint8)
+        image = Image.fromarray(pixels)
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        kinds = [
+            (image, "PNG", {}), (image, "JPEG", {"exif": turned}), (image, "JPEG", {"progressive": True}),
+            (image, "WEBP", {"lossless": True}), (image, "BMP", {}), (image, "TIFF", {}),
+            (image, "PPM", {}), (image, "WEBP", {}), (image.convert("P"), "GIF", {}), (image.convert("P"), "PNG", {}),
+            (image.convert("CMYK"), "JPEG", {}), (image.convert("RGBA"), "PNG", {}),
+            (image.convert("RGBA"), "WEBP", {}),
+            (Image.fromarray(pixels[..., 0].astype(np.uint16) * 200), "PNG", {}), (image.convert("1"), "PNG", {}),
+            (image.convert("P"), "GIF", {"save_all": True, "append_images": [image.convert("P")]}),
+        ]  # fmt: skip
+        self.seeds = []
+        for each, kind, options in kinds:
+            out = io.BytesIO()
+            each.save(out, kind, **options)
+            self.seeds.append(out.getvalue())
+
+    def case(self, rng: random.Random) -> None:
+        """An image, or a DecodeError, in bounded time."""
+        data = mutated(rng, rng.choice(self.seeds))
+        if rng.random() < 0.05:  # the head of one and the tail of another
+            data = data[: rng.randrange(len(data) + 1)] + rng.choice(self.seeds)[rng.randrange(100) :]
+        start = time.monotonic()
+        with contextlib.suppress(decoding.DecodeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = decoding.open_image(data)
+            height, width = decoding.oriented_size(image)
+            box = (0, 0, height * rng.choice((0.5, 1)), width * rng.choice((0.5, 1)))
+            small = decoding.crop_resize(image, box, (8, 8), Image.Resampling.BICUBIC)
+            assert small.mode == "RGB" and small.size == (8, 8)
+            pixels = decoding.decode(decoding.open_image(data))
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+        assert time.monotonic() - start < 60, f"slow: {data[:100]!r}"
+
+
+class WeightsTarget:
+    """Damaged files of weights through the reader of any model's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "weights"
+        rng = np.random.default_rng(0)
+        shapes = test_convert.vit(192, 1, 4, 4)
+        state = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        self.seeds = [safetensors.numpy.save(state), safetensors.numpy.save(state, {"crate_jax": '{"version": 1}'})]
+        for write in (test_convert.write_zip, test_convert.write_legacy):
+            self.seeds.append(write(self.path, {"model": state}).read_bytes())
+        loaded = weights.load(self.path)
+        weights.save(self.path, loaded.config, loaded.params)
+        self.seeds.append(self.path.read_bytes())
+        with io.BytesIO() as file:
+            np.savez(file, **state)
+            self.seeds.append(file.getvalue())
+
+    def case(self, rng: random.Random) -> None:
+        """Weights, or a line."""
+        data = rng.choice(self.seeds)
+        # Most of a file is numbers, any of which will do; names, types and sizes are at its ends.
+        head = rng.choice((200, 4000, 20_000))
+        data = (
+            mutated(rng, data[:head]) + data[head:] if rng.random() < 0.7 else data[:-head] + mutated(rng, data[-head:])
+        )
+        self.path.write_bytes(data)
+        with contextlib.suppress(UserError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            weights.load(self.path)
+
+
+class MetaTarget:
+    """A checkpoint's meta, damaged, or well-formed with values that no checkpoint has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        params = {"encoder/norm/scale": np.ones(3, np.float32)}
+        arrays = {"params": {k: jax.numpy.asarray(v) for k, v in params.items()}, "rest": {}}
+        self.meta = checkpoint_files.make_meta(1, {"config": base()}, arrays)
+        (folder / checkpoint_files.META).mkdir()
+        self.path = folder / checkpoint_files.META / "metadata"
+
+    def case(self, rng: random.Random) -> None:
+        """Arrays' targets, or a DamagedError."""
+        if rng.random() < 0.3:
+            self.path.write_bytes(mutated(rng, json.dumps(self.meta).encode()))
+        else:
+            body = copy.deepcopy(self.meta["body"])
+            for _ in range(rng.randint(1, 3)):
+                node, keys = body, []
+                while isinstance(node, dict) and node and (not keys or rng.random() < 0.8):
+                    keys.append(rng.choice(sorted(node)))
+                    parent, node = node, node[keys[-1]]
+                if keys and rng.random() < 0.2:
+                    del parent[keys[-1]]
+                elif keys:
+                    parent[keys[-1]] = rng.choice(ODD_JSON)
+            self.path.write_text(json.dumps({"sha256": checkpoint_files._digest(body), "body": body}))
+        with contextlib.suppress(checkpoint_files.DamagedError, MemoryError):  # main has a line for both
+            meta = checkpoint_files.read_meta(self.folder)
+            for item in checkpoint_files.ITEMS:
+                targets = checkpoint_files.host_targets(meta, item)
+                checkpoint_files.read_arrays(self.folder, meta, item, targets)
+            checkpoint_files.changes(meta, base().to_dict())
+
+
+def target(name: str, folder: Path) -> Target:
+    """A target by name; `folder` is its own."""
+    if name in ("weights", "meta"):
+        return {"weights": WeightsTarget, "meta": MetaTarget}[name](folder)
+    return {"config": ConfigTarget, "image": ImageTarget}[name]()
+
+
+NAMES = ("config", "image", "weights", "meta")
+
+
+def campaign(seconds: float, names: list[str], seed: int) -> int:
+    """Fuzzes each target for so long; prints how many examples, and failures once per place; returns their number."""
+    found: dict[str, str] = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            subject, start, n = target(name, Path(folder)), time.monotonic(), 0
+            while time.monotonic() - start < seconds:
+                try:
+                    subject.case(random.Random(f"{seed} {name} {n}"))
+                except BaseException as e:
+                    if isinstance(e, KeyboardInterrupt):
+                        raise
+                    cause = e.__cause__ or e
+                    frame = traceback.extract_tb(cause.__traceback__)[-1]
+                    place = f"{type(cause).__name__} {frame.filename.rpartition('/')[2]}:{frame.lineno}"
+                    if place not in found:
+                        found[place] = f"{name} {seed} {n}"
+                        print(f"--- {name} example {n} of seed {seed}: {place}\n{str(e)[:600]}", flush=True)
+                n += 1
+            print(f"{name}: {n} examples", flush=True)
+    return len(found)
+
+
+if __name__ == "__main__":
+    chosen = [arg for arg in sys.argv[2:] if arg in NAMES] or list(NAMES)
+    number = next((int(arg.partition("=")[2]) for arg in sys.argv if arg.startswith("--seed=")), 0)
+    length = float(sys.argv[1])
+    sys.argv = sys.argv[:1]
+    sys.exit(1 if campaign(length, chosen, number) else 0)

@@ -1,0 +1,62 @@
+"""A short, always equal part of `python -m tests.fuzz`, and what longer ones have found."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import sys
+
+import pytest
+from PIL import Image
+
+from crate_jax.data import decoding
+from tests import fuzz
+
+pytestmark = pytest.mark.one_python
+
+COUNTS = {"config": 120, "image": 1500, "weights": 60, "meta": 1000}
+
+
+def examples(name: str, folder, seed: int, count: int, **options) -> None:
+    subject = fuzz.target(name, folder) if not options else fuzz.ConfigTarget(**options)
+    for n in range(count):
+        try:
+            subject.case(random.Random(f"{seed} {name} {n}"))
+        except BaseException as e:
+            raise AssertionError(f"{name}, seed {seed}, example {n}: {e}") from e
+
+
+@pytest.mark.parametrize("name", fuzz.NAMES)
+def test_no_input_ends_in_a_traceback(name, tmp_path):
+    examples(name, tmp_path, 0, COUNTS[name], **({"builds": 4} if name == "config" else {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fuzz.NAMES)
+def test_no_input_of_many_ends_in_a_traceback(name, tmp_path):
+    examples(name, tmp_path, 1, 10 * COUNTS[name])
+
+
+def test_the_targets_notice_what_they_are_for(monkeypatch):
+    """A parser that lets an exception through, and one that says two lines, are found."""
+    subject = fuzz.ConfigTarget(builds=0)
+    for parse in (lambda argv: 1 / 0, lambda argv: sys.exit(2)):
+        monkeypatch.setattr(fuzz.main, "parse_flags", parse)
+        with pytest.raises(AssertionError):
+            subject.case(random.Random(0))
+
+
+def test_an_image_of_another_format_is_not_opened():
+    """By its content a file named .png may be EPS, for which Pillow would start Ghostscript."""
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(out, "EPS")
+    with pytest.raises(decoding.DecodeError, match="not an image in a known format"):
+        decoding.open_image(out.getvalue())
+
+
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(decoding.DecodeError, match="not a regular file"):
+            decoding.read_file(str(path))

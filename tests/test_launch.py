@@ -1,0 +1,422 @@
+"""launch/: what each script asks of gcloud, sbatch, srun and kubectl, and real processes under local.sh."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.one_python
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(p.name for p in LAUNCH.glob("*.sh") if p.name != "settings.sh")
+TOOLS = ("gcloud", "sbatch", "srun", "squeue", "scontrol", "kubectl", "python3")
+
+# Writes what it was asked as one line of RECORD, then does the little that the scripts need of the real one.
+STAND_IN = r"""#!/usr/bin/env bash
+printf -v line '%q ' "${0##*/}" "$@"
+printf '%s\n' "${line% }" >>"$RECORD"
+case "${0##*/} $*" in
+  'gcloud compute tpus queued-resources list'*) head -n 1 "$HOME/states"; sed -i 1d "$HOME/states" ;;
+  'gcloud compute tpus tpu-vm scp'*) cp "$5" "$HOME/crate_jax.tar.gz" ;;
+  'gcloud compute tpus tpu-vm ssh'*)
+    cd && for argument in "$@"; do [[ $argument != --command=* ]] || bash -c "${argument#*=}"; done ;;
+  'kubectl create'*) cat >"$HOME/manifest" ;;
+  srun*) exit "${SRUN_STATUS:-0}" ;;
+  squeue*) echo "${STATE:-RUNNING}" ;;
+esac
+"""
+
+# Stands for crate_jax.main: says what it was given, fails or ends on request, else runs until a signal stops it.
+PROGRAM = f"""#!{sys.executable} -SE
+import os, signal, sys, time
+number = sys.argv[-1].rpartition("=")[2]
+def stop(signum, frame):
+    time.sleep(0.2)  # a save
+    sys.exit(128 + signum)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+if "child" in sys.argv and os.fork() == 0:  # outlives its parent, unless someone ends it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+shown = [os.environ.get(name, "-") for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")]
+os.write(1, ("\\t".join([number, str(os.getpid()), *shown, *sys.argv[1:]]) + "\\n").encode())
+for argument in sys.argv:
+    if argument.startswith(f"fail{{number}}="):
+        time.sleep(0.2 + int(number) / 2)
+        sys.exit(int(argument.partition("=")[2]))
+if "end" not in sys.argv:
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def env(tmp_path):
+    """An environment with the stand-ins first on the PATH, none of the caller's settings, and a home of its own."""
+    for tool in TOOLS:
+        (tmp_path / "bin" / tool).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / tool).write_text(STAND_IN)
+        (tmp_path / "bin" / tool).chmod(0o755)
+    (tmp_path / "program").write_text(PROGRAM)
+    (tmp_path / "program").chmod(0o755)
+    (tmp_path / "home").mkdir()
+    return {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "HOME": f"{tmp_path}/home",
+        "TMPDIR": str(tmp_path),
+        "RECORD": f"{tmp_path}/record",
+    }
+
+
+def launch(env, script, *args, folder=LAUNCH, **settings):
+    """Runs a script to its end."""
+    environment = env | {name: str(value) for name, value in settings.items()}
+    return subprocess.run(
+        [str(folder / script), *args], env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=60
+    )
+
+
+def recorded(env):
+    """What the stand-ins were asked since the last call, one line each."""
+    path = Path(env["RECORD"])
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_comment_at_the_top(env, script):
+    shown = launch(env, script, "--help")
+    top = (LAUNCH / script).read_text().split("\n")[1].removeprefix("# ")
+    assert shown.returncode == 0 and shown.stdout.startswith(top) and len(shown.stdout.splitlines()) > 5
+    assert "shellcheck" not in shown.stdout and "#" not in shown.stdout
+    assert recorded(env) == []
+
+
+TPU = {"PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v5litepod-16"}
+SLURM = {"NODES": 2, "GPUS": 8}
+KUBERNETES = {"IMAGE": "images/crate:1", "CLAIM": "runs"}
+GKE = KUBERNETES | {"ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4"}
+
+
+@pytest.mark.parametrize(
+    "command, settings, said",
+    [
+        ("tpu.sh", TPU, "no command"),
+        ("tpu.sh creat", TPU, "creat: must be one of up"),
+        ("tpu.sh create now", TPU, "create takes no argument"),
+        ("tpu.sh create", TPU | {"PROJECT": ""}, "PROJECT is not set"),
+        ("tpu.sh run", {"PROJECT": "p"}, "ZONE is not set"),
+        ("tpu.sh create", {"PROJECT": "p", "ZONE": "z"}, "ACCELERATOR is not set"),
+        ("tpu.sh up", TPU | {"ACCELERATOR": "v5e-16"}, "ACCELERATOR=v5e-16: must be v5litepod-N"),
+        ("tpu.sh create", TPU | {"ACCELERATOR": "v6e-0"}, "ACCELERATOR=v6e-0"),
+        ("tpu.sh create", TPU | {"SPOT": "yes"}, "SPOT=yes: must be 0 or 1"),
+        ("tpu.sh create", TPU | {"SLICES": 0}, "SLICES=0: must be a whole number, 1 or more"),
+        ("tpu.sh create", TPU | {"NAME": "a b"}, "NAME=a b: must be lower-case"),
+        ("tpu_worker.sh", {}, "no command"),
+        ("slurm.sh", {"GPUS": 8}, "NODES is not set"),
+        ("slurm.sh", {"NODES": 2}, "GPUS is not set"),
+        ("slurm.sh", SLURM | {"NODES": 0}, "NODES=0"),
+        ("slurm.sh", SLURM | {"GPUS": "08"}, "GPUS=08"),
+        ("slurm.sh", SLURM | {"TIME": "1 day"}, "TIME=1 day: must be"),
+        ("slurm.sh", SLURM | {"LEAD": 99999}, "LEAD=99999"),
+        ("kubernetes.sh", KUBERNETES, "no command"),
+        ("kubernetes.sh run", KUBERNETES, "HOSTS is not set"),
+        ("kubernetes.sh run", {"HOSTS": 1, "IMAGE": "i"}, "CLAIM is not set"),
+        ("kubernetes.sh run", {"HOSTS": 1, "CLAIM": "c"}, "IMAGE is not set"),
+        ("kubernetes.sh run", KUBERNETES | {"HOSTS": 0}, "HOSTS=0"),
+        ("kubernetes.sh run", GKE | {"ACCELERATOR": "v5e"}, "ACCELERATOR=v5e: must be tpu-v5-lite-podslice"),
+        ("kubernetes.sh run", GKE | {"TOPOLOGY": ""}, "TOPOLOGY is not set"),
+        ("kubernetes.sh run", GKE | {"TOPOLOGY": "16"}, "TOPOLOGY=16: must be like 4x4"),
+        ("kubernetes.sh run", GKE | {"HOSTS": 3}, "HOSTS=3: TOPOLOGY=4x4 has 4 hosts of 4 chips"),
+        ("kubernetes.sh run", GKE | {"GPUS": 8}, "must be one or the other"),
+        ("kubernetes.sh run", KUBERNETES | {"HOSTS": 2, "SLICES": 2}, "only TPUs have slices"),
+        ("local.sh", {}, "N is not set"),
+        ("local.sh", {"N": 0}, "N=0: must be a whole number, 1 or more"),
+        ("local.sh", {"N": "two"}, "N=two"),
+        ("local.sh", {"N": 2, "CUDA_VISIBLE_DEVICES": "0,1,2"}, "3 GPUs cannot be cut into N=2 equal parts"),
+        ("local.sh", {"N": 2, "JAX_NUM_CPU_DEVICES": 0}, "JAX_NUM_CPU_DEVICES=0"),
+        ("local.sh", {"N": 2, "PORT": 70000}, "PORT=70000: must be at most 65535"),
+        ("local.sh", {"N": 2, "PYTHON": "no-such-python"}, "PYTHON=no-such-python: no such command"),
+    ],
+)
+def test_bad_settings_are_one_line_and_status_2(env, command, settings, said):
+    done = launch(env, *command.split(), **settings)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done
+    assert done.stderr.startswith(command.split()[0] + ": ") and said in done.stderr
+    assert recorded(env) == []
+
+
+ARGS = ("--config=configs/cifar10.py:debug", "--config.data.source=folder:/a b/it's", "--workdir=$HOME/(x)")
+
+
+@pytest.mark.parametrize(
+    "script, args, settings",
+    [
+        ("slurm.sh", ARGS, SLURM | {"TIME": "1-00:00:00", "PARTITION": "gpu", "CPUS": 8, "MEMORY": "200G"}),
+        ("slurm.sh", ARGS, {"NODES": 1, "GPUS": 0}),
+        ("slurm_job.sh", ARGS, {"SLURM_CPUS_PER_TASK": 8}),
+        ("tpu.sh", ["stop"], TPU | {"SLICES": 2}),
+        ("tpu.sh", ["logs"], TPU | {"WORKER": 3}),
+        ("tpu.sh", ["delete"], TPU),
+        ("tpu.sh", ["create"], TPU | {"SPOT": 1, "RUNTIME": "other"}),
+        ("kubernetes.sh", ["logs"], {"WORKER": 1, "NAMESPACE": "team"}),
+        ("kubernetes.sh", ["delete"], {}),
+    ],
+)
+def test_dry_run_prints_what_is_run_and_runs_nothing(env, script, args, settings):
+    shown = launch(env, script, "--dry-run", *args, **settings)
+    assert shown.returncode == 0 and shown.stderr == "" and recorded(env) == []
+    (Path(env["HOME"]) / "states").write_text("\nACTIVE\tv5litepod-16\n")
+    launch(env, script, *args, **settings)
+    assert recorded(env) == shown.stdout.splitlines() != []
+
+
+def test_slurm_asks_for_a_process_per_gpu_and_a_signal_to_them(env):
+    launch(env, "slurm.sh", *ARGS, **SLURM, LEAD=600)
+    asked = shlex.split(recorded(env)[0])
+    assert asked[0] == "sbatch" and asked[-4].endswith("launch/slurm_job.sh") and tuple(asked[-3:]) == ARGS
+    wanted = {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@600", "--requeue"}
+    assert wanted | {"--open-mode=append"} <= set(asked)
+
+
+@pytest.mark.parametrize(
+    "status, settings, requeued",
+    [
+        (143, {}, True),
+        (130, {}, True),
+        (75, {}, True),
+        (143, {"SLURM_RESTART_COUNT": 3, "RESTARTS": 4}, True),
+        (143, {"SLURM_RESTART_COUNT": 4, "RESTARTS": 4}, False),
+        (143, {"STATE": "COMPLETING"}, False),  # scancel
+        (0, {}, False),
+        (2, {}, False),
+        (1, {}, False),
+        (137, {}, False),
+    ],
+)
+def test_slurm_job_requeues_what_a_signal_or_a_lost_process_stopped(env, status, settings, requeued):
+    done = launch(env, "slurm_job.sh", *ARGS, SRUN_STATUS=status, SLURM_JOB_ID=77, PYTHON="py", **settings)
+    asked = recorded(env)
+    assert done.returncode == status
+    assert shlex.split(asked[0])[:6] == [*("srun", "--kill-on-bad-exit=0", "--wait=300", "py", "-m", "crate_jax.main")]
+    assert ("scontrol requeue 77" in asked) is requeued
+
+
+ON = "gcloud compute tpus queued-resources"
+
+
+@pytest.mark.parametrize(
+    "states, status, asked, said",
+    [
+        (["ACTIVE v5litepod-16", "ACTIVE v5litepod-16"], 0, ["list", "list"], "is ACTIVE"),
+        (["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"], 0, ["list", "list", "list"], "is PROVISIONING"),
+        (["", "PROVISIONING", "ACTIVE"], 0, ["list", "create", "list", "list"], "is ACTIVE"),
+        (["SUSPENDED v5litepod-16", "ACTIVE"], 0, ["list", "delete", "create", "list"], "is ACTIVE"),
+        (["ACTIVE v6e-16"], 2, ["list"], "NAME=crate-jax is a v6e-16, not the v5litepod-16"),
+        (["", "PROVISIONING", "FAILED"], 1, ["list", "create", "list", "list"], "is FAILED"),
+        (["PROVISIONING"] * 9, 1, None, "is still PROVISIONING after WAIT=2 seconds"),
+    ],
+    ids=["reuse", "wait", "new", "pre-empted", "another", "failed", "bounded"],
+)
+def test_tpu_create_makes_or_takes_and_waits(env, states, status, asked, said):
+    (Path(env["HOME"]) / "states").write_text("\n".join(states).replace(" ", "\t") + "\n")
+    done = launch(env, "tpu.sh", "create", **TPU, WAIT=2, POLL=1)
+    lines = recorded(env)
+    assert done.returncode == status and said in done.stdout + done.stderr, done
+    assert asked is None or [line.removeprefix(ON).split()[0] for line in lines] == asked
+    assert all("--project=p --zone=z" in line for line in lines)
+
+
+def test_tpu_create_names_machines_image_and_slices(env):
+    asked = [
+        launch(env, "tpu.sh", "create", "--dry-run", **TPU | more).stdout.splitlines()[1]
+        for more in ({}, {"SLICES": 2})
+    ]
+    assert asked[0] == (
+        f"{ON} create crate-jax --node-id=crate-jax --accelerator-type=v5litepod-16 "
+        "--runtime-version=v2-alpha-tpuv5-lite --project=p --zone=z"
+    )
+    assert "--node-count=2 --node-prefix=crate-jax" in asked[1] and "--node-id" not in asked[1]
+
+
+def test_tpu_up_runs_on_the_workers(env, tmp_path):
+    """From an empty worker to a run that is followed, refused a second time, and stopped; ssh is a local shell."""
+    checkout, home = tmp_path / "checkout", Path(env["HOME"])
+    shutil.copytree(LAUNCH, checkout / "launch")
+    git = ["git", "-C", str(checkout), "-c", "user.name=n", "-c", "user.email=e@f"]
+    (checkout / "tracked").write_text("committed")
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message=all"], check=True)
+    (checkout / "tracked").write_text("changed since")
+    (home / "crate_jax").mkdir()
+    (home / "crate_jax" / "gone").write_text("of an older checkout")
+    (home / "crate_jax_env" / "bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "program", home / "crate_jax_env" / "bin" / "python")
+    (home / "states").write_text("ACTIVE\n" * 4)
+
+    def tpu(*args, **settings):
+        return launch(env, "tpu.sh", *args, folder=checkout / "launch", **TPU, **settings)
+
+    shown = tpu("up", "--dry-run", *ARGS, "end")
+    assert recorded(env) == []
+    done = tpu("up", *ARGS, "end", SETUP='echo "$PWD" >mounted')
+    asked = recorded(env)
+    assert done.returncode == 0, done
+    assert (home / "crate_jax" / "tracked").read_text() == "changed since" and not (
+        home / "crate_jax" / "gone"
+    ).exists()
+    assert (home / "mounted").read_text().strip() == str(home)
+    assert done.stdout.splitlines()[-2].split("\t")[5:] == ["-u", "-m", "crate_jax.main", *ARGS, "end"]
+    assert done.stdout.splitlines()[-1] == "ended with status 0"
+    run = next(line for line in shown.stdout.splitlines() if "tpu_worker.sh\\ run" in line)
+    assert run in asked and "--worker=all" in run and "--worker=0" in asked[-1]
+    assert any(line.startswith("python3 -m uv pip install") and line.endswith("crate_jax\\[tpu\\]") for line in asked)
+
+    assert tpu("run", "--workdir=x").returncode == 0
+    again = tpu("run", "--workdir=x")
+    assert again.stderr == "tpu_worker.sh: a run is going on here; stop it first\n"
+    assert tpu("stop").returncode == 0
+    assert tpu("logs").stdout.endswith("ended with status 143\n")
+    assert tpu("stop").stdout == "nothing runs here any more\n"
+
+
+def manifest(env, *args, **settings):
+    """The JobSet that kubernetes.sh hands to kubectl, after a look at its dry run, and its container."""
+    shown = launch(env, "kubernetes.sh", "run", "--dry-run", *args, **settings)
+    assert shown.returncode == 0 and recorded(env) == [], shown
+    assert launch(env, "kubernetes.sh", "run", *args, **settings).returncode == 0
+    text = (Path(env["HOME"]) / "manifest").read_text()
+    (asked,) = recorded(env)
+    assert shown.stdout == f"{asked} <<'EOF'\n{text.rstrip()}\nEOF\n" and "${" not in text
+    jobset = yaml.safe_load(text)
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    return jobset, job, job["template"]["spec"]
+
+
+def test_kubernetes_gpus(env):
+    jobset, job, pod = manifest(env, *ARGS, '"\\\t\n', "$(HOSTNAME)", **KUBERNETES, HOSTS=3, GPUS=8, NAME="null")
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"] == {"name": "null", "annotations": {}}
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 3, 3)
+    (container,) = pod["containers"]
+    assert container["command"] == [
+        *("python", "-m", "crate_jax.main", *ARGS, '"\\\t\n', "$$(HOSTNAME)"),
+        *("--coordinator_address=null-host-0-0.null:8476", "--num_processes=3"),
+        "--process_id=$(JOB_COMPLETION_INDEX)",
+    ]
+    assert jobset["spec"]["replicatedJobs"][0]["name"] == "host"  # of the coordinator's name
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"} and pod["nodeSelector"] == {}
+    assert container["image"] == KUBERNETES["IMAGE"]
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == KUBERNETES["CLAIM"]
+
+
+def test_kubernetes_restarts_all_but_the_users_mistake(env):
+    jobset, job, pod = manifest(env, **KUBERNETES, HOSTS=1, RESTARTS=7)
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 7 and policy["rules"][0]["action"] == "FailJobSet"
+    assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"  # podFailurePolicy works with nothing else
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": pod["containers"][0]["name"], "operator": "In", "values": [2]}
+
+
+@pytest.mark.parametrize(
+    "settings, hosts, chips",
+    [({}, 4, "4"), ({"TOPOLOGY": "2x2x2"}, 2, "4"), ({"TOPOLOGY": "1x1"}, 1, "1"), ({"CHIPS": 8}, 2, "8")],
+)
+def test_kubernetes_tpus(env, settings, hosts, chips):
+    jobset, job, pod = manifest(env, *ARGS, **GKE | settings | {"SPOT": 1, "SLICES": 2})
+    assert jobset["spec"]["replicatedJobs"][0]["replicas"] == 2 and job["parallelism"] == job["completions"] == hosts
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": (GKE | settings)["TOPOLOGY"],
+        "cloud.google.com/gke-spot": "true",
+    }
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    assert container["command"][-1] == ARGS[-1]  # JAX reads GKE's variables
+
+
+def is_alive(group):
+    """Whether a process of the group runs; one that has ended and that nobody asked for (a zombie) does not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
+
+
+class Local:
+    """local.sh under way: its processes' first lines, and what became of them."""
+
+    def __init__(self, env, tmp_path, *args, n=2, **settings):
+        environment = env | {"N": str(n), "PYTHON": f"{tmp_path}/program"} | {k: str(v) for k, v in settings.items()}
+        self.process = subprocess.Popen(
+            [str(LAUNCH / "local.sh"), *args],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        lines = sorted(self.process.stdout.readline().rstrip("\n").split("\t") for _ in range(n))
+        self.pids = [int(line[1]) for line in lines]
+        self.shown = [line[2:] for line in lines]
+
+    def wait(self):
+        """The launcher's status, when it and all its processes and their children are gone."""
+        _, self.errors = self.process.communicate(timeout=20)  # ends when nobody holds the pipe any more
+        assert not [pid for pid in self.pids if is_alive(pid)]
+        return self.process.returncode
+
+
+def test_local_gives_each_process_its_number_and_devices(env, tmp_path):
+    local = Local(env, tmp_path, *ARGS, "end", n=3, JAX_NUM_CPU_DEVICES=2, PORT=18123)
+    assert local.wait() == 0 and local.errors == ""
+    for number, shown in enumerate(local.shown):
+        assert shown[:3] == ["cpu", "2", "-"] and shown[3:] == [
+            *("-m", "crate_jax.main", *ARGS, "end", "--coordinator_address=127.0.0.1:18123"),
+            *("--num_processes=3", f"--process_id={number}"),
+        ]
+    settings = {"N": 2, "CUDA_VISIBLE_DEVICES": "4,5,7,6"}
+    lines = launch(env, "local.sh", "--dry-run", *ARGS, **settings).stdout.splitlines()
+    assert [shlex.split(line)[:2] for line in lines] == [["env", f"CUDA_VISIBLE_DEVICES={x}"] for x in ("4,5", "7,6")]
+    assert all("JAX_PLATFORMS" not in line for line in lines)
+
+
+def test_local_ends_with_the_first_failure_and_leaves_nobody(env, tmp_path):
+    start = time.monotonic()
+    local = Local(env, tmp_path, "child", "fail1=7", n=3, GRACE=1)
+    assert local.wait() == 7
+    assert 1 < time.monotonic() - start < 10  # the others had their time, and no more
+    # Those that stop by themselves are waited for, with the first status kept.
+    assert Local(env, tmp_path, "fail0=143", "fail1=7", n=2).wait() == 143
+
+
+@pytest.mark.parametrize(
+    "sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143), (signal.SIGUSR1, 138)]
+)
+def test_local_passes_signals_on_once(env, tmp_path, sent, status):
+    local = Local(env, tmp_path)
+    local.process.send_signal(sent)
+    assert local.wait() == status
+
+
+def test_local_killed_takes_its_processes_along(env, tmp_path):
+    local = Local(env, tmp_path)
+    local.process.kill()
+    local.wait()

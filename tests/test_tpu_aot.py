@@ -1,0 +1,341 @@
+"""The step compiled for TPUs without one: what the HLO counter says, the roofline, and MSSA's kernel."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.hlo_cost import Program
+from benchmarks.roofline import CHIPS, chip_of, roofline
+from crate_jax import optimizer, parameters, pretrain, sharding, target, train_step
+from crate_jax.encoders import layers, mssa_kernel
+from crate_jax.encoders.crate import attend
+from crate_jax.errors import UserError
+from crate_jax.sharding import BATCH, DATA
+from tests.conftest import ROOT
+from tests.test_train import small
+
+# Five layers of MSSA with residual under jax.grad, (128, 197, 256) bfloat16 on v5e:2x2, libtpu 0.0.42, jax 0.10.2.
+RECORDED = ROOT / "tests" / "golden" / "mssa_v5e.hlo"
+RECORDED_XLA = {"flops": 6947971072.0, "bytes accessed": 121861632.0}  # of cost_analysis(): bodies once
+
+
+def compiled(function, *shapes) -> str:
+    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile().as_text()
+
+
+def test_a_product_costs_its_flops_and_its_three_arrays():
+    cost = Program(compiled(lambda a, b: a @ b, (64, 96), (96, 32))).cost()
+    assert cost.flops == 2 * 64 * 96 * 32
+    assert cost.bytes == 4 * (64 * 96 + 96 * 32 + 64 * 32) == cost.hbm_bytes
+    assert cost.collective_bytes == {}
+
+
+def test_loops_are_multiplied_out():
+    def layers(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    program = Program(compiled(layers, (16, 32), (7, 32, 32)))
+    product = 2 * 16 * 32 * 32
+    assert 7 * product <= program.cost().flops < 7 * product * 1.1
+    assert program.cost(loops=False).flops < 2 * product
+
+
+def test_collectives_are_counted_by_kind():
+    mesh = Mesh(np.asarray(jax.devices()[:4]), (DATA,))
+    rows, whole = NamedSharding(mesh, PartitionSpec(DATA)), NamedSharding(mesh, PartitionSpec())
+    gradient = jax.jit(lambda x: jnp.sum(x, axis=0), in_shardings=rows, out_shardings=whole)
+    text = gradient.lower(jax.ShapeDtypeStruct((8, 1000), jnp.float32)).compile().as_text()
+    cost = Program(text).cost()
+    assert cost.collectives == {"all-reduce": 1}
+    assert cost.collective_bytes == {"all-reduce": 4 * 1000}
+
+
+def test_a_program_for_tpus_is_counted_as_xla_counts_it():
+    program = Program(RECORDED.read_text())
+    once, cost = program.cost(loops=False), program.cost()
+    assert once.flops == pytest.approx(RECORDED_XLA["flops"], rel=0.01)
+    assert once.bytes == pytest.approx(RECORDED_XLA["bytes accessed"], rel=0.15)
+    assert cost.flops == pytest.approx(5 * once.flops, rel=0.01)
+    assert cost.hbm_bytes < cost.bytes
+    assert cost.collectives == {"all-reduce": 5}
+    assert cost.collective_bytes == {"all-reduce": 5 * 256 * 256 * 2}
+    kernels = [line for line in cost.lines if "tpu_custom_call" in line.instruction.rest]
+    assert [line.runs for line in kernels] == [5, 5]
+    tokens = 32 * 197 * 256 * 2  # of one chip
+    assert sorted(line.bytes / line.runs for line in kernels) == [2 * tokens, 3 * tokens]
+
+
+IN_FUSIONS = """
+%piece (p: bf16[2,64]) -> bf16[8,64] {
+  %p = bf16[2,64]{1,0} parameter(0)
+  ROOT %g = bf16[8,64]{1,0} all-gather(%p), channel_id=5, dimensions={0}
+}
+
+%piece.1 (p.1: bf16[2,64]) -> bf16[8,64] {
+  %p.1 = bf16[2,64]{1,0} parameter(0)
+  ROOT %g.1 = bf16[8,64]{1,0} all-gather(%p.1), channel_id=5, dimensions={0}
+}
+
+%all-reduce-scatter.1 (q: f32[8,64]) -> f32[2,64] {
+  %q = f32[8,64]{1,0} parameter(0)
+  %r = f32[8,64]{1,0} all-reduce(%q), channel_id=1, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %s = f32[2,64]{1,0} dynamic-slice(%r, %zero, %zero), dynamic_slice_sizes={2,64}
+}
+
+%body (t: (bf16[2,64], f32[8,64])) -> (bf16[2,64], f32[8,64]) {
+  %t = (bf16[2,64]{1,0}, f32[8,64]{1,0}) parameter(0)
+  %a = bf16[2,64]{1,0} get-tuple-element(%t), index=0
+  %b = f32[8,64]{1,0} get-tuple-element(%t), index=1
+  %c = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%piece
+  %d = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%piece.1
+  %e = f32[2,64]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  %f = f32[2,64]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %u = (bf16[2,64]{1,0}, f32[8,64]{1,0}) tuple(%a, %b)
+}
+
+ENTRY %main (x: (bf16[2,64], f32[8,64])) -> (bf16[2,64], f32[8,64]) {
+  %x = (bf16[2,64]{1,0}, f32[8,64]{1,0}) parameter(0)
+  ROOT %w = (bf16[2,64]{1,0}, f32[8,64]{1,0}) while(%x), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""  # as libtpu writes them: one gather in two pieces, and two reduce-scatters, in a loop of three
+
+
+def test_collectives_inside_fusions_are_counted_once_and_as_often_as_their_loop_runs():
+    cost = Program(IN_FUSIONS).cost()
+    assert cost.collectives == {"all-gather": 3, "reduce-scatter": 6}
+    assert cost.collective_bytes == {"all-gather": 3 * 2 * 64 * 2, "reduce-scatter": 6 * 8 * 64 * 4}
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        Program("ENTRY nothing")
+
+
+def test_the_roofline_takes_the_larger_time():
+    chip = CHIPS["v5e"]
+    by_bytes = roofline(chip, flops=197e9, moved=1638e6, images=128)  # 1 ms of FLOPs, 2 ms of bytes
+    assert by_bytes["bytes_time_over_flop_time"] == pytest.approx(2)
+    assert by_bytes["roofline_images_per_sec"] == pytest.approx(128 / 2e-3)
+    assert by_bytes["bound_by"] == "bytes"
+    by_flops = roofline(chip, flops=197e9, moved=81.9e6, images=128)
+    assert by_flops["roofline_images_per_sec"] == pytest.approx(128 / 1e-3)
+    assert by_flops["bound_by"] == "FLOPs"
+
+
+def test_topologies_name_a_chip_and_a_shape():
+    assert chip_of("v5e:16x16") == (CHIPS["v5e"], 256)
+    assert chip_of("v5p:2x2x2") == (CHIPS["v5p"], 8)
+    for bad in ("v5e", "v9:2x2", "v5e:4", "v5e:4xx4", "v5e:0x4"):
+        with pytest.raises(UserError, match=bad):
+            chip_of(bad)
+
+
+@pytest.mark.parametrize("heads, images, width", [(4, 3, 128), (4, 24, 256)])  # four heads a lane block, and two
+def test_the_kernel_is_attend(heads, images, width):
+    """Forward and backward; the second over several blocks of images and lanes; interpreted, in float32."""
+    w, g = (2 * jax.random.normal(jax.random.key(i), (images, 13, width)) for i in range(2))
+    y, pull = jax.vjp(lambda w: attend(w, heads), w)
+    np.testing.assert_allclose(mssa_kernel.forward(w, heads, interpret=True), y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mssa_kernel.backward(w, g, heads, interpret=True), pull(g)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_kernel_in_bfloat16_is_as_exact_as_the_plain_version():
+    w, g = (jax.random.normal(jax.random.key(i), (2, 24, 128)).astype(jnp.bfloat16) for i in range(2))
+    exact, pull = jax.vjp(lambda w: attend(w, 2), w.astype(jnp.float32))
+    (dexact,) = pull(g.astype(jnp.float32))
+    plain, pull = jax.vjp(lambda w: attend(w, 2), w)
+    for kernel, other, truth in (
+        (mssa_kernel.forward(w, 2, interpret=True), plain, exact),
+        (mssa_kernel.backward(w, g, 2, interpret=True), pull(g)[0], dexact),
+    ):
+        error = jnp.abs(kernel.astype(jnp.float32) - truth).max()
+        assert error <= 1.2 * jnp.abs(other.astype(jnp.float32) - truth).max() + 1e-3
+
+
+def test_what_does_not_fill_tiles_does_not_fit():
+    assert mssa_kernel.fits(128, 12, 768) and mssa_kernel.fits(8, 16, 1024) and mssa_kernel.fits(16, 6, 384)
+    assert not mssa_kernel.fits(128, 12, 576)  # variant S: 48 numbers per head
+    assert not mssa_kernel.fits(100, 12, 768)
+
+
+@pytest.mark.parametrize("data, model", [(4, 1), (2, 2)])
+def test_a_kernel_runs_on_each_devices_own_images(data, model):
+    mesh = sharding.make_mesh(8, 1, jax.devices()[:4], data, model)
+    w = jax.random.normal(jax.random.key(0), (8, 16, 128))
+    seen = []
+
+    def kernel(w):
+        seen.append(w.shape[0])
+        return mssa_kernel.forward(w, 2, interpret=True)
+
+    rows = sharding.split(mesh)
+    run = jax.jit(sharding.on_mesh(mesh, lambda w: target.per_device(kernel, w)), in_shardings=rows, out_shardings=rows)
+    split = run(w)
+    np.testing.assert_allclose(split, attend(w, 2), rtol=1e-5, atol=1e-5)
+    assert split.sharding == rows and set(seen) == {2}
+
+
+def test_tokens_stay_split_over_the_images_behind_the_axis_of_one():
+    mesh = sharding.make_mesh(8, 1, jax.devices()[:4], 2, 2)
+    for shape, spec in (((8, 3, 2), PartitionSpec(BATCH)), ((1, 8, 3, 2), PartitionSpec(None, BATCH))):
+        keep = jax.jit(sharding.on_mesh(mesh, sharding.by_batch), in_shardings=sharding.replicated(mesh))
+        out = keep(jnp.zeros(shape))
+        assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shape))
+
+
+@pytest.mark.parametrize(
+    "platform, images, kernels",
+    [
+        ("tpu", 64, 2),  # forward and backward
+        ("tpu", 68, 0),  # not the same number on each of 8 devices
+        ("tpu", 4, 0),  # fewer than devices: pictures of a run
+        ("cpu", 64, 0),
+        ("cuda", 64, 0),
+    ],
+)
+def test_only_tpus_with_whole_blocks_of_images_run_the_kernel(platform, images, kernels):
+    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    mesh = AbstractMesh((4, 2), BATCH, axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    gradient = jax.grad(lambda w: jnp.sum(attend(w, 2).astype(jnp.float32)))
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = str(jax.make_jaxpr(gradient)(jax.ShapeDtypeStruct((images, 16, 128), jnp.bfloat16)))
+    assert program.count("pallas_call") == kernels
+
+
+@pytest.mark.parametrize("mean, deviation", [(0.0, 1.0), (5.0, 0.5), (3.0, 0.0)])
+def test_the_norm_in_one_pass_is_the_one_in_two(monkeypatch, mean, deviation):
+    """Statistics to float32's digits, values and gradients to bfloat16's; also where all numbers are equal."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = (mean + deviation * jax.random.normal(keys[0], (3, 7, 96))).astype(jnp.bfloat16)
+    g = jax.random.normal(keys[1], x.shape).astype(jnp.bfloat16)
+    scale, bias = (jax.random.normal(key, (96,)) for key in keys[2:])
+
+    def run(one_pass):
+        monkeypatch.setattr(target, "is_tpu", lambda: one_pass)
+        y, pull = jax.vjp(lambda *a: layers.layer_norm(*a, 1e-5), x, scale, bias)
+        return layers.layer_norm_forward(x, scale, bias, 1e-5)[1][2:], (y, *pull(g))
+
+    (statistics, values), (expected_statistics, expected) = run(True), run(False)
+    for a, b in zip(statistics, expected_statistics, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(values, expected, strict=True):
+        a, b = (np.asarray(v, np.float32) for v in (a, b))
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=2**-7 * np.abs(b).max())
+    if deviation:
+        assert any(np.any(a != b) for a, b in zip(statistics, expected_statistics, strict=True))  # two ways, not one
+
+
+def test_the_norm_of_float32_takes_two_passes_everywhere(monkeypatch):
+    """Its digits would be lost: a mean of 1000 leaves none of a variance of 1e-2."""
+    x = 1000 + 0.1 * jax.random.normal(jax.random.key(0), (4, 256))
+    monkeypatch.setattr(target, "is_tpu", lambda: True)
+    y = layers.layer_norm(x, jnp.ones(256), jnp.zeros(256), 1e-6)
+    np.testing.assert_allclose(jnp.std(y, axis=-1), 1.0, rtol=1e-3)
+
+
+def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
+    """Data parallel, two images a chip: every gradient is summed once, and each chip's share of the weights sent on."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 2)
+    sent = {}
+    for chips in (2, 8):
+        config = small()
+        config.batch_size = 2 * chips
+        mesh = sharding.make_mesh(config.batch_size, 1, jax.devices()[:chips])
+        objective = pretrain.build(config)
+        shapes = jax.eval_shape(lambda objective=objective: objective.init(jax.random.key(0))[0])
+        tx, schedule = optimizer.build(config, shapes, config.steps, 10.0)
+        state = jax.eval_shape(functools.partial(train_step.init_state, config, objective, tx))
+        batch = {"image": jax.ShapeDtypeStruct((config.batch_size, 8, 8, 3), jnp.uint8)}
+        step = train_step.make_train_step(config, objective, tx, schedule, mesh).lower(state, batch).compile()
+        sent[chips] = Program(step.as_text()).cost().collective_bytes
+        assert set(sent[chips]) == {"all-reduce", "all-gather"}
+        weights = 4 * parameters.count(shapes)
+        assert weights < sent[chips]["all-reduce"] < 1.25 * weights  # and sums of the penalty, the loss and metrics
+        assert chips * sent[chips]["all-gather"] == pytest.approx(weights, rel=0.01)
+    assert sent[2]["all-reduce"] == pytest.approx(sent[8]["all-reduce"], rel=0.01)
+
+
+def command(cli_env, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.tpu_aot", *args], cwd=ROOT, env=cli_env, capture_output=True, text=True
+    )
+
+
+@pytest.mark.one_python
+@pytest.mark.parametrize(
+    "args, line",
+    [
+        (
+            ["--config=configs/crate_mae.py:debug", "--topology=v9:2x2"],
+            "--topology=v9:2x2: takes a chip (v5e, v5p, v6e) and a shape, such as v5e:4x4",
+        ),
+        (["--topology=v5e:4x4"], "--config is missing, such as --config=configs/crate_mae.py:variant=B"),
+        (["--config=configs/align.py"], "config.job='align': only the step of pretrain is compiled here"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_line(cli_env, args, line):
+    result = command(cli_env, *args)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [f"error: {line}"]
+
+
+@pytest.mark.one_python
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_a_missing_compiler_is_one_line(cli_env):
+    result = command(cli_env, "--config=configs/crate_mae.py:debug")
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: libtpu is not installed") and "pip install 'crate-jax[tpu]'" in line
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed (extra tpu)"
+)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--topology=v5e:3x5"], "--topology=v5e:3x5: libtpu does not know this slice"),
+        (["--topology=v5e:2x2", "--batch_per_chip=4000"], "lower --batch_per_chip, or set --config.remat=True"),
+    ],
+)
+def test_what_the_compiler_refuses_is_one_line(cli_env, args, said):
+    result = command(cli_env, "--config=configs/crate_mae.py:variant=Ti", *args)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert said in line
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, topology", [("crate_mae.py:variant=Ti", "v5e:2x2"), ("rop_vitb.py:variant=Ti", "v6e:2x2")]
+)
+def test_a_real_step_compiles(cli_env, config, topology):
+    result = command(cli_env, f"--config=configs/{config}", f"--topology={topology}", "--batch_per_chip=16")
+    assert result.returncode == 0, result.stderr[-2000:]
+    out = json.loads(result.stdout)
+    chip = CHIPS[topology[:3]]
+    assert out["chips"] == 4
+    assert 0 < out["hbm_bytes_per_chip"] < chip.hbm
+    assert out["collective_bytes_per_chip"]["all-reduce"] > 1e6
+    assert out["bytes_time_over_flop_time"] == pytest.approx(
+        (out["bytes_per_chip"] / chip.bandwidth) / (out["flops_per_chip"] / chip.flops)
+    )
+    assert out["bytes_per_chip"] > out["hbm_traffic_per_chip"] > 0 and out["flops_per_chip"] > 0
+    slowest = max(out["bytes_per_chip"] / chip.bandwidth, out["flops_per_chip"] / chip.flops)
+    assert out["roofline_images_per_sec"] == pytest.approx(16 / slowest)
