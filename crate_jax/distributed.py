@@ -76,7 +76,8 @@ def find(environ: Mapping[str, str], address: str = "", processes: int = 0, proc
     if _number(environ, "SLURM_NTASKS") > 1 and {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST"} <= set(environ):
         return _slurm(environ)
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
-    if _has_tpu(environ) and ("," in hosts or not hosts):
+    several = "," in hosts or not hosts or _number(environ, "MEGASCALE_NUM_SLICES") > 1
+    if _has_tpu(environ) and several:
         return Cluster()
     return None
 
@@ -213,15 +214,17 @@ def by_first(act: Callable[[], T]) -> T | None:
     """What `act` returns in process 0, which alone runs it; None in the others.
 
     Raises:
-      UserError: `act` raised one; in every process.
+      UserError: `act` raised one, or an OSError; in every process.
     """
     if _processes == 1:
         return act()
-    result, error, text = None, None, b""
+    result: T | None = None
+    error: Exception | None = None
+    text = b""
     if first():
         try:
             result = act()
-        except UserError as e:
+        except (UserError, OSError) as e:
             error, text = e, str(e).encode()[:MESSAGE_BYTES]
     told = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(MESSAGE_BYTES, b"\0"), np.uint8))
     if error is not None:

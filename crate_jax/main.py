@@ -235,6 +235,13 @@ def set_up_log(process: int) -> None:
     absl_logging.get_absl_handler().setFormatter(formatter)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had no room; `JaxRuntimeError` is also what a collective raises that another process left."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(
+        re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the config's job."""
     set_up_log(process=0)
@@ -266,11 +273,9 @@ def main(argv: Sequence[str]) -> int:
         return 128 + signal.SIGINT
     except (UserError, OSError) as e:
         fail(e)
-    except (MemoryError, jax.errors.JaxRuntimeError) as e:
-        if isinstance(e, jax.errors.JaxRuntimeError) and not re.search("RESOURCE_EXHAUSTED|Out of memory", str(e)):
-            raise
-        fail(UserError(f"{OUT_OF_MEMORY} ({' '.join(str(e).split())[:200]})"))
-    except Exception:
+    except Exception as e:
+        if isinstance(e, MemoryError) or is_out_of_memory(e):
+            fail(UserError(f"{OUT_OF_MEMORY} ({' '.join(str(e).split())[:200]})"))
         if distributed.processes() == 1:
             raise
         traceback.print_exc()  # of a collective, maybe, that another process left: the watch says which

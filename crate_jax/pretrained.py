@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crate_jax import checkpoint
+from crate_jax import checkpoint, distributed
 from crate_jax.checkpoint_files import some
 from crate_jax.convert import weights
 from crate_jax.errors import CheckpointError, ConfigError
@@ -33,7 +33,7 @@ class Pretrained:
 
 
 def load(path: str, key: str) -> Pretrained:
-    """Reads a pre-trained encoder.
+    """Reads a pre-trained encoder; all processes must call it.
 
     Args:
       path: the workdir of a run, or a file of weights, ours or other people's (`crate_jax.convert.weights`).
@@ -46,7 +46,8 @@ def load(path: str, key: str) -> Pretrained:
     """
     if not path:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
-    if expanduser(path).is_file():
+    distributed.watch()  # one that cannot read it ends the others
+    if distributed.largest(int(expanduser(path).is_file())):
         loaded = weights.load(expanduser(path))
         wrong = [name for name, array in names(loaded.params).items() if not np.isfinite(array).all()]
         if wrong:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax import optimizer, pretrain, sharding, sweep_report, train
+from crate_jax import distributed, optimizer, pretrain, sharding, sweep_report, train
 from crate_jax.config import base, changed_keys, flatten
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.interrupt import Interrupt, Interrupted
@@ -190,11 +190,12 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     settings = expand(config)
     # One number of devices has to do for all runs: JAX cannot change it once it was used.
-    sharding.use_cpu_cores(math.gcd(*(s.config.batch_size // s.config.accumulate for s in settings)), 1)
+    model = 1 if all(s.config.mesh.model == 1 for s in settings) else 0
+    sharding.use_cpu_cores(math.gcd(*(s.config.batch_size // s.config.accumulate for s in settings)), 1, model)
     for setting in settings:
         _named(setting, _check_parts)
     with lock(workdir) as folder, Interrupt() as interrupt:
-        finished = [_is_finished(folder / s.name, s) for s in settings]
+        finished = [bool(distributed.largest(int(_is_finished(folder / s.name, s)))) for s in settings]
         records = {i: _record(folder, s) for i, s in enumerate(settings) if finished[i]}
         if records:
             log.info("%d of %d runs are finished already", len(records), len(settings))
@@ -202,8 +203,9 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         for i, setting in enumerate(settings):
             if finished[i]:
                 continue
-            if interrupt.signal is not None:
-                raise Interrupted(interrupt.signal, f"with {len(records)} of {len(settings)} runs done")
+            signum = distributed.largest(interrupt.signal or 0)
+            if signum:
+                raise Interrupted(signum, f"with {len(records)} of {len(settings)} runs done")
             log.info("run %d of %d: %s", i + 1, len(settings), setting.name)
             records[i] = _run_one(folder, setting)
             table = _report(config, folder, settings, records)

@@ -53,24 +53,38 @@ class Watch:
         self._peers: dict[int, socket.socket] = {}
         listener = socket.create_server(("", 0), family=socket.AF_INET, backlog=processes) if self._me == 0 else None
         port = int(multihost_utils.broadcast_one_to_all(np.int32(listener.getsockname()[1] if listener else 0)))
-        host = address.rpartition(":")[0].strip("[]") or socket.gethostbyname(socket.gethostname())
-        if not address:
-            told = multihost_utils.broadcast_one_to_all(np.frombuffer(socket.inet_aton(host), np.uint8))
-            host = socket.inet_ntoa(bytes(np.asarray(told, np.uint8)))
+        host = address.rpartition(":")[0].strip("[]") or self._host_of_first()
         try:
             if listener is not None:
-                listener.settimeout(SILENCE)
-                while len(self._peers) < processes - 1:
-                    peer = listener.accept()[0]
-                    peer.settimeout(SILENCE)
-                    self._peers[int.from_bytes(_receive(peer, 4), "big")] = peer
-                listener.close()
+                with listener:
+                    self._accept(listener, processes)
             else:
                 self._peers[0] = socket.create_connection((host, port), timeout=SILENCE)
                 self._peers[0].sendall(self._me.to_bytes(4, "big"))
         except OSError as e:
             log.warning("process %d: no watch over the other processes (%s); JAX's own is slower", self._me, e)
         threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def _host_of_first(self) -> str:
+        """The address of process 0, where only the TPU's metadata know it."""
+        own = "0.0.0.0"  # nobody can connect to it, which is a warning
+        if self._me == 0:
+            with contextlib.suppress(OSError):
+                own = socket.gethostbyname(socket.gethostname())
+        told = multihost_utils.broadcast_one_to_all(np.frombuffer(socket.inet_aton(own), np.uint8))
+        return socket.inet_ntoa(bytes(np.asarray(told, np.uint8)))
+
+    def _accept(self, listener: socket.socket, processes: int) -> None:
+        deadline = time.monotonic() + SILENCE / 2  # well before one that is connected counts as gone
+        while len(self._peers) < processes - 1:
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
+            peer = listener.accept()[0]
+            peer.settimeout(SILENCE)
+            process = int.from_bytes(_receive(peer, 4), "big")
+            if 0 < process < processes and process not in self._peers:
+                self._peers[process] = peer
+            else:  # a stray connection
+                peer.close()
 
     def end(self) -> None:
         """Stops looking."""
@@ -89,8 +103,12 @@ class Watch:
     def _run(self) -> None:
         heard = dict.fromkeys(self._peers, time.monotonic())
         open_ones = dict(self._peers)
+        next_beat = time.monotonic()
         while open_ones and not self._ended.is_set():
-            ready = select.select(list(open_ones.values()), [], [], BEAT / 2)[0]
+            if time.monotonic() >= next_beat:
+                self.tell(ALIVE)
+                next_beat = time.monotonic() + BEAT
+            ready = select.select(list(open_ones.values()), [], [], max(0.0, next_beat - time.monotonic()))[0]
             for process, peer in list(open_ones.items()):
                 if peer in ready:
                     got = _receive(peer, 1)
@@ -105,7 +123,6 @@ class Watch:
                     heard[process] = time.monotonic()
                 elif time.monotonic() - heard[process] > SILENCE:
                     self._lost(process, LOST)
-                _send(peer, ALIVE)
 
     def _lost(self, process: int, status: int) -> None:
         """Ends this process with the status of the one that is gone: 2, a mistake, would only come again."""

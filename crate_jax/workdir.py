@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +19,7 @@ from crate_jax.errors import CheckpointError, UserError
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
+LATE_SECONDS = 60.0  # NFS remembers for up to a minute that there was no such file
 
 
 @contextlib.contextmanager
@@ -34,15 +36,15 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
       UserError: the folder cannot be created or written to, or another process holds it.
     """
+    distributed.watch()
     folder = distributed.by_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
     file = distributed.by_first(lambda: _take(folder))
     with file or contextlib.nullcontext():
-        seen = file is not None or (folder / LOCK_NAME).exists()
+        seen = file is not None or _appears(folder / LOCK_NAME)
         if not seen:
             log.error("workdir %s: this process does not see it", folder)
         if distributed.largest(int(not seen)):
             raise UserError(f"workdir {folder}: must be the same folder for all processes, on a shared file system")
-        distributed.watch()
         yield folder
 
 
@@ -81,12 +83,29 @@ def _take(folder: Path) -> TextIO:
         raise UserError(
             f"workdir {folder}: its file system cannot lock files ({e.strerror}); choose another --workdir"
         ) from None
-    for left in folder.glob("*.[0-9]*.tmp"):  # of a process that was killed while it wrote (metrics.write_text)
-        left.unlink(missing_ok=True)
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+        for left in folder.glob("*.[0-9]*.tmp"):  # of a process that was killed while it wrote (metrics.write_text)
+            left.unlink(missing_ok=True)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as e:
+        with contextlib.suppress(OSError):  # it tries once more to write
+            file.close()
+        raise UserError(
+            f"workdir {folder}: cannot be written to ({e.strerror}); make room, or choose another"
+        ) from None
     return file
+
+
+def _appears(path: Path) -> bool:
+    """Whether there is such a file; network file systems may show a new one late."""
+    deadline = time.monotonic() + LATE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _create(workdir: str | os.PathLike[str]) -> Path:

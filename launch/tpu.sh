@@ -151,7 +151,8 @@ sync() {
     run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$node:crate_jax.tar.gz" "${PLACE[@]}" --quiet --worker=all
   done
   # A fresh folder, so that no file stays that is gone here.
-  on all bash -c 'rm -rf crate_jax && mkdir crate_jax && tar -xzf crate_jax.tar.gz -C crate_jax'
+  # Under the lock of tpu_worker.sh: a run that is going on would lose its code.
+  on all bash -c 'if ! flock --nonblock crate_jax.lock rm -rf crate_jax; then echo "a run is going on here; stop it first" >&2; exit 2; fi; mkdir crate_jax && tar -xzf crate_jax.tar.gz -C crate_jax'
   on all crate_jax/launch/tpu_worker.sh setup ${SETUP:+"$SETUP"}
 }
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -142,6 +143,47 @@ def check_equal(workdir: Path, reference: Path) -> None:
         assert ours["rankme"] == pytest.approx(theirs["rankme"], rel=1e-3)
     params = checkpoint.read_params(workdir)[0]
     assert checkpoint.params_sha256(params) == ours["params_sha256"]
+
+
+def test_a_watch_sends_a_sign_of_life_now_and_then(monkeypatch):
+    """Not an answer to each: two processes that did would keep each other, and their interpreters, busy."""
+    monkeypatch.setattr(watch, "BEAT", 0.2)
+    ours, theirs = socket.socketpair()
+    one = object.__new__(watch.Watch)
+    one._me, one._names, one._peers, one._ended = 1, ["a", "b"], {0: ours}, threading.Event()
+    thread = threading.Thread(target=one._run)
+    thread.start()
+    for _ in range(50):
+        theirs.sendall(watch.ALIVE)
+        time.sleep(0.02)
+    one.end()
+    theirs.sendall(watch.ALIVE)
+    thread.join(5)
+    sent = theirs.recv(10_000)
+    assert not thread.is_alive() and set(sent) == set(watch.ALIVE) and 3 <= len(sent) <= 8, sent
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.one_python
+def test_a_checkpoint_that_one_process_lacks_ends_all_with_a_line(cli_env, tmp_path):
+    """Each has a view of its own of a disk: here, a path of its own."""
+    train.run(configured("crate", 1, **SMALL)[0], str(tmp_path / "run"))
+    common = [sys.executable, "-m", "crate_jax.main", "--config=configs/evaluate.py:protocol=knn,debug"]
+    common += [f"--workdir={tmp_path / 'out'}", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen([*common, f"--process_id={i}", f"--config.checkpoint={path}", "--config.data.source=digits"],
+                         cwd=ROOT, env=cli_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i, path in enumerate((tmp_path / "run", tmp_path / "none"))
+    ]  # fmt: skip
+    try:
+        ended = ends(processes, 100)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [status for status, _, _ in ended] == [2, 2], ended[0][2][-2000:]
+    assert f"error: {tmp_path / 'none'}: no such folder" in ended[1][2]
+    assert "error: process 1 of 2 (" in ended[0][2] and "failed with status 2" in ended[0][2]
 
 
 def test_two_processes_with_split_parameters_are_one_run(cli_env, tmp_path):

@@ -332,7 +332,8 @@ def test_a_real_step_compiles(cli_env, config, topology):
     chip = CHIPS[topology[:3]]
     assert out["chips"] == 4
     assert 0 < out["hbm_bytes_per_chip"] < chip.hbm
-    assert out["collective_bytes_per_chip"]["all-reduce"] > 1e6
+    assert out["collective_bytes_by_kind"]["all-reduce"] > 1e6
+    assert out["collective_bytes_per_chip"] == sum(out["collective_bytes_by_kind"].values())
     assert out["bytes_time_over_flop_time"] == pytest.approx(
         (out["bytes_per_chip"] / chip.bandwidth) / (out["flops_per_chip"] / chip.flops)
     )

@@ -37,10 +37,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: anything a user can mend, in one line.
     """
+    sharding.use_cpu_cores(config.evaluation.batch_size, 1)  # before checksums start JAX
+    sharding.all_devices()  # if there are none, that is said here
     config = resolve(config)
     validate(config)
-    sharding.use_cpu_cores(config.evaluation.batch_size, 1)
-    sharding.all_devices()  # if there are none, that is said here
     with lock(workdir) as folder:
         start = time.perf_counter()
         answer = analyse(config, sharding.make_mesh(jax.device_count(), 1))

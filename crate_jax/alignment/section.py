@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 from ml_collections import ConfigDict
 
-from crate_jax import checkpoint, checkpoint_files
+from crate_jax import checkpoint, checkpoint_files, distributed
 from crate_jax.alignment import bands, plots
 from crate_jax.alignment.answer import Answer
 from crate_jax.alignment.job import analyse, shrink_to_side
@@ -65,6 +65,8 @@ def section(subjects: Sequence[Subject]) -> Section:
             tables.append(_alignment_table(name, answer))
             numbers["alignment"][name] = answer.record()
         except UserError as e:
+            if distributed.processes() > 1:  # the others may be in the middle of it
+                raise
             notes.append(f"{name}: no alignment ({e}).")
     _bands(subjects, figures, tables, numbers)
     text = (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax import pretrained, train
+from crate_jax import pretrained, sharding, train
 from crate_jax.errors import ConfigError
 from crate_jax.evals.job import append_result, inherit
+from crate_jax.workdir import expanduser
 
 # name -> version; the recipes are in configs/evaluate.py and configs/segment.py. Scratch is a random encoder of the
 # same shape.
@@ -38,6 +38,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS
     if name not in protocols:
         raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(protocols)}")
+    sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)  # before checksums start JAX
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = resolve(config, encoder)
     summary = train.run(full, workdir)
@@ -54,4 +55,4 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     else:
         about["pool"] = full.evaluation.pool
     used = None if config.protocol.scratch else encoder
-    return append_result(Path(workdir), full, used, protocols[name], about, summary)
+    return append_result(expanduser(workdir).absolute(), full, used, protocols[name], about, summary)

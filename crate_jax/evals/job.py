@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax import __version__, data, metrics, pretrained, representation, sharding
+from crate_jax import __version__, data, distributed, metrics, pretrained, representation, sharding
 from crate_jax.checkpoint import params_sha256
 from crate_jax.classify import adopt
 from crate_jax.config import base, flatten
@@ -222,14 +222,18 @@ def _cached(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of the images at `indices`, from the workdir if they were computed before."""
     path = folder / CACHE / f"{cache_key(config, encoder, source, indices)}.npz"
+    stored: tuple[np.ndarray, np.ndarray] | None = None
     try:
-        with np.load(path) as stored:
-            log.info("features from %s", path)
-            return stored["features"], stored["labels"]
+        with np.load(path) as file:
+            stored = file["features"], file["labels"]
     except FileNotFoundError:
         pass
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
+    lacking = distributed.largest(int(stored is None))  # of any process: encoding is for all
+    if stored is not None and not lacking:
+        log.info("features from %s", path)
+        return stored
     out = of_split(apply, config, source, indices, mesh)
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)

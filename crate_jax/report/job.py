@@ -18,6 +18,7 @@ from crate_jax import (
     checkpoint_files,
     collapse_section,
     data,
+    distributed,
     metrics,
     pretrained,
     sharding,
@@ -100,11 +101,15 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
         full = resolve(config, encoder.config)
         train: data.Source | None = None
         test: data.Source | None = None
+        problem = ""
         try:
             train, test = _open(full)
         except UserError as e:
-            missing[f"what needs the images of {name}"] = str(e)
-            log.warning("%s: its images cannot be read: %s", name, e)
+            problem = str(e)
+        if distributed.largest(int(bool(problem))):  # all leave out the same
+            train, test = None, None
+            missing[f"what needs the images of {name}"] = problem or "another process cannot read them"
+            log.warning("%s: its images cannot be read: %s", name, problem or "by another process")
         home = _home(path) if expanduser(path).is_dir() else None
         subjects.append(Subject(name, full, encoder.params, home, train, test, mesh))
     with lock(workdir) as folder:
@@ -233,6 +238,8 @@ def analyse(subjects: Sequence[Subject], chosen: Sequence[str]) -> tuple[list[Se
         try:
             sections.append(analysis.run(usable))
         except UserError as e:
+            if distributed.processes() > 1:  # the others may be in the middle of it
+                raise
             missing[analysis.title] = str(e)
     return sections, missing
 
