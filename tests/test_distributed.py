@@ -165,7 +165,7 @@ def test_a_watch_sends_a_sign_of_life_now_and_then(monkeypatch):
     theirs.close()
 
 
-@pytest.mark.one_python
+@pytest.mark.slow
 def test_a_checkpoint_that_one_process_lacks_ends_all_with_a_line(cli_env, tmp_path):
     """Each has a view of its own of a disk: here, a path of its own."""
     train.run(configured("crate", 1, **SMALL)[0], str(tmp_path / "run"))
