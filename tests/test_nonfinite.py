@@ -64,7 +64,11 @@ def prepared(c, where: str, devices: int):
 
 @pytest.mark.parametrize(
     ("where", "encoder", "penalty", "devices", "accumulate"),
-    [("loss", "crate", "srip", 1, 1), ("gradient", "vit", "none", 2, 4), ("penalty", "crate", "so", 8, 1)],
+    [
+        ("gradient", "vit", "none", 2, 4),
+        pytest.param("loss", "crate", "srip", 1, 1, marks=pytest.mark.slow),
+        pytest.param("penalty", "crate", "so", 8, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_skipped_step_leaves_everything_but_its_number(where, encoder, penalty, devices, accumulate, monkeypatch):
     """Bit for bit, and the next step takes another batch and draw; nothing is compiled anew or transferred."""

@@ -44,7 +44,7 @@ alone = functools.cache(lambda encoder: train_on(encoder, 1, 1)[0])
     ("encoder", "mesh"),
     [
         ("crate", "hybrid"),
-        ("vit", "fully sharded"),
+        pytest.param("vit", "fully sharded", marks=pytest.mark.slow),
         pytest.param("crate", "fully sharded", marks=pytest.mark.slow),
         pytest.param("vit", "hybrid", marks=pytest.mark.slow),
     ],

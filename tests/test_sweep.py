@@ -141,6 +141,7 @@ class KillAtStart(logging.Handler):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_sweep_after_the_step_and_the_sweep_continues(finished, tmp_path, caplog):
     caplog.set_level(logging.INFO, "crate_jax")
     folder = shutil.copytree(finished[0], tmp_path / "sweep")

@@ -280,8 +280,16 @@ def command(cli_env, *args: str) -> subprocess.CompletedProcess[str]:
             ["--config=configs/crate_mae.py:debug", "--topology=v9:2x2"],
             "--topology=v9:2x2: takes a chip (v5e, v5p, v6e) and a shape, such as v5e:4x4",
         ),
-        (["--topology=v5e:4x4"], "--config is missing, such as --config=configs/crate_mae.py:variant=B"),
-        (["--config=configs/align.py"], "config.job='align': only the step of pretrain is compiled here"),
+        pytest.param(
+            ["--topology=v5e:4x4"],
+            "--config is missing, such as --config=configs/crate_mae.py:variant=B",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--config=configs/align.py"],
+            "config.job='align': only the step of pretrain is compiled here",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_one_line(cli_env, args, line):
