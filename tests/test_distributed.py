@@ -82,20 +82,25 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(cli_env: dict, count: int, flags: Sequence[str], devices: int = 2) -> Iterator[list[subprocess.Popen]]:
-    """`count` processes of one job on this machine; killed at the end, whatever happened."""
-    common = [sys.executable, "-m", "crate_jax.main", *flags, f"--coordinator_address=127.0.0.1:{free_port()}"]
-    env = cli_env | {"JAX_NUM_CPU_DEVICES": str(devices)}
+def spawned(commands: Sequence[Sequence[str]], env: dict) -> Iterator[list[subprocess.Popen]]:
+    """Processes on this machine; killed at the end, whatever happened."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": env}
-    processes = [
-        subprocess.Popen([*common, f"--num_processes={count}", f"--process_id={i}"], **pipes) for i in range(count)
-    ]
+    processes = [subprocess.Popen(command, **pipes) for command in commands]
     try:
         yield processes
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def started(cli_env: dict, count: int, flags: Sequence[str], devices: int = 2) -> Iterator[list[subprocess.Popen]]:
+    """`count` processes of one job."""
+    common = [sys.executable, "-m", "crate_jax.main", *flags, f"--coordinator_address=127.0.0.1:{free_port()}"]
+    commands = [[*common, f"--num_processes={count}", f"--process_id={i}"] for i in range(count)]
+    with spawned(commands, cli_env | {"JAX_NUM_CPU_DEVICES": str(devices)}) as processes:
+        yield processes
 
 
 def ends(processes: list[subprocess.Popen], timeout: float = 200) -> list[tuple[int, str, str]]:
@@ -171,16 +176,12 @@ def test_a_checkpoint_that_one_process_lacks_ends_all_with_a_line(cli_env, tmp_p
     train.run(configured("crate", 1, **SMALL)[0], str(tmp_path / "run"))
     common = [sys.executable, "-m", "crate_jax.main", "--config=configs/evaluate.py:protocol=knn,debug"]
     common += [f"--workdir={tmp_path / 'out'}", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
-    processes = [
-        subprocess.Popen([*common, f"--process_id={i}", f"--config.checkpoint={path}", "--config.data.source=digits"],
-                         cwd=ROOT, env=cli_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    commands = [
+        [*common, f"--process_id={i}", f"--config.checkpoint={path}", "--config.data.source=digits"]
         for i, path in enumerate((tmp_path / "run", tmp_path / "none"))
-    ]  # fmt: skip
-    try:
+    ]
+    with spawned(commands, cli_env) as processes:
         ended = ends(processes, 100)
-    finally:
-        for process in processes:
-            process.kill()
     assert [status for status, _, _ in ended] == [2, 2], ended[0][2][-2000:]
     assert f"error: {tmp_path / 'none'}: no such folder" in ended[1][2]
     assert "error: process 1 of 2 (" in ended[0][2] and "failed with status 2" in ended[0][2]
@@ -305,16 +306,8 @@ time.sleep(60)
 def test_a_process_that_fails_ends_the_others_with_its_own_status(cli_env):
     """So that a launcher does not try a mistake again. Process 2 hears of it from process 0."""
     address = f"127.0.0.1:{free_port()}"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", FAILING, address, str(i)], cwd=ROOT, env=cli_env,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(3)
-    ]  # fmt: skip
-    try:
+    with spawned([[sys.executable, "-c", FAILING, address, str(i)] for i in range(3)], cli_env) as processes:
         ended = ends(processes, 50)
-    finally:
-        for process in processes:
-            process.kill()
     assert [status for status, _, _ in ended] == [2, 2, 2], ended
     for i in (0, 2):
         line = ended[i][2].splitlines()[-1]

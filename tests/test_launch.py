@@ -419,4 +419,4 @@ def test_local_passes_signals_on_once(env, tmp_path, sent, status):
 def test_local_killed_takes_its_processes_along(env, tmp_path):
     local = Local(env, tmp_path)
     local.process.kill()
-    local.wait()
+    assert local.wait() == -signal.SIGKILL
