@@ -27,12 +27,13 @@ import jax
 import numpy as np
 import scipy.stats
 
-from crate_jax import config as config_lib, sharding
-from crate_jax.alignment import corrupted, moments
-from crate_jax.alignment.closed_form import Aligner
-from crate_jax.alignment.grid import Setting
+from crate_jax import config as config_lib
+from crate_jax.analysis.alignment import corrupted, moments
+from crate_jax.analysis.alignment.closed_form import Aligner
+from crate_jax.analysis.alignment.grid import Setting
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.folder import FolderSource
+from crate_jax.parallel import sharding
 
 Key = tuple[str, int, float]  # corruption, patch in pixels, ratio or standard deviation
 STRENGTH = {"mask": "mask_ratio", "rop": "rop_ratio", "noise": "noise_std"}

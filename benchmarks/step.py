@@ -25,7 +25,9 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from crate_jax import optimizer, pretrain, sharding, train, train_step
+from crate_jax.methods import reconstruction
+from crate_jax.parallel import sharding
+from crate_jax.training import loop, optimizer, step as train_step
 from crate_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
@@ -71,7 +73,7 @@ def telemetry_cost(
     """Times one call, as the training loop makes it: images split over the devices, results on the host."""
     shape = (config.whitebox.images, *config.data.image_size, 3)
     images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
-    measure = train.telemetry_of(telemetry, images, config.seed, mesh)
+    measure = loop.telemetry_of(telemetry, images, config.seed, mesh)
     jax.device_get(measure(params))
     seconds = []
     for _ in range(_STEPS.value):
@@ -96,7 +98,7 @@ def main(_: list[str]) -> None:
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate)
     mesh = sharding.make_mesh(config.batch_size, config.accumulate)
-    objective = pretrain.build(config)
+    objective = reconstruction.build(config)
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
     step = train_step.make_train_step(config, objective, tx, schedule, mesh)
@@ -107,7 +109,7 @@ def main(_: list[str]) -> None:
     keys = jax.random.split(jax.random.key(0), config.batch_size)
     plain = config.copy_and_resolve_references()
     plain.remat = False
-    program = jax.make_jaxpr(jax.value_and_grad(pretrain.build(plain).loss, has_aux=True))(shapes, batch, keys)
+    program = jax.make_jaxpr(jax.value_and_grad(reconstruction.build(plain).loss, has_aux=True))(shapes, batch, keys)
     flops = matmul_flops(program.jaxpr) / config.batch_size
 
     start = time.perf_counter()

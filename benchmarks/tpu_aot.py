@@ -47,9 +47,11 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks import hlo_cost
 from benchmarks.roofline import Chip, chip_of, roofline
-from crate_jax import optimizer, pretrain, sharding, train_step
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.main import fail
+from crate_jax.methods import reconstruction
+from crate_jax.parallel import sharding
+from crate_jax.training import optimizer, step as train_step
 from crate_jax.validation import validate
 
 
@@ -85,7 +87,7 @@ def topology_devices(topology: str) -> list[Any]:
 def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
     """The train step of a validated config, traced for these devices; no array is made."""
     mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices, config.mesh.data, config.mesh.model)
-    objective = pretrain.build(config)
+    objective = reconstruction.build(config)
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
     step = train_step.make_train_step(config, objective, tx, schedule, mesh)

@@ -188,7 +188,7 @@ def base() -> ConfigDict:
     align.side = 32  # larger images are shrunk to this at most, the encoder's grid of tokens kept
 
     c.report = report = ConfigDict()
-    report.sections = ()  # what it holds, names of crate_jax/report/job.py; (): all that is about runs
+    report.sections = ()  # what it holds, names of crate_jax/jobs/report.py; (): all that is about runs
 
     c.whitebox = whitebox = ConfigDict()  # pretrain: what each layer does, logged as whitebox/...
     whitebox.every = 0  # steps; 0: off

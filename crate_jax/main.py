@@ -25,11 +25,11 @@ except ValueError as e:  # a variable of the environment, such as JAX_NUM_CPU_DE
 from absl import app, flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from crate_jax import distributed, sweep, train
-from crate_jax.alignment import job as align
 from crate_jax.errors import ConfigError, NonFiniteError, UserError
-from crate_jax.evals import finetune, job
-from crate_jax.interrupt import Interrupted
+from crate_jax.jobs import align, evaluate, finetune, sweep
+from crate_jax.parallel import distributed
+from crate_jax.parallel.interrupt import Interrupted
+from crate_jax.training import loop
 from crate_jax.validation import require_keys
 
 USAGE = "python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR"
@@ -203,7 +203,7 @@ def show_alignment(result: dict[str, Any]) -> None:
 
 def run_report(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     """The job ``report``; imported here, since it alone draws, and drawing takes 0.3 s to import."""
-    from crate_jax.report import job as report
+    from crate_jax.jobs import report
 
     return report.run(config, workdir)
 
@@ -217,8 +217,8 @@ def show_report(result: dict[str, Any]) -> None:
 
 # job -> (what runs it, what prints its result)
 JOBS: dict[str, tuple[Callable[[ConfigDict, Any], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
-    "pretrain": (train.run, show_pretraining),
-    "evaluate": (job.run, show_evaluation),
+    "pretrain": (loop.run, show_pretraining),
+    "evaluate": (evaluate.run, show_evaluation),
     "finetune": (finetune.run, show_evaluation),
     "segment": (finetune.run, show_evaluation),
     "sweep": (sweep.run, show_sweep),

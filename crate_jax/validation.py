@@ -165,11 +165,11 @@ def _check_values(flat: Mapping[str, Any]) -> None:
 
 def _check_tables(config: ConfigDict) -> None:
     # Imported here: the tables live with the parts they name, which import this module.
-    from crate_jax.corruption import CORRUPTIONS
-    from crate_jax.decoder import DECODERS
-    from crate_jax.encoders import ENCODERS
-    from crate_jax.optimizer import OPTIMIZERS
-    from crate_jax.orthogonality import PENALTIES
+    from crate_jax.models import ENCODERS
+    from crate_jax.models.corruption import CORRUPTIONS
+    from crate_jax.models.decoders import DECODERS
+    from crate_jax.training.optimizer import OPTIMIZERS
+    from crate_jax.training.orthogonality import PENALTIES
 
     tables: dict[str, Mapping[str, Any]] = dict(
         encoder=ENCODERS, decoder=DECODERS, corruption=CORRUPTIONS, penalty=PENALTIES, optimizer=OPTIMIZERS

@@ -264,8 +264,7 @@ def weights_npz(folder: Path) -> None:
 @maker
 def weights_nan(folder: Path) -> None:
     """RUN's weights, one of them NaN, as a file."""
-    from crate_jax import pretrained
-    from crate_jax.convert import weights
+    from crate_jax.convert import pretrained, weights
 
     encoder = pretrained.load(str(folder / "run"), "")
     encoder.params["encoder"]["norm"]["scale"] = np.full_like(encoder.params["encoder"]["norm"]["scale"], np.nan)

@@ -19,7 +19,7 @@ from absl import app
 
 from crate_jax import main as jobs
 from crate_jax.convert import __main__ as convert
-from crate_jax.report import job as _  # noqa: F401  (main imports it only for the job)
+from crate_jax.jobs import report as _  # noqa: F401  (main imports it only for the job)
 
 SECONDS = 150
 

@@ -28,14 +28,18 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from crate_jax import checkpoint_files, main, optimizer, pretrain, sweep
+from crate_jax import main
 from crate_jax.config import base, flatten
 from crate_jax.convert import weights
 from crate_jax.data import decoding
 from crate_jax.data.sources import SyntheticSource
 from crate_jax.errors import UserError
+from crate_jax.jobs import sweep
+from crate_jax.methods import reconstruction
+from crate_jax.training import optimizer
 from crate_jax.validation import validate
-from tests import test_convert
+from crate_jax.workdir import checkpoint_files
+from tests.convert import test_convert
 
 NASTY = (
     '', ' ', '0', '-0', '-1', '1', '2', '3', '7', '0.5', '-0.0', '1e999', '-1e999', '1e-999', '1e30', 'nan', 'inf',
@@ -173,7 +177,7 @@ class ConfigTarget:
         if self.builds_left <= 0 or config.job != "pretrain" or max(sizes) > 20_000 or config.encoder.width > 256:
             return
         self.builds_left -= 1
-        objective = pretrain.build(config, SyntheticSource("train", config.data.image_size))
+        objective = reconstruction.build(config, SyntheticSource("train", config.data.image_size))
         shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
         optimizer.build(config, shapes, max(config.steps, 1), 10.0)
 

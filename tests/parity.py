@@ -19,15 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax import autoencoder, config as configs, orthogonality, reconstruction
-from crate_jax.alignment import closed_form, corrupted, moments
+from crate_jax import config as configs
+from crate_jax.analysis.alignment import closed_form, corrupted, moments
 from crate_jax.convert import import_state_dict
-from crate_jax.corruption import Identity, Masking, Projection
-from crate_jax.decoder import CrateDecoderBlock
-from crate_jax.encoders.crate import CrateBlock, attend, ista
-from crate_jax.encoders.layers import BLOCK_EPS, attention_weights, layer_norm
-from crate_jax.parameters import names
-from crate_jax.patches import grid_shape, patchify, unpatchify
+from crate_jax.methods import reconstruction
+from crate_jax.models import autoencoder
+from crate_jax.models.corruption import Identity, Masking, Projection
+from crate_jax.models.crate import CrateBlock, attend, ista
+from crate_jax.models.decoders import CrateDecoderBlock
+from crate_jax.models.layers import BLOCK_EPS, attention_weights, layer_norm
+from crate_jax.models.patches import grid_shape, patchify, unpatchify
+from crate_jax.parallel.parameters import names
+from crate_jax.training import orthogonality
 
 OUTPUT_LIMIT, GRADIENT_LIMIT = 5e-5, 5e-4
 File = Mapping[str, np.ndarray]

@@ -9,11 +9,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from crate_jax import autoencoder, config as configs, optimizer, pretrain
+from crate_jax import config as configs
 from crate_jax.config import ConfigError
-from crate_jax.evals import finetune, job
+from crate_jax.convert.pretrained import Pretrained
 from crate_jax.evals.protocols import PROTOCOLS
-from crate_jax.pretrained import Pretrained
+from crate_jax.jobs import evaluate, finetune
+from crate_jax.methods import reconstruction
+from crate_jax.models import autoencoder
+from crate_jax.training import optimizer
 from crate_jax.validation import validate
 
 NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
@@ -59,7 +62,7 @@ def test_config_builds(name, arg):
     json.loads(configs.to_json(c))
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     optimizer.build(c, shapes, c.steps or 100_000, 100.0)
-    assert bool(pretrain.build(c).penalised) == (c.penalty.name != "none")
+    assert bool(reconstruction.build(c).penalised) == (c.penalty.name != "none")
 
 
 @pytest.mark.parametrize("protocol", [*PROTOCOLS, *finetune.PROTOCOLS])
@@ -72,7 +75,7 @@ def test_every_protocol_fits_a_checkpoint(protocol, task):
     assert extra == {f"protocol.{o}" for o in (PROTOCOLS[protocol].options if protocol in PROTOCOLS else ())}
     for pretraining in ("crate_mae", "vit_mae", "rop_vitb"):
         encoder = Pretrained("", load(pretraining).to_dict(), {}, "")
-        full = job.inherit(c, encoder) if protocol in PROTOCOLS else finetune.resolve(c, encoder)
+        full = evaluate.inherit(c, encoder) if protocol in PROTOCOLS else finetune.resolve(c, encoder)
         validate(full)
         assert full.protocol.metric == ("mean_per_class" if task else "top1")
         assert full.data.image_size == (224, 224) and full.encoder.width == 768

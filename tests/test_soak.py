@@ -18,9 +18,10 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from crate_jax import watch, workdir as workdirs
+from crate_jax.parallel import watch
+from crate_jax.workdir import folder as workdirs
 from tests.conftest import ROOT
-from tests.test_distributed import free_port
+from tests.parallel.test_distributed import free_port
 
 pytestmark = pytest.mark.one_python
 

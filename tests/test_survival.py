@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from crate_jax import watch
-from tests.test_checkpoint import flip, largest
+from crate_jax.parallel import watch
 from tests.test_soak import FLAGS, Life, check_clean, check_same, checkpoints, losses
+from tests.workdir.test_checkpoint import flip, largest
 
 
 def error_line(life: Life, process: int) -> str:

@@ -16,13 +16,15 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 
 from benchmarks.hlo_cost import Program
 from benchmarks.roofline import CHIPS, chip_of, roofline
-from crate_jax import optimizer, parameters, pretrain, sharding, target, train_step
-from crate_jax.encoders import layers, mssa_kernel
-from crate_jax.encoders.crate import attend
 from crate_jax.errors import UserError
-from crate_jax.sharding import BATCH, DATA
+from crate_jax.methods import reconstruction
+from crate_jax.models import layers, mssa_kernel
+from crate_jax.models.crate import attend
+from crate_jax.parallel import parameters, sharding, target
+from crate_jax.parallel.sharding import BATCH, DATA
+from crate_jax.training import optimizer, step as train_step
 from tests.conftest import ROOT
-from tests.test_train import small
+from tests.training.test_loop import small
 
 # Five layers of MSSA with residual under jax.grad, (128, 197, 256) bfloat16 on v5e:2x2, libtpu 0.0.42, jax 0.10.2.
 RECORDED = ROOT / "tests" / "golden" / "mssa_v5e.hlo"
@@ -252,7 +254,7 @@ def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
         config = small()
         config.batch_size = 2 * chips
         mesh = sharding.make_mesh(config.batch_size, 1, jax.devices()[:chips])
-        objective = pretrain.build(config)
+        objective = reconstruction.build(config)
         shapes = jax.eval_shape(lambda objective=objective: objective.init(jax.random.key(0))[0])
         tx, schedule = optimizer.build(config, shapes, config.steps, 10.0)
         state = jax.eval_shape(functools.partial(train_step.init_state, config, objective, tx))

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from crate_jax import pretrained
 from crate_jax.config import base, changed_keys
-from crate_jax.convert import files, weights
+from crate_jax.convert import files, pretrained, weights
 from crate_jax.convert.describe import Known
 from crate_jax.convert.export import FORMATS, export
 from crate_jax.convert.families import FAMILIES, detect
 from crate_jax.convert.rules import Match, match, spell
 from crate_jax.errors import ConfigError, UserError
-from crate_jax.parameters import count
+from crate_jax.parallel.parameters import count
 
 
 def inspect(args: argparse.Namespace) -> None:

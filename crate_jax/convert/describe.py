@@ -18,8 +18,8 @@ from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD, base
 from crate_jax.convert.families import family, import_state_dict
 from crate_jax.convert.rules import Grid, spell
 from crate_jax.errors import ConfigError
-from crate_jax.parameters import names
-from crate_jax.patches import relative_table_rows
+from crate_jax.models.patches import relative_table_rows
+from crate_jax.parallel.parameters import names
 
 VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 CRATE_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}

@@ -20,10 +20,10 @@ from crate_jax.convert.families import export_state_dict
 from crate_jax.convert.rules import Array
 from crate_jax.convert.weights import metadata, model_config
 from crate_jax.errors import ConfigError
-from crate_jax.metrics import write_json
-from crate_jax.parameters import names
-from crate_jax.patches import grid_shape, sincos_positions
-from crate_jax.workdir import expanduser
+from crate_jax.models.patches import grid_shape, sincos_positions
+from crate_jax.parallel.parameters import names
+from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.metrics import write_json
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers writes
 

@@ -20,7 +20,7 @@ from crate_jax.convert.layouts import (
 )
 from crate_jax.convert.rules import Constant, Family, Grid, Group, Rule, export_tensors, import_tensors, spell
 from crate_jax.errors import ConfigError
-from crate_jax.patches import relative_position_index, sincos_positions
+from crate_jax.models.patches import relative_position_index, sincos_positions
 
 Array = np.ndarray
 

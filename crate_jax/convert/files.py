@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from crate_jax.convert.torch_files import PICKLE_START, ZIP_START, Inert, Tensor, open_checkpoint
 from crate_jax.errors import CheckpointError
-from crate_jax.workdir import check_free_space, expanduser
+from crate_jax.workdir.folder import check_free_space, expanduser
 
 Arrays = dict[str, np.ndarray]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from crate_jax.convert.layouts import AS_IS, Layout
 from crate_jax.errors import ConfigError
-from crate_jax.parameters import names
+from crate_jax.parallel.parameters import names
 
 Array = np.ndarray
 Grid = tuple[int, int]

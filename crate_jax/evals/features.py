@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax import distributed, sharding
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.sources import Source
 from crate_jax.errors import DataError, NonFiniteError
+from crate_jax.parallel import distributed, sharding
 
 # Batches queued on the device. Dispatch runs ahead of the device by this much, which hides every copy; waiting for
 # the batch this far behind keeps the inputs of a large set from piling up in device memory.

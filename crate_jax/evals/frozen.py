@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from crate_jax import collapse, data, distributed, sharding
+from crate_jax import data
 from crate_jax.errors import DataError
-from crate_jax.evals import evaluate
+from crate_jax.evals import evaluate, spectra
 from crate_jax.evals.features import of_split
+from crate_jax.parallel import distributed, sharding
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def sample(count: int, limit: int, seed: int) -> np.ndarray:
 
 
 def collapse_scores(features: np.ndarray) -> dict[str, float]:
-    """What is logged of :class:`crate_jax.collapse.Measures` of features (n, D).
+    """What is logged of :class:`crate_jax.evals.spectra.Measures` of features (n, D).
 
     ``rankme``; ``rankme_limit``, the most it can be, min(n, D); ``alpha_req``, left out where it cannot be fitted;
     ``off_diagonal``. Warns where n <= D; {} for a single row.
@@ -68,7 +69,7 @@ def collapse_scores(features: np.ndarray) -> dict[str, float]:
     """
     if len(features) < 2:
         return {}
-    found = collapse.of_features(features)
+    found = spectra.of_features(features)
     if found.rank_limited:
         log.warning("rankme, alpha_req: %s (config.evaluation.train_images)", found.warnings[0])
     scores = {"rankme": found.rankme, "rankme_limit": float(min(found.rows, found.width))}

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax import data, distributed, sharding
+from crate_jax import data
 from crate_jax.errors import DataError
 from crate_jax.evals.features import filled, lockstep, per_process
 from crate_jax.evals.frozen import sample
+from crate_jax.parallel import distributed, sharding
 
 MOST_COUNTED = int(np.iinfo(np.int32).max)  # pixels, on the device
 

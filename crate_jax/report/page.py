@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crate_jax.metrics import format_number
 from crate_jax.report import svg
 from crate_jax.report.section import Figure, Section, Table
+from crate_jax.workdir.metrics import format_number
 
 CSS = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")

@@ -1,0 +1,197 @@
+"""Experiments by principal components of the images: which hold the labels, and which a model has learned.
+
+A band is a run of principal components, ordered by variance; the first ones hold most of the pixels' variance, and
+reconstruction learns them first (Balestriero & LeCun, ICML 2024).
+
+Shapes: N images, D numbers per (shrunk) image, L bands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax.analysis.alignment.closed_form import principal_components
+from crate_jax.evals.knn import knn_top1
+from crate_jax.evals.probe import probe_top1
+from crate_jax.methods.reconstruction import normalise
+from crate_jax.models import autoencoder, corruption as corruptions
+from crate_jax.models.patches import patchify, unpatchify
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """Principal components of normalised images, averaged down to at most `side` pixels a side.
+
+    Attributes:
+      mean_D: of the rows.
+      vectors_DD: one component per column, falling variance.
+      variances_D: mean squares along them.
+      side: what :func:`shrink` was given.
+    """
+
+    mean_D: np.ndarray
+    vectors_DD: np.ndarray
+    variances_D: np.ndarray
+    side: int
+
+
+def shrink(images_BHWC: jax.Array, side: int) -> jax.Array:
+    """Means over square boxes, the smallest that divide the image and leave at most `side` pixels a side."""
+    B, H, W, C = images_BHWC.shape
+    box = box_of((H, W), side)
+    return images_BHWC.reshape(B, H // box, box, W // box, box, C).mean(axis=(2, 4))
+
+
+def box_of(size: tuple[int, int], side: int) -> int:
+    """Side of the boxes that :func:`shrink` takes the mean over."""
+    divisors = [f for f in range(1, min(size) + 1) if size[0] % f == 0 and size[1] % f == 0]
+    return next((f for f in divisors if max(size) <= f * side), divisors[-1])
+
+
+def rows_of(config: ConfigDict, images_uint8: np.ndarray, side: int, chunk: int = 1024) -> np.ndarray:
+    """Normalised, shrunk images as rows, float32 (N, D)."""
+    apply = jax.jit(lambda x: shrink(normalise(x, config), side).reshape(len(x), -1))
+    parts = [np.asarray(apply(images_uint8[i : i + chunk])) for i in range(0, len(images_uint8), chunk)]
+    return np.concatenate(parts)
+
+
+def components_of(rows_ND: np.ndarray, side: int) -> Components:
+    """All principal components of rows."""
+    rows = rows_ND.astype(np.float64)
+    mean_D = rows.mean(axis=0)
+    rows -= mean_D
+    variances, vectors = principal_components(rows.T @ rows / len(rows), rows.shape[1])
+    return Components(mean_D, vectors, np.maximum(variances, 0), side)
+
+
+def reconstruction_by_band(
+    config: ConfigDict,
+    params: dict,
+    images_uint8: np.ndarray,
+    components: Components,
+    edges: Sequence[int],
+    errors: Callable[..., jax.Array] | None = None,
+) -> np.ndarray:
+    """The share of what the corruption took from each band that the model fails to give back.
+
+    Sum over images of the squares of c^T (I - P)(x^ - x) over those of c^T (I - P)(x - mean), c the components of a
+    band, P the run's own corruption (fixed draws): 0 is perfect, 1 what predicting the mean image gets.
+
+    Args:
+      config: the run's.
+      params: ``encoder`` and ``decoder``.
+      images_uint8: (N, H, W, 3) of the run's image size.
+      components: of such images.
+      edges: band l holds the components edges[l] .. edges[l + 1] - 1.
+      errors: :func:`errors_of` the config and the components' side, to compile it once for many parameters.
+
+    Returns:
+      float64 (L,); NaN for a band from which nothing was taken.
+    """
+    errors = errors or errors_of(config, components.side)
+    batch_size = config.evaluation.batch_size
+    mean = jnp.asarray(components.mean_D, jnp.float32)
+    vectors = jnp.asarray(components.vectors_DD, jnp.float32)
+    totals = np.zeros((2, len(components.variances_D)))
+    for start in range(0, len(images_uint8), batch_size):
+        batch = images_uint8[start : start + batch_size]
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(start + jnp.arange(len(batch)))
+        totals += np.asarray(errors(params, batch, keys, mean, vectors), np.float64)
+    bands = np.add.reduceat(totals[:, : edges[-1]], edges[:-1], axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return bands[0] / bands[1]
+
+
+def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
+    """(params, uint8 images, keys, mean, vectors) -> squares of error and of reference along each component, (2, D)."""
+    apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
+    sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
+    size, patch = tuple(config.data.image_size), config.encoder.patch_size
+
+    @jax.jit
+    def errors(
+        params: dict, images: jax.Array, keys_B: jax.Array, mean_D: jax.Array, vectors_DD: jax.Array
+    ) -> jax.Array:
+        x_BNP = patchify(normalise(images, config), patch)
+        corruption = sample(keys_B)
+        predicted_BNP = apply({"params": params}, x_BNP, corruption).astype(jnp.float32)
+        if config.loss.target == "patch_normalised":  # back to pixels with each patch's own statistics
+            std = jnp.sqrt(x_BNP.var(-1, keepdims=True, ddof=1) + 1e-6)
+            predicted_BNP = predicted_BNP * std + x_BNP.mean(-1, keepdims=True)
+        mean_BHWC = _enlarge(mean_D, size, side)
+
+        def along(patches_BNP: jax.Array) -> jax.Array:
+            image = shrink(unpatchify(corruption.complement(patches_BNP), size, patch), side)
+            rows_BD = image.reshape(len(image), -1)
+            return jnp.sum(jnp.square(jnp.matmul(rows_BD, vectors_DD, precision=jax.lax.Precision.HIGHEST)), axis=0)
+
+        mean_BNP = patchify(mean_BHWC, patch)
+        return jnp.stack([along(predicted_BNP - x_BNP), along(x_BNP - mean_BNP)])
+
+    return errors
+
+
+def _enlarge(mean_D: jax.Array, size: tuple[int, int], side: int) -> jax.Array:
+    """A row of a shrunk image as one image (1, H, W, 3) of the full size, constant over each box."""
+    box = box_of(size, side)
+    small = mean_D.reshape(size[0] // box, size[1] // box, 3)
+    return jnp.repeat(jnp.repeat(small, box, axis=0), box, axis=1)[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceAccuracy:
+    """Accuracies (shares) on the test images of what a subspace of the pixels holds.
+
+    Attributes:
+      place: top (the first components) or bottom (the last).
+      dimensions: how many components.
+      variance: their share of the pixels' variance.
+      probe: logistic regression on the coordinates, each scaled to unit variance.
+      knn: nearest neighbours by cosine, of the images projected on the subspace.
+    """
+
+    place: str
+    dimensions: int
+    variance: float
+    probe: float
+    knn: float
+
+
+def accuracy_by_subspace(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    classes: int,
+    components: Components,
+    shares: Sequence[float],
+    evaluation: ConfigDict,
+) -> list[SubspaceAccuracy]:
+    """Accuracy on the first components that hold a share of the variance, and on the last ones that hold the rest.
+
+    The paper's experiment on TinyImageNet, with a linear probe and nearest neighbours in place of its networks.
+
+    Args:
+      train: rows (N, D) of :func:`rows_of` and labels.
+      test: the same of the evaluation images.
+      classes: C.
+      components: of the training rows.
+      shares: of the variance, in (0, 1).
+      evaluation: config.evaluation: knn_k, knn_temperature, probe_c.
+    """
+    coordinates = [((x - components.mean_D) @ components.vectors_DD).astype(np.float32) for x in (train[0], test[0])]
+    cumulated = np.cumsum(components.variances_D) / components.variances_D.sum()
+    out = []
+    for share in shares:
+        cut = min(int(np.searchsorted(cumulated, share)) + 1, len(cumulated) - 1)
+        for place, part in (("top", slice(0, cut)), ("bottom", slice(cut, None))):
+            a, b = (x[:, part] for x in coordinates)
+            variance = float(components.variances_D[part].sum() / components.variances_D.sum())
+            probe = probe_top1(a, train[1], b, test[1], classes, evaluation.probe_c)
+            knn = knn_top1(a, train[1], b, test[1], classes, evaluation.knn_k, evaluation.knn_temperature)
+            out.append(SubspaceAccuracy(place, a.shape[1], variance, probe, knn))
+    return out

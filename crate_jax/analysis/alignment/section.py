@@ -1,0 +1,256 @@
+"""The report's part on alignment: can this corruption teach anything about these labels, and what is learned when."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure as Plot
+from ml_collections import ConfigDict
+
+from crate_jax.analysis import logged
+from crate_jax.analysis.alignment import bands, plots
+from crate_jax.analysis.alignment.answer import Answer
+from crate_jax.data import eval_images
+from crate_jax.errors import UserError
+from crate_jax.evals.frozen import sample
+from crate_jax.jobs.align import analyse, shrink_to_side
+from crate_jax.parallel import distributed
+from crate_jax.report.section import Figure, Section, Subject, Table
+from crate_jax.workdir import checkpoint, checkpoint_files
+
+log = logging.getLogger(__name__)
+
+TITLE = "Can reconstruction teach these labels?"
+IMAGES = 10_000  # whose second moments are taken
+BAND_IMAGES = 4000  # training images of the principal components and probes
+TEST_IMAGES = 1000
+WIDEST = 512  # alignment is not read above this width: the time of a setting grows with its square
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+SHARES = (0.5, 0.9, 0.99)
+EDGES = (0, 4, 16, 64, 256, 1024, 4096)  # of the bands of principal components, as far as there are so many
+SEVERAL = 8  # checkpoints of a run that are looked at
+
+
+def section(subjects: Sequence[Subject]) -> Section:
+    """Alignment of the runs' images under corruptions near their own, accuracy of subspaces, and error by band.
+
+    Runs on the same images, of one width and grid of patches, share an analysis; runs on the same images share their
+    principal components and what is learned from these.
+    """
+    figures: list[Figure] = []
+    tables: list[Table] = []
+    numbers: dict[str, Any] = {"alignment": {}, "subspaces": {}, "bands": {}}
+    notes: list[str] = []
+    together: dict[tuple, list[tuple[Subject, ConfigDict]]] = {}
+    for subject in subjects:
+        if subject.train is None or subject.train.class_names is None:
+            notes.append(f"{subject.name}: no labelled training images, so no alignment.")
+            continue
+        align = aligned_config(subject.config)
+        size, patch = tuple(align.data.image_size), align.encoder.patch_size
+        projection = (align.corruption.rop_buckets, align.corruption.paper_scale)
+        key = (subject.train.fingerprint(), align.align.width, size, patch, *projection, *_pixels(subject.config))
+        together.setdefault(key, []).append((subject, align))
+    for members in together.values():
+        name = _label([subject for subject, _ in members])
+        subject, align = members[0]
+        for kind in ("mask_ratios", "rop_ratios"):
+            align.align[kind] = tuple(sorted({ratio for _, config in members for ratio in config.align[kind]}))
+        try:
+            answer = analyse(align, subject.mesh, subject.train)
+            notes.append(_sentence(name, answer))
+            figures.append(Figure(_caption(name, answer), plots.gain_by_ratio(answer)))
+            tables.append(_alignment_table(name, answer))
+            numbers["alignment"][name] = answer.record()
+        except UserError as e:
+            if distributed.processes() > 1:  # the others may be in the middle of it
+                raise
+            notes.append(f"{name}: no alignment ({e}).")
+    _bands(subjects, figures, tables, numbers)
+    text = (
+        "alignment(k) is the share of the label Gram matrix that the k latents of the best linear denoising "
+        "auto-encoder hold (Balestriero & LeCun, ICML 2024): a closed form of the images, before any training. A "
+        "corruption that does not raise it at the encoder's width gives a linear model no reason to learn more about "
+        f"the labels. At most {IMAGES} images, width at most {WIDEST}; sampling error is not shown. " + " ".join(notes)
+    )
+    return Section(TITLE, text, tuple(figures), tuple(tables), numbers)
+
+
+def _pixels(config: ConfigDict) -> tuple:
+    """What decides the numbers that an image is to the encoder, and which images are drawn."""
+    c = config.data
+    return (tuple(c.image_size), tuple(c.mean), tuple(c.std), c.eval_crop, c.interpolation, config.seed)
+
+
+def _label(subjects: Sequence[Subject]) -> str:
+    """The name of a run; of several, words that begin with none of their names, as what is theirs is of no one run."""
+    *names, last = [subject.name for subject in subjects]
+    return f"Images of {', '.join(names)} and {last}" if names else last
+
+
+def aligned_config(config: ConfigDict) -> ConfigDict:
+    """A small grid around a run's own corruption, on its images as job `align` would shrink them."""
+    full = config.copy_and_resolve_references()
+    shrink_to_side(full)
+    numbers = 3 * int(np.prod(full.data.image_size))
+    full.align.width = full.align.latents = min(full.encoder.width, WIDEST, numbers)
+    side = full.encoder.patch_size
+    full.align.patch_sizes = tuple(sorted({1, 2, side}))
+    full.align.mask_ratios = full.align.rop_ratios = RATIOS
+    if full.corruption.name == "mask":
+        full.align.mask_ratios = tuple(sorted({*RATIOS, full.corruption.mask_ratio}))
+    if full.corruption.name == "rop":
+        full.align.rop_ratios = tuple(sorted({*RATIOS, full.corruption.rop_ratio}))
+    full.evaluation.train_images = IMAGES
+    return full
+
+
+def _sentence(name: str, answer: Answer) -> str:
+    best = max(answer.curves, key=answer.gain)
+    clean = 100 * answer.clean.alignment_K[answer.width - 1]
+    if not answer.is_raised(best):
+        return f"{name}: {clean:.1f} % at width {answer.width}, and no corruption of the grid raises it."
+    return (
+        f"{name}: {clean:.1f} % at width {answer.width} without corruption; {best.group} at ratio {best.ratio:.3g} "
+        f"raises it most, by {100 * answer.gain(best):.2f} points; never: {', '.join(answer.never())}."
+    )
+
+
+def _caption(name: str, answer: Answer) -> str:
+    return (
+        f"{name}: points of alignment that a corruption adds at width {answer.width}, against its ratio (mask: removed "
+        "share of the patches; rop: kept share of the dimensions). Below 0 the corruption takes from what the labels "
+        "need."
+    )
+
+
+def _alignment_table(name: str, answer: Answer) -> Table:
+    rows = tuple(
+        (s.family, "x".join(map(str, s.patch)), s.ratio, float(curve.alignment_K[answer.width - 1]), answer.gain(s))
+        for s, curve in answer.curves.items()
+    )
+    clean = float(answer.clean.alignment_K[answer.width - 1])
+    columns = ("corruption", "patch (px)", "ratio", f"alignment at {answer.width}", "gain")
+    return Table(f"{name}: alignment, shares", columns, (("none", None, None, clean, 0.0), *rows))
+
+
+def _bands(subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]) -> None:
+    """Accuracy by subspace where there are labels, error by band where there are checkpoints with a decoder."""
+    together: dict[tuple, list[Subject]] = {}
+    for subject in subjects:
+        if subject.train is None or not (_has_labels(subject) or run_steps(subject)):
+            continue
+        evaluated = None if subject.test is None else subject.test.fingerprint()
+        c = subject.config.evaluation
+        learned = (c.knn_k, c.knn_temperature, repr(c.probe_c))
+        key = (subject.train.fingerprint(), evaluated, *_pixels(subject.config), *learned)
+        together.setdefault(key, []).append(subject)
+    for members in together.values():
+        _bands_together(members, figures, tables, numbers)
+
+
+def _has_labels(subject: Subject) -> bool:
+    return all(s is not None and s.class_names is not None for s in (subject.train, subject.test))
+
+
+def _bands_together(
+    subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]
+) -> None:
+    """The same for runs on the same images."""
+    first = subjects[0]
+    config, train, side = first.config, first.train, first.config.align.side
+    assert train is not None
+    (images, labels), (test_images, test_labels) = (
+        eval_images(config, source, np.sort(sample(len(source), count, config.seed)))
+        for source, count in ((train, BAND_IMAGES), (first.test or train, TEST_IMAGES))
+    )
+    rows = bands.rows_of(config, images, side)
+    components = bands.components_of(rows, side)
+    if _has_labels(first) and labels is not None and test_labels is not None:
+        name = _label(subjects)
+        test = (bands.rows_of(config, test_images, side), test_labels)
+        classes = len(train.class_names or ())
+        found = bands.accuracy_by_subspace((rows, labels), test, classes, components, SHARES, config.evaluation)
+        caption = (
+            f"{name}: accuracy on {len(test_images)} images of the first (top) and the remaining (bottom) "
+            f"principal components of the pixels, {len(images)} training images"
+        )
+        columns = ("subspace", "components", "variance", "probe", "k-NN")
+        tables.append(
+            Table(caption, columns, tuple((f.place, f.dimensions, f.variance, f.probe, f.knn) for f in found))
+        )
+        numbers["subspaces"][name] = [vars(f) for f in found]
+    edges = [e for e in EDGES if e < len(components.variances_D)] + [len(components.variances_D)]
+    names = [f"{a + 1}..{b}" for a, b in zip(edges, edges[1:], strict=False)]
+    for subject in subjects:
+        steps = run_steps(subject)
+        if not steps or subject.workdir is None:
+            continue
+        errors = bands.errors_of(subject.config, side)
+        found_by_step = []
+        for step in steps:
+            params = checkpoint.read_params(subject.workdir, step)[0]
+            found_by_step.append(
+                bands.reconstruction_by_band(subject.config, params, test_images, components, edges, errors)
+            )
+        by_step = np.stack(found_by_step)
+        probes = logged_probes(subject, steps)
+        numbers["bands"][subject.name] = {"steps": steps, "edges": edges, "error": by_step, "probe": probes}
+        caption = (
+            f"{subject.name}: error of the reconstruction by band of principal components (1: no better than the mean "
+            "image), at the checkpoints that are left, and the accuracy that a linear probe had then"
+        )
+        table = tuple((s, *map(float, e), probe) for s, e, probe in zip(steps, by_step, probes, strict=True))
+        tables.append(Table(caption, ("step", *names, "probe"), table))
+        figures.append(Figure(f"{caption}.", band_figure(steps, names, by_step, probes)))
+
+
+def run_steps(subject: Subject) -> list[int]:
+    """Up to SEVERAL steps of the run's checkpoints, spread evenly; none without a decoder."""
+    if subject.workdir is None or "decoder" not in subject.params:
+        return []
+    steps = sorted(checkpoint_files.steps(subject.workdir / checkpoint.FOLDER))
+    if len(steps) <= SEVERAL:
+        return steps
+    return [steps[i] for i in np.linspace(0, len(steps) - 1, SEVERAL).round().astype(int)]
+
+
+def logged_probes(subject: Subject, steps: Sequence[int]) -> list[float | None]:
+    """Top-1 (share) of the probe that the run logged at each of the steps; None where it ran none."""
+    metrics = logged.read(subject.workdir).metrics
+    found = {line["step"]: line["probe_top1"] for line in metrics if line.get("probe_top1") is not None}
+    return [found.get(step) for step in steps]
+
+
+def band_figure(
+    steps: Sequence[int], names: Sequence[str], error_SL: np.ndarray, probe_S: Sequence[float | None]
+) -> Plot:
+    """Error against the step, one line per band; against the band where there is only one step.
+
+    The probe's accuracy stands on an axis of its own, at the steps that have one.
+    """
+    picture = Plot(figsize=(4.4, 3.6), layout="constrained")
+    ax = picture.subplots()
+    if len(steps) == 1:
+        ax.bar(names, error_SL[0])
+        ax.tick_params(axis="x", labelrotation=30)
+        ax.set_xlabel("principal components")
+    else:
+        for name, errors in zip(names, error_SL.T, strict=True):
+            ax.plot(steps, errors, "o-", markersize=3, label=name)
+        ax.set_xlabel("step")
+        # Below the lines: no corner is free of them for sure.
+        picture.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, title="components")
+        points = [(s, 100 * p) for s, p in zip(steps, probe_S, strict=True) if p is not None]
+        if points:
+            right = ax.twinx()
+            right.plot(*zip(*points, strict=True), "k:s", markersize=3)
+            right.set_ylabel("probe accuracy (%), dotted")
+            right.spines[["top", "left"]].set_visible(False)
+    ax.set_ylabel("error / variance")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    return picture

@@ -1,0 +1,1 @@
+"""Dimensional collapse: spectra of features and weights, LiDAR."""

@@ -1,0 +1,308 @@
+"""Collapse measures of a run's encoder, all layers in one pass over images.
+
+Shapes: L + 1 places (each block, then the representation), B images of a batch, q views, N tokens,
+D width, X = 1 + D.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from PIL import Image
+
+from crate_jax import data
+from crate_jax.data import decoding, sampling
+from crate_jax.data.augmentation import DRAWS, Augmentation
+from crate_jax.data.randaugment import randaugment
+from crate_jax.data.undecodable import Undecodable
+from crate_jax.errors import ConfigError, DataError
+from crate_jax.evals import spectra
+from crate_jax.evals.frozen import CHUNK, sample
+from crate_jax.methods.reconstruction import normalise
+from crate_jax.models import corruption as corruptions, representation
+from crate_jax.models.autoencoder import patch_numbers
+from crate_jax.models.patches import patchify
+from crate_jax.parallel import parameters, sharding
+from crate_jax.report import Subject
+
+log = logging.getLogger(__name__)
+
+ROWS = ("pooled", "tokens")
+VIEWS = ("augmentation", "corruption")
+Features = Callable[[Any, jax.Array, corruptions.Corruption], jax.Array]
+
+
+def places(config: ConfigDict) -> list[str]:
+    """Names of what is measured: ``block 1`` .. ``block L`` and ``representation``."""
+    return [*(f"block {i + 1}" for i in range(config.encoder.depth)), "representation"]
+
+
+def features(config: ConfigDict, rows: str = "pooled") -> Features:
+    """The function (params, images uint8 (B, H, W, 3), corruption) -> rows of features (L + 1, B or B * M, D).
+
+    Args:
+      config: the run's.
+      rows: "pooled", one row per image as ``config.evaluation.pool`` makes it, or "tokens", each patch token.
+    """
+    tokens = representation.tokens_by_block(config)
+
+    def apply(params: Any, images_uint8: jax.Array, corruption: corruptions.Corruption) -> jax.Array:
+        patches_BNP = patchify(normalise(images_uint8, config), config.encoder.patch_size)
+        tokens_LBND = tokens(params, patches_BNP, corruption).astype(jnp.float32)
+        if rows == "tokens":
+            return tokens_LBND[:, :, 1:].reshape(len(tokens_LBND), -1, tokens_LBND.shape[-1])
+        return jax.vmap(lambda x_BND: representation.pool(x_BND, config.evaluation.pool))(tokens_LBND)
+
+    return apply
+
+
+def _width(config: ConfigDict, rows: str) -> int:
+    return config.encoder.width * (2 if rows == "pooled" and config.evaluation.pool == "cls_mean" else 1)
+
+
+def _padded(batch: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A batch filled up to `size` with its last image, and which rows count."""
+    short = size - len(batch)
+    kept = np.arange(size) < len(batch)
+    return (np.concatenate([batch, np.repeat(batch[-1:], short, axis=0)]) if short else batch), kept
+
+
+def _stream(
+    subject: Subject,
+    encode: Callable[..., jax.Array],
+    grow: Callable[..., Any],
+    state: Any,
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    size: int,
+) -> tuple[Any, int]:
+    """Takes features of all batches; every device grows a state of its own from its rows, merged at the end.
+
+    Args:
+      subject: whose encoder.
+      encode: (params, images (B, ...), a number of each (B,)) -> features (L + 1, B, ...).
+      grow: (state, features, kept (B,)) -> state; runs on one device at a time, so that a decomposition never waits
+        for another device's.
+      state: the state of no rows, a tuple of factors.
+      batches: images and numbers.
+      size: images per call; a multiple of the devices.
+
+    Returns:
+      the merged state and the count of images.
+
+    Raises:
+      DataError: there are no two images.
+    """
+    mesh, place = subject.mesh, sharding.split(subject.mesh)
+    encode, grow = jax.jit(encode, out_shardings=sharding.split(mesh, axis=1)), jax.jit(grow)
+    params = jax.device_put({"encoder": subject.params["encoder"]}, sharding.replicated(mesh))
+    states = {device: jax.device_put(state, device) for device in mesh.local_devices}
+
+    def put(x: np.ndarray) -> jax.Array:  # every process holds the whole batch
+        return jax.make_array_from_callback(x.shape, place, lambda rows: x[rows])
+
+    count = 0
+    with spectra.one_lapack_thread():
+        for images, numbers in batches:
+            padded, kept = _padded(images, size)
+            image, number, mask = (put(x) for x in (padded, _padded(numbers, size)[0], kept))
+            rows = encode(params, image, number)
+            masks = {shard.device: shard.data for shard in mask.addressable_shards}
+            for shard in rows.addressable_shards:
+                states[shard.device] = grow(states[shard.device], shard.data, masks[shard.device])
+            count += len(images)
+        if count < 2:
+            raise DataError(f"{subject.name}: {count} images can be decoded, and spectra need at least 2")
+        local = jax.tree.map(lambda *factors: np.stack(factors), *jax.device_get(list(states.values())))
+        if jax.process_count() > 1:
+            local = multihost_utils.process_allgather(local, tiled=True)
+        return jax.tree.map(lambda factors: jax.block_until_ready(spectra.merge(jnp.asarray(factors))), local), count
+
+
+def _source(subject: Subject) -> data.Source:
+    source = subject.train if subject.train is not None else subject.test
+    if source is None:
+        raise DataError(f"{subject.name}: there are no images to take features of")
+    return source
+
+
+def _batch_size(subject: Subject, images: int, per_image: int = 1) -> int:
+    """Images at a time: evaluation.batch_size over all views, a multiple of the devices, no more than there are."""
+    wanted = min(max(1, subject.config.evaluation.batch_size // per_image), images)
+    return -(-wanted // subject.mesh.size) * subject.mesh.size
+
+
+def _plain_batches(
+    config: ConfigDict, source: data.Source, indices: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for chunk in data.eval_batches(config, source, indices, max(size, CHUNK // size * size)):
+        for start in range(0, len(chunk["image"]), size):
+            yield chunk["image"][start : start + size], chunk["index"][start : start + size]
+
+
+def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[str, spectra.Measures]:
+    """Spectra and ranks of the features after every block and of the representation.
+
+    Args:
+      subject: the run; its training images, or the evaluation split where there are none, without corruption.
+      images: how many, a sample drawn with the run's seed; 0: all.
+      rows: see :func:`features`.
+
+    Returns:
+      by :func:`places`. A result from no more rows than features warns that it is limited by them.
+
+    Raises:
+      DataError: there are no images.
+      NonFiniteError: a feature is NaN or infinite.
+      ValueError: another `rows`.
+    """
+    if rows not in ROWS:
+        raise ValueError(f"rows={rows!r}: must be one of {', '.join(ROWS)}")
+    config, source = subject.config, _source(subject)
+    apply, names = features(config, rows), places(config)
+    tokens = patch_numbers(config)[0] if rows == "tokens" else 1
+
+    def encode(params: Any, images_uint8: jax.Array, _: jax.Array) -> jax.Array:
+        return apply(params, images_uint8, corruptions.Identity())
+
+    def grow(factor_LXX: jax.Array, x_LnD: jax.Array, kept_B: jax.Array) -> jax.Array:
+        return spectra.grow(factor_LXX, spectra.with_ones(x_LnD, jnp.repeat(kept_B, tokens)))
+
+    indices = np.sort(sample(len(source), images, config.seed))
+    size = _batch_size(subject, len(indices))
+    state = spectra.empty(1 + _width(config, rows), len(names))
+    factor_LXX, count = _stream(subject, encode, grow, state, _plain_batches(config, source, indices, size), size)
+    found = spectra.measures(factor_LXX, count * tokens)
+    for warning in found[-1].warnings:
+        log.warning("%s: %s", subject.name, warning)
+    return dict(zip(names, found, strict=True))
+
+
+def augmented_views(
+    config: ConfigDict, source: data.Source, indices: np.ndarray, views: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Draws q views of each image by the training augmentation (crop, flip, RandAugment of config.data).
+
+    A view is a function of config.seed, the image and the number of the view.
+
+    Yields:
+      uint8 (q, H, W, 3) and the image's index; images that cannot be decoded are left out.
+
+    Raises:
+      DataError: too many of them cannot be decoded.
+    """
+    augmentation = Augmentation.from_config(config)
+    undecodable = Undecodable(source, config.data.max_undecodable)
+    for index in map(int, indices):
+        try:
+            image = Image.fromarray(source.read(index))
+        except decoding.DecodeError as e:
+            undecodable.add([(index, str(e))], 1)
+            continue
+        undecodable.add([], 1)
+        first = index * views
+        uniforms = sampling.uniforms(config.seed, first, views, DRAWS)
+        boxes = augmentation.boxes(uniforms, np.full(views, image.height), np.full(views, image.width))
+        flips = augmentation.flips(uniforms)
+        out = np.empty((views, *augmentation.size, 3), np.uint8)
+        for view in range(views):
+            cropped = decoding.crop_resize(image, boxes[view], augmentation.size, augmentation.resample)
+            pixels = np.asarray(cropped)[:, ::-1] if flips[view] else np.asarray(cropped)
+            if augmentation.layers:
+                rng = sampling.randaugment_generator(config.seed, first + view)
+                whole = Image.fromarray(np.ascontiguousarray(pixels))
+                pixels = np.asarray(randaugment(whole, augmentation.layers, augmentation.magnitude, rng))
+            out[view] = pixels
+        yield out, index
+
+
+def _view_batches(views: Iterator[tuple[np.ndarray, int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    pending: list[tuple[np.ndarray, int]] = []
+    for pair in views:
+        pending.append(pair)
+        if len(pending) == size:
+            yield np.stack([v for v, _ in pending]), np.array([i for _, i in pending], np.int32)
+            pending = []
+    if pending:
+        yield np.stack([v for v, _ in pending]), np.array([i for _, i in pending], np.int32)
+
+
+def measure_lidar(
+    subject: Subject, images: int = 1024, views: int = 10, draw: str = "augmentation", delta: float = spectra.DELTA
+) -> dict[str, spectra.Lidar]:
+    """LiDAR of the pooled features after every block and of the representation, see :func:`collapse.lidar`.
+
+    Args:
+      subject: the run; images as in :func:`measure`.
+      images: the surrogate classes, a sample drawn with the run's seed; 0: all.
+      views: q, of each image.
+      draw: "augmentation", views by the training augmentation, encoded whole; "corruption", the evaluation crop under
+        q draws of the run's corruption.
+      delta: see :func:`collapse.lidar`.
+
+    Returns:
+      by :func:`places`.
+
+    Raises:
+      ConfigError: `draw` is "corruption" but the run has none.
+      DataError: there are no images.
+      NonFiniteError: a feature is NaN or infinite.
+      ValueError: another `draw`, or too few images or views.
+    """
+    if draw not in VIEWS:
+        raise ValueError(f"draw={draw!r}: must be one of {', '.join(VIEWS)}")
+    config, source = subject.config, _source(subject)
+    if draw == "corruption" and config.corruption.name == "none":
+        raise ConfigError(
+            f"{subject.name}: config.corruption.name='none' makes all views of an image the same; LiDAR needs a "
+            "corruption, or views by the augmentation"
+        )
+    apply, names = features(config), places(config)
+    sampler = corruptions.sampler(config, *patch_numbers(config))
+
+    def draw_corruption(index_B: jax.Array) -> corruptions.Corruption:
+        keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(index_B)
+        return sampler(jax.vmap(lambda key: jax.random.split(key, views))(keys_B).reshape(-1))
+
+    def encode(params: Any, images_uint8: jax.Array, index_B: jax.Array) -> jax.Array:
+        if draw == "corruption":
+            x_LnD = apply(params, jnp.repeat(images_uint8, views, axis=0), draw_corruption(index_B))
+        else:
+            x_LnD = apply(params, images_uint8.reshape(-1, *images_uint8.shape[2:]), corruptions.Identity())
+        return x_LnD.reshape(len(x_LnD), -1, views, x_LnD.shape[-1])
+
+    def grow(state: tuple[jax.Array, jax.Array], x_LBqD: jax.Array, kept_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return spectra.grow_classes(*state, x_LBqD, kept_B)
+
+    indices = np.sort(sample(len(source), images, config.seed))
+    size = _batch_size(subject, len(indices), views)
+    width = _width(config, "pooled")
+    state = spectra.empty(width, len(names)), spectra.empty(1 + width, len(names))
+    if draw == "corruption":
+        batches = _plain_batches(config, source, indices, size)
+    else:
+        batches = _view_batches(augmented_views(config, source, indices, views), size)
+    (within_LDD, between_LXX), count = _stream(subject, encode, grow, state, batches, size)
+    found = spectra.lidar(within_LDD, between_LXX, count, views, delta)
+    for warning in found[-1].warnings:
+        log.warning("%s: %s", subject.name, warning)
+    return dict(zip(names, found, strict=True))
+
+
+def weights(subject: Subject) -> dict[str, np.ndarray]:
+    """Eigenvalues (L, n) of each kernel that config.penalty selects, penalised or not.
+
+    See :func:`collapse.weight_eigenvalues`.
+
+    Raises:
+      ConfigError: config.penalty selects something that is not there or not a kernel.
+    """
+    options = subject.config.penalty
+    names = parameters.select(subject.params, options.include, options.exclude, "penalty")
+    return spectra.weight_eigenvalues(subject.params, names)

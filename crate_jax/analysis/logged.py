@@ -1,0 +1,320 @@
+"""What a run logged about itself: curves, scores beside what they are compared with, settings, pictures.
+
+Reads ``metrics.jsonl``, ``summary.json``, ``results.jsonl`` and ``pictures/`` of the workdirs; needs no images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure as Plot
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from crate_jax.config import base, flatten
+from crate_jax.errors import DataError
+from crate_jax.parallel import parameters
+from crate_jax.report.section import Figure, Section, Subject, Table
+from crate_jax.report.svg import escape
+
+CURVES = {  # what metrics.jsonl calls it -> axis, what the reader should know
+    "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
+    "lr": ("learning rate", "Learning rate."),
+    "grad_norm": ("gradient norm", "Norm of the gradient before clipping, the mean between two log points."),
+    "images_per_sec": ("images/s", "Training speed; the first point holds the compilation."),
+    "probe_top1": ("probe accuracy (%)", "Top-1 of a logistic regression on frozen features while training."),
+    "knn_top1": ("k-NN accuracy (%)", "Top-1 of nearest neighbours on frozen features while training."),
+    "top1": ("top-1 accuracy (%)", "Accuracy on the evaluation split while training."),
+    "miou": ("mIoU (%)", "Mean intersection over union on the evaluation split while training."),
+}
+SHARES = {  # numbers of summary.json in 0..1 -> column
+    "probe_top1": "probe %", "knn_top1": "k-NN %", "top1": "top-1 %", "top5": "top-5 %",
+    "mean_per_class": "mean per class %", "miou": "mIoU %", "mean_accuracy": "mean accuracy %",
+    "pixel_accuracy": "pixel accuracy %",
+}  # fmt: skip
+LAYERS = {  # what telemetry logs by layer -> axis, what the reader should know
+    "encoder/subspace_rate": ("R^c (nats)", "coding rate of the patch tokens in each layer's own subspaces"),
+    "encoder/released_rate": ("R^c of unit tokens (nats)", "coding rate as the released script takes it"),
+    "encoder/rate": ("R (nats)", "coding rate of the patch tokens without subspaces"),
+    "encoder/nonzero": ("share of non-zero entries", "share of the entries that are not 0 after each layer"),
+    "decoder/inversion_error_scaled": (
+        "relative error",
+        "what each decoder layer lacks of the encoder features that it should bring back, at the best scale",
+    ),
+}  # fmt: skip
+LOOKS = 5  # steps that are drawn of a run
+COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
+MARKS: dict[str, dict[str, Any]] = {
+    "_pixels": dict(marker="|", color="C7", markersize=13, markeredgewidth=2),
+    "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
+    "": dict(marker="o", markersize=7),  # in the run's colour
+}
+UNINTERESTING = (
+    "job",
+    "checkpoint",
+    "report.",
+    "log.",
+    "save.",
+    "sweep.",
+    "whitebox.",
+)  # keys that do not change what is learned
+LOG_SPAN = 20  # largest / smallest value from which an axis is logarithmic
+
+
+@dataclasses.dataclass(frozen=True)
+class Logged:
+    """What lies in a workdir; empty where there is nothing."""
+
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    results: list[dict[str, Any]]
+
+
+def read(workdir: Path | None) -> Logged:
+    """Reads the files of a run, of one that is still going too.
+
+    Raises:
+      DataError: summary.json is not JSON.
+    """
+    if workdir is None:
+        return Logged([], {}, [])
+    path = workdir / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as e:
+        raise DataError(f"{path}: is not JSON ({e}); run the training command again, which writes it anew") from None
+    return Logged(_lines(workdir / "metrics.jsonl"), summary, _lines(workdir / "results.jsonl"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Its objects; a last line that is still being written is left for later."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as e:
+        raise DataError(f"{path}: holds a line that is not JSON ({e})") from None
+
+
+def section(subjects: Sequence[Subject]) -> Section:
+    """Curves, scores and settings of the runs."""
+    logged = {s.name: read(s.workdir) for s in subjects}
+    figures = [*_score_figures(logged), *_curves(logged), *_layers(logged)]
+    tables = [t for t in (_scores(logged), _runs(subjects, logged), _results(logged), _settings(subjects)) if t]
+    return Section(
+        title="Overview",
+        text=_text(logged),
+        figures=tuple(figures),
+        tables=tuple(tables),
+        numbers={name: {"summary": log.summary, "results": log.results} for name, log in logged.items()},
+    )
+
+
+def _text(logged: Mapping[str, Logged]) -> str:
+    lines = ["What was logged while training, and the scores at its end."]
+    if any(name in log.summary for log in logged.values() for name in ("probe_top1_pixels", "knn_top1_pixels")):
+        lines.append(
+            "Accuracies are top-1 on the evaluation split: logistic regression (probe) and nearest neighbours (k-NN) "
+            "on frozen features of the trained encoder, of the same encoder untrained, and on raw pixels (at most 32 "
+            "px a side). What an encoder has learned is what it gains over both."
+        )
+    unfinished = [name for name, log in logged.items() if log.metrics and not log.summary]
+    if unfinished:
+        lines.append(f"Not finished when this was written: {', '.join(unfinished)}.")
+    return " ".join(lines)
+
+
+def _axes(title: str, height: float) -> tuple[Plot, Any]:
+    plot = Plot(figsize=(4.2, height), layout="constrained")
+    ax = plot.subplots()
+    ax.set_title(title, fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    return plot, ax
+
+
+def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
+    """A figure for each number that was logged more than once by some run; one line per run."""
+    figures = []
+    for key, (label, caption) in CURVES.items():
+        scale = 100 if "%" in label else 1
+        lines = {
+            name: [(m["step"], scale * m[key]) for m in log.metrics if m.get(key) is not None]
+            for name, log in logged.items()
+        }
+        if not any(len(line) > 1 for line in lines.values()):
+            continue
+        plot, ax = _axes(label, 2.7 + 0.2 * (len(logged) > 1) * -(-len(logged) // 3))
+        for i, (name, line) in enumerate(lines.items()):
+            if line:
+                ax.plot(*zip(*line, strict=True), "." if len(line) == 1 else "-", color=f"C{i}", label=escape(name))
+        values = [y for line in lines.values() for _, y in line]
+        if key in ("loss", "grad_norm") and min(values) > 0 and max(values) / min(values) > LOG_SPAN:
+            ax.set_yscale("log")
+        ax.set_xlabel("step")
+        if len(logged) > 1:
+            plot.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        figures.append(Figure(caption, plot))
+    return figures
+
+
+def _layers(logged: Mapping[str, Logged]) -> list[Figure]:
+    """What telemetry saw of each run's layers (config.whitebox.every): measure by layer, one line per step."""
+    figures = []
+    for name, log in logged.items():
+        for key, (label, what) in LAYERS.items():
+            prefix = f"whitebox/{key}/"
+            looks = {}
+            for m in log.metrics:
+                values = [m[k] for k in sorted(m) if k.startswith(prefix)]
+                if values:
+                    looks[m["step"]] = values
+            if not looks:
+                continue
+            steps = sorted(looks)
+            shown = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, LOOKS)})]
+            plot, ax = _axes(label, 2.9)
+            # Neither end of the colours is lost on white or on black.
+            for step, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0.25, len(shown))), strict=True):
+                layers = range(1, len(looks[step]) + 1)
+                ax.plot(layers, looks[step], "o-", color=shade, markersize=3, label=f"step {step:,}")
+            ax.set_xticks(range(1, max(map(len, looks.values())) + 1))
+            ax.set_xlabel("layer")
+            plot.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+            figures.append(Figure(f"{name}: {what}, while training; dark is late.", plot))
+    return figures
+
+
+def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
+    """Trained beside untrained and pixels, one row per run, for each protocol of frozen features."""
+    figures = []
+    for key, protocol in (("probe_top1", "linear probe"), ("knn_top1", "k-NN")):
+        scored = {name: log.summary for name, log in logged.items() if log.summary.get(key) is not None}
+        colours = {name: f"C{i}" for i, name in enumerate(logged)}
+        if not scored:
+            continue
+        plot, ax = _axes(f"{protocol}, top-1 accuracy (%)", 1.5 + 0.32 * len(scored))
+        ax.grid(axis="y", visible=False)
+        ax.grid(axis="x", alpha=0.3)
+        for y, (name, summary) in enumerate(scored.items()):
+            for suffix, style in MARKS.items():
+                if summary.get(key + suffix) is not None:
+                    look = {"color": colours[name], "linestyle": "none", **style}
+                    ax.plot(100 * summary[key + suffix], y, label=escape(name), **look)
+        ax.set_yticks(range(len(scored)), [escape(name) for name in scored])
+        ax.set_ylim(len(scored) - 0.5, -0.5)
+        ax.margins(x=0.08)
+        marks = [
+            Line2D([], [], linestyle="none", label=COMPARED[suffix], **{"color": "black", **style})
+            for suffix, style in MARKS.items()
+            if any(s.get(key + suffix) is not None for s in scored.values())
+        ]
+        plot.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        caption = f"Top-1 accuracy of the {protocol} on frozen features, against an untrained encoder and raw pixels."
+        figures.append(Figure(caption, plot))
+    return figures
+
+
+def _scores(logged: Mapping[str, Logged]) -> Table | None:
+    """A row for each run's encoder and for each of the things it is compared with."""
+    keys = [k for k in SHARES if any(isinstance(log.summary.get(k), float) for log in logged.values())]
+    rows: list[tuple[str | float | None, ...]] = []
+    for name, log in logged.items():
+        for suffix, what in COMPARED.items():
+            values = [log.summary.get(k + suffix) for k in keys]
+            if any(v is not None for v in values):
+                rows.append((name, what, *(None if v is None else 100 * v for v in values)))
+    if not rows:
+        return None
+    return Table("Scores at the end of training.", ("run", "what", *(SHARES[k] for k in keys)), tuple(rows))
+
+
+def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
+    rows = []
+    for s in subjects:
+        summary, c = logged[s.name].summary, s.config
+        steps = summary.get("steps") or max((m["step"] for m in logged[s.name].metrics), default=None)
+        size = f"{c.encoder.depth} x {c.encoder.width}"
+        rows.append((
+            s.name, c.encoder.name, size, c.corruption.name, c.penalty.name, steps, c.batch_size, summary.get("loss"),
+            summary.get("images_per_sec"), summary.get("params") or (parameters.count(s.params) if s.params else None),
+            c.job, c.data.source, summary.get("devices"),
+        ))  # fmt: skip
+    columns = (
+        "run", "encoder", "blocks x width", "corruption", "penalty", "steps", "batch", "loss", "images/s", "parameters",
+        "job", "images", "devices",
+    )  # fmt: skip
+    caption = "The runs. Losses of different corruptions or targets measure different things: they do not rank runs."
+    return Table(caption, columns, tuple(rows))
+
+
+def _results(logged: Mapping[str, Logged]) -> Table | None:
+    """What evaluations appended to results.jsonl in the same workdir."""
+    found = [(name, r) for name, log in logged.items() for r in log.results]
+    keys = [k for k in SHARES if any(isinstance(r.get(k), float) for _, r in found)]
+    if not keys:
+        return None
+    rows = [
+        (name, r.get("protocol"), r.get("data"), *(None if r.get(k) is None else 100 * r[k] for k in keys))
+        for name, r in found
+    ]
+    columns = ("run", "protocol", "data", *(SHARES[k] for k in keys))
+    return Table("Evaluations recorded in results.jsonl.", columns, tuple(rows))
+
+
+def _settings(subjects: Sequence[Subject]) -> Table | None:
+    """Keys in which the runs differ; of a single run, those in which it differs from the defaults."""
+    flat = {s.name: flatten(s.config) for s in subjects}
+    if len(flat) == 1:
+        flat["default"] = flatten(base())
+    keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if not k.startswith(UNINTERESTING))
+    differing = [k for k in keys if len({repr(f.get(k)) for f in flat.values()}) > 1]
+    rows = [(k, *(_value(f.get(k)) for f in flat.values())) for k in differing]
+    if not rows:
+        return None
+    names = ["this run", "default"] if len(subjects) == 1 else list(flat)
+    what = "in which this run differs from the defaults" if len(subjects) == 1 else "in which the runs differ"
+    return Table(f"Settings {what}.", ("config", *names), tuple(rows))
+
+
+def _value(value: Any) -> str | float | int | None:
+    if isinstance(value, list):
+        return ", ".join(str(_value(v)) for v in value) or "()"
+    if isinstance(value, str):
+        return value or '""'
+    return str(value) if isinstance(value, bool) else value
+
+
+def pictures(subjects: Sequence[Subject]) -> Section:
+    """The newest grid of each kind that each run drew.
+
+    Raises:
+      DataError: none drew any.
+    """
+    figures = []
+    for s in subjects:
+        newest: dict[str, tuple[int, Path]] = {}
+        for path in sorted((s.workdir / "pictures").glob("*.png")) if s.workdir else ():
+            match = re.fullmatch(r"(.+)_(\d+)\.png", path.name)
+            if match:
+                newest[match[1]] = (int(match[2]), path)  # sorted by step: the last one stays
+        for kind, (step, path) in newest.items():
+            with Image.open(path) as picture:
+                array = np.asarray(picture.convert("RGB"))
+            figures.append(Figure(f"{s.name}, {kind} at step {step:,}.", array))
+    if not figures:
+        raise DataError("no run has pictures; config.log.pictures says how many images they show")
+    text = (
+        "Images of the evaluation split, always the same ones, drawn while training. Of a reconstruction: what went "
+        "in, what the corruption left of it (P x), what the decoder made of that (x^), and both together, P x and the "
+        "rest from x^, which is what the loss looks at."
+    )
+    return Section("Pictures", text, tuple(figures))

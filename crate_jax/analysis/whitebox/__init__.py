@@ -1,0 +1,1 @@
+"""What each layer of a white-box encoder does: compression, sparsity, Theorem 3, pictures."""

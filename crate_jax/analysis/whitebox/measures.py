@@ -1,0 +1,451 @@
+"""What each layer does to its tokens: coding rates, sparsity, subspaces, inversion (arXiv 2404.02446).
+
+Pure functions of arrays, and :func:`build`, which applies them to the named points of all layers of a
+model. The encoder is given clean images, as in the paper's Figure 5; the decoder what it is trained on,
+the tokens behind the run's own corruption. Everything is one number per layer and image, so that means
+and deviations over images can be taken anywhere, during training or over a whole data set.
+
+Shapes: B images, N tokens, D width, H heads, K head width, E = H * K, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax.models import ENCODERS, autoencoder, corruption as corruptions
+from crate_jax.models.corruption import Corruption, Identity
+from crate_jax.models.layers import BLOCK_EPS, layer_norm
+
+# The squared precision eps^2 of all rates. The paper states none; the released measure divides by 0.01.
+PRECISION = 0.01
+MEASURES = ("paper", "released")
+BLOCK = 32  # columns that are eliminated together
+# Not in TF32 or bfloat16, accelerators' default for products: 1 is added to the entries of Gram matrices.
+EXACT = jax.lax.Precision.HIGHEST
+
+Layers = dict[str, jax.Array]  # measure -> (L, B)
+
+
+def log_det(gram_XNN: jax.Array) -> jax.Array:
+    """Logarithm of det(I + G) of positive semi-definite matrices, (..., N, N) -> (...), float32.
+
+    L D L^T in blocks of columns, which is Cholesky without the roots. In exact arithmetic no pivot of I + G is
+    below 1. One that rounding made so (eigenvalues from about 1e7 on, which dwarf the I) tells nothing any more:
+    it counts as 1, and its column as 0. NaN where G has NaN.
+    """
+    # Not jnp.linalg.cholesky: several LAPACK calls at once in one program wait for each other for ever on a CPU
+    # with few threads (jaxlib 0.10), and a run must not stop for want of a measurement.
+    N = gram_XNN.shape[-1]
+    width = min(BLOCK, N)
+    blocks = -(-N // width)
+    side = blocks * width
+    pad = [(0, 0)] * (gram_XNN.ndim - 2) + [(0, side - N)] * 2
+    rows, columns = jnp.arange(side), jnp.arange(width)
+
+    def eliminate(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        schur_XNN, total_X = carry
+        first = block * width
+
+        def column(j: jax.Array, panel_XNb: jax.Array) -> jax.Array:
+            row_Xb = jax.lax.dynamic_index_in_dim(panel_XNb, first + j, axis=-2, keepdims=False)
+            column_XN = jax.lax.dynamic_index_in_dim(panel_XNb, j, axis=-1, keepdims=False)
+            pivot_X1 = jax.lax.dynamic_index_in_dim(row_Xb, j, axis=-1)
+            lost_X1 = pivot_X1 < 1.0
+            kept_XN = jnp.where(lost_X1 & (rows > first + j), 0.0, column_XN)
+            below_XN = jnp.where(rows > first + j, kept_XN / jnp.where(lost_X1, 1.0, pivot_X1), 0.0)
+            right_Xb = jnp.where(columns > j, row_Xb, 0.0)
+            panel_XNb = jax.lax.dynamic_update_index_in_dim(panel_XNb, kept_XN, j, axis=-1)
+            return panel_XNb - below_XN[..., :, None] * right_Xb[..., None, :]
+
+        panel_XNb = jax.lax.dynamic_slice_in_dim(schur_XNN, first, width, axis=-1)
+        panel_XNb = jax.lax.fori_loop(0, width, column, panel_XNb)
+        corner_Xbb = jax.lax.dynamic_slice_in_dim(panel_XNb, first, width, axis=-2)
+        pivots_Xb = jnp.maximum(jnp.diagonal(corner_Xbb, axis1=-2, axis2=-1), 1.0)
+        rest_XNb = jnp.where((rows >= first + width)[:, None], panel_XNb, 0.0)
+        update = jnp.einsum("...nb,...mb->...nm", rest_XNb / pivots_Xb[..., None, :], rest_XNb, precision=EXACT)
+        return schur_XNN - update, total_X + jnp.sum(jnp.log(pivots_Xb), axis=-1)
+
+    start = (jnp.pad(gram_XNN, pad) + jnp.eye(side, dtype=gram_XNN.dtype), jnp.zeros(gram_XNN.shape[:-2]))
+    return jax.lax.fori_loop(0, blocks, eliminate, start)[1]
+
+
+def gaussian_rate(x_XND: jax.Array, precision: float = PRECISION) -> jax.Array:
+    """1/2 log det(I + D / (N eps^2) X^T X) of N tokens of width D, in nats, (..., N, D) -> (...) float32.
+
+    The bits (times log 2) that a Gaussian code book needs for the tokens up to an error of eps. Taken from
+    the smaller of the two Gram matrices, which have the same non-zero eigenvalues.
+
+    Args:
+      x_XND: tokens.
+      precision: eps^2.
+    """
+    N, D = x_XND.shape[-2:]
+    x_XND = x_XND.astype(jnp.float32)
+    pattern = "...nd,...md->...nm" if N <= D else "...nd,...ne->...de"
+    gram = jnp.einsum(pattern, x_XND, x_XND, precision=EXACT)
+    return 0.5 * log_det(gram * (D / (N * precision)))
+
+
+def in_subspaces(x_BND: jax.Array, subspaces_DE: jax.Array, heads: int) -> jax.Array:
+    """U_k^T z of every token and head, (B, N, D) -> (B, H, N, K) float32."""
+    w_BNE = jnp.matmul(x_BND.astype(jnp.float32), subspaces_DE, precision=EXACT)
+    B, N, E = w_BNE.shape
+    return w_BNE.reshape(B, N, heads, E // heads).transpose(0, 2, 1, 3)
+
+
+def coding_rate(z_BND: jax.Array, precision: float = PRECISION) -> jax.Array:
+    """R(Z), eq. 2.4: what the tokens cost without a model of them, (B,) nats."""
+    return gaussian_rate(z_BND, precision)
+
+
+def subspace_rate(z_BND: jax.Array, subspaces_DE: jax.Array, heads: int, precision: float = PRECISION) -> jax.Array:
+    """R^c(Z | U_1..U_H), eq. 2.5: what they cost in the subspaces, summed over these, (B,) nats."""
+    return jnp.sum(gaussian_rate(in_subspaces(z_BND, subspaces_DE, heads), precision), axis=-1)
+
+
+def released_rate(
+    normed_BND: jax.Array, subspaces_DE: jax.Array, heads: int, precision: float = PRECISION
+) -> jax.Array:
+    """R^c as the released code of CRATE takes it, (B,) nats.
+
+    Of U_k^T LN(Z^l), before the attention, each token scaled to unit length in each head; `normed_BND` is
+    LN(Z^l) with the class token. It cannot see how large tokens are, only how alike.
+    """
+    w_BHNK = in_subspaces(normed_BND, subspaces_DE, heads)
+    return jnp.sum(gaussian_rate(w_BHNK / jnp.linalg.norm(w_BHNK, axis=-1, keepdims=True), precision), axis=-1)
+
+
+def nonzero(x_BND: jax.Array) -> jax.Array:
+    """|Z|_0 / (d N): share of the entries that are not exactly zero, (B,)."""
+    return jnp.mean((x_BND != 0).astype(jnp.float32), axis=(1, 2))
+
+
+def inversion_error(z_BND: jax.Array, y_BND: jax.Array, corruption: Corruption) -> tuple[jax.Array, jax.Array]:
+    """How far decoder features Y are from the encoder features Z that they should bring back, each (B,).
+
+    Both are seen through I - P: under a mask, at the removed patches alone, where Y had nothing to copy.
+
+    Args:
+      z_BND: what the encoder layer was given, patch tokens of the clean image.
+      y_BND: what the decoder layer made, patch tokens.
+      corruption: what was between them.
+
+    Returns:
+      |Z - Y| / |Z|, and the same with Y multiplied by the best number for each image (at most 1).
+    """
+    z_BND = corruption.complement(z_BND.astype(jnp.float32))
+    y_BND = corruption.complement(y_BND.astype(jnp.float32))
+
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(a * b, axis=(1, 2))
+
+    zz, yy, zy = dot(z_BND, z_BND), dot(y_BND, y_BND), dot(z_BND, y_BND)
+    unexplained = 1.0 - jnp.square(zy) / jnp.maximum(zz * yy, 1e-30)
+    return jnp.sqrt(dot(z_BND - y_BND, z_BND - y_BND) / zz), jnp.sqrt(jnp.maximum(unexplained, 0.0))
+
+
+def incoherence(subspaces_DE: jax.Array, heads: int) -> dict[str, jax.Array]:
+    """How near the bases U_1..U_H are to the theory's U_i^T U_j = [i = j] I (Assumption 2), scalars.
+
+    Returns:
+      ``coherence_max``, ``coherence_mean``: of |cos| between the columns of different subspaces; directions
+      drawn at random have a mean of about sqrt(2 / (pi D)). ``orthonormality_error``:
+      |U_k^T U_k - I|_F / sqrt(K), averaged over the subspaces.
+    """
+    D, E = subspaces_DE.shape
+    K = E // heads
+    unit_DE = subspaces_DE / jnp.linalg.norm(subspaces_DE, axis=0, keepdims=True)
+    cosines_EE = jnp.abs(jnp.matmul(unit_DE.T, unit_DE, precision=EXACT))
+    of = jnp.arange(E) // K
+    others_EE = of[:, None] != of[None, :]
+    bases_HDK = subspaces_DE.reshape(D, heads, K).transpose(1, 0, 2)
+    grams_HKK = jnp.einsum("hdk,hdl->hkl", bases_HDK, bases_HDK, precision=EXACT)
+    errors_H = jnp.linalg.norm(grams_HKK - jnp.eye(K), axis=(1, 2)) / jnp.sqrt(K)
+    return {
+        "coherence_max": jnp.max(jnp.where(others_EE, cosines_EE, 0.0)),
+        "coherence_mean": jnp.sum(jnp.where(others_EE, cosines_EE, 0.0)) / jnp.maximum(jnp.sum(others_EE), 1),
+        "orthonormality_error": jnp.mean(errors_H),
+    }
+
+
+def encoder_layer(points: dict, block: dict, heads: int, measures: Sequence[str] = MEASURES) -> Layers:
+    """The measures of one encoder layer, each (B,).
+
+    Args:
+      points: its named points, (B, 1 + N, D) each, class token first.
+      block: its parameters.
+      heads: H.
+      measures: ``paper``: patch tokens, R^c of Z^{l+1/2}; ``released``: as the authors' script, with the
+        class token.
+
+    Returns:
+      of any encoder ``rate``, R after the attention step. Of CRATE ``subspace_rate`` and
+      ``subspace_rate_before``, R^c of Z^{l+1/2} and of Z^l, and ``nonzero``, of the ISTA output (of the code
+      where the dictionary is over-complete); with `released` these as ``released_rate`` and
+      ``released_nonzero``. Of a ViT ``nonzero`` of the tokens after the MLP, and ``active``, the share of
+      hidden units of the MLP that are positive: GELU has no exact zeros.
+    """
+    if "mssa" not in block:
+        return {
+            "rate": coding_rate(points["after_attention"][:, 1:]),
+            "nonzero": nonzero(points["after_mlp"][:, 1:]),
+            "active": jnp.mean((points["mlp_hidden"][:, 1:] > 0).astype(jnp.float32), axis=(1, 2)),
+        }
+    subspaces_DE, code = block["mssa"]["subspaces"]["kernel"], points.get("code", points["after_ista"])
+    out = {"rate": coding_rate(points["after_mssa"][:, 1:])}
+    if "paper" in measures:
+        out["subspace_rate"] = subspace_rate(points["after_mssa"][:, 1:], subspaces_DE, heads)
+        out["subspace_rate_before"] = subspace_rate(points["input"][:, 1:], subspaces_DE, heads)
+        out["nonzero"] = nonzero(code[:, 1:])
+    if "released" in measures:
+        norm = block["mssa_norm"]
+        normed_BND = layer_norm(points["input"].astype(jnp.float32), norm["scale"], norm["bias"], BLOCK_EPS)
+        out["released_rate"] = released_rate(normed_BND, subspaces_DE, heads)
+        out["released_nonzero"] = nonzero(code)
+    return out
+
+
+def decoder_layer(points: dict, block: dict, heads: int) -> Layers:
+    """The measures of one decoder layer, each (B,).
+
+    Returns:
+      ``rate`` of the layer's output. Of CRATE ``subspace_rate_before`` and ``subspace_rate``, R^c of Y^{l+1/2}
+      and of Y^{l+1} against V^l (eq. 2.16), which should rise; of a transformer ``active`` as in encoders.
+    """
+    if "mssa" not in block:
+        return {
+            "rate": coding_rate(points["after_mlp"][:, 1:]),
+            "active": jnp.mean((points["mlp_hidden"][:, 1:] > 0).astype(jnp.float32), axis=(1, 2)),
+        }
+    subspaces_DE = block["mssa"]["subspaces"]["kernel"]
+    return {
+        "rate": coding_rate(points["after_mssa"][:, 1:]),
+        "subspace_rate": subspace_rate(points["after_mssa"][:, 1:], subspaces_DE, heads),
+        "subspace_rate_before": subspace_rate(points["before_mssa"][:, 1:], subspaces_DE, heads),
+    }
+
+
+def build(config: ConfigDict, measures: Sequence[str] = MEASURES) -> Callable[..., dict[str, Layers]]:
+    """The function (params, patches (B, N, P), keys (B,)) -> {part: {measure: (L, B)}} of a valid config.
+
+    Parts are ``encoder`` and, where the parameters hold one with layers, ``decoder``. The decoder also has
+    ``inversion_error`` and ``inversion_error_scaled`` (:func:`inversion_error`) where it is as wide as the
+    encoder: of its layer j against the input of the encoder's layer L - 1 - j, both counted from 0, for as
+    many layers as both have. The keys draw the corruption.
+    """
+    features = _features(config)
+
+    def measure(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array) -> dict[str, Layers]:
+        points, decoded, corruption = features(params, patches_BNP, keys_B)
+        # Layer by layer, so that only one layer's Gram matrices are in memory.
+        out = {
+            "encoder": jax.lax.map(
+                lambda x: encoder_layer(x[0], x[1], config.encoder.heads, measures),
+                (points, params["encoder"]["blocks"]),
+            )
+        }
+        if decoded is None:
+            return out
+        out["decoder"] = jax.lax.map(
+            lambda x: decoder_layer(x[0], x[1], config.decoder.heads), (decoded, params["decoder"]["blocks"])
+        )
+        pairs = _pairs(points, decoded)
+        if pairs is not None:
+            errors = jax.lax.map(lambda x: inversion_error(x[0], x[1], corruption), pairs)
+            out["decoder"] |= dict(zip(("inversion_error", "inversion_error_scaled"), errors, strict=True))
+        return out
+
+    return measure
+
+
+Points = dict[str, jax.Array]  # named point -> (L, B, 1 + N, D)
+
+
+def _features(config: ConfigDict) -> Callable[..., tuple[Points, Points | None, Corruption]]:
+    """(params, patches, keys) -> encoder's points of clean images, decoder's behind a corruption, the corruption."""
+    encoder = ENCODERS[config.encoder.name](config)
+    whole = autoencoder.build(config)
+    sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
+
+    def features(
+        params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array
+    ) -> tuple[Points, Points | None, Corruption]:
+        variables = {"params": params["encoder"]}
+        _, state = encoder.apply(variables, patches_BNP, Identity(), mutable=["intermediates"])
+        points, corruption = _points(state["intermediates"]), sample(keys_B)
+        if "blocks" not in params.get("decoder", {}):
+            return points, None, corruption
+        trained = {"params": {name: params[name] for name in ("encoder", "decoder")}}
+        _, state = whole.apply(trained, patches_BNP, corruption, mutable=["intermediates"])
+        return points, _points(state["intermediates"]["decoder"]), corruption
+
+    return features
+
+
+def _pairs(points: Points, decoded: Points) -> tuple[jax.Array, jax.Array] | None:
+    """What encoder layers L - 1, L - 2, .. were given and what decoder layers 0, 1, .. made of it, patch tokens."""
+    made = decoded["after_mssa" if "after_mssa" in decoded else "after_mlp"]
+    given = points["input"][::-1]
+    if given.shape[-1] != made.shape[-1]:
+        return None
+    count = min(len(given), len(made))
+    return given[:count, :, 1:], made[:count, :, 1:]
+
+
+def _points(intermediates: dict) -> dict[str, jax.Array]:
+    return {name: values[0] for name, values in intermediates["blocks"].items()}
+
+
+def of_weights(params: dict[str, Any], config: ConfigDict) -> dict[str, dict[str, jax.Array]]:
+    """:func:`incoherence` of every layer, {part: {measure: (L,)}}; no part for layers without subspaces."""
+    out = {}
+    for part in ("encoder", "decoder"):
+        block = params.get(part, {}).get("blocks", {})
+        if "mssa" in block:
+            heads = config[part].heads
+            kernels_LDE = jnp.asarray(block["mssa"]["subspaces"]["kernel"])
+            out[part] = jax.lax.map(lambda kernel_DE, heads=heads: incoherence(kernel_DE, heads), kernels_LDE)
+    return out
+
+
+def telemetry(config: ConfigDict) -> Callable[..., dict[str, jax.Array]]:
+    """The function (params, patches (B, N, P), keys (B,)) -> {name: scalar} that training logs.
+
+    One mean over images per layer, ``whitebox/PART/MEASURE/LAYER``, layers counted from 1; by
+    config.whitebox.measure.
+    """
+    measures = MEASURES if config.whitebox.measure == "both" else (config.whitebox.measure,)
+    measure = build(config, measures)
+
+    def scalars(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array) -> dict[str, jax.Array]:
+        means = jax.tree.map(lambda x_LB: jnp.mean(x_LB, axis=1), measure(params, patches_BNP, keys_B))
+        weights = of_weights(params, config)
+        return {
+            f"whitebox/{part}/{name}/{layer + 1:02d}": values_L[layer]
+            for part, layers in means.items()
+            for name, values_L in (layers | weights.get(part, {})).items()
+            for layer in range(len(values_L))
+        }
+
+    return scalars
+
+
+class Spread:
+    """Mean and deviation over images, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._mean: dict[str, dict[str, np.ndarray]] = {}
+        self._squares: dict[str, dict[str, np.ndarray]] = {}  # sums of squared distances from the mean
+
+    def add(self, measured: dict[str, Layers]) -> None:
+        """Takes one batch of :func:`build`'s results, (L, B) each."""
+        for part, layers in measured.items():
+            for name, values in layers.items():
+                x_LB = np.asarray(values, np.float64)
+                count = x_LB.shape[1]
+                old = self._mean.setdefault(part, {}).get(name, np.zeros(len(x_LB)))
+                squares = self._squares.setdefault(part, {}).get(name, np.zeros(len(x_LB)))
+                new, total = x_LB.mean(axis=1), self.images + count
+                between = np.square(new - old) * self.images * count / total
+                self._mean[part][name] = old + (new - old) * count / total
+                self._squares[part][name] = squares + np.square(x_LB - new[:, None]).sum(axis=1) + between
+        self.images += count
+
+    def result(self) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """{part: {measure: (mean (L,), standard deviation (L,))}} in float64, the deviation of n - 1."""
+        below = max(self.images - 1, 1)
+        return {
+            part: {name: (mean, np.sqrt(self._squares[part][name] / below)) for name, mean in layers.items()}
+            for part, layers in self._mean.items()
+        }
+
+
+def over_images(
+    config: ConfigDict, params: dict[str, Any], batches: Iterable[np.ndarray], measures: Sequence[str] = MEASURES
+) -> tuple[dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], int]:
+    """:func:`build` over any number of images, one batch in memory at a time.
+
+    Args:
+      config: valid; its seed draws the corruptions.
+      params: ``encoder`` and, where there is one, ``decoder``.
+      batches: patches (b, N, P) of normalised images, all batches but the last of one size.
+      measures: see :func:`encoder_layer`.
+
+    Returns:
+      {part: {measure: (mean (L,), standard deviation (L,))}} over images, and how many images there were.
+    """
+    measure = jax.jit(build(config, measures))
+    params = jax.device_put(params)
+    spread = Spread()
+    for i, patches_BNP in enumerate(batches):
+        key = jax.random.fold_in(jax.random.key(config.seed), i)
+        spread.add(jax.device_get(measure(params, patches_BNP, jax.random.split(key, len(patches_BNP)))))
+    return spread.result(), spread.images
+
+
+def linear_inversion_error(config: ConfigDict, params: dict[str, Any], batches: Iterable[np.ndarray]) -> np.ndarray:
+    """:func:`inversion_error` left by the best affine map of the decoder's features, one per layer.
+
+    The paper's layers are inverses of each other only up to what they learn (its V and E are free), so that
+    features may be there in other coordinates. What all images have at a place is taken off both (the mean of each
+    batch), or position alone would explain much. The map is fitted on every second batch, judged on the others.
+
+    Args:
+      config: valid; its seed draws the corruptions.
+      params: ``encoder`` and ``decoder``.
+      batches: patches (b, N, P) of normalised images, at least two batches of many images.
+
+    Returns:
+      |Z - A Y - c| / |Z - mean| by decoder layer, 1 where Y says nothing; empty where the two are not of one width.
+    """
+    features = _features(config)
+
+    @jax.jit
+    def moments(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array) -> jax.Array | None:
+        points, decoded, corruption = features(params, patches_BNP, keys_B)
+        pairs = None if decoded is None else _pairs(points, decoded)
+        if pairs is None:
+            return None
+
+        def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            # A column of ones is seen through I - P as well: the map's constant.
+            ones = jnp.ones((*pair[0].shape[:2], 1))
+            apart = [x.astype(jnp.float32) - jnp.mean(x.astype(jnp.float32), axis=0) for x in pair]
+            seen = [corruption.complement(x) for x in (*apart, ones)]
+            both = jnp.concatenate(seen, axis=-1)
+            return jnp.einsum("bnd,bne->de", both, both, precision=EXACT)
+
+        return jax.lax.map(one, pairs)
+
+    params, sums = jax.device_put(params), [np.zeros(()), np.zeros(())]
+    for i, patches_BNP in enumerate(batches):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), i), len(patches_BNP))
+        part = moments(params, patches_BNP, keys)
+        if part is None:
+            return np.zeros(0)
+        sums[i % 2] = sums[i % 2] + np.asarray(part, np.float64)
+    if not all(x.ndim for x in sums):
+        raise ValueError("linear_inversion_error: needs at least two batches")
+    return np.array([_left_by_map(fit, judge) for fit, judge in zip(*sums, strict=True)])
+
+
+def _left_by_map(fit: np.ndarray, judge: np.ndarray) -> float:
+    """Relative error of Z from (Y, 1), of second moments of (Z, Y, 1) of two sets; by ridge, just enough to solve."""
+    D = len(fit) // 2
+
+    def solve(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(inputs + 1e-6 * np.trace(inputs) / len(inputs) * np.eye(len(inputs)), targets)
+
+    def left(columns: slice) -> float:
+        weights = solve(fit[columns, columns], fit[columns, :D])
+        explained = 2 * np.sum(weights * judge[columns, :D]) - np.sum(weights * (judge[columns, columns] @ weights))
+        return float(np.trace(judge[:D, :D]) - explained)
+
+    return float(np.sqrt(max(left(slice(D, None)), 0.0) / left(slice(2 * D, None))))

@@ -1,0 +1,234 @@
+"""Pictures of what a model does with images: reconstructions, class-token attention, principal components.
+
+As in arXiv 2404.02446, Figures 6-11 and appendix B.3, and the same for a ViT. Every function takes a run's
+config, its parameters and bytes, and returns a grid as uint8 (H, W, 3).
+
+Shapes: B images, h x w = N patches, H heads, K head width, E = H * K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax.methods.reconstruction import normalise, reconstruct
+from crate_jax.models import ENCODERS, autoencoder, corruption as corruptions
+from crate_jax.models.corruption import Identity
+from crate_jax.models.layers import BLOCK_EPS, FINAL_EPS, layer_norm
+from crate_jax.models.patches import grid_shape, patchify, relative_position_index
+from crate_jax.workdir.pictures import reconstruction_grid
+
+# The key that says how much a corruption takes away, and how a value of it is captioned.
+RATIOS = {
+    "mask": ("mask_ratio", "{:.0%} removed"),
+    "rop": ("rop_ratio", "{:.0%} kept"),
+    "noise": ("noise_std", "{:g} of noise"),
+}
+
+
+def reconstructions(
+    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, ratios: Sequence[float]
+) -> np.ndarray:
+    """Originals, and for each ratio the input and what input and decoder together give; one row per image.
+
+    Args:
+      config: valid, of a model with a decoder.
+      params: ``encoder`` and ``decoder``.
+      images_uint8: (B, height, width, 3).
+      ratios: values of the corruption's own measure (RATIOS); none are used where it has none.
+
+    Returns:
+      uint8 (H, W, 3).
+    """
+    name = config.corruption.name
+    apply: Any = autoencoder.build(config).apply
+    patches_BNP = patchify(normalise(jnp.asarray(images_uint8), config), config.encoder.patch_size)
+    keys = jax.random.split(jax.random.key(config.seed), len(images_uint8))
+    columns: dict[str, np.ndarray] = {}
+    for ratio in ratios if name in RATIOS else (0.0,):
+        changed, caption = config.copy_and_resolve_references(), "input"
+        if name in RATIOS:
+            key, text = RATIOS[name]
+            caption = text.format(ratio)
+            changed.corruption[key] = ratio
+        corruption = corruptions.sampler(changed, *autoencoder.patch_numbers(changed))(keys)
+        original, seen, _, combined = jax.device_get(
+            jax.jit(lambda p, x, c: reconstruct(config, apply, c, p, x))(params, patches_BNP, corruption)
+        )
+        columns |= {"original": original, caption: seen, f"{caption.split()[0]}: completed": combined}
+    return reconstruction_grid(columns)
+
+
+def penultimate(config: ConfigDict) -> int:
+    """The block that the paper's pictures are of (B.3.2), counted from 0."""
+    return max(config.encoder.depth - 2, 0)
+
+
+def queries_and_keys(
+    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """What a block's attention compares, (B, H, 1 + N, K) twice, class token first, of clean images.
+
+    In CRATE both are U_k^T LN(Z), which is one projection for queries, keys and values.
+    """
+    patches_BNP = patchify(normalise(jnp.asarray(images_uint8), config), config.encoder.patch_size)
+    encoder, heads = ENCODERS[config.encoder.name](config), config.encoder.heads
+    variables = {"params": params["encoder"]}
+    _, state = encoder.apply(variables, patches_BNP, Identity(), mutable=["intermediates"])
+    x_BND = state["intermediates"]["blocks"]["input"][0][block]
+    weights = jax.tree.map(lambda x: x[block], params["encoder"]["blocks"])
+
+    def split(x_BNE: jax.Array) -> jax.Array:
+        B, N, E = x_BNE.shape
+        return x_BNE.reshape(B, N, heads, E // heads).transpose(0, 2, 1, 3).astype(jnp.float32)
+
+    if "mssa" in weights:
+        norm = weights["mssa_norm"]
+        w = split(layer_norm(x_BND, norm["scale"], norm["bias"], BLOCK_EPS) @ weights["mssa"]["subspaces"]["kernel"])
+        return w, w
+    norm, attention = weights["attention_norm"], weights["attention"]
+    qkv = layer_norm(x_BND, norm["scale"], norm["bias"], FINAL_EPS) @ attention["qkv"]["kernel"]
+    query, key, _ = jnp.split(qkv + attention["qkv"].get("bias", 0.0), 3, axis=-1)
+    return split(query + attention.get("q_bias", 0.0)), split(key)
+
+
+def class_attention(
+    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, block: int | None = None
+) -> np.ndarray:
+    """How a block's class token shares its attention among the patches (eqs. B.4, B.5), (B, H, h, w), each sum 1.
+
+    With the scale 1 / sqrt(K) and the relative bias of the model, which the equations leave out.
+
+    Args:
+      config: valid.
+      params: ``encoder``.
+      images_uint8: (B, height, width, 3).
+      block: counted from 0; None: the penultimate.
+    """
+    block = penultimate(config) if block is None else block
+    grid = grid_shape(config.data.image_size, config.encoder.patch_size)
+    query, key = queries_and_keys(config, params, images_uint8, block)
+    logits_BHN = jnp.einsum("bhk,bhnk->bhn", query[:, :, 0], key[:, :, 1:]) / np.sqrt(query.shape[-1])
+    table = params["encoder"].get("relative_bias")  # one for all blocks, or one for each
+    if "relative_bias" in params["encoder"]["blocks"]:
+        table = params["encoder"]["blocks"]["relative_bias"][block]
+    if table is not None:
+        logits_BHN = logits_BHN + table[relative_position_index(grid)[0, 1:]].T
+    weights_BHN = np.asarray(jax.nn.softmax(logits_BHN, axis=-1))
+    return weights_BHN.reshape(*weights_BHN.shape[:2], *grid)
+
+
+def attention_maps(config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray) -> np.ndarray:
+    """Originals beside the maps of :func:`class_attention`, one column per head, bright where it looks.
+
+    Each map is stretched from its own smallest to its own largest weight.
+
+    Returns:
+      uint8 (H, W, 3).
+    """
+    maps_BHhw = class_attention(config, params, images_uint8)
+    low, high = maps_BHhw.min((2, 3), keepdims=True), maps_BHhw.max((2, 3), keepdims=True)
+    stretched = (maps_BHhw - low) / np.maximum(high - low, 1e-12)
+    coloured = matplotlib.colormaps["viridis"](stretched)[..., :3]
+    heads = {f"head {k + 1}": _enlarge(coloured[:, k], config) for k in range(coloured.shape[1])}
+    return reconstruction_grid({"original": images_uint8 / 255.0, **heads})
+
+
+def token_components(
+    tokens_BhwD: np.ndarray, threshold: float | None = None, centred: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Three principal components of the object's tokens as colours (B.3.1).
+
+    The first component of all tokens of all images tells object from background; the first three of the
+    object's tokens are red, green and blue, each stretched over all images.
+
+    Args:
+      tokens_BhwD: patch tokens of images of one class, where the patches lie.
+      threshold: tokens whose part along the first component is at least this share of the largest are the
+        object's (the paper's lambda, which it does not state). None: tokens are parted where the two groups
+        differ most (Otsu 1979), and that group is the object which touches the border less.
+      centred: take the mean away first, as the released code does; the paper's matrices are not centred.
+
+    Returns:
+      colours float32 (B, h, w, 3) in 0..1, black outside the object, and which tokens are the object's (B, h, w).
+    """
+    x_BhwD = tokens_BhwD.astype(np.float64)
+    if centred:
+        x_BhwD = x_BhwD - x_BhwD.mean((0, 1, 2))
+    part_Bhw = x_BhwD @ _components(x_BhwD.reshape(-1, x_BhwD.shape[-1]), 1)[:, 0]
+    if part_Bhw.sum() < 0:  # a component has no sign of its own
+        part_Bhw = -part_Bhw
+    if threshold is not None:
+        object_Bhw = part_Bhw >= threshold * part_Bhw.max()
+    else:
+        object_Bhw = part_Bhw > _otsu(part_Bhw.reshape(-1))
+        border_hw = np.ones(object_Bhw.shape[1:], bool)
+        border_hw[1:-1, 1:-1] = False
+        if object_Bhw[:, border_hw].mean() > object_Bhw.mean():
+            object_Bhw = ~object_Bhw
+    colours = np.zeros((*object_Bhw.shape, 3), np.float32)
+    kept_MD = x_BhwD[object_Bhw]
+    if len(kept_MD):
+        kept_MD = kept_MD - kept_MD.mean(0) if centred else kept_MD
+        parts_M3 = kept_MD @ _components(kept_MD, 3)
+        parts_M3 = parts_M3 * np.where(parts_M3.sum(0) >= 0, 1, -1)
+        low, high = np.percentile(parts_M3, (1, 99), axis=0)  # a few outliers would make all others one colour
+        colours[object_Bhw] = np.clip((parts_M3 - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return colours, object_Bhw
+
+
+def components(
+    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, others_uint8: np.ndarray
+) -> np.ndarray:
+    """Originals beside the colours of :func:`token_components`, for images of one class.
+
+    The tokens are U_k^T LN(Z) of all heads in the penultimate block, and the keys of a ViT. The last column is of
+    tokens less what images in general have at the same place: position, which may outweigh all else.
+
+    Args:
+      config: valid.
+      params: ``encoder``.
+      images_uint8: (B, height, width, 3), of one class.
+      others_uint8: images of all classes, which tell what belongs to a place.
+
+    Returns:
+      uint8 (H, W, 3).
+    """
+    tokens, others = (_key_tokens(config, params, images) for images in (images_uint8, others_uint8))
+    columns = {"original": images_uint8 / 255.0}
+    for caption, tokens_BhwE in (("components", tokens), ("less position", tokens - others.mean(0))):
+        columns[caption] = _enlarge(token_components(tokens_BhwE)[0], config)
+    return reconstruction_grid(columns)
+
+
+def _key_tokens(config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray) -> np.ndarray:
+    """Keys of the penultimate block's patch tokens, (B, h, w, E)."""
+    key_BHNK = np.asarray(queries_and_keys(config, params, images_uint8, penultimate(config))[1])[:, :, 1:]
+    B = len(key_BHNK)
+    return key_BHNK.transpose(0, 2, 1, 3).reshape(B, *grid_shape(config.data.image_size, config.encoder.patch_size), -1)
+
+
+def _enlarge(cells_Bhw3: np.ndarray, config: ConfigDict) -> np.ndarray:
+    """One colour per patch as an image of the size of the originals."""
+    size = config.encoder.patch_size
+    return cells_Bhw3.repeat(size, axis=1).repeat(size, axis=2)
+
+
+def _components(x_TD: np.ndarray, count: int) -> np.ndarray:
+    """The first eigenvectors of X^T X as columns, (D, count)."""
+    return np.linalg.eigh(x_TD.T @ x_TD)[1][:, ::-1][:, :count]
+
+
+def _otsu(values: np.ndarray) -> float:
+    """Where to cut numbers in two so that the variance between the groups is largest; the last one below the cut."""
+    x = np.sort(values)
+    below = np.arange(1, len(x))
+    sums = np.cumsum(x)[:-1]
+    difference = sums / below - (x.sum() - sums) / (len(x) - below)
+    return float(x[np.argmax(below * (len(x) - below) * np.square(difference))])

@@ -1,0 +1,59 @@
+"""An encoder that was trained before: read from a run's workdir or from a file of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from crate_jax.convert import weights
+from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.parallel import distributed
+from crate_jax.parallel.parameters import names
+from crate_jax.workdir import checkpoint
+from crate_jax.workdir.checkpoint_files import some
+from crate_jax.workdir.folder import expanduser
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What a checkpoint holds.
+
+    Attributes:
+      name: where it came from, for people.
+      config: the whole config it was trained with, as a dictionary.
+      params: nested dictionaries of NumPy arrays with the key ``encoder``; their average (EMA) if the run kept one.
+      sha256: digest of all parameters.
+    """
+
+    name: str
+    config: dict[str, Any]
+    params: dict[str, Any]
+    sha256: str
+
+
+def load(path: str, key: str) -> Pretrained:
+    """Reads a pre-trained encoder; all processes must call it.
+
+    Args:
+      path: the workdir of a run, or a file of weights, ours or other people's (`crate_jax.convert.weights`).
+      key: the config key that names it, for messages.
+
+    Raises:
+      ConfigError: `path` is empty.
+      CheckpointError: there is none, it is damaged, or it is a file of a model that is not known or of numbers that
+        are not finite.
+    """
+    if not path:
+        raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
+    distributed.watch()  # one that cannot read it ends the others
+    if distributed.largest(int(expanduser(path).is_file())):
+        loaded = weights.load(expanduser(path))
+        wrong = [name for name, array in names(loaded.params).items() if not np.isfinite(array).all()]
+        if wrong:
+            raise CheckpointError(f"{path}: holds NaN or infinite numbers, in {some(wrong, ', ')}")
+        return Pretrained(str(path), loaded.config, loaded.params, checkpoint.params_sha256(loaded.params))
+    params, meta = checkpoint.read_params(path, averages=True)
+    name = f"step {meta['step']} of {path}"
+    return Pretrained(name, meta["config"], params, checkpoint.params_sha256(params))

@@ -1,0 +1,251 @@
+"""The job ``sweep``: pre-trains once per value of a config key and seed, then tabulates and draws what came out.
+
+The runs go one after the other, each in a folder of its own under the workdir, and are what the same
+config without a sweep would do. So a stopped sweep continues with the same command, and a sweep to
+which values or seeds are added keeps the runs it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gc
+import json
+import logging
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from crate_jax.config import base, changed_keys, flatten
+from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from crate_jax.jobs import sweep_table
+from crate_jax.methods import reconstruction
+from crate_jax.parallel import distributed, sharding
+from crate_jax.parallel.interrupt import Interrupt, Interrupted
+from crate_jax.training import loop, optimizer
+from crate_jax.validation import validate
+from crate_jax.workdir.folder import lock
+
+log = logging.getLogger(__name__)
+
+# A key that only some part reads: (the key that names the part, the names that read it).
+READ_BY = {
+    "encoder.lam": ("encoder.name", ("crate",)),
+    "encoder.eta": ("encoder.name", ("crate",)),
+    "corruption.mask_ratio": ("corruption.name", ("mask",)),
+    "corruption.rop_ratio": ("corruption.name", ("rop",)),
+    "corruption.noise_std": ("corruption.name", ("noise",)),
+    "penalty.weight": ("penalty.name", ("so", "srip")),
+}
+# Keys under which a run may go on, or count as finished, though they changed: its numbers stay the same.
+WITHOUT_EFFECT = ("log.", "save.", "data.workers", "data.threads", "data.prefetch", "data.memory_mb", "mesh.")
+
+
+MOST_SEEDS = 10_000  # each is a run; a slip of the keyboard beyond
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One run of a sweep: its value and seed, the name of its folder, its whole config."""
+
+    value: Any
+    seed: int
+    name: str
+    config: ConfigDict
+
+
+def expand(config: ConfigDict) -> list[Setting]:
+    """The runs of a sweep, value by value, seed by seed, each checked as far as that goes without data.
+
+    Raises:
+      ConfigError: the key does not exist or cannot be swept, a value does not fit it, two are the
+        same, or a run's config is not valid.
+    """
+    key, seeds = config.sweep.key, config.sweep.seeds
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise ConfigError(f"config.sweep.seeds={seeds}: must lie in [1, {MOST_SEEDS}]")
+    _check_key(config, key)
+    default = flatten(config)[key]
+    given = config.sweep["values"]
+    if any(isinstance(v, str) for v in given) and not isinstance(default, list):
+        given = [part for v in given for part in (v.split(",") if isinstance(v, str) else [v])]
+    values = [_cast(key, v, default) for v in given]
+    labels = [sweep_table.label(v) for v in values]
+    if not values:
+        raise ConfigError(f"config.sweep.values is empty: give the values of config.{key}, separated by commas")
+    for text in labels:
+        if labels.count(text) > 1:
+            raise ConfigError(f"config.sweep.values: {text} stands there twice (four digits count)")
+    settings = []
+    for value, text in zip(values, labels, strict=True):
+        for seed in range(config.seed, config.seed + seeds):
+            plain = re.sub(r"[^-+.\w]", "_", text)  # a text may be a path
+            settings.append(Setting(value, seed, f"{key}={plain},seed={seed}", _child(config, key, value, seed)))
+    for setting in settings:
+        _named(setting, validate)
+    return settings
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    flat = flatten(config)
+    allowed = [k for k in flat if k not in ("job", "seed") and not k.startswith("sweep.")]
+    if key == "seed":
+        raise ConfigError("config.sweep.key='seed': seeds go into config.sweep.seeds")
+    if key not in allowed:
+        close = difflib.get_close_matches(key, allowed, 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "write it as in --config.KEY, such as encoder.lam"
+        raise ConfigError(f"config.sweep.key={key!r}: there is no such key to sweep; {hint}")
+    if key in READ_BY:
+        chooser, readers = READ_BY[key]
+        if flat[chooser] not in readers:
+            raise ConfigError(
+                f"config.sweep.key={key!r}: has no effect with config.{chooser}={flat[chooser]!r}; it needs "
+                f"{' or '.join(readers)}"
+            )
+
+
+def _cast(key: str, value: Any, default: Any) -> Any:
+    """A value as the type of the key's present one; numbers may be written as text, 1/14 too."""
+    kind = type(default)
+    try:
+        if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(Fraction(value)) if isinstance(value, str) else float(value)
+        if kind is int and isinstance(value, str):
+            return int(value)
+        if kind is list and isinstance(value, tuple | list) and len(value):
+            return tuple(value)
+        if type(value) is kind:
+            return value
+    except (ValueError, ZeroDivisionError):
+        pass
+    shown = "tuple" if kind is list else kind.__name__
+    raise ConfigError(f"config.sweep.values: {value!r} is not a valid {shown}, which config.{key} is (now {default!r})")
+
+
+def _child(config: ConfigDict, key: str, value: Any, seed: int) -> ConfigDict:
+    """The config of one run: no trace of the sweep, so that it stays the same when values are added."""
+    child = config.copy_and_resolve_references()
+    child.job, child.seed = "pretrain", seed
+    child.sweep.key, child.sweep.values, child.sweep.seeds = "", (), 1
+    *section, leaf = key.split(".")
+    (child[section[0]] if section else child)[leaf] = value
+    if key == "penalty.weight" and value == 0:
+        child.penalty.name = "none"  # the run without the penalty, which a weight of 0 may not ask for
+    return child
+
+
+def _named(setting: Setting, check: Any) -> None:
+    """Runs a check of the setting's config; its error names the setting."""
+    try:
+        check(setting.config)
+    except UserError as e:
+        raise ConfigError(f"{setting.name}: {e}") from None
+
+
+def _check_parts(config: ConfigDict) -> None:
+    """What a run would only find out at its start: devices, schedule, patterns of the penalty."""
+    sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
+    optimizer.schedule(config, config.steps or 10**9, 0.0)
+    reconstruction.build(config)
+
+
+def _is_finished(folder: Path, setting: Setting) -> bool:
+    """Whether the setting's folder holds a whole run of its config.
+
+    Raises:
+      ConfigError: it holds a run of another config.
+      CheckpointError: what it holds cannot be read.
+    """
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        raise CheckpointError(f"{folder / 'config.json'}: is not JSON; delete {folder} to run it again") from None
+    stored = flatten(base()) | flatten(stored)  # a key that came later had no other value than its default
+    changed = [c for c in changed_keys(stored, setting.config.to_dict()) if not c.startswith(WITHOUT_EFFECT)]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run of another config ({'; '.join(changed)}); choose another --workdir, or delete it"
+        )
+    return (folder / "summary.json").exists()
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Runs what is not finished yet of the sweep, writing the table and the figure after each run.
+
+    A run whose loss becomes NaN or infinite is recorded as failed and the others go on; it is tried
+    again, from its last checkpoint, when the sweep is.
+
+    Returns:
+      ``{"table": the table's text, "folder": the workdir, "failed": names of the failed runs}``.
+
+    Raises:
+      UserError: anything a user can mend; about the settings, before the first run starts.
+      Interrupted: SIGINT or SIGTERM came; the same command continues the sweep.
+    """
+    settings = expand(config)
+    # One number of devices has to do for all runs: JAX cannot change it once it was used.
+    model = 1 if all(s.config.mesh.model == 1 for s in settings) else 0
+    sharding.use_cpu_cores(math.gcd(*(s.config.batch_size // s.config.accumulate for s in settings)), 1, model)
+    for setting in settings:
+        _named(setting, _check_parts)
+    with lock(workdir) as folder, Interrupt() as interrupt:
+        finished = [bool(distributed.largest(int(_is_finished(folder / s.name, s)))) for s in settings]
+        records = {i: _record(folder, s) for i, s in enumerate(settings) if finished[i]}
+        if records:
+            log.info("%d of %d runs are finished already", len(records), len(settings))
+        table = _report(config, folder, settings, records)
+        for i, setting in enumerate(settings):
+            if finished[i]:
+                continue
+            signum = distributed.largest(interrupt.signal or 0)
+            if signum:
+                raise Interrupted(signum, f"with {len(records)} of {len(settings)} runs done")
+            log.info("run %d of %d: %s", i + 1, len(settings), setting.name)
+            records[i] = _run_one(folder, setting)
+            table = _report(config, folder, settings, records)
+        failed = [r["folder"] for r in records.values() if r["status"] == "failed"]
+        return {"table": table, "folder": str(folder), "failed": failed}
+
+
+def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
+    """Trains one setting, or goes on with it; returns its record."""
+    try:
+        loop.run(setting.config, str(folder / setting.name))
+    except NonFiniteError as e:
+        log.error("%s failed: %s", setting.name, e)
+        return _record(folder, setting, error=str(e))
+    except UserError as e:
+        raise UserError(f"{setting.name}: {e}") from e
+    except Interrupted as e:
+        raise Interrupted(e.signum, f"{e.where}, in {setting.name}") from None
+    finally:
+        # A run's objects refer to each other; its arrays must be gone before the next one's are made. Compiled programs
+        # go with them, and those that all runs share stay (jax.clear_caches would only cost time).
+        gc.collect()
+    return _record(folder, setting)
+
+
+def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
+    """What sweep.json says of a run that is finished or, with an error, failed."""
+    path = folder / setting.name / "summary.json"
+    record = {"value": setting.value, "seed": setting.seed, "folder": setting.name}
+    if error:
+        return {**record, "status": "failed", "error": error}
+    try:
+        return {**record, "status": "done", **json.loads(path.read_text(encoding="utf-8"))}
+    except ValueError:
+        raise CheckpointError(f"{path}: is not JSON; delete it to have it written again") from None
+
+
+def _report(config: ConfigDict, folder: Path, settings: Sequence[Setting], records: dict[int, dict[str, Any]]) -> str:
+    ordered = [records[i] for i in sorted(records)]
+    return sweep_table.write(folder, config, ordered, len(settings))

@@ -1,0 +1,228 @@
+"""What a sweep leaves for people: ``sweep.json``, ``sweep.csv``, ``table.md``, ``sweep.png`` and ``sweep.svg``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax.workdir import metrics
+
+Record = Mapping[str, Any]
+
+SCORES = {"probe_top1": "probe", "knn_top1": "k-NN"}
+BASELINES = {"_untrained": "untrained", "_pixels": "pixels"}
+LOG_SPAN = 20  # largest value / smallest value from which the axis is logarithmic
+
+
+def label(value: Any) -> str:
+    """A value for people and for names of folders: four digits, a tuple's parts with a hyphen between."""
+    if isinstance(value, tuple | list):
+        return "-".join(map(label, value))
+    return metrics.format_number(value) if isinstance(value, float) else str(value)
+
+
+def write(folder: Path, config: ConfigDict, records: Sequence[Record], total: int) -> str:
+    """Writes all files anew; returns the table's text.
+
+    Args:
+      folder: the sweep's workdir.
+      config: the sweep's config.
+      records: one per run that is finished or failed: value, seed, folder, status, and its summary or error.
+      total: the number of runs of the whole sweep.
+    """
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    text = table(config.sweep.key, records, total, command)
+    if jax.process_index() == 0:
+        metrics.write_json(folder / "sweep.json", list(records))
+        metrics.write_text(folder / "sweep.csv", _csv(records))
+        metrics.write_text(folder / "table.md", text)
+        if any(r["status"] == "done" for r in records):
+            picture = figure(config, records)
+            for kind in ("png", "svg"):
+                # Without a date, the same numbers give the same file.
+                picture.savefig(folder / f"sweep.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return text
+
+
+def _csv(records: Sequence[Record]) -> str:
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def groups(records: Sequence[Record]) -> list[tuple[Any, list[Record], int]]:
+    """(value, its finished runs, number of its failed runs), in the order of the sweep."""
+    out: list[tuple[Any, list[Record], int]] = []
+    for value in dict.fromkeys(label(r["value"]) for r in records):
+        same = [r for r in records if label(r["value"]) == value]
+        done = [r for r in same if r["status"] == "done"]
+        out.append((same[0]["value"], done, len(same) - len(done)))
+    return out
+
+
+def mean_std(runs: Sequence[Record], name: str) -> tuple[float, float] | None:
+    """Mean and sample standard deviation (0 for one run) of a number; None where no run has it."""
+    found = [r[name] for r in runs if r.get(name) is not None]
+    if not found:
+        return None
+    return float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+
+
+def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
+    """The Markdown page: what was varied, by which command, and one row per value."""
+    rows = groups(records)
+    columns = {"loss": "loss"}
+    for suffix, name in {"": "", **BASELINES}.items():
+        columns |= {score + suffix: f"{name} {shown} %".strip() for score, shown in SCORES.items()}
+    columns = {c: shown for c, shown in columns.items() if any(mean_std(done, c) for _, done, _ in rows)}
+    best = {c: max(_means(rows, c), default=None) for c in SCORES}
+    cells = [[key, "seeds", *columns.values()]]
+    for value, done, failed in rows:
+        seeds = f"{len(done)} + {failed} failed" if failed else str(len(done))
+        cells.append([label(value), seeds])
+        for column in columns:
+            entry = mean_std(done, column)
+            text = _entry(entry, len(done), column != "loss")
+            is_best = len(rows) > 1 and entry is not None and entry[0] == best.get(column)
+            cells[-1].append(f"**{text}**" if is_best else text)
+    done_count = sum(r["status"] == "done" for r in records)
+    failures = [f"* `{r['folder']}` failed: {r['error']}" for r in records if r["status"] == "failed"]
+    lines = [
+        f"# Sweep of `{key}`: {done_count} of {total} runs finished",
+        "",
+        f"    {command}",
+        "",
+        *_aligned(cells),
+        "",
+        "Accuracies are top-1 of frozen features on the evaluation split: logistic regression (probe) and nearest "
+        "neighbours (k-NN) on the trained encoder, on the same encoder untrained, and on raw pixels. "
+        "± is the standard deviation over seeds. Bold: the best accuracy. The loss is that of the training "
+        "objective, which the swept key may change: it does not rank the rows.",
+        *(["", *failures] if failures else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _means(rows: Sequence[tuple[Any, list[Record], int]], column: str) -> list[float]:
+    return [entry[0] for _, done, _ in rows if (entry := mean_std(done, column)) is not None]
+
+
+def _entry(entry: tuple[float, float] | None, count: int, is_share: bool) -> str:
+    if entry is None:
+        return "-"
+    mean, std = entry
+    numbers = [f"{100 * x:.1f}" for x in entry] if is_share else [metrics.format_number(mean), f"{std:.2g}"]
+    return " ± ".join(numbers[: 2 if count > 1 else 1])
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    """A Markdown table whose columns line up as text too."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def figure(config: ConfigDict, records: Sequence[Record]) -> Any:
+    """Accuracies against the swept value as a matplotlib Figure; the loss where there are no labels.
+
+    Uses no display and no state of matplotlib beyond the figure.
+    """
+    from matplotlib.figure import Figure  # here: 0.3 s that no other job has to spend
+
+    rows = groups(records)
+    panels = [score for score in SCORES if _means(rows, score)] or ["loss"]
+    picture = Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
+    picture.suptitle(_title(config, rows), fontsize=10)
+    axes = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, column in zip(axes, panels, strict=True):
+        _panel(ax, config.sweep.key, rows, column)
+    axes[0].set_ylabel("training loss" if panels == ["loss"] else "top-1 accuracy (%)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return picture
+
+
+def _title(config: ConfigDict, rows: Sequence[tuple[Any, list[Record], int]]) -> str:
+    """What all runs share, for somebody who finds the picture without its table."""
+    kind, _, rest = config.data.source.partition(":")
+    steps = next(r["steps"] for _, done, _ in rows for r in done)
+    parts = {
+        "encoder.name": f"{config.encoder.name} encoder",
+        "corruption.name": f"{config.corruption.name} corruption",
+        "penalty.name": f"{config.penalty.name} penalty" if config.penalty.name != "none" else "",
+        "data.source": Path(rest).name if kind == "folder" else rest or kind,
+        "steps": f"{steps} steps",
+    }
+    shown = [text for key, text in parts.items() if text and key != config.sweep.key]
+    return ", ".join(shown)
+
+
+def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], column: str) -> None:
+    """One score of the trained encoder with error bars, and its baselines."""
+    at = _place(ax, [value for value, _, _ in rows])
+    scale = 1 if column == "loss" else 100
+    seeds = max(len(done) for _, done, _ in rows)
+    names = {"": f"trained (mean ± std, {seeds} seeds)" if seeds > 1 else "trained"}
+    if column != "loss":
+        names |= {"_untrained": "untrained encoder", "_pixels": "raw pixels"}
+    styles: dict[str, dict[str, Any]] = {
+        "": dict(fmt="o" if any(isinstance(v, str | bool) for v, _, _ in rows) else "o-", color="tab:blue", capsize=4),
+        "_untrained": dict(fmt="--", color="tab:gray"),
+        "_pixels": dict(fmt="--", color="tab:orange", dashes=(1, 1.5)),
+    }
+    for suffix, name in names.items():
+        found = [(x, mean_std(done, column + suffix)) for x, (_, done, _) in zip(at, rows, strict=True)]
+        points = sorted((x, entry) for x, entry in found if entry is not None)
+        if not points:
+            continue
+        places, means, stds = zip(*[(x, scale * mean, scale * std) for x, (mean, std) in points], strict=True)
+        if len(points) == 1 and suffix:  # one point is no line
+            ax.axhline(means[0], label=name, **{k: v for k, v in styles[suffix].items() if k != "fmt"}, linestyle="--")
+            continue
+        ax.errorbar(places, means, stds if seeds > 1 and not suffix else None, label=name, **styles[suffix])
+    for x, (_, done, failed) in zip(at, rows, strict=True):
+        if failed and not done:
+            ax.axvline(x, color="tab:red", alpha=0.15, linewidth=8)
+            ax.text(x, 0.5, "failed", color="tab:red", rotation=90, ha="center", va="center",
+                    transform=ax.get_xaxis_transform())  # fmt: skip
+    ax.set_title({"probe_top1": "linear probe", "knn_top1": "k-NN"}.get(column, "loss"))
+    ax.set_xlabel(key if ax.get_xscale() == "linear" else f"{key} (log scale)")
+    ax.grid(axis="y", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _place(ax: Any, values: Sequence[Any]) -> list[float]:
+    """Scales the x axis for the values and labels them; returns where each lies.
+
+    Numbers lie at their value, on a logarithmic axis if they span more than LOG_SPAN (0 then has a place one decade
+    below the smallest); anything else side by side.
+    """
+    is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    at = [float(v) for v in values] if is_number else [float(i) for i in range(len(values))]
+    if is_number:
+        sizes = [abs(x) for x in at if x]
+        if len(sizes) > 1 and max(sizes) / min(sizes) > LOG_SPAN:
+            if min(at) > 0:
+                ax.set_xscale("log")
+            else:
+                ax.set_xscale("symlog", linthresh=min(sizes))
+    labels = [label(float(f"{v:.3g}")) if isinstance(v, float) else label(v) for v in values]
+    ax.set_xticks(at, labels)
+    ax.set_xticks([], minor=True)
+    places = np.sort(ax.xaxis.get_transform().transform(np.array(at)))
+    closest = np.diff(places).min(initial=np.inf) / max(np.ptp(places), 1e-30)
+    if closest < max(map(len, labels)) / 40:  # some 40 characters fit along a panel
+        ax.tick_params(axis="x", rotation=60)
+    return at

@@ -1,0 +1,178 @@
+"""The fine-tuning objective: a linear classifier on an encoder, trained together or alone.
+
+What the recipes of CRATE-MAE (arXiv 2404.02446, appendix B.1), MAE (2111.06377, Table 9) and ROPIM
+(2310.18737) differ in are keys of ``config.finetune``. Everything after decoding, cropping and
+RandAugment happens on the device: erasing, mixing, label smoothing.
+
+Shapes: B batch, C classes, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from crate_jax import data
+from crate_jax.errors import CheckpointError, DataError
+from crate_jax.methods.method import Batch, Objective, Params, Scalars
+from crate_jax.methods.reconstruction import normalise
+from crate_jax.models import representation
+from crate_jax.models.layers import Norm, dense
+from crate_jax.models.patches import patchify
+from crate_jax.training import orthogonality
+from crate_jax.workdir import checkpoint
+
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)  # of the image; height / width: timm's RandomErasing
+
+
+class Head(nn.Module):
+    """Optional layer norm, then a linear map to class scores."""
+
+    classes: int
+    norm: bool
+    init_scale: float
+
+    @nn.compact
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        """(B, D) -> (B, C) float32."""
+        if self.norm:
+            x_BD = Norm(name="norm")(x_BD)
+        init = nn.initializers.normal(0.02 * self.init_scale)
+        return dense(self.classes, "linear", jnp.float32, init=init)(x_BD)
+
+
+def build(config: ConfigDict, source: data.Source) -> Objective:
+    """The classifier of a validated config, for the classes of a labelled training set.
+
+    Raises:
+      DataError: the set has no labels, or a single class.
+    """
+    if source.class_names is None:
+        raise DataError(
+            f"config.data.source={config.data.source!r}: fine-tuning needs labels, the training split has none"
+        )
+    classes = len(source.class_names)
+    if classes < 2:
+        raise DataError(f"config.data.source={config.data.source!r}: has a single class; a classifier needs two")
+    options, represent = config.finetune, representation.build(config)
+    head = Head(classes, options.norm, options.head_init)
+    init_params = representation.with_head(config, head, represent)
+    penalty = orthogonality.build(config, jax.eval_shape(init_params, jax.random.key(0)))
+
+    def init(key: jax.Array) -> tuple[Params, dict]:
+        params_key, penalty_key = jax.random.split(key)
+        return init_params(params_key), penalty.init(penalty_key)
+
+    def logits(params: Params, images: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+        x_BD = represent(params, patchify(images, config.encoder.patch_size), keys_B)
+        if options.freeze:
+            x_BD = jax.lax.stop_gradient(x_BD)
+        return head.apply({"params": params["head"]}, x_BD)  # type: ignore[return-value]  # never mutable
+
+    def loss(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars]:
+        erase_B, mix_B, path_B = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys_B), 1, 0)
+        images = normalise(batch["image"], config)
+        target_BC = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), options.label_smoothing)
+        if options.erase:
+            images = jax.vmap(lambda k, x: erase(k, x, options.erase))(erase_B, images)
+        if options.mixup or options.cutmix:
+            images, target_BC = mix(mix_B, images, target_BC, options.mixup, options.cutmix)
+        value = jnp.mean(optax.softmax_cross_entropy(logits(params, images, path_B), target_BC))
+        return value, {"cross_entropy": value}
+
+    def scores(params: Params, images_uint8: jax.Array) -> jax.Array:
+        return logits(params, normalise(images_uint8, config))
+
+    return Objective(
+        inputs=("image", "label"),
+        init=init,
+        adopt=adopt,
+        loss=loss,
+        penalty=orthogonality.weighted(config, penalty),
+        penalised=penalty.names,
+        features=scores,
+    )
+
+
+def adopt(params: Params, other: Params, what: str) -> Params:
+    """Starts a classifier's encoder from a pre-trained one.
+
+    A bias shared by all blocks is copied to each where the classifier has one per block (ROPIM), and the
+    last norm is left out where it has none.
+
+    Raises:
+      CheckpointError: the encoders do not fit; every array that differs is named.
+    """
+    if "encoder" not in other:
+        raise CheckpointError(f"{what}: its parameters have no 'encoder'")
+    encoder = dict(other["encoder"])
+    blocks = params["encoder"]["blocks"]
+    if "relative_bias" in blocks and "relative_bias" in encoder:
+        table = np.asarray(encoder.pop("relative_bias"))
+        depth = blocks["relative_bias"].shape[0]
+        encoder["blocks"] = {**encoder["blocks"], "relative_bias": np.broadcast_to(table, (depth, *table.shape))}
+    if "norm" not in params["encoder"]:
+        encoder.pop("norm", None)
+    return checkpoint.init_encoder(params, {"encoder": encoder}, what)
+
+
+def erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:
+    """Random erasing (arXiv 1708.04896), filled with normal noise per pixel; image (H, W, 3), normalised."""
+    H, W, _ = image.shape
+    chance, area, aspect, top, left, noise = jax.random.split(key, 6)
+    share = jax.random.uniform(area, minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
+    ratio = jnp.exp(jax.random.uniform(aspect, minval=np.log(ERASED_ASPECT[0]), maxval=np.log(ERASED_ASPECT[1])))
+    h = jnp.minimum(jnp.sqrt(share * H * W * ratio), H)
+    w = jnp.minimum(jnp.sqrt(share * H * W / ratio), W)
+    inside = _box(H, W, jax.random.uniform(top) * (H - h), jax.random.uniform(left) * (W - w), h, w)
+    hit = inside & (jax.random.uniform(chance) < probability)
+    return jnp.where(hit[..., None], jax.random.normal(noise, image.shape, image.dtype), image)
+
+
+def mix(
+    keys_B: jax.Array, images: jax.Array, target_BC: jax.Array, mixup: float, cutmix: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mixup (arXiv 1710.09412) and CutMix (1905.04899), each image with the one at its place from the end.
+
+    Weights are drawn image by image. With both alphas positive each image takes one of the two with
+    probability 1/2. Micro-batches mix within themselves.
+
+    Args:
+      keys_B: one key per image.
+      images: (B, H, W, 3).
+      target_BC: class probabilities.
+      mixup: alpha of Beta(alpha, alpha); 0: off.
+      cutmix: the same.
+
+    Returns:
+      mixed images and class probabilities.
+    """
+    H, W = images.shape[1:3]
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Share of the other image at each pixel, (H, W)."""
+        choice, weight, place = jax.random.split(key, 3)
+        cut = jax.random.uniform(choice) < (0.5 if mixup and cutmix else float(bool(cutmix)))
+        alpha = jnp.where(cut, cutmix or 1.0, mixup or 1.0)
+        other = 1.0 - jax.random.beta(weight, alpha, alpha)
+        centre_y, centre_x = jax.random.uniform(place, (2,)) * jnp.array([H, W])
+        h, w = H * jnp.sqrt(other), W * jnp.sqrt(other)
+        box = _box(H, W, centre_y - h / 2, centre_x - w / 2, h, w)  # may reach over the edge
+        map_HW = jnp.where(cut, box.astype(jnp.float32), other)
+        return map_HW, jnp.mean(map_HW)
+
+    map_BHW, share_B = jax.vmap(draw)(keys_B)
+    images = images + map_BHW[..., None] * (images[::-1] - images)
+    return images, target_BC + share_B[:, None] * (target_BC[::-1] - target_BC)
+
+
+def _box(H: int, W: int, top: Any, left: Any, h: Any, w: Any) -> jax.Array:
+    """True inside a box, (H, W); pixels count by their centres."""
+    y, x = jnp.arange(H)[:, None] + 0.5, jnp.arange(W)[None, :] + 0.5
+    return (y >= top) & (y < top + h) & (x >= left) & (x < left + w)

@@ -1,0 +1,129 @@
+"""The pre-training objective: image -> corruption -> encoder -> decoder -> loss, plus a penalty.
+
+One of the objectives that the training loop can be given (see :mod:`crate_jax.methods.method`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from crate_jax import data
+from crate_jax.analysis.whitebox import measures
+from crate_jax.methods.method import Batch, Objective, Params, Scalars
+from crate_jax.models import autoencoder, corruption as corruptions, representation
+from crate_jax.models.corruption import Corruption, Identity
+from crate_jax.models.patches import patchify, standardise, unpatchify
+from crate_jax.training import orthogonality
+from crate_jax.workdir import checkpoint
+
+NORMS = {"l2": jnp.square, "l1": jnp.abs}
+
+
+def normalise(images_uint8: jax.Array, config: ConfigDict) -> jax.Array:
+    """Bytes -> pixels of zero mean and unit variance per channel, float32, on the device."""
+    mean, std = np.float32(config.data.mean), np.float32(config.data.std)
+    return (images_uint8.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def denormalise(images: jax.Array, config: ConfigDict) -> jax.Array:
+    """Inverse of :func:`normalise`, to pixels in 0..1 (not clipped)."""
+    return images * np.float32(config.data.std) + np.float32(config.data.mean)
+
+
+def build(config: ConfigDict, source: data.Source | None = None) -> Objective:
+    """The pre-training objective of a validated config; needs nothing of the images."""
+    apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
+    sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
+    shapes = jax.eval_shape(lambda key: autoencoder.init_params(config, key), jax.random.key(0))
+    penalty = orthogonality.build(config, shapes)
+
+    def patches(images_uint8: jax.Array) -> jax.Array:
+        return patchify(normalise(images_uint8, config), config.encoder.patch_size)
+
+    def init(key: jax.Array) -> tuple[Params, dict]:
+        params_key, penalty_key = jax.random.split(key)
+        return autoencoder.init_params(config, params_key), penalty.init(penalty_key)
+
+    def loss_of_batch(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars]:
+        x_BNP = patches(batch["image"])
+        draw_keys_B, path_keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
+        corruption = sample(draw_keys_B)
+        predicted_BNP = apply({"params": params}, x_BNP, corruption, path_keys_B)
+        value = loss(predicted_BNP, target(x_BNP, config), corruption, config)
+        return value, {"reconstruction": value}
+
+    represent = representation.build(config)
+
+    def features(params: Params, images_uint8: jax.Array) -> jax.Array:
+        return represent(params, patches(images_uint8))
+
+    def pictures(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, ...]:
+        return reconstruct(config, apply, sample(keys_B), params, patches(batch["image"]))
+
+    measure = measures.telemetry(config)
+
+    def telemetry(params: Params, batch: Batch, keys_B: jax.Array) -> Scalars:
+        return measure(params, patches(batch["image"]), keys_B)
+
+    return Objective(
+        inputs=("image",),
+        init=init,
+        adopt=checkpoint.init_encoder,
+        loss=loss_of_batch,
+        penalty=orthogonality.weighted(config, penalty),
+        penalised=penalty.names,
+        features=features,
+        columns=COLUMNS,
+        pictures=pictures,
+        telemetry=telemetry,
+    )
+
+
+def target(patches_BNP: jax.Array, config: ConfigDict) -> jax.Array:
+    """What is reconstructed, float32: normalised pixels, or pixels standardised per patch."""
+    patches_BNP = patches_BNP.astype(jnp.float32)
+    return standardise(patches_BNP) if config.loss.target == "patch_normalised" else patches_BNP
+
+
+def loss(predicted_BNP: jax.Array, target_BNP: jax.Array, corruption: Corruption, config: ConfigDict) -> jax.Array:
+    """Mean over images, patches and pixels of |(I - P)(x^ - x)|^n, scalar float32.
+
+    The mean runs over the removed patches for masking (He et al. 2022; CRATE-MAE B.1) and over all
+    patches for projection (ROPIM section 3.2), where every patch loses something. `loss.region="all"`
+    takes the whole error instead (CRATE-MAE eq. 2.22).
+    """
+    if config.loss.region == "all":
+        corruption = Identity()
+    error_BNP = corruption.complement(predicted_BNP.astype(jnp.float32) - target_BNP)
+    # Per image first: the mean of a batch then rounds alike however the batch is split over devices.
+    per_image_B = jnp.mean(NORMS[config.loss.norm](error_BNP), axis=(1, 2))
+    return jnp.mean(per_image_B) / corruption.complement_share()
+
+
+COLUMNS = ("original", "corrupted P x", "reconstruction x^", "P x + (I - P) x^")
+
+
+def reconstruct(
+    config: ConfigDict, apply: Callable, corruption: corruptions.Corruption, params: Params, x_BNP: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The reconstruction grid's columns, COLUMNS, images (B, H, W, 3) in 0..1.
+
+    The last column puts what the corruption left (P x) and what the decoder says about the rest,
+    (I - P) x^, together: for a perfect decoder it is the image.
+    """
+    predicted_BNP = apply({"params": params}, x_BNP, corruption).astype(jnp.float32)
+    if config.loss.target == "patch_normalised":  # back to pixels with each patch's own statistics
+        mean, std = x_BNP.mean(-1, keepdims=True), jnp.sqrt(x_BNP.var(-1, keepdims=True, ddof=1) + 1e-6)
+        predicted_BNP = predicted_BNP * std + mean
+    combined_BNP = x_BNP - corruption.complement(x_BNP - predicted_BNP)
+
+    def image(v_BNP: jax.Array) -> jax.Array:
+        pixels = unpatchify(v_BNP, config.data.image_size, config.encoder.patch_size)
+        return jnp.clip(denormalise(pixels, config), 0.0, 1.0)
+
+    return tuple(image(v) for v in (x_BNP, corruption.view(x_BNP), predicted_BNP, combined_BNP))

@@ -1,0 +1,177 @@
+"""The segmentation objective: a class for every pixel from an encoder's patch tokens, tuned or frozen.
+
+ROPIM (arXiv 2310.18737) and MAE (2111.06377) report ADE20K by UPerNet after BEiT's recipe (2106.08254).
+
+Shapes: B batch, H and W pixels, h and w patches per side, C classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from crate_jax import data
+from crate_jax.errors import CheckpointError, ConfigError, DataError
+from crate_jax.methods import classify
+from crate_jax.methods.method import Batch, Objective, Params, Scalars
+from crate_jax.methods.reconstruction import normalise
+from crate_jax.models import representation
+from crate_jax.models.heads import HEADS, resize
+from crate_jax.models.patches import grid_shape, patchify, relative_table_rows
+from crate_jax.training import orthogonality
+from crate_jax.workdir import pictures
+
+# Depths that UPerNet's four maps come from, as shares: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24 in BEiT's code.
+BEIT_DEPTHS = (1 / 3, 1 / 2, 2 / 3, 1)
+COLUMNS = ("image", "truth", "prediction")
+
+
+def blocks(config: ConfigDict) -> tuple[int, ...]:
+    """The blocks whose tokens the head reads, from 1.
+
+    Raises:
+      ConfigError: a block that the encoder does not have, or a number of blocks that the head cannot take.
+    """
+    depth, chosen = config.encoder.depth, tuple(int(b) for b in config.segment.blocks)
+    if not chosen:
+        upernet = tuple(max(1, round(depth * share)) for share in BEIT_DEPTHS)
+        return upernet if config.segment.head == "upernet" else (depth,)
+    if config.segment.head == "upernet" and len(chosen) != len(BEIT_DEPTHS):
+        raise ConfigError(f"config.segment.blocks={chosen}: head=upernet reads four blocks, the shallowest first")
+    if min(chosen) < 1 or max(chosen) > depth:
+        raise ConfigError(f"config.segment.blocks={chosen}: the encoder has the blocks 1..{depth}")
+    return chosen
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses options that would be ignored, or that would move an image but not its mask.
+
+    Raises:
+      ConfigError: names the key.
+    """
+    for section, key in (
+        ("data", "randaugment_layers"),
+        *(("finetune", key) for key in ("label_smoothing", "mixup", "cutmix", "erase")),
+    ):
+        if config[section][key]:
+            raise ConfigError(f"config.{section}.{key}={config[section][key]}: must be 0 for segmentation")
+
+
+def build(config: ConfigDict, source: data.Source) -> Objective:
+    """The segmenter of a validated config, for the classes of a set of pairs.
+
+    Raises:
+      ConfigError: options that segmentation does not have; see `blocks` and `check`.
+      DataError: the set has a single class.
+    """
+    check(config)
+    if not isinstance(source, data.PairSource):
+        raise TypeError(f"segmentation is learnt from a PairSource, got {type(source).__name__}")
+    if source.classes < 2:
+        raise DataError(
+            f"config.data.source={config.data.source!r}: the training masks hold a single class; segmentation needs "
+            f"two (the value {config.segment.ignore_index}, config.segment.ignore_index, counts as none)"
+        )
+    classes, size, patch_size = source.classes, tuple(config.data.image_size), config.encoder.patch_size
+    head = HEADS[config.segment.head](config, classes)
+    maps_of = representation.block_maps(config, blocks(config))
+    init_params = representation.with_head(config, head, maps_of)
+    penalty = orthogonality.build(config, jax.eval_shape(init_params, jax.random.key(0)))
+
+    def init(key: jax.Array) -> tuple[Params, dict]:
+        params_key, penalty_key = jax.random.split(key)
+        return init_params(params_key), penalty.init(penalty_key)
+
+    def scores(params: Params, images_uint8: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """Class scores (B, H, W, C), float32: the head's, and its auxiliary ones if it has any."""
+        maps = maps_of(params, patchify(normalise(images_uint8, config), patch_size), keys_B)
+        if config.finetune.freeze:
+            maps = jax.lax.stop_gradient(maps)
+        return tuple(resize(x, size) for x in head.apply({"params": params["head"]}, maps))
+
+    def loss(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars]:
+        values = [cross_entropy(x, batch["mask"]) for x in scores(params, batch["image"], keys_B)]
+        scalars = dict(zip(("cross_entropy", "auxiliary"), values, strict=False))
+        return values[0] + config.segment.auxiliary * sum(values[1:]), scalars
+
+    def predict(params: Params, images_uint8: jax.Array) -> jax.Array:
+        """The class of each pixel, int32 (B, H, W)."""
+        return jnp.argmax(scores(params, images_uint8)[0], axis=-1).astype(jnp.int32)
+
+    def draw(params: Params, batch: Batch, _: jax.Array) -> tuple[jax.Array, ...]:
+        colours = jnp.asarray(np.concatenate([pictures.class_colours(classes), np.zeros((1, 3), np.float32)]))
+        shown = batch["image"].astype(jnp.float32) / 255.0
+        return shown, colours[batch["mask"]], colours[predict(params, batch["image"])]  # the last row is IGNORED's
+
+    return Objective(
+        inputs=("image", "mask"),
+        init=init,
+        adopt=functools.partial(adopt, grid=grid_shape(size, patch_size)),
+        loss=loss,
+        penalty=orthogonality.weighted(config, penalty),
+        penalised=penalty.names,
+        features=predict,
+        columns=COLUMNS,
+        pictures=draw,
+        pictures_name="segmentation",
+    )
+
+
+def cross_entropy(scores_BHWC: jax.Array, mask_BHW: jax.Array) -> jax.Array:
+    """Cross-entropy of the labelled pixels, over the number of all pixels.
+
+    Dividing by all pixels gives each labelled one the same weight wherever it is, so that micro-batches
+    add up to the loss of the whole batch.
+    """
+    labelled = mask_BHW != data.IGNORED
+    classes_BHW = jnp.where(labelled, mask_BHW, 0).astype(jnp.int32)
+    values = optax.softmax_cross_entropy_with_integer_labels(scores_BHWC, classes_BHW)
+    return jnp.mean(jnp.where(labelled, values, 0.0))
+
+
+def adopt(params: Params, other: Params, what: str, grid: tuple[int, int]) -> Params:
+    """Starts a segmenter's encoder from a pre-trained one, of whatever image size.
+
+    Tables of learned positions and of relative biases are resized bicubically to the present grid of
+    patches (BEiT and MAE do so too; BEiT's relative ones at spacings that grow geometrically). Then as
+    :func:`crate_jax.methods.classify.adopt`.
+
+    Raises:
+      CheckpointError: the encoders do not fit.
+    """
+    if "encoder" not in other:
+        raise CheckpointError(f"{what}: its parameters have no 'encoder'")
+    encoder: dict[str, Any] = dict(other["encoder"])
+    embedding, stack = dict(encoder.get("embedding", {})), dict(encoder.get("blocks", {}))
+    if "positions" in embedding:
+        embedding["positions"] = _resize_table(np.asarray(embedding["positions"]), 1, grid, what)
+    tables = (2 * grid[0] - 1, 2 * grid[1] - 1)
+    for tree in (encoder, stack):
+        if "relative_bias" in tree:
+            table = np.asarray(tree["relative_bias"])
+            if table.shape[-2] != relative_table_rows(grid):
+                own_first = (np.roll(x, 3, axis=0) for x in table.reshape(-1, *table.shape[-2:]))
+                resized = [np.roll(_resize_table(x, 3, tables, what), -3, axis=0) for x in own_first]
+                table = np.stack(resized).reshape(*table.shape[:-2], -1, table.shape[-1])
+            tree["relative_bias"] = table
+    encoder |= {"embedding": embedding, "blocks": stack}
+    return classify.adopt(params, {**other, "encoder": encoder}, what)
+
+
+def _resize_table(table_ND: np.ndarray, special: int, grid: tuple[int, int], what: str) -> np.ndarray:
+    """Resizes a table of `special` rows of their own and then one row per place of a square; (N, D) -> (N', D)."""
+    places = len(table_ND) - special
+    if places == grid[0] * grid[1]:
+        return table_ND
+    side = round(places**0.5)
+    if side * side != places:
+        raise CheckpointError(f"{what}: its {places} positions are no square, and cannot be resized to {grid}")
+    square = table_ND[special:].reshape(side, side, -1)
+    resized = jax.image.resize(square, (*grid, square.shape[-1]), "cubic", antialias=False)
+    return np.concatenate([table_ND[:special], np.asarray(resized).reshape(-1, square.shape[-1])])

@@ -1,0 +1,182 @@
+"""Decoders: modules ``(tokens_B(1+M)D, corruption) -> patches_BNP``.
+
+Shapes: B batch, M tokens the encoder saw, N patch tokens, D width, P patch pixels, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crate_jax.models.corruption import Corruption, fills
+from crate_jax.models.crate import DICTIONARY_INIT, MSSA, Kernel
+from crate_jax.models.embedding import TOKEN_INIT
+from crate_jax.models.layers import (
+    BLOCK_EPS,
+    INITIALIZERS,
+    Dtype,
+    Norm,
+    dense,
+    layer_norm,
+    norm_product,
+    remat_rule,
+    scan_blocks,
+)
+from crate_jax.models.patches import grid_shape, sincos_positions
+from crate_jax.models.vit import scan_vit_blocks
+from crate_jax.parallel import target
+from crate_jax.parallel.sharding import by_batch
+
+
+class CrateDecoderBlock(nn.Module):
+    """g = E LN(y); g - MSSA(LN(g)) (arXiv 2404.02446, eq. 2.17); scanned over layers.
+
+    Named points: ``before_mssa`` (Y^{l+1/2}) and ``after_mssa`` (Y^{l+1}).
+
+    Attributes:
+      normalised: subtract from LN(g) instead of g, as the paper's Listing 3 has it.
+    """
+
+    heads: int
+    tied_output: bool
+    normalised: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, y_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """One layer; the second argument and result are what `nn.scan` threads through."""
+        y_BND = by_batch(y_BND)
+        D = y_BND.shape[-1]
+        norm = Norm(BLOCK_EPS, name="linear_norm").scale_and_bias(D)
+        g = norm_product(y_BND, *norm, Kernel((D, D), DICTIONARY_INIT, name="linear")(), BLOCK_EPS)
+        norm = Norm(BLOCK_EPS, name="mssa_norm").scale_and_bias(D)
+        out = MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(g, *norm)
+        stream = layer_norm(g, *norm, BLOCK_EPS) if self.normalised else g
+        self.sow("intermediates", "before_mssa", stream)
+        y = stream - out
+        self.sow("intermediates", "after_mssa", y)
+        return y, None
+
+
+class CrateDecoder(nn.Module):
+    """L anti-compressing blocks at the encoder's width, a norm, a pixel head (eqs. 2.20-2.21)."""
+
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    pixels: int
+    positions: bool
+    tied_output: bool
+    normalised: bool
+    fill: bool
+    remat: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
+        """(B, 1 + M, D) -> (B, N, P)."""
+        x = restore(self, tokens_BMD, corruption, self.fill, self.positions, self.grid)
+        blocks = scan_blocks(
+            CrateDecoderBlock, self.depth, self.remat, self.heads, self.tied_output, self.normalised, self.dtype
+        )
+        # XLA for TPUs first fills with zeros what a loop will keep for the backward pass, unless no other loop keeps
+        # arrays of the same shape: the encoder's have an axis less.
+        x = blocks(x[None], None)[0][0] if target.is_tpu() else blocks(x, None)[0]
+        x = Norm(name="norm")(x)
+        return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
+
+
+class TransformerDecoder(nn.Module):
+    """MAE's decoder: its own width, mask tokens, positions, ViT blocks, norm, pixel head."""
+
+    width: int
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    pixels: int
+    fill: bool
+    remat: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
+        """(B, 1 + M, D) -> (B, N, P)."""
+        x = dense(self.width, "embed", self.dtype)(tokens_BMD)
+        x = restore(self, x, corruption, self.fill, True, self.grid)
+        x = scan_vit_blocks(
+            x, None, None, None, self.depth, self.remat, self.heads, 4.0, "qkv", 0.0, "xavier", self.dtype
+        )
+        x = Norm(name="norm")(x)
+        return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
+
+
+class LinearDecoder(nn.Module):
+    """One linear map from token to pixels: the 1x1 convolution + pixel shuffle of ROPIM and SimMIM."""
+
+    pixels: int
+    initializer: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
+        """(B, 1 + N, D) -> (B, N, P)."""
+        return dense(self.pixels, "head", self.dtype, init=INITIALIZERS[self.initializer])(tokens_BMD[:, 1:])
+
+
+def restore(
+    module: nn.Module, tokens_BMD: jax.Array, corruption: Corruption, fill: bool, positions: bool, grid: tuple[int, int]
+) -> jax.Array:
+    """Puts dropped tokens back as learned mask tokens and adds positions; (B, 1 + N, D).
+
+    A function that is given the module rather than a module of its own, so that the mask token
+    lies directly under the decoder.
+    """
+    D = tokens_BMD.shape[-1]
+    fill_D = module.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if fill else None
+    patches_BND = corruption.restore(tokens_BMD[:, 1:], fill_D)
+    x = jnp.concatenate([tokens_BMD[:, :1], patches_BND], axis=1)
+    return x + jnp.asarray(sincos_positions(grid, D)).astype(x.dtype) if positions else x
+
+
+def _crate(config: ConfigDict) -> nn.Module:
+    d = config.decoder
+    return CrateDecoder(
+        **_shared(config),
+        depth=d.depth,
+        heads=d.heads,
+        positions=d.positions,
+        tied_output=config.encoder.tied_output,
+        normalised=d.residual == "normalised",
+    )
+
+
+def _transformer(config: ConfigDict) -> nn.Module:
+    d = config.decoder
+    return TransformerDecoder(**_shared(config), width=d.width or config.encoder.width, depth=d.depth, heads=d.heads)
+
+
+def _linear(config: ConfigDict) -> nn.Module:
+    return LinearDecoder(
+        pixels=3 * config.encoder.patch_size**2, initializer=config.encoder.init, dtype=jnp.dtype(config.dtype)
+    )
+
+
+def _shared(config: ConfigDict) -> dict:
+    return dict(
+        grid=grid_shape(config.data.image_size, config.encoder.patch_size),
+        pixels=3 * config.encoder.patch_size**2,
+        fill=fills(config)["decoder"],
+        remat=remat_rule(config),
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+DECODERS: dict[str, Callable[[ConfigDict], nn.Module]] = {
+    "crate": _crate,
+    "transformer": _transformer,
+    "linear": _linear,
+}

@@ -1,0 +1,187 @@
+"""The pieces that both encoders and all decoders are made of.
+
+Shapes: B batch, N tokens, D width, H heads, K head width, E = H * K.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crate_jax.parallel import target
+
+Dtype = Any
+
+BLOCK_EPS = 1e-5  # CRATE's block norms (torch's default)
+FINAL_EPS = 1e-6  # all other norms: CRATE's final ones, and every norm of the ViTs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
+    """Layer normalisation over the last axis; statistics in float32, result in the input's dtype.
+
+    The backward pass is written out: it keeps the input and two numbers per token, where automatic
+    differentiation keeps three arrays of the input's size in float32.
+    """
+    return layer_norm_forward(x_BND, scale_D, bias_D, eps)[0]
+
+
+def layer_norm_forward(
+    x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The result, and what the backward pass needs: (x, scale, mean, 1 / deviation)."""
+    wide = x_BND.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    if target.is_tpu() and x_BND.dtype == jnp.bfloat16:
+        # Both sums in the pass that writes x. It loses digits that bfloat16 never had.
+        variance = jnp.maximum(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+    else:
+        variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + eps)
+    saved = (x_BND, scale_D, mean, inverse)
+    return normed_again(saved, bias_D), saved
+
+
+def normed_again(saved: tuple[jax.Array, ...], bias_D: jax.Array) -> jax.Array:
+    """The result of layer_norm from what its forward pass saves."""
+    x_BND, scale_D, mean, inverse = saved
+    y = (x_BND.astype(jnp.float32) - mean) * inverse * scale_D + bias_D
+    return y.astype(x_BND.dtype)
+
+
+def layer_norm_backward(
+    eps: float, saved: tuple[jax.Array, ...], g_BND: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of x, scale and bias from that of the result."""
+    x_BND, scale_D, mean, inverse = saved
+    g = g_BND.astype(jnp.float32)
+    unit = (x_BND.astype(jnp.float32) - mean) * inverse
+    h = g * scale_D
+    dx = (h - jnp.mean(h, -1, keepdims=True) - unit * jnp.mean(h * unit, -1, keepdims=True)) * inverse
+    rows = tuple(range(x_BND.ndim - 1))
+    return dx.astype(x_BND.dtype), jnp.sum(g * unit, rows), jnp.sum(g, rows)
+
+
+layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def norm_product(
+    x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, kernel_DE: jax.Array, eps: float
+) -> jax.Array:
+    """layer_norm(x) @ kernel, (B, N, E), in the dtype of x.
+
+    The backward pass normalises x again: the product's own would keep a second array of that size.
+    """
+    return _norm_product_forward(x_BND, scale_D, bias_D, kernel_DE, eps)[0]
+
+
+def _product(x_BND: jax.Array, kernel_DE: jax.Array) -> jax.Array:
+    return x_BND @ kernel_DE.astype(x_BND.dtype)
+
+
+def _norm_product_forward(
+    x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, kernel_DE: jax.Array, eps: float
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    y_BND, saved = layer_norm_forward(x_BND, scale_D, bias_D, eps)
+    return _product(y_BND, kernel_DE), (saved, bias_D, kernel_DE)
+
+
+def _norm_product_backward(eps: float, saved: tuple[Any, ...], g_BNE: jax.Array) -> tuple[jax.Array, ...]:
+    normed, bias_D, kernel_DE = saved
+    _, pull = jax.vjp(_product, normed_again(normed, bias_D), kernel_DE)
+    dy_BND, dkernel_DE = pull(g_BNE)
+    return *layer_norm_backward(eps, normed, dy_BND), dkernel_DE
+
+
+norm_product.defvjp(_norm_product_forward, _norm_product_backward)
+
+
+def attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(K) + bias) v, (B, N, H, K); softmax in float32."""
+    # Heads before tokens: as plain batched products both einsums run two to six times faster on a
+    # CPU than with the heads left inside, and no slower elsewhere (the layout is XLA's to choose).
+    q_BHNK, k_BHMK, v_BHMK = (x.transpose(0, 2, 1, 3) for x in (q_BNHK, k_BMHK, v_BMHK))
+    weights_BHNM = attention_weights(q_BHNK, k_BHMK, bias_BHNM).astype(v_BHMK.dtype)
+    return jnp.einsum("bhnm,bhmk->bhnk", weights_BHNM, v_BHMK).transpose(0, 2, 1, 3)
+
+
+def attention_weights(q_BHNK: jax.Array, k_BHMK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(K) + bias), (B, H, N, M) float32."""
+    scale = q_BHNK.shape[-1] ** -0.5
+    logits_BHNM = jnp.einsum("bhnk,bhmk->bhnm", q_BHNK * scale, k_BHMK, preferred_element_type=jnp.float32)
+    if bias_BHNM is not None:
+        logits_BHNM = logits_BHNM + bias_BHNM
+    return jax.nn.softmax(logits_BHNM, axis=-1)
+
+
+class Norm(nn.Module):
+    """Layer normalisation with learned scale and bias, both (D,)."""
+
+    eps: float = FINAL_EPS
+
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        """Normalises over the last axis."""
+        return layer_norm(x_BND, *self.scale_and_bias(x_BND.shape[-1]), self.eps)
+
+    @nn.compact
+    def scale_and_bias(self, D: int) -> tuple[jax.Array, jax.Array]:
+        """The parameters, (D,) each, for functions that normalise and go on."""
+        scale = self.param("scale", nn.initializers.ones_init(), (D,), jnp.float32)
+        return scale, self.param("bias", nn.initializers.zeros_init(), (D,), jnp.float32)
+
+
+def dense(features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None) -> nn.Dense:
+    """A dense layer with float32 parameters that computes in `dtype`; Xavier-uniform by default."""
+    return nn.Dense(
+        features,
+        use_bias=bias,
+        name=name,
+        dtype=dtype,
+        kernel_init=init or nn.initializers.xavier_uniform(),
+    )
+
+
+INITIALIZERS = {
+    "xavier": nn.initializers.xavier_uniform(),
+    # torch's trunc_normal_(std=.02) cuts at +-2 absolute, a hundred deviations: a plain normal.
+    "trunc_normal": nn.initializers.normal(0.02),
+}
+
+
+# What a recomputed block keeps from the forward pass.
+REMAT: dict[str, Any] = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.dots_saveable,
+}
+
+
+def remat_rule(config: ConfigDict) -> str:
+    """The row of REMAT that a config asks for; empty: its blocks are not recomputed."""
+    return config.remat_keep if config.remat else ""
+
+
+def scan_blocks(block: type[nn.Module], depth: int, remat: str, *args: object, in_axes: object = 0) -> nn.Module:
+    """`depth` copies of a block as one scan, parameters stacked under the name ``blocks``.
+
+    Args:
+      block: a module whose call takes (tokens, *inputs) and returns (tokens, None).
+      depth: how many copies.
+      remat: recompute each block in the backward pass, but for what this row of REMAT keeps; empty: do not.
+      *args: the block's attributes.
+      in_axes: for each further input of the call, 0 (one slice per layer) or nn.broadcast.
+    """
+    cls = nn.remat(block, prevent_cse=False, policy=REMAT[remat]) if remat else block
+    return nn.scan(
+        cls,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=depth,
+    )(*args, name="blocks")

@@ -1,0 +1,165 @@
+"""Vision transformers as MAE (He et al. 2022) and ROPIM (arXiv 2310.18737) use them.
+
+Shapes: B batch, N tokens (class token included), D width, H heads, K head width, L layers.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from crate_jax.models.corruption import Corruption
+from crate_jax.models.embedding import Embedding
+from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, dense, scan_blocks
+from crate_jax.models.patches import relative_position_index, relative_table_rows
+from crate_jax.parallel.sharding import by_batch
+
+
+def drop_path_scales(keys_B: jax.Array, depth: int, rate: float) -> jax.Array:
+    """Stochastic-depth factors (L, 2, B): 0 with the layer's rate, else 1 / (1 - rate).
+
+    The rate rises linearly from 0 in the first block to `rate` in the last; attention and MLP of
+    a block are dropped independently. One key per image, so micro-batches see the same draws.
+    """
+    rates_L = jnp.linspace(0.0, rate, depth)
+    uniform_BL2 = jax.vmap(lambda k: jax.random.uniform(k, (depth, 2)))(keys_B)
+    kept_L2B = uniform_BL2.transpose(1, 2, 0) >= rates_L[:, None, None]
+    return kept_L2B / (1.0 - rates_L[:, None, None])
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused query-key-value kernel."""
+
+    heads: int
+    qkv_bias: str
+    initializer: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, bias_BHNN: jax.Array | None) -> jax.Array:
+        """(B, N, D) -> (B, N, D)."""
+        B, N, D = x_BND.shape
+        qkv = dense(3 * D, "qkv", self.dtype, bias=self.qkv_bias == "qkv", init=INITIALIZERS[self.initializer])(x_BND)
+        if self.qkv_bias == "qv":  # BEiT: a key bias cannot change a softmax over keys
+            zeros = nn.initializers.zeros_init()
+            q_bias, v_bias = (self.param(name, zeros, (D,), jnp.float32) for name in ("q_bias", "v_bias"))
+            qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
+        q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(by_batch(qkv), 3, axis=-1))
+        y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
+        return dense(D, "output", self.dtype, init=INITIALIZERS[self.initializer])(y_BND)
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block with optional layer scale and drop path; scanned over layers."""
+
+    heads: int
+    mlp_ratio: float
+    qkv_bias: str
+    layer_scale: float
+    initializer: str
+    dtype: Dtype
+    bias_grid: tuple[int, int] | None = None  # this block has a relative bias of its own
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BND: jax.Array,
+        bias_BHNN: jax.Array | None,
+        scales_2B: jax.Array | None,
+        corruption: Corruption | None = None,
+    ) -> tuple[jax.Array, None]:
+        """One layer; `scales_2B` multiplies the two branches image by image."""
+        x_BND = by_batch(x_BND)
+        D = x_BND.shape[-1]
+        if self.bias_grid is not None and corruption is not None:
+            bias_BHNN = relative_bias(self, self.bias_grid, self.heads, corruption)
+
+        def branch(y_BND: jax.Array, index: int) -> jax.Array:
+            if self.layer_scale:
+                constant = nn.initializers.constant(self.layer_scale)
+                y_BND = y_BND * self.param(f"layer_scale_{index + 1}", constant, (D,), jnp.float32).astype(y_BND.dtype)
+            return y_BND if scales_2B is None else y_BND * scales_2B[index][:, None, None].astype(y_BND.dtype)
+
+        self.sow("intermediates", "input", x_BND)
+        y = SelfAttention(self.heads, self.qkv_bias, self.initializer, self.dtype, name="attention")(
+            Norm(name="attention_norm")(x_BND), bias_BHNN
+        )
+        x = x_BND + branch(y, 0)
+        self.sow("intermediates", "after_attention", x)
+        y = Norm(name="mlp_norm")(x)
+        y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=INITIALIZERS[self.initializer])(y)
+        y = jax.nn.gelu(by_batch(y), approximate=False)
+        self.sow("intermediates", "mlp_hidden", y)
+        y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer])(y)
+        x = x + branch(y, 1)
+        self.sow("intermediates", "after_mlp", x)
+        return x, None
+
+
+def relative_bias(module: nn.Module, grid: tuple[int, int], heads: int, corruption: Corruption) -> jax.Array:
+    """A bias on the logits looked up by relative position, (B or 1, H, 1 + M, 1 + M), from a table of `module`'s."""
+    shape = (relative_table_rows(grid), heads)
+    table = module.param("relative_bias", nn.initializers.zeros_init(), shape, jnp.float32)
+    return corruption.select_pairs(table[relative_position_index(grid)].transpose(2, 0, 1))
+
+
+def scan_vit_blocks(
+    x_BND: jax.Array,
+    bias_BHNN: jax.Array | None,
+    scales_L2B: jax.Array | None,
+    corruption: Corruption | None,
+    depth: int,
+    remat: str,
+    *args: object,
+) -> jax.Array:
+    """`depth` ViT blocks; bias and corruption are shared by all layers, the drop-path factors are one per layer."""
+    blocks = scan_blocks(ViTBlock, depth, remat, *args, in_axes=(nn.broadcast, 0, nn.broadcast))
+    return blocks(x_BND, bias_BHNN, scales_L2B, corruption)[0]
+
+
+class ViTEncoder(nn.Module):
+    """Embedding, L transformer blocks, a final norm."""
+
+    width: int
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    positions: str
+    mlp_ratio: float
+    qkv_bias: str
+    layer_scale: float
+    drop_path: float
+    initializer: str
+    fill: bool
+    embed_norm: bool
+    final_norm: bool
+    final_eps: float
+    remat: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, patches_BNP: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None) -> jax.Array:
+        """(B, N, P) patches -> (B, 1 + M, D) tokens, class token first; drop path only with `keys_B`."""
+        x = Embedding(
+            self.width,
+            self.grid,
+            self.positions,
+            self.fill,
+            self.embed_norm,
+            self.dtype,
+            INITIALIZERS[self.initializer],
+            name="embedding",
+        )(patches_BNP, corruption)
+        bias_BHNN = None
+        if self.positions == "relative":  # one table for all layers, as ROPIM pre-trains
+            bias_BHNN = relative_bias(self, self.grid, self.heads, corruption)
+        bias_grid = self.grid if self.positions == "relative_per_block" else None  # as it fine-tunes
+        scales_L2B = None
+        if keys_B is not None and self.drop_path:
+            scales_L2B = drop_path_scales(keys_B, self.depth, self.drop_path)
+        x = scan_vit_blocks(
+            x, bias_BHNN, scales_L2B, corruption, self.depth, self.remat,
+            self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.initializer, self.dtype, bias_grid,
+        )  # fmt: skip
+        return Norm(self.final_eps, name="norm")(x) if self.final_norm else x

@@ -1,0 +1,1 @@
+"""Devices and processes: mesh, sharding rules, several processes, signals. Knows no images."""

@@ -1,0 +1,304 @@
+"""Orthogonality penalties on weight matrices: SO and SRIP.
+
+He et al., "Preventing Dimensional Collapse in Self-Supervised Learning via Orthogonality
+Regularization" (arXiv 2411.00392), adds one of these to a self-supervised loss; both come from
+Bansal et al., "Can We Gain More from Orthogonality Regularizations in Training Deep CNNs?" (2018):
+
+    SO:    sum over weights of ||G - I||_F^2
+    SRIP:  sum over weights of sigma_max(G - I)
+
+with G a Gram matrix of the weight. The papers write W for PyTorch's weight, out x in, and G = W^T W
+(in x in); for a wide W that G has rank below its side and can never be I, so the default is the
+smaller of W^T W and W W^T. Our kernels are in x out, the transpose of W; a convolution's kernel
+[h, w, in, out] is read as [h*w*in, out].
+
+Letters: L layers, M matrices of one shape, n the side of the Gram matrix, m the other side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crate_jax.errors import ConfigError
+from crate_jax.parallel import parameters
+
+HIGHEST = jax.lax.Precision.HIGHEST  # TF32 or bfloat16 products would drown G - I near orthonormality
+State = dict[str, jax.Array]
+
+
+class Penalty(Protocol):
+    """What every entry of :data:`PENALTIES` builds."""
+
+    names: tuple[str, ...]  # the parameters acted on
+
+    def init(self, key: jax.Array) -> State:
+        """Returns the state of step 0 (an empty dict if there is none)."""
+        ...
+
+    def apply(self, params: Any, state: State, key: jax.Array) -> tuple[jax.Array, State]:
+        """Returns the penalty summed over the weights (float32 scalar, no gamma) and the next state."""
+        ...
+
+
+def flatten_kernel(kernel: jax.Array, stacked: bool = False) -> jax.Array:
+    """Reads a dense kernel [in, out] or a convolution's [h, w, in, out] as a matrix [h*w*in, out].
+
+    A stacked kernel keeps its leading layer axis: [L, ...] -> [L, h*w*in, out].
+    """
+    layers = kernel.shape[:1] if stacked else ()
+    return kernel.reshape(*layers, -1, kernel.shape[-1])
+
+
+def _gram_on_inputs(inputs: int, outputs: int, gram: str) -> bool:
+    return gram == "in" or (gram == "smaller" and inputs <= outputs)
+
+
+def orient(w_Lio: jax.Array, gram: str) -> jax.Array:
+    """Turns matrices [..., in, out] into w [..., n, m] whose Gram matrix w w^T is the chosen one.
+
+    Args:
+      w_Lio: kernels, in x out.
+      gram: "in" (n = in: W^T W of PyTorch's out x in weight W), "out" (n = out: W W^T), or
+        "smaller" (n = min(in, out)).
+    """
+    inputs, outputs = w_Lio.shape[-2:]
+    return w_Lio if _gram_on_inputs(inputs, outputs, gram) else jnp.swapaxes(w_Lio, -1, -2)
+
+
+def gram_residual(w_Lio: jax.Array, gram: str = "smaller") -> jax.Array:
+    """Returns G - I, [..., n, n] in float32, for matrices [..., in, out]; `gram` as in :func:`orient`."""
+    w_Lnm = orient(w_Lio, gram).astype(jnp.float32)
+    gram_Lnn = jnp.einsum("...nm,...km->...nk", w_Lnm, w_Lnm, precision=HIGHEST)
+    return gram_Lnn - jnp.eye(gram_Lnn.shape[-1], dtype=jnp.float32)
+
+
+@jax.custom_jvp
+def frobenius_squared(w_Mnm: jax.Array) -> jax.Array:
+    """Returns the scalar sum of ||w w^T - I||_F^2 over M matrices [M, n, m].
+
+    The derivative is written out, 4 (w w^T - I) w: since the residual is symmetric it takes one
+    matrix product, where differentiating the Gram matrix takes two.
+    """
+    return jnp.sum(jnp.square(gram_residual(w_Mnm, "in")))
+
+
+@frobenius_squared.defjvp
+def _frobenius_squared_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (w_Mnm,), (dw_Mnm,) = primals, tangents
+    residual_Mnn = gram_residual(w_Mnm, "in")
+    gradient_Mnm = 4 * jnp.einsum("Mnk,Mkm->Mnm", residual_Mnn, w_Mnm, precision=HIGHEST)
+    return jnp.sum(jnp.square(residual_Mnn)), jnp.sum(gradient_Mnm * dw_Mnm)
+
+
+def _residual_times(w_Mnm: jax.Array, v_Mn: jax.Array) -> jax.Array:
+    """(w w^T - I) v without forming the Gram matrix: 4nm operations instead of 2n^2 m."""
+    y_Mm = jnp.einsum("Mnm,Mn->Mm", w_Mnm, v_Mn, precision=HIGHEST)
+    return jnp.einsum("Mnm,Mm->Mn", w_Mnm, y_Mm, precision=HIGHEST) - v_Mn
+
+
+def _norm(x_Mn: jax.Array) -> jax.Array:
+    """Euclidean norm [M] whose gradient at the zero vector is zero instead of NaN."""
+    squared_M = jnp.sum(jnp.square(x_Mn), axis=-1)
+    positive_M = squared_M > 0
+    return jnp.where(positive_M, jnp.sqrt(jnp.where(positive_M, squared_M, 1.0)), 0.0)
+
+
+def _direction(x_Mn: jax.Array, otherwise_Mn: jax.Array) -> jax.Array:
+    """Scales x to unit length; where x is zero (an exactly orthonormal weight) takes the other unit vector."""
+    norm_M1 = _norm(x_Mn)[:, None]
+    return jnp.where(norm_M1 > 0, x_Mn / jnp.where(norm_M1 > 0, norm_M1, 1.0), otherwise_Mn)
+
+
+def spectral_norm(w_Mnm: jax.Array, v_Mn: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
+    """Estimates sigma_max(A), A = w w^T - I, for M matrices by power iteration.
+
+    A is indefinite and may have eigenvalues of nearly equal size and opposite sign. The vector then
+    never settles and v^T A v tends to something smaller than sigma_max, but ||A v|| tends to
+    sigma_max: it is the Rayleigh quotient of A^2, whose top eigenvalue is sigma_max^2 in all cases.
+    Its gradient with v held fixed is then a convex combination of the gradients of the two
+    eigenvalues' sizes.
+
+    Args:
+      w_Mnm: matrices; the gradient flows through them in the last product only.
+      v_Mn: unit vectors to start from.
+      iterations: products with A before that last one.
+
+    Returns:
+      sigma [M], never above sigma_max up to rounding, and the next step's unit vectors [M, n].
+    """
+    w_Mnm = w_Mnm.astype(jnp.float32)
+    fixed_Mnm = jax.lax.stop_gradient(w_Mnm)
+    v_Mn = jax.lax.stop_gradient(v_Mn)
+    v_Mn = jax.lax.fori_loop(0, iterations, lambda _, v_Mn: _direction(_residual_times(fixed_Mnm, v_Mn), v_Mn), v_Mn)
+    image_Mn = _residual_times(w_Mnm, v_Mn)
+    return _norm(image_Mn), _direction(jax.lax.stop_gradient(image_Mn), v_Mn)
+
+
+def random_directions(key: jax.Array, count: int, n: int) -> jax.Array:
+    """Draws unit vectors [count, n], uniform on the sphere."""
+    x_Mn = jax.random.normal(key, (count, n), jnp.float32)
+    return x_Mn / jnp.linalg.norm(x_Mn, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """All the weights that share an oriented shape n x m; they go through one batched product."""
+
+    names: tuple[str, ...]
+    count: int  # matrices, counting every layer of a stacked weight
+    n: int
+    m: int
+    gram: str
+
+    @property
+    def label(self) -> str:
+        """The batch's name in the state, such as ``384x1536``."""
+        return f"{self.n}x{self.m}"
+
+    def key(self, key: jax.Array) -> jax.Array:
+        """The batch's own random key, the same whatever other batches there are."""
+        return jax.random.fold_in(jax.random.fold_in(key, self.n), self.m)
+
+    def gather(self, leaves: dict[str, jax.Array]) -> jax.Array:
+        """Returns the weights [M, n, m], name by name, layer by layer."""
+        parts = [flatten_kernel(leaves[name], parameters.is_stacked(name)) for name in self.names]
+        return jnp.concatenate([orient(p if p.ndim == 3 else p[None], self.gram) for p in parts])
+
+
+def batches(params: Any, selected: tuple[str, ...], gram: str) -> tuple[Batch, ...]:
+    """Groups the selected weights by oriented shape, the shapes in increasing order.
+
+    Raises:
+      ConfigError: a selected parameter is neither a dense nor a convolution's kernel.
+    """
+    leaves = parameters.names(params)
+    groups: dict[tuple[int, int], dict[str, int]] = {}
+    for name in selected:
+        leaf = leaves[name]
+        stacked = parameters.is_stacked(name)
+        if parameters.unstacked_ndim(name, leaf) not in (2, 4):
+            raise ConfigError(
+                f"config.penalty.include: selects {name} of shape {tuple(leaf.shape)}, which is not a matrix or a "
+                "convolution's kernel; match kernels only, or list it in config.penalty.exclude"
+            )
+        layers = leaf.shape[0] if stacked else 1
+        outputs = leaf.shape[-1]
+        inputs = math.prod(leaf.shape[stacked:-1])
+        shape = (inputs, outputs) if _gram_on_inputs(inputs, outputs, gram) else (outputs, inputs)
+        groups.setdefault(shape, {})[name] = layers
+    return tuple(Batch(tuple(group), sum(group.values()), n, m, gram) for (n, m), group in sorted(groups.items()))
+
+
+class NoPenalty:
+    """Zero, at no cost."""
+
+    def __init__(self, config: ConfigDict, params: Any):
+        del config, params
+        self.names: tuple[str, ...] = ()
+
+    def init(self, key: jax.Array) -> State:
+        """Returns an empty state."""
+        del key
+        return {}
+
+    def apply(self, params: Any, state: State, key: jax.Array) -> tuple[jax.Array, State]:
+        """Returns 0 and the state as it was."""
+        del params, key
+        return jnp.zeros((), jnp.float32), state
+
+
+class _OnKernels:
+    """Selects the weights that config.penalty names and groups them by shape."""
+
+    def __init__(self, config: ConfigDict, params: Any):
+        options = config.penalty
+        self.names = parameters.select(params, options.include, options.exclude, "penalty")
+        if not self.names:
+            raise ConfigError("config.penalty.exclude: takes out every parameter that config.penalty.include selects")
+        self.batches = batches(params, self.names, options.gram)
+
+
+class SoftOrthogonality(_OnKernels):
+    """SO: the sum of ||G - I||_F^2 (Bansal et al. 2018). No state."""
+
+    def init(self, key: jax.Array) -> State:
+        """Returns an empty state."""
+        del key
+        return {}
+
+    def apply(self, params: Any, state: State, key: jax.Array) -> tuple[jax.Array, State]:
+        """Returns the penalty and the state as it was."""
+        del key
+        leaves = parameters.names(params)
+        return sum((frobenius_squared(b.gather(leaves)) for b in self.batches), jnp.zeros((), jnp.float32)), state
+
+
+class SpectralRestrictedIsometry(_OnKernels):
+    """SRIP: the sum of sigma_max(G - I) ** power (Bansal et al. 2018).
+
+    The formula has power 1; some released code sums squares (power 2). With `keep_vector` the power
+    iteration continues from the last step's vectors, {"384x1536": v [M, n], ...}, and so converges
+    over the steps; without, it starts from fresh random vectors and has no state.
+    """
+
+    def __init__(self, config: ConfigDict, params: Any):
+        super().__init__(config, params)
+        self.power = config.penalty.power
+        self.iterations = config.penalty.iterations
+        self.keep_vector = config.penalty.keep_vector
+
+    def init(self, key: jax.Array) -> State:
+        """Draws the starting vectors."""
+        return self._draw(key) if self.keep_vector else {}
+
+    def apply(self, params: Any, state: State, key: jax.Array) -> tuple[jax.Array, State]:
+        """Returns the penalty and the vectors of the next step."""
+        leaves = parameters.names(params)
+        start = state if self.keep_vector else self._draw(key)
+        total, vectors = jnp.zeros((), jnp.float32), {}
+        for b in self.batches:
+            sigma_M, vectors[b.label] = spectral_norm(b.gather(leaves), start[b.label], self.iterations)
+            total += jnp.sum(sigma_M**self.power)
+        return total, vectors if self.keep_vector else state
+
+    def _draw(self, key: jax.Array) -> State:
+        return {b.label: random_directions(b.key(key), b.count, b.n) for b in self.batches}
+
+
+PENALTIES: dict[str, Callable[[ConfigDict, Any], Penalty]] = {
+    "none": NoPenalty,
+    "so": SoftOrthogonality,
+    "srip": SpectralRestrictedIsometry,
+}
+
+
+def build(config: ConfigDict, params: Any) -> Penalty:
+    """Builds the penalty that config.penalty names.
+
+    Args:
+      config: the whole configuration.
+      params: the parameter tree, or its shapes from jax.eval_shape.
+
+    Raises:
+      ConfigError: a pattern matches nothing, or selects something that is not a weight matrix.
+    """
+    return PENALTIES[config.penalty.name](config, params)
+
+
+def weighted(
+    config: ConfigDict, penalty: Penalty
+) -> Callable[..., tuple[jax.Array, tuple[State, dict[str, jax.Array]]]]:
+    """The term of an objective: (params, state, key) -> (weight * penalty, (new state, scalars to log))."""
+
+    def term(params: Any, state: State, key: jax.Array) -> tuple[jax.Array, tuple[State, dict[str, jax.Array]]]:
+        value, state = penalty.apply(params, state, key)
+        return config.penalty.weight * value, (state, {"penalty": value} if penalty.names else {})
+
+    return term

@@ -1,0 +1,347 @@
+"""Checkpoints: saved in the background, verified when read, the one before used if the newest is damaged.
+
+A checkpoint is the folder ``workdir/checkpoints/STEP``, written by Orbax under a temporary name and renamed when it is
+complete (what is in it: `crate_jax.workdir.checkpoint_files`). Orbax does not notice flipped bytes in array data, and
+deletes old checkpoints file by file; so nothing that is read is used before its checksum was compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from crate_jax.errors import CheckpointError
+from crate_jax.parallel import distributed
+from crate_jax.parallel.parameters import names
+from crate_jax.workdir import checkpoint_files as files
+from crate_jax.workdir.folder import check_free_space, expanduser
+
+PyTree = Any
+
+FOLDER = "checkpoints"
+REMOVE_SECONDS = 10.0  # for the remains of a save that failed
+AVERAGES = "ema/"  # where `rest` holds the moving average of the parameters
+DAMAGED = "damaged"  # where unusable checkpoints newer than the one used are moved to
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A verified checkpoint: arrays placed as the abstract trees asked, `meta` with what `save` added to it."""
+
+    step: int
+    params: PyTree
+    rest: PyTree
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      workdir: the run's folder; the caller holds its lock (`crate_jax.workdir.folder.lock`).
+      keep: how many checkpoints stay; an older one is deleted only when a newer one is complete.
+
+    Raises:
+      CheckpointError: the folder cannot be created.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int) -> None:
+        files.quiet_orbax()
+        self.folder = Path(workdir).absolute() / FOLDER
+        self._saving: int | None = None  # the step whose save may still be running
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_unfinished()
+            _barrier("unfinished checkpoints removed")
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                item_names=(*files.ITEMS, files.META),
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            )
+        except OSError as e:
+            raise CheckpointError(f"{self.folder}: cannot be used for checkpoints ({e.strerror})") from None
+
+    def latest(self) -> int | None:
+        """Returns the newest step on disk, verified or not; None if there is none."""
+        return max(files.steps(self.folder), default=None)
+
+    def save(self, step: int, params: PyTree, rest: PyTree, meta: Mapping[str, Any]) -> None:
+        """Starts saving; returns once the arrays are copied, so that their buffers may be donated at once.
+
+        A step that is already on disk is left as it is.
+
+        Args:
+          step: optimiser steps done.
+          params: nested dictionaries of arrays.
+          rest: any tree of arrays, typed keys and numbers.
+          meta: JSON-like; must hold the config under 'config'. 'step', 'versions' and 'arrays' are added.
+
+        Raises:
+          CheckpointError: this save, or the one before it, could not be written; those completed earlier are intact.
+        """
+        self.wait()
+        if distributed.largest(int(step in files.steps(self.folder))):  # one host may see it before another
+            return
+        arrays = {"params": _arrays(params), "rest": _arrays(rest)}
+        leaves = [x for item in arrays.values() for x in item.values()]
+        # 4 KiB per array and 1 MiB in all: Orbax's own files and the file system's blocks.
+        needed = sum(x.nbytes for x in leaves) + 4096 * len(leaves) + 2**20
+        distributed.by_first(lambda: check_free_space(self.folder, needed))  # all stop, or none
+        trees = {item: files.storable(x) for item, x in arrays.items()}
+        items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in trees.items() if tree}
+        items[files.META] = ocp.args.JsonSave(files.make_meta(step, meta, arrays))
+        self._saving = step
+        try:
+            saved = self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as e:
+            raise self._save_failed(e) from e
+        if not saved:
+            raise CheckpointError(
+                f"checkpoint of step {step}: {self.folder} holds a later one, {self.latest()}; choose another --workdir"
+            )
+
+    def restore(self, abstract_params: PyTree, abstract_rest: PyTree, config: Mapping[str, Any]) -> Restored | None:
+        """Reads the newest usable checkpoint.
+
+        Unusable ones are named in the log; those newer than the one used are moved to ``checkpoints/damaged``, so
+        that the run can save these steps again.
+
+        Args:
+          abstract_params: tree of `jax.ShapeDtypeStruct` (or arrays); their shardings say where to place what is read.
+          abstract_rest: the same for `rest`.
+          config: the present configuration.
+
+        Returns:
+          the checkpoint, or None if the folder holds none at all.
+
+        Raises:
+          CheckpointError: checkpoints exist and none is usable, or the newest with a readable meta holds other arrays
+            than the state of `config`.
+        """
+        self.wait()
+        wanted = {"params": _targets(abstract_params), "rest": _targets(abstract_rest)}
+        problems: dict[int, str] = {}
+        for step in self._candidates():
+            folder = self.folder / str(step)
+            try:
+                meta = files.read_meta(folder)
+                files.require_fit(folder, meta, wanted, config)
+                read = {item: files.read_arrays(folder, meta, item, targets) for item, targets in wanted.items()}
+            except files.DamagedError as e:
+                problems[step] = _warn_unusable(step, folder, e)
+                continue
+            self._set_aside(problems)
+            changed = files.changes(meta, config)
+            if changed:
+                logging.warning("resuming step %d with a changed config: %s", step, "; ".join(changed))
+            params = jax.tree.unflatten(jax.tree.structure(abstract_params), read["params"].values())
+            rest = jax.tree.unflatten(jax.tree.structure(abstract_rest), read["rest"].values())
+            return Restored(step, params, rest, meta)
+        if problems:
+            raise CheckpointError(_none_usable(self.folder, problems))
+        return None
+
+    def _candidates(self) -> Iterator[int]:
+        """The steps on disk, newest first; one that any process sees, all go through."""
+        step = -1
+        while (step := distributed.largest(max(self._steps(below=step), default=-1))) >= 0:
+            yield step
+
+    def _steps(self, below: int) -> list[int]:
+        return [step for step in files.steps(self.folder) if below < 0 or step < below]
+
+    def wait(self) -> None:
+        """Waits for the running save.
+
+        Raises:
+          CheckpointError: that save could not be written.
+        """
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:
+            raise self._save_failed(e) from e
+        self._saving = None
+
+    def close(self) -> None:
+        """Waits for the running save and ends the background threads; raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _save_failed(self, e: Exception) -> CheckpointError:
+        step, self._saving = self._saving, None
+        self._remove_unfinished()  # a full disk has its room back
+        self._manager.reload()
+        return CheckpointError(
+            f"checkpoint of step {step} could not be written to {self.folder}: {files.one_line(e)}; "
+            f"newest checkpoint there: {self.latest()}"
+        )
+
+    def _remove_unfinished(self) -> None:
+        # Not left to Orbax, which does it in the background: a save starts by measuring the free space.
+        if jax.process_index() == 0:
+            # Its threads may still be writing other files of the step that failed.
+            deadline = time.monotonic() + REMOVE_SECONDS
+            while (left := list(self.folder.glob("*.orbax-checkpoint-tmp*"))) and time.monotonic() < deadline:
+                for path in left:
+                    shutil.rmtree(path, ignore_errors=True)
+                if any(path.exists() for path in left):
+                    time.sleep(0.1)
+
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                (self.folder / DAMAGED).mkdir(exist_ok=True)
+                target = self.folder / DAMAGED / str(step)
+                copy = 0
+                while target.exists():
+                    copy += 1
+                    target = target.with_name(f"{step}.{copy}")
+                (self.folder / str(step)).rename(target)
+                logging.warning("moved the unusable checkpoint of step %d to %s", step, target)
+        _barrier("damaged checkpoints set aside")
+        self._manager.reload()
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _arrays(tree: PyTree) -> dict[str, jax.Array]:
+    return {name: x if isinstance(x, jax.Array) else jnp.asarray(x) for name, x in names(tree).items()}
+
+
+def _targets(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
+        for name, x in names(tree).items()
+    }
+
+
+def _warn_unusable(step: int, folder: Path, e: files.DamagedError) -> str:
+    if e.told:
+        logging.warning("checkpoint of step %d (%s) cannot be used: %s", step, folder, e)
+    return str(e)
+
+
+def _none_usable(folder: Path, problems: Mapping[int, str]) -> str:
+    each = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+    return f"{folder}: no usable checkpoint ({each}); repair it, or choose another --workdir to start anew"
+
+
+def read_params(
+    workdir: str | os.PathLike[str], step: int | None = None, averages: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the verified parameters of a run, for `config.init_from` and for tools.
+
+    Args:
+      workdir: the run's folder, or its ``checkpoints`` folder. Nothing in it is changed.
+      step: which checkpoint; None: the newest usable one.
+      averages: their moving average instead, where the run kept one: what evaluations use.
+
+    Returns:
+      nested dictionaries of NumPy arrays, and the checkpoint's meta.
+
+    Raises:
+      CheckpointError: no such folder or step, no checkpoint in it, or none that is usable.
+    """
+    files.quiet_orbax()
+    folder = expanduser(workdir).absolute()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; expected the workdir of another run")
+    if (folder / FOLDER).is_dir():
+        folder = folder / FOLDER
+    steps = files.steps(folder)
+    if not steps:
+        raise CheckpointError(f"{folder}: holds no checkpoint; expected the workdir of a run that has saved one")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder}: holds no checkpoint of step {step}; it holds {', '.join(map(str, steps))}")
+    problems: dict[int, str] = {}
+    for candidate in steps if step is None else [step]:
+        try:
+            meta = files.read_meta(folder / str(candidate))
+            params = _read_params(folder / str(candidate), meta, averages)
+        except files.DamagedError as e:
+            problems[candidate] = _warn_unusable(candidate, folder / str(candidate), e)
+        else:
+            return files.nest(params), meta
+    raise CheckpointError(_none_usable(folder, problems))
+
+
+def _read_params(folder: Path, meta: dict[str, Any], averages: bool) -> dict[str, Any]:
+    """The parameters by name, or their averages (:meth:`crate_jax.training.step.TrainState.eval_params`)."""
+    kept = [name for name in meta["arrays"]["rest"] if averages and name.startswith(AVERAGES)]
+    item = "rest" if kept else "params"
+    arrays = files.read_arrays(folder, meta, item, files.host_targets(meta, item))
+    return {name.removeprefix(AVERAGES): arrays[name] for name in kept} if kept else arrays
+
+
+def init_encoder(params: PyTree, other: PyTree, what: str) -> PyTree:
+    """Returns `params` with the encoder's arrays replaced by those of another run's parameters.
+
+    A `mask_token` on one side only is allowed: whether there is one depends on the corruption, not on the encoder.
+
+    Args:
+      params: nested dictionaries with the key 'encoder'; dtypes and shardings stay as they are here.
+      other: the same, as from `read_params`.
+      what: where `other` comes from, for messages, such as ``"config.init_from=DIR"``.
+
+    Raises:
+      CheckpointError: lists the first arrays that are missing, unexpected or of another shape.
+    """
+    if not isinstance(other, Mapping) or "encoder" not in other:
+        raise CheckpointError(f"{what}: its parameters have no 'encoder'")
+    ours, theirs = names(params["encoder"]), names(other["encoder"])
+    wrong = []
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        side = "not in this configuration" if name in theirs else "not in the checkpoint"
+        if name.split("/")[-1] == "mask_token":
+            logging.info("%s: encoder/%s is %s; left as it is", what, name, side)
+        else:
+            wrong.append(f"encoder/{name}: {side}")
+    for name in sorted(ours.keys() & theirs.keys()):
+        if ours[name].shape != theirs[name].shape:
+            wrong.append(f"encoder/{name}: checkpoint {theirs[name].shape}, config {ours[name].shape}")
+    if wrong:
+        raise CheckpointError(f"{what}: its encoder does not fit: {files.some(wrong, '; ')}")
+    replaced = [_placed_like(theirs[name], leaf) if name in theirs else leaf for name, leaf in ours.items()]
+    return {**params, "encoder": jax.tree.unflatten(jax.tree.structure(params["encoder"]), replaced)}
+
+
+def _placed_like(value: Any, leaf: Any) -> Any:
+    value = np.asarray(value).astype(leaf.dtype)
+    return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
+
+
+def params_sha256(params: PyTree) -> str:
+    """Hashes names, dtypes, shapes and bytes of all arrays, in the order of their names.
+
+    However they lie on devices. Arrays of which other processes hold a part are gathered one at a time; all processes
+    must call it then.
+    """
+    digest = hashlib.sha256()
+    for name, x in sorted(names(params).items()):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            x = multihost_utils.process_allgather(x, tiled=True)
+        x = np.ascontiguousarray(jax.device_get(x))
+        digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
+        digest.update(x.tobytes())
+    return digest.hexdigest()

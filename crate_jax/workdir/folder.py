@@ -1,0 +1,140 @@
+"""The folder a run writes to: one process at a time, and room enough before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from crate_jax.errors import CheckpointError, UserError
+from crate_jax.parallel import distributed
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+LATE_SECONDS = 60.0  # NFS remembers for up to a minute that there was no such file
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Creates `workdir` if need be and holds it for this process.
+
+    The lock is the kernel's (flock), so it goes with the process however that ends, `kill -9`
+    included; the file stays behind and means nothing by itself. In a run of several processes only
+    the first one takes the lock; if it cannot, all fail.
+
+    Yields:
+      the absolute path of the folder.
+
+    Raises:
+      UserError: the folder cannot be created or written to, or another process holds it.
+    """
+    distributed.watch()
+    folder = distributed.by_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
+    file = distributed.by_first(lambda: _take(folder))
+    with file or contextlib.nullcontext():
+        seen = file is not None or _appears(folder / LOCK_NAME)
+        if not seen:
+            log.error("workdir %s: this process does not see it", folder)
+        if distributed.largest(int(not seen)):
+            raise UserError(f"workdir {folder}: must be the same folder for all processes, on a shared file system")
+        yield folder
+
+
+def expanduser(path: str | os.PathLike[str]) -> Path:
+    """A path with a leading ``~`` or ``~NAME`` replaced by that home folder.
+
+    Raises:
+      UserError: there is no such user, or no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{os.fspath(path)}: the home folder of {Path(path).parts[0]} is not known; write it out"
+        ) from None
+
+
+def _take(folder: Path) -> TextIO:
+    """Opens and locks the lock file, which names this process from then on."""
+    try:
+        # "a": opening must not wipe the holder's line before the lock is ours.
+        file = open(folder / LOCK_NAME, "a+", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"workdir {folder}: cannot be written to ({e.strerror}); choose another --workdir") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"workdir {folder} is in use by process {holder}; wait for it, stop it, or choose another --workdir"
+        ) from None
+    except OSError as e:
+        file.close()
+        raise UserError(
+            f"workdir {folder}: its file system cannot lock files ({e.strerror}); choose another --workdir"
+        ) from None
+    try:
+        for left in folder.glob("*.[0-9]*.tmp"):  # of a process that was killed while it wrote (metrics.write_text)
+            left.unlink(missing_ok=True)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as e:
+        with contextlib.suppress(OSError):  # it tries once more to write
+            file.close()
+        raise UserError(
+            f"workdir {folder}: cannot be written to ({e.strerror}); make room, or choose another"
+        ) from None
+    return file
+
+
+def _appears(path: Path) -> bool:
+    """Whether there is such a file; network file systems may show a new one late."""
+    deadline = time.monotonic() + LATE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _create(workdir: str | os.PathLike[str]) -> Path:
+    if not os.fspath(workdir) or "://" in os.fspath(workdir):
+        raise UserError(f"workdir {os.fspath(workdir)!r}: must be a folder on a local or mounted file system")
+    folder = expanduser(workdir).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"workdir {folder}: is, or lies under, a file; choose another --workdir") from None
+    except OSError as e:
+        raise UserError(f"workdir {folder}: cannot be created ({e.strerror}); choose another --workdir") from None
+    return folder
+
+
+def check_free_space(path: str | os.PathLike[str], bytes_needed: int) -> None:
+    """Checks that the file system of the folder `path` has room for `bytes_needed` more bytes.
+
+    Raises:
+      CheckpointError: names what is free and what is needed, or says that the folder is gone.
+    """
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError as e:
+        raise CheckpointError(
+            f"{os.fspath(path)} is gone ({e.strerror}); the same command starts from what is left of the workdir"
+        ) from None
+    if free < bytes_needed:
+        raise CheckpointError(
+            f"no space left for a checkpoint in {os.fspath(path)}: {bytes_needed / 1e6:,.1f} MB needed, "
+            f"{free / 1e6:,.1f} MB free; make room and run the same command again to go on from the last checkpoint"
+        )

@@ -1,0 +1,397 @@
+"""Where numbers and pictures of a run go: JSON lines, TensorBoard, Weights & Biases, and the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self, TextIO
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, Progress as RichProgress, TextColumn
+
+from crate_jax.errors import ConfigError, UserError
+from crate_jax.workdir.pictures import save_png
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """One destination of scalars and pictures."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records scalars of a step."""
+
+    def write_image(self, step: int, name: str, array: np.ndarray) -> None:
+        """Records a picture, uint8 [H, W, 3]."""
+
+    def close(self) -> None:
+        """Writes out whatever is buffered."""
+
+
+class Writer:
+    """Sends scalars and pictures of a run to every destination its config asks for.
+
+    Always ``metrics.jsonl`` and ``pictures/*.png`` in the workdir; TensorBoard with ``config.log.tensorboard``, Weights
+    & Biases with ``config.log.wandb``. Does nothing in any process but the first.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], config: ConfigDict, start_step: int) -> None:
+        """Opens all destinations.
+
+        Args:
+          workdir: the run's folder; made if need be.
+          config: the whole config of the run.
+          start_step: the step the run continues from; what was recorded after it is dropped, for it will be recorded
+            again. 0: a new run, everything recorded before is dropped.
+
+        Raises:
+          ConfigError: ``config.log.wandb`` is set but wandb is not installed or refuses to start.
+        """
+        if config.log.wandb and importlib.util.find_spec("wandb") is None:
+            # In every process, so that no process waits for one that has left.
+            raise ConfigError(f"config.log.wandb={config.log.wandb!r}: wandb is not installed; pip install wandb")
+        self._sinks: list[Sink] = []
+        if jax.process_index() != 0:
+            return
+        os.makedirs(workdir, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            for sink in _open_sinks(os.fspath(workdir), config, start_step):
+                opened.callback(sink.close)
+                self._sinks.append(sink)
+            opened.pop_all()
+        self._pictures = os.path.join(workdir, "pictures")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records scalars of a step; names may be grouped by a slash ("eval/knn_top1")."""
+        for sink in self._sinks:
+            sink.write(step, scalars)
+
+    def write_image(self, step: int, name: str, array: np.ndarray) -> str | None:
+        """Records a picture.
+
+        Args:
+          step: optimiser steps done.
+          name: letters, digits, "_", "-" and "." only.
+          array: uint8 [H, W, 3].
+
+        Returns:
+          The path of the PNG file, ``pictures/NAME_STEP.png`` in the workdir; None in processes that do not write.
+
+        Raises:
+          TypeError: the array is not uint8 [H, W, 3].
+          ValueError: the name cannot be part of a file name.
+        """
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"write_image: the name {name!r} must be of letters, digits, '_', '-' and '.'")
+        if not self._sinks:
+            return None
+        path = os.path.join(self._pictures, f"{name}_{step:07d}.png")
+        with writing(path):
+            save_png(path, array)
+        for sink in self._sinks:
+            sink.write_image(step, name, array)
+        return path
+
+    def close(self) -> None:
+        """Closes all destinations; the last to be opened first."""
+        with contextlib.ExitStack() as stack:
+            for sink in self._sinks:
+                stack.callback(sink.close)
+        self._sinks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_sinks(workdir: str, config: ConfigDict, start_step: int):
+    yield JsonLines(os.path.join(workdir, "metrics.jsonl"), start_step)
+    if config.log.tensorboard:
+        if importlib.util.find_spec("tensorboardX") is None:
+            log.info("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)")
+        else:
+            yield TensorBoard(os.path.join(workdir, "tensorboard"), start_step)
+    if config.log.wandb:
+        yield WeightsAndBiases(workdir, config, start_step)
+
+
+class JsonLines:
+    """One JSON object per write, ``{"step": 100, "loss": 0.41}``, flushed at once.
+
+    NaN and infinities have no JSON form and are written as null, so that any JSON reader takes the file.
+    """
+
+    def __init__(self, path: str, start_step: int) -> None:
+        """Opens the file for appending, keeping the lines up to `start_step` (none if it is 0)."""
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                kept = [line for line in f if start_step > 0 and _step_of(line) <= start_step]
+            write_text(path, "".join(kept))
+        with writing(path):
+            self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a line."""
+        with writing(self._file.name):
+            self._file.write(json.dumps(_plain({"step": int(step), **scalars}), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def write_image(self, step: int, name: str, array: np.ndarray) -> None:
+        """Pictures are files of their own."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+            self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for one that was torn by a crash, so that it is dropped."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class TensorBoard:
+    """TensorBoard event files, by tensorboardX: without its thread, which dies unseen where the disk is full."""
+
+    def __init__(self, folder: str, start_step: int) -> None:
+        """Opens a new event file that hides events after `start_step` in older ones."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._event, self._folder = Event, folder
+        with writing(folder):
+            os.makedirs(folder, exist_ok=True)
+            self._writer = EventsWriter(os.path.join(folder, "events"))
+        start = start_step + 1 if start_step else 0
+        self._add(start, file_version="brain.Event:2")
+        self._add(start, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step: int, **content: Any) -> None:
+        with writing(self._folder):
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
+            self._writer.flush()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds one point per scalar."""
+        from tensorboardX import summary
+
+        points = [summary.scalar(name, float(value)).value[0] for name, value in scalars.items()]
+        self._add(step, summary=summary.Summary(value=points))
+
+    def write_image(self, step: int, name: str, array: np.ndarray) -> None:
+        """Adds a picture."""
+        from tensorboardX import summary
+
+        self._add(step, summary=summary.image(name, array, dataformats="HWC"))
+
+    def close(self) -> None:
+        """Closes the event file."""
+        with contextlib.suppress(OSError):  # of an event that could not be written, which was said
+            self._writer.close()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run; its id is kept in the workdir, so that a resumed run goes on in the same one."""
+
+    def __init__(self, workdir: str, config: ConfigDict, start_step: int) -> None:
+        """Starts a run, or continues it when `start_step` is above 0.
+
+        Raises:
+          ConfigError: wandb refuses to start, for want of a login for instance.
+        """
+        import wandb
+
+        id_file = os.path.join(workdir, "wandb_run_id.txt")
+        run_id = None
+        if start_step > 0 and os.path.exists(id_file):
+            with open(id_file, encoding="utf-8") as f:
+                run_id = f.read().strip() or None
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb, id=run_id, resume="allow", dir=workdir, config=config.to_dict()
+            )
+        except wandb.Error as e:
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise ConfigError(f"config.log.wandb={config.log.wandb!r}: {reason}") from e
+        write_text(id_file, self._run.id + "\n")
+        # The x axis is a value of ours: W&B's own counter refuses to go back, and a resumed run repeats the steps since
+        # its checkpoint, with the same values.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs scalars."""
+        self._run.log({"step": int(step), **{name: float(value) for name, value in scalars.items()}})
+
+    def write_image(self, step: int, name: str, array: np.ndarray) -> None:
+        """Logs a picture."""
+        import wandb
+
+        self._run.log({"step": int(step), name: wandb.Image(array)})
+
+    def close(self) -> None:
+        """Uploads what is left and ends the run."""
+        self._run.finish()
+
+
+class Progress:
+    """Shows how far a run is: a bar on a terminal, log lines elsewhere. Silent in any process but the first.
+
+    A context manager: on a terminal, log messages and prints appear above the bar while it is open, and the terminal is
+    given back however the block ends.
+    """
+
+    def __init__(self, total_steps: int, start_step: int, batch_size: int) -> None:
+        """Takes the last step of the run, the step it starts from, and the images per step."""
+        self._total, self._start, self._batch_size = total_steps, start_step, batch_size
+        self._bar: RichProgress | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        console = Console(stderr=True)
+        if jax.process_index() != 0 or not sys.stderr.isatty() or console.is_dumb_terminal:
+            return self
+        with contextlib.ExitStack() as stack:
+            original = {sys.stderr: "stderr"}
+            if sys.stdout.isatty():
+                original[sys.stdout] = "stdout"
+            bar = RichProgress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+                console=console,
+                refresh_per_second=4,
+                redirect_stdout=sys.stdout in original,  # never divert what goes into a file
+                expand=True,
+            )
+            self._task = bar.add_task("", total=self._total, completed=self._start, text="")
+            self._bar = stack.enter_context(bar)
+            stack.enter_context(_redirected_handlers(original))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar = None
+        self._stack.close()
+
+    def update(self, step: int, scalars: Mapping[str, float], images_per_sec: float) -> None:
+        """Reports a step.
+
+        Args:
+          step: optimiser steps done.
+          scalars: what to show; the bar shows "loss" only.
+          images_per_sec: present speed, from which the time left follows; 0 while it is not known.
+        """
+        if jax.process_index() != 0:
+            return
+        left = "-"
+        if images_per_sec > 0 and math.isfinite(images_per_sec):
+            left = str(datetime.timedelta(seconds=round((self._total - step) * self._batch_size / images_per_sec)))
+        speed = f"{images_per_sec:.0f} images/s  left {left}"
+        if self._bar is not None:
+            loss = f"loss {format_number(scalars['loss'])}  " if "loss" in scalars else ""
+            self._bar.update(self._task, completed=step, text=loss + speed)
+            return
+        numbers = "".join(f"  {name} {format_number(value)}" for name, value in scalars.items())
+        log.info("step %d/%d%s  %s", step, self._total, numbers, speed)
+
+
+@contextlib.contextmanager
+def _redirected_handlers(original: Mapping[TextIO, str]):
+    """Sends log handlers bound to one of the original streams to what now stands in its place in `sys`.
+
+    A handler keeps the stream it was made with, so redirecting `sys.stderr` alone would leave log lines writing across
+    the bar.
+    """
+    moved: list[tuple[logging.StreamHandler, TextIO]] = []
+    for handler in list(logging.getLogger().handlers):
+        handler = getattr(handler, "python_handler", handler)  # absl's handler wraps the one that writes
+        stream = getattr(handler, "stream", None)
+        if isinstance(handler, logging.StreamHandler) and stream is not None and stream in original:
+            moved.append((handler, stream))
+            handler.setStream(getattr(sys, original[stream]))
+    try:
+        yield
+    finally:
+        for handler, stream in moved:
+            handler.setStream(stream)
+
+
+def format_number(x: float) -> str:
+    """Four significant digits, a short exponent: 0.4123, 1.2e-4."""
+    mantissa, e, exponent = f"{float(x):.4g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else mantissa
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Writes an object as indented JSON; a reader sees the old file or the whole new one, never a part.
+
+    NumPy numbers and arrays become plain ones; NaN and infinities become null. Call it in one process only.
+    """
+    write_text(path, json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(obj: Any) -> Any:
+    if isinstance(obj, Mapping):
+        return {key: _plain(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, np.ndarray | np.generic | jax.Array):
+        return _plain(obj.tolist())
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return obj
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replaces a file by a rename, after its contents have reached the disk. Call it in one process only.
+
+    Raises:
+      UserError: it cannot be written, the disk being full for one; the old file is still there.
+    """
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise _unwritable(path, e) from e
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what writes a file or folder: an OSError becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as e:
+        raise _unwritable(path, e) from e
+
+
+def _unwritable(path: str | os.PathLike[str], e: OSError) -> UserError:
+    return UserError(f"{os.fspath(path)} cannot be written: {e.strerror or e}; make room, or choose another folder")

@@ -1,0 +1,158 @@
+"""k-NN and linear probe against scikit-learn; features in batches and over devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from crate_jax import config as configs, data
+from crate_jax.errors import DataError, NonFiniteError
+from crate_jax.evals.features import extract
+from crate_jax.evals.frozen import FrozenEvaluation, pixel_rows
+from crate_jax.evals.knn import _top_k, knn_sweep, knn_top1
+from crate_jax.evals.probe import fit_all, probe_top1
+from crate_jax.parallel import sharding
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x[order].astype(np.float32), y[order].astype(np.int32)
+    return x[:1300], y[:1300], x[1300:], y[1300:]
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (50, 1.0)])
+def test_knn_equals_scikit_learn(digits, k, temperature):
+    train_x, train_y, test_x, test_y = digits
+    reference = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature)
+    ).fit(train_x, train_y)
+    ours = knn_sweep(train_x, train_y, test_x, 10, [k], [temperature])[0, 0]
+    assert np.mean(ours == reference.predict(test_x)) > 0.995  # the rest: ties within rounding
+    assert knn_top1(*digits, 10, k, temperature) == pytest.approx(reference.score(test_x, test_y), abs=0.005)
+
+
+def test_knn_chunks_change_nothing_and_k_is_clamped(digits):
+    train_x, train_y, test_x, _ = digits
+    whole = knn_sweep(train_x, train_y, test_x, 10, [20], [0.07], chunk=1000)
+    np.testing.assert_array_equal(whole, knn_sweep(train_x, train_y, test_x, 10, [20], [0.07], chunk=7))
+    few = knn_sweep(train_x[:5], train_y[:5], test_x, 10, [20, 5], [0.07])
+    np.testing.assert_array_equal(few[0], few[1])
+
+
+def test_a_sweep_of_k_and_temperature_is_each_alone(digits):
+    train_x, train_y, test_x, _ = digits
+    swept = knn_sweep(train_x, train_y, test_x, 10, [1, 20, 200], [0.07, 1.0])
+    for i, k in enumerate([1, 20, 200]):
+        for j, t in enumerate([0.07, 1.0]):
+            np.testing.assert_array_equal(swept[i, j], knn_sweep(train_x, train_y, test_x, 10, [k], [t])[0, 0])
+
+
+@pytest.mark.parametrize(("n", "k"), [(1000, 1), (1000, 7), (1001, 20), (50, 49), (50, 50), (3, 2)])
+def test_top_k_by_groups_is_top_k_with_its_ties(n, k):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 40, (64, n)), jnp.float32)  # many equal values
+    for ours, theirs in zip(_top_k(x, k), jax.lax.top_k(x, k), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
+def test_probe_equals_scikit_learn(digits, c):
+    """The same objective on the same standardised features: accuracy and probabilities agree."""
+    train_x, train_y, test_x, test_y = digits
+    (probe,) = fit_all(train_x, train_y, 10, [c], standardise=True)
+    assert probe.converged
+    scaled = (train_x - probe.mean) / probe.std
+    reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(scaled, train_y)
+    accuracy = reference.score((test_x - probe.mean) / probe.std, test_y)
+    assert probe_top1(*digits, 10, c) == pytest.approx(accuracy, abs=0.005)
+    centred = probe.weights - probe.weights.mean(1, keepdims=True)  # softmax ignores a common shift
+    expected = reference.coef_.T - reference.coef_.T.mean(1, keepdims=True)
+    # A weak penalty leaves the objective flat: float32 stops a little away from float64's optimum.
+    np.testing.assert_allclose(centred, expected, atol=0.04 * np.abs(expected).max())
+
+
+def test_a_sweep_of_c_is_each_alone_and_keeps_its_order(digits):
+    """Warm starts and the order of the path change nothing but rounding; raw features as scikit-learn takes them."""
+    train_x, train_y, test_x, test_y = digits
+    strengths = [10.0, 0.001, 1.0]
+    for c, probe in zip(strengths, fit_all(train_x, train_y, 10, strengths, standardise=False), strict=True):
+        assert probe.converged and set(probe.std[np.isfinite(probe.std)]) == {1.0}
+        reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(train_x, train_y)
+        assert np.mean(probe.predict(test_x) == test_y) == pytest.approx(reference.score(test_x, test_y), abs=0.005)
+        (alone,) = fit_all(train_x, train_y, 10, [c], standardise=False)
+        assert np.mean(probe.predict(test_x) == alone.predict(test_x)) > 0.99
+
+
+def test_probe_survives_constant_features(digits):
+    train_x, train_y, test_x, test_y = digits
+    dead = [np.concatenate([x, np.full((len(x), 3), 5.0, np.float32)], 1) for x in (train_x, test_x)]
+    assert probe_top1(dead[0], train_y, dead[1], test_y, 10, 1.0) == pytest.approx(probe_top1(*digits, 10, 1.0))
+
+
+def test_bad_labels_and_features_are_named(digits):
+    train_x, train_y, test_x, test_y = digits
+    with pytest.raises(DataError, match="integers in 0..4"):
+        knn_top1(*digits, 5, 20, 0.07)
+    broken = train_x.copy()
+    broken[3, 2] = np.nan
+    with pytest.raises(NonFiniteError, match="1 of 1300"):
+        probe_top1(broken, train_y, test_x, test_y, 10, 1.0)
+
+
+def test_features_keep_their_order_in_any_batch_and_on_any_devices():
+    images = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 3), np.uint8)
+    expected = images.reshape(37, -1).astype(np.float32)[:, :5]
+    apply = jax.jit(lambda x: x.reshape(len(x), -1)[:, :5].astype(jnp.float32))
+    for devices, rows in ((1, 10), (1, 64), (8, 16)):
+        place = sharding.split(sharding.make_mesh(8, 1, jax.devices()[:devices]))
+        batches = (images[i : i + rows] for i in range(0, 37, rows))
+        np.testing.assert_array_equal(extract(apply, batches, rows, place), expected)
+    assert apply._cache_size() == 3  # one shape per call: the last batch is filled up
+
+
+def test_frozen_evaluation_scores_an_encoder_and_pixels():
+    """An encoder that returns pixels scores as pixels do; the sample is fixed by the seed."""
+    c = configs.base()
+    c.data.source, c.data.image_size, c.data.eval_crop = "digits", (8, 8), 1.0
+    c.encoder.patch_size, c.evaluation.train_images, c.evaluation.test_images = 2, 600, 200
+    train = data.open_split(c, "train")
+
+    def pixels(params, x):
+        return x.reshape(len(x), -1).astype(jnp.float32) * params["scale"]
+
+    evaluation = FrozenEvaluation(c, pixels, train, sharding.make_mesh(16, 1))
+    scores = evaluation.scores({"scale": jnp.float32(2.0)})
+    assert scores == evaluation.scores({"scale": jnp.float32(2.0)})
+    baseline = evaluation.pixel_scores()
+    assert scores["knn_top1"] == pytest.approx(baseline["knn_top1"], abs=0.01)
+    assert 0.85 < scores["probe_top1"] <= 1.0
+    assert evaluation.scores({"scale": jnp.float32(0.0)})["probe_top1"] < 0.3
+
+
+def test_the_baseline_of_raw_pixels_stays_small_for_large_images():
+    """Up to 32 px every pixel counts; above, blocks are averaged: a probe on all of 224 px fits no memory."""
+    small = np.random.default_rng(0).integers(0, 256, (3, 8, 32, 3), np.uint8)
+    np.testing.assert_array_equal(pixel_rows(small), small.reshape(3, -1).astype(np.float32) / 255.0)
+    large = small.repeat(7, axis=1).repeat(7, axis=2)
+    np.testing.assert_allclose(pixel_rows(large), pixel_rows(small), atol=1 / 255)
+    assert pixel_rows(np.zeros((1, 224, 224, 3), np.uint8)).shape == (1, 32 * 32 * 3)
+
+
+def test_a_split_without_a_readable_image_is_named(tmp_path):
+    for split, content in (("train", None), ("test", b"not an image")):
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            path = tmp_path / split / label / "0.png"
+            path.write_bytes(content) if content else Image.new("RGB", (8, 8)).save(path)
+    c = configs.base()
+    c.data.source, c.data.image_size, c.data.max_undecodable = f"folder:{tmp_path}", (8, 8), 1.0
+    evaluation = FrozenEvaluation(c, lambda params, x: x, data.open_split(c, "train"), sharding.make_mesh(16, 1))
+    with pytest.raises(DataError, match="none of 2 images can be decoded"):
+        evaluation.pixel_scores()

@@ -1,0 +1,303 @@
+"""Judging a checkpoint: frozen protocols with their cache, fine-tuning, and what is said when it cannot be done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import crate_jax
+from configs import evaluate, quickstart
+from crate_jax import data
+from crate_jax.convert import pretrained, weights
+from crate_jax.errors import CheckpointError, ConfigError, DataError
+from crate_jax.jobs import evaluate as job, finetune
+from crate_jax.models import autoencoder, representation
+from crate_jax.models.layers import layer_norm
+from crate_jax.training import loop
+from crate_jax.workdir import checkpoint
+from tests.test_cli import one_line_error
+
+pytestmark = pytest.mark.one_python
+
+
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory) -> Path:
+    """A finished pre-training run on digits."""
+    c = quickstart.get_config("debug")
+    c.steps, c.log.pictures = 30, 0
+    workdir = tmp_path_factory.mktemp("pretraining") / "run"
+    loop.run(c, str(workdir))
+    return workdir
+
+
+def configured(arg: str, pretraining: Path, **values):
+    c = evaluate.get_config(arg)
+    c.checkpoint, c.data.source = str(pretraining), "digits"
+    c.data.crop_scale, c.data.flip, c.data.eval_crop = (0.9, 1.0), 0.0, 1.0
+    c.evaluation.pool, c.evaluation.batch_size = "mean", 64
+    for key, value in values.items():
+        *section, leaf = key.split("__")
+        (c[section[0]] if section else c)[leaf] = value
+    return c
+
+
+def results(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+
+
+def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, monkeypatch):
+    calls = []
+    of_split = job.of_split
+    monkeypatch.setattr(job, "of_split", lambda *args: calls.append(1) or of_split(*args))
+    first = job.run(configured("protocol=knn", pretraining), str(tmp_path))
+    computed = len(calls)
+    second = job.run(configured("protocol=logreg", pretraining), str(tmp_path))
+    assert computed > 0 and len(calls) == computed
+    assert [r["protocol"] for r in results(tmp_path)] == ["knn", "logreg"]
+    assert results(tmp_path)[1] == json.loads(json.dumps(second))
+    assert 0.3 < first["top1"] <= 1 and 0.5 < second["top1"] <= 1
+    for record in (first, second):
+        assert record["version"] == 1 and record["checkpoint_sha256"] == pretrained.load(str(pretraining), "").sha256
+        assert record["versions"]["jax"] == jax.__version__ and record["seed"] == 0
+        assert record["versions"]["crate-jax"] == crate_jax.__version__
+        assert (record["train_images"], record["test_images"], record["classes"]) == (1437, 360, 10)
+    job.run(configured("protocol=knn", pretraining, evaluation__pool="cls"), str(tmp_path))
+    assert len(calls) > computed  # other tokens, other features
+    computed = len(calls)
+    job.run(configured("protocol=knn,scratch", pretraining), str(tmp_path))
+    assert len(calls) > computed and "random" in results(tmp_path)[-1]["checkpoint"]
+
+
+def test_features_are_kept_under_all_that_they_depend_on():
+    encoder = pretrained.Pretrained("", {}, {}, "some digest")
+
+    def key(arg: str = "train", digest: str = "some digest", n: int = 20, **values) -> str:
+        c = configured("", Path("unused"), **{"data__image_size": (8, 8), **values})
+        source = data.open_split(c, arg)
+        return job.cache_key(c, dataclasses.replace(encoder, sha256=digest), source, np.arange(n))
+
+    others = [key("eval"), key(digest="another"), key(n=21), key(data__source="synthetic"), key(dtype="bfloat16")]
+    for name, value in (
+        ("data__image_size", (16, 16)), ("data__mean", (0.1, 0.2, 0.3)), ("data__std", (1.0, 1.0, 1.0)),
+        ("data__eval_crop", 0.5), ("data__interpolation", "bilinear"), ("evaluation__pool", "cls"),
+        ("evaluation__layer", 1), ("encoder__heads", 2), ("encoder__lam", 0.2),
+    ):  # fmt: skip
+        others.append(key(**{name: value}))
+    assert key() == key(evaluation__batch_size=3, protocol__scratch=True)  # neither changes a feature
+    assert len({key(), *others}) == 1 + len(others)
+
+
+def test_a_damaged_cache_is_computed_again(pretraining, tmp_path):
+    c = configured("protocol=knn", pretraining, evaluation__train_images=100, evaluation__test_images=50)
+    before = job.run(c, str(tmp_path))
+    for file in (tmp_path / "features").iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    assert job.run(c, str(tmp_path))["top1"] == before["top1"]
+    for file in (tmp_path / "features").iterdir():
+        file.write_bytes(b"")
+    assert job.run(c, str(tmp_path))["top1"] == before["top1"]
+
+
+def test_features_are_of_the_tokens_asked_for():
+    """After the last block, normalised, is the encoder's output; cls_mean is both, one after the other."""
+    c = quickstart.get_config("debug")
+    params = autoencoder.init_params(c, jax.random.key(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16, 12)), jnp.float32)
+    norm = params["encoder"]["norm"]
+
+    def features(pool: str, layer: int = 0) -> np.ndarray:
+        c.evaluation.pool, c.evaluation.layer = pool, layer
+        return np.asarray(representation.build(c)(params, x))
+
+    both = features("cls_mean")
+    np.testing.assert_array_equal(both, np.concatenate([features("cls"), features("mean")], axis=1))
+    np.testing.assert_allclose(
+        layer_norm(features("cls", c.encoder.depth), norm["scale"], norm["bias"], 1e-6), features("cls"), atol=1e-5
+    )
+    assert np.abs(features("cls", 1) - features("cls", 2)).max() > 1e-3
+
+
+def test_statistics_are_the_checkpoints_unless_set(pretraining):
+    encoder = pretrained.load(str(pretraining), "")
+    theirs = {key: tuple(encoder.config["data"][key]) for key in ("mean", "std")}
+    for given, expected in (
+        ({}, theirs),
+        ({"std": (1.0, 1.0, 1.0)}, {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}),
+        ({"mean": (0.1, 0.2, 0.3)}, {**theirs, "mean": (0.1, 0.2, 0.3)}),
+    ):
+        c = configured("", pretraining, **{f"data__{key}": value for key, value in given.items()})
+        full = job.inherit(c, encoder)
+        assert {key: full.data[key] for key in theirs} == expected
+
+
+def test_a_checkpoint_with_averaged_weights_is_judged_by_them(tmp_path):
+    c = quickstart.get_config("debug")
+    c.optimizer.ema, c.log.pictures = 0.5, 0
+    loop.run(c, str(tmp_path))
+    raw = json.loads((tmp_path / "summary.json").read_text())["params_sha256"]
+    assert checkpoint.params_sha256(checkpoint.read_params(tmp_path)[0]) == raw
+    judged = pretrained.load(str(tmp_path), "config.checkpoint")
+    assert judged.sha256 != raw and set(judged.params) == {"encoder", "decoder"}
+
+
+FINETUNE = {
+    "epochs": 4.0, "batch_size": 96, "optimizer__lr": 1e-2, "optimizer__lr_batch": 0, "optimizer__warmup_epochs": 0.5,
+    "data__randaugment_layers": 0, "log__every": 15,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["finetune_crate", "finetune_mae"])
+def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretraining, tmp_path):
+    c = configured(f"protocol={recipe}", pretraining, **FINETUNE)
+    record = finetune.run(c, str(tmp_path))
+    frozen = job.run(configured("protocol=knn", pretraining), str(tmp_path / "frozen"))
+    assert record["top1"] > 0.25 and record["steps"] == 60 and not record["scratch"]
+    assert record["config"]["optimizer.lr"] == 1e-2 and record["config"]["encoder.depth"] == 2  # recipes can be changed
+    assert "decoder.depth" not in record["config"] and "seed" not in record["config"]
+    assert record["params_sha256"] != frozen["checkpoint_sha256"] and record["pool"] == "mean"
+    assert record["checkpoint_sha256"] == frozen["checkpoint_sha256"] and record["checkpoint"] == frozen["checkpoint"]
+    again = finetune.run(c, str(tmp_path))
+    assert {k: v for k, v in again.items() if k != "images_per_sec"} == {
+        k: v for k, v in record.items() if k != "images_per_sec"
+    }
+
+
+def test_a_workdir_is_of_one_fine_tuning(pretraining, tmp_path):
+    """A score must not be written down under another checkpoint, seed or data set than it was learnt from."""
+    values = {"log__pictures": 0, "evaluation__test_images": 8}
+    first = finetune.run(configured("protocol=finetune_crate,debug", pretraining, **values), str(tmp_path / "w"))
+    for arg, changed, words in (
+        ("", {"seed": 1}, "seed: 0 -> 1"),
+        (",scratch", {}, "init_from: .* -> ''"),
+        ("", {"data__source": "synthetic"}, "other training images"),
+        ("", {"checkpoint": str(shutil.copytree(pretraining, tmp_path / "copy"))}, "init_from"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds a run that started otherwise .*{words}"):
+            finetune.run(
+                configured(f"protocol=finetune_crate,debug{arg}", pretraining, **values, **changed), str(tmp_path / "w")
+            )
+    assert len(results(tmp_path / "w")) == 1 and results(tmp_path / "w")[0]["params_sha256"] == first["params_sha256"]
+
+
+def test_the_same_weights_with_other_heads_are_another_encoder(pretraining, tmp_path):
+    """Nothing in the weights tells their number: the cache must not hand out the others' features."""
+    encoder = pretrained.load(str(pretraining), "")
+    found = {}
+    for heads in (encoder.config["encoder"]["heads"], 1):
+        c = json.loads(json.dumps(encoder.config))
+        c["encoder"]["heads"] = heads
+        weights.save(tmp_path / f"{heads}.safetensors", c, encoder.params)
+        values = {"evaluation__train_images": 200, "evaluation__test_images": 20}
+        found[heads] = job.run(
+            configured("protocol=knn", tmp_path / f"{heads}.safetensors", **values), str(tmp_path / "w")
+        )
+    assert len({r["checkpoint_sha256"] for r in found.values()}) == 1 and len(found) == 2
+    assert len(list((tmp_path / "w" / "features").iterdir())) == 4
+
+
+def test_scratch_starts_from_a_random_encoder(pretraining, tmp_path):
+    starts = {}
+    for arg in ("", ",scratch"):
+        c = configured(f"protocol=finetune_crate{arg},debug", pretraining, optimizer__lr=1e-30)
+        record = finetune.run(c, str(tmp_path / f"run{arg}"))
+        starts[arg] = checkpoint.read_params(tmp_path / f"run{arg}")[0]["encoder"]
+        assert record["scratch"] == bool(arg) and (record["checkpoint"] is None) == bool(arg)
+    ours = pretrained.load(str(pretraining), "").params["encoder"]
+    kernel = ours["blocks"]["mssa"]["subspaces"]["kernel"]
+    np.testing.assert_allclose(starts[""]["blocks"]["mssa"]["subspaces"]["kernel"], kernel, rtol=1e-6)
+    assert np.abs(starts[",scratch"]["blocks"]["mssa"]["subspaces"]["kernel"] - kernel).max() > 1e-3
+
+
+def test_a_frozen_encoder_keeps_its_bits(pretraining, tmp_path):
+    c = configured("protocol=finetune_crate,debug", pretraining, finetune__freeze=True, optimizer__lr=1e-2)
+    finetune.run(c, str(tmp_path))
+    before = pretrained.load(str(pretraining), "").params["encoder"]
+    after = checkpoint.read_params(tmp_path)[0]
+    for name in ("blocks", "norm"):
+        jax.tree.map(np.testing.assert_array_equal, after["encoder"][name], before[name])
+    assert np.abs(after["head"]["linear"]["bias"]).max() > 0
+
+
+@pytest.fixture
+def unlabelled(tmp_path) -> Path:
+    for i in range(4):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path / "images"
+
+
+def test_what_cannot_be_judged_is_said_in_one_line(pretraining, unlabelled, tmp_path):
+    work = str(tmp_path / "work")
+    with pytest.raises(ConfigError, match="config.checkpoint is empty"):
+        job.run(configured("", ""), work)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        job.run(configured("", tmp_path / "nothing"), work)
+    with pytest.raises(DataError, match="label"):
+        job.run(configured("", pretraining, data__source=f"folder:{unlabelled}"), work)
+    with pytest.raises(DataError, match="label"):
+        finetune.run(configured("protocol=finetune_crate", pretraining, data__source=f"folder:{unlabelled}"), work)
+    with pytest.raises(ConfigError, match="evaluation.layer=9: the encoder has 2 blocks"):
+        job.run(configured("", pretraining, evaluation__layer=9), work)
+    with pytest.raises(ConfigError, match="must be one of knn, logreg"):
+        job.run(configured("", pretraining, protocol__name="svm"), work)
+    with pytest.raises(ConfigError, match="config.encoder.depth=7: the encoder is that of step 30"):
+        finetune.run(configured("protocol=finetune_crate", pretraining, encoder__depth=7), work)
+    with pytest.raises(ConfigError, match="lacks its options k, temperature"):
+        job.run(configured("", pretraining, protocol__name="knn"), work)
+    with pytest.raises(ConfigError, match="config.protocol.metric='miou'"):
+        job.run(configured("", pretraining, protocol__metric="miou"), work)
+    with pytest.raises(ConfigError, match="not one of"):
+        evaluate.get_config("protocol=svm")
+    damaged = shutil.copytree(pretraining, tmp_path / "damaged")
+    for file in (damaged / "checkpoints").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        job.run(configured("", damaged), work)
+
+
+def test_other_classes_in_the_test_folder_are_named(pretraining, tmp_path):
+    for split, classes in (("train", "ab"), ("test", "abc")):
+        for name in classes:
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    with pytest.raises(DataError, match="adds c"):
+        job.run(configured("", pretraining, data__source=f"folder:{tmp_path / 'set'}"), str(tmp_path / "work"))
+
+
+@pytest.mark.slow
+def test_relative_positions_of_another_grid_are_named(tmp_path):
+    c = quickstart.get_config("debug")
+    c.encoder.name, c.encoder.positions, c.log.pictures = "vit", "relative", 0
+    c.decoder.name = "linear"
+    loop.run(c, str(tmp_path / "run"))
+    other = configured("", tmp_path / "run", data__image_size=(16, 16))
+    with pytest.raises(CheckpointError, match="encoder/relative_bias: checkpoint"):
+        job.run(other, str(tmp_path / "work"))
+
+
+def test_commands(run_cli, pretraining, tmp_path):
+    """From the command line, and an error as one line."""
+    flags = [f"--config.checkpoint={pretraining}", "--config.data.source=digits", f"--workdir={tmp_path}"]
+    found = run_cli(["--config=configs/evaluate.py:protocol=logreg,debug", "--config.protocol.select=test", *flags])
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert "chosen on the test split, which is optimistic" in found.stdout and "top1" in found.stdout
+    wrong = run_cli(["--config=configs/evaluate.py", "--config.data.source=digits", f"--workdir={tmp_path}"])
+    assert "config.checkpoint is empty" in one_line_error(wrong)
+
+
+@pytest.mark.slow
+def test_fine_tuning_from_the_command_line(run_cli, pretraining, tmp_path):
+    flags = [f"--config.checkpoint={pretraining}", "--config.data.source=digits"]
+    tuned = run_cli(["--config=configs/evaluate.py:protocol=finetune_ropim,debug", *flags, f"--workdir={tmp_path}"])
+    assert tuned.returncode == 0, tuned.stderr[-2000:]
+    assert "finetune_ropim of step 30" in tuned.stdout

@@ -1,0 +1,437 @@
+"""Reports: what they hold, that a browser needs nothing else, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html import escape
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure as Plot
+
+from configs import quickstart, report as report_config
+from crate_jax import config as configs
+from crate_jax.analysis import logged
+from crate_jax.errors import CheckpointError, ConfigError, DataError
+from crate_jax.jobs import report as job
+from crate_jax.report import Figure, Section, Table, page, svg
+from crate_jax.training import loop
+from crate_jax.workdir import pictures
+
+pytestmark = pytest.mark.one_python
+
+NAMES = ("<script>alert(1)<script>", "b$x_2 & c")  # of folders
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+def tiny(**changes):
+    """A run of one block on the digits."""
+    c = quickstart.get_config("debug")
+    c.batch_size, c.encoder.width, c.encoder.depth, c.encoder.heads = 16, 16, 1, 2
+    c.decoder.depth, c.decoder.heads, c.log.pictures, c.log.tensorboard = 1, 2, 3, False
+    for key, value in changes.items():
+        *section, leaf = key.split("__")
+        (c[section[0]] if section else c)[leaf] = value
+    return c
+
+
+def two_runs(folder):
+    """Trains two runs with the names NAMES in `folder`; returns their workdirs and summaries."""
+    changes = ({}, {"corruption__mask_ratio": 0.25, "evaluation__every": 2})
+    paths = [folder / name for name in NAMES]
+    return paths, [loop.run(tiny(**c), str(p)) for c, p in zip(changes, paths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return two_runs(tmp_path_factory.mktemp("runs"))
+
+
+def report(paths, workdir=None, **changes):
+    c = report_config.get_config()
+    c.checkpoint = ",".join(map(str, paths))
+    for key, value in changes.items():
+        section, leaf = key.split("__")
+        c[section][leaf] = value
+    return job.run(c, None if workdir is None else str(workdir))
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    return folder, report(runs[0], folder)
+
+
+class Page(HTMLParser):
+    """What is in a page; raises where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.ids, self.links, self.tags, self.cells, self.text = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self._see(tag, dict(attrs))
+
+    def handle_startendtag(self, tag, attrs):
+        self._see(tag, dict(attrs))
+
+    def _see(self, tag, attrs):
+        self.tags.append(tag)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs[k] for k in ("src", "href", "xlink:href", "srcset", "action", "data") if k in attrs]
+        if tag in ("td", "th"):
+            self.cells.append(attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(folder):
+    return (folder / "report.html").read_text(encoding="utf-8"), json.loads((folder / "report.json").read_text())
+
+
+def test_training_leaves_a_report(runs):
+    paths, summaries = runs
+    for path, summary in zip(paths, summaries, strict=True):
+        html, numbers = read(path)
+        assert summary["report"] == str(path / "report.html")
+        assert json.loads((path / "summary.json").read_text())["report"] == summary["report"]
+        assert "svg" in Page(html).tags and "img" in Page(html).tags
+        assert numbers["left_out"] == {} and [s["title"] for s in numbers["sections"]] == ["Overview", "Pictures"]
+        assert numbers["sections"][0]["numbers"][path.name]["summary"]["probe_top1"] == summary["probe_top1"]
+
+
+def test_pages_need_nothing_but_themselves(runs, compared):
+    for folder in (*runs[0], compared[0]):
+        html, _ = read(folder)
+        found = Page(html)
+        assert len(found.ids) == len(set(found.ids)) > 50
+        assert len(found.links) > 50
+        for link in found.links:
+            assert link.startswith(("#", "data:")), link
+            assert not link.startswith("#") or link[1:] in found.ids, link
+        assert "http:" not in html and "https:" not in html and "@import" not in html
+        assert all(part.startswith("#") and part.split(")")[0][1:] in found.ids for part in html.split("url(")[1:])
+
+
+def test_names_are_escaped(compared):
+    html, _ = read(compared[0])
+    found = Page(html)
+    assert found.tags.count("script") == 1  # the page's own
+    for name in NAMES:
+        assert name not in html and "".join(found.text).count(name) > 5
+
+
+def test_numbers_and_tables_are_those_of_the_summaries(runs, compared):
+    html, numbers = read(compared[0])
+    overview = numbers["sections"][0]
+    cells = {c["data-number"] for c in Page(html).cells if "data-number" in c}
+    tables = {t["caption"]: t for t in overview["tables"]}
+    scores = tables["Scores at the end of training."]
+    assert scores["columns"] == ["run", "what", "probe %", "k-NN %"]
+    found = {(row[0], row[1]): row[2:] for row in scores["rows"]}
+    for name, summary in zip(NAMES, runs[1], strict=True):
+        for key, value in overview["numbers"][name]["summary"].items():
+            assert value == summary[key], key
+        for what, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
+            expected = [100 * summary[k + suffix] for k in ("probe_top1", "knn_top1")]
+            assert found[name, what] == expected and {repr(x) for x in expected} <= cells
+        assert repr(summary["loss"]) in cells
+    settings = next(t for caption, t in tables.items() if caption.startswith("Settings"))
+    assert settings["columns"] == ["config", *NAMES]
+    assert settings["rows"] == [["corruption.mask_ratio", 0.5, 0.25], ["evaluation.every", 0, 2]]
+
+
+def test_what_belongs_to_a_run_is_marked(compared):
+    html, _ = read(compared[0])
+    for number, name in enumerate(NAMES):
+        assert f'<tr data-run="{number}"' in html
+        assert f' data-run="{number}"><button type="button">{escape(name)}</button></th>' in html  # a column
+        assert f'<g data-run="{number}"' in html  # a line
+        assert f'<button type="button" aria-pressed="true" value="{number}"' in html
+    alone = Section("S", "", (Figure("f", plot("a")),), (Table("t", ("run", "a"), (("a", 1),)),))
+    assert 'data-run="' not in page.render("one", {"a": "a"}, [alone], {}).replace("`[data-run=", "")
+
+
+def test_what_is_about_one_run_is_hidden_with_it():
+    picture, rows = np.zeros((8, 8, 3), np.uint8), (("x", 1),)
+    figures = tuple(Figure(c, picture) for c in ("b$x: seen", "a, class 1", "a and b$x: shared"))
+    tables = tuple(Table(c, ("x", "y"), rows) for c in ("a: own", "ab: of nobody"))
+    html = page.render("two", {"a": "a", "b$x": "b"}, [Section("S", "", figures, tables)], {})
+    assert re.findall(r'<figure class="picture"(.*?) style', html) == [' data-run="1"', ' data-run="0"', ""]
+    assert re.findall(r'<div class="table scroll"(.*?) tabindex', html) == [' data-run="0"', ""]
+    assert re.findall(r'<p class="table-name" id="[^"]*"(.*?)>', html) == [' data-run="0"', ""]
+
+
+def test_a_folder_of_runs_is_all_of_them(runs, tmp_path):
+    """Such as a sweep's, where a run may have failed before it saved anything."""
+    sweep = tmp_path / "sweep"
+    for name, run in zip(("lam=1,seed=0", "lam=2,seed=0"), runs[0], strict=True):
+        shutil.copytree(run, sweep / name)
+    (sweep / "lam=3,seed=0").mkdir()
+    result = report([sweep], report__sections=("overview",))
+    assert result["report"] == str(sweep / "report.html")
+    assert list(read(sweep)[1]["runs"]) == ["lam=1,seed=0", "lam=2,seed=0"]
+    report([sweep, runs[0][1]], tmp_path / "w", report__sections=("overview",))
+    assert len(read(tmp_path / "w")[1]["runs"]) == 3
+
+
+def test_a_section_that_needs_no_run_is_had_without_one(tmp_path, monkeypatch):
+    """As a flag gives them, names of sections are one text."""
+    lone = Section("Alone", "", tables=(Table("t", ("x",), ((1,),)),))
+    monkeypatch.setitem(job.SECTIONS, "theory", job.Analysis("T", lambda _: lone, False, needs_runs=False))
+    c = report_config.get_config()
+    c.report.sections = ("theory",)
+    assert job.run(c, str(tmp_path))["left_out"] == {}
+    assert [s["title"] for s in read(tmp_path)[1]["sections"]] == ["Alone"] and "<h1>Alone</h1>" in read(tmp_path)[0]
+    with pytest.raises(ConfigError, match="--workdir is missing"):
+        job.run(c, None)
+    c.report.sections = ("theory,overview",)
+    with pytest.raises(ConfigError, match="config.checkpoint='': must name"):
+        job.run(c, str(tmp_path))
+    assert job._chosen(c) == ["overview", "theory"]
+    c.report.sections = ()
+    assert "theory" not in job._chosen(c)
+
+
+def test_what_telemetry_saw_of_the_layers_is_drawn(tmp_path):
+    lines = [{"step": 10 * i, "loss": 1.0} for i in range(1, 8)]
+    for line in lines:
+        line |= {f"whitebox/encoder/nonzero/{layer:02d}": 0.1 * layer for layer in range(1, 13)}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (figure,) = logged._layers({"a": logged.read(tmp_path), "b": logged.read(None)})
+    assert figure.caption.startswith("a: share of the entries that are not 0")
+    drawn = figure.content.axes[0].lines
+    assert [line.get_label() for line in drawn] == [f"step {step}" for step in (10, 30, 40, 50, 70)]
+    assert all(list(line.get_xdata()) == list(range(1, 13)) for line in drawn)
+    np.testing.assert_allclose(drawn[0].get_ydata(), 0.1 * np.arange(1, 13))
+
+
+def test_the_report_of_one_run_goes_to_the_run(runs, tmp_path):
+    run = shutil.copytree(runs[0][0], tmp_path / "run")
+    (run / "report.html").unlink()
+    result = report([run / "checkpoints"])
+    assert result == {"report": str(run / "report.html"), "json": str(run / "report.json"), "left_out": {}}
+    assert read(run)[1]["runs"] == {"run": f"step 4 of {run / 'checkpoints'}"}
+    with pytest.raises(ConfigError, match="--workdir is missing: it says where the report goes"):
+        report([run, runs[0][1]])
+
+
+def of_images(subjects):
+    rows = tuple((s.name, len(s.train), len(s.test)) for s in subjects)
+    return Section("Sizes", "", tables=(Table("Sizes", ("run", "training", "evaluation"), rows),))
+
+
+def refuses(subjects):
+    raise DataError("these images have no labels")
+
+
+def image_folder(folder):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cats", "dogs"):
+            for i in range(16):
+                pictures.save_png(folder / split / name / f"{i}.png", rng.integers(0, 256, (8, 8, 3), np.uint8))
+    return folder
+
+
+@pytest.mark.slow
+def test_what_cannot_be_said_is_named(runs, tmp_path, monkeypatch):
+    """Of two runs, the images of one are gone, and an analysis refuses: the rest is there."""
+    monkeypatch.setitem(job.SECTIONS, "sizes", job.Analysis("Sizes", of_images))
+    monkeypatch.setitem(job.SECTIONS, "refuses", job.Analysis("Classes <i>", refuses, needs_images=False))
+    images = image_folder(tmp_path / "images")
+    loop.run(tiny(data__source=f"folder:{images}"), str(tmp_path / "gone"))
+    paths = [runs[0][1], tmp_path / "gone"]
+    assert report(paths, tmp_path / "w")["left_out"].keys() == {"Classes <i>"}
+    images.rename(tmp_path / "elsewhere")
+    left_out = report(paths, tmp_path / "w")["left_out"]
+    assert left_out.keys() == {"what needs the images of gone", "Classes <i>"}
+    assert str(images) in left_out["what needs the images of gone"]
+    html, numbers = read(tmp_path / "w")
+    assert numbers["left_out"] == left_out and "<b>Classes &lt;i&gt;</b>: these images have no labels" in html
+    sizes = next(s for s in numbers["sections"] if s["title"] == "Sizes")
+    assert sizes["tables"][0]["rows"] == [[NAMES[1], 1437, 360]]
+    alone = report(paths[1:], tmp_path / "w")["left_out"]
+    assert alone["Sizes"] == "there are no images to look at"
+    named = report(paths, tmp_path / "w", data__source=f"folder:{tmp_path}/elsewhere", report__sections=("sizes",))
+    assert named["left_out"] == {}
+    sections = read(tmp_path / "w")[1]["sections"]
+    assert [s["tables"][0]["rows"] for s in sections] == [[[NAMES[1], 32, 32], ["gone", 32, 32]]]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changes", "error", "message"),
+    [
+        ("", {}, ConfigError, "config.checkpoint='': must name the workdirs"),
+        ("{run},", {}, ConfigError, "must name the workdirs of runs or files of weights, separated by commas"),
+        ("{run},{run}", {}, ConfigError, "stands there twice"),
+        ("{run},{run}/checkpoints", {}, ConfigError, "are the same run"),
+        ("{run},{run}x", {}, CheckpointError, "x: no such folder"),
+        ("{run}", {"report__sections": ("colours",)}, ConfigError, "unknown 'colours'; must be of overview, pictures"),
+    ],
+)
+def test_wrong_requests_are_one_line(runs, tmp_path, checkpoint, changes, error, message):
+    with pytest.raises(error, match=message) as caught:
+        report([checkpoint.format(run=runs[0][1])], tmp_path / "w", **changes)
+    assert "\n" not in str(caught.value) and not (tmp_path / "w" / "report.html").exists()
+
+
+def test_the_command_line_says_what_is_wrong_and_where_the_report_is(runs, run_cli, tmp_path):
+    command = ["--config=configs/report.py", f"--config.checkpoint={tmp_path}/none"]
+    result = run_cli(command)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"error: {tmp_path}/none: no such folder" in result.stderr
+    run = shutil.copytree(runs[0][0], tmp_path / "run")
+    result = run_cli([command[0], f"--config.checkpoint={run}", "--config.report.sections=overview"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"report: {run}/report.html"
+
+
+def test_paths_may_have_commas_of_their_own(tmp_path):
+    a, b = tmp_path / "lam=1,seed=0", tmp_path / "lam=1"
+    a.mkdir()
+    assert job.split(f"{a},x,{a}2") == [str(a), "x", str(b), "seed=02"]
+    b.mkdir()
+    assert job.split(f"{a}") == [str(b), "seed=0"]  # the shortest that exists: as it is read, from the left
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert job.names(["/r/a", "/r/b"]) == ["a", "b"]
+    assert job.names(["/r/a/run", "/r/b/run"]) == ["a/run", "b/run"]
+
+
+def test_a_run_keeps_its_config_and_takes_the_options_of_the_report():
+    """Old keys are dropped, new ones have their default; a file of weights has no decoder and was not trained here."""
+    saved = json.loads(configs.to_json(tiny()))
+    saved["checkpoint"], saved["encoder"]["old"] = {"every": 3}, 1
+    del saved["encoder"]["embed_norm"]
+    options = report_config.get_config()
+    options.checkpoint, options.report.sections, options.encoder.width = "X", ("overview",), 1000
+    full = job.resolve(options, saved)
+    expected = configs.flatten(tiny()) | {"checkpoint": "X", "report.sections": ["overview"]}
+    expected |= {k: v for k, v in configs.flatten(options).items() if k.startswith(("log.", "save.", "whitebox."))}
+    assert configs.flatten(full) == expected
+    options.data.source, options.data.eval_split = "folder:here", "val"
+    assert job.resolve(options, saved).data.source == "folder:here"
+    assert job.resolve(options, saved).data.image_size == (8, 8)
+    only = {k: saved[k] for k in ("encoder", "data")}
+    full = job.resolve(report_config.get_config(), only)
+    assert (full.job, full.decoder.name, full.corruption.name) == ("evaluate", "linear", "none")
+
+
+def test_every_key_is_of_the_run_or_of_the_report():
+    """A new section of the config has to be put in its place: left out, a run would show with defaults."""
+    of_the_report = {"align", "checkpoint", "job", "log", "mesh", "nonfinite", "report", "save", "sweep", "whitebox"}
+    assert set(configs.base()) == {*job.OF_THE_RUN, *of_the_report}
+    saved = json.loads(configs.to_json(tiny(protocol__name="finetune_mae", whitebox__every=3)))
+    full = job.resolve(report_config.get_config(), saved)
+    assert (full.protocol.name, full.whitebox.every) == ("finetune_mae", 0)
+
+
+def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(svg, "element", broken)
+    summary = loop.run(tiny(steps=2), str(tmp_path / "run"))
+    assert summary["report"] is None and "no report: RuntimeError: no fonts" in caplog.text
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert loop.run(tiny(steps=2, log__report=False), str(tmp_path / "quiet"))["report"] is None
+
+
+def test_a_run_that_is_still_going_can_be_read(runs, tmp_path):
+    run = shutil.copytree(runs[0][1], tmp_path / "run")
+    (run / "summary.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    result = report([run])
+    overview = read(run)[1]["sections"][0]
+    assert result["left_out"] == {} and "Not finished" in read(run)[0]
+    table = next(t for t in overview["tables"] if t["caption"].startswith("The runs"))
+    assert dict(zip(table["columns"], table["rows"][0], strict=True))["steps"] == 4
+    (run / "summary.json").write_text("{")
+    assert "summary.json: is not JSON" in report([run])["left_out"]["Overview"]
+
+
+def test_evaluations_in_the_workdir_are_shown(tmp_path):
+    lines = [{"protocol": "knn", "data": "digits", "top1": 0.25}, {"protocol": "x", "data": "d", "top1": None}]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    table = logged._results({"r": logged.read(tmp_path)})
+    assert table.columns == ("run", "protocol", "data", "top-1 %")
+    assert table.rows == (("r", "knn", "digits", 25.0), ("r", "x", "d", None))
+
+
+def plot(label="a"):
+    figure = Plot(figsize=(3, 2), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([1, 2], [3, 4], label=label)
+    ax.plot([1, 2], [4, 4], color="0.4", label="other")
+    ax.plot([1, 2], [2, 4], color="#123456")
+    ax.imshow(np.eye(4))
+    ax.legend()
+    return figure
+
+
+def test_figures_take_the_colours_of_the_page():
+    before = dict(matplotlib.rcParams)
+    text, width = svg.element(plot("a$b"), "f1", ("a$b", "c"), 'say "<hi>"')
+    assert dict(matplotlib.rcParams) == before
+    assert svg.element(plot("a$b"), "f1", ("a$b", "c"), 'say "<hi>"')[0] == text
+    assert width == 3 * 96
+    assert "var(--c0)" in text and "currentColor" in text and "var(--paper)" in text and "#123456" in text
+    assert "#000000" not in text and "#ffffff" not in text and "#666666" not in text and "<style" not in text
+    assert "data:image/png" in text and "xlink" not in text and 'aria-label="say &quot;&lt;hi&gt;&quot;' in text
+    assert text.count('data-run="0"') == 0  # a dollar in a label is a formula unless it is escaped
+    escaped = svg.element(plot(svg.escape("a$b")), "f1", ("a$b", "c"), "")[0]
+    # the line, and its sample in the legend
+    assert escaped.count('data-run="0"') == 2 and 'data-run="1"' not in escaped
+    assert "a$b" in escaped
+
+
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [("a", 0), ("a: 3", 0), ("_a", 0), ("_a, layer 2", 0), ("a, b", 1), ("a, b: 3", 1), ("ab", None), ("x: a", None),
+     ("", None), (r"c\$", 2), ("c$", None), ("_d", 3), ("__d", 3)],
+)  # fmt: skip
+def test_labels_say_whose_a_line_is(label, number):
+    assert svg.owner(label, ("a", "a, b", "c$", "_d")) == number
+
+
+def test_ids_of_two_equal_figures_differ():
+    section = Section("One", "", tuple(Figure("same", plot()) for _ in range(2)))
+    found = Page(page.render("t", {"r": "r"}, [section, section], {}))
+    assert len(found.ids) == len(set(found.ids))
+
+
+def test_cells():
+    rows = ((None, 1), (0.123456, 12345), (float("nan"), -2), (float("inf"), np.float64(1e-7)), (np.int64(3), 0))
+    table = Table("<caption>", ("x", "<y>"), rows)
+    html = page.render("t", {"r": "r"}, [Section("S", "", tables=(table,))], {})
+    assert '<td data-empty class="number">–</td>' in html and '<td data-empty class="number">NaN</td>' in html
+    assert '<td data-number="0.123456" title="0.123456" class="number">0.1235</td>' in html
+    assert ">12,345</td>" in html and 'data-number="Infinity"' in html and 'data-number="1e-07"' in html
+    assert "&lt;caption&gt;" in html and "&lt;y&gt;" in html and "np." not in html
+    with pytest.raises(ValueError, match="1 cells under 2 columns"):
+        page.render("t", {"r": "r"}, [Section("S", "", tables=(Table("", ("x", "y"), ((1,),)),))], {})
+
+
+def test_pictures_are_shown_whole():
+    small, large = np.zeros((8, 16, 3), np.uint8), np.full((50, 400, 3), 7, np.uint8)
+    section = Section("S", "", (Figure("a", small), Figure("b", large)))
+    html = page.render("t", {"r": "r"}, [section], {})
+    assert 'class="small" alt="a" width="208" height="104"' in html and 'alt="b" width="400" height="50"' in html
+    with pytest.raises(TypeError, match="uint8"):
+        page.render("t", {"r": "r"}, [Section("S", "", (Figure("a", np.zeros((8, 8))),))], {})

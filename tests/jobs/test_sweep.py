@@ -1,0 +1,322 @@
+"""Sweeps: what is run, what is skipped, what continues, and what the table and the figure say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import sweep as sweep_config
+from crate_jax import main
+from crate_jax.errors import ConfigError, NonFiniteError
+from crate_jax.jobs import sweep, sweep_table
+from crate_jax.parallel.interrupt import Interrupt, Interrupted
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.one_python
+
+TINY = {
+    "steps": 4, "batch_size": 16, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2, "decoder.depth": 1,
+    "decoder.heads": 2, "log.pictures": 0, "log.tensorboard": False, "log.report": False,
+}  # fmt: skip
+
+
+def tiny(arg: str = "base=quickstart,debug", **changes):
+    """A sweep over models of one block on the digits."""
+    c = sweep_config.get_config(arg)
+    for key, value in {**TINY, **changes}.items():
+        *section, leaf = key.replace("__", ".").split(".")
+        (c[section[0]] if section else c)[leaf] = value
+    return c
+
+
+def summaries(folder) -> dict[str, dict]:
+    return {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("*/summary.json"))}
+
+
+def table_rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+TWO_BY_TWO = dict(sweep__key="encoder.lam", sweep__values=(0.1, 5.0), sweep__seeds=2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep of two values and two seeds; tests only read it, or run it again."""
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, sweep.run(tiny(**TWO_BY_TWO), str(folder))
+
+
+def test_each_value_and_seed_gets_the_run_it_would_have_alone(finished):
+    folder, result = finished
+    names = [f"encoder.lam={v},seed={s}" for v in ("0.1", "5") for s in (0, 1)]
+    assert sorted(summaries(folder)) == names and result["failed"] == []
+    for name in names:
+        config = json.loads((folder / name / "config.json").read_text())
+        assert f"encoder.lam={config['encoder']['lam']:g},seed={config['seed']}" == name
+        assert config["job"] == "pretrain" and config["sweep"] == {"key": "", "values": [], "seeds": 1}
+    assert len({s["params_sha256"] for s in summaries(folder).values()}) == 4
+
+
+def test_table_csv_and_json_hold_the_numbers_of_the_summaries(finished):
+    folder, result = finished
+    text = (folder / "table.md").read_text()
+    assert result["table"] == text and "`encoder.lam`: 4 of 4 runs finished" in text
+    header, *rows = table_rows(text)
+    assert [row[:2] for row in rows] == [["0.1", "2"], ["5", "2"]]
+    names = {"probe %": "probe_top1", "untrained k-NN %": "knn_top1_untrained", "pixels probe %": "probe_top1_pixels"}
+    for value, row in zip(("0.1", "5"), rows, strict=True):
+        runs = [summaries(folder)[f"encoder.lam={value},seed={s}"] for s in (0, 1)]
+        for shown, name in names.items():
+            a, b = (100 * r[name] for r in runs)
+            mean, std = map(float, row[header.index(shown)].strip("*").split(" ± "))
+            assert mean == pytest.approx((a + b) / 2, abs=0.051)
+            assert std == pytest.approx(abs(a - b) / 2**0.5, abs=0.051)  # of two, with n - 1
+        mean = float(row[header.index("loss")].split(" ± ")[0])
+        assert mean == pytest.approx(sum(r["loss"] for r in runs) / 2, rel=1e-3)
+    lines = list(csv.DictReader((folder / "sweep.csv").open()))
+    records = json.loads((folder / "sweep.json").read_text())
+    for line, record in zip(lines, records, strict=True):
+        assert float(line["probe_top1"]) == record["probe_top1"] == summaries(folder)[line["folder"]]["probe_top1"]
+        assert record["status"] == "done" and float(line["value"]) == record["value"]
+
+
+def test_the_figure_is_drawn_twice(finished):
+    folder, _ = finished
+    pixels = np.asarray(Image.open(folder / "sweep.png").convert("RGB"))
+    assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    assert (folder / "sweep.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_running_again_trains_nothing_and_more_values_keep_the_old_runs(finished):
+    folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*=*/**/*") if p.is_file()}
+    table = (folder / "table.md").read_text()
+    assert sweep.run(tiny(**TWO_BY_TWO), str(folder))["table"] == table
+    less = tiny(**TWO_BY_TWO | {"sweep__values": (5.0,)}, log__every=1)  # how it is logged makes no other run
+    assert table_rows(sweep.run(less, str(folder))["table"])[1][:2] == ["5", "2"]
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*=*/**/*") if p.is_file()} == before
+    assert sweep.run(tiny(**TWO_BY_TWO), str(folder))["table"] == table
+
+
+def test_a_folder_with_a_run_of_another_config_is_named_before_anything_runs(finished):
+    folder, _ = finished
+    changed = tiny(**TWO_BY_TWO | {"sweep__values": (0.3, 5.0)}, optimizer__lr=5e-4)
+    with pytest.raises(ConfigError, match=r"encoder.lam=5,seed=0 holds a run of another config \(optimizer.lr: 0.002 "):
+        sweep.run(changed, str(folder))
+    assert not (folder / "encoder.lam=0.3,seed=0").exists()
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
+    c = tiny(sweep__key="optimizer.lr", sweep__values=(1e30, 1e-3), optimizer__clip_norm=0.0, steps=6)
+    result = sweep.run(c, str(tmp_path))
+    assert result["failed"] == ["optimizer.lr=1e30,seed=0"]
+    failed, done = json.loads((tmp_path / "sweep.json").read_text())
+    assert failed["status"] == "failed" and "the loss is" in failed["error"] and done["status"] == "done"
+    header, first, second = table_rows(result["table"])
+    assert first[:3] == ["1e30", "0 + 1 failed", "-"] and second[:2] == ["0.001", "1"]
+    assert "* `optimizer.lr=1e30,seed=0` failed: the loss is" in result["table"]
+    with pytest.raises(NonFiniteError, match="in optimizer.lr=1e30,seed=0; all other runs are finished"):
+        main.show_sweep(result)  # status 2, after the table
+    assert result["table"] in capsys.readouterr().out
+
+
+class KillAtStart(logging.Handler):
+    """Sends this process SIGTERM when a run says that it starts to train."""
+
+    def emit(self, record):
+        if record.msg.startswith("training %d"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_sweep_after_the_step_and_the_sweep_continues(finished, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "crate_jax")
+    folder = shutil.copytree(finished[0], tmp_path / "sweep")
+    c = tiny(sweep__key="encoder.lam", sweep__values=(5.0, 0.3, 0.4))
+    trainer, killer = logging.getLogger("crate_jax.training.loop"), KillAtStart()
+    trainer.addHandler(killer)
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM at step 1, state saved, in encoder.lam=0.3,seed=0") as caught:
+            sweep.run(c, str(folder))
+    finally:
+        trainer.removeHandler(killer)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert not (folder / "encoder.lam=0.4,seed=0").exists()
+    assert "1 of 3 runs finished" in (folder / "table.md").read_text()
+    caplog.clear()
+    c.sweep.values = (5.0, 0.3)
+    assert "2 of 2 runs finished" in sweep.run(c, str(folder))["table"]
+    assert caplog.text.count("continuing from step 1") == 1 and "1 of 2 runs are finished already" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_stopped_command_continues_where_it_was(cli_env, tmp_path):
+    """SIGTERM in the second run: status 143 and one line; the same command resumes it and leaves the first alone."""
+    command = [
+        sys.executable, "-m", "crate_jax.main", "--config=configs/sweep.py:base=quickstart,debug",
+        *(f"--config.{key}={value}" for key, value in TINY.items() if key != "steps"),
+        "--config.steps=600", "--config.log.every=20", "--config.save.every=100000",
+        "--config.sweep.values=0.5,0.75", f"--workdir={tmp_path / 'sweep'}",
+    ]  # fmt: skip
+    first, second = (tmp_path / "sweep" / f"corruption.mask_ratio={v},seed=0" for v in (0.5, 0.75))
+    stderr_file = tmp_path / "stderr"  # a pipe that nobody reads would fill up and stop the process
+    with stderr_file.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=out, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while not ((second / "metrics.jsonl").exists() and (second / "metrics.jsonl").read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, stderr_file.read_text()[-2000:]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(timeout=240)
+    stderr = stderr_file.read_text()
+    assert status == 128 + signal.SIGTERM, stderr[-2000:]
+    last = stderr.strip().splitlines()[-1]
+    step = int(re.search(r"stopped by SIGTERM at step (\d+), state saved, in corruption.mask_ratio=0.75", last)[1])
+    assert 0 < step < 600 and "the same command continues it" in last and "Traceback" not in stderr
+    assert "1 of 2 runs finished" in (tmp_path / "sweep" / "table.md").read_text()
+    written = (first / "summary.json").stat().st_mtime_ns
+    again = subprocess.run(command, cwd=ROOT, env=cli_env, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "1 of 2 runs are finished already" in again.stderr
+    assert again.stderr.count(f"continuing from step {step} of {second}") == 1
+    assert (first / "summary.json").stat().st_mtime_ns == written
+    assert summaries(tmp_path / "sweep")[second.name]["steps"] == 600
+    assert "2 of 2 runs finished" in again.stdout and "--config.sweep.values=0.5,0.75" in again.stdout
+
+
+def test_a_signal_reaches_every_open_interrupt_whenever_it_comes():
+    """So a sweep stops too when the signal came while a run was evaluating, and a run when it came before its start."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with Interrupt() as sweep_interrupt:
+        with Interrupt() as run_interrupt:
+            assert run_interrupt.signal is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert run_interrupt.signal == signal.SIGTERM
+        assert sweep_interrupt.signal == signal.SIGTERM
+        with Interrupt() as next_run:
+            assert next_run.signal == signal.SIGTERM
+    with Interrupt() as later:
+        assert later.signal is None
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+BAD = [
+    (dict(sweep__key="encoder.lamda"), "no such key to sweep; did you mean encoder.lam"),
+    (dict(sweep__key="encoder"), "config.sweep.key='encoder': there is no such key"),
+    (dict(sweep__key="job"), "there is no such key to sweep"),
+    (dict(sweep__key=""), "config.sweep.key='': there is no such key"),
+    (dict(sweep__key="seed"), "seeds go into config.sweep.seeds"),
+    (dict(sweep__seeds=0), "config.sweep.seeds=0: must lie in [1, 10000]"),
+    (dict(sweep__values=()), "config.sweep.values is empty"),
+    (dict(sweep__values=(0.1, "many")), "'many' is not a valid float, which config.encoder.lam is"),
+    (dict(sweep__values=(True,)), "True is not a valid float"),
+    (dict(sweep__values=(0.1, 0.5, 0.1)), "0.1 stands there twice"),
+    (dict(sweep__key="encoder.depth", sweep__values=(2, 2.5)), "2.5 is not a valid int"),
+    (dict(sweep__key="encoder.name", sweep__values=(1,)), "1 is not a valid str"),
+    (dict(sweep__key="data.flip", sweep__values=(0.5, 1.5)), "data.flip=1.5,seed=0: config.data.flip=1.5: must lie in"),
+    (dict(sweep__key="corruption.rop_ratio"), "no effect with config.corruption.name='mask'; it needs rop"),
+    (dict(sweep__key="penalty.weight"), "no effect with config.penalty.name='none'; it needs so or srip"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[m for _, m in BAD])
+def test_a_sweep_that_cannot_be_is_one_line(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        sweep.expand(tiny(**TWO_BY_TWO | changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_all_settings_are_checked_before_the_first_runs(tmp_path):
+    """The last value does not fit the schedule, the penalty's patterns, or the devices."""
+    for changes, message in [
+        (dict(sweep__key="optimizer.lr", sweep__values=(1e-3, 1e-9), optimizer__min_lr=1e-6), "must not exceed"),
+        (dict(sweep__key="penalty.include", sweep__values=((".*kernel",), ("nothing",)), penalty__name="so",
+              penalty__weight=1e-6), "penalty.include"),
+        (dict(sweep__key="batch_size", sweep__values=(16, 12)), "8 devices"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=f"seed=0: .*{message}"):
+            sweep.run(tiny(**changes), str(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+
+
+def test_values_take_the_type_of_their_key():
+    """Fractions, lists of texts in one, whole numbers for a float; a penalty of 0 is the run without one."""
+
+    def values(key, *given):
+        settings = sweep.expand(tiny(sweep__key=key, sweep__values=given))
+        section, leaf = key.rsplit(".", 1)
+        return [getattr(s.config, section)[leaf] for s in settings]
+
+    assert values("corruption.mask_ratio", "1/4,0.5") == [0.25, 0.5]
+    assert values("encoder.lam", 1, 0.5) == [1.0, 0.5]
+    assert values("corruption.name", "mask,rop") == ["mask", "rop"]
+    assert values("optimizer.schedule", "cosine", "constant") == ["cosine", "constant"]
+    assert values("data.crop_scale", (0.2, 1.0), (0.5, 1.0)) == [(0.2, 1.0), (0.5, 1.0)]
+    assert values("save.keep", "1,2") == [1, 2]
+    settings = sweep.expand(sweep_config.get_config("over=penalty,base=quickstart"))
+    assert [(s.config.penalty.name, s.config.penalty.weight) for s in settings] == [
+        ("none", 0.0), ("so", 1e-7), ("so", 1e-6), ("so", 1e-5),
+    ]  # fmt: skip
+
+
+def test_the_config_string_goes_to_the_base():
+    c = sweep_config.get_config("over=lam,base=crate_mae,variant=S,seeds=3")
+    assert (c.job, c.encoder.width, c.sweep.seeds) == ("sweep", 576, 3) and c.sweep["values"] == (0.1, 0.5, 5.0)
+    assert sweep_config.get_config("over=rop_ratio").corruption.name == "rop"  # what it is about goes without saying
+    srip = sweep_config.get_config("over=penalty,penalty=srip,base=vit_mae")
+    assert srip.sweep["values"] == (0.0, 1e-5, 1e-4, 1e-3)
+    with pytest.raises(ConfigError, match="unknown key 'variant'.*of base=cifar10; the sweep's own: over, base, seeds"):
+        sweep_config.get_config("variant=S")
+    with pytest.raises(ConfigError, match="over=colour is not one of mask_ratio, lam, rop_ratio, penalty"):
+        sweep_config.get_config("over=colour")
+
+
+def made_up(value, seed=0, **numbers):
+    scores = {"loss": 1.0, "steps": 4, "probe_top1": 0.5, "knn_top1": 0.4, "probe_top1_pixels": 0.3, **numbers}
+    return {"value": value, "seed": seed, "folder": f"x={value},seed={seed}", "status": "done", **scores}
+
+
+def axis_of(values, **numbers):
+    records = [made_up(v, **numbers) for v in values]
+    return sweep_table.figure(tiny(sweep__key="x"), records).axes
+
+
+def test_the_best_mean_is_bold_and_one_seed_has_no_deviation():
+    records = [made_up(1, 0, probe_top1=0.9), made_up(1, 1, probe_top1=0.1), made_up(2, 0, probe_top1=0.6)]
+    header, one, two = table_rows(sweep_table.table("x", records, 4, "command"))
+    at = header.index("probe %")
+    assert one[at] == "50.0 ± 56.6" and two[at] == "**60.0**"
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [((0.25, 0.5, 0.9), "linear"), ((0.1, 0.5, 5.0), "log"), ((0.0, 1e-7, 1e-5), "symlog"), (("a", "b"), "linear")],
+)
+def test_the_axis_fits_the_values(values, scale):
+    axes = axis_of(values)
+    assert [ax.get_title() for ax in axes] == ["linear probe", "k-NN"]
+    assert axes[0].get_xscale() == scale
+    assert [t.get_text() for t in axes[0].get_xticklabels()] == [sweep_table.label(v) for v in values]
+    assert axes[0].get_xlabel() == ("x" if scale == "linear" else "x (log scale)")
+
+
+def test_images_without_labels_get_a_table_and_a_figure_of_the_loss():
+    numbers = dict.fromkeys(("probe_top1", "knn_top1", "probe_top1_pixels"))
+    records = [made_up(v, **numbers) for v in (1, 2)]
+    assert table_rows(sweep_table.table("x", records, 2, ""))[0] == ["x", "seeds", "loss"]
+    (ax,) = sweep_table.figure(tiny(sweep__key="x"), records).axes
+    assert ax.get_ylabel() == "training loss"

@@ -1,0 +1,135 @@
+"""The fine-tuning objective: mixing, erasing, layer-wise rates, and a shared bias copied to every block."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crate_jax import config as configs, data
+from crate_jax.errors import CheckpointError
+from crate_jax.methods import classify
+from crate_jax.models import ENCODERS
+from crate_jax.models.corruption import Identity
+from crate_jax.training import optimizer
+
+pytestmark = pytest.mark.one_python
+
+
+def keys(n: int) -> jax.Array:
+    return jax.random.split(jax.random.key(0), n)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_labels_are_mixed_as_their_images_are(mixup, cutmix):
+    """Image i is all i: the mean of a mixed one says how much of the other it holds, and so must its label."""
+    n = 64
+    images = jnp.broadcast_to(jnp.arange(n, dtype=jnp.float32)[:, None, None, None], (n, 16, 16, 3))
+    mixed, target = classify.mix(keys(n), images, jnp.eye(n), mixup, cutmix)
+    np.testing.assert_allclose(jnp.sum(target, axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(jnp.mean(mixed, axis=(1, 2, 3)), target @ jnp.arange(n, dtype=jnp.float32), atol=1e-3)
+    own = jnp.diagonal(target)
+    assert float(jnp.std(own)) > 0.1  # each image draws its own weight
+    flat = jnp.std(mixed, axis=(1, 2, 3)) < 1e-3  # mixup, or a box over all or nothing
+    if mixup and cutmix:
+        assert 0.3 < float(jnp.mean(flat)) < 0.8
+    elif mixup:
+        assert bool(jnp.all(flat))
+
+
+def test_erasing_hits_its_share_of_the_images_with_boxes_of_the_right_size():
+    images = jnp.full((400, 32, 32, 3), 7.0)
+    erased = jax.vmap(lambda k, x: classify.erase(k, x, 0.25))(keys(400), images)
+    changed = np.asarray(jnp.any(erased != 7.0, axis=-1))
+    hit = changed.any((1, 2))
+    assert 0.18 < hit.mean() < 0.32
+    shares = changed[hit].mean((1, 2))
+    assert 0.005 < shares.min() and shares.max() < 0.42
+    rows, columns = changed[hit].any(2).sum(1), changed[hit].any(1).sum(1)
+    np.testing.assert_allclose(shares * 32 * 32, rows * columns)  # filled boxes
+    untouched = jax.vmap(lambda k, x: classify.erase(k, x, 0.0))(keys(400), images)
+    np.testing.assert_array_equal(untouched, images)
+
+
+def test_options_of_a_recipe_reach_the_loss():
+    c = configs.base()
+    c.data.image_size, c.encoder.patch_size, c.data.source = (8, 8), 4, "synthetic"
+    c.encoder.update(dict(name="vit", width=16, depth=2, heads=2))
+    source = data.SyntheticSource("train", (8, 8))
+    batch = {"image": np.stack([source.read(i) for i in range(8)]), "label": source.labels[:8]}
+
+    def build(key: str, value: float):
+        changed = c.copy_and_resolve_references()
+        (changed.encoder if key == "drop_path" else changed.finetune)[key] = value
+        return classify.build(changed, source)
+
+    def params_of(objective):
+        return jax.jit(lambda key: objective.init(key)[0])(jax.random.key(1))
+
+    def loss(objective) -> float:
+        return float(jax.jit(objective.loss)(params, batch, keys(8))[0])
+
+    plain = build("head_init", 1.0)
+    params = params_of(plain)
+    scaled = params_of(build("head_init", 0.25))["head"]["linear"]["kernel"]
+    np.testing.assert_allclose(scaled, 0.25 * params["head"]["linear"]["kernel"], rtol=1e-5)
+    expected = loss(plain)
+    for key, value in (("label_smoothing", 0.5), ("cutmix", 1.0), ("erase", 1.0), ("drop_path", 0.9)):
+        assert abs(loss(build(key, value)) - expected) > 1e-4, key
+
+
+def relative(positions: str):
+    c = configs.base()
+    c.data.image_size, c.encoder.patch_size = (8, 12), 4
+    c.encoder.update(dict(name="vit", width=16, depth=3, heads=2, positions=positions))
+    c.corruption.name, c.decoder.name = "none", "linear"
+    module = ENCODERS["vit"](c)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 48)), jnp.float32)
+    return module, module.init(jax.random.key(0), x, Identity())["params"], x
+
+
+def test_a_shared_bias_copied_to_every_block_is_the_same_function():
+    shared, params, x = relative("relative")
+    table = jax.random.normal(jax.random.key(1), params["relative_bias"].shape)
+    params = {**params, "relative_bias": table}
+    per_block, others, _ = relative("relative_per_block")
+    adopted = classify.adopt({"encoder": others}, {"encoder": params}, "test")["encoder"]
+    assert adopted["blocks"]["relative_bias"].shape == (3, *table.shape)
+    expected = shared.apply({"params": params}, x, Identity())
+    np.testing.assert_allclose(per_block.apply({"params": adopted}, x, Identity()), expected, atol=1e-5)
+    plain = shared.apply({"params": {**params, "relative_bias": 0 * table}}, x, Identity())
+    assert float(jnp.abs(plain - expected).max()) > 1e-2
+
+
+def test_another_models_encoder_is_named_array_by_array():
+    _, ours, _ = relative("relative")
+    _, theirs, _ = relative("relative_per_block")
+    with pytest.raises(CheckpointError, match="encoder/blocks/relative_bias: not in this configuration"):
+        classify.adopt({"encoder": ours}, {"encoder": theirs}, "test")
+    with pytest.raises(CheckpointError, match="no 'encoder'"):
+        classify.adopt({"encoder": ours}, {"decoder": theirs}, "test")
+
+
+def test_rates_fall_with_the_depth_below_the_head():
+    """Embedding decay^(L+1), block l decay^(L-l), last norm, shared bias and head 1; a frozen encoder 0."""
+    params = {
+        "encoder": {
+            "embedding": {"cls_token": jnp.ones((1, 1, 2))},
+            "blocks": {"mlp_in": {"kernel": jnp.ones((3, 2, 2))}},
+            "norm": {"scale": jnp.ones(2)},
+            "relative_bias": jnp.ones((12, 2)),  # as in BEiT's code
+        },
+        "head": {"linear": {"kernel": jnp.ones((2, 5))}},
+        "decoder": {"blocks": {"mlp_in": {"kernel": jnp.ones((5, 2, 2))}}},  # a deeper one changes nothing
+    }
+    for freeze in (False, True):
+        scaled = optimizer.scale_by_layer(params, 0.5, freeze).update(params, None, None)[0]
+        kept = float(not freeze)
+        np.testing.assert_allclose(scaled["encoder"]["embedding"]["cls_token"], kept * 0.5**4)
+        np.testing.assert_allclose(
+            scaled["encoder"]["blocks"]["mlp_in"]["kernel"][:, 0, 0], kept * np.array([1 / 8, 1 / 4, 1 / 2])
+        )
+        np.testing.assert_allclose(scaled["encoder"]["norm"]["scale"], kept)
+        np.testing.assert_allclose(scaled["encoder"]["relative_bias"], kept)
+        np.testing.assert_allclose(scaled["head"]["linear"]["kernel"], 1.0)

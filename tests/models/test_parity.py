@@ -1,0 +1,49 @@
+"""Every frozen reference file passes `tests.parity`, and the comparison can fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crate_jax.convert import import_state_dict
+from crate_jax.errors import ConfigError
+from tests import parity
+from tests.conftest import ROOT
+
+GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_reference_numbers(path):
+    outputs, gradients = parity.check(str(path))
+    assert outputs <= parity.OUTPUT_LIMIT
+    assert gradients <= parity.GRADIENT_LIMIT
+
+
+@pytest.mark.parametrize(
+    "name", ["crate_mae_lambda0.1", "vit_mae", "ropim", "orthogonality", "crate_blocks_lambda0.1", "alignment_digits"]
+)
+def test_a_wrong_number_fails(name, tmp_path):
+    """An input off by one per cent: status 1."""
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as archive:
+        file = {k: archive[k].copy() for k in archive.files}
+    key = next(k for k in file if k.startswith("in/") and file[k].ndim >= 2 and "noise" not in k and "sketch" not in k)
+    file[key] = file[key] * 1.01
+    np.savez(tmp_path / "wrong.npz", **file)
+    assert parity.main([str(tmp_path / "wrong.npz")]) == 1
+
+
+def test_missing_and_unused_names_are_listed():
+    with np.load(GOLDEN[0].with_name("vit_mae.npz")) as archive:
+        state = parity.strip({k: archive[k] for k in archive.files}, "sd/")
+    state["norm.shift"] = state.pop("norm.bias")
+    with pytest.raises(ConfigError, match=r"missing \['norm.bias'\]; not used \['norm.shift'\]"):
+        import_state_dict("vit_mae", state, (4, 4))
+
+
+def test_a_position_table_of_another_grid_is_refused():
+    with np.load(GOLDEN[0].with_name("vit_mae.npz")) as archive:
+        state = parity.strip({k: archive[k] for k in archive.files}, "sd/")
+    state["pos_embed"] = state["pos_embed"][:, ::-1]
+    with pytest.raises(ConfigError, match="pos_embed"):
+        import_state_dict("vit_mae", state, (4, 4))

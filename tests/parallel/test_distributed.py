@@ -1,0 +1,326 @@
+"""Several processes: how they find each other, and that together they are one run. Real processes, over gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crate_jax.errors import ConfigError
+from crate_jax.parallel import distributed, watch
+from crate_jax.parallel.distributed import Cluster
+from crate_jax.training import loop
+from crate_jax.workdir import checkpoint, pictures
+from tests.conftest import ROOT
+
+SLURM = {"SLURM_JOB_ID": "70000", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "gpu[007-010],x1"}
+NAMED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+FOUND = {
+    "nothing": ({}, None),
+    "environment": (NAMED, Cluster("a:1", 2, 1)),
+    "indexed job": (
+        {"JAX_COORDINATOR_ADDRESS": "job-0.svc:9", "JAX_NUM_PROCESSES": "8", "JOB_COMPLETION_INDEX": "5"},
+        Cluster("job-0.svc:9", 8, 5),
+    ),
+    "an indexed job of single processes": ({"JOB_COMPLETION_INDEX": "5"}, None),
+    "one process": ({"JAX_NUM_PROCESSES": "1"}, None),
+    "slurm, one task per node": (SLURM, Cluster("gpu007:61808", 4, 3)),
+    "slurm, a task per device": (
+        SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"},
+        Cluster("gpu007:61808", 4, 3, 1),
+    ),
+    "slurm, each with its own device": (
+        SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "1"},
+        Cluster("gpu007:61808", 4, 3),
+    ),
+    "slurm, one task": (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+    "slurm, outside a step": ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),
+    "named inside slurm": (SLURM | NAMED, Cluster("a:1", 2, 1)),
+}
+
+
+@pytest.mark.parametrize("where", FOUND)
+def test_processes_are_found_in_the_environment(where):
+    environ, cluster = FOUND[where]
+    assert distributed.find(environ) == cluster
+
+
+def test_flags_come_before_the_environment():
+    assert distributed.find(NAMED, "b:2", 4, 0) == Cluster("b:2", 4, 0)
+    assert distributed.find(NAMED, process=0) == Cluster("a:1", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("a:1", 2, -1), "missing: --process_id"),
+        (("", 2, 0), "missing: --coordinator_address"),
+        (("a:1", 0, 0), "missing: --num_processes"),
+        (("a", 2, 0), "must be HOST:PORT of process 0"),
+        (("a:1", 2, 2), "--process_id=2: must be below --num_processes=2"),
+    ],
+)
+def test_incomplete_or_wrong_flags_are_named(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        distributed.find({}, *flags)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def spawned(commands: Sequence[Sequence[str]], env: dict) -> Iterator[list[subprocess.Popen]]:
+    """Processes on this machine; killed at the end, whatever happened."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": env}
+    processes = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def started(cli_env: dict, count: int, flags: Sequence[str], devices: int = 2) -> Iterator[list[subprocess.Popen]]:
+    """`count` processes of one job."""
+    common = [sys.executable, "-m", "crate_jax.main", *flags, f"--coordinator_address=127.0.0.1:{free_port()}"]
+    commands = [[*common, f"--num_processes={count}", f"--process_id={i}"] for i in range(count)]
+    with spawned(commands, cli_env | {"JAX_NUM_CPU_DEVICES": str(devices)}) as processes:
+        yield processes
+
+
+def ends(processes: list[subprocess.Popen], timeout: float = 200) -> list[tuple[int, str, str]]:
+    """Status, output and errors of each, once all have ended."""
+    deadline, out = time.monotonic() + timeout, []
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        out.append((process.returncode, stdout, stderr))
+    return out
+
+
+def losses(workdir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+# One block and a linear decoder: soon compiled.
+SMALL = {"encoder.depth": 1, "decoder.name": "linear", "encoder.patch_size": 8}
+
+
+def configured(encoder: str, steps: int, **keys: object) -> tuple[object, list[str]]:
+    """A config with kernels large enough to be split, and the flags that make it."""
+    corruption = {"crate": "mask", "vit": "rop"}[encoder]
+    arg = f"encoder={encoder},corruption={corruption},debug"
+    values = {"steps": steps, "data.source": "digits", "encoder.width": 128, "log.every": 1, "log.pictures": 2, **keys}
+    config = importlib.import_module("configs.cifar10").get_config(arg)
+    for key, value in values.items():
+        *section, leaf = key.split(".")
+        (config[section[0]] if section else config)[leaf] = value
+    return config, [f"--config=configs/cifar10.py:{arg}", *(f"--config.{k}={v}" for k, v in values.items())]
+
+
+@functools.cache
+def alone(encoder: str, steps: int, workdir: Path) -> None:
+    """The same run in this process, on its eight devices."""
+    loop.run(configured(encoder, steps)[0], str(workdir))
+
+
+def check_equal(workdir: Path, reference: Path) -> None:
+    np.testing.assert_allclose(losses(workdir), losses(reference), rtol=1e-5)
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (workdir, reference))
+    if theirs["knn_top1"] is not None:
+        for name in ("knn_top1", "knn_top1_untrained", "probe_top1_pixels"):
+            assert ours[name] == pytest.approx(theirs[name], abs=0.02), name
+        assert ours["rankme"] == pytest.approx(theirs["rankme"], rel=1e-3)
+    params = checkpoint.read_params(workdir)[0]
+    assert checkpoint.params_sha256(params) == ours["params_sha256"]
+
+
+def test_a_watch_sends_a_sign_of_life_now_and_then(monkeypatch):
+    """Not an answer to each: two processes that did would keep each other, and their interpreters, busy."""
+    monkeypatch.setattr(watch, "BEAT", 0.2)
+    ours, theirs = socket.socketpair()
+    one = object.__new__(watch.Watch)
+    one._me, one._names, one._peers, one._ended = 1, ["a", "b"], {0: ours}, threading.Event()
+    thread = threading.Thread(target=one._run)
+    thread.start()
+    for _ in range(50):
+        theirs.sendall(watch.ALIVE)
+        time.sleep(0.02)
+    one.end()
+    theirs.sendall(watch.ALIVE)
+    thread.join(5)
+    sent = theirs.recv(10_000)
+    assert not thread.is_alive() and set(sent) == set(watch.ALIVE) and 3 <= len(sent) <= 8, sent
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_lacks_ends_all_with_a_line(cli_env, tmp_path):
+    """Each has a view of its own of a disk: here, a path of its own."""
+    loop.run(configured("crate", 1, **SMALL)[0], str(tmp_path / "run"))
+    common = [sys.executable, "-m", "crate_jax.main", "--config=configs/evaluate.py:protocol=knn,debug"]
+    common += [f"--workdir={tmp_path / 'out'}", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    commands = [
+        [*common, f"--process_id={i}", f"--config.checkpoint={path}", "--config.data.source=digits"]
+        for i, path in enumerate((tmp_path / "run", tmp_path / "none"))
+    ]
+    with spawned(commands, cli_env) as processes:
+        ended = ends(processes, 100)
+    assert [status for status, _, _ in ended] == [2, 2], ended[0][2][-2000:]
+    assert f"error: {tmp_path / 'none'}: no such folder" in ended[1][2]
+    assert "error: process 1 of 2 (" in ended[0][2] and "failed with status 2" in ended[0][2]
+
+
+def test_two_processes_with_split_parameters_are_one_run(cli_env, tmp_path):
+    """The losses of a single process on eight devices, and one run's files; only process 0 writes and prints."""
+    for i in range(32):  # without labels, so that no classifier is fitted on them
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+        pictures.save_png(tmp_path / "images" / f"{i}.png", pixels)
+    config, flags = configured("crate", 4, **SMALL, **{"data.source": f"folder:{tmp_path / 'images'}"})
+    flags = [*flags, "--config.mesh.data=1", "--config.mesh.model=0"]
+    with started(cli_env, 2, [*flags, f"--workdir={tmp_path / 'two'}"]) as processes:
+        loop.run(config, str(tmp_path / "one"))
+        (first, out, log), (second, silent, quiet) = ends(processes)
+    assert (first, second) == (0, 0), log[-3000:] + quiet[-3000:]
+    check_equal(tmp_path / "two", tmp_path / "one")
+    assert "parameters" in out and "mesh of 1 (data) x 4 (model) devices" in log and "axis 0 in 4" in log
+    assert "process 1 of 2: " in log and "parameters" not in silent and " I " not in quiet, quiet
+
+
+@pytest.mark.parametrize("encoder", ["crate", "vit"])
+@pytest.mark.parametrize(("count", "mesh"), [(2, "data"), (2, "model"), (4, "data"), (4, "model"), (4, "hybrid")])
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_losses_of_one(encoder, count, mesh, cli_env, tmp_path_factory):
+    """20 steps to 1e-5, data parallel, fully sharded and hybrid."""
+    reference = tmp_path_factory.getbasetemp() / f"alone_{encoder}"
+    alone(encoder, 20, reference)
+    data, model = {"data": (0, 1), "model": (1, 0), "hybrid": (0, 2)}[mesh]
+    workdir = tmp_path_factory.mktemp("several") / "run"
+    flags = [f"--config.mesh.data={data}", f"--config.mesh.model={model}", f"--workdir={workdir}"]
+    with started(cli_env, count, [*configured(encoder, 20)[1], *flags]) as processes:
+        ended = ends(processes, 500)
+    assert [status for status, _, _ in ended] == [0] * count, ended[0][2][-3000:]
+    check_equal(workdir, reference)
+
+
+def steps_done(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(condition, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_stop_and_name_a_process_that_is_killed(victim, cli_env, tmp_path):
+    """Within a minute, with its number; and the run goes on in one process, from the last checkpoint, the same."""
+    flags = [*configured("crate", 60, **{"save.every": 5})[1], "--config.mesh.model=2"]
+    with started(cli_env, 2, [*flags, f"--workdir={tmp_path / 'run'}"]) as processes:
+        wait_for(lambda: steps_done(tmp_path / "run") > 12, processes)
+        processes[victim].kill()
+        status, _, stderr = ends(processes, 60)[1 - victim]
+    assert status == watch.LOST, stderr[-3000:]
+    line = [line for line in stderr.splitlines() if line.startswith("error: ")][-1]
+    assert f"process {victim} of 2" in line and f"pid {processes[victim].pid}" in line
+    config, _ = configured("crate", 60)
+    loop.run(config, str(tmp_path / "run"))
+    alone("crate", 60, tmp_path / "one")
+    check_equal(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_in_all_and_another_number_of_them_continues(cli_env, tmp_path):
+    flags = configured("crate", 60, **{"save.every": 1000})[1]
+    with started(cli_env, 2, [*flags, f"--workdir={tmp_path / 'run'}"]) as processes:
+        wait_for(lambda: steps_done(tmp_path / "run") > 3, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        ended = ends(processes)
+    assert [status for status, _, _ in ended] == [128 + signal.SIGTERM] * 2, ended[0][2][-3000:]
+    step = int(ended[0][2].split("at step ")[1].split(",")[0])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+    with started(cli_env, 4, [*flags, "--config.mesh.model=4", f"--workdir={tmp_path / 'run'}"]) as processes:
+        ended = ends(processes, 500)
+    assert [status for status, _, _ in ended] == [0] * 4 and f"continuing from step {step}" in ended[0][2]
+    alone("crate", 60, tmp_path / "one")
+    check_equal(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_what_stops_one_process_stops_all_in_one_line(cli_env, tmp_path):
+    """A workdir in use, which only process 0 sees; and a bad config, which all see."""
+    flags = configured("crate", 100_000)[1]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import time; from crate_jax.workdir import lock\nwith lock({str(tmp_path)!r}):\n"
+         " print('held', flush=True); time.sleep(600)"], cwd=ROOT, env=cli_env, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        for workdir, extra, message in (
+            (tmp_path, [], "is in use by process"),
+            (tmp_path / "other", ["--config.batch_size=6"], "cannot be split over"),
+        ):
+            with started(cli_env, 2, [*flags, *extra, f"--workdir={workdir}"]) as processes:
+                ended = ends(processes, 120)
+            for status, _, stderr in ended:
+                assert status == 2 and "Traceback" not in stderr, stderr[-3000:]
+                errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+                assert len(errors) == 1 and message in errors[0]
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+FAILING = """
+import sys, time
+from crate_jax import distributed
+address, process = sys.argv[1], int(sys.argv[2])
+distributed.start(distributed.Cluster(address, 3, process))
+distributed.watch()
+if process == 1:
+    distributed.leave(2)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_fails_ends_the_others_with_its_own_status(cli_env):
+    """So that a launcher does not try a mistake again. Process 2 hears of it from process 0."""
+    address = f"127.0.0.1:{free_port()}"
+    with spawned([[sys.executable, "-c", FAILING, address, str(i)] for i in range(3)], cli_env) as processes:
+        ended = ends(processes, 50)
+    assert [status for status, _, _ in ended] == [2, 2, 2], ended
+    for i in (0, 2):
+        line = ended[i][2].splitlines()[-1]
+        assert line.startswith("error: process 1 of 3 (") and f"pid {processes[1].pid}) failed with status 2" in line
+
+
+@pytest.mark.parametrize(("process", "role"), [(0, "starts the meeting point at"), (1, "looks for process 0 at")])
+@pytest.mark.slow
+def test_a_process_that_stays_alone_says_so(process, role, cli_env):
+    program = f"from crate_jax import distributed as d; d.start(d.Cluster('127.0.0.1:{free_port()}', 2, {process}), 3)"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, env=cli_env, capture_output=True, text=True, timeout=100)
+    assert result.returncode == watch.LOST  # a late one, most often: launchers try again
+    assert result.stderr.splitlines()[-1].startswith(f"error: process {process} of 2 {role} 127.0.0.1:")

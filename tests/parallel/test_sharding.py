@@ -1,0 +1,132 @@
+"""Where things lie on a mesh: losses do not depend on it, memory does."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from crate_jax.errors import ConfigError
+from crate_jax.methods import reconstruction
+from crate_jax.models import autoencoder
+from crate_jax.parallel import parameters, sharding
+from crate_jax.training import optimizer, step as train_step
+from tests.training.test_loop import images, small
+
+MESHES = {"fully sharded": (1, 8), "hybrid": (2, 4)}  # (data, model)
+
+
+def train_on(encoder: str, data: int, model: int):
+    """Losses of two steps, the last state and the compiled step; srip keeps vectors in the state."""
+    c = small(encoder, *(("mask", "srip") if encoder == "crate" else ("rop", "none")))
+    c.decoder.name = {"crate": "crate", "vit": "linear"}[encoder]
+    mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[: data * model], data, model)
+    objective = reconstruction.build(c)
+    init = functools.partial(train_step.init_state, c, objective)
+    tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 4, 10.0)
+    state = jax.jit(
+        lambda: init(tx), out_shardings=train_step.state_shardings(jax.eval_shape(lambda: init(tx)), mesh)
+    )()
+    batches = [sharding.put_batch({"image": images(i, c.batch_size)}, mesh) for i in range(2)]
+    step = train_step.make_train_step(c, objective, tx, schedule, mesh).lower(state, batches[0]).compile()
+    losses = []
+    for batch in batches:
+        state, scalars = step(state, batch)
+        losses.append(jax.device_get(scalars))
+    return losses, state, step
+
+
+alone = functools.cache(lambda encoder: train_on(encoder, 1, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("encoder", "mesh"),
+    [
+        ("crate", "hybrid"),
+        pytest.param("vit", "fully sharded", marks=pytest.mark.slow),
+        pytest.param("crate", "fully sharded", marks=pytest.mark.slow),
+        pytest.param("vit", "hybrid", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_parameters_give_the_losses_of_one_device(encoder, mesh, monkeypatch):
+    """To 1e-6, penalty and drop path included; and each device holds its part of every kernel alone."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 2)
+    data, model = MESHES[mesh]
+    losses, state, step = train_on(encoder, data, model)
+    for a, b in zip(losses, alone(encoder), strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+        np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
+    for tree, parts in ((state.params, model), (state.opt_state, 8)):
+        kernels = [x for name, x in parameters.names(tree).items() if "kernel" in name]
+        assert kernels
+        for x in kernels:
+            assert {shard.data.size for shard in x.addressable_shards} == {x.size // parts}
+    # Weights move to the images' device, never images to the weights'.
+    assert "all-to-all" not in step.as_text()
+
+
+@pytest.mark.parametrize("name", ["crate_mae", "vit_mae", "rop_vitb"])
+def test_memory_for_parameters_falls_with_the_devices(name):
+    """Of the papers' models, at their real size: to 1 % of 1/n, and the optimiser's 1/n in every mesh."""
+    c = importlib.import_module(f"configs.{name}").get_config("")
+    shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
+    total = 4 * parameters.count(shapes)
+    for model in (1, 2, 4, 8):
+        mesh = sharding.make_mesh(8, 1, data=0, model=model)
+        held = sharding.bytes_per_device(shapes, sharding.of_parameters(shapes, mesh))
+        assert total / model <= held < 1.01 * total / model + 2e6
+        updated = sharding.bytes_per_device(shapes, sharding.split_update(shapes, mesh))
+        assert total / 8 <= updated < 1.01 * total / 8 + 2e6
+        assert bool(sharding.layouts(shapes, mesh)) == (model > 1)
+
+
+def test_the_first_rule_that_matches_counts():
+    mesh = sharding.make_mesh(8, 1, data=1, model=8)
+
+    def place(name: str, *shape: int) -> tuple:
+        return tuple(sharding.of_parameters({name: jax.ShapeDtypeStruct(shape, np.float32)}, mesh)[name].spec)
+
+    assert place("encoder/blocks/mlp_in/kernel", 16, 768, 3072) == (None, None, "model")
+    assert place("encoder/blocks/mlp_out/kernel", 16, 3072, 768) == (None, "model")
+    assert place("0/mu/encoder/blocks/dictionary/kernel", 16, 768, 768) == (None, "model")
+    assert place("decoder/head/kernel", 770, 768) == (None, "model")  # the larger side does not divide
+    assert place("decoder/head/kernel", 770, 770) == ()
+    assert place("decoder/head/kernel", 64, 64) == ()  # too small
+    assert place("encoder/embedding/positions", 200, 768) == ()
+    assert place("encoder/blocks/mlp_in/bias", 1600, 3072) == ()
+
+
+def devices(slices: int, each: int, per_process: int = 1) -> list:
+    kind = {"platform": "cpu", "device_kind": "cpu"}
+    return [
+        SimpleNamespace(id=i, slice_index=i // each, process_index=i // per_process, **kind)
+        for i in range(slices * each)
+    ]
+
+
+@pytest.mark.parametrize(("data", "model"), [(4, 2), (2, 4), (8, 1), (1, 8)])
+def test_rows_of_the_mesh_stay_inside_a_slice_where_they_fit(data, model):
+    array = sharding.arrange(devices(2, 4), data, model)
+    assert array.shape == (data, model) and {d.id for d in array.flat} == set(range(8))
+    for row in array:
+        assert len({d.slice_index for d in row}) == max(1, model // 4)
+
+
+def test_meshes_that_cannot_be_are_refused():
+    for data, model in ((3, 0), (2, 2), (16, 1), (0, 16)):
+        with pytest.raises(ConfigError, match=f"mesh.data={data}, config.mesh.model={model}: 8 devices do not form"):
+            sharding.make_mesh(8, 1, data=data, model=model)
+
+
+def test_a_key_goes_with_its_image_whatever_the_order_of_the_devices():
+    """Processes fill the rows of their own devices in turn; on an interleaved mesh those are not in order."""
+    mesh = SimpleNamespace(devices=np.array(devices(1, 4, per_process=2)).reshape(4, 1), size=4)
+    assert sharding.row_order(mesh, 8) is None
+    mesh.devices = mesh.devices[[0, 2, 1, 3]]
+    np.testing.assert_array_equal(sharding.row_order(mesh, 8), [0, 1, 4, 5, 2, 3, 6, 7])
+    mesh.devices = mesh.devices[[1, 3, 0, 2]]
+    np.testing.assert_array_equal(sharding.row_order(mesh, 8), [4, 5, 6, 7, 0, 1, 2, 3])

@@ -1,0 +1,148 @@
+"""What runs write: JSON lines that survive a restart, TensorBoard files, progress, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+import resource
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crate_jax import config as configs
+from crate_jax.errors import ConfigError, UserError
+from crate_jax.workdir import metrics
+from crate_jax.workdir.pictures import reconstruction_grid
+
+
+def quiet():
+    c = configs.base()
+    c.log.tensorboard = False
+    return c
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_after_the_step_resumed_from_are_dropped(tmp_path):
+    with metrics.Writer(tmp_path, quiet(), 0) as writer:
+        for step in (10, 20, 30):
+            writer.write(step, {"loss": 1.0 / step})
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 40, "lo')  # the process was killed while writing
+    with metrics.Writer(tmp_path, quiet(), 20) as writer:
+        writer.write(30, {"loss": 0.5})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 0.5)]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    for loss in (1.0, 2.0):
+        with metrics.Writer(tmp_path, quiet(), 0) as writer:
+            writer.write(1, {"loss": loss})
+    assert [line["loss"] for line in lines(tmp_path)] == [2.0]
+
+
+def test_nan_is_valid_json(tmp_path):
+    with metrics.Writer(tmp_path, quiet(), 0) as writer:
+        writer.write(1, {"loss": math.nan, "other": math.inf})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    parsed = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert parsed["step"] == 1
+
+
+def test_tensorboard_files_are_written(tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    from tensorboardX.proto.event_pb2 import Event
+
+    with metrics.Writer(tmp_path, configs.base(), 4) as writer:
+        writer.write(7, {"loss": 0.5, "a/b": 2.0})
+        writer.write_image(7, "grid", np.zeros((5, 7, 3), np.uint8))
+    (file,) = (tmp_path / "tensorboard").glob("events*")
+    content, events = file.read_bytes(), []
+    while content:  # length, its checksum, the event, its checksum
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    assert events[0].file_version == "brain.Event:2" and events[2].session_log.status == 1 and events[2].step == 5
+    values = {value.tag: value for event in events for value in event.summary.value if event.step == 7}
+    assert values["loss"].simple_value == 0.5 and values["a/b"].simple_value == 2.0
+    assert (values["grid"].image.height, values["grid"].image.width) == (5, 7)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "pictures/grid_0000001.png"])
+def test_a_file_without_room_is_named(tmp_path, name):
+    """A limit on the size of a file stands for the end of the disk; closing says nothing more."""
+    if name == "tensorboard":
+        pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with metrics.Writer(tmp_path, quiet(), 0) as writer, contextlib.ExitStack() as stack:
+        board = metrics.TensorBoard(str(tmp_path / "tensorboard"), 0) if name == "tensorboard" else writer
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(UserError, match=rf"{name} cannot be written: File too large; make room"):
+            for step in range(1, 1000):
+                board.write_image(step, "grid", pixels) if "png" in name else board.write(step, {"loss": 0.5})
+        if name == "tensorboard":
+            board.close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_wanted_but_missing_is_one_line(tmp_path):
+    c = quiet()
+    c.log.wandb = "project"
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        metrics.Writer(tmp_path, c, 0)
+
+
+def test_progress_is_plain_lines_without_a_terminal(caplog):
+    with caplog.at_level(logging.INFO), metrics.Progress(100, 0, 10) as progress:
+        progress.update(50, {"loss": 0.25, "lr": 1e-3}, 20.0)
+    assert "step 50/100" in caplog.text and "loss 0.25" in caplog.text
+    assert "20 images/s" in caplog.text and "0:00:25" in caplog.text  # 50 steps of 10 at 20 a second
+
+
+def test_write_json_replaces_whole_files(tmp_path):
+    metrics.write_json(tmp_path / "a.json", {"x": np.float32(0.5), "n": np.int64(3)})
+    metrics.write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "a.json").mkdir()  # a rename onto a folder fails, as a write to a full disk does
+    with pytest.raises(UserError, match=r"a\.json cannot be written: Is a directory; make room"):
+        metrics.write_json(tmp_path / "a.json", {"x": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_pictures_are_written_as_png(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    with metrics.Writer(tmp_path, quiet(), 0) as writer:
+        path = writer.write_image(3, "grid", pixels)
+        with pytest.raises(ValueError, match="grid/x"):
+            writer.write_image(3, "grid/x", pixels)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
+
+
+def test_the_grid_keeps_the_order_of_its_columns():
+    """Columns from left to right as given, rows from top to bottom, pixels enlarged by a whole factor."""
+    values = (0.2, 0.9, 0.5)
+    columns = {f"column {v}": np.full((2, 8, 8, 3), v, np.float32) for v in values}
+    grid = reconstruction_grid(columns)
+    width = grid.shape[1] // 3
+    for i, v in enumerate(values):
+        assert grid[-20, i * width + width // 2, 0] == round(v * 255)
+    assert grid.shape[0] > 2 * 96 and width >= 96
+    assert grid[: grid.shape[0] - 2 * 100].std() > 5  # the captions
+
+
+def test_a_grid_of_unequal_columns_is_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        reconstruction_grid({"a": np.zeros((2, 8, 8, 3)), "b": np.zeros((2, 8, 4, 3))})

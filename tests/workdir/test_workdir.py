@@ -1,0 +1,115 @@
+"""The lock of a workdir and the check of free space, with real processes and real file systems."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crate_jax.errors import CheckpointError, UserError
+from crate_jax.workdir import folder as workdir
+from tests.conftest import ROOT
+
+HOLDER = """
+    import sys, time
+    from crate_jax import workdir
+    with workdir.lock(sys.argv[1]):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A second process that holds the lock of `folder`."""
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_creates_the_folder_and_names_the_holder(tmp_path: Path) -> None:
+    with workdir.lock(tmp_path / "a" / "b") as folder:
+        assert folder == tmp_path / "a" / "b"
+        assert (folder / workdir.LOCK_NAME).read_text().startswith(f"{os.getpid()} on ")
+
+
+def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        with pytest.raises(UserError, match=rf"in use by process {process.pid} on .*choose another --workdir") as error:
+            with workdir.lock(tmp_path):
+                pass
+        assert "\n" not in str(error.value)
+        assert (tmp_path / workdir.LOCK_NAME).read_text().startswith(str(process.pid))  # still the holder's line
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        with workdir.lock(tmp_path):
+            pass
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    for name in ("config.json.4711.tmp", "config.json", "notes.tmp"):
+        (tmp_path / name).write_text("{")
+    with workdir.lock(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [workdir.LOCK_NAME, "config.json", "notes.tmp"]
+
+
+def test_released_at_the_end_even_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), workdir.lock(tmp_path):
+        _ = 1 / 0
+    start = time.monotonic()
+    with workdir.lock(tmp_path):
+        assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("below", ["", "below/it"])
+def test_file_in_the_way(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"file.*: is, or lies under, a file"), workdir.lock(tmp_path / "file" / below):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["", "gs://bucket/run"])
+def test_not_a_folder_name(name: str) -> None:
+    with pytest.raises(UserError, match="must be a folder on a local or mounted file system"), workdir.lock(name):
+        pass
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_folder_that_cannot_be_written(tmp_path: Path, exists: bool) -> None:
+    parent = tmp_path / "locked"
+    target = parent if exists else parent / "run"
+    parent.mkdir()
+    with contextlib.ExitStack() as undo:
+        if os.geteuid() == 0:  # root passes any permission bits, but not a read-only mount
+            if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", parent], capture_output=True).returncode:
+                pytest.skip("root without the right to mount: nothing here is unwritable")
+            undo.callback(subprocess.run, ["umount", parent], check=True)
+        else:
+            parent.chmod(0o500)
+            undo.callback(parent.chmod, 0o700)
+        with pytest.raises(UserError, match=r"locked.*cannot be (created|written to) \((Read-only|Permission)"):
+            with workdir.lock(target):
+                pass
+
+
+def test_free_space(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone/checkpoints is gone \(No such file"):
+        workdir.check_free_space(tmp_path / "gone" / "checkpoints", 1000)
+    workdir.check_free_space(tmp_path, 1000)
+    with pytest.raises(
+        CheckpointError, match=r"no space left .*1,000,000,000,000\.0 MB needed, [\d,.]+ MB free; make room"
+    ):
+        workdir.check_free_space(tmp_path, 10**18)
