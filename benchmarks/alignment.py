@@ -32,7 +32,7 @@ from crate_jax.analysis.alignment.closed_form import Aligner
 from crate_jax.analysis.alignment.grid import Setting
 from crate_jax.data import eval_images
 from crate_jax.data.folder import FolderSource
-from crate_jax.evals.frozen import sample
+from crate_jax.data.sampling import sample
 from crate_jax.parallel import sharding
 
 SETTINGS = (Setting("mask", (4, 4), 0.75), Setting("rop", (4, 4), 1 / 7), Setting("mask", (1, 1), 0.5))

@@ -1,5 +1,7 @@
 """The errors a user can cause; `main` prints each as one line and exits with status 2."""
 
+SHOWN = 5  # texts listed in one message
+
 
 class UserError(ValueError):
     """Something outside the library is wrong: the message says what, and what would be right."""
@@ -19,3 +21,9 @@ class CheckpointError(UserError):
 
 class NonFiniteError(UserError):
     """The loss became NaN or infinite."""
+
+
+def some(texts: list[str], separator: str) -> str:
+    """Joins the first few of `texts` and says how many more there are."""
+    more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
+    return separator.join(texts[:SHOWN] + more)

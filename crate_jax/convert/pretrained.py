@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from crate_jax.convert import weights
-from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir import checkpoint
-from crate_jax.workdir.checkpoint_files import some
 from crate_jax.workdir.folder import expanduser
 
 

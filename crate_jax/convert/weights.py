@@ -24,12 +24,12 @@ from crate_jax.convert import files
 from crate_jax.convert.describe import Known, config_of, grid_of
 from crate_jax.convert.families import FAMILIES, detect, import_state_dict
 from crate_jax.convert.rules import Match, match, spell
-from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.models import autoencoder
 from crate_jax.models.patches import grid_shape
 from crate_jax.parallel.parameters import names
 from crate_jax.validation import validate
-from crate_jax.workdir.checkpoint_files import nest, some
+from crate_jax.workdir.checkpoint_files import nest
 
 KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
 

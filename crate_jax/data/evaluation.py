@@ -14,6 +14,9 @@ from crate_jax.data.sources import Source
 from crate_jax.data.undecodable import Undecodable
 from crate_jax.errors import DataError
 
+# Images decoded at a time: bounds the host's memory at 224 px to some 300 MB.
+CHUNK = 2048
+
 
 def central_box(height: int, width: int, size: Sequence[int], share: float) -> tuple[float, float, float, float]:
     """The part of an image that evaluation looks at.

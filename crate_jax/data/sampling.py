@@ -69,3 +69,8 @@ def replacement(seed: int, position: int, attempt: int, size: int) -> int:
 def randaugment_generator(seed: int, position: int) -> np.random.Generator:
     """Returns the generator of RandAugment's choices at one position."""
     return np.random.Generator(np.random.Philox(key=[seed, _RANDAUGMENT], counter=[0, position, 0, 0]))
+
+
+def sample(count: int, limit: int, seed: int) -> np.ndarray:
+    """A seeded choice of `limit` (0: all) of `count` images: folders come sorted by class, their head would be one."""
+    return np.random.default_rng(seed).permutation(count)[: limit or count]

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import data
+from crate_jax.data.sampling import sample
 from crate_jax.errors import DataError
 from crate_jax.evals.features import of_split
-from crate_jax.evals.frozen import sample
 from crate_jax.evals.metrics import accuracies
 from crate_jax.parallel import sharding
 

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from crate_jax import data
+from crate_jax.data.evaluation import CHUNK
+from crate_jax.data.sampling import sample
 from crate_jax.errors import DataError
 from crate_jax.evals import evaluate, spectra
 from crate_jax.evals.features import of_split
@@ -20,8 +22,6 @@ from crate_jax.parallel import distributed, sharding
 
 log = logging.getLogger(__name__)
 
-# Images decoded at a time: bounds the host's memory at 224 px to some 300 MB.
-CHUNK = 2048
 # Larger images are shrunk for the baseline of raw pixels: a probe on all numbers of 224 px images would need a
 # covariance of 90 GB.
 PIXEL_SIDE = 32
@@ -51,11 +51,6 @@ def pixels_of_split(config: ConfigDict, source: data.Source, indices: np.ndarray
     rows = np.concatenate([np.zeros((0, width), np.float32), *(x for x, _ in chunks)])
     labels = np.concatenate([np.zeros(0, np.int32), *(y for _, y in chunks)])
     return distributed.in_order(rows), distributed.in_order(labels)
-
-
-def sample(count: int, limit: int, seed: int) -> np.ndarray:
-    """A seeded choice of `limit` (0: all) of `count` images: folders come sorted by class, their head would be one."""
-    return np.random.default_rng(seed).permutation(count)[: limit or count]
 
 
 def collapse_scores(features: np.ndarray) -> dict[str, float]:

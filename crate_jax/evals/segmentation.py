@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import data
+from crate_jax.data.sampling import sample
 from crate_jax.errors import DataError
 from crate_jax.evals.features import filled, lockstep, per_process
-from crate_jax.evals.frozen import sample
 from crate_jax.parallel import distributed, sharding
 
 MOST_COUNTED = int(np.iinfo(np.int32).max)  # pixels, on the device

@@ -23,15 +23,15 @@ from ml_collections import ConfigDict
 from crate_jax import __version__, data
 from crate_jax.config import base, flatten
 from crate_jax.convert import pretrained
+from crate_jax.data.pixels import normalise
+from crate_jax.data.sampling import sample
 from crate_jax.data.sources import digest
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals.features import of_split
-from crate_jax.evals.frozen import sample
 from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
-from crate_jax.methods.classify import adopt
-from crate_jax.methods.reconstruction import normalise
 from crate_jax.models import ENCODERS, representation
+from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.corruption import Identity
 from crate_jax.models.patches import grid_shape, patchify
 from crate_jax.parallel import distributed, sharding
@@ -114,7 +114,9 @@ def fitted(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pre
     init = jax.jit(lambda key: {"encoder": module.init(key, patches, Identity())["params"]})
     if not config.protocol.scratch:
         what = f"config.checkpoint={config.checkpoint}"
-        return dataclasses.replace(encoder, params=adopt(jax.eval_shape(init, jax.random.key(0)), encoder.params, what))
+        return dataclasses.replace(
+            encoder, params=adopt_encoder(jax.eval_shape(init, jax.random.key(0)), encoder.params, what)
+        )
     params = jax.device_get(init(jax.random.key(config.seed)))
     name = f"a random encoder of the shape of {encoder.name}"
     return dataclasses.replace(encoder, name=name, params=params, sha256=params_sha256(params))

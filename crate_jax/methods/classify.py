@@ -19,14 +19,14 @@ import optax
 from ml_collections import ConfigDict
 
 from crate_jax import data
-from crate_jax.errors import CheckpointError, DataError
+from crate_jax.data.pixels import normalise
+from crate_jax.errors import DataError
 from crate_jax.methods.method import Batch, Objective, Params, Scalars
-from crate_jax.methods.reconstruction import normalise
 from crate_jax.models import representation
+from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.layers import Norm, dense
 from crate_jax.models.patches import patchify
 from crate_jax.training import orthogonality
-from crate_jax.workdir import checkpoint
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)  # of the image; height / width: timm's RandomErasing
 
@@ -92,34 +92,12 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
     return Objective(
         inputs=("image", "label"),
         init=init,
-        adopt=adopt,
+        adopt=adopt_encoder,
         loss=loss,
         penalty=orthogonality.weighted(config, penalty),
         penalised=penalty.names,
         features=scores,
     )
-
-
-def adopt(params: Params, other: Params, what: str) -> Params:
-    """Starts a classifier's encoder from a pre-trained one.
-
-    A bias shared by all blocks is copied to each where the classifier has one per block (ROPIM), and the
-    last norm is left out where it has none.
-
-    Raises:
-      CheckpointError: the encoders do not fit; every array that differs is named.
-    """
-    if "encoder" not in other:
-        raise CheckpointError(f"{what}: its parameters have no 'encoder'")
-    encoder = dict(other["encoder"])
-    blocks = params["encoder"]["blocks"]
-    if "relative_bias" in blocks and "relative_bias" in encoder:
-        table = np.asarray(encoder.pop("relative_bias"))
-        depth = blocks["relative_bias"].shape[0]
-        encoder["blocks"] = {**encoder["blocks"], "relative_bias": np.broadcast_to(table, (depth, *table.shape))}
-    if "norm" not in params["encoder"]:
-        encoder.pop("norm", None)
-    return checkpoint.init_encoder(params, {"encoder": encoder}, what)
 
 
 def erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:

@@ -9,30 +9,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.analysis.whitebox import measures
+from crate_jax.data.pixels import denormalise, normalise
 from crate_jax.methods.method import Batch, Objective, Params, Scalars
 from crate_jax.models import autoencoder, corruption as corruptions, representation
+from crate_jax.models.adopt import init_encoder
 from crate_jax.models.corruption import Corruption, Identity
 from crate_jax.models.patches import patchify, standardise, unpatchify
 from crate_jax.training import orthogonality
-from crate_jax.workdir import checkpoint
 
 NORMS = {"l2": jnp.square, "l1": jnp.abs}
-
-
-def normalise(images_uint8: jax.Array, config: ConfigDict) -> jax.Array:
-    """Bytes -> pixels of zero mean and unit variance per channel, float32, on the device."""
-    mean, std = np.float32(config.data.mean), np.float32(config.data.std)
-    return (images_uint8.astype(jnp.float32) / 255.0 - mean) / std
-
-
-def denormalise(images: jax.Array, config: ConfigDict) -> jax.Array:
-    """Inverse of :func:`normalise`, to pixels in 0..1 (not clipped)."""
-    return images * np.float32(config.data.std) + np.float32(config.data.mean)
 
 
 def build(config: ConfigDict, source: data.Source | None = None) -> Objective:
@@ -73,7 +62,7 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Objective:
     return Objective(
         inputs=("image",),
         init=init,
-        adopt=checkpoint.init_encoder,
+        adopt=init_encoder,
         loss=loss_of_batch,
         penalty=orthogonality.weighted(config, penalty),
         penalised=penalty.names,

@@ -8,7 +8,6 @@ Shapes: B batch, H and W pixels, h and w patches per side, C classes.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,13 @@ import optax
 from ml_collections import ConfigDict
 
 from crate_jax import data
-from crate_jax.errors import CheckpointError, ConfigError, DataError
-from crate_jax.methods import classify
+from crate_jax.data.pixels import normalise
+from crate_jax.errors import ConfigError, DataError
 from crate_jax.methods.method import Batch, Objective, Params, Scalars
-from crate_jax.methods.reconstruction import normalise
 from crate_jax.models import representation
+from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, resize
-from crate_jax.models.patches import grid_shape, patchify, relative_table_rows
+from crate_jax.models.patches import grid_shape, patchify
 from crate_jax.training import orthogonality
 from crate_jax.workdir import pictures
 
@@ -112,7 +111,7 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
     return Objective(
         inputs=("image", "mask"),
         init=init,
-        adopt=functools.partial(adopt, grid=grid_shape(size, patch_size)),
+        adopt=functools.partial(adopt_encoder, grid=grid_shape(size, patch_size)),
         loss=loss,
         penalty=orthogonality.weighted(config, penalty),
         penalised=penalty.names,
@@ -133,45 +132,3 @@ def cross_entropy(scores_BHWC: jax.Array, mask_BHW: jax.Array) -> jax.Array:
     classes_BHW = jnp.where(labelled, mask_BHW, 0).astype(jnp.int32)
     values = optax.softmax_cross_entropy_with_integer_labels(scores_BHWC, classes_BHW)
     return jnp.mean(jnp.where(labelled, values, 0.0))
-
-
-def adopt(params: Params, other: Params, what: str, grid: tuple[int, int]) -> Params:
-    """Starts a segmenter's encoder from a pre-trained one, of whatever image size.
-
-    Tables of learned positions and of relative biases are resized bicubically to the present grid of
-    patches (BEiT and MAE do so too; BEiT's relative ones at spacings that grow geometrically). Then as
-    :func:`crate_jax.methods.classify.adopt`.
-
-    Raises:
-      CheckpointError: the encoders do not fit.
-    """
-    if "encoder" not in other:
-        raise CheckpointError(f"{what}: its parameters have no 'encoder'")
-    encoder: dict[str, Any] = dict(other["encoder"])
-    embedding, stack = dict(encoder.get("embedding", {})), dict(encoder.get("blocks", {}))
-    if "positions" in embedding:
-        embedding["positions"] = _resize_table(np.asarray(embedding["positions"]), 1, grid, what)
-    tables = (2 * grid[0] - 1, 2 * grid[1] - 1)
-    for tree in (encoder, stack):
-        if "relative_bias" in tree:
-            table = np.asarray(tree["relative_bias"])
-            if table.shape[-2] != relative_table_rows(grid):
-                own_first = (np.roll(x, 3, axis=0) for x in table.reshape(-1, *table.shape[-2:]))
-                resized = [np.roll(_resize_table(x, 3, tables, what), -3, axis=0) for x in own_first]
-                table = np.stack(resized).reshape(*table.shape[:-2], -1, table.shape[-1])
-            tree["relative_bias"] = table
-    encoder |= {"embedding": embedding, "blocks": stack}
-    return classify.adopt(params, {**other, "encoder": encoder}, what)
-
-
-def _resize_table(table_ND: np.ndarray, special: int, grid: tuple[int, int], what: str) -> np.ndarray:
-    """Resizes a table of `special` rows of their own and then one row per place of a square; (N, D) -> (N', D)."""
-    places = len(table_ND) - special
-    if places == grid[0] * grid[1]:
-        return table_ND
-    side = round(places**0.5)
-    if side * side != places:
-        raise CheckpointError(f"{what}: its {places} positions are no square, and cannot be resized to {grid}")
-    square = table_ND[special:].reshape(side, side, -1)
-    resized = jax.image.resize(square, (*grid, square.shape[-1]), "cubic", antialias=False)
-    return np.concatenate([table_ND[:special], np.asarray(resized).reshape(-1, square.shape[-1])])

@@ -24,9 +24,10 @@ from ml_collections import ConfigDict
 from crate_jax import data
 from crate_jax.config import changed_keys
 from crate_jax.convert import pretrained
+from crate_jax.data.sampling import sample
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals.classification import ClassifierEvaluation
-from crate_jax.evals.frozen import FrozenEvaluation, sample
+from crate_jax.evals.frozen import FrozenEvaluation
 from crate_jax.evals.segmentation import SegmentationEvaluation
 from crate_jax.methods import classify, reconstruction, segment
 from crate_jax.methods.method import Batch, Objective, Params, Scalars

@@ -294,43 +294,6 @@ def _read_params(folder: Path, meta: dict[str, Any], averages: bool) -> dict[str
     return {name.removeprefix(AVERAGES): arrays[name] for name in kept} if kept else arrays
 
 
-def init_encoder(params: PyTree, other: PyTree, what: str) -> PyTree:
-    """Returns `params` with the encoder's arrays replaced by those of another run's parameters.
-
-    A `mask_token` on one side only is allowed: whether there is one depends on the corruption, not on the encoder.
-
-    Args:
-      params: nested dictionaries with the key 'encoder'; dtypes and shardings stay as they are here.
-      other: the same, as from `read_params`.
-      what: where `other` comes from, for messages, such as ``"config.init_from=DIR"``.
-
-    Raises:
-      CheckpointError: lists the first arrays that are missing, unexpected or of another shape.
-    """
-    if not isinstance(other, Mapping) or "encoder" not in other:
-        raise CheckpointError(f"{what}: its parameters have no 'encoder'")
-    ours, theirs = names(params["encoder"]), names(other["encoder"])
-    wrong = []
-    for name in sorted(ours.keys() ^ theirs.keys()):
-        side = "not in this configuration" if name in theirs else "not in the checkpoint"
-        if name.split("/")[-1] == "mask_token":
-            logging.info("%s: encoder/%s is %s; left as it is", what, name, side)
-        else:
-            wrong.append(f"encoder/{name}: {side}")
-    for name in sorted(ours.keys() & theirs.keys()):
-        if ours[name].shape != theirs[name].shape:
-            wrong.append(f"encoder/{name}: checkpoint {theirs[name].shape}, config {ours[name].shape}")
-    if wrong:
-        raise CheckpointError(f"{what}: its encoder does not fit: {files.some(wrong, '; ')}")
-    replaced = [_placed_like(theirs[name], leaf) if name in theirs else leaf for name, leaf in ours.items()]
-    return {**params, "encoder": jax.tree.unflatten(jax.tree.structure(params["encoder"]), replaced)}
-
-
-def _placed_like(value: Any, leaf: Any) -> Any:
-    value = np.asarray(value).astype(leaf.dtype)
-    return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
-
-
 def params_sha256(params: PyTree) -> str:
     """Hashes names, dtypes, shapes and bytes of all arrays, in the order of their names.
 

@@ -26,7 +26,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from crate_jax.config import changed_keys
-from crate_jax.errors import CheckpointError
+from crate_jax.errors import CheckpointError, some
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir.checksum import checksums
@@ -35,7 +35,6 @@ ITEMS = ("params", "rest")
 META = "meta"
 VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 IGNORED_CHANGES = ("log.", "save.", "evaluation.", "mesh.")  # config keys that do not touch the training state
-SHOWN = 5  # arrays named in one message
 
 
 class DamagedError(Exception):
@@ -270,12 +269,6 @@ def _show(entry: Mapping[str, Any]) -> str:
 def changes(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Lists ``"key: old -> new"`` for every key that differs, except those that do not touch the training state."""
     return [line for line in changed_keys(meta["config"], config) if not line.startswith(IGNORED_CHANGES)]
-
-
-def some(texts: list[str], separator: str) -> str:
-    """Joins the first few of `texts` and says how many more there are."""
-    more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
-    return separator.join(texts[:SHOWN] + more)
 
 
 def one_line(e: BaseException) -> str:

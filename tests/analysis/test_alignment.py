@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import align as align_config, quickstart
 from crate_jax import config as configs, data
-from crate_jax.analysis.alignment import answer, bands, closed_form, corrupted, grid, moments, section
+from crate_jax.analysis.alignment import analyse, answer, bands, closed_form, corrupted, grid, moments, section
 from crate_jax.data.sources import ArraySource
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.jobs import align
@@ -394,10 +394,10 @@ def test_the_answer_reads_the_curves():
 def test_larger_images_keep_their_grid_of_tokens():
     c = align_config.get_config()
     c.data.image_size, c.encoder.patch_size = (224, 224), 16
-    align.shrink_to_side(c)
+    analyse.shrink_to_side(c)
     assert c.data.image_size == (28, 28) and c.encoder.patch_size == 2
     c.data.image_size, c.encoder.patch_size = (32, 32), 4
-    align.shrink_to_side(c)
+    analyse.shrink_to_side(c)
     assert c.data.image_size == (32, 32) and c.encoder.patch_size == 4
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from crate_jax import config as configs, data
-from crate_jax.analysis.collapse import section, subject as collapse_subject
+from crate_jax.analysis.collapse import section, subject as collapse_subject, weights
+from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import spectra
 from crate_jax.evals.frozen import FrozenEvaluation, collapse_scores
@@ -194,7 +195,7 @@ def test_spectra_of_weights():
         }
     }
     names = [f"encoder/{n}/kernel" for n in ("blocks/a", "blocks/b", "conv", "flat")]
-    found = spectra.weight_eigenvalues(params, names)
+    found = weights.weight_eigenvalues(params, names)
     assert list(found) == names and [found[n].shape for n in names] == [(3, 8), (3, 8), (1, 8), (1, 5)]
     for name, kernels in zip(names, ([*params["encoder"]["blocks"]["a"]["kernel"]], None, None, None), strict=True):
         for values, kernel in zip(found[name], kernels or (), strict=kernels is not None):
@@ -202,7 +203,7 @@ def test_spectra_of_weights():
     b, conv = params["encoder"]["blocks"]["b"]["kernel"], params["encoder"]["conv"]["kernel"].reshape(12, 8)
     np.testing.assert_allclose(found[names[1]][2], np.linalg.svd(b[2], compute_uv=False) ** 2, rtol=1e-4)
     np.testing.assert_allclose(found[names[2]][0], np.linalg.svd(conv, compute_uv=False) ** 2, rtol=1e-4)
-    measured = spectra.weight_measures(found[names[3]][0])  # all eigenvalues are 4
+    measured = weights.weight_measures(found[names[3]][0])  # all eigenvalues are 4
     expected = {"effective_rank": 5, "stable_rank": 5, "condition": 1, "so": 45, "srip": 3}
     assert measured == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
 
@@ -306,12 +307,12 @@ def test_views_are_drawn_by_the_training_augmentation():
     with s.config.unlocked():
         plain = s.config.copy_and_resolve_references()
     plain.data.crop_scale, plain.data.flip, plain.data.randaugment_layers = (1.0, 1.0), 0.0, 0
-    for views, index in collapse_subject.augmented_views(plain, s.train, np.array([3, 5]), 3):
+    for views, index in augmented_views(plain, s.train, np.array([3, 5]), 3):
         assert all(np.array_equal(view, s.train.read(index)) for view in views)
     plain.data.flip = 1.0
-    ((views, index),) = collapse_subject.augmented_views(plain, s.train, np.array([7]), 2)
+    ((views, index),) = augmented_views(plain, s.train, np.array([7]), 2)
     np.testing.assert_array_equal(views, [s.train.read(index)[:, ::-1]] * 2)
-    first, again = ([v for v, _ in collapse_subject.augmented_views(s.config, s.train, np.arange(4), 3)] for _ in "ab")
+    first, again = ([v for v, _ in augmented_views(s.config, s.train, np.arange(4), 3)] for _ in "ab")
     np.testing.assert_array_equal(first, again)
     assert all(len({v.tobytes() for v in views}) == 3 for views in first)
 

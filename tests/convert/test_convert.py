@@ -28,11 +28,10 @@ from crate_jax.convert import (
 from crate_jax.convert.describe import Known, config_of, describe, grid_of
 from crate_jax.convert.export import export
 from crate_jax.errors import CheckpointError, ConfigError
-from crate_jax.models import autoencoder
+from crate_jax.models import adopt, autoencoder
 from crate_jax.models.corruption import Identity, Masking
 from crate_jax.models.patches import patchify, relative_position_index, sincos_positions, unpatchify
 from crate_jax.parallel.parameters import count, names
-from crate_jax.workdir import checkpoint
 
 # --- The names and shapes of published models, written down from their code and not from our rules.
 
@@ -604,7 +603,7 @@ def test_import_inspect_load_and_start_from_a_file(tmp_path, capsys):
     assert (c.encoder.heads, c.decoder.heads, c.loss.target, c.data.mean) == (2, 1, "patch_normalised", (0.5,) * 3)
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     fresh = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-    started = checkpoint.init_encoder(fresh, ours.params, "config.init_from=ours.safetensors")  # as pretrain does
+    started = adopt.init_encoder(fresh, ours.params, "config.init_from=ours.safetensors")  # as pretrain does
     for name, array in names(started["encoder"]).items():
         np.testing.assert_array_equal(array, expected[f"encoder/{name}"])
 

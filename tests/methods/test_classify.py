@@ -11,6 +11,7 @@ from crate_jax import config as configs, data
 from crate_jax.errors import CheckpointError
 from crate_jax.methods import classify
 from crate_jax.models import ENCODERS
+from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.corruption import Identity
 from crate_jax.training import optimizer
 
@@ -94,7 +95,7 @@ def test_a_shared_bias_copied_to_every_block_is_the_same_function():
     table = jax.random.normal(jax.random.key(1), params["relative_bias"].shape)
     params = {**params, "relative_bias": table}
     per_block, others, _ = relative("relative_per_block")
-    adopted = classify.adopt({"encoder": others}, {"encoder": params}, "test")["encoder"]
+    adopted = adopt_encoder({"encoder": others}, {"encoder": params}, "test")["encoder"]
     assert adopted["blocks"]["relative_bias"].shape == (3, *table.shape)
     expected = shared.apply({"params": params}, x, Identity())
     np.testing.assert_allclose(per_block.apply({"params": adopted}, x, Identity()), expected, atol=1e-5)
@@ -106,9 +107,9 @@ def test_another_models_encoder_is_named_array_by_array():
     _, ours, _ = relative("relative")
     _, theirs, _ = relative("relative_per_block")
     with pytest.raises(CheckpointError, match="encoder/blocks/relative_bias: not in this configuration"):
-        classify.adopt({"encoder": ours}, {"encoder": theirs}, "test")
+        adopt_encoder({"encoder": ours}, {"encoder": theirs}, "test")
     with pytest.raises(CheckpointError, match="no 'encoder'"):
-        classify.adopt({"encoder": ours}, {"decoder": theirs}, "test")
+        adopt_encoder({"encoder": ours}, {"decoder": theirs}, "test")
 
 
 def test_rates_fall_with_the_depth_below_the_head():

@@ -25,6 +25,7 @@ from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.evals import segmentation
 from crate_jax.jobs import finetune
 from crate_jax.methods import segment
+from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, UPerHead, pooling_matrix
 from crate_jax.models.patches import relative_position_index, relative_table_rows
 from crate_jax.parallel import sharding
@@ -583,7 +584,7 @@ def test_relative_biases_keep_what_they_say_on_a_larger_grid():
             "embedding": {"positions": np.zeros((65, 2), np.float32)},
         }
     }
-    taken = segment.adopt(target, {"encoder": encoder}, "run", new)["encoder"]
+    taken = adopt_encoder(target, {"encoder": encoder}, "run", new)["encoder"]
     assert taken["embedding"]["positions"].shape == (65, 2)
     for table in taken["blocks"]["relative_bias"]:
         np.testing.assert_array_equal(table[-3:, 0], [7, 8, 9])
@@ -593,7 +594,7 @@ def test_relative_biases_keep_what_they_say_on_a_larger_grid():
         np.testing.assert_allclose(np.diff(middle, axis=0), 7 / 15, rtol=1e-4)
     encoder["embedding"] = {"positions": np.zeros((16, 2), np.float32)}
     with pytest.raises(CheckpointError, match=re.escape("15 positions are no square")):
-        segment.adopt(target, {"encoder": encoder}, "run", new)
+        adopt_encoder(target, {"encoder": encoder}, "run", new)
 
 
 def test_every_head_has_a_config():

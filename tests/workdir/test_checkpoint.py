@@ -26,6 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from crate_jax.config import base
 from crate_jax.errors import CheckpointError
+from crate_jax.models import adopt
 from crate_jax.parallel import distributed
 from crate_jax.workdir import checkpoint, checkpoint_files
 from crate_jax.workdir.checksum import checksums
@@ -376,7 +377,7 @@ def test_read_params_of_something_else(tmp_path: Path) -> None:
 
 def test_init_encoder() -> None:
     ours, theirs = make(1)[0], jax.device_get(make(2)[0])
-    got = checkpoint.init_encoder(ours, theirs, "config.init_from=X")
+    got = adopt.init_encoder(ours, theirs, "config.init_from=X")
     chex.assert_trees_all_equal(got, {"encoder": make(2)[0]["encoder"], "decoder": ours["decoder"]})
     chex.assert_trees_all_equal(ours, make(1)[0])
     chex.assert_trees_all_equal_structs(got, ours)
@@ -387,7 +388,7 @@ def test_init_encoder() -> None:
 def test_init_encoder_allows_a_mask_token_on_one_side(side: int) -> None:
     trees = (make(1)[0], make(2)[0])
     trees[side]["encoder"]["mask_token"] = jnp.full((1, 1, 8), side)
-    got = checkpoint.init_encoder(*trees, "X")
+    got = adopt.init_encoder(*trees, "X")
     assert ("mask_token" in got["encoder"]) == (side == 0)
     chex.assert_trees_all_equal(got["encoder"]["blocks"], make(2)[0]["encoder"]["blocks"])
 
@@ -397,12 +398,12 @@ def test_init_encoder_lists_everything_that_does_not_fit() -> None:
     theirs["encoder"]["extra"] = jnp.ones(1)
     del theirs["encoder"]["norm"]
     with pytest.raises(CheckpointError) as error:
-        checkpoint.init_encoder(ours, theirs, "config.init_from=X")
+        adopt.init_encoder(ours, theirs, "config.init_from=X")
     for part in ("config.init_from=X: ", "encoder/extra: not in this configuration", "encoder/norm/scale: not in the",
                  "encoder/blocks/kernel: checkpoint (3, 4, 4), config (3, 64, 64)"):  # fmt: skip
         assert part in str(error.value)
     with pytest.raises(CheckpointError, match="no 'encoder'"):
-        checkpoint.init_encoder(ours, {"decoder": {}}, "X")
+        adopt.init_encoder(ours, {"decoder": {}}, "X")
 
 
 def test_params_sha256_sees_names_dtypes_shapes_and_bytes() -> None:

@@ -17,9 +17,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax.analysis.alignment.closed_form import principal_components
+from crate_jax.data.pixels import normalise
 from crate_jax.evals.knn import knn_top1
 from crate_jax.evals.probe import probe_top1
-from crate_jax.methods.reconstruction import normalise
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify, unpatchify
 

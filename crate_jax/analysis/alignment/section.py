@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from crate_jax.analysis import logged
 from crate_jax.analysis.alignment import bands, plots
+from crate_jax.analysis.alignment.analyse import analyse, shrink_to_side
 from crate_jax.analysis.alignment.answer import Answer
 from crate_jax.data import eval_images
+from crate_jax.data.sampling import sample
 from crate_jax.errors import UserError
-from crate_jax.evals.frozen import sample
-from crate_jax.jobs.align import analyse, shrink_to_side
 from crate_jax.parallel import distributed
 from crate_jax.report.section import Figure, Section, Subject, Table
 from crate_jax.workdir import checkpoint, checkpoint_files

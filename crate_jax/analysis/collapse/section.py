@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
 
 from crate_jax.analysis.collapse import subject
+from crate_jax.analysis.collapse.weights import weight_measures
 from crate_jax.evals import spectra
 from crate_jax.report import Figure, Section, Subject, Table
 
@@ -137,7 +138,7 @@ def _weight_table(weights: Weights) -> Table:
     for run, kernels in weights.items():
         for name, eigenvalues_Ln in kernels.items():
             for layer, values_n in enumerate(eigenvalues_Ln):
-                found = spectra.weight_measures(values_n)
+                found = weight_measures(values_n)
                 place = layer + 1 if len(eigenvalues_Ln) > 1 else None
                 rows.append((run, _short(name), place, len(values_n), *(found[key] for key in WEIGHT_COLUMNS)))
     return Table(
@@ -157,7 +158,7 @@ def _numbers(features: Features, weights: Weights, lidars: Mapping[str, Mapping[
                 for place, x in lidars.get(run, {}).items()
             },
             "weights": {
-                name: [{**spectra.weight_measures(v), "eigenvalues": v.tolist()} for v in eigenvalues_Ln]
+                name: [{**weight_measures(v), "eigenvalues": v.tolist()} for v in eigenvalues_Ln]
                 for name, eigenvalues_Ln in weights[run].items()
             },
         }

@@ -15,17 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from PIL import Image
 
 from crate_jax import data
-from crate_jax.data import decoding, sampling
-from crate_jax.data.augmentation import DRAWS, Augmentation
-from crate_jax.data.randaugment import randaugment
-from crate_jax.data.undecodable import Undecodable
+from crate_jax.analysis.collapse.weights import weight_eigenvalues
+from crate_jax.data.evaluation import CHUNK
+from crate_jax.data.pixels import normalise
+from crate_jax.data.sampling import sample
+from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals import spectra
-from crate_jax.evals.frozen import CHUNK, sample
-from crate_jax.methods.reconstruction import normalise
 from crate_jax.models import corruption as corruptions, representation
 from crate_jax.models.autoencoder import patch_numbers
 from crate_jax.models.patches import patchify
@@ -184,44 +182,6 @@ def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[
     return dict(zip(names, found, strict=True))
 
 
-def augmented_views(
-    config: ConfigDict, source: data.Source, indices: np.ndarray, views: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Draws q views of each image by the training augmentation (crop, flip, RandAugment of config.data).
-
-    A view is a function of config.seed, the image and the number of the view.
-
-    Yields:
-      uint8 (q, H, W, 3) and the image's index; images that cannot be decoded are left out.
-
-    Raises:
-      DataError: too many of them cannot be decoded.
-    """
-    augmentation = Augmentation.from_config(config)
-    undecodable = Undecodable(source, config.data.max_undecodable)
-    for index in map(int, indices):
-        try:
-            image = Image.fromarray(source.read(index))
-        except decoding.DecodeError as e:
-            undecodable.add([(index, str(e))], 1)
-            continue
-        undecodable.add([], 1)
-        first = index * views
-        uniforms = sampling.uniforms(config.seed, first, views, DRAWS)
-        boxes = augmentation.boxes(uniforms, np.full(views, image.height), np.full(views, image.width))
-        flips = augmentation.flips(uniforms)
-        out = np.empty((views, *augmentation.size, 3), np.uint8)
-        for view in range(views):
-            cropped = decoding.crop_resize(image, boxes[view], augmentation.size, augmentation.resample)
-            pixels = np.asarray(cropped)[:, ::-1] if flips[view] else np.asarray(cropped)
-            if augmentation.layers:
-                rng = sampling.randaugment_generator(config.seed, first + view)
-                whole = Image.fromarray(np.ascontiguousarray(pixels))
-                pixels = np.asarray(randaugment(whole, augmentation.layers, augmentation.magnitude, rng))
-            out[view] = pixels
-        yield out, index
-
-
 def _view_batches(views: Iterator[tuple[np.ndarray, int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     pending: list[tuple[np.ndarray, int]] = []
     for pair in views:
@@ -298,11 +258,11 @@ def measure_lidar(
 def weights(subject: Subject) -> dict[str, np.ndarray]:
     """Eigenvalues (L, n) of each kernel that config.penalty selects, penalised or not.
 
-    See :func:`collapse.weight_eigenvalues`.
+    See :func:`weight_eigenvalues`.
 
     Raises:
       ConfigError: config.penalty selects something that is not there or not a kernel.
     """
     options = subject.config.penalty
     names = parameters.select(subject.params, options.include, options.exclude, "penalty")
-    return spectra.weight_eigenvalues(subject.params, names)
+    return weight_eigenvalues(subject.params, names)

@@ -17,7 +17,8 @@ import matplotlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax.methods.reconstruction import normalise, reconstruct
+from crate_jax.data.pixels import normalise
+from crate_jax.methods.reconstruction import reconstruct
 from crate_jax.models import ENCODERS, autoencoder, corruption as corruptions
 from crate_jax.models.corruption import Identity
 from crate_jax.models.layers import BLOCK_EPS, FINAL_EPS, layer_norm

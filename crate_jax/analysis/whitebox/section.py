@@ -12,8 +12,8 @@ from matplotlib.figure import Figure as Plot
 
 from crate_jax import data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, theory
-from crate_jax.evals.frozen import sample
-from crate_jax.methods.reconstruction import normalise
+from crate_jax.data.pixels import normalise
+from crate_jax.data.sampling import sample
 from crate_jax.models.patches import patchify
 from crate_jax.report.section import Figure, Section, Subject, Table
 

@@ -1,0 +1,53 @@
+"""Several views of one image by the training augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from crate_jax.data import decoding, sampling
+from crate_jax.data.augmentation import DRAWS, Augmentation
+from crate_jax.data.randaugment import randaugment
+from crate_jax.data.sources import Source
+from crate_jax.data.undecodable import Undecodable
+
+
+def augmented_views(
+    config: ConfigDict, source: Source, indices: np.ndarray, views: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Draws q views of each image by the training augmentation (crop, flip, RandAugment of config.data).
+
+    A view is a function of config.seed, the image and the number of the view.
+
+    Yields:
+      uint8 (q, H, W, 3) and the image's index; images that cannot be decoded are left out.
+
+    Raises:
+      DataError: too many of them cannot be decoded.
+    """
+    augmentation = Augmentation.from_config(config)
+    undecodable = Undecodable(source, config.data.max_undecodable)
+    for index in map(int, indices):
+        try:
+            image = Image.fromarray(source.read(index))
+        except decoding.DecodeError as e:
+            undecodable.add([(index, str(e))], 1)
+            continue
+        undecodable.add([], 1)
+        first = index * views
+        uniforms = sampling.uniforms(config.seed, first, views, DRAWS)
+        boxes = augmentation.boxes(uniforms, np.full(views, image.height), np.full(views, image.width))
+        flips = augmentation.flips(uniforms)
+        out = np.empty((views, *augmentation.size, 3), np.uint8)
+        for view in range(views):
+            cropped = decoding.crop_resize(image, boxes[view], augmentation.size, augmentation.resample)
+            pixels = np.asarray(cropped)[:, ::-1] if flips[view] else np.asarray(cropped)
+            if augmentation.layers:
+                rng = sampling.randaugment_generator(config.seed, first + view)
+                whole = Image.fromarray(np.ascontiguousarray(pixels))
+                pixels = np.asarray(randaugment(whole, augmentation.layers, augmentation.magnitude, rng))
+            out[view] = pixels
+        yield out, index
