@@ -26,6 +26,7 @@ def base() -> ConfigDict:
     """Returns the full default configuration, locked against unknown keys."""
     c = ConfigDict()
     c.job = "pretrain"  # what `python -m crate_jax.main` does with this config
+    c.method = "reconstruction"  # what pre-training optimises, a name of METHODS
     c.seed = 0  # initial weights, order of the images, augmentation, corruption
     c.steps = 0  # optimiser steps; 0: from `epochs`
     c.epochs = 0.0  # passes over the training split; 0: from `steps`

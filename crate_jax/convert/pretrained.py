@@ -22,7 +22,8 @@ class Pretrained:
     Attributes:
       name: where it came from, for people.
       config: the whole config it was trained with, as a dictionary.
-      params: nested dictionaries of NumPy arrays with the key ``encoder``; their average (EMA) if the run kept one.
+      params: nested dictionaries of NumPy arrays with the key ``encoder``: those that the run's method has
+        judged, averaged (EMA) if the run kept averages.
       sha256: digest of all parameters.
     """
 
@@ -53,6 +54,6 @@ def load(path: str, key: str) -> Pretrained:
         if wrong:
             raise CheckpointError(f"{path}: holds NaN or infinite numbers, in {some(wrong, ', ')}")
         return Pretrained(str(path), loaded.config, loaded.params, checkpoint.params_sha256(loaded.params))
-    params, meta = checkpoint.read_params(path, averages=True)
+    params, meta = checkpoint.read_params(path, judged=True)
     name = f"step {meta['step']} of {path}"
     return Pretrained(name, meta["config"], params, checkpoint.params_sha256(params))

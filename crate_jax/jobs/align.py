@@ -48,6 +48,12 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     return {**record, "summary": answer.summary(), "folder": str(folder)}
 
 
+def show(result: dict[str, Any]) -> None:
+    """Prints the answer of an alignment analysis."""
+    print(result["summary"])
+    print(f"table, figures and all curves: {result['folder']}")
+
+
 def resolve(config: ConfigDict) -> ConfigDict:
     """The config with the encoder of `config.checkpoint`, if one is named, and images shrunk to `config.align.side`.
 

@@ -102,6 +102,22 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         return append_result(folder, full, encoder, protocol.version, about, result)
 
 
+SHOWN = ("top1", "top5", "mean_per_class", "miou", "mean_accuracy", "pixel_accuracy")  # shares in 0..1
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints the numbers of one evaluation for a person."""
+    print(f"{record['protocol']} of {record['checkpoint'] or 'a random encoder'} on {record['data']}")
+    if "chosen" in record:
+        setting = ", ".join(f"{key} {value:g}" for key, value in record["chosen"].items())
+        print(f"{setting}" + (f", chosen on {record['selected_on']}" if "selected_on" in record else ""))
+    for name, value in record.items():
+        if isinstance(value, float) and name in SHOWN:
+            print(f"{name:<20}{value:>8.1%}")
+    if record.get("report"):  # of a training run
+        print(f"report: {record['report']}")
+
+
 def fitted(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pretrained:
     """The checkpoint's encoder, or a random one of its shape (a function of config.seed) for config.protocol.scratch.
 

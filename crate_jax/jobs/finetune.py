@@ -8,10 +8,12 @@ from ml_collections import ConfigDict
 
 from crate_jax.convert import pretrained
 from crate_jax.errors import ConfigError
-from crate_jax.jobs.evaluate import append_result, inherit
+from crate_jax.jobs import train
+from crate_jax.jobs.evaluate import append_result, inherit, show
 from crate_jax.parallel import sharding
-from crate_jax.training import loop
 from crate_jax.workdir.folder import expanduser
+
+__all__ = ["run", "show"]  # a score is shown as an evaluation of frozen features is
 
 # name -> version; the recipes are in configs/evaluate.py and configs/segment.py. Scratch is a random encoder of the
 # same shape.
@@ -43,7 +45,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)  # before checksums start JAX
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = resolve(config, encoder)
-    summary = loop.run(full, workdir)
+    summary = train.run(full, workdir)
     about = {
         "data": full.data.source,
         "train_split": full.data.train_split,

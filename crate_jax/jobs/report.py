@@ -113,6 +113,13 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
         return write(folder, origin, sections, missing | left_out)
 
 
+def show(result: dict[str, Any]) -> None:
+    """Prints where the report is, and what is not in it."""
+    for title, why in result["left_out"].items():
+        print(f"left out: {title}: {why}")
+    print(f"report: {result['report']}")
+
+
 def split(checkpoint: str) -> list[str]:
     """The checkpoints that a comma-separated text names; a path that exists may have commas of its own.
 

@@ -19,15 +19,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from crate_jax.config import base, changed_keys, flatten
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
-from crate_jax.jobs import sweep_table
-from crate_jax.methods import reconstruction
+from crate_jax.jobs import sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
-from crate_jax.training import loop, optimizer
+from crate_jax.training import optimizer, orthogonality
+from crate_jax.training.step import init_params
 from crate_jax.validation import validate
 from crate_jax.workdir.folder import lock
 
@@ -153,7 +154,8 @@ def _check_parts(config: ConfigDict) -> None:
     """What a run would only find out at its start: devices, schedule, patterns of the penalty."""
     sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
     optimizer.schedule(config, config.steps or 10**9, 0.0)
-    reconstruction.build(config)
+    method = train.method_of(config)
+    orthogonality.build(config, jax.eval_shape(lambda: init_params(config, method)[0]))
 
 
 def _is_finished(folder: Path, setting: Setting) -> bool:
@@ -216,10 +218,23 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         return {"table": table, "folder": str(folder), "failed": failed}
 
 
+def show(result: dict[str, Any]) -> None:
+    """Prints the table of a sweep.
+
+    Raises:
+      NonFiniteError: some of its runs failed.
+    """
+    print(result["table"])
+    print(f"table, figure and runs: {result['folder']}")
+    if result["failed"]:
+        names = ", ".join(result["failed"])
+        raise NonFiniteError(f"the loss became NaN or infinite in {names}; all other runs are finished")
+
+
 def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
     """Trains one setting, or goes on with it; returns its record."""
     try:
-        loop.run(setting.config, str(folder / setting.name))
+        train.run(setting.config, str(folder / setting.name))
     except NonFiniteError as e:
         log.error("%s failed: %s", setting.name, e)
         return _record(folder, setting, error=str(e))

@@ -1,1 +1,32 @@
 """What is optimised, one file per method: pure functions; no file, no mesh, no mutable state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from crate_jax.methods import classify, reconstruction, segment
+from crate_jax.methods.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method of the table.
+
+    Attributes:
+      build: (validated config, training images) -> Method.
+      parts: the sections of the config that mean something to the method; others are not checked.
+    """
+
+    build: Callable[[ConfigDict, Any], Method]
+    parts: tuple[str, ...]
+
+
+METHODS: dict[str, Row] = {
+    "reconstruction": Row(reconstruction.build, ("encoder", "corruption", "decoder", "loss")),
+    "classify": Row(classify.build, ("encoder", "finetune")),
+    "segment": Row(segment.build, ("encoder", "finetune", "segment")),
+}

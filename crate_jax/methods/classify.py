@@ -21,12 +21,11 @@ from ml_collections import ConfigDict
 from crate_jax import data
 from crate_jax.data.pixels import normalise
 from crate_jax.errors import DataError
-from crate_jax.methods.method import Batch, Objective, Params, Scalars
+from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.layers import Norm, dense
 from crate_jax.models.patches import patchify
-from crate_jax.training import orthogonality
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)  # of the image; height / width: timm's RandomErasing
 
@@ -47,7 +46,7 @@ class Head(nn.Module):
         return dense(self.classes, "linear", jnp.float32, init=init)(x_BD)
 
 
-def build(config: ConfigDict, source: data.Source) -> Objective:
+def build(config: ConfigDict, source: data.Source) -> Method:
     """The classifier of a validated config, for the classes of a labelled training set.
 
     Raises:
@@ -63,11 +62,9 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
     options, represent = config.finetune, representation.build(config)
     head = Head(classes, options.norm, options.head_init)
     init_params = representation.with_head(config, head, represent)
-    penalty = orthogonality.build(config, jax.eval_shape(init_params, jax.random.key(0)))
 
-    def init(key: jax.Array) -> tuple[Params, dict]:
-        params_key, penalty_key = jax.random.split(key)
-        return init_params(params_key), penalty.init(penalty_key)
+    def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
+        return start(init_params(key)), {}
 
     def logits(params: Params, images: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         x_BD = represent(params, patchify(images, config.encoder.patch_size), keys_B)
@@ -75,7 +72,9 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
             x_BD = jax.lax.stop_gradient(x_BD)
         return head.apply({"params": params["head"]}, x_BD)  # type: ignore[return-value]  # never mutable
 
-    def loss(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars]:
+    def loss(
+        params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, tuple[Carried, Scalars]]:
         erase_B, mix_B, path_B = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys_B), 1, 0)
         images = normalise(batch["image"], config)
         target_BC = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), options.label_smoothing)
@@ -84,18 +83,16 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
         if options.mixup or options.cutmix:
             images, target_BC = mix(mix_B, images, target_BC, options.mixup, options.cutmix)
         value = jnp.mean(optax.softmax_cross_entropy(logits(params, images, path_B), target_BC))
-        return value, {"cross_entropy": value}
+        return value, (carried, {"cross_entropy": value})
 
     def scores(params: Params, images_uint8: jax.Array) -> jax.Array:
         return logits(params, normalise(images_uint8, config))
 
-    return Objective(
+    return Method(
         inputs=("image", "label"),
         init=init,
         adopt=adopt_encoder,
         loss=loss,
-        penalty=orthogonality.weighted(config, penalty),
-        penalised=penalty.names,
         features=scores,
     )
 

@@ -12,39 +12,36 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax import data
-from crate_jax.analysis.whitebox import measures
 from crate_jax.data.pixels import denormalise, normalise
-from crate_jax.methods.method import Batch, Objective, Params, Scalars
+from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import autoencoder, corruption as corruptions, representation
 from crate_jax.models.adopt import init_encoder
 from crate_jax.models.corruption import Corruption, Identity
 from crate_jax.models.patches import patchify, standardise, unpatchify
-from crate_jax.training import orthogonality
 
 NORMS = {"l2": jnp.square, "l1": jnp.abs}
 
 
-def build(config: ConfigDict, source: data.Source | None = None) -> Objective:
+def build(config: ConfigDict, source: data.Source | None = None) -> Method:
     """The pre-training objective of a validated config; needs nothing of the images."""
     apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
-    shapes = jax.eval_shape(lambda key: autoencoder.init_params(config, key), jax.random.key(0))
-    penalty = orthogonality.build(config, shapes)
 
     def patches(images_uint8: jax.Array) -> jax.Array:
         return patchify(normalise(images_uint8, config), config.encoder.patch_size)
 
-    def init(key: jax.Array) -> tuple[Params, dict]:
-        params_key, penalty_key = jax.random.split(key)
-        return autoencoder.init_params(config, params_key), penalty.init(penalty_key)
+    def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
+        return start(autoencoder.init_params(config, key)), {}
 
-    def loss_of_batch(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars]:
+    def loss_of_batch(
+        params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, tuple[Carried, Scalars]]:
         x_BNP = patches(batch["image"])
         draw_keys_B, path_keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
         corruption = sample(draw_keys_B)
         predicted_BNP = apply({"params": params}, x_BNP, corruption, path_keys_B)
         value = loss(predicted_BNP, target(x_BNP, config), corruption, config)
-        return value, {"reconstruction": value}
+        return value, (carried, {"reconstruction": value})
 
     represent = representation.build(config)
 
@@ -54,22 +51,14 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Objective:
     def pictures(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, ...]:
         return reconstruct(config, apply, sample(keys_B), params, patches(batch["image"]))
 
-    measure = measures.telemetry(config)
-
-    def telemetry(params: Params, batch: Batch, keys_B: jax.Array) -> Scalars:
-        return measure(params, patches(batch["image"]), keys_B)
-
-    return Objective(
+    return Method(
         inputs=("image",),
         init=init,
         adopt=init_encoder,
         loss=loss_of_batch,
-        penalty=orthogonality.weighted(config, penalty),
-        penalised=penalty.names,
         features=features,
         columns=COLUMNS,
         pictures=pictures,
-        telemetry=telemetry,
     )
 
 

@@ -18,12 +18,11 @@ from ml_collections import ConfigDict
 from crate_jax import data
 from crate_jax.data.pixels import normalise
 from crate_jax.errors import ConfigError, DataError
-from crate_jax.methods.method import Batch, Objective, Params, Scalars
+from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, resize
 from crate_jax.models.patches import grid_shape, patchify
-from crate_jax.training import orthogonality
 from crate_jax.workdir import pictures
 
 # Depths that UPerNet's four maps come from, as shares: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24 in BEiT's code.
@@ -62,7 +61,7 @@ def check(config: ConfigDict) -> None:
             raise ConfigError(f"config.{section}.{key}={config[section][key]}: must be 0 for segmentation")
 
 
-def build(config: ConfigDict, source: data.Source) -> Objective:
+def build(config: ConfigDict, source: data.Source) -> Method:
     """The segmenter of a validated config, for the classes of a set of pairs.
 
     Raises:
@@ -81,11 +80,9 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
     head = HEADS[config.segment.head](config, classes)
     maps_of = representation.block_maps(config, blocks(config))
     init_params = representation.with_head(config, head, maps_of)
-    penalty = orthogonality.build(config, jax.eval_shape(init_params, jax.random.key(0)))
 
-    def init(key: jax.Array) -> tuple[Params, dict]:
-        params_key, penalty_key = jax.random.split(key)
-        return init_params(params_key), penalty.init(penalty_key)
+    def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
+        return start(init_params(key)), {}
 
     def scores(params: Params, images_uint8: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """Class scores (B, H, W, C), float32: the head's, and its auxiliary ones if it has any."""
@@ -94,10 +91,12 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
             maps = jax.lax.stop_gradient(maps)
         return tuple(resize(x, size) for x in head.apply({"params": params["head"]}, maps))
 
-    def loss(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars]:
+    def loss(
+        params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, tuple[Carried, Scalars]]:
         values = [cross_entropy(x, batch["mask"]) for x in scores(params, batch["image"], keys_B)]
         scalars = dict(zip(("cross_entropy", "auxiliary"), values, strict=False))
-        return values[0] + config.segment.auxiliary * sum(values[1:]), scalars
+        return values[0] + config.segment.auxiliary * sum(values[1:]), (carried, scalars)
 
     def predict(params: Params, images_uint8: jax.Array) -> jax.Array:
         """The class of each pixel, int32 (B, H, W)."""
@@ -108,13 +107,11 @@ def build(config: ConfigDict, source: data.Source) -> Objective:
         shown = batch["image"].astype(jnp.float32) / 255.0
         return shown, colours[batch["mask"]], colours[predict(params, batch["image"])]  # the last row is IGNORED's
 
-    return Objective(
+    return Method(
         inputs=("image", "mask"),
         init=init,
         adopt=functools.partial(adopt_encoder, grid=grid_shape(size, patch_size)),
         loss=loss,
-        penalty=orthogonality.weighted(config, penalty),
-        penalised=penalty.names,
         features=predict,
         columns=COLUMNS,
         pictures=draw,

@@ -1,8 +1,8 @@
 """Steps whose loss or gradient is NaN or infinite: left without effect, counted, and written down for a replay.
 
-The device decides alone (:func:`keep`), the host counts at log points (:class:`Watch`). optax.apply_if_finite was no
-choice: it sees neither the loss nor what lies outside the optimiser (moving average, the objective's state), and takes
-the update after all once the streak is too long.
+The device decides alone (:func:`revert_if_nonfinite`), the host counts at log points (:class:`Watch`).
+optax.apply_if_finite cannot do it: it sees neither the loss nor what lies outside the optimiser (moving averages, what
+a method carries), and takes the update after all once the streak is too long.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ JUDGED = {"loss": "loss", "grad_norm": "gradient's norm"}  # scalars that decide
 SKIPPED = "skipped"
 
 
-def keep(scalars: Mapping[str, jax.Array], new: T, old: T) -> tuple[T, jax.Array]:
+def revert_if_nonfinite(scalars: Mapping[str, jax.Array], new: T, old: T) -> tuple[T, jax.Array]:
     """`new` if loss and gradient are finite, else `old`, bit for bit; and 1 if it is the old one.
 
     The gradient counts as finite if its norm is, which is at hand: one above 1.8e19 is not, in float32.
@@ -56,7 +56,7 @@ class Watch:
     streak: int = 0
     total: int = 0
 
-    def see(self, scalars: Mapping[str, Any]) -> str:
+    def count(self, scalars: Mapping[str, Any]) -> str:
         """Counts the next step, whose scalars are on the host; says what was not finite, empty if all was."""
         wrong = [f"the {JUDGED[name]} is {float(scalars[name])}" for name in JUDGED if not math.isfinite(scalars[name])]
         self.streak = self.streak + 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""The training state and the one jitted step: loss, penalty, update, for every objective, on any mesh.
+"""The training state and the one jitted step: loss, penalty, update, for every method, on any mesh.
 
 All randomness of a step is a function of its number and config.seed.
 """
@@ -16,11 +16,15 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax.methods.method import Batch, Objective, Params, Scalars
+from crate_jax.errors import ConfigError
+from crate_jax.methods.method import Batch, Carried, Method, Params, Progress, Scalars
 from crate_jax.parallel import sharding, target
-from crate_jax.training import nonfinite, optimizer
+from crate_jax.parallel.parameters import names, path_name
+from crate_jax.training import nonfinite, optimizer, orthogonality
 
 SIGNAL = "signal"  # in a batch of several processes: what signal each got, per row; in the scalars: the largest
+
+LossAndGrad = Callable[..., tuple[tuple[jax.Array, tuple[Carried, Scalars]], Params]]
 
 
 @struct.dataclass
@@ -30,113 +34,209 @@ class TrainState:
     Attributes:
       step: optimiser steps done, int32 scalar.
       params: float32 parameters.
-      opt_state: the optimiser's.
-      objective: what the objective carries along (power-iteration vectors, for one).
+      carried: what the method carries from step to step; {} if nothing.
+      opt_state: the state of the optimiser.
+      penalty: the state of the penalty (power-iteration vectors, for one); {} if none.
       ema: moving average of the parameters, or None.
+      ema_carried: moving averages of those entries of `carried` that the method names; {} without `ema`.
     """
 
     step: jax.Array
     params: Params
+    carried: Carried
     opt_state: optax.OptState
-    objective: dict
+    penalty: orthogonality.State
     ema: Params | None
+    ema_carried: Carried
 
-    def eval_params(self) -> Params:
+    def judged(self, method: Method) -> Params:
         """The parameters that evaluations and pictures use."""
-        return self.params if self.ema is None else self.ema
+        return method.judged(self.params if self.ema is None else self.ema, {**self.carried, **self.ema_carried})
 
     def rest(self) -> dict[str, Any]:
-        """All but the parameters, as a tree for a checkpoint."""
-        return {"step": self.step, "opt_state": self.opt_state, "objective": self.objective, "ema": self.ema}
+        """All but the parameters, as a tree for a checkpoint; what is empty adds nothing to it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "params"}
+
+    def judged_names(self, method: Method) -> dict[str, str]:
+        """Where a checkpoint holds each array of :meth:`judged`, as ``params/NAME`` or ``rest/NAME``."""
+        named = {"params": self.params, "rest": self.rest()}
+        paths = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), named)
+        return names(TrainState(params=paths["params"], **paths["rest"]).judged(method))
 
 
-def init_state(
-    config: ConfigDict, objective: Objective, tx: optax.GradientTransformation, params: Params | None = None
-) -> TrainState:
-    """The state of step 0, a function of config.seed; `params` replaces the random ones."""
-    drawn, carried = objective.init(jax.random.key(config.seed))
-    params = drawn if params is None else params
-    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), carried, ema)
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a step needs besides the method.
+
+    Attributes:
+      tx: gradient clipping, optimiser and schedule.
+      schedule: optimiser steps -> learning rate.
+      penalty: acts on the parameters, whatever the method.
+      total: optimiser steps of the run.
+      per_epoch: optimiser steps per pass over the training images.
+    """
+
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    penalty: orthogonality.Penalty
+    total: int
+    per_epoch: float
+
+
+def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
+    """(optimiser steps of the run, steps per epoch) for a training set of `images`."""
+    per_epoch = images / config.batch_size
+    return config.steps or max(1, round(config.epochs * per_epoch)), per_epoch
+
+
+def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
+    """The recipe of a validated config for a training set of `images`.
+
+    Raises:
+      ConfigError: the schedule does not fit the run, a pattern matches no parameter, or the method's batches cannot
+        be cut into the micro-batches of config.accumulate.
+    """
+    if config.accumulate > 1 and not method.mean_over_images:
+        raise ConfigError(
+            f"config.accumulate={config.accumulate}: must be 1, since the loss of this method is not a mean over the "
+            "images of a batch, and micro-batches would give another one; use more devices or a smaller "
+            "config.batch_size"
+        )
+    shapes = jax.eval_shape(lambda: init_params(config, method)[0])
+    total, per_epoch = total_steps(config, images)
+    tx, schedule = optimizer.build(config, shapes, total, per_epoch)
+    return Recipe(tx, schedule, orthogonality.build(config, shapes), total, per_epoch)
+
+
+def init_params(config: ConfigDict, method: Method, start: Params | None = None) -> tuple[Params, Carried]:
+    """What the method begins with, a function of config.seed; `start` replaces the random parameters."""
+    params_key, _ = jax.random.split(jax.random.key(config.seed))
+    return method.init(params_key, lambda drawn: drawn if start is None else start)
+
+
+def init_state(config: ConfigDict, method: Method, recipe: Recipe, start: Params | None = None) -> TrainState:
+    """The state of step 0, a function of config.seed; `start` replaces the random parameters."""
+    params, carried = init_params(config, method, start)
+    _, penalty_key = jax.random.split(jax.random.key(config.seed))
+    averages = bool(config.optimizer.ema)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        carried=carried,
+        opt_state=recipe.tx.init(params),
+        penalty=recipe.penalty.init(penalty_key),
+        ema=jax.tree.map(jnp.copy, params) if averages else None,
+        ema_carried=jax.tree.map(jnp.copy, {name: carried[name] for name in method.averaged}) if averages else {},
+    )
 
 
 def make_train_step(
-    config: ConfigDict, objective: Objective, tx: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+    config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
-    """The jitted step (state, batch of `objective.inputs`) -> (state, scalars); donates the state.
+    """The jitted step (state, batch of `method.inputs`) -> (state, scalars); donates the state.
 
     With config.accumulate = A the batch is cut into A micro-batches whose gradients are averaged.
     Randomness is per image and the penalty is taken once, so the update is that of the whole batch.
     With config.nonfinite.skip a step that is not finite changes nothing but its number.
     """
-    loss_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
-    penalty_and_grad = jax.value_and_grad(objective.penalty, has_aux=True)
-    A, decay = config.accumulate, config.optimizer.ema
+    loss_and_grad = accumulated(jax.value_and_grad(method.loss, has_aux=True), config.accumulate, mesh)
+    penalty_and_grad = jax.value_and_grad(orthogonality.weighted(config, recipe.penalty), has_aux=True)
     order = sharding.row_order(mesh, config.batch_size)  # a key goes with its image
 
-    def averaged(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Scalars, Params]:
-        if A == 1:
-            (loss, scalars), grads = loss_and_grad(params, batch, keys_B)
-            return loss, scalars, grads
-
-        def micro_batches(x: jax.Array) -> jax.Array:  # interleaved: every device keeps its own rows
-            return sharding.constrain_micro_batches(x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), mesh)
-
-        def add(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, loss_and_grad(params, *micro)), None
-
-        micro = jax.tree.map(micro_batches, (batch, keys_B))
-        shapes = jax.eval_shape(loss_and_grad, params, *jax.tree.map(lambda x: x[0], micro))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (loss, scalars), grads = jax.tree.map(lambda x: x / A, jax.lax.scan(add, zero, micro)[0])
-        return loss, scalars, grads
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
-        batch = dict(batch)
-        signal_B = batch.pop(SIGNAL, None)
+        inputs = {name: batch[name] for name in method.inputs}
         image_key, penalty_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         keys_B = jax.random.split(image_key, config.batch_size)
-        loss, scalars, grads = averaged(state.params, batch, keys_B if order is None else keys_B[order])
-        (penalty, (carried, penalty_scalars)), penalty_grads = penalty_and_grad(
-            state.params, state.objective, penalty_key
-        )
-        grads = jax.tree.map(jnp.add, grads, penalty_grads)
+        keys_B = keys_B if order is None else keys_B[order]
+
+        (loss, (carried, scalars)), grads = loss_and_grad(state.params, state.carried, inputs, keys_B)
+        (extra, (penalty, penalty_scalars)), extra_grads = penalty_and_grad(state.params, state.penalty, penalty_key)
+        grads = jax.tree.map(jnp.add, grads, extra_grads)
         grads = jax.lax.with_sharding_constraint(grads, sharding.split_update(grads, mesh))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+
+        updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - decay)
+        params, carried = method.after(params, carried, Progress(state.step, recipe.total, recipe.per_epoch))
+        ema, ema_carried = averaged(config, state, params, carried)
+
+        new = TrainState(state.step + 1, params, carried, opt_state, penalty, ema, ema_carried)
         scalars = {
-            "loss": loss + penalty,
+            "loss": loss + extra,
             **scalars,
             **penalty_scalars,
-            "lr": schedule(state.step),
+            "lr": recipe.schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
-            **({} if signal_B is None else {SIGNAL: jnp.max(signal_B)}),
+            **({SIGNAL: jnp.max(batch[SIGNAL])} if SIGNAL in batch else {}),
         }
-        new = TrainState(state.step + 1, params, opt_state, carried, ema)
         if config.nonfinite.skip:
-            scalars["lr"] = schedule(optimizer.updates_done(state.opt_state))
-            new, scalars[nonfinite.SKIPPED] = nonfinite.keep(scalars, new, dataclasses.replace(state, step=new.step))
+            scalars["lr"] = recipe.schedule(optimizer.updates_done(state.opt_state))
+            old = dataclasses.replace(state, step=new.step)
+            new, scalars[nonfinite.SKIPPED] = nonfinite.revert_if_nonfinite(scalars, new, old)
         return new, scalars
 
-    whole = sharding.replicated(mesh)
-    state = state_shardings(jax.eval_shape(lambda: init_state(config, objective, tx)), mesh)
+    place = state_shardings(jax.eval_shape(lambda: init_state(config, method, recipe)), mesh)
     return jax.jit(
         sharding.on_mesh(mesh, train_step),
         donate_argnums=0,
-        in_shardings=(state, sharding.split(mesh)),
-        out_shardings=(state, whole),
+        in_shardings=(place, sharding.split(mesh)),
+        out_shardings=(place, sharding.replicated(mesh)),
         compiler_options=target.compiler_options(mesh),
     )
 
 
+def accumulated(loss_and_grad: LossAndGrad, parts: int, mesh: Mesh) -> LossAndGrad:
+    """The function of the same signature that cuts its batch into micro-batches, one after the other.
+
+    Loss, scalars and gradients are averaged over them; `carried` goes from one to the next.
+
+    Args:
+      loss_and_grad: (params, carried, batch, keys (B,)) -> ((loss, (carried, scalars)), gradients).
+      parts: the number of micro-batches; 1: the function itself.
+      mesh: the devices.
+    """
+    if parts == 1:
+        return loss_and_grad
+
+    def cut(x: jax.Array) -> jax.Array:  # interleaved: every device keeps its own rows
+        return sharding.constrain_micro_batches(x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), mesh)
+
+    def whole(
+        params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
+    ) -> tuple[tuple[jax.Array, tuple[Carried, Scalars]], Params]:
+        def add(so_far: tuple[Any, Carried], micro: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Carried], None]:
+            total, carried = so_far
+            (loss, (carried, scalars)), grads = loss_and_grad(params, carried, *micro)
+            return (jax.tree.map(jnp.add, total, (loss, scalars, grads)), carried), None
+
+        micro = jax.tree.map(cut, (batch, keys_B))
+        (loss, (_, scalars)), grads = jax.eval_shape(
+            loss_and_grad, params, carried, *jax.tree.map(lambda x: x[0], micro)
+        )
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, scalars, grads))
+        (total, carried), _ = jax.lax.scan(add, (zero, carried), micro)
+        loss, scalars, grads = jax.tree.map(lambda x: x / parts, total)
+        return (loss, (carried, scalars)), grads
+
+    return whole
+
+
+def averaged(config: ConfigDict, state: TrainState, params: Params, carried: Carried) -> tuple[Params | None, Carried]:
+    """The moving averages after an update: of the parameters, and of what `carried` has averaged."""
+    if state.ema is None:
+        return None, {}
+    new = (params, {name: carried[name] for name in state.ema_carried})
+    return optax.incremental_update(new, (state.ema, state.ema_carried), 1.0 - config.optimizer.ema)
+
+
 def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of a state (or of its shapes) lies: parameters by their rules, the optimiser's split."""
+    """Where each array of a state (or of its shapes) lies.
+
+    What the forward pass reads lies by the table of rules, the optimiser's state is split.
+    """
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
+    by_rules = {name: getattr(shapes, name) for name in ("params", "carried", "ema", "ema_carried")}
     return whole.replace(
-        params=sharding.of_parameters(shapes.params, mesh),
-        ema=sharding.of_parameters(shapes.ema, mesh),
-        opt_state=sharding.split_update(shapes.opt_state, mesh),
+        **sharding.of_parameters(by_rules, mesh), opt_state=sharding.split_update(shapes.opt_state, mesh)
     )
 
 

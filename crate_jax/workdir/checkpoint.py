@@ -138,8 +138,9 @@ class Checkpoints:
             folder = self.folder / str(step)
             try:
                 meta = files.read_meta(folder)
-                files.require_fit(folder, meta, wanted, config)
-                read = {item: files.read_arrays(folder, meta, item, targets) for item, targets in wanted.items()}
+                named = {item: files.as_named(meta, item, targets) for item, targets in wanted.items()}
+                files.require_fit(folder, meta, named, config)
+                read = {item: files.read_arrays(folder, meta, item, targets) for item, targets in named.items()}
             except files.DamagedError as e:
                 problems[step] = _warn_unusable(step, folder, e)
                 continue
@@ -248,14 +249,14 @@ def _none_usable(folder: Path, problems: Mapping[int, str]) -> str:
 
 
 def read_params(
-    workdir: str | os.PathLike[str], step: int | None = None, averages: bool = False
+    workdir: str | os.PathLike[str], step: int | None = None, judged: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads the verified parameters of a run, for `config.init_from` and for tools.
 
     Args:
       workdir: the run's folder, or its ``checkpoints`` folder. Nothing in it is changed.
       step: which checkpoint; None: the newest usable one.
-      averages: their moving average instead, where the run kept one: what evaluations use.
+      judged: those that evaluations use instead: a target network, moving averages, as the run's method says.
 
     Returns:
       nested dictionaries of NumPy arrays, and the checkpoint's meta.
@@ -278,7 +279,7 @@ def read_params(
     for candidate in steps if step is None else [step]:
         try:
             meta = files.read_meta(folder / str(candidate))
-            params = _read_params(folder / str(candidate), meta, averages)
+            params = _read_params(folder / str(candidate), meta, judged)
         except files.DamagedError as e:
             problems[candidate] = _warn_unusable(candidate, folder / str(candidate), e)
         else:
@@ -286,12 +287,21 @@ def read_params(
     raise CheckpointError(_none_usable(folder, problems))
 
 
-def _read_params(folder: Path, meta: dict[str, Any], averages: bool) -> dict[str, Any]:
-    """The parameters by name, or their averages (:meth:`crate_jax.training.step.TrainState.eval_params`)."""
-    kept = [name for name in meta["arrays"]["rest"] if averages and name.startswith(AVERAGES)]
-    item = "rest" if kept else "params"
-    arrays = files.read_arrays(folder, meta, item, files.host_targets(meta, item))
-    return {name.removeprefix(AVERAGES): arrays[name] for name in kept} if kept else arrays
+def _read_params(folder: Path, meta: dict[str, Any], judged: bool) -> dict[str, Any]:
+    """The parameters by name, or those that evaluations use."""
+    if not judged:
+        return files.read_arrays(folder, meta, "params", files.host_targets(meta, "params"))
+    places = meta.get("judged")
+    if places is None:  # of a version whose methods carried nothing
+        averages = [name for name in meta["arrays"]["rest"] if name.startswith(AVERAGES)]
+        places = {name.removeprefix(AVERAGES): f"rest/{name}" for name in averages}
+        places = places or {name: f"params/{name}" for name in meta["arrays"]["params"]}
+    arrays: dict[str, Any] = {}
+    for item in files.ITEMS:
+        if any(place.startswith(f"{item}/") for place in places.values()):
+            read = files.read_arrays(folder, meta, item, files.host_targets(meta, item))
+            arrays |= {f"{item}/{name}": array for name, array in read.items()}
+    return {name: arrays[place] for name, place in places.items()}
 
 
 def params_sha256(params: PyTree) -> str:

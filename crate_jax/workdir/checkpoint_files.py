@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -226,6 +227,16 @@ def _empty(target: Any) -> Any:
     if isinstance(target, np.ndarray):
         return target
     return jnp.zeros(target.shape, target.dtype, device=target.sharding)
+
+
+def as_named(meta: Mapping[str, Any], item: str, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """The targets of an item under the names that the checkpoint has for them, in the same order.
+
+    Up to version 0.1 the state of the penalty was saved as ``objective``.
+    """
+    renamed = item == "rest" and any(name.startswith("objective/") for name in meta["arrays"][item])
+    old = {name: re.sub("^penalty/", "objective/", name) if renamed else name for name in targets}
+    return {old[name]: target for name, target in targets.items()}
 
 
 def require_fit(
