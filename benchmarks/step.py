@@ -11,11 +11,9 @@ it adds to a step on average, once in config.whitebox.every steps.
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +23,9 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from crate_jax.methods import reconstruction
+from crate_jax.jobs import train
 from crate_jax.parallel import sharding
-from crate_jax.training import loop, optimizer, step as train_step
+from crate_jax.training import step as train_step
 from crate_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
@@ -67,18 +65,16 @@ def matmul_flops(jaxpr: Any) -> int:
     return total
 
 
-def telemetry_cost(
-    config: ConfigDict, telemetry: Callable[..., Any], params: Any, mesh: Mesh, step_seconds: float
-) -> dict[str, Any]:
+def telemetry_cost(config: ConfigDict, params: Any, mesh: Mesh, step_seconds: float) -> dict[str, Any]:
     """Times one call, as the training loop makes it: images split over the devices, results on the host."""
     shape = (config.whitebox.images, *config.data.image_size, 3)
     images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
-    measure = loop.telemetry_of(telemetry, images, config.seed, mesh)
-    jax.device_get(measure(params))
+    measure = train.telemetry(config, images, mesh)
+    measure(params)
     seconds = []
     for _ in range(_STEPS.value):
         start = time.perf_counter()
-        jax.device_get(measure(params))
+        measure(params)
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
     return {
@@ -98,18 +94,17 @@ def main(_: list[str]) -> None:
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate)
     mesh = sharding.make_mesh(config.batch_size, config.accumulate)
-    objective = reconstruction.build(config)
-    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
-    tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
-    step = train_step.make_train_step(config, objective, tx, schedule, mesh)
-    init = functools.partial(train_step.init_state, config, objective, tx)
-    state = jax.jit(init, out_shardings=train_step.state_shardings(jax.eval_shape(init), mesh))()
+    method = train.method_of(config)
+    recipe = train_step.make_recipe(config, method, 100 * config.batch_size)
+    step = train_step.make_train_step(config, method, recipe, mesh)
+    state = train_step.make_init(config, method, recipe, mesh)()
     images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *config.data.image_size, 3), np.uint8)
     batch = sharding.put_batch({"image": images}, mesh)
     keys = jax.random.split(jax.random.key(0), config.batch_size)
     plain = config.copy_and_resolve_references()
     plain.remat = False
-    program = jax.make_jaxpr(jax.value_and_grad(reconstruction.build(plain).loss, has_aux=True))(shapes, batch, keys)
+    loss_and_grad = jax.value_and_grad(train.method_of(plain).loss, has_aux=True)
+    program = jax.make_jaxpr(loss_and_grad)(state.params, state.carried, batch, keys)
     flops = matmul_flops(program.jaxpr) / config.batch_size
 
     start = time.perf_counter()
@@ -125,9 +120,9 @@ def main(_: list[str]) -> None:
             seconds.append(time.perf_counter() - start)
     telemetry: dict[str, Any] = {}
     if _TELEMETRY.value:
-        if not config.whitebox.every or objective.telemetry is None:
+        if not config.whitebox.every or config.job != "pretrain":
             raise app.UsageError("--telemetry needs --config.whitebox.every above 0 and a config of job pretrain")
-        telemetry = telemetry_cost(config, objective.telemetry, state.params, mesh, statistics.median(seconds))
+        telemetry = telemetry_cost(config, state.params, mesh, statistics.median(seconds))
     median = statistics.median(seconds)
     peak = matmul_peak(config.dtype, mesh)
     print(

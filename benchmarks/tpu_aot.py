@@ -48,10 +48,10 @@ from ml_collections import ConfigDict, config_flags
 from benchmarks import hlo_cost
 from benchmarks.roofline import Chip, chip_of, roofline
 from crate_jax.errors import ConfigError, UserError
-from crate_jax.main import fail
-from crate_jax.methods import reconstruction
+from crate_jax.flags import fail
+from crate_jax.jobs.train import method_of
 from crate_jax.parallel import sharding
-from crate_jax.training import optimizer, step as train_step
+from crate_jax.training import step as train_step
 from crate_jax.validation import validate
 
 
@@ -87,11 +87,10 @@ def topology_devices(topology: str) -> list[Any]:
 def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
     """The train step of a validated config, traced for these devices; no array is made."""
     mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices, config.mesh.data, config.mesh.model)
-    objective = reconstruction.build(config)
-    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
-    tx, schedule = optimizer.build(config, shapes, config.steps, 100.0)
-    step = train_step.make_train_step(config, objective, tx, schedule, mesh)
-    state = jax.eval_shape(functools.partial(train_step.init_state, config, objective, tx))
+    method = method_of(config)
+    recipe = train_step.make_recipe(config, method, 100 * config.batch_size)
+    step = train_step.make_train_step(config, method, recipe, mesh)
+    state = jax.eval_shape(functools.partial(train_step.init_state, config, method, recipe))
     images = jax.ShapeDtypeStruct((config.batch_size, *config.data.image_size, 3), jnp.uint8)
     return step.lower(state, {"image": images})
 

@@ -28,15 +28,15 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from crate_jax import main
 from crate_jax.config import base, flatten
 from crate_jax.convert import weights
 from crate_jax.data import decoding
 from crate_jax.data.sources import SyntheticSource
 from crate_jax.errors import UserError
-from crate_jax.jobs import sweep
-from crate_jax.methods import reconstruction
-from crate_jax.training import optimizer
+from crate_jax.flags import define_flags, fail, parse_flags
+from crate_jax.jobs import JOBS, sweep
+from crate_jax.jobs.train import method_of
+from crate_jax.training.step import make_recipe
 from crate_jax.validation import validate
 from crate_jax.workdir import checkpoint_files
 from tests.convert import test_convert
@@ -107,7 +107,7 @@ class ConfigTarget:
 
     def __init__(self, builds: int = 10**9) -> None:
         if "config" not in flags.FLAGS:
-            main.define_flags()
+            define_flags()
         self.builds_left = builds
         self.keys = sorted(flatten(base()))
         self.groups = sorted({key.rpartition(".")[0] for key in self.keys} - {""})
@@ -151,7 +151,7 @@ class ConfigTarget:
         err = io.StringIO()
         try:
             with flagsaver.flagsaver(), contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
-                main.parse_flags(argv)
+                parse_flags(argv)
                 self.check(flags.FLAGS.config)
         except SystemExit as e:
             lines = err.getvalue().splitlines()
@@ -167,8 +167,8 @@ class ConfigTarget:
 
     def check(self, config: Any) -> None:
         """What a job looks at before it opens any data; the shapes of the model, if it is a small one."""
-        if config.job not in main.JOBS:
-            main.fail(UserError("as main says it"))
+        if config.job not in JOBS:
+            fail(UserError("as main says it"))
         if config.job == "sweep":
             sweep.expand(config)
             return
@@ -177,9 +177,8 @@ class ConfigTarget:
         if self.builds_left <= 0 or config.job != "pretrain" or max(sizes) > 20_000 or config.encoder.width > 256:
             return
         self.builds_left -= 1
-        objective = reconstruction.build(config, SyntheticSource("train", config.data.image_size))
-        shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
-        optimizer.build(config, shapes, max(config.steps, 1), 10.0)
+        method = method_of(config, SyntheticSource("train", config.data.image_size))
+        make_recipe(config, method, 10 * config.batch_size)
 
 
 class ImageTarget:

@@ -22,7 +22,7 @@ from crate_jax.models import layers, mssa_kernel
 from crate_jax.models.crate import attend
 from crate_jax.parallel import parameters, sharding, target
 from crate_jax.parallel.sharding import BATCH, DATA
-from crate_jax.training import optimizer, step as train_step
+from crate_jax.training import step as train_step
 from tests.conftest import ROOT
 from tests.training.test_loop import small
 
@@ -254,15 +254,14 @@ def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
         config = small()
         config.batch_size = 2 * chips
         mesh = sharding.make_mesh(config.batch_size, 1, jax.devices()[:chips])
-        objective = reconstruction.build(config)
-        shapes = jax.eval_shape(lambda objective=objective: objective.init(jax.random.key(0))[0])
-        tx, schedule = optimizer.build(config, shapes, config.steps, 10.0)
-        state = jax.eval_shape(functools.partial(train_step.init_state, config, objective, tx))
+        method = reconstruction.build(config)
+        recipe = train_step.make_recipe(config, method, 10 * config.batch_size)
+        state = jax.eval_shape(functools.partial(train_step.init_state, config, method, recipe))
         batch = {"image": jax.ShapeDtypeStruct((config.batch_size, 8, 8, 3), jnp.uint8)}
-        step = train_step.make_train_step(config, objective, tx, schedule, mesh).lower(state, batch).compile()
+        step = train_step.make_train_step(config, method, recipe, mesh).lower(state, batch).compile()
         sent[chips] = Program(step.as_text()).cost().collective_bytes
         assert set(sent[chips]) == {"all-reduce", "all-gather"}
-        weights = 4 * parameters.count(shapes)
+        weights = 4 * parameters.count(state.params)
         assert weights < sent[chips]["all-reduce"] < 1.25 * weights  # and sums of the penalty, the loss and metrics
         assert chips * sent[chips]["all-gather"] == pytest.approx(weights, rel=0.01)
     assert sent[2]["all-reduce"] == pytest.approx(sent[8]["all-reduce"], rel=0.01)

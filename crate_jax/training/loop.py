@@ -32,7 +32,7 @@ from crate_jax.training.step import (
     TrainState,
     all_finite,
     init_params,
-    init_state,
+    make_init,
     make_recipe,
     make_train_step,
     state_shardings,
@@ -182,14 +182,12 @@ class Loop:
         on_resume: Callable[[Mapping[str, Any], bool], None] | None,
     ) -> tuple[TrainState, int, dict[str, Any]]:
         """The newest checkpoint's state, or a fresh one; its step; what the checkpoint recorded."""
-
-        def fresh(params: Params | None = None) -> TrainState:
-            return init_state(self.config, self.method, self._recipe, params)
-
-        place = state_shardings(jax.eval_shape(fresh), self.mesh)
-        init = jax.jit(fresh, out_shardings=place)
+        init = make_init(self.config, self.method, self._recipe, self.mesh)
+        shapes = jax.eval_shape(init)
         abstract = jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), jax.eval_shape(init), place
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            shapes,
+            state_shardings(shapes, self.mesh),
         )
         restored = self._checkpoints.restore(abstract.params, abstract.rest(), self.config.to_dict())
         if restored is not None:

@@ -130,6 +130,15 @@ def init_state(config: ConfigDict, method: Method, recipe: Recipe, start: Params
     )
 
 
+def make_init(config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh) -> Callable[..., TrainState]:
+    """The jitted function (start=None) -> :func:`init_state`, laid out on the mesh."""
+
+    def init(start: Params | None = None) -> TrainState:
+        return init_state(config, method, recipe, start)
+
+    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), mesh))
+
+
 def make_train_step(
     config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:

@@ -15,11 +15,11 @@ from PIL import Image
 
 from crate_jax import config as configs, data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, section as sections, theory
+from crate_jax.jobs import train
 from crate_jax.models import ENCODERS, autoencoder
 from crate_jax.models.corruption import Identity, Masking
 from crate_jax.parallel import sharding
 from crate_jax.report import Subject
-from crate_jax.training import loop
 from crate_jax.validation import validate
 
 pytestmark = pytest.mark.one_python
@@ -249,9 +249,9 @@ def test_training_is_the_same_with_telemetry(tmp_path):
         )
     c.data.source = f"folder:{tmp_path / 'images'}"
     c.decoder.depth, c.log.every, c.log.tensorboard, c.log.pictures = 1, 2, False, 0
-    plain = loop.run(c, str(tmp_path / "plain"))
+    plain = train.run(c, str(tmp_path / "plain"))
     c.whitebox.every, c.whitebox.images = 2, 8
-    looked = loop.run(c, str(tmp_path / "looked"))
+    looked = train.run(c, str(tmp_path / "looked"))
     assert looked["params_sha256"] == plain["params_sha256"]
     lines = [json.loads(line) for line in (tmp_path / "looked" / "metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line for line in lines if "whitebox/encoder/subspace_rate/01" in line}

@@ -18,10 +18,9 @@ from configs import evaluate, quickstart
 from crate_jax import data
 from crate_jax.convert import pretrained, weights
 from crate_jax.errors import CheckpointError, ConfigError, DataError
-from crate_jax.jobs import evaluate as job, finetune
+from crate_jax.jobs import evaluate as job, finetune, train
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.layers import layer_norm
-from crate_jax.training import loop
 from crate_jax.workdir import checkpoint
 from tests.test_cli import one_line_error
 
@@ -34,7 +33,7 @@ def pretraining(tmp_path_factory) -> Path:
     c = quickstart.get_config("debug")
     c.steps, c.log.pictures = 30, 0
     workdir = tmp_path_factory.mktemp("pretraining") / "run"
-    loop.run(c, str(workdir))
+    train.run(c, str(workdir))
     return workdir
 
 
@@ -141,7 +140,7 @@ def test_statistics_are_the_checkpoints_unless_set(pretraining):
 def test_a_checkpoint_with_averaged_weights_is_judged_by_them(tmp_path):
     c = quickstart.get_config("debug")
     c.optimizer.ema, c.log.pictures = 0.5, 0
-    loop.run(c, str(tmp_path))
+    train.run(c, str(tmp_path))
     raw = json.loads((tmp_path / "summary.json").read_text())["params_sha256"]
     assert checkpoint.params_sha256(checkpoint.read_params(tmp_path)[0]) == raw
     judged = pretrained.load(str(tmp_path), "config.checkpoint")
@@ -279,7 +278,7 @@ def test_relative_positions_of_another_grid_are_named(tmp_path):
     c = quickstart.get_config("debug")
     c.encoder.name, c.encoder.positions, c.log.pictures = "vit", "relative", 0
     c.decoder.name = "linear"
-    loop.run(c, str(tmp_path / "run"))
+    train.run(c, str(tmp_path / "run"))
     other = configured("", tmp_path / "run", data__image_size=(16, 16))
     with pytest.raises(CheckpointError, match="encoder/relative_bias: checkpoint"):
         job.run(other, str(tmp_path / "work"))

@@ -17,9 +17,8 @@ from configs import quickstart, report as report_config
 from crate_jax import config as configs
 from crate_jax.analysis import logged
 from crate_jax.errors import CheckpointError, ConfigError, DataError
-from crate_jax.jobs import report as job
+from crate_jax.jobs import report as job, train
 from crate_jax.report import Figure, Section, Table, page, svg
-from crate_jax.training import loop
 from crate_jax.workdir import pictures
 
 pytestmark = pytest.mark.one_python
@@ -43,7 +42,7 @@ def two_runs(folder):
     """Trains two runs with the names NAMES in `folder`; returns their workdirs and summaries."""
     changes = ({}, {"corruption__mask_ratio": 0.25, "evaluation__every": 2})
     paths = [folder / name for name in NAMES]
-    return paths, [loop.run(tiny(**c), str(p)) for c, p in zip(changes, paths, strict=True)]
+    return paths, [train.run(tiny(**c), str(p)) for c, p in zip(changes, paths, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +252,7 @@ def test_what_cannot_be_said_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(job.SECTIONS, "sizes", job.Analysis("Sizes", of_images))
     monkeypatch.setitem(job.SECTIONS, "refuses", job.Analysis("Classes <i>", refuses, needs_images=False))
     images = image_folder(tmp_path / "images")
-    loop.run(tiny(data__source=f"folder:{images}"), str(tmp_path / "gone"))
+    train.run(tiny(data__source=f"folder:{images}"), str(tmp_path / "gone"))
     paths = [runs[0][1], tmp_path / "gone"]
     assert report(paths, tmp_path / "w")["left_out"].keys() == {"Classes <i>"}
     images.rename(tmp_path / "elsewhere")
@@ -346,10 +345,10 @@ def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(svg, "element", broken)
-    summary = loop.run(tiny(steps=2), str(tmp_path / "run"))
+    summary = train.run(tiny(steps=2), str(tmp_path / "run"))
     assert summary["report"] is None and "no report: RuntimeError: no fonts" in caplog.text
     assert not (tmp_path / "run" / "report.html").exists()
-    assert loop.run(tiny(steps=2, log__report=False), str(tmp_path / "quiet"))["report"] is None
+    assert train.run(tiny(steps=2, log__report=False), str(tmp_path / "quiet"))["report"] is None
 
 
 def test_a_run_that_is_still_going_can_be_read(runs, tmp_path):

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from configs import sweep as sweep_config
-from crate_jax import main
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.jobs import sweep, sweep_table
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
@@ -130,7 +129,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
     assert first[:3] == ["1e30", "0 + 1 failed", "-"] and second[:2] == ["0.001", "1"]
     assert "* `optimizer.lr=1e30,seed=0` failed: the loss is" in result["table"]
     with pytest.raises(NonFiniteError, match="in optimizer.lr=1e30,seed=0; all other runs are finished"):
-        main.show_sweep(result)  # status 2, after the table
+        sweep.show(result)  # status 2, after the table
     assert result["table"] in capsys.readouterr().out
 
 

@@ -65,11 +65,11 @@ def test_options_of_a_recipe_reach_the_loss():
         (changed.encoder if key == "drop_path" else changed.finetune)[key] = value
         return classify.build(changed, source)
 
-    def params_of(objective):
-        return jax.jit(lambda key: objective.init(key)[0])(jax.random.key(1))
+    def params_of(method):
+        return jax.jit(lambda key: method.init(key, lambda drawn: drawn)[0])(jax.random.key(1))
 
-    def loss(objective) -> float:
-        return float(jax.jit(objective.loss)(params, batch, keys(8))[0])
+    def loss(method) -> float:
+        return float(jax.jit(method.loss)(params, {}, batch, keys(8))[0])
 
     plain = build("head_init", 1.0)
     params = params_of(plain)

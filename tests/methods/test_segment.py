@@ -23,13 +23,14 @@ from crate_jax.convert import pretrained
 from crate_jax.data.pairs import IGNORED, crop_mask
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.evals import segmentation
-from crate_jax.jobs import finetune
+from crate_jax.jobs import finetune, train
 from crate_jax.methods import segment
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, UPerHead, pooling_matrix
 from crate_jax.models.patches import relative_position_index, relative_table_rows
 from crate_jax.parallel import sharding
-from crate_jax.training import loop, optimizer, step as train_step
+from crate_jax.training import loop, step as train_step
+from crate_jax.training.step import init_params, make_recipe
 from crate_jax.validation import CHOICES, validate
 from crate_jax.workdir import pictures
 
@@ -410,9 +411,9 @@ def test_the_recipes_build_for_the_papers_encoders(folder, pretraining, head):
     of = importlib.import_module(f"configs.{pretraining}").get_config("")
     c = finetune.resolve(c, pretrained.Pretrained("", of.to_dict(), {}, ""))
     validate(c)
-    objective = segment.build(c, data.open_split(c, "train"))
-    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
-    optimizer.build(c, shapes, c.steps, 100.0)
+    method = segment.build(c, data.open_split(c, "train"))
+    make_recipe(c, method, 100 * c.batch_size)
+    shapes = jax.eval_shape(lambda: init_params(c, method)[0])
     if pretraining == "rop_vitb":
         bias = shapes["encoder"]["blocks" if head == "upernet" else "relative_bias"]
         shape = bias["relative_bias"].shape if head == "upernet" else bias.shape
@@ -422,9 +423,9 @@ def test_the_recipes_build_for_the_papers_encoders(folder, pretraining, head):
         "mask": jax.ShapeDtypeStruct((2, 512, 512), np.int16),
     }
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-    value, scalars = jax.eval_shape(objective.loss, shapes, batch, keys)
+    value, (_, scalars) = jax.eval_shape(method.loss, shapes, {}, batch, keys)
     assert value.shape == () and ("auxiliary" in scalars) == (head == "upernet")
-    assert jax.eval_shape(objective.features, shapes, batch["image"]).shape == (2, 512, 512)
+    assert jax.eval_shape(method.features, shapes, batch["image"]).shape == (2, 512, 512)
 
 
 def test_ignored_pixels_have_no_part_in_the_loss():
@@ -458,7 +459,7 @@ def checkpoint(tmp_path_factory, folder):
             c.corruption.name, c.decoder.name = "none", "linear"
             c.log.pictures, c.log.tensorboard = 0, False
             made[name] = str(tmp_path_factory.mktemp(name))
-            loop.run(c, made[name])
+            train.run(c, made[name])
         return made[name]
 
     return make
@@ -491,15 +492,15 @@ def test_a_linear_head_learns_shapes_and_a_frozen_encoder_stays_as_it_is(folder,
 def break_off_and_continue(c, folder: Path, at: int, monkeypatch) -> tuple[dict, dict]:
     """The records of a run in one go and of one that broke off after step `at`, then was started again."""
     whole = finetune.run(c, str(folder / "whole"))
-    after = loop.Run._after
+    after = loop.Loop._after
 
-    def break_off(self, step, progress):
-        after(self, step, progress)
+    def break_off(self, step, *args):
+        after(self, step, *args)
         if step == at:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_after", break_off)
+        patch.setattr(loop.Loop, "_after", break_off)
         with pytest.raises(KeyboardInterrupt):
             finetune.run(c, str(folder / "broken"))
     return whole, finetune.run(c, str(folder / "broken"))
@@ -516,15 +517,15 @@ def test_upernet_learns_shapes(folder):
     c = small(folder, "head=upernet", steps=60, batch_size=8, optimizer__lr=1e-2, segment__channels=16)
     mesh = sharding.make_mesh(8, 1, jax.devices()[:1])
     source = data.open_split(c, "train")
-    objective = segment.build(c, source)
-    tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 60, 1.0)
-    step = train_step.make_train_step(c, objective, tx, schedule, mesh)
-    state = jax.jit(lambda: train_step.init_state(c, objective, tx))()
+    method = segment.build(c, source)
+    recipe = train_step.make_recipe(c, method, c.batch_size)
+    step = train_step.make_train_step(c, method, recipe, mesh)
+    state = jax.jit(lambda: train_step.init_state(c, method, recipe))()
     for batch, _ in zip(data.TrainPipeline(c, source).batches(), range(60), strict=False):
-        state, scalars = step(state, sharding.put_batch({k: batch[k] for k in objective.inputs}, mesh))
+        state, scalars = step(state, sharding.put_batch({k: batch[k] for k in method.inputs}, mesh))
     assert set(scalars) >= {"cross_entropy", "auxiliary"}
     assert float(scalars["loss"]) == pytest.approx(float(scalars["cross_entropy"] + 0.4 * scalars["auxiliary"]))
-    scores = segmentation.SegmentationEvaluation(c, objective.features, source, mesh).scores(state.params)
+    scores = segmentation.SegmentationEvaluation(c, method.features, source, mesh).scores(state.params)
     assert scores["miou"] > 0.4  # all background: 0.18
 
 
@@ -550,10 +551,10 @@ def test_devices_and_micro_batches_change_nothing(folder):
     def step(devices: int, accumulate: int):
         c = small(folder, accumulate=accumulate, optimizer__lr=1e-4)
         mesh = sharding.make_mesh(16, accumulate, jax.devices()[:devices])
-        objective = segment.build(c, data.open_split(c, "train"))
-        tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 4, 1.0)
-        state, scalars = train_step.make_train_step(c, objective, tx, schedule, mesh)(
-            train_step.init_state(c, objective, tx), sharding.put_batch(batch, mesh)
+        method = segment.build(c, data.open_split(c, "train"))
+        recipe = train_step.make_recipe(c, method, c.batch_size)
+        state, scalars = train_step.make_train_step(c, method, recipe, mesh)(
+            train_step.init_state(c, method, recipe), sharding.put_batch(batch, mesh)
         )
         return jax.device_get((state.params, scalars))
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from crate_jax.errors import ConfigError
+from crate_jax.jobs import train
 from crate_jax.parallel import distributed, watch
 from crate_jax.parallel.distributed import Cluster
-from crate_jax.training import loop
 from crate_jax.workdir import checkpoint, pictures
 from tests.conftest import ROOT
 
@@ -138,7 +138,7 @@ def configured(encoder: str, steps: int, **keys: object) -> tuple[object, list[s
 @functools.cache
 def alone(encoder: str, steps: int, workdir: Path) -> None:
     """The same run in this process, on its eight devices."""
-    loop.run(configured(encoder, steps)[0], str(workdir))
+    train.run(configured(encoder, steps)[0], str(workdir))
 
 
 def check_equal(workdir: Path, reference: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_watch_sends_a_sign_of_life_now_and_then(monkeypatch):
 @pytest.mark.slow
 def test_a_checkpoint_that_one_process_lacks_ends_all_with_a_line(cli_env, tmp_path):
     """Each has a view of its own of a disk: here, a path of its own."""
-    loop.run(configured("crate", 1, **SMALL)[0], str(tmp_path / "run"))
+    train.run(configured("crate", 1, **SMALL)[0], str(tmp_path / "run"))
     common = [sys.executable, "-m", "crate_jax.main", "--config=configs/evaluate.py:protocol=knn,debug"]
     common += [f"--workdir={tmp_path / 'out'}", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
     commands = [
@@ -197,7 +197,7 @@ def test_two_processes_with_split_parameters_are_one_run(cli_env, tmp_path):
     config, flags = configured("crate", 4, **SMALL, **{"data.source": f"folder:{tmp_path / 'images'}"})
     flags = [*flags, "--config.mesh.data=1", "--config.mesh.model=0"]
     with started(cli_env, 2, [*flags, f"--workdir={tmp_path / 'two'}"]) as processes:
-        loop.run(config, str(tmp_path / "one"))
+        train.run(config, str(tmp_path / "one"))
         (first, out, log), (second, silent, quiet) = ends(processes)
     assert (first, second) == (0, 0), log[-3000:] + quiet[-3000:]
     check_equal(tmp_path / "two", tmp_path / "one")
@@ -246,7 +246,7 @@ def test_the_others_stop_and_name_a_process_that_is_killed(victim, cli_env, tmp_
     line = [line for line in stderr.splitlines() if line.startswith("error: ")][-1]
     assert f"process {victim} of 2" in line and f"pid {processes[victim].pid}" in line
     config, _ = configured("crate", 60)
-    loop.run(config, str(tmp_path / "run"))
+    train.run(config, str(tmp_path / "run"))
     alone("crate", 60, tmp_path / "one")
     check_equal(tmp_path / "run", tmp_path / "one")
 
@@ -273,7 +273,7 @@ def test_what_stops_one_process_stops_all_in_one_line(cli_env, tmp_path):
     """A workdir in use, which only process 0 sees; and a bad config, which all see."""
     flags = configured("crate", 100_000)[1]
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import time; from crate_jax.workdir import lock\nwith lock({str(tmp_path)!r}):\n"
+        [sys.executable, "-c", f"import time; from crate_jax.workdir.folder import lock\nwith lock({str(tmp_path)!r}):\n"
          " print('held', flush=True); time.sleep(600)"], cwd=ROOT, env=cli_env, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -319,7 +319,7 @@ def test_a_process_that_fails_ends_the_others_with_its_own_status(cli_env):
 @pytest.mark.parametrize(("process", "role"), [(0, "starts the meeting point at"), (1, "looks for process 0 at")])
 @pytest.mark.slow
 def test_a_process_that_stays_alone_says_so(process, role, cli_env):
-    program = f"from crate_jax import distributed as d; d.start(d.Cluster('127.0.0.1:{free_port()}', 2, {process}), 3)"
+    program = f"from crate_jax.parallel import distributed as d; d.start(d.Cluster('127.0.0.1:{free_port()}', 2, {process}), 3)"
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, env=cli_env, capture_output=True, text=True, timeout=100)
     assert result.returncode == watch.LOST  # a late one, most often: launchers try again

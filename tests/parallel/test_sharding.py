@@ -14,7 +14,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.methods import reconstruction
 from crate_jax.models import autoencoder
 from crate_jax.parallel import parameters, sharding
-from crate_jax.training import optimizer, step as train_step
+from crate_jax.training import step as train_step
 from tests.training.test_loop import images, small
 
 MESHES = {"fully sharded": (1, 8), "hybrid": (2, 4)}  # (data, model)
@@ -25,14 +25,11 @@ def train_on(encoder: str, data: int, model: int):
     c = small(encoder, *(("mask", "srip") if encoder == "crate" else ("rop", "none")))
     c.decoder.name = {"crate": "crate", "vit": "linear"}[encoder]
     mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[: data * model], data, model)
-    objective = reconstruction.build(c)
-    init = functools.partial(train_step.init_state, c, objective)
-    tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), 4, 10.0)
-    state = jax.jit(
-        lambda: init(tx), out_shardings=train_step.state_shardings(jax.eval_shape(lambda: init(tx)), mesh)
-    )()
+    method = reconstruction.build(c)
+    recipe = train_step.make_recipe(c, method, 10 * c.batch_size)
+    state = train_step.make_init(c, method, recipe, mesh)()
     batches = [sharding.put_batch({"image": images(i, c.batch_size)}, mesh) for i in range(2)]
-    step = train_step.make_train_step(c, objective, tx, schedule, mesh).lower(state, batches[0]).compile()
+    step = train_step.make_train_step(c, method, recipe, mesh).lower(state, batches[0]).compile()
     losses = []
     for batch in batches:
         state, scalars = step(state, batch)

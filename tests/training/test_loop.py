@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -16,9 +15,8 @@ import pytest
 from crate_jax import config as configs
 from crate_jax.errors import ConfigError
 from crate_jax.methods import reconstruction
-from crate_jax.models import autoencoder
 from crate_jax.parallel import sharding
-from crate_jax.training import loop, optimizer, step as train_step
+from crate_jax.training import loop, step as train_step
 from crate_jax.validation import validate
 
 
@@ -45,12 +43,10 @@ def images(step: int, batch: int) -> np.ndarray:
 def steps(c, devices: int, count: int = 3):
     """Losses of `count` steps and the last state, on the first `devices` virtual devices."""
     mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
-    objective = reconstruction.build(c)
-    shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
-    tx, schedule = optimizer.build(c, shapes, c.steps, 10.0)
-    step = train_step.make_train_step(c, objective, tx, schedule, mesh)
-    init = functools.partial(train_step.init_state, c, objective, tx)
-    state = jax.jit(init, out_shardings=train_step.state_shardings(jax.eval_shape(init), mesh))()
+    method = reconstruction.build(c)
+    recipe = train_step.make_recipe(c, method, 10 * c.batch_size)
+    step = train_step.make_train_step(c, method, recipe, mesh)
+    state = train_step.make_init(c, method, recipe, mesh)()
     losses = []
     for i in range(count):
         batch = sharding.put_batch({"image": images(i, c.batch_size)}, mesh)
@@ -113,7 +109,7 @@ def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
 def test_cpu_devices_follow_the_cores_and_the_batch(env, cores, batch, devices):
     program = (
         f"import os; os.sched_getaffinity = lambda pid: set(range({cores}))\n"
-        "import jax; from crate_jax import sharding\n"
+        "import jax; from crate_jax.parallel import sharding\n"
         f"sharding.use_cpu_cores({batch}, 1); print(jax.device_count())\n"
         f"sharding.use_cpu_cores({5 * batch}, 1); print(jax.device_count())"
     )
@@ -169,19 +165,21 @@ def test_the_penalty_makes_weights_orthonormal():
 
 def test_srip_keeps_its_vectors_in_the_state():
     _, state, _ = steps(small(penalty="srip"), 1, count=2)
-    assert state.objective
-    fresh = reconstruction.build(small(penalty="srip")).init(jax.random.key(0))[1]
-    assert any(not np.allclose(a, b) for a, b in zip(state.objective.values(), fresh.values(), strict=True))
+    assert state.penalty
+    c = small(penalty="srip")
+    method = reconstruction.build(c)
+    fresh = train_step.init_state(c, method, train_step.make_recipe(c, method, 160)).penalty
+    assert any(not np.allclose(a, b) for a, b in zip(state.penalty.values(), fresh.values(), strict=True))
 
 
 def test_ema_follows_the_weights():
     c = small()
     c.optimizer.ema = 0.5
     _, first, _ = steps(c, 1, count=1)
-    start = reconstruction.build(c).init(jax.random.key(0))[0]
+    start = train_step.init_params(c, reconstruction.build(c))[0]
     expected = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, start, first.params)
     chex.assert_trees_all_close(first.ema, expected, atol=1e-6)
-    assert first.eval_params() is first.ema
+    assert first.judged(reconstruction.build(c)) is first.ema
 
 
 def test_every_step_draws_another_corruption():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import pytest
 
 from crate_jax import data
 from crate_jax.errors import NonFiniteError
-from crate_jax.methods import reconstruction
+from crate_jax.jobs import train
+from crate_jax.methods import METHODS, Row, reconstruction
 from crate_jax.parallel import sharding
-from crate_jax.training import loop, nonfinite, optimizer, step as train_step
+from crate_jax.training import nonfinite, orthogonality, step as train_step
 from crate_jax.validation import validate
 from crate_jax.workdir import checkpoint, pictures
 from tests.training.test_loop import images, small
@@ -25,35 +25,47 @@ from tests.training.test_loop import images, small
 pytestmark = pytest.mark.one_python
 
 
-def poisoned(objective, where: str):
-    """The objective, but a batch with an all-white image makes its loss, its gradient or its penalty NaN.
+def poisoned(method, where: str):
+    """The method, but a batch with an all-white image makes its loss or its gradient NaN."""
 
-    The penalty sees no images: there it is the second step of the run (its draws say which it is).
-    """
-
-    def loss(params, batch, keys_B):
-        value, scalars = objective.loss(params, batch, keys_B)
+    def loss(params, carried, batch, keys_B):
+        value, aux = method.loss(params, carried, batch, keys_B)
         white = jnp.any(jnp.all(batch["image"] == 255, axis=(1, 2, 3)))
         zero = jnp.where(white, 0 * params["encoder"]["norm"]["scale"][0], 1.0)
         bad = {"loss": jnp.nan, "gradient": jnp.sqrt(zero), "penalty": 0.0}[where]  # 0, but its slope is inf * 0
-        return value + jnp.where(white, bad, 0.0), scalars
+        return value + jnp.where(white, bad, 0.0), aux
 
-    def penalty(params, state, key):
-        value, aux = objective.penalty(params, state, key)
+    return dataclasses.replace(method, loss=loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoisonedPenalty:
+    """The penalty, but NaN in the second step of the run; its draws say which step it is."""
+
+    penalty: orthogonality.Penalty
+
+    @property
+    def names(self):
+        return self.penalty.names
+
+    def init(self, key):
+        return self.penalty.init(key)
+
+    def apply(self, params, state, key):
+        value, state = self.penalty.apply(params, state, key)
         second = jax.random.split(jax.random.fold_in(jax.random.key(0), 1))[1]
         hit = jnp.all(jax.random.key_data(key) == jax.random.key_data(second))
-        return value + jnp.where(hit & (where == "penalty"), jnp.nan, 0.0), aux
-
-    return dataclasses.replace(objective, loss=loss, penalty=penalty)
+        return value + jnp.where(hit, jnp.nan, 0.0), state
 
 
 def prepared(c, where: str, devices: int):
     mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
-    objective = poisoned(reconstruction.build(c), where)
-    tx, schedule = optimizer.build(c, jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), c.steps, 10.0)
-    init = functools.partial(train_step.init_state, c, objective, tx)
-    state = jax.jit(init, out_shardings=train_step.state_shardings(jax.eval_shape(init), mesh))()
-    return train_step.make_train_step(c, objective, tx, schedule, mesh), state, mesh
+    method = poisoned(reconstruction.build(c), where)
+    recipe = train_step.make_recipe(c, method, 10 * c.batch_size)
+    if where == "penalty":
+        recipe = dataclasses.replace(recipe, penalty=PoisonedPenalty(recipe.penalty))
+    state = train_step.make_init(c, method, recipe, mesh)()
+    return train_step.make_train_step(c, method, recipe, mesh), state, mesh
 
 
 @pytest.mark.parametrize(
@@ -114,7 +126,8 @@ def configured(folder: Path, steps: int, skip: int):
 
 @pytest.fixture
 def white_is_bad(monkeypatch):
-    monkeypatch.setitem(loop.OBJECTIVES, "pretrain", lambda c, source: poisoned(reconstruction.build(c), "loss"))
+    white = Row(lambda c, source: poisoned(reconstruction.build(c), "loss"), METHODS["reconstruction"].parts)
+    monkeypatch.setitem(METHODS, "reconstruction", white)
 
 
 def logged(workdir: Path) -> list[dict]:
@@ -124,7 +137,7 @@ def logged(workdir: Path) -> list[dict]:
 
 def test_a_bad_image_costs_its_steps_and_is_named(folder, white_is_bad, tmp_path, caplog):
     """In a run that is stopped and continued as in one that is not; means stay finite; any step can be replayed."""
-    summary = loop.run(configured(folder, 9, skip=2), str(tmp_path / "whole"))
+    summary = train.run(configured(folder, 9, skip=2), str(tmp_path / "whole"))
     source = data.open_split(configured(folder, 9, 2), "train")
     pipeline = data.TrainPipeline(configured(folder, 9, 2), source)
     order = [batch["index"] for batch, _ in zip(pipeline.batches(), range(9), strict=False)]
@@ -143,7 +156,7 @@ def test_a_bad_image_costs_its_steps_and_is_named(folder, white_is_bad, tmp_path
     assert sum(line["skipped"] for line in lines) == len(bad)
     assert all(line.get("loss", 0.0) is not None and np.isfinite(line.get("loss", 0.0)) for line in lines)
     for steps in (bad[1], 9):  # the first life ends with a step that was skipped
-        continued = loop.run(configured(folder, steps, skip=2), str(tmp_path / "continued"))
+        continued = train.run(configured(folder, steps, skip=2), str(tmp_path / "continued"))
     assert continued["params_sha256"] == summary["params_sha256"] and continued["skipped"] == len(bad)
     for step, record in written.items():  # numbers and all, as in a replay from a checkpoint
         again = json.loads((tmp_path / "continued" / nonfinite.FOLDER / f"{step}.json").read_text())
@@ -153,11 +166,11 @@ def test_a_bad_image_costs_its_steps_and_is_named(folder, white_is_bad, tmp_path
 def test_without_skipping_the_run_stops_and_names_the_images(folder, white_is_bad, tmp_path):
     """And the same workdir goes on once skipping is allowed."""
     with pytest.raises(NonFiniteError, match=r"the loss is nan at step (\d+); its images are named in (\S+);") as error:
-        loop.run(configured(folder, 9, skip=0), str(tmp_path / "run"))
+        train.run(configured(folder, 9, skip=0), str(tmp_path / "run"))
     step = int(str(error.value).split("at step ")[1].split(";")[0])
     record = json.loads((tmp_path / "run" / nonfinite.FOLDER / f"{step}.json").read_text())
     assert record["step"] == step and "04.png" in record["images"]
-    continued, new = (loop.run(configured(folder, 9, skip=9), str(tmp_path / name)) for name in ("run", "new"))
+    continued, new = (train.run(configured(folder, 9, skip=9), str(tmp_path / name)) for name in ("run", "new"))
     assert continued["params_sha256"] == new["params_sha256"] and continued["skipped"] == new["skipped"] >= 3
 
 
@@ -168,7 +181,7 @@ def test_a_streak_ends_the_run_also_across_a_restart(folder, tmp_path):
     messages = []
     for _ in range(2):
         with pytest.raises(NonFiniteError) as error:
-            loop.run(c, str(tmp_path / "run"))
+            train.run(c, str(tmp_path / "run"))
         messages.append(str(error.value))
     step = int(messages[0].split("at step ")[1].split(";")[0])
     assert messages[0] == messages[1] and "as in the 3 steps before (config.nonfinite.skip=3), at step" in messages[0]

@@ -299,7 +299,7 @@ def test_no_word_of_orbax_reaches_the_terminal(pristine: Path, tmp_path: Path) -
         flip(tmp_path / "run" / "checkpoints" / "30" / item / "manifest.ocdbt", 30)
         for file in (tmp_path / "run" / "checkpoints" / "20" / item / "ocdbt.process_0" / "d").iterdir():
             os.truncate(file, file.stat().st_size // 2)
-    code = "import sys; from crate_jax import checkpoint as c; print(c.read_params(sys.argv[1])[1]['step'])"
+    code = "import sys; from crate_jax.workdir import checkpoint as c; print(c.read_params(sys.argv[1])[1]['step'])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=60,
