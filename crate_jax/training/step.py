@@ -98,9 +98,9 @@ def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
     """
     if config.accumulate > 1 and not method.mean_over_images:
         raise ConfigError(
-            f"config.accumulate={config.accumulate}: must be 1, since the loss of this method is not a mean over the "
-            "images of a batch, and micro-batches would give another one; use more devices or a smaller "
-            "config.batch_size"
+            f"config.accumulate={config.accumulate}: must be 1, since the loss of config.method={config.method!r} is "
+            "not a mean over the images of a batch, and micro-batches would give another one; use more devices or a "
+            "smaller config.batch_size"
         )
     shapes = jax.eval_shape(lambda: init_params(config, method)[0])
     total, per_epoch = total_steps(config, images)

@@ -273,7 +273,8 @@ def test_what_stops_one_process_stops_all_in_one_line(cli_env, tmp_path):
     """A workdir in use, which only process 0 sees; and a bad config, which all see."""
     flags = configured("crate", 100_000)[1]
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import time; from crate_jax.workdir.folder import lock\nwith lock({str(tmp_path)!r}):\n"
+        [sys.executable, "-c",
+         f"import time; from crate_jax.workdir.folder import lock\nwith lock({str(tmp_path)!r}):\n"
          " print('held', flush=True); time.sleep(600)"], cwd=ROOT, env=cli_env, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -319,7 +320,10 @@ def test_a_process_that_fails_ends_the_others_with_its_own_status(cli_env):
 @pytest.mark.parametrize(("process", "role"), [(0, "starts the meeting point at"), (1, "looks for process 0 at")])
 @pytest.mark.slow
 def test_a_process_that_stays_alone_says_so(process, role, cli_env):
-    program = f"from crate_jax.parallel import distributed as d; d.start(d.Cluster('127.0.0.1:{free_port()}', 2, {process}), 3)"
+    program = (
+        "from crate_jax.parallel import distributed as d; "
+        f"d.start(d.Cluster('127.0.0.1:{free_port()}', 2, {process}), 3)"
+    )
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, env=cli_env, capture_output=True, text=True, timeout=100)
     assert result.returncode == watch.LOST  # a late one, most often: launchers try again

@@ -1,0 +1,214 @@
+"""What a method carries from step to step: through the step, the averages, checkpoints and other runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crate_jax.convert import pretrained
+from crate_jax.errors import ConfigError
+from crate_jax.jobs import train
+from crate_jax.methods import METHODS, Row, reconstruction
+from crate_jax.parallel import sharding
+from crate_jax.parallel.parameters import names
+from crate_jax.training import step as train_step
+from crate_jax.workdir import checkpoint
+from tests.training.test_loop import images, small
+
+TAU = 0.9
+
+
+def with_target(config, source=None):
+    """Reconstruction that carries a slow copy of its encoder, a mean of pixels, and what `after` saw."""
+    method = reconstruction.build(config, source)
+
+    def init(key, start):
+        params, _ = method.init(key, start)
+        seen = {"done": jnp.int32(-1), "total": jnp.int32(0), "per_epoch": jnp.float32(0)}
+        return params, {"target": jax.tree.map(jnp.copy, params["encoder"]), "mean": jnp.float32(0), "seen": seen}
+
+    def loss(params, carried, batch, keys_B):
+        value, (_, scalars) = method.loss(params, {}, batch, keys_B)
+        mean = 0.25 * carried["mean"] + jnp.mean(batch["image"].astype(jnp.float32))
+        return value, ({**carried, "mean": mean}, scalars)
+
+    def after(params, carried, progress):
+        target = jax.tree.map(lambda a, b: TAU * a + (1 - TAU) * b, carried["target"], params["encoder"])
+        seen = {"done": progress.done, "total": jnp.int32(progress.total), "per_epoch": jnp.float32(progress.per_epoch)}
+        return params, {**carried, "target": target, "seen": seen}
+
+    def judged(params, carried):
+        return {**params, "encoder": carried["target"]}
+
+    return dataclasses.replace(method, init=init, loss=loss, after=after, judged=judged)
+
+
+@pytest.fixture
+def in_the_table(monkeypatch):
+    monkeypatch.setitem(METHODS, "reconstruction", Row(with_target, METHODS["reconstruction"].parts))
+
+
+def run_steps(c, method, count: int, devices: int = 1):
+    """The states after 0..count steps, on the host."""
+    mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
+    recipe = train_step.make_recipe(c, method, 10 * c.batch_size)
+    step, state = train_step.make_train_step(c, method, recipe, mesh), train_step.make_init(c, method, recipe, mesh)()
+    states = [jax.device_get(state)]
+    for i in range(count):
+        state, _ = step(state, sharding.put_batch({"image": images(i, c.batch_size)}, mesh))
+        states.append(jax.device_get(state))
+    return states
+
+
+def test_after_is_given_the_new_parameters_once_per_update():
+    c = small()
+    first, second, third = run_steps(c, with_target(c), 2)
+    for before, now in ((first, second), (second, third)):
+        expected = jax.tree.map(lambda a, b: TAU * a + (1 - TAU) * b, before.carried["target"], now.params["encoder"])
+        chex.assert_trees_all_close(now.carried["target"], expected, rtol=1e-6, atol=1e-7)
+    assert [s.carried["seen"]["done"] for s in (first, second, third)] == [-1, 0, 1]
+    assert (third.carried["seen"]["total"], third.carried["seen"]["per_epoch"]) == (c.steps, 10.0)
+
+
+def test_carried_goes_through_the_micro_batches_in_order():
+    """The mean is a recursion over micro-batches, the update and `after` happen once."""
+    c = small()
+    c.accumulate = 2
+    state = run_steps(c, with_target(c), 1)[-1]
+    parts = images(0, c.batch_size).reshape(-1, 2, 8, 8, 3).swapaxes(0, 1)  # interleaved, as the step cuts it
+    expected = 0.25 * parts[0].mean() + parts[1].mean()
+    assert state.carried["mean"] == pytest.approx(expected, rel=1e-6)
+    assert state.carried["mean"] != pytest.approx(0.25 * parts[1].mean() + parts[0].mean(), rel=1e-4)
+    assert state.carried["seen"]["done"] == 0
+
+
+def test_carried_is_that_of_the_whole_batch_on_any_number_of_devices():
+    c = small()
+    one, two = (run_steps(c, with_target(c), 2, devices)[-1] for devices in (1, 2))
+    chex.assert_trees_all_close(one.carried, two.carried, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_is_not_a_mean_over_images_refuses_micro_batches():
+    c = small()
+    c.accumulate = 2
+    method = dataclasses.replace(reconstruction.build(c), mean_over_images=False)
+    with pytest.raises(ConfigError, match="accumulate=2.*must be 1.*'reconstruction'.*not a mean over the images"):
+        train_step.make_recipe(c, method, 160)
+    c.accumulate = 1
+    train_step.make_recipe(c, method, 160)
+
+
+def test_only_what_is_declared_is_averaged():
+    c = small()
+    c.optimizer.ema = 0.8
+    method = dataclasses.replace(with_target(c), averaged=("mean",))
+    first, second = run_steps(c, method, 1)
+    assert set(second.ema_carried) == {"mean"}
+    assert second.ema_carried["mean"] == pytest.approx(0.2 * second.carried["mean"], rel=1e-6)
+    read = dataclasses.replace(method, judged=lambda params, carried: {**params, "mean": carried["mean"]})
+    judged = second.judged(read)
+    assert judged["mean"] is second.ema_carried["mean"] and judged["encoder"] is second.ema["encoder"]
+    c.optimizer.ema = 0.0
+    assert run_steps(c, method, 0)[0].ema_carried == {}
+
+
+def test_a_step_that_is_not_finite_leaves_what_is_carried():
+    c = small()
+    c.nonfinite.skip = 1
+    method = with_target(c)
+
+    def loss(params, carried, batch, keys_B):
+        value, aux = method.loss(params, carried, batch, keys_B)
+        return value + jnp.nan, aux
+
+    first, second = run_steps(c, dataclasses.replace(method, loss=loss), 1)
+    chex.assert_trees_all_equal(second.carried, first.carried)
+    assert second.step == 1
+
+
+def test_an_empty_carried_adds_nothing_to_a_checkpoint():
+    c = small(penalty="srip")
+    method = reconstruction.build(c)
+    state = jax.eval_shape(lambda: train_step.init_state(c, method, train_step.make_recipe(c, method, 160)))
+    assert {name.split("/")[0] for name in names(state.rest())} == {"step", "opt_state", "penalty"}
+
+
+def tiny(**changes):
+    c = small()
+    c.data.source, c.steps, c.save.every, c.log.every, c.log.pictures = "synthetic", 4, 2, 2, 0
+    c.log.report = c.log.tensorboard = False
+    c.evaluation.train_images = c.evaluation.test_images = 16
+    c.update(changes)
+    return c
+
+
+def test_a_run_resumes_with_what_it_carried(in_the_table, tmp_path):
+    """The same bits as in one go; the next step would differ if the target were fresh."""
+    whole = train.run(tiny(), str(tmp_path / "whole"))
+    half = tiny()
+    half.steps, half.optimizer.schedule = 2, "constant"
+    rest = half.copy_and_resolve_references()
+    rest.steps = 4
+    constant = train.run(rest, str(tmp_path / "constant"))
+    train.run(half, str(tmp_path / "half"))
+    resumed = train.run(rest, str(tmp_path / "half"))
+    assert resumed["params_sha256"] == constant["params_sha256"] != whole["params_sha256"]
+    for judged in (False, True):
+        one, two = (checkpoint.read_params(tmp_path / name, judged=judged)[0] for name in ("half", "constant"))
+        chex.assert_trees_all_equal(one, two)
+
+
+def test_judged_is_what_others_read(in_the_table, tmp_path):
+    """Of a checkpoint: the target, not the encoder that gradients train; a damaged target is noticed."""
+    train.run(tiny(), str(tmp_path / "run"))
+    online = checkpoint.read_params(tmp_path / "run")[0]
+    judged, meta = checkpoint.read_params(tmp_path / "run", judged=True)
+    loaded = pretrained.load(str(tmp_path / "run"), "config.init_from")
+    chex.assert_trees_all_equal(loaded.params, judged)
+    chex.assert_trees_all_equal(judged["decoder"], online["decoder"])
+    kernel = ("encoder", "embedding", "patch_embed", "kernel")
+    a, b = online, judged
+    for key in kernel:
+        a, b = a[key], b[key]
+    assert not np.allclose(a, b)
+    assert meta["judged"]["/".join(kernel)] == "rest/carried/target/embedding/patch_embed/kernel"
+    assert any(name.startswith("carried/target/") and e["checksum"] for name, e in meta["arrays"]["rest"].items())
+
+
+def test_a_run_that_starts_from_another_copies_its_encoder_to_the_target(in_the_table, tmp_path):
+    train.run(tiny(), str(tmp_path / "first"))
+    c = tiny(init_from=str(tmp_path / "first"), seed=3)
+    method = with_target(c)
+    encoder = pretrained.load(c.init_from, "config.init_from").params["encoder"]
+    recipe = train_step.make_recipe(c, method, 160)
+    fresh = train_step.init_state(c, method, recipe)
+    state = train_step.init_state(c, method, recipe, method.adopt(fresh.params, {"encoder": encoder}, "test"))
+    chex.assert_trees_all_equal(jax.device_get(state.carried["target"]), encoder)
+
+
+def test_the_state_of_the_penalty_is_found_under_its_old_name(tmp_path, monkeypatch):
+    """Checkpoints of version 0.1 hold it as `objective`."""
+    c = tiny()
+    c.penalty.name, c.penalty.weight, c.steps = "srip", 1e-2, 2
+    c.optimizer.schedule = "constant"
+    as_now = train_step.TrainState.rest
+
+    def as_before(self):
+        rest = as_now(self)
+        return {"objective": rest.pop("penalty"), **rest}
+
+    longer = c.copy_and_resolve_references()
+    longer.steps = 4
+    whole = train.run(longer, str(tmp_path / "whole"))
+    with monkeypatch.context() as old:
+        old.setattr(train_step.TrainState, "rest", as_before)
+        train.run(c, str(tmp_path / "old"))
+    meta = json.loads((tmp_path / "old" / "checkpoints" / "2" / "meta" / "metadata").read_text())["body"]
+    assert any(name.startswith("objective/") for name in meta["arrays"]["rest"])
+    assert train.run(longer, str(tmp_path / "old"))["params_sha256"] == whole["params_sha256"]
