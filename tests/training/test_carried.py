@@ -197,17 +197,17 @@ def test_the_state_of_the_penalty_is_found_under_its_old_name(tmp_path, monkeypa
     c = tiny()
     c.penalty.name, c.penalty.weight, c.steps = "srip", 1e-2, 2
     c.optimizer.schedule = "constant"
-    as_now = train_step.TrainState.rest
+    as_now = checkpoint.Checkpoints.save
 
-    def as_before(self):
-        rest = as_now(self)
-        return {"objective": rest.pop("penalty"), **rest}
+    def as_before(self, step, params, rest, meta):
+        del meta["judged"]
+        as_now(self, step, params, {"objective": rest.pop("penalty"), **rest}, meta)
 
     longer = c.copy_and_resolve_references()
     longer.steps = 4
     whole = train.run(longer, str(tmp_path / "whole"))
     with monkeypatch.context() as old:
-        old.setattr(train_step.TrainState, "rest", as_before)
+        old.setattr(checkpoint.Checkpoints, "save", as_before)
         train.run(c, str(tmp_path / "old"))
     meta = json.loads((tmp_path / "old" / "checkpoints" / "2" / "meta" / "metadata").read_text())["body"]
     assert any(name.startswith("objective/") for name in meta["arrays"]["rest"])
