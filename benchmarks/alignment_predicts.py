@@ -34,6 +34,7 @@ from crate_jax.analysis.alignment.grid import Setting
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.folder import FolderSource
 from crate_jax.parallel import sharding
+from crate_jax.validation import changed_keys
 
 Key = tuple[str, int, float]  # corruption, patch in pixels, ratio or standard deviation
 STRENGTH = {"mask": "mask_ratio", "rop": "rop_ratio", "noise": "noise_std"}
@@ -73,7 +74,7 @@ def read(folders: list[Path]) -> tuple[dict[str, Any], dict[Key, list[dict[str, 
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         first = first or config
-        other = [k for k in config_lib.changed_keys(first, config) if not k.startswith(MAY_DIFFER)]
+        other = [k for k in changed_keys(first, config) if not k.startswith(MAY_DIFFER)]
         if other:
             raise SystemExit(f"{folder}: differs from {folders[0]} in more than its corruption: {other[0]}")
         if any(summary.get(name) is None for name in MEASURED):

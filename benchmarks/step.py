@@ -23,10 +23,10 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from crate_jax.config import validate
 from crate_jax.jobs import train
 from crate_jax.parallel import sharding
 from crate_jax.training import step as train_step
-from crate_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Images per step.", lower_bound=1)

@@ -47,12 +47,12 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks import hlo_cost
 from benchmarks.roofline import Chip, chip_of, roofline
+from crate_jax.config import validate
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.flags import fail
 from crate_jax.jobs.train import method_of
 from crate_jax.parallel import sharding
 from crate_jax.training import step as train_step
-from crate_jax.validation import validate
 
 
 @contextlib.contextmanager

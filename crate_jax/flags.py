@@ -13,9 +13,9 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from crate_jax.config import require_keys
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.parallel import distributed
-from crate_jax.validation import require_keys
 
 USAGE = "python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR"
 

@@ -28,7 +28,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from crate_jax.config import base, flatten
+from crate_jax.config import base, validate
 from crate_jax.convert import weights
 from crate_jax.data import decoding
 from crate_jax.data.sources import SyntheticSource
@@ -37,7 +37,7 @@ from crate_jax.flags import define_flags, fail, parse_flags
 from crate_jax.jobs import JOBS, sweep
 from crate_jax.jobs.train import method_of
 from crate_jax.training.step import make_recipe
-from crate_jax.validation import validate
+from crate_jax.validation import flatten
 from crate_jax.workdir import checkpoint_files
 from tests.convert import test_convert
 

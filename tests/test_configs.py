@@ -10,14 +10,15 @@ import jax
 import pytest
 
 from crate_jax import config as configs
-from crate_jax.config import ConfigError
+from crate_jax.config import validate
 from crate_jax.convert.pretrained import Pretrained
+from crate_jax.errors import ConfigError
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.jobs import evaluate, finetune
 from crate_jax.methods import reconstruction
 from crate_jax.models import autoencoder
 from crate_jax.training import optimizer
-from crate_jax.validation import validate
+from crate_jax.validation import changed_keys, flatten
 
 NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
 ARGUMENTS = {
@@ -58,8 +59,8 @@ def test_config_builds(name, arg):
     """Valid, no key outside the base config, and model, penalty and optimiser fit by their shapes."""
     c = load(name, arg)
     validate(c)
-    assert configs.flatten(c).keys() == configs.flatten(configs.base()).keys()
-    json.loads(configs.to_json(c))
+    assert flatten(c).keys() == flatten(configs.base()).keys()
+    json.dumps(c.to_dict())
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     optimizer.build(c, shapes, c.steps or 100_000, 100.0)
     assert bool(reconstruction.build(c).penalised) == (c.penalty.name != "none")
@@ -71,7 +72,7 @@ def test_every_protocol_fits_a_checkpoint(protocol, task):
     """With the sizes of a checkpoint it is valid; beyond the base config it has the protocol's own options only."""
     arg = f"protocol={protocol}" + (f",task={task}" if task else "")
     c = load("evaluate", arg)
-    extra = configs.flatten(c).keys() - configs.flatten(configs.base()).keys()
+    extra = flatten(c).keys() - flatten(configs.base()).keys()
     assert extra == {f"protocol.{o}" for o in (PROTOCOLS[protocol].options if protocol in PROTOCOLS else ())}
     for pretraining in ("crate_mae", "vit_mae", "rop_vitb"):
         encoder = Pretrained("", load(pretraining).to_dict(), {}, "")
@@ -84,7 +85,7 @@ def test_every_protocol_fits_a_checkpoint(protocol, task):
 @pytest.mark.parametrize("arg", ["", "head=upernet", "freeze", "head=upernet,freeze,scratch", "debug"])
 def test_segmentation_fits_a_checkpoint(arg):
     c = load("segment", arg)
-    assert configs.flatten(c).keys() == configs.flatten(configs.base()).keys()
+    assert flatten(c).keys() == flatten(configs.base()).keys()
     for pretraining in ("crate_mae", "vit_mae", "rop_vitb"):
         full = finetune.resolve(c, Pretrained("", load(pretraining).to_dict(), {}, ""))
         validate(full)
@@ -187,7 +188,7 @@ def test_parse_arg_casts_to_the_default():
 def test_changed_keys_are_listed():
     a, b = load("cifar10"), load("cifar10")
     b.encoder.width, b.data.image_size = 64, (16, 16)
-    assert configs.changed_keys(json.loads(configs.to_json(a)), b.to_dict()) == [
+    assert changed_keys(json.loads(json.dumps(a.to_dict())), b.to_dict()) == [
         "data.image_size: [32, 32] -> [16, 16]",
         "encoder.width: 128 -> 64",
     ]

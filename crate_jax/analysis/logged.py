@@ -18,11 +18,12 @@ from matplotlib.figure import Figure as Plot
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from crate_jax.config import base, flatten
+from crate_jax.config import base, has_effect, parts
 from crate_jax.errors import DataError
 from crate_jax.parallel import parameters
 from crate_jax.report.section import Figure, Section, Subject, Table
 from crate_jax.report.svg import escape
+from crate_jax.validation import flatten
 
 CURVES = {  # what metrics.jsonl calls it -> axis, what the reader should know
     "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
@@ -56,15 +57,6 @@ MARKS: dict[str, dict[str, Any]] = {
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
     "": dict(marker="o", markersize=7),  # in the run's colour
 }
-UNINTERESTING = (
-    "job",
-    "checkpoint",
-    "report.",
-    "log.",
-    "save.",
-    "sweep.",
-    "whitebox.",
-)  # keys that do not change what is learned
 LOG_SPAN = 20  # largest / smallest value from which an axis is logarithmic
 
 
@@ -243,8 +235,9 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
         summary, c = logged[s.name].summary, s.config
         steps = summary.get("steps") or max((m["step"] for m in logged[s.name].metrics), default=None)
         size = f"{c.encoder.depth} x {c.encoder.width}"
+        corruption = c.corruption.name if "corruption" in parts(c, s.params) else "none"
         rows.append((
-            s.name, c.encoder.name, size, c.corruption.name, c.penalty.name, steps, c.batch_size, summary.get("loss"),
+            s.name, c.encoder.name, size, corruption, c.penalty.name, steps, c.batch_size, summary.get("loss"),
             summary.get("images_per_sec"), summary.get("params") or (parameters.count(s.params) if s.params else None),
             c.job, c.data.source, summary.get("devices"),
         ))  # fmt: skip
@@ -275,7 +268,7 @@ def _settings(subjects: Sequence[Subject]) -> Table | None:
     flat = {s.name: flatten(s.config) for s in subjects}
     if len(flat) == 1:
         flat["default"] = flatten(base())
-    keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if not k.startswith(UNINTERESTING))
+    keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if has_effect(k))
     differing = [k for k in keys if len({repr(f.get(k)) for f in flat.values()}) > 1]
     rows = [(k, *(_value(f.get(k)) for f in flat.values())) for k in differing]
     if not rows:

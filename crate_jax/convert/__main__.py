@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from crate_jax.config import base, changed_keys
+from crate_jax.config import base, parts
 from crate_jax.convert import files, pretrained, weights
 from crate_jax.convert.describe import Known
 from crate_jax.convert.export import FORMATS, export
@@ -16,6 +16,7 @@ from crate_jax.convert.families import FAMILIES, detect
 from crate_jax.convert.rules import Match, match, spell
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.parallel.parameters import count
+from crate_jax.validation import changed_keys
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -37,10 +38,10 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _show(name: str, config: dict[str, Any], params: dict[str, Any]) -> None:
-    parts = ", ".join(f"{part} {count(tree):,}" for part, tree in params.items())
-    print(f"{name}: {count(params):,} parameters ({parts})")
-    sections = ("encoder", "decoder", "corruption", "loss", "data")
-    old, new = ({k: c[k] for k in sections} for c in (base().to_dict(), weights.model_config(config).to_dict()))
+    counts = ", ".join(f"{part} {count(tree):,}" for part, tree in params.items())
+    print(f"{name}: {count(params):,} parameters ({counts})")
+    c = weights.model_config(config, params)
+    old, new = ({section: x[section].to_dict() for section in (*parts(c, params), "data")} for x in (base(), c))
     for line in changed_keys(old, new):
         key, _, change = line.partition(": ")
         print(f"  config.{key} = {change.partition(' -> ')[2]}")

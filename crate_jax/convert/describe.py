@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD, base
+from crate_jax.config import base
 from crate_jax.convert.families import family, import_state_dict
 from crate_jax.convert.rules import Grid, spell
+from crate_jax.data import IMAGENET_MEAN, IMAGENET_STD
 from crate_jax.errors import ConfigError
 from crate_jax.models.patches import relative_table_rows
 from crate_jax.parallel.parameters import names
@@ -193,13 +194,13 @@ def _check_heads(part: str, width: int, heads: int | None, flag: str) -> int:
 
 
 def _corruption(c: ConfigDict, name: str, ours: Mapping[str, Any], known: Known) -> None:
-    """The one that the model was pre-trained with; none where only an encoder is left."""
+    """The one that the model was pre-trained with; as :func:`base` has it where nothing tells, for an encoder alone."""
     if "encoder/embedding/mask_token" in ours:
         c.corruption.name, c.corruption.mask_fill = "mask", "token"
     elif "decoder/mask_token" in ours:
         c.corruption.name, c.corruption.mask_fill = "mask", "drop"
-    else:
-        c.corruption.name = "rop" if "decoder/head/kernel" in ours else "none"
+    elif "decoder/head/kernel" in ours:
+        c.corruption.name = "rop"
     c.corruption.mask_ratio = known.mask_ratio or (0.6 if name == "simmim" else 0.75)
     if name in ("ropim", "simmim"):
         c.loss.norm = "l1"
@@ -214,5 +215,5 @@ def _decoder(c: ConfigDict, ours: Mapping[str, Any], known: Known) -> None:
         c.decoder.depth, c.decoder.width = ours["decoder/blocks/mlp_in/kernel"][:2]
         heads = known.decoder_heads or DECODER_HEADS.get(c.decoder.width)
         c.decoder.heads = _check_heads("decoder", c.decoder.width, heads, "--decoder-heads")
-    else:
-        c.decoder.name = "linear"  # also where there is none: it has no sizes of its own
+    elif "decoder/head/kernel" in ours:
+        c.decoder.name = "linear"

@@ -60,11 +60,8 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
     """
     if format not in FORMATS:
         raise ConfigError(f"--format={format}: must be one of {', '.join(FORMATS)}")
-    made = FORMATS[format](model_config(config), params)
+    made = FORMATS[format](model_config(config, params), params)
     config = _without_places(config)
-    if made.left_out:  # what is written is an encoder, and the config in it says so
-        config = {**config, "corruption": {**config["corruption"], "name": "none"}}
-        config["decoder"] = {**config["decoder"], "name": "linear"}
     folder = expanduser(out)
     files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})
     for name, content in made.beside.items():
@@ -195,7 +192,8 @@ def to_transformers(c: ConfigDict, params: Mapping[str, Any]) -> Export:
         raise ConfigError(f"transformers' ViTMAE takes square images, not config.data.image_size={(height, width)}")
     needed = {"positions": "sincos", "qkv_bias": "qkv", "layer_scale": 0.0, "final_norm": True, "final_eps": 1e-6}
     _require(c.encoder, "encoder", needed, "transformers' ViTMAE")
-    if c.corruption.name == "mask" and c.corruption.mask_fill != "drop":
+    trained_with = "decoder" in params or "mask_token" in params["encoder"]["embedding"]
+    if trained_with and c.corruption.name == "mask" and c.corruption.mask_fill != "drop":
         raise ConfigError(
             f"transformers' ViTMAE drops removed patches, config.corruption.mask_fill={c.corruption.mask_fill!r} "
             "does not; --format=timm writes the encoder alone"

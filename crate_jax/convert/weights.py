@@ -19,16 +19,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax.config import base
+from crate_jax.config import base, parts, validate
 from crate_jax.convert import files
 from crate_jax.convert.describe import Known, config_of, grid_of
 from crate_jax.convert.families import FAMILIES, detect, import_state_dict
 from crate_jax.convert.rules import Match, match, spell
 from crate_jax.errors import CheckpointError, ConfigError, some
-from crate_jax.models import autoencoder
+from crate_jax.models import autoencoder, representation
 from crate_jax.models.patches import grid_shape
 from crate_jax.parallel.parameters import names
-from crate_jax.validation import validate
 from crate_jax.workdir.checkpoint_files import nest
 
 KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
@@ -85,7 +84,7 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
     name = name or (own["family"] if own else detect(state))
     found = match(FAMILIES[name], [spell(FAMILIES[name], n) for n in state]) if name in FAMILIES else None
     if own:
-        config, c = own["config"], model_config(own["config"])
+        config, c = own["config"], model_config(own["config"], {})
         grid = grid_shape(c.data.image_size, c.encoder.patch_size)
         params = import_state_dict(name, state, grid)
     else:
@@ -127,8 +126,12 @@ def save(path: str | os.PathLike[str], config: Mapping[str, Any], params: Mappin
     files.write(path, flat, metadata(OURS, config))
 
 
-def model_config(config: Mapping[str, Any]) -> ConfigDict:
-    """The base config with what a model is built from; `config` may be of an older version and lack keys.
+def model_config(config: Mapping[str, Any], params: Mapping[str, Any]) -> ConfigDict:
+    """The base config with what a model is built from.
+
+    Args:
+      config: may be of an older version and lack keys.
+      params: the model's; without ``decoder`` nothing is asked of the config's decoder and corruption.
 
     Raises:
       ConfigError: it is no config, or one that no model can be built from.
@@ -140,7 +143,7 @@ def model_config(config: Mapping[str, Any]) -> ConfigDict:
             c[section].update({key: value for key, value in config[section].items() if key in c[section]})
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ConfigError(f"its config is damaged ({type(e).__name__}: {e})") from None
-    validate(c)
+    validate(c, parts(c, params))
     return c
 
 
@@ -150,11 +153,13 @@ def require_fit(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: lists the arrays that differ.
     """
-    c = model_config(config)
-    shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
-    parts = [part for part in ("encoder", "decoder") if part in params or part == "encoder"]
-    wanted = {n: tuple(s.shape) for n, s in names({part: shapes[part] for part in parts}).items()}
-    given = {n: np.shape(a) for n, a in names({part: params.get(part, {}) for part in parts}).items()}
+    c = model_config(config, params)
+    init = autoencoder.init_params if "decoder" in params else representation.init_params
+    shapes = jax.eval_shape(lambda: init(c, jax.random.key(0)))
+    wanted = {n: tuple(s.shape) for n, s in names(shapes).items()}
+    given = {n: np.shape(a) for n, a in names({part: params.get(part, {}) for part in shapes}).items()}
+    if "decoder" not in params:  # the token of removed patches is no use to an encoder alone, and may be left
+        given.pop("encoder/embedding/mask_token", None)
     wrong = [
         f"{n}: {list(given[n]) if n in given else 'missing'}, not {list(wanted[n]) if n in wanted else 'there'}"
         for n in sorted(wanted.keys() | given.keys())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ml_collections import ConfigDict
 
 from crate_jax.data.decoding import DecodeError
@@ -13,11 +15,25 @@ from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
 from crate_jax.data.sources import Source, SyntheticSource, digits
 from crate_jax.data.tfds_source import open_tfds
 from crate_jax.errors import ConfigError, DataError
+from crate_jax.validation import (
+    Key,
+    Section,
+    anything,
+    at_least,
+    increasing_pair,
+    must,
+    one_of,
+    triple,
+    within,
+)
 
 __all__ = [
+    "DATA",
     "DecodeError",
     "DevicePrefetch",
     "IGNORED",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "PairSource",
     "Source",
     "TrainPipeline",
@@ -26,6 +42,10 @@ __all__ = [
     "eval_images",
     "open_split",
 ]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SOURCES = ("digits", "folder:PATH", "tfds:NAME", "synthetic")
 
 
 def open_split(config: ConfigDict, split: str, labels_required: bool = False) -> Source | None:
@@ -66,3 +86,40 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
             "labels if each image lies in a sub-folder named after its class, and there are at least two"
         )
     return source
+
+
+def _is_source(text: str) -> bool:
+    kind, _, rest = text.partition(":")
+    return kind in ("folder", "tfds") if rest else text in ("digits", "synthetic")
+
+
+DATA = Section(
+    "data",
+    "Images, how they are read, cropped and changed.",
+    of_the_run=True,
+    keys=dict(
+        source=Key("digits", must(f"be one of {', '.join(SOURCES)}", _is_source), "where the images come from"),
+        data_dir=Key("", anything, "tfds: where the prepared (ArrayRecord) data sets lie"),
+        train_split=Key("train", anything, "folder: a sub-folder, or the whole tree if there is none"),
+        eval_split=Key("auto", anything, "auto: the first of test, val, validation that exists (tfds: with labels)"),
+        image_size=Key((224, 224), anything, "height, width in pixels"),
+        mean=Key(IMAGENET_MEAN, triple, "of pixels scaled to [0, 1], per channel"),
+        std=Key(
+            IMAGENET_STD,
+            must("be three numbers, one per channel, all positive", lambda v: len(v) == 3 and min(v) > 0),
+            "the same, standard deviation",
+        ),
+        crop_scale=Key((0.2, 1.0), increasing_pair(0.0, 1.0), "random resized crop: share of the area; 1, 1: no crop"),
+        crop_ratio=Key((3 / 4, 4 / 3), increasing_pair(0.0, math.inf), "width / height of the crop, log-uniform"),
+        flip=Key(0.5, within(0, 1), "probability of a horizontal flip"),
+        interpolation=Key("bicubic", one_of("bicubic", "bilinear"), "when images are resized"),
+        randaugment_layers=Key(0, at_least(0), "operations per image (n); 0: off"),
+        randaugment_magnitude=Key(14, within(0, 30), "strength of each (m)"),
+        eval_crop=Key(0.875, within(0, 1, "(]"), "share of the shorter side in the central evaluation crop"),
+        workers=Key(0, within(0, 1024), "decoding processes; 0: threads of this process", effect=False),
+        threads=Key(4, within(1, 1024), "reading threads per process", effect=False),
+        prefetch=Key(2, within(1, 1024), "batches held ready on the device", effect=False),
+        memory_mb=Key(1024, at_least(0), "a decoded set up to this size is held in memory, whole", effect=False),
+        max_undecodable=Key(0.01, within(0, 1), "share of files that may fail to decode before the run stops"),
+    ),
+)

@@ -14,15 +14,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from sklearn.model_selection import train_test_split
 
-from crate_jax.errors import ConfigError, DataError, NonFiniteError
+from crate_jax.errors import DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
 from crate_jax.evals.features import check_labelled
 from crate_jax.evals.knn import knn_sweep
 from crate_jax.evals.metrics import METRICS, accuracies
 from crate_jax.evals.probe import fit_all
+from crate_jax.validation import Key, anything, at_least, each, one_of, positive, several, within
 
 # Of every protocol that chooses something.
-SELECTION = {"select": "validation", "validation": 0.1}
+SELECTION = dict(
+    select=Key("validation", one_of("validation", "test"), "the images that the best setting is chosen on"),
+    validation=Key(0.1, within(0, 1, "()"), "share of the training images set aside to choose on"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +56,20 @@ class Protocol:
     Attributes:
       name: its key in PROTOCOLS.
       version: raised when its numbers change.
-      options: its config keys with their defaults.
-      run: (features, options, seed) -> JSON-like results, with the metrics of :func:`accuracies`.
+      keys: its options, ``config.protocol.NAME``.
+      run: (features, options, seed) -> JSON-like results, with the metrics of :func:`accuracies`. The options keep to
+        the rules of `keys`.
     """
 
     name: str
     version: int
-    options: Mapping[str, Any]
+    keys: Mapping[str, Key]
     run: Callable[[Features, ConfigDict, int], dict[str, Any]]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options at their defaults."""
+        return {name: key.default for name, key in self.keys.items()}
 
 
 def knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
@@ -67,11 +77,10 @@ def knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
 
     DINO (Caron et al. 2021) reports the best of k = 10, 20, 100, 200 at T = 0.07; solo-learn sweeps both.
     """
-    ks, temperatures = _whole(options.k, "k"), _numbers(options.temperature, "temperature")
-    settings = [{"k": k, "temperature": float(t)} for k in ks for t in temperatures]
+    settings = [{"k": k, "temperature": float(t)} for k in options.k for t in options.temperature]
 
     def predict(g: Features) -> list[np.ndarray]:
-        out = knn_sweep(g.train_x, g.train_y, g.test_x, g.num_classes, [int(k) for k in ks], temperatures)
+        out = knn_sweep(g.train_x, g.train_y, g.test_x, g.num_classes, options.k, options.temperature)
         return list(out.reshape(len(settings), -1))
 
     chosen, table = _select(f, options, seed, settings, predict)
@@ -90,7 +99,7 @@ def logreg(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     CRATE-MAE (arXiv 2404.02446, appendix B) fits scikit-learn's on the class token and keeps the C that is best on
     the test set: that is ``select="test"``.
     """
-    cs = _numbers(options.c, "c")
+    cs = options.c
     settings = [{"c": c} for c in cs]
 
     def scores(g: Features, strengths: Sequence[float]) -> list[np.ndarray]:
@@ -107,13 +116,9 @@ def logreg(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
 
 def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     """A linear layer trained by SGD or LARS; see :data:`crate_jax.evals.linear_sgd.RECIPES`."""
-    if options.recipe not in linear_sgd.RECIPES:
-        raise ConfigError(f"config.protocol.recipe={options.recipe!r}: must be one of {', '.join(linear_sgd.RECIPES)}")
-    if options.epochs < 0:
-        raise ConfigError(f"config.protocol.epochs={options.epochs}: must not be negative (0: the recipe's)")
     recipe = linear_sgd.RECIPES[options.recipe]
     recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs)
-    rates = _numbers(options.lr, "lr") if options.lr else [recipe.lr]
+    rates = options.lr or (recipe.lr,)
     settings = [{"lr": rate} for rate in rates]
 
     def fit(g: Features, rate: float) -> tuple[np.ndarray, float]:
@@ -136,49 +141,25 @@ def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     The headline is that of the most shots. Shots, draws and C are ours; papers differ.
     """
     counts = np.bincount(f.train_y, minlength=f.num_classes)
-    shots = _whole(options.shots, "shots")
-    if options.trials < 1:
-        raise ConfigError(f"config.protocol.trials={options.trials}: must be at least 1")
-    (c,) = _numbers(options.c, "c")
-    if counts.min() < max(shots):
+    if counts.min() < max(options.shots):
         raise DataError(
             f"config.protocol.shots={tuple(options.shots)}: the class with fewest training images has {counts.min()}"
         )
     result: dict[str, Any] = {"fewshot": []}
-    for shot in sorted(shots):
+    for shot in sorted(options.shots):
         found = []
         for trial in range(options.trials):
             rng = np.random.default_rng((seed, shot, trial))
             rows = np.concatenate(
                 [rng.choice(np.flatnonzero(f.train_y == c), shot, replace=False) for c in range(f.num_classes)]
             )
-            (probe,) = fit_all(f.train_x[rows], f.train_y[rows], f.num_classes, [c], standardise=False)
+            (probe,) = fit_all(f.train_x[rows], f.train_y[rows], f.num_classes, [options.c], standardise=False)
             found.append(accuracies(probe.scores(f.test_x), f.test_y))
         means = {name: float(np.mean([m[name] for m in found])) for name in found[0]}
         deviation = float(np.std([m[options.metric] for m in found], ddof=1)) if len(found) > 1 else 0.0
         result["fewshot"].append({"shots": shot, "trials": options.trials, **means, "deviation": deviation})
         result.update(means)
     return result
-
-
-def _numbers(value: Any, key: str) -> list[float]:
-    """A config value that is one number or several, all positive.
-
-    Raises:
-      ConfigError: it is something else.
-    """
-    numbers = list(value) if isinstance(value, tuple | list) else [value]
-    if not numbers or not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers):
-        raise ConfigError(f"config.protocol.{key}={value!r}: must be a positive number, or several of them")
-    return numbers
-
-
-def _whole(value: Any, key: str) -> list[int]:
-    """As `_numbers`, whole ones."""
-    numbers = _numbers(value, key)
-    if any(n != int(n) for n in numbers):
-        raise ConfigError(f"config.protocol.{key}={value!r}: must be a whole number, or several of them")
-    return [int(n) for n in numbers]
 
 
 def _table(settings: list[dict], predicted: list[np.ndarray], labels: np.ndarray, metric: str) -> list[dict[str, Any]]:
@@ -195,11 +176,8 @@ def _select(
     """The best setting (the first of equal ones) by config.protocol.metric, and what it was chosen by.
 
     Raises:
-      ConfigError: options that make no sense.
       DataError: the training split is too small to set a part of each class aside.
     """
-    if options.select not in ("validation", "test"):
-        raise ConfigError(f"config.protocol.select={options.select!r}: must be 'validation' or 'test'")
     if len(settings) == 1:
         return 0, {}
     if options.select == "test":
@@ -216,11 +194,8 @@ def hold_out(f: Features, share: float, seed: int) -> Features:
     """Sets a share of each class's training features aside as test features.
 
     Raises:
-      ConfigError: the share is not between 0 and 1.
       DataError: a class is too small for it.
     """
-    if not 0 < share < 1:
-        raise ConfigError(f"config.protocol.validation={share}: must lie between 0 and 1")
     try:
         train, held = train_test_split(
             np.arange(len(f.train_y)), test_size=share, stratify=f.train_y, random_state=seed % 2**32
@@ -235,9 +210,42 @@ def hold_out(f: Features, share: float, seed: int) -> Features:
 PROTOCOLS = {
     p.name: p
     for p in (
-        Protocol("knn", 1, {"k": (10, 20, 100, 200), "temperature": (0.07,), **SELECTION}, knn),
-        Protocol("logreg", 1, {"c": (1e0, 1e1, 1e2, 1e3, 1e4, 1e5), "standardise": False, **SELECTION}, logreg),
-        Protocol("linear_sgd", 2, {"recipe": "mae", "lr": (), "epochs": 0, **SELECTION}, linear),
-        Protocol("fewshot", 2, {"shots": (1, 2, 5, 10), "trials": 5, "c": 1.0}, fewshot),
+        Protocol(
+            "knn", 1,
+            dict(
+                k=Key((10, 20, 100, 200), several(positive), "neighbours"),
+                temperature=Key((0.07,), several(positive), "of the neighbours' weights"),
+                **SELECTION,
+            ),
+            knn,
+        ),
+        Protocol(
+            "logreg", 1,
+            dict(
+                c=Key((1e0, 1e1, 1e2, 1e3, 1e4, 1e5), several(positive), "inverse L2 strengths"),
+                standardise=Key(False, anything, "features of mean 0 and deviation 1"),
+                **SELECTION,
+            ),
+            logreg,
+        ),
+        Protocol(
+            "linear_sgd", 2,
+            dict(
+                recipe=Key("mae", one_of(*linear_sgd.RECIPES), "whose optimiser, batch, schedule and epochs"),
+                lr=Key((), each(positive), "learning rates to choose from; none: the recipe's", items=float),
+                epochs=Key(0, at_least(0), "passes over the features; 0: the recipe's"),
+                **SELECTION,
+            ),
+            linear,
+        ),
+        Protocol(
+            "fewshot", 2,
+            dict(
+                shots=Key((1, 2, 5, 10), several(positive), "images per class"),
+                trials=Key(5, positive, "draws of them"),
+                c=Key(1.0, positive, "inverse L2 strength"),
+            ),
+            fewshot,
+        ),
     )
-}
+}  # fmt: skip

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from crate_jax.analysis.alignment import plots
 from crate_jax.analysis.alignment.analyse import analyse, shrink_to_side
 from crate_jax.analysis.alignment.answer import Answer
+from crate_jax.config import validate
 from crate_jax.convert import pretrained
 from crate_jax.parallel import sharding
-from crate_jax.validation import validate
 from crate_jax.workdir import metrics
 from crate_jax.workdir.folder import lock
 
@@ -65,7 +65,6 @@ def resolve(config: ConfigDict) -> ConfigDict:
         full.encoder.update(encoder.config["encoder"])
         full.data.image_size = tuple(encoder.config["data"]["image_size"])
     shrink_to_side(full)
-    full.corruption.name, full.decoder.name = "none", "linear"  # neither is built; these fit every encoder
     full.align.width = full.align.width or full.encoder.width
     return full
 

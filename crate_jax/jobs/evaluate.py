@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax import __version__, data
-from crate_jax.config import base, flatten
+from crate_jax.config import base, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
@@ -30,12 +30,11 @@ from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals.features import of_split
 from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
-from crate_jax.models import ENCODERS, representation
+from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
-from crate_jax.models.corruption import Identity
-from crate_jax.models.patches import grid_shape, patchify
+from crate_jax.models.patches import patchify
 from crate_jax.parallel import distributed, sharding
-from crate_jax.validation import validate
+from crate_jax.validation import flatten
 from crate_jax.workdir import metrics
 from crate_jax.workdir.checkpoint import params_sha256
 from crate_jax.workdir.folder import lock
@@ -67,8 +66,6 @@ def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
         full.data.std = tuple(encoder.config["data"]["std"])
         if not any(full.data.mean):
             full.data.mean = tuple(encoder.config["data"]["mean"])
-    full.corruption.name = "none"
-    full.decoder.name = "linear"  # there is none; this one has no sizes of its own
     return full
 
 
@@ -81,12 +78,6 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     protocol = PROTOCOLS.get(config.protocol.name)
     if protocol is None:
         raise ConfigError(f"config.protocol.name={config.protocol.name!r}: must be one of {', '.join(PROTOCOLS)}")
-    missing = sorted(set(protocol.options) - set(config.protocol))
-    if missing:
-        raise ConfigError(
-            f"config.protocol.name={protocol.name!r}: lacks its options {', '.join(missing)}; name the protocol in the "
-            f"config string instead, --config=configs/evaluate.py:protocol={protocol.name}"
-        )
     if config.protocol.metric not in METRICS:
         raise ConfigError(f"config.protocol.metric={config.protocol.metric!r}: must be one of {', '.join(METRICS)}")
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
@@ -124,10 +115,7 @@ def fitted(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pre
     Raises:
       CheckpointError: it does not fit the config, as when position tables are for another image size.
     """
-    h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
-    patches = np.zeros((1, h * w, 3 * config.encoder.patch_size**2), np.float32)
-    module = ENCODERS[config.encoder.name](config)
-    init = jax.jit(lambda key: {"encoder": module.init(key, patches, Identity())["params"]})
+    init = jax.jit(functools.partial(representation.init_params, config))
     if not config.protocol.scratch:
         what = f"config.checkpoint={config.checkpoint}"
         return dataclasses.replace(

@@ -17,13 +17,13 @@ from crate_jax.analysis import logged
 from crate_jax.analysis.alignment import section as alignment_section
 from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import section as whitebox_section
-from crate_jax.config import base, flatten
+from crate_jax.config import KEYS, OF_THE_RUN, base, validate
 from crate_jax.convert import pretrained
 from crate_jax.errors import ConfigError, DataError, UserError
 from crate_jax.parallel import distributed, sharding
 from crate_jax.report import page
 from crate_jax.report.section import Section, Subject
-from crate_jax.validation import validate
+from crate_jax.validation import flatten
 from crate_jax.workdir import checkpoint, checkpoint_files, metrics
 from crate_jax.workdir.folder import expanduser, lock
 
@@ -60,11 +60,6 @@ SECTIONS: dict[str, Analysis] = {
     "theory": Analysis("Theorem 3", lambda _: whitebox_section.theory_section(), needs_images=False, needs_runs=False),
 }
 
-# The sections of a config that say what a run is; analyses' own options are the report's.
-OF_THE_RUN = (
-    "seed", "steps", "epochs", "batch_size", "accumulate", "dtype", "remat", "remat_keep", "init_from", "data",
-    "encoder", "decoder", "corruption", "loss", "penalty", "optimizer", "evaluation", "finetune", "protocol", "segment",
-)  # fmt: skip
 OF_THE_DATA = ("source", "data_dir", "train_split", "eval_split")  # of the report's, if it names a source
 
 
@@ -187,21 +182,17 @@ def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
     Raises:
       ConfigError: it is not valid.
     """
-    full, known = base(), flatten(base())
-    for key, value in flatten(config).items():
-        if key in known and key.partition(".")[0] not in OF_THE_RUN:
-            _set(full, key, value)
-    for key, value in flatten(saved).items():
-        if key in known and key.partition(".")[0] in OF_THE_RUN:
-            _set(full, key, value)
+    full, own, theirs = base(), flatten(config), flatten(saved)
+    for key in KEYS:
+        given = theirs if key in OF_THE_RUN else own
+        if key in given:
+            _set(full, key, given[key])
     if config.data.source:
         for key in OF_THE_DATA:
             full.data[key] = config.data[key]
     full.job = saved.get("job", "evaluate")
     if not (full.steps or full.epochs):  # a file of weights: it was not trained by us
         full.job = "evaluate"
-    if "decoder" not in saved:
-        full.decoder.name, full.corruption.name = "linear", "none"
     validate(full)
     return full
 

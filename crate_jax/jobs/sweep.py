@@ -22,30 +22,17 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from crate_jax.config import base, changed_keys, flatten
+from crate_jax.config import KEYS, base, has_effect, validate
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.jobs import sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import optimizer, orthogonality
 from crate_jax.training.step import init_params
-from crate_jax.validation import validate
+from crate_jax.validation import changed_keys, flatten
 from crate_jax.workdir.folder import lock
 
 log = logging.getLogger(__name__)
-
-# A key that only some part reads: (the key that names the part, the names that read it).
-READ_BY = {
-    "encoder.lam": ("encoder.name", ("crate",)),
-    "encoder.eta": ("encoder.name", ("crate",)),
-    "corruption.mask_ratio": ("corruption.name", ("mask",)),
-    "corruption.rop_ratio": ("corruption.name", ("rop",)),
-    "corruption.noise_std": ("corruption.name", ("noise",)),
-    "penalty.weight": ("penalty.name", ("so", "srip")),
-}
-# Keys under which a run may go on, or count as finished, though they changed: its numbers stay the same.
-WITHOUT_EFFECT = ("log.", "save.", "data.workers", "data.threads", "data.prefetch", "data.memory_mb", "mesh.")
-
 
 MOST_SEEDS = 10_000  # each is a run; a slip of the keyboard beyond
 
@@ -101,12 +88,12 @@ def _check_key(config: ConfigDict, key: str) -> None:
         close = difflib.get_close_matches(key, allowed, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "write it as in --config.KEY, such as encoder.lam"
         raise ConfigError(f"config.sweep.key={key!r}: there is no such key to sweep; {hint}")
-    if key in READ_BY:
-        chooser, readers = READ_BY[key]
+    if key in KEYS and KEYS[key].read_by:
+        chooser, *readers = KEYS[key].read_by
         if flat[chooser] not in readers:
             raise ConfigError(
                 f"config.sweep.key={key!r}: has no effect with config.{chooser}={flat[chooser]!r}; it needs "
-                f"{' or '.join(readers)}"
+                f"{' or '.join(map(str, readers))}"
             )
 
 
@@ -172,7 +159,8 @@ def _is_finished(folder: Path, setting: Setting) -> bool:
     except ValueError:
         raise CheckpointError(f"{folder / 'config.json'}: is not JSON; delete {folder} to run it again") from None
     stored = flatten(base()) | flatten(stored)  # a key that came later had no other value than its default
-    changed = [c for c in changed_keys(stored, setting.config.to_dict()) if not c.startswith(WITHOUT_EFFECT)]
+    # Without the others its numbers stay the same: it may go on, or counts as finished.
+    changed = [c for c in changed_keys(stored, setting.config.to_dict()) if has_effect(c.partition(":")[0])]
     if changed:
         raise ConfigError(
             f"{folder} holds a run of another config ({'; '.join(changed)}); choose another --workdir, or delete it"

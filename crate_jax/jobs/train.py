@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.analysis.whitebox import measures
-from crate_jax.config import changed_keys
+from crate_jax.config import method_name, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
@@ -32,7 +32,7 @@ from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import nonfinite
 from crate_jax.training.loop import Loop, Observer, Picture
-from crate_jax.validation import validate
+from crate_jax.validation import changed_keys
 from crate_jax.workdir import checkpoint, metrics, pictures
 from crate_jax.workdir.folder import lock
 
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 Evaluation = FrozenEvaluation | ClassifierEvaluation | SegmentationEvaluation
 
-METHOD_OF_JOB = {"finetune": "classify", "segment": "segment"}  # pretrain: config.method
 EVALUATIONS: dict[str, type[Evaluation]] = {
     "pretrain": FrozenEvaluation,
     "finetune": ClassifierEvaluation,
@@ -52,7 +51,7 @@ TASK = ("seed:", "method:", "init_from:", "protocol.name:", "protocol.scratch:")
 
 def method_of(config: ConfigDict, source: data.Source | None = None) -> Method:
     """The method that a validated config trains; `source` is the training set, which pre-training does not need."""
-    return METHODS[METHOD_OF_JOB.get(config.job, config.method)].build(config, source)
+    return METHODS[method_name(config)].build(config, source)
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:

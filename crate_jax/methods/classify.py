@@ -26,6 +26,7 @@ from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.layers import Norm, dense
 from crate_jax.models.patches import patchify
+from crate_jax.validation import Key, Section, anything, at_least, one_of, within
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)  # of the image; height / width: timm's RandomErasing
 
@@ -151,3 +152,28 @@ def _box(H: int, W: int, top: Any, left: Any, h: Any, w: Any) -> jax.Array:
     """True inside a box, (H, W); pixels count by their centres."""
     y, x = jnp.arange(H)[:, None] + 0.5, jnp.arange(W)[None, :] + 0.5
     return (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
+
+
+VIT = ("encoder.name", "vit")
+
+FINETUNE = Section(
+    "finetune",
+    "A classifier on the encoder, both trained. Segmentation reads freeze, final_norm, drop_path and relative_bias.",
+    of_the_run=True,
+    keys=dict(
+        norm=Key(True, anything, "layer norm between the pooled tokens and the linear head"),
+        final_norm=Key(True, anything, "keep the encoder's own last norm"),
+        head_init=Key(1.0, at_least(0), "factor on the head's initial weights"),
+        drop_path=Key(0.0, within(0, 1, "[)"), "replaces encoder.drop_path", read_by=VIT),
+        relative_bias=Key(
+            "shared", one_of("shared", "per_block"), "per_block: each block has its own copy", read_by=VIT
+        ),
+        freeze=Key(False, anything, "train the head only"),
+        label_smoothing=Key(0.0, within(0, 1, "[)"), "share of the target that is spread over all classes"),
+        mixup=Key(0.0, at_least(0), "alpha of the Beta distribution of the mixing weight; 0: off"),
+        cutmix=Key(0.0, at_least(0), "the same for boxes of the other image; with both, half of the images each"),
+        erase=Key(0.0, within(0, 1), "probability that a random box of an image becomes noise"),
+    ),
+)
+
+SECTIONS = (FINETUNE,)

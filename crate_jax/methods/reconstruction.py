@@ -13,11 +13,14 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.data.pixels import denormalise, normalise
+from crate_jax.errors import ConfigError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import autoencoder, corruption as corruptions, representation
 from crate_jax.models.adopt import init_encoder
-from crate_jax.models.corruption import Corruption, Identity
+from crate_jax.models.corruption import CORRUPTIONS, Corruption, Identity
+from crate_jax.models.decoders import DECODERS
 from crate_jax.models.patches import patchify, standardise, unpatchify
+from crate_jax.validation import Key, Section, anything, at_least, one_of, positive, within
 
 NORMS = {"l2": jnp.square, "l1": jnp.abs}
 
@@ -105,3 +108,96 @@ def reconstruct(
         return jnp.clip(denormalise(pixels, config), 0.0, 1.0)
 
     return tuple(image(v) for v in (x_BNP, corruption.view(x_BNP), predicted_BNP, combined_BNP))
+
+
+def _check_corruption(c: ConfigDict) -> None:
+    tokens, ratio = autoencoder.patch_numbers(c)[0], c.corruption.mask_ratio
+    if c.corruption.name == "mask" and not 0 < int(tokens * (1 - ratio)) < tokens:
+        raise ConfigError(
+            f"config.corruption.mask_ratio={ratio}: of {tokens} patches at least one must be kept and one removed"
+        )
+
+
+MASK, ROP = ("corruption.name", "mask"), ("corruption.name", "rop")
+
+CORRUPTION = Section(
+    "corruption",
+    "What the encoder does not get to see of an image.",
+    of_the_run=True,
+    check=_check_corruption,
+    keys=dict(
+        name=Key("mask", one_of(*CORRUPTIONS), "which"),
+        mask_ratio=Key(0.75, within(0, 1, "()"), "share of the patches removed", read_by=MASK),
+        mask_fill=Key(
+            "token", one_of("token", "zero", "drop"), "token: learned; drop: the encoder skips them", read_by=MASK
+        ),
+        rop_ratio=Key(1 / 7, within(0, 1, "()"), "share of the dimensions kept, K'/K", read_by=ROP),
+        rop_buckets=Key(
+            "balanced", one_of("balanced", "independent"), "balanced: as released; job align reads it too", read_by=ROP
+        ),
+        rop_signs=Key("independent", one_of("independent", "balanced"), "balanced: as released", read_by=ROP),
+        paper_scale=Key(
+            0.0, at_least(0), "0: exact projector; 0.14: the released code's scale; job align reads it too", read_by=ROP
+        ),
+        noise_std=Key(
+            0.5, at_least(0), "standard deviation, in units of normalised pixels", read_by=("corruption.name", "noise")
+        ),
+    ),
+)
+
+
+def _check_decoder(c: ConfigDict) -> None:
+    decoder, corruption = c.decoder, c.corruption
+    width = decoder.width or c.encoder.width
+    dropped = corruption.name == "mask" and corruption.mask_fill == "drop"
+    if decoder.name != "linear" and width % decoder.heads:
+        raise ConfigError(f"config.decoder.width={width}: must be a multiple of config.decoder.heads={decoder.heads}")
+    if decoder.name != "linear" and width % 4:
+        raise ConfigError(f"config.decoder.width={width}: must be a multiple of 4 for sine-cosine positions")
+    if dropped and decoder.name == "linear":
+        raise ConfigError(
+            "config.decoder.name='linear': cannot fill patches that config.corruption.mask_fill='drop' removed; use "
+            "decoder.name=transformer, or mask_fill=token"
+        )
+    if dropped and decoder.name == "crate" and not decoder.positions:
+        raise ConfigError(
+            "config.decoder.positions=False: with config.corruption.mask_fill='drop' a CRATE decoder needs positions "
+            "to tell the filled patches apart; set it to True"
+        )
+    if decoder.name == "crate" and decoder.width not in (0, c.encoder.width):
+        raise ConfigError(
+            f"config.decoder.width={decoder.width}: a CRATE decoder has the encoder's width {c.encoder.width}"
+        )
+
+
+CRATE, DEEP = ("decoder.name", "crate"), ("decoder.name", "crate", "transformer")
+
+DECODER = Section(
+    "decoder",
+    "Tokens back to patches.",
+    of_the_run=True,
+    check=_check_decoder,
+    keys=dict(
+        name=Key("crate", one_of(*DECODERS), "the architecture"),
+        width=Key(0, at_least(0), "numbers per token; 0: the encoder's", read_by=DEEP),
+        depth=Key(12, at_least(0), "blocks", read_by=DEEP),
+        heads=Key(12, positive, "of attention", read_by=DEEP),
+        positions=Key(False, anything, "add the position table again at the decoder's input", read_by=CRATE),
+        residual=Key(
+            "stream", one_of("stream", "normalised"), "stream: g - MSSA(LN(g)); normalised: as Listing 3", read_by=CRATE
+        ),
+    ),
+)
+
+LOSS = Section(
+    "loss",
+    "What a reconstruction is compared with, and how.",
+    of_the_run=True,
+    keys=dict(
+        norm=Key("l2", one_of(*NORMS), "of the error"),
+        target=Key("pixel", one_of("pixel", "patch_normalised"), "what is reconstructed"),
+        region=Key("complement", one_of("complement", "all"), "complement: (I - P)(x - x^); all: x - x^"),
+    ),
+)
+
+SECTIONS = (CORRUPTION, DECODER, LOSS)

@@ -23,6 +23,7 @@ from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, resize
 from crate_jax.models.patches import grid_shape, patchify
+from crate_jax.validation import Key, Section, anything, at_least, one_of
 from crate_jax.workdir import pictures
 
 # Depths that UPerNet's four maps come from, as shares: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24 in BEiT's code.
@@ -129,3 +130,28 @@ def cross_entropy(scores_BHWC: jax.Array, mask_BHW: jax.Array) -> jax.Array:
     classes_BHW = jnp.where(labelled, mask_BHW, 0).astype(jnp.int32)
     values = optax.softmax_cross_entropy_with_integer_labels(scores_BHWC, classes_BHW)
     return jnp.mean(jnp.where(labelled, values, 0.0))
+
+
+UPERNET = ("segment.head", "upernet")
+
+SEGMENT = Section(
+    "segment",
+    "A class for each pixel.",
+    of_the_run=True,
+    check=check,
+    keys=dict(
+        head=Key("linear", one_of(*HEADS), "what reads the encoder's tokens"),
+        blocks=Key(
+            (), anything, "whose tokens it reads, from 1; none: linear: the last, upernet: BEiT's four", items=int
+        ),
+        channels=Key(0, at_least(0), "width of the head; 0: the encoder's", read_by=UPERNET),
+        auxiliary=Key(
+            0.0, at_least(0), "weight of the loss of a second, small head on the third of the blocks", read_by=UPERNET
+        ),
+        classes=Key(0, at_least(0), "0: the highest class of the training masks, plus 1"),
+        ignore_index=Key(255, anything, "value in the masks that is not a class; -1: none"),
+        reduce_zero_label=Key(False, anything, "0 in the masks is not a class, the classes start at 1 (ADE20K)"),
+    ),
+)
+
+SECTIONS = (SEGMENT,)

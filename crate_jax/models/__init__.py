@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crate_jax.models.corruption import fills
+from crate_jax.errors import ConfigError
 from crate_jax.models.crate import CrateEncoder
 from crate_jax.models.layers import remat_rule
 from crate_jax.models.patches import grid_shape
 from crate_jax.models.vit import ViTEncoder
+from crate_jax.validation import Key, Section, anything, at_least, one_of, positive, within
 
 
 def _crate(config: ConfigDict) -> nn.Module:
@@ -46,7 +48,6 @@ def _shared(config: ConfigDict) -> dict:
         heads=e.heads,
         grid=grid_shape(config.data.image_size, e.patch_size),
         positions=e.positions,
-        fill=fills(config)["encoder"],
         embed_norm=e.embed_norm,
         final_norm=e.final_norm,
         final_eps=e.final_eps,
@@ -59,3 +60,74 @@ ENCODERS: dict[str, Callable[[ConfigDict], nn.Module]] = {"crate": _crate, "vit"
 
 # The named point where a block's tokens can be read, under encoder/blocks, (L, B, 1 + M, D).
 BLOCK_OUTPUTS = {"crate": "after_ista", "vit": "after_mlp"}
+
+MAX_PATCHES = 2**20  # of one image
+
+
+def _check_images(c: ConfigDict) -> None:
+    size, patch = tuple(c.data.image_size), c.encoder.patch_size
+    if len(size) != 2 or min(size) < 1:
+        raise ConfigError(f"config.data.image_size={size!r}: must be (height, width)")
+    if any(side % patch for side in size):
+        raise ConfigError(
+            f"config.data.image_size={size}: both sides must be multiples of config.encoder.patch_size={patch}"
+        )
+    if math.prod(size) // patch**2 > MAX_PATCHES:
+        raise ConfigError(
+            f"config.data.image_size={size}: has more than {MAX_PATCHES} patches of config.encoder.patch_size={patch}"
+        )
+
+
+def _check_encoder(c: ConfigDict) -> None:
+    _check_images(c)
+    e = c.encoder
+    if e.width % e.heads:
+        raise ConfigError(f"config.encoder.width={e.width}: must be a multiple of config.encoder.heads={e.heads}")
+    if e.width % 4 and e.positions == "sincos":
+        raise ConfigError(f"config.encoder.width={e.width}: must be a multiple of 4 for sine-cosine positions")
+    if e.name == "crate" and e.positions.startswith("relative"):
+        raise ConfigError(f"config.encoder.positions={e.positions!r}: only encoder.name='vit' has a relative bias")
+    if e.name == "crate" and e.drop_path:
+        raise ConfigError(f"config.encoder.drop_path={e.drop_path}: only encoder.name='vit' has drop path")
+
+
+CRATE, VIT = ("encoder.name", "crate"), ("encoder.name", "vit")
+
+ENCODER = Section(
+    "encoder",
+    "Images to tokens.",
+    of_the_run=True,
+    check=_check_encoder,
+    keys=dict(
+        name=Key("crate", one_of(*ENCODERS), "the architecture"),
+        patch_size=Key(16, positive, "side of a square patch in pixels"),
+        width=Key(768, positive, "numbers per token"),
+        depth=Key(12, positive, "blocks"),
+        heads=Key(12, positive, "of attention; they divide the width"),
+        positions=Key(
+            "sincos",
+            one_of("sincos", "learned", "relative", "relative_per_block", "none"),
+            "sincos: fixed; relative: a bias for all blocks (vit); relative_per_block: each has its own (vit)",
+        ),
+        eta=Key(0.1, at_least(0), "step size of ISTA", read_by=CRATE),
+        lam=Key(0.5, at_least(0), "sparsity weight lambda of ISTA", read_by=CRATE),
+        dictionary=Key(
+            "complete", one_of("complete", "overcomplete"), "complete: d x d; overcomplete: CRATE-alpha", read_by=CRATE
+        ),
+        expansion=Key(
+            4, positive, "atoms per dimension of the dictionary", read_by=("encoder.dictionary", "overcomplete")
+        ),
+        tied_output=Key(False, anything, "MSSA's output is [U_1..U_K] (eq. 2.8), not free; a CRATE decoder's too"),
+        mlp_ratio=Key(4.0, positive, "width of the MLP over that of the tokens", read_by=VIT),
+        qkv_bias=Key("qkv", one_of("qkv", "qv", "none"), "qkv: as MAE; qv: as BEiT, ROPIM", read_by=VIT),
+        layer_scale=Key(0.0, at_least(0), "initial value; 0: off", read_by=VIT),
+        drop_path=Key(0.0, within(0, 1, "[)"), "rate of the last block, rising linearly from 0", read_by=VIT),
+        embed_norm=Key(False, anything, "layer norms before and after the patch projection, as supervised CRATE"),
+        final_norm=Key(True, anything, "normalise the last block's tokens"),
+        final_eps=Key(1e-6, positive, "added to the variance in that norm; supervised CRATE: 1e-5"),
+        init=Key(
+            "xavier", one_of("xavier", "trunc_normal"),
+            "of vit, and of a linear decoder; xavier: as MAE; trunc_normal: as BEiT, ROPIM",
+        ),
+    ),
+)  # fmt: skip

@@ -16,10 +16,8 @@ K' buckets (the rank of the projector).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +27,16 @@ from ml_collections import ConfigDict
 
 class Corruption:
     """What the stages of a batch may ask of a corruption. The defaults change nothing."""
+
+    @property
+    def fills_encoder(self) -> bool:
+        """Whether :meth:`corrupt_tokens` needs a learned token: the encoder then has a parameter for it."""
+        return False
+
+    @property
+    def fills_decoder(self) -> bool:
+        """The same of :meth:`restore` and the decoder."""
+        return False
 
     def corrupt_pixels(self, patches_BNP: jax.Array) -> jax.Array:
         """The patches as the patch embedding gets them."""
@@ -96,19 +104,31 @@ class Masking(Corruption):
       removed_BN: 1.0 where a token is removed, 0.0 where it is kept.
       kept: how many tokens are kept.
       drop: the encoder receives only the kept tokens (ViT-MAE) instead of N with fills.
+      learned: the fill is a learned token, not zero.
     """
 
     order_BN: jax.Array
     removed_BN: jax.Array
     kept: int = struct.field(pytree_node=False)
     drop: bool = struct.field(pytree_node=False, default=False)
+    learned: bool = struct.field(pytree_node=False, default=True)
+
+    @property
+    def fills_encoder(self) -> bool:
+        """A learned token stands for each removed one."""
+        return self.learned and not self.drop
+
+    @property
+    def fills_decoder(self) -> bool:
+        """A learned token stands for each dropped one."""
+        return self.learned and self.drop
 
     @classmethod
-    def from_noise(cls, noise_BN: jax.Array, kept: int, drop: bool) -> Masking:
+    def from_noise(cls, noise_BN: jax.Array, kept: int, drop: bool, learned: bool = True) -> Masking:
         """Keeps the `kept` tokens with the smallest noise, as MAE's random_masking does."""
         order_BN = jnp.argsort(noise_BN, axis=-1)
         rank_BN = jnp.argsort(order_BN, axis=-1)
-        return cls(order_BN, (rank_BN >= kept).astype(jnp.float32), kept, drop)
+        return cls(order_BN, (rank_BN >= kept).astype(jnp.float32), kept, drop, learned)
 
     def corrupt_tokens(self, tokens_BND: jax.Array, fill_D: jax.Array | None) -> jax.Array:
         """Kept tokens, and the fill (or zero) in place of the removed ones unless they are dropped."""
@@ -195,22 +215,12 @@ class Projection(Corruption):
 Sampler = Callable[[jax.Array], Corruption]
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A row of CORRUPTIONS: how to make the sampler, and whether removed tokens are filled."""
-
-    make: Callable[[ConfigDict, int, int], Sampler]
-    fills_encoder: Callable[[ConfigDict], bool] = lambda corruption: False
-    fills_decoder: Callable[[ConfigDict], bool] = lambda corruption: False
-
-
 def _mask(config: ConfigDict, tokens: int, pixels: int) -> Sampler:
     kept = int(tokens * (1 - config.mask_ratio))
-    drop = config.mask_fill == "drop"
 
     def sample(keys_B: jax.Array) -> Corruption:
         noise_BN = jax.vmap(lambda k: jax.random.uniform(k, (tokens,)))(keys_B)
-        return Masking.from_noise(noise_BN, kept, drop)
+        return Masking.from_noise(noise_BN, kept, config.mask_fill == "drop", config.mask_fill != "zero")
 
     return sample
 
@@ -276,15 +286,11 @@ def _identity(config: ConfigDict, tokens: int, pixels: int) -> Sampler:
     return lambda keys_B: Identity()
 
 
-CORRUPTIONS: dict[str, Entry] = {
-    "mask": Entry(
-        _mask,
-        fills_encoder=lambda corruption: corruption.mask_fill == "token",
-        fills_decoder=lambda corruption: corruption.mask_fill == "drop",
-    ),
-    "rop": Entry(_rop),
-    "noise": Entry(_noise),
-    "none": Entry(_identity),
+CORRUPTIONS: dict[str, Callable[[ConfigDict, int, int], Sampler]] = {
+    "mask": _mask,
+    "rop": _rop,
+    "noise": _noise,
+    "none": _identity,
 }
 
 
@@ -296,13 +302,4 @@ def sampler(config: ConfigDict, tokens: int, pixels: int) -> Sampler:
       tokens: N, patches per image.
       pixels: P, numbers per patch.
     """
-    return CORRUPTIONS[config.corruption.name].make(config.corruption, tokens, pixels)
-
-
-def fills(config: ConfigDict) -> dict[str, Any]:
-    """Whether encoder and decoder need a learned token for removed patches."""
-    entry = CORRUPTIONS[config.corruption.name]
-    return {
-        "encoder": entry.fills_encoder(config.corruption),
-        "decoder": entry.fills_decoder(config.corruption),
-    }
+    return CORRUPTIONS[config.corruption.name](config.corruption, tokens, pixels)

@@ -272,7 +272,6 @@ class CrateEncoder(nn.Module):
     lam: float
     expansion: int
     tied_output: bool
-    fill: bool
     embed_norm: bool
     final_norm: bool
     final_eps: float
@@ -286,7 +285,6 @@ class CrateEncoder(nn.Module):
             self.width,
             self.grid,
             self.positions,
-            self.fill,
             self.embed_norm,
             self.dtype,
             INITIALIZERS["xavier"],

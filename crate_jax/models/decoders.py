@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crate_jax.models.corruption import Corruption, fills
+from crate_jax.models.corruption import Corruption
 from crate_jax.models.crate import DICTIONARY_INIT, MSSA, Kernel
 from crate_jax.models.embedding import TOKEN_INIT
 from crate_jax.models.layers import (
@@ -72,14 +72,13 @@ class CrateDecoder(nn.Module):
     positions: bool
     tied_output: bool
     normalised: bool
-    fill: bool
     remat: str
     dtype: Dtype
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
         """(B, 1 + M, D) -> (B, N, P)."""
-        x = restore(self, tokens_BMD, corruption, self.fill, self.positions, self.grid)
+        x = restore(self, tokens_BMD, corruption, self.positions, self.grid)
         blocks = scan_blocks(
             CrateDecoderBlock, self.depth, self.remat, self.heads, self.tied_output, self.normalised, self.dtype
         )
@@ -98,7 +97,6 @@ class TransformerDecoder(nn.Module):
     heads: int
     grid: tuple[int, int]
     pixels: int
-    fill: bool
     remat: str
     dtype: Dtype
 
@@ -106,7 +104,7 @@ class TransformerDecoder(nn.Module):
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
         """(B, 1 + M, D) -> (B, N, P)."""
         x = dense(self.width, "embed", self.dtype)(tokens_BMD)
-        x = restore(self, x, corruption, self.fill, True, self.grid)
+        x = restore(self, x, corruption, True, self.grid)
         x = scan_vit_blocks(
             x, None, None, None, self.depth, self.remat, self.heads, 4.0, "qkv", 0.0, "xavier", self.dtype
         )
@@ -128,7 +126,7 @@ class LinearDecoder(nn.Module):
 
 
 def restore(
-    module: nn.Module, tokens_BMD: jax.Array, corruption: Corruption, fill: bool, positions: bool, grid: tuple[int, int]
+    module: nn.Module, tokens_BMD: jax.Array, corruption: Corruption, positions: bool, grid: tuple[int, int]
 ) -> jax.Array:
     """Puts dropped tokens back as learned mask tokens and adds positions; (B, 1 + N, D).
 
@@ -136,7 +134,7 @@ def restore(
     lies directly under the decoder.
     """
     D = tokens_BMD.shape[-1]
-    fill_D = module.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if fill else None
+    fill_D = module.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if corruption.fills_decoder else None
     patches_BND = corruption.restore(tokens_BMD[:, 1:], fill_D)
     x = jnp.concatenate([tokens_BMD[:, :1], patches_BND], axis=1)
     return x + jnp.asarray(sincos_positions(grid, D)).astype(x.dtype) if positions else x
@@ -169,7 +167,6 @@ def _shared(config: ConfigDict) -> dict:
     return dict(
         grid=grid_shape(config.data.image_size, config.encoder.patch_size),
         pixels=3 * config.encoder.patch_size**2,
-        fill=fills(config)["decoder"],
         remat=remat_rule(config),
         dtype=jnp.dtype(config.dtype),
     )

@@ -23,7 +23,6 @@ class Embedding(nn.Module):
       width: D.
       grid: (h, w) patches.
       positions: sincos | learned | relative | relative_per_block | none; the last three add nothing here.
-      fill: learn a mask token that stands in for removed tokens.
       norms: layer norms (eps 1e-5) of the patches' pixels and of the embedded tokens, as in the code of supervised
         CRATE (arXiv 2306.01129).
       dtype: of the tokens.
@@ -33,7 +32,6 @@ class Embedding(nn.Module):
     width: int
     grid: tuple[int, int]
     positions: str
-    fill: bool
     norms: bool
     dtype: Dtype
     initializer: nn.initializers.Initializer
@@ -48,7 +46,9 @@ class Embedding(nn.Module):
         x = dense(D, "patch_embed", self.dtype, init=self.initializer)(x.astype(self.dtype))
         if self.norms:
             x = Norm(BLOCK_EPS, name="token_norm")(x)
-        fill_D = self.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if self.fill else None
+        fill_D = (
+            self.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if corruption.fills_encoder else None
+        )
         x = corruption.corrupt_tokens(x, fill_D)
         cls_11D = self.param("cls_token", TOKEN_INIT, (1, 1, D), jnp.float32)
         table_ND = self._table()

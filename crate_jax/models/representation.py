@@ -45,6 +45,13 @@ def build(config: ConfigDict) -> Callable[..., jax.Array]:
     return represent
 
 
+def init_params(config: ConfigDict, key: jax.Array) -> dict[str, Any]:
+    """Initial parameters of the config's encoder alone, float32, under ``encoder``, without a mask token."""
+    h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
+    patches_BNP = jnp.zeros((1, h * w, 3 * config.encoder.patch_size**2), jnp.float32)
+    return {"encoder": ENCODERS[config.encoder.name](config).init(key, patches_BNP, Identity())["params"]}
+
+
 def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> Callable[[jax.Array], dict[str, Any]]:
     """The function key -> initial parameters of the config's encoder and of a head on what `read` takes of it.
 
@@ -53,13 +60,12 @@ def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> 
       head: takes what `read` returns.
       read: what :func:`build` or :func:`block_maps` returns.
     """
-    encoder = ENCODERS[config.encoder.name](config)
     h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
 
     def init(key: jax.Array) -> dict[str, Any]:
         encoder_key, head_key = jax.random.split(key)
         patches_BNP = jnp.zeros((1, h * w, 3 * config.encoder.patch_size**2), jnp.float32)
-        params = {"encoder": encoder.init(encoder_key, patches_BNP, Identity())["params"]}
+        params = init_params(config, encoder_key)
         return params | {"head": head.init(head_key, read(params, patches_BNP))["params"]}
 
     return init

@@ -131,7 +131,6 @@ class ViTEncoder(nn.Module):
     layer_scale: float
     drop_path: float
     initializer: str
-    fill: bool
     embed_norm: bool
     final_norm: bool
     final_eps: float
@@ -145,7 +144,6 @@ class ViTEncoder(nn.Module):
             self.width,
             self.grid,
             self.positions,
-            self.fill,
             self.embed_norm,
             self.dtype,
             INITIALIZERS[self.initializer],

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
+from crate_jax.validation import Key, Section, anything, at_least, one_of, patterns, positive, within
 
 ADAM_EPS = 1e-8  # PyTorch's default, which the recipes leave as it is
 Mask = Callable[[Any], Any]  # tree -> tree of booleans
@@ -187,3 +188,39 @@ def build(
     if options.clip_norm > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
     return optimizer, learning_rate
+
+
+def _check_optimizer(c: ConfigDict) -> None:
+    if c.optimizer.warmup_steps and c.optimizer.warmup_epochs:
+        raise ConfigError("config.optimizer: set warmup_steps or warmup_epochs, not both")
+
+
+BETAS, LARS = ("optimizer.name", "adamw", "lion"), ("optimizer.name", "lars")
+
+OPTIMIZER = Section(
+    "optimizer",
+    "The update of the weights, and its learning rate over the run.",
+    of_the_run=True,
+    check=_check_optimizer,
+    keys=dict(
+        name=Key("adamw", one_of(*OPTIMIZERS), "which"),
+        lr=Key(1.5e-4, positive, "peak, per `lr_batch` images"),
+        lr_batch=Key(256, at_least(0), "lr, warmup_lr, min_lr are multiplied by batch_size / this; 0: not"),
+        warmup_epochs=Key(0.0, at_least(0), "linear warm-up, in epochs ..."),
+        warmup_steps=Key(0, at_least(0), "... or in steps"),
+        warmup_lr=Key(0.0, at_least(0), "where the warm-up starts"),
+        min_lr=Key(0.0, at_least(0), "where the schedule ends"),
+        schedule=Key("cosine", one_of("cosine", "linear", "constant"), "after the warm-up"),
+        b1=Key(0.9, within(0, 1, "[)"), "decay of the mean gradient", read_by=BETAS),
+        b2=Key(0.95, within(0, 1, "[)"), "decay of its square (adamw), of the momentum (lion)", read_by=BETAS),
+        momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of updates", read_by=LARS),
+        trust_coefficient=Key(0.001, anything, "size of an update over that of its weight", read_by=LARS),
+        weight_decay=Key(0.05, at_least(0), "per update, times the learning rate"),
+        layer_decay=Key(1.0, within(0, 1, "(]"), "factor on the learning rate per layer below the head"),
+        decay_exclude=Key(
+            (r".*(cls_token|mask_token|positions|relative_bias)",), patterns, "not decayed, beside all that is 1-D"
+        ),
+        clip_norm=Key(0.0, at_least(0), "global gradient norm; 0: off"),
+        ema=Key(0.0, within(0, 1, "[)"), "decay of an average of the weights that evaluations use; 0: off"),
+    ),
+)

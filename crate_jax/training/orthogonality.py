@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
+from crate_jax.validation import Key, Section, anything, at_least, one_of, patterns, positive
 
 HIGHEST = jax.lax.Precision.HIGHEST  # TF32 or bfloat16 products would drown G - I near orthonormality
 State = dict[str, jax.Array]
@@ -302,3 +303,30 @@ def weighted(
         return config.penalty.weight * value, (state, {"penalty": value} if penalty.names else {})
 
     return term
+
+
+def _check_penalty(c: ConfigDict) -> None:
+    if c.penalty.name != "none" and not c.penalty.weight:
+        raise ConfigError(f"config.penalty.weight=0: config.penalty.name={c.penalty.name!r} needs a weight above 0")
+
+
+ANY_PENALTY, SRIP = ("penalty.name", *(name for name in PENALTIES if name != "none")), ("penalty.name", "srip")
+
+PENALTY = Section(
+    "penalty",
+    "A term of the loss that draws weights towards orthogonality (docs/orthogonality.md).",
+    of_the_run=True,
+    check=_check_penalty,
+    keys=dict(
+        name=Key("none", one_of(*PENALTIES), "which"),
+        weight=Key(0.0, at_least(0), "gamma", read_by=ANY_PENALTY),
+        include=Key((r"encoder/.*kernel",), patterns, "whole names of the weights acted on", read_by=ANY_PENALTY),
+        exclude=Key((), patterns, "names taken out again", read_by=ANY_PENALTY, items=str),
+        gram=Key(
+            "smaller", one_of("smaller", "in", "out"), "in: W^T W of torch's out x in; out: W W^T", read_by=ANY_PENALTY
+        ),
+        power=Key(1, one_of(1, 2), "sigma ** power: 1 (formula), 2 (as some released code)", read_by=SRIP),
+        iterations=Key(2, positive, "power iterations per step", read_by=SRIP),
+        keep_vector=Key(True, anything, "start from the last step's vector; False: a fresh one", read_by=SRIP),
+    ),
+)

@@ -26,10 +26,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 
-from crate_jax.config import changed_keys
 from crate_jax.errors import CheckpointError, some
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
+from crate_jax.validation import changed_keys
 from crate_jax.workdir.checksum import checksums
 
 ITEMS = ("params", "rest")

@@ -178,7 +178,7 @@ def test_masking_of_a_fixed_count_by_simulation(of_images, ratio):
     c = configs.base()
     c.corruption.mask_ratio = ratio
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = corruption.CORRUPTIONS["mask"].make(c.corruption, 16, 12)(keys)
+    drawn = corruption.CORRUPTIONS["mask"](c.corruption, 16, 12)(keys)
     keep = 1.0 - np.asarray(drawn.removed_BN, np.float64)
     pairs = keep.T @ keep / len(keep) / (drawn.kept / 16) ** 2
     C = of_images.second_DD
@@ -194,7 +194,7 @@ def drawn_projections(tokens, buckets, kind, scale, draws):
     """P of the training code's sampler, (draws, N, N)."""
     c = configs.base()
     c.corruption.rop_buckets, c.corruption.rop_ratio, c.corruption.paper_scale = kind, buckets / tokens, scale
-    sample = corruption.CORRUPTIONS["rop"].make(c.corruption, tokens, 3)
+    sample = corruption.CORRUPTIONS["rop"](c.corruption, tokens, 3)
 
     @jax.jit
     def draw(keys):

@@ -13,6 +13,7 @@ from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
 from crate_jax.evals.metrics import accuracies, mean_per_class
 from crate_jax.evals.protocols import PROTOCOLS, Features, hold_out
+from crate_jax.validation import check_types, check_values, flatten
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +25,13 @@ def digits() -> Features:
 
 
 def run(name: str, f: Features, **options):
+    """Runs a protocol on options that were checked, as `evaluate` does."""
     protocol = PROTOCOLS[name]
-    return protocol.run(f, ConfigDict({"metric": "top1", **protocol.options, **options}), 0)
+    given = ConfigDict({"metric": "top1", **protocol.options, **options})
+    keys = {f"protocol.{key}": rule for key, rule in protocol.keys.items()}
+    check_types(flatten({"protocol": given}), keys)
+    check_values(flatten({"protocol": given}), keys)
+    return protocol.run(f, given, 0)
 
 
 def test_accuracies_by_hand():
@@ -82,7 +88,7 @@ def test_logreg_is_scikit_learns(digits):
     for c in (0.1, 10.0):
         reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(digits.train_x, digits.train_y)
         expected = reference.score(digits.test_x, digits.test_y)
-        assert run("logreg", digits, c=c)["top1"] == pytest.approx(expected, abs=0.0025)  # one image
+        assert run("logreg", digits, c=(c,))["top1"] == pytest.approx(expected, abs=0.0025)  # one image
 
 
 @pytest.mark.parametrize("recipe", linear_sgd.RECIPES)
@@ -130,7 +136,7 @@ def test_rates_of_linear_probes_fall_as_their_recipes_say():
 
 def test_batch_norm_makes_the_scale_of_features_irrelevant(digits):
     scaled = Features(digits.train_x * 50 + 3, digits.train_y, digits.test_x * 50 + 3, digits.test_y, 10)
-    kept, lost = (run("linear_sgd", f, recipe="mae", epochs=100, lr=3.0)["top1"] for f in (digits, scaled))
+    kept, lost = (run("linear_sgd", f, recipe="mae", epochs=100, lr=(3.0,))["top1"] for f in (digits, scaled))
     assert kept == pytest.approx(lost, abs=0.02) and kept > 0.8
 
 
@@ -150,16 +156,26 @@ def test_more_shots_do_better(digits):
 @pytest.mark.parametrize(
     ("name", "options", "error", "words"),
     [
-        ("logreg", {"select": "best"}, ConfigError, "select='best'"),
-        ("logreg", {"validation": 1.5}, ConfigError, "between 0 and 1"),
+        ("logreg", {"select": "best"}, ConfigError, "select='best': must be one of validation, test"),
+        ("logreg", {"validation": 1.5}, ConfigError, r"validation=1.5: must lie in \(0, 1\)"),
         ("logreg", {"validation": 0.001}, DataError, "cannot set this share"),
-        ("logreg", {"c": (1.0, -1.0)}, ConfigError, "positive"),
-        ("knn", {"k": ()}, ConfigError, "config.protocol.k"),
+        (
+            "logreg",
+            {"c": (1.0, -1.0)},
+            ConfigError,
+            r"c=\[1.0, -1.0\]: must hold one value or more; each must be greater",
+        ),
+        ("logreg", {"c": 1.0}, ConfigError, "config.protocol.c=1.0: must be a tuple"),
+        ("logreg", {"c": (float("inf"),)}, ConfigError, r"c=\[inf\]: must be finite"),
+        ("logreg", {"standardise": 1}, ConfigError, "standardise=1: must be True or False"),
+        ("knn", {"k": ()}, ConfigError, r"config.protocol.k=\[\]: must hold one value or more"),
         ("linear_sgd", {"recipe": "adam"}, ConfigError, "mae, solo, lightly"),
-        ("linear_sgd", {"recipe": "solo", "lr": 1e39, "epochs": 2}, NonFiniteError, "diverged"),
-        ("linear_sgd", {"epochs": -1}, ConfigError, "epochs=-1"),
-        ("knn", {"k": (2.5,)}, ConfigError, "whole number"),
-        ("fewshot", {"trials": 0}, ConfigError, "trials=0"),
+        ("linear_sgd", {"recipe": "solo", "lr": (1e39,), "epochs": 2}, NonFiniteError, "diverged"),
+        ("linear_sgd", {"epochs": -1}, ConfigError, "epochs=-1: must not be negative"),
+        ("linear_sgd", {"lr": ("a",)}, ConfigError, "must hold numbers only"),
+        ("linear_sgd", {"lr": (0.1, 0.0)}, ConfigError, r"lr=\[0.1, 0.0\]: each must be greater than 0"),
+        ("knn", {"k": (2.5,)}, ConfigError, r"config.protocol.k=\[2.5\]: must hold whole numbers only"),
+        ("fewshot", {"trials": 0}, ConfigError, "trials=0: must be greater than 0"),
         ("fewshot", {"c": -1.0}, ConfigError, "config.protocol.c"),
         ("fewshot", {"shots": (1, 5000)}, DataError, "fewest training images"),
     ],

@@ -84,7 +84,6 @@ def relative(positions: str):
     c = configs.base()
     c.data.image_size, c.encoder.patch_size = (8, 12), 4
     c.encoder.update(dict(name="vit", width=16, depth=3, heads=2, positions=positions))
-    c.corruption.name, c.decoder.name = "none", "linear"
     module = ENCODERS["vit"](c)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 48)), jnp.float32)
     return module, module.init(jax.random.key(0), x, Identity())["params"], x

@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 
 from crate_jax import config as configs, data
+from crate_jax.config import validate
 from crate_jax.convert import pretrained
 from crate_jax.data.pairs import IGNORED, crop_mask
 from crate_jax.errors import CheckpointError, ConfigError, DataError
@@ -26,12 +27,11 @@ from crate_jax.evals import segmentation
 from crate_jax.jobs import finetune, train
 from crate_jax.methods import segment
 from crate_jax.models.adopt import adopt_encoder
-from crate_jax.models.heads import HEADS, UPerHead, pooling_matrix
+from crate_jax.models.heads import UPerHead, pooling_matrix
 from crate_jax.models.patches import relative_position_index, relative_table_rows
 from crate_jax.parallel import sharding
 from crate_jax.training import loop, step as train_step
 from crate_jax.training.step import init_params, make_recipe
-from crate_jax.validation import CHOICES, validate
 from crate_jax.workdir import pictures
 
 pytestmark = pytest.mark.one_python
@@ -77,7 +77,6 @@ def small(folder: Path, arg: str = "", **values):
     c.data.source, c.data.image_size = f"folder:{folder}", (32, 32)
     c.data.mean, c.data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     c.encoder.patch_size, c.encoder.width, c.encoder.depth, c.encoder.heads = 4, 32, 2, 2
-    c.corruption.name, c.decoder.name = "none", "linear"
     c.save.every, c.log.tensorboard, c.log.pictures, c.evaluation.every = 100, False, 0, 0
     for key, value in values.items():
         *section, leaf = key.split("__")
@@ -596,7 +595,3 @@ def test_relative_biases_keep_what_they_say_on_a_larger_grid():
     encoder["embedding"] = {"positions": np.zeros((16, 2), np.float32)}
     with pytest.raises(CheckpointError, match=re.escape("15 positions are no square")):
         adopt_encoder(target, {"encoder": encoder}, "run", new)
-
-
-def test_every_head_has_a_config():
-    assert set(HEADS) == set(CHOICES["segment.head"])

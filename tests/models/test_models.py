@@ -12,7 +12,7 @@ import pytest
 
 from configs import crate_mae, vit_mae
 from crate_jax import config as configs
-from crate_jax.config import ConfigError
+from crate_jax.config import ConfigError, validate
 from crate_jax.methods import reconstruction
 from crate_jax.models import ENCODERS, autoencoder, corruption as corruptions
 from crate_jax.models.corruption import Identity, Masking
@@ -21,7 +21,6 @@ from crate_jax.models.decoders import DECODERS
 from crate_jax.models.layers import BLOCK_EPS, norm_product
 from crate_jax.models.patches import patchify, sincos_positions, unpatchify
 from crate_jax.parallel import parameters
-from crate_jax.validation import validate
 
 CORRUPTIONS = {  # every corruption, masking in its three ways
     "mask-token": {"name": "mask", "mask_fill": "token"},

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from crate_jax import config as configs
+from crate_jax.config import validate
 from crate_jax.errors import ConfigError
 from crate_jax.methods import reconstruction
 from crate_jax.parallel import sharding
 from crate_jax.training import loop, step as train_step
-from crate_jax.validation import validate
 
 
 def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none"):

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from crate_jax import data
+from crate_jax.config import validate
 from crate_jax.errors import NonFiniteError
 from crate_jax.jobs import train
 from crate_jax.methods import METHODS, Row, reconstruction
 from crate_jax.parallel import sharding
 from crate_jax.training import nonfinite, orthogonality, step as train_step
-from crate_jax.validation import validate
 from crate_jax.workdir import checkpoint, pictures
 from tests.training.test_loop import images, small
 

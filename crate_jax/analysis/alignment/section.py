@@ -14,6 +14,7 @@ from crate_jax.analysis import logged
 from crate_jax.analysis.alignment import bands, plots
 from crate_jax.analysis.alignment.analyse import analyse, shrink_to_side
 from crate_jax.analysis.alignment.answer import Answer
+from crate_jax.config import parts
 from crate_jax.data import eval_images
 from crate_jax.data.sampling import sample
 from crate_jax.errors import UserError
@@ -49,7 +50,7 @@ def section(subjects: Sequence[Subject]) -> Section:
         if subject.train is None or subject.train.class_names is None:
             notes.append(f"{subject.name}: no labelled training images, so no alignment.")
             continue
-        align = aligned_config(subject.config)
+        align = aligned_config(subject)
         size, patch = tuple(align.data.image_size), align.encoder.patch_size
         projection = (align.corruption.rop_buckets, align.corruption.paper_scale)
         key = (subject.train.fingerprint(), align.align.width, size, patch, *projection, *_pixels(subject.config))
@@ -91,18 +92,19 @@ def _label(subjects: Sequence[Subject]) -> str:
     return f"Images of {', '.join(names)} and {last}" if names else last
 
 
-def aligned_config(config: ConfigDict) -> ConfigDict:
+def aligned_config(subject: Subject) -> ConfigDict:
     """A small grid around a run's own corruption, on its images as job `align` would shrink them."""
-    full = config.copy_and_resolve_references()
+    full = subject.config.copy_and_resolve_references()
     shrink_to_side(full)
     numbers = 3 * int(np.prod(full.data.image_size))
     full.align.width = full.align.latents = min(full.encoder.width, WIDEST, numbers)
     side = full.encoder.patch_size
     full.align.patch_sizes = tuple(sorted({1, 2, side}))
     full.align.mask_ratios = full.align.rop_ratios = RATIOS
-    if full.corruption.name == "mask":
+    own = full.corruption.name if "corruption" in parts(full, subject.params) else ""
+    if own == "mask":
         full.align.mask_ratios = tuple(sorted({*RATIOS, full.corruption.mask_ratio}))
-    if full.corruption.name == "rop":
+    if own == "rop":
         full.align.rop_ratios = tuple(sorted({*RATIOS, full.corruption.rop_ratio}))
     full.evaluation.train_images = IMAGES
     return full

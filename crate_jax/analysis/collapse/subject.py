@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.analysis.collapse.weights import weight_eigenvalues
+from crate_jax.config import parts
 from crate_jax.data.evaluation import CHUNK
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
@@ -218,7 +219,8 @@ def measure_lidar(
     if draw not in VIEWS:
         raise ValueError(f"draw={draw!r}: must be one of {', '.join(VIEWS)}")
     config, source = subject.config, _source(subject)
-    if draw == "corruption" and config.corruption.name == "none":
+    has_none = config.corruption.name == "none" or "corruption" not in parts(config, subject.params)
+    if draw == "corruption" and has_none:
         raise ConfigError(
             f"{subject.name}: config.corruption.name='none' makes all views of an image the same; LiDAR needs a "
             "corruption, or views by the augmentation"
