@@ -72,7 +72,7 @@ RUN = Section(
         batch_size=Key(256, positive, "images per optimiser step, over all devices and micro-batches"),
         accumulate=Key(1, positive, "micro-batches per optimiser step; same update, less memory"),
         init_from=Key("", anything, "workdir or weights file whose encoder starts this run"),
-        dtype=Key("float32", one_of("float32", "bfloat16"), "of activations; parameters are always float32"),
+        dtype=Key("float32", one_of("float32", "bfloat16"), "numbers of activations; parameters are always float32"),
         remat=Key(False, anything, "recompute each block in the backward pass: less memory, more time"),
         remat_keep=Key(
             "nothing", one_of("nothing", "weights", "products"),
@@ -87,7 +87,7 @@ JOB = Section(
     of_the_run=False,
     effect=False,
     keys=dict(
-        job=Key("pretrain", anything, "what `python -m crate_jax.main` does: a name in crate_jax/jobs"),
+        job=Key("pretrain", anything, "what `python -m crate_jax.main` does with the config"),
         checkpoint=Key("", anything, "workdir or weights file of the encoder that is judged; report: several, A,B,C"),
     ),
 )
@@ -130,8 +130,8 @@ EVALUATION = Section(
         batch_size=Key(256, positive, "images encoded at once"),
         pool=Key("cls", one_of("cls", "mean", "cls_mean"), "mean: over patch tokens; cls_mean: both, side by side"),
         layer=Key(0, at_least(0), "tokens after this block, 1..depth; 0: after the encoder's final norm"),
-        knn_k=Key(20, positive, "neighbours"),
-        knn_temperature=Key(0.07, positive, "of the neighbours' weights"),
+        knn_k=Key(20, positive, "number of neighbours"),
+        knn_temperature=Key(0.07, positive, "temperature of the neighbours' weights"),
         probe_c=Key(1.0, positive, "inverse L2 strength of the logistic regression"),
     ),
 )
@@ -141,9 +141,9 @@ PROTOCOL = Section(
     "Jobs evaluate, finetune and segment: how. Each protocol of `evaluate` adds options of its own.",
     of_the_run=True,
     keys=dict(
-        name=Key("", anything, "the recipe"),
+        name=Key("", anything, "recipe"),
         scratch=Key(False, anything, "a random encoder of the checkpoint's shape"),
-        metric=Key("top1", one_of("top1", "mean_per_class", "miou"), "the headline"),
+        metric=Key("top1", one_of("top1", "mean_per_class", "miou"), "headline"),
     ),
 )
 
@@ -156,7 +156,7 @@ SWEEP = Section(
         key=Key("", anything, "the key that is varied, such as encoder.lam"),
         # Read as sweep["values"]: a ConfigDict has a method of that name.
         values=Key((), anything, "its values"),
-        seeds=Key(1, anything, "runs per value, with the seeds seed, seed + 1, ..."),
+        seeds=Key(1, anything, "runs per value, with the seeds seed, seed + 1 and so on"),
     ),
 )
 
@@ -185,10 +185,14 @@ ALIGN = Section(
 
 REPORT = Section(
     "report",
-    "Job report.",
+    "Job report: a page about runs.",
     of_the_run=False,
     effect=False,
-    keys=dict(sections=Key((), anything, "names of crate_jax/jobs/report.py; none: all about runs", items=str)),
+    keys=dict(
+        sections=Key(
+            (), anything, "sections of the page, names in crate_jax/jobs/report.py; none: all about runs", items=str
+        )
+    ),
 )
 
 
@@ -204,8 +208,8 @@ WHITEBOX = Section(
     effect=False,
     check=_check_whitebox,
     keys=dict(
-        every=Key(0, at_least(0), "steps; 0: off"),
-        images=Key(16, positive, "of the evaluation split, always the same ones"),
+        every=Key(0, at_least(0), "steps between measurements; 0: off"),
+        images=Key(16, positive, "images of the evaluation split, always the same ones"),
         measure=Key(
             "paper", one_of("paper", "released", "both"),
             "paper: R^c of Z^{l+1/2}, patch tokens; released: as the authors' script",
@@ -226,7 +230,8 @@ SAVE = Section(
     of_the_run=False,
     effect=False,
     keys=dict(
-        every=Key(1000, positive, "steps; the last step is always saved"), keep=Key(3, positive, "the newest ones")
+        every=Key(1000, positive, "steps between checkpoints; the last step is always saved"),
+        keep=Key(3, positive, "newest checkpoints that are kept"),
     ),
 )
 
@@ -236,11 +241,11 @@ LOG = Section(
     of_the_run=False,
     effect=False,
     keys=dict(
-        every=Key(50, positive, "steps"),
+        every=Key(50, positive, "steps between log points"),
         pictures=Key(8, at_least(0), "images in the grid of pictures; 0: no pictures"),
-        pictures_every=Key(0, at_least(0), "steps; 0: only at the end"),
-        tensorboard=Key(True, anything, "needs tensorboardX"),
-        wandb=Key("", anything, "project name; empty: off"),
+        pictures_every=Key(0, at_least(0), "steps between grids; 0: only at the end"),
+        tensorboard=Key(True, anything, "write TensorBoard's files too; needs tensorboardX"),
+        wandb=Key("", anything, "project of Weights & Biases; empty: off"),
         report=Key(True, anything, "report.html at the end: curves, scores and pictures"),
     ),
 )

@@ -18,7 +18,7 @@ from crate_jax.jobs import evaluate, finetune
 from crate_jax.methods import reconstruction
 from crate_jax.models import autoencoder
 from crate_jax.training import optimizer
-from crate_jax.validation import changed_keys, flatten
+from crate_jax.validation import changed_keys, check_types, check_values, flatten
 
 NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
 ARGUMENTS = {
@@ -107,6 +107,52 @@ def test_rates_scale_with_the_batch_as_each_paper_does():
         schedule = optimizer.schedule(c, 10_000, 100.0)
         warmup = round(c.optimizer.warmup_epochs * 100)
         assert float(schedule(warmup)) == pytest.approx(peak, rel=1e-5)
+
+
+ALL_KEYS = configs.KEYS | {f"{p.name}: {name}": key for p in PROTOCOLS.values() for name, key in p.keys.items()}
+
+
+@pytest.mark.parametrize("name", ALL_KEYS)
+def test_every_key_is_declared_whole(name):
+    """Its default keeps to its rule, it has a meaning, and what it is read by is a value that another key may have."""
+    key = ALL_KEYS[name]
+    check_types({name: flatten({"x": key.default})["x"]}, {name: key})
+    check_values({name: flatten({"x": key.default})["x"]}, {name: key})
+    assert key.meaning and not key.meaning.endswith(".")
+    if key.read_by:
+        chooser, *values = key.read_by
+        assert values and chooser != name
+        for value in values:
+            check_values({chooser: value}, {chooser: configs.KEYS[chooser]})
+
+
+def test_every_part_is_a_section():
+    names = [section.name for section in configs.SECTIONS]
+    assert configs.SOME_METHODS_READ < set(names) and names.count("") == 2 and len(set(names)) == len(names) - 1
+    declared = sum(len(section.keys) for section in configs.SECTIONS)
+    assert declared == len(configs.KEYS) == len(flatten(configs.base()))
+
+
+def test_only_what_a_job_reads_is_judged():
+    """An encoder alone is not refused for a decoder that it does not have."""
+    c = load("cifar10")
+    c.decoder.heads, c.corruption.mask_ratio = 5, 0.999
+    with pytest.raises(ConfigError, match="at least one must be kept"):
+        validate(c)
+    c.corruption.mask_ratio = 0.5
+    with pytest.raises(ConfigError, match="multiple of config.decoder.heads=5"):
+        validate(c)
+    with pytest.raises(ConfigError, match="multiple of config.decoder.heads=5"):
+        validate(c, configs.parts(c, {"encoder": {}}))  # training reads the decoder, whatever there is of parameters
+    for job in ("finetune", "segment", "evaluate", "align", "report"):
+        c.job = job
+        validate(c)
+        c.encoder.heads = 5
+        with pytest.raises(ConfigError, match="multiple of config.encoder.heads=5"):
+            validate(c)
+        c.encoder.heads = 4
+    with pytest.raises(ConfigError, match="multiple of config.decoder.heads=5"):
+        validate(c, configs.parts(c, {"encoder": {}, "decoder": {}}))
 
 
 BAD = [

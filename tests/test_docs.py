@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import config_page
 from tests.conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")])
@@ -36,6 +37,11 @@ def test_files_names_and_links_exist(page):
         return
     for config in re.findall(r"--config=(\S+?\.py)", text):
         assert (ROOT / config).exists() or "NAME" in config, f"{page.name}: no file {config}"
+
+
+def test_the_page_of_all_keys_is_made_of_their_lines():
+    made = "`python -m tests.config_page > docs/config.md` makes it anew"
+    assert (ROOT / "docs/config.md").read_text() == config_page.page(), made
 
 
 def test_pages_name_something():

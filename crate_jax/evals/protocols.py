@@ -213,8 +213,8 @@ PROTOCOLS = {
         Protocol(
             "knn", 1,
             dict(
-                k=Key((10, 20, 100, 200), several(positive), "neighbours"),
-                temperature=Key((0.07,), several(positive), "of the neighbours' weights"),
+                k=Key((10, 20, 100, 200), several(positive), "numbers of neighbours"),
+                temperature=Key((0.07,), several(positive), "temperatures of the neighbours' weights"),
                 **SELECTION,
             ),
             knn,

@@ -126,10 +126,13 @@ CORRUPTION = Section(
     of_the_run=True,
     check=_check_corruption,
     keys=dict(
-        name=Key("mask", one_of(*CORRUPTIONS), "which"),
+        name=Key("mask", one_of(*CORRUPTIONS), "kind"),
         mask_ratio=Key(0.75, within(0, 1, "()"), "share of the patches removed", read_by=MASK),
         mask_fill=Key(
-            "token", one_of("token", "zero", "drop"), "token: learned; drop: the encoder skips them", read_by=MASK
+            "token",
+            one_of("token", "zero", "drop"),
+            "what replaces them; token: a learned one; drop: the encoder skips them",
+            read_by=MASK,
         ),
         rop_ratio=Key(1 / 7, within(0, 1, "()"), "share of the dimensions kept, K'/K", read_by=ROP),
         rop_buckets=Key(
@@ -178,10 +181,10 @@ DECODER = Section(
     of_the_run=True,
     check=_check_decoder,
     keys=dict(
-        name=Key("crate", one_of(*DECODERS), "the architecture"),
+        name=Key("crate", one_of(*DECODERS), "architecture"),
         width=Key(0, at_least(0), "numbers per token; 0: the encoder's", read_by=DEEP),
         depth=Key(12, at_least(0), "blocks", read_by=DEEP),
-        heads=Key(12, positive, "of attention", read_by=DEEP),
+        heads=Key(12, positive, "attention heads", read_by=DEEP),
         positions=Key(False, anything, "add the position table again at the decoder's input", read_by=CRATE),
         residual=Key(
             "stream", one_of("stream", "normalised"), "stream: g - MSSA(LN(g)); normalised: as Listing 3", read_by=CRATE
@@ -194,7 +197,7 @@ LOSS = Section(
     "What a reconstruction is compared with, and how.",
     of_the_run=True,
     keys=dict(
-        norm=Key("l2", one_of(*NORMS), "of the error"),
+        norm=Key("l2", one_of(*NORMS), "norm of the error"),
         target=Key("pixel", one_of("pixel", "patch_normalised"), "what is reconstructed"),
         region=Key("complement", one_of("complement", "all"), "complement: (I - P)(x - x^); all: x - x^"),
     ),

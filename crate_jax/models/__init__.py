@@ -99,11 +99,11 @@ ENCODER = Section(
     of_the_run=True,
     check=_check_encoder,
     keys=dict(
-        name=Key("crate", one_of(*ENCODERS), "the architecture"),
+        name=Key("crate", one_of(*ENCODERS), "architecture"),
         patch_size=Key(16, positive, "side of a square patch in pixels"),
         width=Key(768, positive, "numbers per token"),
         depth=Key(12, positive, "blocks"),
-        heads=Key(12, positive, "of attention; they divide the width"),
+        heads=Key(12, positive, "attention heads; they divide the width"),
         positions=Key(
             "sincos",
             one_of("sincos", "learned", "relative", "relative_per_block", "none"),
@@ -120,14 +120,14 @@ ENCODER = Section(
         tied_output=Key(False, anything, "MSSA's output is [U_1..U_K] (eq. 2.8), not free; a CRATE decoder's too"),
         mlp_ratio=Key(4.0, positive, "width of the MLP over that of the tokens", read_by=VIT),
         qkv_bias=Key("qkv", one_of("qkv", "qv", "none"), "qkv: as MAE; qv: as BEiT, ROPIM", read_by=VIT),
-        layer_scale=Key(0.0, at_least(0), "initial value; 0: off", read_by=VIT),
+        layer_scale=Key(0.0, at_least(0), "first value of the factor on each branch; 0: off", read_by=VIT),
         drop_path=Key(0.0, within(0, 1, "[)"), "rate of the last block, rising linearly from 0", read_by=VIT),
         embed_norm=Key(False, anything, "layer norms before and after the patch projection, as supervised CRATE"),
         final_norm=Key(True, anything, "normalise the last block's tokens"),
         final_eps=Key(1e-6, positive, "added to the variance in that norm; supervised CRATE: 1e-5"),
         init=Key(
             "xavier", one_of("xavier", "trunc_normal"),
-            "of vit, and of a linear decoder; xavier: as MAE; trunc_normal: as BEiT, ROPIM",
+            "first weights of vit and of a linear decoder; xavier: as MAE; trunc_normal: as BEiT, ROPIM",
         ),
     ),
 )  # fmt: skip

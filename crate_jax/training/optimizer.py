@@ -203,14 +203,14 @@ OPTIMIZER = Section(
     of_the_run=True,
     check=_check_optimizer,
     keys=dict(
-        name=Key("adamw", one_of(*OPTIMIZERS), "which"),
-        lr=Key(1.5e-4, positive, "peak, per `lr_batch` images"),
+        name=Key("adamw", one_of(*OPTIMIZERS), "kind"),
+        lr=Key(1.5e-4, positive, "peak learning rate, per `lr_batch` images"),
         lr_batch=Key(256, at_least(0), "lr, warmup_lr, min_lr are multiplied by batch_size / this; 0: not"),
-        warmup_epochs=Key(0.0, at_least(0), "linear warm-up, in epochs ..."),
-        warmup_steps=Key(0, at_least(0), "... or in steps"),
+        warmup_epochs=Key(0.0, at_least(0), "linear warm-up, in epochs"),
+        warmup_steps=Key(0, at_least(0), "the same in steps"),
         warmup_lr=Key(0.0, at_least(0), "where the warm-up starts"),
         min_lr=Key(0.0, at_least(0), "where the schedule ends"),
-        schedule=Key("cosine", one_of("cosine", "linear", "constant"), "after the warm-up"),
+        schedule=Key("cosine", one_of("cosine", "linear", "constant"), "course of the rate after the warm-up"),
         b1=Key(0.9, within(0, 1, "[)"), "decay of the mean gradient", read_by=BETAS),
         b2=Key(0.95, within(0, 1, "[)"), "decay of its square (adamw), of the momentum (lion)", read_by=BETAS),
         momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of updates", read_by=LARS),
@@ -220,7 +220,7 @@ OPTIMIZER = Section(
         decay_exclude=Key(
             (r".*(cls_token|mask_token|positions|relative_bias)",), patterns, "not decayed, beside all that is 1-D"
         ),
-        clip_norm=Key(0.0, at_least(0), "global gradient norm; 0: off"),
+        clip_norm=Key(0.0, at_least(0), "largest norm of the whole gradient; 0: off"),
         ema=Key(0.0, within(0, 1, "[)"), "decay of an average of the weights that evaluations use; 0: off"),
     ),
 )

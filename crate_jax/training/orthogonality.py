@@ -318,8 +318,8 @@ PENALTY = Section(
     of_the_run=True,
     check=_check_penalty,
     keys=dict(
-        name=Key("none", one_of(*PENALTIES), "which"),
-        weight=Key(0.0, at_least(0), "gamma", read_by=ANY_PENALTY),
+        name=Key("none", one_of(*PENALTIES), "kind"),
+        weight=Key(0.0, at_least(0), "factor gamma of the penalty", read_by=ANY_PENALTY),
         include=Key((r"encoder/.*kernel",), patterns, "whole names of the weights acted on", read_by=ANY_PENALTY),
         exclude=Key((), patterns, "names taken out again", read_by=ANY_PENALTY, items=str),
         gram=Key(
