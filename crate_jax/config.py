@@ -336,7 +336,7 @@ def keys_of(config: ConfigDict) -> dict[str, Key]:
             f"config.protocol.name={protocol.name!r}: lacks its options {', '.join(missing)}; name the protocol in the "
             f"config string instead, --config=configs/evaluate.py:protocol={protocol.name}"
         )
-    return KEYS | {f"protocol.{name}": key for name, key in protocol.keys.items()}
+    return KEYS | protocol.flat()
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:

@@ -54,8 +54,8 @@ def page() -> str:
         "# All keys of the config",
         "",
         "Each can be set by a flag, `--config.KEY=VALUE`. A value has the type of the default and must keep to the",
-        "third column; `none` is an empty tuple, `empty` an empty text. The last column names the values of another key",
-        f"without which the key is not read. The jobs `pretrain` and `sweep` train the method `config.method`, {jobs};",
+        "third column; `none` is an empty tuple, `empty` an empty text. The last column names the values of another",
+        f"key without which a key is not read. The jobs `pretrain` and `sweep` train the method `config.method`, {jobs};",
         "`evaluate`, `align` and `report` read an encoder, and of a model with a decoder what `reconstruction` reads.",
         "",
         "This page is made of the lines that declare the keys, by `python -m tests.config_page > docs/config.md`.",
@@ -68,7 +68,7 @@ def page() -> str:
         text += _table(section.flat())
     for name, protocol in PROTOCOLS.items():
         text += [f"## protocol, of `evaluate` with `protocol={name}`", ""]
-        text += _table({f"protocol.{option}": key for option, key in protocol.keys.items()})
+        text += _table(protocol.flat())
     return "\n".join(text)
 
 

@@ -71,6 +71,10 @@ class Protocol:
         """The options at their defaults."""
         return {name: key.default for name, key in self.keys.items()}
 
+    def flat(self) -> dict[str, Key]:
+        """The options by their whole names, such as ``protocol.k``."""
+        return {f"protocol.{name}": key for name, key in self.keys.items()}
+
 
 def knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     """Weighted k-nearest neighbours by cosine, for every k and temperature.

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax import __version__, data
-from crate_jax.config import base, validate
+from crate_jax.config import base, require_keys, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
@@ -34,7 +34,7 @@ from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.patches import patchify
 from crate_jax.parallel import distributed, sharding
-from crate_jax.validation import flatten
+from crate_jax.validation import check_values, flatten
 from crate_jax.workdir import metrics
 from crate_jax.workdir.checkpoint import params_sha256
 from crate_jax.workdir.folder import lock
@@ -78,6 +78,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     protocol = PROTOCOLS.get(config.protocol.name)
     if protocol is None:
         raise ConfigError(f"config.protocol.name={config.protocol.name!r}: must be one of {', '.join(PROTOCOLS)}")
+    require_keys(config)
+    check_values(flatten(config), protocol.flat())  # the other values may be the checkpoint's
     if config.protocol.metric not in METRICS:
         raise ConfigError(f"config.protocol.metric={config.protocol.metric!r}: must be one of {', '.join(METRICS)}")
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)

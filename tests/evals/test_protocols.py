@@ -28,9 +28,8 @@ def run(name: str, f: Features, **options):
     """Runs a protocol on options that were checked, as `evaluate` does."""
     protocol = PROTOCOLS[name]
     given = ConfigDict({"metric": "top1", **protocol.options, **options})
-    keys = {f"protocol.{key}": rule for key, rule in protocol.keys.items()}
-    check_types(flatten({"protocol": given}), keys)
-    check_values(flatten({"protocol": given}), keys)
+    check_types(flatten({"protocol": given}), protocol.flat())
+    check_values(flatten({"protocol": given}), protocol.flat())
     return protocol.run(f, given, 0)
 
 
