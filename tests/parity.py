@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from crate_jax import config as configs
 from crate_jax.analysis.alignment import closed_form, corrupted, moments
 from crate_jax.convert import import_state_dict
 from crate_jax.methods import reconstruction
-from crate_jax.models import autoencoder
+from crate_jax.models import autoencoder, representation
 from crate_jax.models.corruption import Identity, Masking, Projection
 from crate_jax.models.crate import CrateBlock, attend, ista
 from crate_jax.models.decoders import CrateDecoderBlock
@@ -67,9 +66,9 @@ def model_config(file: File) -> ConfigDict:
     return c
 
 
-def patches_of(file: File, c: ConfigDict) -> jax.Array:
-    """The file's images (NCHW) as patches."""
-    return patchify(jnp.asarray(file["in/images_nchw"]).transpose(0, 2, 3, 1), c.encoder.patch_size)
+def images_of(file: File) -> jax.Array:
+    """The file's images, which it holds as NCHW, (B, H, W, 3)."""
+    return jnp.asarray(file["in/images_nchw"]).transpose(0, 2, 3, 1)
 
 
 def crate_blocks(file: File) -> tuple[Errors, Errors]:
@@ -92,39 +91,39 @@ def masked_autoencoder(file: File, c: ConfigDict, family: str, drop: bool) -> tu
     """CRATE-MAE or ViT-MAE: latent, prediction, mask, losses and the gradients of the pixel loss."""
     grid = grid_shape(c.data.image_size, c.encoder.patch_size)
     params = import_state_dict(family, strip(file, "sd/"), grid)
-    patches = patches_of(file, c)
+    images_BHWC = images_of(file)
+    patches_BNP = patchify(images_BHWC, c.encoder.patch_size)
     kept = int(np.sum(file["out/mask"][0] == 0))
     corruption = Masking.from_noise(jnp.asarray(file["in/noise"]), kept, drop)
     model = autoencoder.build(c)
 
     def run(params: dict) -> tuple[jax.Array, dict]:
-        latent = model.apply({"params": params}, patches, corruption, method="encode")
+        latent = model.apply({"params": params}, images_BHWC, corruption, method="encode")
         pred = model.apply({"params": params}, latent, corruption, method="decode")
-        loss = reconstruction.loss(pred, reconstruction.target(patches, c), corruption, c)
+        loss = reconstruction.loss(pred, reconstruction.target(patches_BNP, c), corruption, c)
         return loss, {"latent": latent, "pred": pred, "mask": corruption.removed_BN, "loss_pixel": loss}
 
     (_, ours), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     if "out/loss_normpix" in file:
         c.loss.target = "patch_normalised"
-        target = reconstruction.target(patches, c)
+        target = reconstruction.target(patches_BNP, c)
         ours["loss_normpix"] = reconstruction.loss(ours["pred"], target, corruption, c)
     if "out/features_unmasked" in file:
-        ours["features_unmasked"] = model.apply({"params": params}, patches, Identity(), method="encode")
+        ours["features_unmasked"] = model.apply({"params": params}, images_BHWC, Identity(), method="encode")
     if "out/attention_block1" in file:
-        ours["attention_block1"] = second_block_attention(model, params, patches, c.encoder.heads)
+        ours["attention_block1"] = second_block_attention(c, params, images_BHWC)
     outputs = {k: output_error(v, file[f"out/{k}"]) for k, v in ours.items()}
     theirs = import_state_dict(family, strip(file, "grad/"), grid, check_fixed=False)
     return outputs, gradient_errors(grads, theirs)
 
 
-def second_block_attention(model: Any, params: dict, patches: jax.Array, heads: int) -> jax.Array:
-    """Attention of CRATE's second block on uncorrupted patches, from the first block's named output."""
-    points = model.apply({"params": params}, patches, Identity(), method="encode", mutable=["intermediates"])[1]
-    tokens_BND = points["intermediates"]["encoder"]["blocks"]["after_ista"][0][0]
+def second_block_attention(c: ConfigDict, params: dict, images_BHWC: jax.Array) -> jax.Array:
+    """Attention of CRATE's second block on uncorrupted images, from the first block's output."""
+    tokens_BND = representation.layers(c)(params, images_BHWC)[1][0]
     block = jax.tree.map(lambda x: x[1], params["encoder"]["blocks"])
     normed = layer_norm(tokens_BND, block["mssa_norm"]["scale"], block["mssa_norm"]["bias"], BLOCK_EPS)
     w_BND = normed @ block["mssa"]["subspaces"]["kernel"]
-    w_BHNK = w_BND.reshape(*w_BND.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+    w_BHNK = w_BND.reshape(*w_BND.shape[:2], c.encoder.heads, -1).transpose(0, 2, 1, 3)
     return attention_weights(w_BHNK, w_BHNK)
 
 
@@ -154,7 +153,8 @@ def ropim(file: File) -> tuple[Errors, Errors]:
     c.decoder.name, c.corruption.name, c.loss.norm = "linear", "rop", "l1"
     grid = grid_shape(c.data.image_size, c.encoder.patch_size)
     params = import_state_dict("ropim", strip(file, "sd/"), grid)
-    patches = patches_of(file, c)
+    images_BHWC = images_of(file)
+    patches_BNP = patchify(images_BHWC, c.encoder.patch_size)
     sketch = file["in/sketch"]  # (B, N, K'), one entry of +-1 per token
     corruption = Projection.exact(
         jnp.asarray(np.abs(sketch).argmax(-1), jnp.int32), jnp.asarray(sketch.sum(-1), jnp.float32), sketch.shape[-1]
@@ -162,8 +162,8 @@ def ropim(file: File) -> tuple[Errors, Errors]:
     model = autoencoder.build(c)
 
     def run(params: dict) -> tuple[jax.Array, jax.Array]:
-        pred = model.apply({"params": params}, patches, corruption)
-        return reconstruction.loss(pred, reconstruction.target(patches, c), corruption, c), pred
+        pred = model.apply({"params": params}, images_BHWC, corruption)
+        return reconstruction.loss(pred, reconstruction.target(patches_BNP, c), corruption, c), pred
 
     (loss, pred), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     images = unpatchify(pred, c.data.image_size, c.encoder.patch_size).transpose(0, 3, 1, 2)

@@ -32,7 +32,6 @@ from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
-from crate_jax.models.patches import patchify
 from crate_jax.parallel import distributed, sharding
 from crate_jax.validation import check_values, flatten
 from crate_jax.workdir import metrics
@@ -186,7 +185,7 @@ def extract_features(
 
     @functools.partial(jax.jit, out_shardings=sharding.split(mesh))
     def encode(params: dict[str, Any], images_uint8: jax.Array) -> jax.Array:
-        return represent(params, patchify(normalise(images_uint8, config), config.encoder.patch_size))
+        return represent(params, normalise(images_uint8, config))
 
     # Handed over, not closed over: weights inside a compiled program are compiled anew with each checkpoint.
     apply = functools.partial(encode, jax.device_put(encoder.params, sharding.replicated(mesh)))

@@ -27,7 +27,6 @@ from crate_jax.evals.segmentation import SegmentationEvaluation
 from crate_jax.jobs import report
 from crate_jax.methods import METHODS
 from crate_jax.methods.method import Method, Params, Scalars
-from crate_jax.models.patches import patchify
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import nonfinite
@@ -179,7 +178,7 @@ def telemetry(config: ConfigDict, images: np.ndarray, mesh: Mesh) -> Callable[[P
     scalars = measures.telemetry(config)
 
     def measure(judged: Params, images_uint8: jax.Array, keys_B: jax.Array) -> Scalars:
-        return scalars(judged, patchify(normalise(images_uint8, config), config.encoder.patch_size), keys_B)
+        return scalars(judged, normalise(images_uint8, config), keys_B)
 
     whole = sharding.replicated(mesh)
     rows = whole if len(images) % mesh.size else sharding.split(mesh)

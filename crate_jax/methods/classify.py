@@ -25,7 +25,6 @@ from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, St
 from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.layers import Norm, dense
-from crate_jax.models.patches import patchify
 from crate_jax.validation import Key, Section, anything, at_least, one_of, within
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)  # of the image; height / width: timm's RandomErasing
@@ -68,7 +67,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         return start(init_params(key)), {}
 
     def logits(params: Params, images: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        x_BD = represent(params, patchify(images, config.encoder.patch_size), keys_B)
+        x_BD = represent(params, images, keys_B)
         if options.freeze:
             x_BD = jax.lax.stop_gradient(x_BD)
         return head.apply({"params": params["head"]}, x_BD)  # type: ignore[return-value]  # never mutable

@@ -30,29 +30,27 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Method:
     apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
 
-    def patches(images_uint8: jax.Array) -> jax.Array:
-        return patchify(normalise(images_uint8, config), config.encoder.patch_size)
-
     def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
         return start(autoencoder.init_params(config, key)), {}
 
     def loss_of_batch(
         params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
     ) -> tuple[jax.Array, tuple[Carried, Scalars]]:
-        x_BNP = patches(batch["image"])
+        images = normalise(batch["image"], config)
         draw_keys_B, path_keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
         corruption = sample(draw_keys_B)
-        predicted_BNP = apply({"params": params}, x_BNP, corruption, path_keys_B)
+        predicted_BNP = apply({"params": params}, images, corruption, path_keys_B)
+        x_BNP = patchify(images, config.encoder.patch_size)
         value = loss(predicted_BNP, target(x_BNP, config), corruption, config)
         return value, (carried, {"reconstruction": value})
 
     represent = representation.build(config)
 
     def features(params: Params, images_uint8: jax.Array) -> jax.Array:
-        return represent(params, patches(images_uint8))
+        return represent(params, normalise(images_uint8, config))
 
     def pictures(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, ...]:
-        return reconstruct(config, apply, sample(keys_B), params, patches(batch["image"]))
+        return reconstruct(config, apply, sample(keys_B), params, normalise(batch["image"], config))
 
     return Method(
         inputs=("image",),
@@ -86,21 +84,30 @@ def loss(predicted_BNP: jax.Array, target_BNP: jax.Array, corruption: Corruption
     return jnp.mean(per_image_B) / corruption.complement_share()
 
 
+def predict(
+    config: ConfigDict, apply: Callable, corruption: corruptions.Corruption, params: Params, images_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Patches x of normalised images and the decoder's x^, normalised pixels (B, N, P) float32 whatever the target."""
+    x_BNP = patchify(images_BHWC, config.encoder.patch_size)
+    predicted_BNP = apply({"params": params}, images_BHWC, corruption).astype(jnp.float32)
+    if config.loss.target == "patch_normalised":  # back to pixels with each patch's own statistics
+        mean, std = x_BNP.mean(-1, keepdims=True), jnp.sqrt(x_BNP.var(-1, keepdims=True, ddof=1) + 1e-6)
+        predicted_BNP = predicted_BNP * std + mean
+    return x_BNP, predicted_BNP
+
+
 COLUMNS = ("original", "corrupted P x", "reconstruction x^", "P x + (I - P) x^")
 
 
 def reconstruct(
-    config: ConfigDict, apply: Callable, corruption: corruptions.Corruption, params: Params, x_BNP: jax.Array
+    config: ConfigDict, apply: Callable, corruption: corruptions.Corruption, params: Params, images_BHWC: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The reconstruction grid's columns, COLUMNS, images (B, H, W, 3) in 0..1.
+    """The reconstruction grid's columns, COLUMNS, images (B, H, W, 3) in 0..1, of normalised images.
 
     The last column puts what the corruption left (P x) and what the decoder says about the rest,
     (I - P) x^, together: for a perfect decoder it is the image.
     """
-    predicted_BNP = apply({"params": params}, x_BNP, corruption).astype(jnp.float32)
-    if config.loss.target == "patch_normalised":  # back to pixels with each patch's own statistics
-        mean, std = x_BNP.mean(-1, keepdims=True), jnp.sqrt(x_BNP.var(-1, keepdims=True, ddof=1) + 1e-6)
-        predicted_BNP = predicted_BNP * std + mean
+    x_BNP, predicted_BNP = predict(config, apply, corruption, params, images_BHWC)
     combined_BNP = x_BNP - corruption.complement(x_BNP - predicted_BNP)
 
     def image(v_BNP: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, St
 from crate_jax.models import representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, resize
-from crate_jax.models.patches import grid_shape, patchify
+from crate_jax.models.patches import grid_shape
 from crate_jax.validation import Key, Section, anything, at_least, one_of
 from crate_jax.workdir import pictures
 
@@ -77,7 +77,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
             f"config.data.source={config.data.source!r}: the training masks hold a single class; segmentation needs "
             f"two (the value {config.segment.ignore_index}, config.segment.ignore_index, counts as none)"
         )
-    classes, size, patch_size = source.classes, tuple(config.data.image_size), config.encoder.patch_size
+    classes, size = source.classes, tuple(config.data.image_size)
     head = HEADS[config.segment.head](config, classes)
     maps_of = representation.block_maps(config, blocks(config))
     init_params = representation.with_head(config, head, maps_of)
@@ -87,7 +87,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
 
     def scores(params: Params, images_uint8: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """Class scores (B, H, W, C), float32: the head's, and its auxiliary ones if it has any."""
-        maps = maps_of(params, patchify(normalise(images_uint8, config), patch_size), keys_B)
+        maps = maps_of(params, normalise(images_uint8, config), keys_B)
         if config.finetune.freeze:
             maps = jax.lax.stop_gradient(maps)
         return tuple(resize(x, size) for x in head.apply({"params": params["head"]}, maps))
@@ -111,7 +111,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
     return Method(
         inputs=("image", "mask"),
         init=init,
-        adopt=functools.partial(adopt_encoder, grid=grid_shape(size, patch_size)),
+        adopt=functools.partial(adopt_encoder, grid=grid_shape(size, config.encoder.patch_size)),
         loss=loss,
         features=predict,
         columns=COLUMNS,

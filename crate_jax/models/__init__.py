@@ -1,11 +1,16 @@
-"""Encoders: modules ``(patches_BNP, corruption, keys_B) -> tokens_B(1+M)D``, class token first."""
+"""Encoders: modules ``(images_BHWC, corruption, keys_B) -> tokens_B(prefix+M)D``, and what tells them apart.
+
+Shapes: B batch, H and W pixels, M patch tokens that the encoder sees, D width.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -46,6 +51,7 @@ def _shared(config: ConfigDict) -> dict:
         width=e.width,
         depth=e.depth,
         heads=e.heads,
+        patch_size=e.patch_size,
         grid=grid_shape(config.data.image_size, e.patch_size),
         positions=e.positions,
         embed_norm=e.embed_norm,
@@ -56,10 +62,45 @@ def _shared(config: ConfigDict) -> dict:
     )
 
 
-ENCODERS: dict[str, Callable[[ConfigDict], nn.Module]] = {"crate": _crate, "vit": _vit}
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A row of ENCODERS.
 
-# The named point where a block's tokens can be read, under encoder/blocks, (L, B, 1 + M, D).
-BLOCK_OUTPUTS = {"crate": "after_ista", "vit": "after_mlp"}
+    The module that `build` returns is called with images (B, H, W, 3), float32 and normalised
+    (:mod:`crate_jax.data.pixels`), a corruption (none: the identity) and one key per image (none: no drop path).
+    It returns the tokens (B, prefix + M, D). The image may have another size than the config's.
+
+    Attributes:
+      build: whole config -> module.
+      prefix: how many tokens stand before those of the patches; the first of them is the class token.
+      output: the named point of its blocks that holds a block's output.
+    """
+
+    build: Callable[[ConfigDict], nn.Module]
+    prefix: int
+    output: str
+
+
+ENCODERS: dict[str, Encoder] = {
+    "crate": Encoder(_crate, prefix=1, output="after_ista"),
+    "vit": Encoder(_vit, prefix=1, output="after_mlp"),
+}
+
+
+def build_encoder(config: ConfigDict) -> nn.Module:
+    """The encoder that a validated config describes; see :class:`Encoder` for how it is called."""
+    return ENCODERS[config.encoder.name].build(config)
+
+
+def prefix_tokens(config: ConfigDict) -> int:
+    """How many tokens stand before those of the patches in what the config's encoder returns."""
+    return ENCODERS[config.encoder.name].prefix
+
+
+def blank_image(config: ConfigDict) -> jax.Array:
+    """One image of zeros (1, H, W, 3) of the config's size, to make initial parameters with."""
+    return jnp.zeros((1, *config.data.image_size, 3), jnp.float32)
+
 
 MAX_PATCHES = 2**20  # of one image
 

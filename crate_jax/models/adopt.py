@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from crate_jax.errors import CheckpointError, some
-from crate_jax.models.patches import relative_table_rows
+from crate_jax.models.patches import relative_table_rows, resize_table
 from crate_jax.parallel.parameters import names
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,5 @@ def _resize_table(table_ND: np.ndarray, special: int, grid: tuple[int, int], wha
     side = round(places**0.5)
     if side * side != places:
         raise CheckpointError(f"{what}: its {places} positions are no square, and cannot be resized to {grid}")
-    square = table_ND[special:].reshape(side, side, -1)
-    resized = jax.image.resize(square, (*grid, square.shape[-1]), "cubic", antialias=False)
-    return np.concatenate([table_ND[:special], np.asarray(resized).reshape(-1, square.shape[-1])])
+    resized = resize_table(jnp.asarray(table_ND[special:]), (side, side), grid)
+    return np.concatenate([table_ND[:special], np.asarray(resized)])

@@ -80,6 +80,9 @@ class Identity(Corruption):
         return patches_BNP
 
 
+CLEAN = Identity()  # for calls that name no corruption
+
+
 @struct.dataclass
 class Noise(Corruption):
     """Additive noise on the patches; the loss stays whole (denoising auto-encoder)."""

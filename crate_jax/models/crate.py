@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from crate_jax.models import mssa_kernel
-from crate_jax.models.corruption import Corruption
+from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
 from crate_jax.models.layers import (
     BLOCK_EPS,
@@ -266,6 +266,7 @@ class CrateEncoder(nn.Module):
     width: int
     depth: int
     heads: int
+    patch_size: int
     grid: tuple[int, int]
     positions: str
     eta: float
@@ -279,17 +280,20 @@ class CrateEncoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, patches_BNP: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None) -> jax.Array:
-        """(B, N, P) patches -> (B, 1 + M, D) tokens, class token first. `keys_B` is not used."""
+    def __call__(
+        self, images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, H, W, 3) normalised images -> (B, 1 + M, D) tokens, class token first. `keys_B` is not used."""
         x = Embedding(
             self.width,
+            self.patch_size,
             self.grid,
             self.positions,
             self.embed_norm,
             self.dtype,
             INITIALIZERS["xavier"],
             name="embedding",
-        )(patches_BNP, corruption)
+        )(images_BHWC, corruption)
         x = scan_blocks(
             CrateBlock,
             self.depth,

@@ -1,4 +1,4 @@
-"""Decoders: modules ``(tokens_B(1+M)D, corruption) -> patches_BNP``.
+"""Decoders: modules ``(tokens_B(prefix+M)D, corruption) -> patches_BNP``.
 
 Shapes: B batch, M tokens the encoder saw, N patch tokens, D width, P patch pixels, L layers.
 """
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from crate_jax.models import prefix_tokens
 from crate_jax.models.corruption import Corruption
 from crate_jax.models.crate import DICTIONARY_INIT, MSSA, Kernel
 from crate_jax.models.embedding import TOKEN_INIT
@@ -69,6 +70,7 @@ class CrateDecoder(nn.Module):
     heads: int
     grid: tuple[int, int]
     pixels: int
+    prefix: int
     positions: bool
     tied_output: bool
     normalised: bool
@@ -77,8 +79,8 @@ class CrateDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
-        """(B, 1 + M, D) -> (B, N, P)."""
-        x = restore(self, tokens_BMD, corruption, self.positions, self.grid)
+        """(B, prefix + M, D) -> (B, N, P)."""
+        x = restore(self, tokens_BMD, corruption, self.positions, self.grid, self.prefix)
         blocks = scan_blocks(
             CrateDecoderBlock, self.depth, self.remat, self.heads, self.tied_output, self.normalised, self.dtype
         )
@@ -86,7 +88,7 @@ class CrateDecoder(nn.Module):
         # arrays of the same shape: the encoder's have an axis less.
         x = blocks(x[None], None)[0][0] if target.is_tpu() else blocks(x, None)[0]
         x = Norm(name="norm")(x)
-        return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
+        return dense(self.pixels, "head", self.dtype)(x)[:, self.prefix :]
 
 
 class TransformerDecoder(nn.Module):
@@ -97,47 +99,54 @@ class TransformerDecoder(nn.Module):
     heads: int
     grid: tuple[int, int]
     pixels: int
+    prefix: int
     remat: str
     dtype: Dtype
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
-        """(B, 1 + M, D) -> (B, N, P)."""
+        """(B, prefix + M, D) -> (B, N, P)."""
         x = dense(self.width, "embed", self.dtype)(tokens_BMD)
-        x = restore(self, x, corruption, True, self.grid)
+        x = restore(self, x, corruption, True, self.grid, self.prefix)
         x = scan_vit_blocks(
             x, None, None, None, self.depth, self.remat, self.heads, 4.0, "qkv", 0.0, "xavier", self.dtype
         )
         x = Norm(name="norm")(x)
-        return dense(self.pixels, "head", self.dtype)(x)[:, 1:]
+        return dense(self.pixels, "head", self.dtype)(x)[:, self.prefix :]
 
 
 class LinearDecoder(nn.Module):
     """One linear map from token to pixels: the 1x1 convolution + pixel shuffle of ROPIM and SimMIM."""
 
     pixels: int
+    prefix: int
     initializer: str
     dtype: Dtype
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
-        """(B, 1 + N, D) -> (B, N, P)."""
-        return dense(self.pixels, "head", self.dtype, init=INITIALIZERS[self.initializer])(tokens_BMD[:, 1:])
+        """(B, prefix + N, D) -> (B, N, P)."""
+        return dense(self.pixels, "head", self.dtype, init=INITIALIZERS[self.initializer])(tokens_BMD[:, self.prefix :])
 
 
 def restore(
-    module: nn.Module, tokens_BMD: jax.Array, corruption: Corruption, positions: bool, grid: tuple[int, int]
+    module: nn.Module,
+    tokens_BMD: jax.Array,
+    corruption: Corruption,
+    positions: bool,
+    grid: tuple[int, int],
+    prefix: int,
 ) -> jax.Array:
-    """Puts dropped tokens back as learned mask tokens and adds positions; (B, 1 + N, D).
+    """Puts dropped tokens back as learned mask tokens and adds positions; (B, prefix + M, D) -> (B, prefix + N, D).
 
     A function that is given the module rather than a module of its own, so that the mask token
     lies directly under the decoder.
     """
     D = tokens_BMD.shape[-1]
     fill_D = module.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if corruption.fills_decoder else None
-    patches_BND = corruption.restore(tokens_BMD[:, 1:], fill_D)
-    x = jnp.concatenate([tokens_BMD[:, :1], patches_BND], axis=1)
-    return x + jnp.asarray(sincos_positions(grid, D)).astype(x.dtype) if positions else x
+    patches_BND = corruption.restore(tokens_BMD[:, prefix:], fill_D)
+    x = jnp.concatenate([tokens_BMD[:, :prefix], patches_BND], axis=1)
+    return x + jnp.asarray(sincos_positions(grid, D, prefix)).astype(x.dtype) if positions else x
 
 
 def _crate(config: ConfigDict) -> nn.Module:
@@ -159,7 +168,10 @@ def _transformer(config: ConfigDict) -> nn.Module:
 
 def _linear(config: ConfigDict) -> nn.Module:
     return LinearDecoder(
-        pixels=3 * config.encoder.patch_size**2, initializer=config.encoder.init, dtype=jnp.dtype(config.dtype)
+        pixels=3 * config.encoder.patch_size**2,
+        prefix=prefix_tokens(config),
+        initializer=config.encoder.init,
+        dtype=jnp.dtype(config.dtype),
     )
 
 
@@ -167,6 +179,7 @@ def _shared(config: ConfigDict) -> dict:
     return dict(
         grid=grid_shape(config.data.image_size, config.encoder.patch_size),
         pixels=3 * config.encoder.patch_size**2,
+        prefix=prefix_tokens(config),
         remat=remat_rule(config),
         dtype=jnp.dtype(config.dtype),
     )

@@ -1,4 +1,7 @@
-"""From corrupted patches to the encoder's tokens: embedding, corruption, positions, class token."""
+"""From images to the encoder's tokens: patches, embedding, corruption, positions, class token.
+
+Shapes: B batch, H and W pixels, h and w patches per side, N = h * w, M patch tokens that the encoder sees, D width.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,25 @@ import jax.numpy as jnp
 
 from crate_jax.models.corruption import Corruption
 from crate_jax.models.layers import BLOCK_EPS, Dtype, Norm, dense
-from crate_jax.models.patches import sincos_positions
+from crate_jax.models.patches import grid_shape, patchify, resize_table, sincos_positions
 
 TOKEN_INIT = nn.initializers.normal(0.02)
 
 
 class Embedding(nn.Module):
-    """Embeds patches, corrupts the tokens, adds positions and a class token.
+    """Cuts images into patches, embeds them, corrupts the tokens, adds positions and a class token.
 
     The corruption acts between the linear embedding and the positions, as in CRATE-MAE's and
     ROPIM's released code, so a corrupted token still knows where it stands.
 
+    An image of any size that divides into patches is taken. The sine-cosine table is that of the image's own grid. The
+    learned table has one size, `grid`; for an image of another grid it is resized bicubically, as timm's
+    ``dynamic_img_size`` and DINO do.
+
     Attributes:
       width: D.
-      grid: (h, w) patches.
+      patch_size: side of a patch in pixels.
+      grid: (h, w) patches of the learned table.
       positions: sincos | learned | relative | relative_per_block | none; the last three add nothing here.
       norms: layer norms (eps 1e-5) of the patches' pixels and of the embedded tokens, as in the code of supervised
         CRATE (arXiv 2306.01129).
@@ -30,6 +38,7 @@ class Embedding(nn.Module):
     """
 
     width: int
+    patch_size: int
     grid: tuple[int, int]
     positions: str
     norms: bool
@@ -37,10 +46,10 @@ class Embedding(nn.Module):
     initializer: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, patches_BNP: jax.Array, corruption: Corruption) -> jax.Array:
-        """(B, N, P) patches -> (B, 1 + M, D) tokens, the class token first."""
+    def __call__(self, images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
+        """(B, H, W, 3) normalised images -> (B, 1 + M, D) tokens, the class token first."""
         D = self.width
-        x = corruption.corrupt_pixels(patches_BNP)
+        x = corruption.corrupt_pixels(patchify(images_BHWC, self.patch_size))
         if self.norms:
             x = Norm(BLOCK_EPS, name="pixel_norm")(x)
         x = dense(D, "patch_embed", self.dtype, init=self.initializer)(x.astype(self.dtype))
@@ -51,18 +60,21 @@ class Embedding(nn.Module):
         )
         x = corruption.corrupt_tokens(x, fill_D)
         cls_11D = self.param("cls_token", TOKEN_INIT, (1, 1, D), jnp.float32)
-        table_ND = self._table()
+        table_ND = self._table(grid_shape(images_BHWC.shape[1:3], self.patch_size))
         if table_ND is not None:
             x = x + corruption.select(table_ND[1:]).astype(self.dtype)
             cls_11D = cls_11D + table_ND[0]
         cls_B1D = jnp.broadcast_to(cls_11D.astype(self.dtype), (x.shape[0], 1, D))
         return jnp.concatenate([cls_B1D, x], axis=1)
 
-    def _table(self) -> jax.Array | None:
-        """Position table (1 + N, D), row 0 for the class token."""
+    def _table(self, grid: tuple[int, int]) -> jax.Array | None:
+        """Position table (1 + N, D) of a grid of patches, row 0 for the class token."""
         if self.positions == "sincos":
-            return jnp.asarray(sincos_positions(self.grid, self.width))
+            return jnp.asarray(sincos_positions(grid, self.width))
         if self.positions == "learned":
             shape = (1 + self.grid[0] * self.grid[1], self.width)
-            return self.param("positions", TOKEN_INIT, shape, jnp.float32)
+            table_ND = self.param("positions", TOKEN_INIT, shape, jnp.float32)
+            if grid == self.grid:
+                return table_ND
+            return jnp.concatenate([table_ND[:1], resize_table(table_ND[1:], self.grid, grid)])
         return None

@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D width, H heads, K head width, E = H * K.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -185,3 +186,12 @@ def scan_blocks(block: type[nn.Module], depth: int, remat: str, *args: object, i
         in_axes=in_axes,
         length=depth,
     )(*args, name="blocks")
+
+
+def block_points(intermediates: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The named points of all blocks that :func:`scan_blocks` made, name -> (L, B, ...).
+
+    Args:
+      intermediates: Flax's collection ``intermediates``, the part of the module that holds the blocks.
+    """
+    return {name: values[0] for name, values in intermediates["blocks"].items()}

@@ -7,20 +7,27 @@ P = p * p * 3 numbers per patch, D width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def grid_shape(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+def grid_shape(image_size: Sequence[int], patch_size: int) -> tuple[int, int]:
     """Patches per column and per row, (h, w), of an image of (height, width) pixels."""
     return image_size[0] // patch_size, image_size[1] // patch_size
 
 
 def patchify(images_BHWC: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts images (B, H, W, 3) into raster-ordered patches (B, N, P), P as (row, column, channel)."""
+    """Cuts images (B, H, W, 3) into raster-ordered patches (B, N, P), P as (row, column, channel).
+
+    Raises:
+      ValueError: a side of the images is not a multiple of `patch_size`.
+    """
     B, H, W, C = images_BHWC.shape
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"images of {H} x {W} pixels cannot be cut into patches of {patch_size} x {patch_size}")
     h, w = grid_shape((H, W), patch_size)
     x = images_BHWC.reshape(B, h, patch_size, w, patch_size, C)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h * w, patch_size * patch_size * C)
@@ -35,8 +42,8 @@ def unpatchify(patches_BNP: jax.Array, image_size: tuple[int, int], patch_size: 
 
 
 @functools.cache
-def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine table (1 + N, D), row 0 (the class token) zero, float32.
+def sincos_positions(grid: tuple[int, int], width: int, prefix: int = 1) -> np.ndarray:
+    """Fixed 2-D sine-cosine table (prefix + N, D), float32; the first `prefix` rows (the class token) are zero.
 
     The first half of the width encodes the column, the second half the row; in each, D/4 sines
     come before D/4 cosines of frequencies 10000^(-i / (D/4)), as in MAE (He et al. 2022) and
@@ -54,7 +61,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
         angles = coordinate.reshape(-1, 1) * frequencies
         halves += [np.sin(angles), np.cos(angles)]
     table = np.concatenate(halves, axis=1)
-    return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
+    return np.concatenate([np.zeros((prefix, width)), table]).astype(np.float32)
 
 
 @functools.cache
@@ -80,6 +87,24 @@ def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
 def relative_table_rows(grid: tuple[int, int]) -> int:
     """Rows of the table that :func:`relative_position_index` points into."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def resize_table(table_ND: jax.Array, grid: tuple[int, int], new: tuple[int, int]) -> jax.Array:
+    """A table of one row per place of a grid for another grid, (h w, D) -> (h' w', D), by bicubic interpolation.
+
+    Without antialiasing, as BEiT, MAE and DINO resize learned positions.
+    """
+    resized = jax.image.resize(table_ND.reshape(*grid, -1), (*new, table_ND.shape[-1]), "cubic", antialias=False)
+    return resized.reshape(new[0] * new[1], -1)
+
+
+def resize_relative_table(table_RH: jax.Array, grid: tuple[int, int], new: tuple[int, int]) -> jax.Array:
+    """The same for a table of relative biases: rows per displacement of a grid, then the class token's three.
+
+    BEiT's own script resizes at spacings that grow geometrically; here they are equal.
+    """
+    sides, new_sides = ((2 * h - 1, 2 * w - 1) for h, w in (grid, new))
+    return jnp.concatenate([resize_table(table_RH[:-3], sides, new_sides), table_RH[-3:]])
 
 
 def standardise(patches_BNP: jax.Array, eps: float = 1e-6) -> jax.Array:

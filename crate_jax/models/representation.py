@@ -1,6 +1,9 @@
-"""What other tasks read of an encoder: one vector per image, or maps of a block's tokens.
+"""What other tasks read of an encoder: its tokens layer by layer, one vector per image, or maps of a block's tokens.
 
-Shapes: B batch, N = h * w patch tokens, D width, L blocks.
+Every function here takes images as an encoder does: float32, normalised (:func:`crate_jax.data.pixels.normalise`), of
+any size that the encoder takes.
+
+Shapes: B batch, H and W pixels, N = h * w patch tokens, M of them that the encoder sees, D width, L blocks.
 """
 
 from __future__ import annotations
@@ -13,43 +16,91 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crate_jax.models import BLOCK_OUTPUTS, ENCODERS
-from crate_jax.models.corruption import Corruption, Identity
+from crate_jax.errors import ConfigError
+from crate_jax.models import ENCODERS, blank_image, build_encoder, prefix_tokens
+from crate_jax.models.corruption import CLEAN, Corruption
+from crate_jax.models.layers import block_points
 from crate_jax.models.patches import grid_shape
 
 
-def pool(tokens_BND: jax.Array, how: str) -> jax.Array:
-    """Tokens, class token first, (B, 1 + N, D) -> (B, D), or (B, 2 D) for ``cls_mean``."""
-    cls_BD, mean_BD = tokens_BND[:, 0], jnp.mean(tokens_BND[:, 1:], axis=1)
-    return {"cls": cls_BD, "mean": mean_BD, "cls_mean": jnp.concatenate([cls_BD, mean_BD], axis=-1)}[how]
+def pool(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """The function tokens (B, prefix + N, D) -> (B, D), or (B, 2 D) for ``cls_mean``, of ``config.evaluation.pool``.
 
+    ``cls`` is the class token, ``mean`` the mean of the patch tokens, ``cls_mean`` both, one after the other.
 
-def build(config: ConfigDict) -> Callable[..., jax.Array]:
-    """The function ({"encoder": parameters}, patches (B, N, P), keys_B=None) -> (B, D) float32 of a config.
-
-    ``config.evaluation.pool`` and ``layer`` say which tokens; the patches are not corrupted. Drop path
-    only with `keys_B`.
+    Raises:
+      ConfigError: the pooling needs a class token, and the encoder has none.
     """
-    encoder = ENCODERS[config.encoder.name](config)
-    layer, how = config.evaluation.layer, config.evaluation.pool
+    how, prefix = config.evaluation.pool, prefix_tokens(config)
+    if how != "mean" and not prefix:
+        raise ConfigError(
+            f"config.evaluation.pool={how!r}: config.encoder.name={config.encoder.name!r} has no class token; "
+            "set it to mean"
+        )
 
-    def represent(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        variables = {"params": params["encoder"]}
-        if not layer:
-            tokens: Any = encoder.apply(variables, patches_BNP, Identity(), keys_B)
-        else:
-            _, state = encoder.apply(variables, patches_BNP, Identity(), keys_B, mutable=["intermediates"])
-            tokens = state["intermediates"]["blocks"][BLOCK_OUTPUTS[config.encoder.name]][0][layer - 1]
-        return pool(tokens, how).astype(jnp.float32)
+    def pooled(tokens_BND: jax.Array) -> jax.Array:
+        cls_BD, mean_BD = tokens_BND[:, 0], jnp.mean(tokens_BND[:, prefix:], axis=1)
+        return {"cls": cls_BD, "mean": mean_BD, "cls_mean": jnp.concatenate([cls_BD, mean_BD], axis=-1)}[how]
 
-    return represent
+    return pooled
 
 
 def init_params(config: ConfigDict, key: jax.Array) -> dict[str, Any]:
-    """Initial parameters of the config's encoder alone, float32, under ``encoder``, without a mask token."""
-    h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
-    patches_BNP = jnp.zeros((1, h * w, 3 * config.encoder.patch_size**2), jnp.float32)
-    return {"encoder": ENCODERS[config.encoder.name](config).init(key, patches_BNP, Identity())["params"]}
+    """Initial parameters {"encoder": ...}, float32; a function of the key alone. Use under jit or eval_shape."""
+    return {"encoder": build_encoder(config).init(key, blank_image(config))["params"]}
+
+
+def points(config: ConfigDict) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """The function ({"encoder": parameters}, images, corruption=none, keys_B=None) -> (output, named points).
+
+    The output is (B, prefix + M, D). The named points are those of its blocks, name -> (L, B, prefix + M, ...).
+    """
+    encoder = build_encoder(config)
+
+    def read(
+        params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        variables = {"params": params["encoder"]}
+        output, state = encoder.apply(variables, images_BHWC, corruption, keys_B, mutable=["intermediates"])
+        return output, block_points(state["intermediates"])
+
+    return read
+
+
+def layers(config: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The function ({"encoder": parameters}, images, corruption=none, keys_B=None) -> tokens of every layer.
+
+    They are the encoder's output (B, prefix + M, D), and the tokens after each block (L, B, prefix + M, D). After the
+    last block they are the output without the final norm. Drop path only with `keys_B`.
+    """
+    read, name = points(config), ENCODERS[config.encoder.name].output
+
+    def tokens(
+        params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        output_BND, found = read(params, images_BHWC, corruption, keys_B)
+        return output_BND, found[name]
+
+    return tokens
+
+
+def build(config: ConfigDict) -> Callable[..., jax.Array]:
+    """The function ({"encoder": parameters}, images, keys_B=None) -> (B, D) float32 of a config.
+
+    ``config.evaluation.pool`` and ``layer`` say which tokens; the images are not corrupted. Drop path only
+    with `keys_B`.
+    """
+    encoder, tokens_of = build_encoder(config), layers(config)
+    layer, pooled = config.evaluation.layer, pool(config)
+
+    def represent(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+        if layer:
+            tokens: Any = tokens_of(params, images_BHWC, CLEAN, keys_B)[1][layer - 1]
+        else:
+            tokens = encoder.apply({"params": params["encoder"]}, images_BHWC, CLEAN, keys_B)
+        return pooled(tokens).astype(jnp.float32)
+
+    return represent
 
 
 def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> Callable[[jax.Array], dict[str, Any]]:
@@ -60,52 +111,45 @@ def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> 
       head: takes what `read` returns.
       read: what :func:`build` or :func:`block_maps` returns.
     """
-    h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
 
     def init(key: jax.Array) -> dict[str, Any]:
         encoder_key, head_key = jax.random.split(key)
-        patches_BNP = jnp.zeros((1, h * w, 3 * config.encoder.patch_size**2), jnp.float32)
         params = init_params(config, encoder_key)
-        return params | {"head": head.init(head_key, read(params, patches_BNP))["params"]}
+        return params | {"head": head.init(head_key, read(params, blank_image(config)))["params"]}
 
     return init
 
 
 def block_maps(config: ConfigDict, blocks: Sequence[int]) -> Callable[..., tuple[jax.Array, ...]]:
-    """The function ({"encoder": parameters}, patches (B, N, P), keys_B=None) -> one (B, h, w, D) map per block.
+    """The function ({"encoder": parameters}, images, keys_B=None) -> one (B, h, w, D) map per block.
 
     Each holds the patch tokens after a block, counted from 1, where the patches lie; after the last block
-    also normalised if the encoder has a final norm. The patches are not corrupted. Drop path only with
+    also normalised if the encoder has a final norm. The images are not corrupted. Drop path only with
     `keys_B`.
     """
-    encoder = ENCODERS[config.encoder.name](config)
-    h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
+    tokens_of, prefix = layers(config), prefix_tokens(config)
     last = config.encoder.depth
 
-    def maps(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        variables = {"params": params["encoder"]}
-        output, state = encoder.apply(variables, patches_BNP, Identity(), keys_B, mutable=["intermediates"])
-        tokens_LBND = state["intermediates"]["blocks"][BLOCK_OUTPUTS[config.encoder.name]][0]
-        chosen = (output if block == last else tokens_LBND[block - 1] for block in blocks)
-        return tuple(x[:, 1:].reshape(x.shape[0], h, w, -1) for x in chosen)
+    def maps(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        h, w = grid_shape(images_BHWC.shape[1:3], config.encoder.patch_size)
+        output_BND, tokens_LBND = tokens_of(params, images_BHWC, CLEAN, keys_B)
+        chosen = (output_BND if block == last else tokens_LBND[block - 1] for block in blocks)
+        return tuple(x[:, prefix:].reshape(x.shape[0], h, w, -1) for x in chosen)
 
     return maps
 
 
 def tokens_by_block(config: ConfigDict) -> Callable[..., jax.Array]:
-    """The function ({"encoder": parameters}, patches (B, N, P), corruption) -> tokens (L + 1, B, 1 + M, D).
+    """The function ({"encoder": parameters}, images, corruption) -> tokens (L + 1, B, prefix + M, D).
 
     After each block, and last those that :func:`build` pools: the encoder's output, or a block's again if
     ``config.evaluation.layer`` names one.
     """
-    encoder = ENCODERS[config.encoder.name](config)
-    layer = config.evaluation.layer
+    tokens_of, layer = layers(config), config.evaluation.layer
 
-    def tokens(params: dict[str, Any], patches_BNP: jax.Array, corruption: Corruption) -> jax.Array:
-        variables = {"params": params["encoder"]}
-        output, state = encoder.apply(variables, patches_BNP, corruption, mutable=["intermediates"])
-        tokens_LBND = state["intermediates"]["blocks"][BLOCK_OUTPUTS[config.encoder.name]][0]
-        last_BND = tokens_LBND[layer - 1] if layer else output
+    def tokens(params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
+        output_BND, tokens_LBND = tokens_of(params, images_BHWC, corruption)
+        last_BND = tokens_LBND[layer - 1] if layer else output_BND
         return jnp.concatenate([tokens_LBND, last_BND[None]])
 
     return tokens

@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crate_jax.models.corruption import Corruption
+from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
 from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, dense, scan_blocks
-from crate_jax.models.patches import relative_position_index, relative_table_rows
+from crate_jax.models.patches import grid_shape, relative_position_index, relative_table_rows, resize_relative_table
 from crate_jax.parallel.sharding import by_batch
+
+Grids = tuple[tuple[int, int], tuple[int, int]]  # (h, w) patches of a table of biases, and of an image
 
 
 def drop_path_scales(keys_B: jax.Array, depth: int, rate: float) -> jax.Array:
@@ -59,7 +61,7 @@ class ViTBlock(nn.Module):
     layer_scale: float
     initializer: str
     dtype: Dtype
-    bias_grid: tuple[int, int] | None = None  # this block has a relative bias of its own
+    bias_grids: Grids | None = None  # this block has a relative bias of its own
 
     @nn.compact
     def __call__(
@@ -72,8 +74,8 @@ class ViTBlock(nn.Module):
         """One layer; `scales_2B` multiplies the two branches image by image."""
         x_BND = by_batch(x_BND)
         D = x_BND.shape[-1]
-        if self.bias_grid is not None and corruption is not None:
-            bias_BHNN = relative_bias(self, self.bias_grid, self.heads, corruption)
+        if self.bias_grids is not None and corruption is not None:
+            bias_BHNN = relative_bias(self, self.bias_grids, self.heads, corruption)
 
         def branch(y_BND: jax.Array, index: int) -> jax.Array:
             if self.layer_scale:
@@ -97,10 +99,20 @@ class ViTBlock(nn.Module):
         return x, None
 
 
-def relative_bias(module: nn.Module, grid: tuple[int, int], heads: int, corruption: Corruption) -> jax.Array:
-    """A bias on the logits looked up by relative position, (B or 1, H, 1 + M, 1 + M), from a table of `module`'s."""
-    shape = (relative_table_rows(grid), heads)
+def relative_bias(module: nn.Module, grids: Grids, heads: int, corruption: Corruption) -> jax.Array:
+    """A bias on the logits looked up by relative position, (B or 1, H, 1 + M, 1 + M), from a table of `module`'s.
+
+    Args:
+      module: the parameter ``relative_bias`` lies directly under it.
+      grids: (h, w) patches of the table, and of the image that is encoded. If they differ, the table is resized.
+      heads: H.
+      corruption: what chooses the M of the N patches.
+    """
+    own, grid = grids
+    shape = (relative_table_rows(own), heads)
     table = module.param("relative_bias", nn.initializers.zeros_init(), shape, jnp.float32)
+    if grid != own:
+        table = resize_relative_table(table, own, grid)
     return corruption.select_pairs(table[relative_position_index(grid)].transpose(2, 0, 1))
 
 
@@ -124,6 +136,7 @@ class ViTEncoder(nn.Module):
     width: int
     depth: int
     heads: int
+    patch_size: int
     grid: tuple[int, int]
     positions: str
     mlp_ratio: float
@@ -138,26 +151,30 @@ class ViTEncoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, patches_BNP: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None) -> jax.Array:
-        """(B, N, P) patches -> (B, 1 + M, D) tokens, class token first; drop path only with `keys_B`."""
+    def __call__(
+        self, images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, H, W, 3) normalised images -> (B, 1 + M, D) tokens, class token first; drop path only with `keys_B`."""
         x = Embedding(
             self.width,
+            self.patch_size,
             self.grid,
             self.positions,
             self.embed_norm,
             self.dtype,
             INITIALIZERS[self.initializer],
             name="embedding",
-        )(patches_BNP, corruption)
+        )(images_BHWC, corruption)
+        grids = (self.grid, grid_shape(images_BHWC.shape[1:3], self.patch_size))
         bias_BHNN = None
         if self.positions == "relative":  # one table for all layers, as ROPIM pre-trains
-            bias_BHNN = relative_bias(self, self.grid, self.heads, corruption)
-        bias_grid = self.grid if self.positions == "relative_per_block" else None  # as it fine-tunes
+            bias_BHNN = relative_bias(self, grids, self.heads, corruption)
+        bias_grids = grids if self.positions == "relative_per_block" else None  # as it fine-tunes
         scales_L2B = None
         if keys_B is not None and self.drop_path:
             scales_L2B = drop_path_scales(keys_B, self.depth, self.drop_path)
         x = scan_vit_blocks(
             x, bias_BHNN, scales_L2B, corruption, self.depth, self.remat,
-            self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.initializer, self.dtype, bias_grid,
+            self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.initializer, self.dtype, bias_grids,
         )  # fmt: skip
         return Norm(self.final_eps, name="norm")(x) if self.final_norm else x

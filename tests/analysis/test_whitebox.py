@@ -17,7 +17,7 @@ from crate_jax import config as configs, data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, section as sections, theory
 from crate_jax.config import validate
 from crate_jax.jobs import train
-from crate_jax.models import ENCODERS, autoencoder
+from crate_jax.models import autoencoder, representation
 from crate_jax.models.corruption import Identity, Masking
 from crate_jax.parallel import sharding
 from crate_jax.report import Subject
@@ -157,9 +157,8 @@ def init(c):
     return jax.device_get(jax.jit(lambda key: autoencoder.init_params(c, key))(jax.random.key(0)))
 
 
-def patches(c, images: int = 4, seed: int = 5):
-    tokens, pixels = autoencoder.patch_numbers(c)
-    return jax.random.normal(jax.random.key(seed), (images, tokens, pixels))
+def images(c, count: int = 4, seed: int = 5):
+    return jax.random.normal(jax.random.key(seed), (count, *c.data.image_size, 3))
 
 
 def measured(c, params, x, measures=whitebox.MEASURES):
@@ -170,11 +169,10 @@ def measured(c, params, x, measures=whitebox.MEASURES):
 def test_all_layers_at_once_equal_layer_by_layer_in_float64():
     """The scanned blocks' points with the right layer's parameters, rates by the definition."""
     c = small()
-    params, x = init(c), patches(c)
+    params, x = init(c), images(c)
     got = measured(c, params, x)["encoder"]
-    _, state = ENCODERS["crate"](c).apply({"params": params["encoder"]}, x, Identity(), mutable=["intermediates"])
-    points = jax.tree.map(np.asarray, state["intermediates"]["blocks"])
-    z, half, out = (points[name][0] for name in ("input", "after_mssa", "after_ista"))
+    points = jax.tree.map(np.asarray, representation.points(c)(params, x)[1])
+    z, half, out = (points[name] for name in ("input", "after_mssa", "after_ista"))
     np.testing.assert_array_equal(z[1:], out[:-1])
     for layer in range(3):
         block = jax.tree.map(lambda leaf, layer=layer: np.asarray(leaf[layer]), params["encoder"]["blocks"])
@@ -197,7 +195,7 @@ def test_all_layers_at_once_equal_layer_by_layer_in_float64():
 def test_decoder_layers_are_paired_with_encoder_layers_from_the_bottleneck():
     """Decoder layer j against what encoder layer L - 1 - j was given, at the removed patches."""
     c = small()
-    params, x = init(c), patches(c)
+    params, x = init(c), images(c)
     got = measured(c, params, x)["decoder"]
     assert got["inversion_error"].shape == (2, 4)
     keys = jax.random.split(jax.random.key(1), len(x))
@@ -222,7 +220,7 @@ CASES = [
 
 @pytest.mark.parametrize(("c", "parts"), CASES, ids=[f"{c.encoder.name}-{c.decoder.name}" for c, _ in CASES])
 def test_telemetry_of_every_kind_of_model(c, parts):
-    params, x = init(c), patches(c)
+    params, x = init(c), images(c)
     c = c.copy_and_resolve_references()
     c.whitebox.measure = "both"
     keys = jax.random.split(jax.random.key(1), len(x))
@@ -261,7 +259,7 @@ def test_training_is_the_same_with_telemetry(tmp_path):
 
 def test_batches_add_up_to_the_whole():
     c = small("vit", "linear")
-    params, x = init(c), np.asarray(patches(c, 10))
+    params, x = init(c), np.asarray(images(c, 10))
     spread, count = whitebox.over_images(c, params, [x[:4], x[4:8], x[8:]])
     assert count == 10
     whole = measured(c, params, x)["encoder"]

@@ -30,7 +30,7 @@ from crate_jax.convert.export import export
 from crate_jax.errors import CheckpointError, ConfigError
 from crate_jax.models import adopt, autoencoder
 from crate_jax.models.corruption import Identity, Masking
-from crate_jax.models.patches import patchify, relative_position_index, sincos_positions, unpatchify
+from crate_jax.models.patches import relative_position_index, sincos_positions, unpatchify
 from crate_jax.parallel.parameters import count, names
 
 # --- The names and shapes of published models, written down from their code and not from our rules.
@@ -336,7 +336,7 @@ def test_supervised_crate_computes_what_its_code_does():
     images = np.random.default_rng(1).random((2, 16, 16, 3), np.float32)
     ours = autoencoder.build(c).apply(
         {"params": import_state_dict(family, state, (4, 4))},
-        patchify(jnp.asarray(images), 4),
+        jnp.asarray(images),
         Identity(),
         method="encode",
     )
@@ -751,8 +751,7 @@ def test_what_a_format_cannot_hold_is_one_line(tmp_path, kind, changes, format, 
 def encode(c: dict, params: dict, images_BHWC: np.ndarray) -> np.ndarray:
     """Tokens after the final norm."""
     model = autoencoder.build(weights.model_config(c, params))
-    patches = patchify(jnp.asarray(images_BHWC), c["encoder"]["patch_size"])
-    return np.asarray(model.apply({"params": params}, patches, Identity(), method="encode"))
+    return np.asarray(model.apply({"params": params}, jnp.asarray(images_BHWC), Identity(), method="encode"))
 
 
 def shaken(torch, model):
@@ -858,9 +857,8 @@ def test_transformers_computes_the_same_before_and_after(tmp_path):
     with torch.no_grad():
         theirs = model(pixels, noise=torch.from_numpy(noise)).logits.numpy()
     corruption = Masking.from_noise(jnp.asarray(noise), 4, drop=True)
-    patches = patchify(jnp.asarray(images), 8)
-    model = autoencoder.build(weights.model_config(loaded.config, loaded.params))
-    ours = model.apply({"params": loaded.params}, patches, corruption)
+    model_of_theirs = autoencoder.build(weights.model_config(loaded.config, loaded.params))
+    ours = model_of_theirs.apply({"params": loaded.params}, jnp.asarray(images), corruption)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
     export(loaded.config, loaded.params, "hf", tmp_path / "ours")

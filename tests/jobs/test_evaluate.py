@@ -109,7 +109,7 @@ def test_features_are_of_the_tokens_asked_for():
     """After the last block, normalised, is the encoder's output; cls_mean is both, one after the other."""
     c = quickstart.get_config("debug")
     params = autoencoder.init_params(c, jax.random.key(0))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16, 12)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, *c.data.image_size, 3)), jnp.float32)
     norm = params["encoder"]["norm"]
 
     def features(pool: str, layer: int = 0) -> np.ndarray:

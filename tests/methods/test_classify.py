@@ -10,9 +10,8 @@ import pytest
 from crate_jax import config as configs, data
 from crate_jax.errors import CheckpointError
 from crate_jax.methods import classify
-from crate_jax.models import ENCODERS
+from crate_jax.models import build_encoder
 from crate_jax.models.adopt import adopt_encoder
-from crate_jax.models.corruption import Identity
 from crate_jax.training import optimizer
 
 pytestmark = pytest.mark.one_python
@@ -84,9 +83,9 @@ def relative(positions: str):
     c = configs.base()
     c.data.image_size, c.encoder.patch_size = (8, 12), 4
     c.encoder.update(dict(name="vit", width=16, depth=3, heads=2, positions=positions))
-    module = ENCODERS["vit"](c)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 48)), jnp.float32)
-    return module, module.init(jax.random.key(0), x, Identity())["params"], x
+    module = build_encoder(c)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
+    return module, module.init(jax.random.key(0), x)["params"], x
 
 
 def test_a_shared_bias_copied_to_every_block_is_the_same_function():
@@ -96,9 +95,9 @@ def test_a_shared_bias_copied_to_every_block_is_the_same_function():
     per_block, others, _ = relative("relative_per_block")
     adopted = adopt_encoder({"encoder": others}, {"encoder": params}, "test")["encoder"]
     assert adopted["blocks"]["relative_bias"].shape == (3, *table.shape)
-    expected = shared.apply({"params": params}, x, Identity())
-    np.testing.assert_allclose(per_block.apply({"params": adopted}, x, Identity()), expected, atol=1e-5)
-    plain = shared.apply({"params": {**params, "relative_bias": 0 * table}}, x, Identity())
+    expected = shared.apply({"params": params}, x)
+    np.testing.assert_allclose(per_block.apply({"params": adopted}, x), expected, atol=1e-5)
+    plain = shared.apply({"params": {**params, "relative_bias": 0 * table}}, x)
     assert float(jnp.abs(plain - expected).max()) > 1e-2
 
 

@@ -14,8 +14,8 @@ from configs import crate_mae, vit_mae
 from crate_jax import config as configs
 from crate_jax.config import ConfigError, validate
 from crate_jax.methods import reconstruction
-from crate_jax.models import ENCODERS, autoencoder, corruption as corruptions
-from crate_jax.models.corruption import Identity, Masking
+from crate_jax.models import ENCODERS, autoencoder, build_encoder, corruption as corruptions, representation
+from crate_jax.models.corruption import Masking
 from crate_jax.models.crate import ista, norm_ista
 from crate_jax.models.decoders import DECODERS
 from crate_jax.models.layers import BLOCK_EPS, norm_product
@@ -49,20 +49,19 @@ def small(encoder: str = "crate", corruption: str = "mask-token", decoder: str =
     return c
 
 
-def patches(c, n: int = 3):
-    tokens, pixels = autoencoder.patch_numbers(c)
-    return jax.random.normal(jax.random.key(5), (n, tokens, pixels))
+def images(c, n: int = 3):
+    return jax.random.normal(jax.random.key(5), (n, *c.data.image_size, 3))
 
 
 def loss_of(c):
-    """(params, patches) -> loss of one draw of the corruption, as a function to differentiate."""
+    """(params, images) -> loss of one draw of the corruption, as a function to differentiate."""
     model = autoencoder.build(c)
     sample = corruptions.sampler(c, *autoencoder.patch_numbers(c))
 
     def loss(params, x):
         corruption = sample(jax.random.split(jax.random.key(1), len(x)))
         predicted = model.apply({"params": params}, x, corruption, jax.random.split(jax.random.key(2), len(x)))
-        return reconstruction.loss(predicted, reconstruction.target(x, c), corruption, c)
+        return reconstruction.loss(predicted, reconstruction.target(patchify(x, 4), c), corruption, c)
 
     return loss
 
@@ -80,7 +79,7 @@ def test_every_combination_trains(encoder, corruption, decoder):
     c = small(encoder, corruption, decoder)
     params = autoencoder.init_params(c, jax.random.key(0))
     loss = loss_of(c)
-    x = patches(c)
+    x = images(c)
     value, grads = jax.jit(jax.value_and_grad(loss))(params, x)
     chex.assert_tree_all_finite((value, grads))
     chex.assert_trees_all_equal_shapes(grads, params)
@@ -94,9 +93,9 @@ def test_every_combination_trains(encoder, corruption, decoder):
 def test_jit_changes_nothing(encoder, corruption, decoder):
     c = small(encoder, corruption, decoder)
     params = autoencoder.init_params(c, jax.random.key(0))
-    value, grads = jax.jit(jax.value_and_grad(loss_of(c)))(params, patches(c))
+    value, grads = jax.jit(jax.value_and_grad(loss_of(c)))(params, images(c))
     with jax.disable_jit():
-        eager_value, eager_grads = jax.value_and_grad(loss_of(c))(params, patches(c))
+        eager_value, eager_grads = jax.value_and_grad(loss_of(c))(params, images(c))
     assert float(value) == pytest.approx(float(eager_value), rel=1e-5)
     chex.assert_trees_all_close(grads, eager_grads, atol=1e-5)
 
@@ -123,7 +122,7 @@ def test_options_of_encoders(encoder):
         for corruption in ("mask-drop", "rop"):
             c = small(encoder, corruption, "transformer", **values)
             params = autoencoder.init_params(c, jax.random.key(0))
-            value, grads = jax.jit(jax.value_and_grad(loss_of(c)))(params, patches(c))
+            value, grads = jax.jit(jax.value_and_grad(loss_of(c)))(params, images(c))
             chex.assert_tree_all_finite((value, grads))
 
 
@@ -131,10 +130,10 @@ def test_options_of_encoders(encoder):
 def test_bfloat16_activations_keep_float32_parameters(encoder):
     c = small(encoder, "rop")
     params = autoencoder.init_params(c, jax.random.key(0))
-    exact = jax.jit(loss_of(c))(params, patches(c))
+    exact = jax.jit(loss_of(c))(params, images(c))
     c.dtype = "bfloat16"
     chex.assert_trees_all_equal_dtypes(params, autoencoder.init_params(c, jax.random.key(0)))
-    value = jax.jit(loss_of(c))(params, patches(c))
+    value = jax.jit(loss_of(c))(params, images(c))
     assert value.dtype == jnp.float32
     assert float(value) == pytest.approx(float(exact), rel=0.02)
     assert float(value) != float(exact)
@@ -145,16 +144,16 @@ def test_remat_changes_nothing_but_memory(encoder):
     c = small(encoder)
     params = autoencoder.init_params(c, jax.random.key(0))
     plain = jax.jit(jax.grad(loss_of(c)))
-    grads = plain(params, patches(c))
-    plain_flops = plain.lower(params, patches(c)).compile().cost_analysis()["flops"]
+    grads = plain(params, images(c))
+    plain_flops = plain.lower(params, images(c)).compile().cost_analysis()["flops"]
     c.remat = True
     again = autoencoder.init_params(c, jax.random.key(0))
     chex.assert_trees_all_equal(params, again)  # same names, same values
     rematted = jax.jit(jax.grad(loss_of(c)))
-    chex.assert_trees_all_close(rematted(params, patches(c)), grads, atol=1e-6)
+    chex.assert_trees_all_close(rematted(params, images(c)), grads, atol=1e-6)
     # The blocks' forward pass is done again in the backward one. How much that adds depends on what
     # the hand-written backward passes compute again anyway; without remat it is exactly nothing.
-    assert rematted.lower(params, patches(c)).compile().cost_analysis()["flops"] > 1.05 * plain_flops
+    assert rematted.lower(params, images(c)).compile().cost_analysis()["flops"] > 1.05 * plain_flops
 
 
 def test_remat_keeps_what_it_is_told_to():
@@ -162,7 +161,7 @@ def test_remat_keeps_what_it_is_told_to():
     c, products = small("vit"), {}
     params = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     for c.remat, c.remat_keep in ((False, "nothing"), (True, "products"), (True, "weights"), (True, "nothing")):
-        traced = jax.make_jaxpr(jax.grad(loss_of(c)))(params, patches(c))
+        traced = jax.make_jaxpr(jax.grad(loss_of(c)))(params, images(c))
         products[c.remat, c.remat_keep] = str(traced).count("dot_general")
     counts = list(products.values())
     assert counts[0] == counts[1] < counts[2] < counts[3], products
@@ -177,21 +176,19 @@ def test_a_removed_patch_does_not_reach_the_encoder(encoder, corruption):
     masking = Masking.from_noise(jnp.asarray([[0.1, 0.9, 0.2, 0.8, 0.7, 0.3]]), 3, corruption == "mask-drop")
 
     def tokens(x):
-        return jnp.sum(ENCODERS[encoder](c).apply({"params": params["encoder"]}, x, masking) ** 3)
+        return jnp.sum(build_encoder(c).apply({"params": params["encoder"]}, x, masking) ** 3)
 
-    per_patch = np.abs(np.asarray(jax.grad(tokens)(patches(c, 1)))).max((0, 2))
+    per_patch = np.abs(np.asarray(patchify(jax.grad(tokens)(images(c, 1)), 4))).max((0, 2))
     np.testing.assert_array_equal(per_patch > 0, [True, False, True, False, False, True])
 
 
 def test_white_box_points_have_their_names():
     c = small("crate")
     params = autoencoder.init_params(c, jax.random.key(0))
-    variables = {"params": params["encoder"]}
-    tokens, points = ENCODERS["crate"](c).apply(variables, patches(c), Identity(), mutable=["intermediates"])
-    blocks = points["intermediates"]["blocks"]
+    tokens, blocks = representation.points(c)(params, images(c))
     assert sorted(blocks) == ["after_ista", "after_mssa", "input"]
-    assert blocks["after_ista"][0].shape == (2, 3, 7, 16)  # layers, images, tokens, width
-    assert float(blocks["after_ista"][0].min()) == 0.0  # ReLU: a non-negative code
+    assert blocks["after_ista"].shape == (2, 3, 7, 16)  # layers, images, tokens, width
+    assert float(blocks["after_ista"].min()) == 0.0  # ReLU: a non-negative code
     assert tokens.shape == (3, 7, 16)
 
 

@@ -20,6 +20,7 @@ from crate_jax.analysis.alignment.closed_form import principal_components
 from crate_jax.data.pixels import normalise
 from crate_jax.evals.knn import knn_top1
 from crate_jax.evals.probe import probe_top1
+from crate_jax.methods.reconstruction import predict
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify, unpatchify
 
@@ -118,12 +119,8 @@ def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
     def errors(
         params: dict, images: jax.Array, keys_B: jax.Array, mean_D: jax.Array, vectors_DD: jax.Array
     ) -> jax.Array:
-        x_BNP = patchify(normalise(images, config), patch)
         corruption = sample(keys_B)
-        predicted_BNP = apply({"params": params}, x_BNP, corruption).astype(jnp.float32)
-        if config.loss.target == "patch_normalised":  # back to pixels with each patch's own statistics
-            std = jnp.sqrt(x_BNP.var(-1, keepdims=True, ddof=1) + 1e-6)
-            predicted_BNP = predicted_BNP * std + x_BNP.mean(-1, keepdims=True)
+        x_BNP, predicted_BNP = predict(config, apply, corruption, params, normalise(images, config))
         mean_BHWC = _enlarge(mean_D, size, side)
 
         def along(patches_BNP: jax.Array) -> jax.Array:

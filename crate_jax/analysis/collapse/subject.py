@@ -25,9 +25,8 @@ from crate_jax.data.sampling import sample
 from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals import spectra
-from crate_jax.models import corruption as corruptions, representation
+from crate_jax.models import corruption as corruptions, prefix_tokens, representation
 from crate_jax.models.autoencoder import patch_numbers
-from crate_jax.models.patches import patchify
 from crate_jax.parallel import parameters, sharding
 from crate_jax.report import Subject
 
@@ -50,14 +49,13 @@ def features(config: ConfigDict, rows: str = "pooled") -> Features:
       config: the run's.
       rows: "pooled", one row per image as ``config.evaluation.pool`` makes it, or "tokens", each patch token.
     """
-    tokens = representation.tokens_by_block(config)
+    tokens, pooled, prefix = representation.tokens_by_block(config), representation.pool(config), prefix_tokens(config)
 
     def apply(params: Any, images_uint8: jax.Array, corruption: corruptions.Corruption) -> jax.Array:
-        patches_BNP = patchify(normalise(images_uint8, config), config.encoder.patch_size)
-        tokens_LBND = tokens(params, patches_BNP, corruption).astype(jnp.float32)
+        tokens_LBND = tokens(params, normalise(images_uint8, config), corruption).astype(jnp.float32)
         if rows == "tokens":
-            return tokens_LBND[:, :, 1:].reshape(len(tokens_LBND), -1, tokens_LBND.shape[-1])
-        return jax.vmap(lambda x_BND: representation.pool(x_BND, config.evaluation.pool))(tokens_LBND)
+            return tokens_LBND[:, :, prefix:].reshape(len(tokens_LBND), -1, tokens_LBND.shape[-1])
+        return jax.vmap(pooled)(tokens_LBND)
 
     return apply
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax.models import ENCODERS, autoencoder, corruption as corruptions
-from crate_jax.models.corruption import Corruption, Identity
-from crate_jax.models.layers import BLOCK_EPS, layer_norm
+from crate_jax.models import autoencoder, corruption as corruptions, prefix_tokens, representation
+from crate_jax.models.corruption import Corruption
+from crate_jax.models.layers import BLOCK_EPS, block_points, layer_norm
 
 # The squared precision eps^2 of all rates. The paper states none; the released measure divides by 0.01.
 PRECISION = 0.01
@@ -174,13 +174,14 @@ def incoherence(subspaces_DE: jax.Array, heads: int) -> dict[str, jax.Array]:
     }
 
 
-def encoder_layer(points: dict, block: dict, heads: int, measures: Sequence[str] = MEASURES) -> Layers:
+def encoder_layer(points: dict, block: dict, heads: int, prefix: int, measures: Sequence[str] = MEASURES) -> Layers:
     """The measures of one encoder layer, each (B,).
 
     Args:
-      points: its named points, (B, 1 + N, D) each, class token first.
+      points: its named points, (B, prefix + N, D) each.
       block: its parameters.
       heads: H.
+      prefix: how many tokens stand before those of the patches (the class token).
       measures: ``paper``: patch tokens, R^c of Z^{l+1/2}; ``released``: as the authors' script, with the
         class token.
 
@@ -193,16 +194,16 @@ def encoder_layer(points: dict, block: dict, heads: int, measures: Sequence[str]
     """
     if "mssa" not in block:
         return {
-            "rate": coding_rate(points["after_attention"][:, 1:]),
-            "nonzero": nonzero(points["after_mlp"][:, 1:]),
-            "active": jnp.mean((points["mlp_hidden"][:, 1:] > 0).astype(jnp.float32), axis=(1, 2)),
+            "rate": coding_rate(points["after_attention"][:, prefix:]),
+            "nonzero": nonzero(points["after_mlp"][:, prefix:]),
+            "active": jnp.mean((points["mlp_hidden"][:, prefix:] > 0).astype(jnp.float32), axis=(1, 2)),
         }
     subspaces_DE, code = block["mssa"]["subspaces"]["kernel"], points.get("code", points["after_ista"])
-    out = {"rate": coding_rate(points["after_mssa"][:, 1:])}
+    out = {"rate": coding_rate(points["after_mssa"][:, prefix:])}
     if "paper" in measures:
-        out["subspace_rate"] = subspace_rate(points["after_mssa"][:, 1:], subspaces_DE, heads)
-        out["subspace_rate_before"] = subspace_rate(points["input"][:, 1:], subspaces_DE, heads)
-        out["nonzero"] = nonzero(code[:, 1:])
+        out["subspace_rate"] = subspace_rate(points["after_mssa"][:, prefix:], subspaces_DE, heads)
+        out["subspace_rate_before"] = subspace_rate(points["input"][:, prefix:], subspaces_DE, heads)
+        out["nonzero"] = nonzero(code[:, prefix:])
     if "released" in measures:
         norm = block["mssa_norm"]
         normed_BND = layer_norm(points["input"].astype(jnp.float32), norm["scale"], norm["bias"], BLOCK_EPS)
@@ -211,8 +212,8 @@ def encoder_layer(points: dict, block: dict, heads: int, measures: Sequence[str]
     return out
 
 
-def decoder_layer(points: dict, block: dict, heads: int) -> Layers:
-    """The measures of one decoder layer, each (B,).
+def decoder_layer(points: dict, block: dict, heads: int, prefix: int) -> Layers:
+    """The measures of one decoder layer, each (B,); its arguments are those of :func:`encoder_layer`.
 
     Returns:
       ``rate`` of the layer's output. Of CRATE ``subspace_rate_before`` and ``subspace_rate``, R^c of Y^{l+1/2}
@@ -220,42 +221,42 @@ def decoder_layer(points: dict, block: dict, heads: int) -> Layers:
     """
     if "mssa" not in block:
         return {
-            "rate": coding_rate(points["after_mlp"][:, 1:]),
-            "active": jnp.mean((points["mlp_hidden"][:, 1:] > 0).astype(jnp.float32), axis=(1, 2)),
+            "rate": coding_rate(points["after_mlp"][:, prefix:]),
+            "active": jnp.mean((points["mlp_hidden"][:, prefix:] > 0).astype(jnp.float32), axis=(1, 2)),
         }
     subspaces_DE = block["mssa"]["subspaces"]["kernel"]
     return {
-        "rate": coding_rate(points["after_mssa"][:, 1:]),
-        "subspace_rate": subspace_rate(points["after_mssa"][:, 1:], subspaces_DE, heads),
-        "subspace_rate_before": subspace_rate(points["before_mssa"][:, 1:], subspaces_DE, heads),
+        "rate": coding_rate(points["after_mssa"][:, prefix:]),
+        "subspace_rate": subspace_rate(points["after_mssa"][:, prefix:], subspaces_DE, heads),
+        "subspace_rate_before": subspace_rate(points["before_mssa"][:, prefix:], subspaces_DE, heads),
     }
 
 
 def build(config: ConfigDict, measures: Sequence[str] = MEASURES) -> Callable[..., dict[str, Layers]]:
-    """The function (params, patches (B, N, P), keys (B,)) -> {part: {measure: (L, B)}} of a valid config.
+    """The function (params, images (B, H, W, 3), keys (B,)) -> {part: {measure: (L, B)}} of a valid config.
 
     Parts are ``encoder`` and, where the parameters hold one with layers, ``decoder``. The decoder also has
     ``inversion_error`` and ``inversion_error_scaled`` (:func:`inversion_error`) where it is as wide as the
     encoder: of its layer j against the input of the encoder's layer L - 1 - j, both counted from 0, for as
     many layers as both have. The keys draw the corruption.
     """
-    features = _features(config)
+    features, prefix = _features(config), prefix_tokens(config)
 
-    def measure(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array) -> dict[str, Layers]:
-        points, decoded, corruption = features(params, patches_BNP, keys_B)
+    def measure(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array) -> dict[str, Layers]:
+        points, decoded, corruption = features(params, images_BHWC, keys_B)
         # Layer by layer, so that only one layer's Gram matrices are in memory.
         out = {
             "encoder": jax.lax.map(
-                lambda x: encoder_layer(x[0], x[1], config.encoder.heads, measures),
+                lambda x: encoder_layer(x[0], x[1], config.encoder.heads, prefix, measures),
                 (points, params["encoder"]["blocks"]),
             )
         }
         if decoded is None:
             return out
         out["decoder"] = jax.lax.map(
-            lambda x: decoder_layer(x[0], x[1], config.decoder.heads), (decoded, params["decoder"]["blocks"])
+            lambda x: decoder_layer(x[0], x[1], config.decoder.heads, prefix), (decoded, params["decoder"]["blocks"])
         )
-        pairs = _pairs(points, decoded)
+        pairs = _pairs(points, decoded, prefix)
         if pairs is not None:
             errors = jax.lax.map(lambda x: inversion_error(x[0], x[1], corruption), pairs)
             out["decoder"] |= dict(zip(("inversion_error", "inversion_error_scaled"), errors, strict=True))
@@ -264,42 +265,36 @@ def build(config: ConfigDict, measures: Sequence[str] = MEASURES) -> Callable[..
     return measure
 
 
-Points = dict[str, jax.Array]  # named point -> (L, B, 1 + N, D)
+Points = dict[str, jax.Array]  # named point -> (L, B, prefix + N, D)
 
 
 def _features(config: ConfigDict) -> Callable[..., tuple[Points, Points | None, Corruption]]:
-    """(params, patches, keys) -> encoder's points of clean images, decoder's behind a corruption, the corruption."""
-    encoder = ENCODERS[config.encoder.name](config)
+    """(params, images, keys) -> encoder's points of clean images, decoder's behind a corruption, the corruption."""
+    points_of = representation.points(config)
     whole = autoencoder.build(config)
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
 
     def features(
-        params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array
+        params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array
     ) -> tuple[Points, Points | None, Corruption]:
-        variables = {"params": params["encoder"]}
-        _, state = encoder.apply(variables, patches_BNP, Identity(), mutable=["intermediates"])
-        points, corruption = _points(state["intermediates"]), sample(keys_B)
+        points, corruption = points_of(params, images_BHWC)[1], sample(keys_B)
         if "blocks" not in params.get("decoder", {}):
             return points, None, corruption
         trained = {"params": {name: params[name] for name in ("encoder", "decoder")}}
-        _, state = whole.apply(trained, patches_BNP, corruption, mutable=["intermediates"])
-        return points, _points(state["intermediates"]["decoder"]), corruption
+        _, state = whole.apply(trained, images_BHWC, corruption, mutable=["intermediates"])
+        return points, block_points(state["intermediates"]["decoder"]), corruption
 
     return features
 
 
-def _pairs(points: Points, decoded: Points) -> tuple[jax.Array, jax.Array] | None:
+def _pairs(points: Points, decoded: Points, prefix: int) -> tuple[jax.Array, jax.Array] | None:
     """What encoder layers L - 1, L - 2, .. were given and what decoder layers 0, 1, .. made of it, patch tokens."""
     made = decoded["after_mssa" if "after_mssa" in decoded else "after_mlp"]
     given = points["input"][::-1]
     if given.shape[-1] != made.shape[-1]:
         return None
     count = min(len(given), len(made))
-    return given[:count, :, 1:], made[:count, :, 1:]
-
-
-def _points(intermediates: dict) -> dict[str, jax.Array]:
-    return {name: values[0] for name, values in intermediates["blocks"].items()}
+    return given[:count, :, prefix:], made[:count, :, prefix:]
 
 
 def of_weights(params: dict[str, Any], config: ConfigDict) -> dict[str, dict[str, jax.Array]]:
@@ -315,7 +310,7 @@ def of_weights(params: dict[str, Any], config: ConfigDict) -> dict[str, dict[str
 
 
 def telemetry(config: ConfigDict) -> Callable[..., dict[str, jax.Array]]:
-    """The function (params, patches (B, N, P), keys (B,)) -> {name: scalar} that training logs.
+    """The function (params, images (B, H, W, 3), keys (B,)) -> {name: scalar} that training logs.
 
     One mean over images per layer, ``whitebox/PART/MEASURE/LAYER``, layers counted from 1; by
     config.whitebox.measure.
@@ -323,8 +318,8 @@ def telemetry(config: ConfigDict) -> Callable[..., dict[str, jax.Array]]:
     measures = MEASURES if config.whitebox.measure == "both" else (config.whitebox.measure,)
     measure = build(config, measures)
 
-    def scalars(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array) -> dict[str, jax.Array]:
-        means = jax.tree.map(lambda x_LB: jnp.mean(x_LB, axis=1), measure(params, patches_BNP, keys_B))
+    def scalars(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array) -> dict[str, jax.Array]:
+        means = jax.tree.map(lambda x_LB: jnp.mean(x_LB, axis=1), measure(params, images_BHWC, keys_B))
         weights = of_weights(params, config)
         return {
             f"whitebox/{part}/{name}/{layer + 1:02d}": values_L[layer]
@@ -375,7 +370,7 @@ def over_images(
     Args:
       config: valid; its seed draws the corruptions.
       params: ``encoder`` and, where there is one, ``decoder``.
-      batches: patches (b, N, P) of normalised images, all batches but the last of one size.
+      batches: normalised images (b, H, W, 3), all batches but the last of one size.
       measures: see :func:`encoder_layer`.
 
     Returns:
@@ -384,9 +379,9 @@ def over_images(
     measure = jax.jit(build(config, measures))
     params = jax.device_put(params)
     spread = Spread()
-    for i, patches_BNP in enumerate(batches):
+    for i, images_BHWC in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(config.seed), i)
-        spread.add(jax.device_get(measure(params, patches_BNP, jax.random.split(key, len(patches_BNP)))))
+        spread.add(jax.device_get(measure(params, images_BHWC, jax.random.split(key, len(images_BHWC)))))
     return spread.result(), spread.images
 
 
@@ -400,17 +395,17 @@ def linear_inversion_error(config: ConfigDict, params: dict[str, Any], batches: 
     Args:
       config: valid; its seed draws the corruptions.
       params: ``encoder`` and ``decoder``.
-      batches: patches (b, N, P) of normalised images, at least two batches of many images.
+      batches: normalised images (b, H, W, 3), at least two batches of many images.
 
     Returns:
       |Z - A Y - c| / |Z - mean| by decoder layer, 1 where Y says nothing; empty where the two are not of one width.
     """
-    features = _features(config)
+    features, prefix = _features(config), prefix_tokens(config)
 
     @jax.jit
-    def moments(params: dict[str, Any], patches_BNP: jax.Array, keys_B: jax.Array) -> jax.Array | None:
-        points, decoded, corruption = features(params, patches_BNP, keys_B)
-        pairs = None if decoded is None else _pairs(points, decoded)
+    def moments(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array) -> jax.Array | None:
+        points, decoded, corruption = features(params, images_BHWC, keys_B)
+        pairs = None if decoded is None else _pairs(points, decoded, prefix)
         if pairs is None:
             return None
 
@@ -425,9 +420,9 @@ def linear_inversion_error(config: ConfigDict, params: dict[str, Any], batches: 
         return jax.lax.map(one, pairs)
 
     params, sums = jax.device_put(params), [np.zeros(()), np.zeros(())]
-    for i, patches_BNP in enumerate(batches):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), i), len(patches_BNP))
-        part = moments(params, patches_BNP, keys)
+    for i, images_BHWC in enumerate(batches):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), i), len(images_BHWC))
+        part = moments(params, images_BHWC, keys)
         if part is None:
             return np.zeros(0)
         sums[i % 2] = sums[i % 2] + np.asarray(part, np.float64)

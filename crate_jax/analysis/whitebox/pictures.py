@@ -19,10 +19,9 @@ from ml_collections import ConfigDict
 
 from crate_jax.data.pixels import normalise
 from crate_jax.methods.reconstruction import reconstruct
-from crate_jax.models import ENCODERS, autoencoder, corruption as corruptions
-from crate_jax.models.corruption import Identity
+from crate_jax.models import autoencoder, corruption as corruptions, prefix_tokens, representation
 from crate_jax.models.layers import BLOCK_EPS, FINAL_EPS, layer_norm
-from crate_jax.models.patches import grid_shape, patchify, relative_position_index
+from crate_jax.models.patches import grid_shape, relative_position_index
 from crate_jax.workdir.pictures import reconstruction_grid
 
 # The key that says how much a corruption takes away, and how a value of it is captioned.
@@ -49,7 +48,7 @@ def reconstructions(
     """
     name = config.corruption.name
     apply: Any = autoencoder.build(config).apply
-    patches_BNP = patchify(normalise(jnp.asarray(images_uint8), config), config.encoder.patch_size)
+    images = normalise(jnp.asarray(images_uint8), config)
     keys = jax.random.split(jax.random.key(config.seed), len(images_uint8))
     columns: dict[str, np.ndarray] = {}
     for ratio in ratios if name in RATIOS else (0.0,):
@@ -60,7 +59,7 @@ def reconstructions(
             changed.corruption[key] = ratio
         corruption = corruptions.sampler(changed, *autoencoder.patch_numbers(changed))(keys)
         original, seen, _, combined = jax.device_get(
-            jax.jit(lambda p, x, c: reconstruct(config, apply, c, p, x))(params, patches_BNP, corruption)
+            jax.jit(lambda p, x, c: reconstruct(config, apply, c, p, x))(params, images, corruption)
         )
         columns |= {"original": original, caption: seen, f"{caption.split()[0]}: completed": combined}
     return reconstruction_grid(columns)
@@ -74,15 +73,12 @@ def penultimate(config: ConfigDict) -> int:
 def queries_and_keys(
     config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What a block's attention compares, (B, H, 1 + N, K) twice, class token first, of clean images.
+    """What a block's attention compares, (B, H, prefix + N, K) twice, of clean images.
 
     In CRATE both are U_k^T LN(Z), which is one projection for queries, keys and values.
     """
-    patches_BNP = patchify(normalise(jnp.asarray(images_uint8), config), config.encoder.patch_size)
-    encoder, heads = ENCODERS[config.encoder.name](config), config.encoder.heads
-    variables = {"params": params["encoder"]}
-    _, state = encoder.apply(variables, patches_BNP, Identity(), mutable=["intermediates"])
-    x_BND = state["intermediates"]["blocks"]["input"][0][block]
+    _, points = representation.points(config)(params, normalise(jnp.asarray(images_uint8), config))
+    x_BND, heads = points["input"][block], config.encoder.heads
     weights = jax.tree.map(lambda x: x[block], params["encoder"]["blocks"])
 
     def split(x_BNE: jax.Array) -> jax.Array:
@@ -115,7 +111,8 @@ def class_attention(
     block = penultimate(config) if block is None else block
     grid = grid_shape(config.data.image_size, config.encoder.patch_size)
     query, key = queries_and_keys(config, params, images_uint8, block)
-    logits_BHN = jnp.einsum("bhk,bhnk->bhn", query[:, :, 0], key[:, :, 1:]) / np.sqrt(query.shape[-1])
+    key = key[:, :, prefix_tokens(config) :]
+    logits_BHN = jnp.einsum("bhk,bhnk->bhn", query[:, :, 0], key) / np.sqrt(query.shape[-1])
     table = params["encoder"].get("relative_bias")  # one for all blocks, or one for each
     if "relative_bias" in params["encoder"]["blocks"]:
         table = params["encoder"]["blocks"]["relative_bias"][block]
@@ -210,7 +207,8 @@ def components(
 
 def _key_tokens(config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray) -> np.ndarray:
     """Keys of the penultimate block's patch tokens, (B, h, w, E)."""
-    key_BHNK = np.asarray(queries_and_keys(config, params, images_uint8, penultimate(config))[1])[:, :, 1:]
+    key_BHNK = np.asarray(queries_and_keys(config, params, images_uint8, penultimate(config))[1])
+    key_BHNK = key_BHNK[:, :, prefix_tokens(config) :]
     B = len(key_BHNK)
     return key_BHNK.transpose(0, 2, 1, 3).reshape(B, *grid_shape(config.data.image_size, config.encoder.patch_size), -1)
 

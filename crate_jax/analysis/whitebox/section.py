@@ -14,7 +14,6 @@ from crate_jax import data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, theory
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
-from crate_jax.models.patches import patchify
 from crate_jax.report.section import Figure, Section, Subject, Table
 
 BATCH = 64
@@ -192,12 +191,12 @@ def profile(subject: Subject, images: int) -> Profile:
 
 
 def _batches(subject: Subject, source: data.Source, images: int) -> Iterator[np.ndarray]:
-    """Patches of a seeded choice of images, in batches of one size but for the last."""
+    """Normalised images (b, H, W, 3) of a seeded choice, in batches of one size but for the last."""
     config = subject.config
     chosen = sample(len(source), images, config.seed)
     size = min(BATCH, -(-len(chosen) // 2))  # two at least: one to fit, one to judge
     for batch in data.eval_batches(config, source, chosen, size):
-        yield np.asarray(patchify(normalise(jnp.asarray(batch["image"]), config), config.encoder.patch_size))
+        yield np.asarray(normalise(jnp.asarray(batch["image"]), config))
 
 
 def _plot(curves: Sequence[Curve], label: str, lines: Sequence[float]) -> Plot:
