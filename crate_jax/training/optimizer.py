@@ -134,10 +134,17 @@ def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTra
       params: the parameter tree, or its shapes.
       decay: the factor per layer.
       freeze: no update at all to the encoder.
+
+    Raises:
+      ConfigError: the encoder is not frozen and has no stack of blocks, whose leading axis tells L.
     """
     leaves = parameters.names(params)
     stacked = (name for name in leaves if name.startswith("encoder/") and parameters.is_stacked(name))
-    depth = max(leaves[name].shape[0] for name in stacked)
+    depth = max((leaves[name].shape[0] for name in stacked), default=0)
+    if not depth and not freeze:
+        raise ConfigError(
+            f"config.optimizer.layer_decay={decay}: this encoder has no stack of blocks to count layers in; set it to 1"
+        )
 
     def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         name = parameters.path_name(path)
