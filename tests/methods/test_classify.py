@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crate_jax import config as configs, data
-from crate_jax.errors import CheckpointError
+from crate_jax.errors import CheckpointError, ConfigError
 from crate_jax.methods import classify
 from crate_jax.models import build_encoder
 from crate_jax.models.adopt import adopt_encoder
@@ -108,6 +108,16 @@ def test_another_models_encoder_is_named_array_by_array():
         adopt_encoder({"encoder": ours}, {"encoder": theirs}, "test")
     with pytest.raises(CheckpointError, match="no 'encoder'"):
         adopt_encoder({"encoder": ours}, {"decoder": theirs}, "test")
+
+
+def test_rates_by_layer_need_a_stack_of_blocks():
+    """Without one there is no depth to count: an error; freezing needs none."""
+    params = {"encoder": {"stem": {"kernel": jnp.ones((3, 2))}}, "head": {"kernel": jnp.ones((2, 5))}}
+    with pytest.raises(ConfigError, match="config.optimizer.layer_decay=0.5: .* no stack of blocks"):
+        optimizer.scale_by_layer(params, 0.5, False)
+    frozen = optimizer.scale_by_layer(params, 0.5, True).update(params, None, None)[0]
+    assert float(jnp.abs(frozen["encoder"]["stem"]["kernel"]).max()) == 0.0
+    np.testing.assert_array_equal(frozen["head"]["kernel"], 1.0)
 
 
 def test_rates_fall_with_the_depth_below_the_head():
