@@ -79,6 +79,21 @@ def test_another_size_is_encoded_as_by_the_encoder_of_that_size(encoder, positio
     np.testing.assert_allclose(tokens, expected, atol=1e-5)
 
 
+def test_a_relative_bias_is_looked_up_on_the_images_grid():
+    """A large bias for one column to the right: each patch then looks at its right neighbour alone."""
+    c = small("vit", WIDE, positions="relative", depth=1)
+    params, h, w = random(c), 5, 7
+    table = np.zeros(params["encoder"]["relative_bias"].shape, np.float32)
+    table[(h - 1) * (2 * w - 1) + w - 2] = 60.0  # query less key: 0 rows, -1 column
+    params["encoder"]["relative_bias"] = jnp.asarray(table)
+
+    def token(x: jax.Array) -> jax.Array:
+        return jnp.sum(build_encoder(c).apply({"params": params["encoder"]}, x)[0, 1 + 2 * w + 5] ** 3)
+
+    moved = np.abs(np.asarray(patchify(jax.jit(jax.grad(token))(images(n=1)), 4))).max((0, 2)).reshape(h, w)
+    assert {tuple(place) for place in np.argwhere(moved > 1e-6 * moved.max())} == {(2, 5), (2, 6)}
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_resized_table_keeps_its_rows_and_columns(axis):
     """What rises along one side of a 4 x 6 grid rises along that side of a 5 x 7 one, and nowhere else."""
