@@ -1,0 +1,77 @@
+"""The rooms of the package: which may import which."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from crate_jax.methods import METHODS
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "crate_jax"
+# From the roof to the ground; a room imports only rooms below it. docs/architecture.md says what each holds.
+FLOORS = (
+    "main", "flags", "jobs", "convert", "analysis", "config", "training", "methods", "report", "evals", "models",
+    "data", "workdir", "parallel", "validation", "errors",
+)  # fmt: skip
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules of the package that a file imports, anywhere in it, as dotted names below ``crate_jax``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix("crate_jax.") for name in found if name.startswith("crate_jax."))
+
+
+def module(path: Path) -> str:
+    """``training/step.py`` -> ``training.step``; a package's own file is the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+
+
+def test_every_file_is_in_a_room():
+    """At the top there is only what starts a program, and what all rooms share."""
+    assert {name.split(".")[0] for name in FILES} == set(FLOORS)
+    assert {name for name, path in FILES.items() if path.parent == PACKAGE} == {
+        "main", "flags", "config", "validation", "errors"
+    }  # fmt: skip
+
+
+def test_no_import_runs_back_up():
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in FILES.items()
+        for other in imports(path)
+        if other.split(".")[0] in FLOORS and FLOORS.index(other.split(".")[0]) < FLOORS.index(name.split(".")[0])
+    ]
+    assert not wrong
+
+
+def test_only_main_knows_the_jobs_and_no_job_is_known_by_name():
+    users = {name for name, path in FILES.items() for other in imports(path) if other.split(".")[0] == "jobs"}
+    assert {name.split(".")[0] for name in users} == {"main", "jobs"}
+    assert set(imports(PACKAGE / "main.py")) & {"jobs.JOBS"}
+    assert not any(other.startswith("jobs.") and other != "jobs.JOBS" for other in imports(PACKAGE / "main.py"))
+
+
+def test_a_method_imports_no_other_method():
+    files = {row.build.__module__.removeprefix("crate_jax.") for row in METHODS.values()}
+    assert len(files) == len(METHODS)
+    for file in files:
+        for other in imports(FILES[file]):
+            assert not any(other == f or other.startswith(f"{f}.") for f in files), f"{file} imports {other}"
+
+
+def test_training_knows_no_method():
+    for name in ("training.step", "training.loop"):
+        from_methods = {other for other in imports(FILES[name]) if other.startswith("methods")}
+        assert from_methods and all(other.startswith("methods.method.") for other in from_methods)
