@@ -455,7 +455,7 @@ def test_bands_add_up_to_the_loss():
     D = len(components.variances_D)
     error = bands.reconstruction_by_band(c, params, images, components, [0, D])[0]
     loss = reconstruction.build(c).loss(
-        params, {"image": jnp.asarray(images)}, jax.random.split(jax.random.key(0), 16)
+        params, {}, {"image": jnp.asarray(images)}, jax.random.split(jax.random.key(0), 16)
     )[0]
     assert error * components.variances_D.sum() / D == pytest.approx(float(loss), rel=1e-4)
     centred = bands.Components(0 * components.mean_D, components.vectors_DD, components.variances_D, 32)
