@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.analysis.whitebox import measures
-from crate_jax.config import method_name, validate
+from crate_jax.config import base, method_name, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
@@ -31,7 +31,7 @@ from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import nonfinite
 from crate_jax.training.loop import Loop, Observer, Picture
-from crate_jax.validation import changed_keys
+from crate_jax.validation import changed_keys, flatten
 from crate_jax.workdir import checkpoint, metrics, pictures
 from crate_jax.workdir.folder import lock
 
@@ -198,6 +198,7 @@ def require_same_task(config: ConfigDict, folder: Path, before: Mapping[str, Any
     """
     if config.job == "pretrain":
         return
+    before = flatten(base()) | flatten(before)  # a key that came later had no other value than its default
     changed = [line for line in changed_keys(before, config) if line.startswith(TASK)]
     changed += ["config.data: other training images"] * other_images
     if changed:

@@ -273,6 +273,19 @@ def test_other_classes_in_the_test_folder_are_named(pretraining, tmp_path):
         job.run(configured("", pretraining, data__source=f"folder:{tmp_path / 'set'}"), str(tmp_path / "work"))
 
 
+def test_a_run_from_before_a_key_came_goes_on():
+    """Its config lacks the key, which had no other value than its default."""
+    c = evaluate.get_config("protocol=finetune_crate")
+    before = json.loads(json.dumps(c.to_dict()))
+    del before["method"]
+    train.require_same_task(c, Path("run"), before, other_images=False)
+    before["protocol"]["scratch"] = True
+    with pytest.raises(
+        ConfigError, match=r"run holds a run that started otherwise \(protocol.scratch: True -> False\)"
+    ):
+        train.require_same_task(c, Path("run"), before, other_images=False)
+
+
 @pytest.mark.slow
 def test_relative_positions_of_another_grid_are_named(tmp_path):
     c = quickstart.get_config("debug")

@@ -173,7 +173,8 @@ def test_a_removed_patch_does_not_reach_the_encoder(encoder, corruption):
     """Its gradient is exactly zero through every token; a kept patch reaches all of them."""
     c = small(encoder, corruption, "transformer")
     params = autoencoder.init_params(c, jax.random.key(0))
-    masking = Masking.from_noise(jnp.asarray([[0.1, 0.9, 0.2, 0.8, 0.7, 0.3]]), 3, corruption == "mask-drop")
+    noise = jnp.asarray([[0.1, 0.9, 0.2, 0.8, 0.7, 0.3]])
+    masking = Masking.from_noise(noise, 3, corruption == "mask-drop", learned=corruption != "mask-zero")
 
     def tokens(x):
         return jnp.sum(build_encoder(c).apply({"params": params["encoder"]}, x, masking) ** 3)
