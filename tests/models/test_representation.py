@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from crate_jax import config as configs
+from crate_jax.config import validate
 from crate_jax.errors import ConfigError
 from crate_jax.models import ENCODERS, build_encoder, representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.corruption import CLEAN, Masking
 from crate_jax.models.decoders import DECODERS
 from crate_jax.models.patches import patchify, resize_table, sincos_positions
-from crate_jax.validation import validate
 
 pytestmark = pytest.mark.one_python
 
