@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -24,6 +25,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "64")
 
 import jax  # noqa: E402  (reads the environment when imported)
+
+from crate_jax.parallel import sharding  # noqa: E402
 
 
 def _cache_dir() -> Path:
@@ -60,6 +63,25 @@ for _name, _value in CACHE_SETTINGS.items():
 jax.config.update("jax_num_cpu_devices", DEVICES)
 
 
+# Most of the suite's time goes into compiling: little of it into making programs fast. The old emitters take a third of
+# the new ones' time; jax 0.10 is the last with both. The second flag is one that runs set: with it from the start, what
+# is compiled before a run, in it and in other processes has the same key in the cache.
+QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0", f"--{sharding.PATIENCE}=300"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --optimised."""
+    parser.addoption("--optimised", action="store_true", help="compile programs as users do; takes three times as long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Says how XLA compiles, here and in all processes of the tests alike: they compare bits."""
+    if not config.getoption("--optimised"):
+        os.environ["XLA_FLAGS"] = " ".join(QUICK_TO_COMPILE)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Fails at once, not in the middle of a sharding test, if JAX was started before this file."""
     if jax.device_count() != DEVICES:
@@ -69,7 +91,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def cli_env() -> dict[str, str]:
     """The environment of a `python -m crate_jax.main` process: none of the caller's settings."""
-    kept = ("PATH", "HOME", "USER", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+    kept = ("PATH", "HOME", "USER", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "XLA_FLAGS")
     env = {name: os.environ[name] for name in kept if name in os.environ}
     env["JAX_PLATFORMS"] = "cpu"
     env |= {name.upper(): str(value) for name, value in CACHE_SETTINGS.items()}

@@ -12,6 +12,7 @@ from crate_jax.data.pixels import normalise
 from crate_jax.methods import reconstruction
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify, unpatchify
+from crate_jax.training import step as train_step
 from crate_jax.validation import validate
 
 BATCH = 3
@@ -32,13 +33,13 @@ def tiny(corruption: str, target: str = "pixel"):
 
 def drawn(c) -> tuple[np.ndarray, list[np.ndarray], jax.Array]:
     """uint8 images, the pictures of them in columns, and the keys of the draws."""
-    objective = reconstruction.build(c)
-    params = objective.init(jax.random.key(0))[0]
+    method = reconstruction.build(c)
+    params = train_step.init_params(c, method)[0]
     head = params["decoder"]["head"]
     head["kernel"], head["bias"] = jnp.zeros_like(head["kernel"]), jnp.full_like(head["bias"], SAID)
     images = np.random.default_rng(0).integers(90, 170, (BATCH, 20, 12, 3), np.uint8)  # so that nothing is clipped
     keys = jax.random.split(jax.random.key(1), BATCH)
-    return images, [np.asarray(x) for x in objective.pictures(params, {"image": images}, keys)], keys
+    return images, [np.asarray(x) for x in method.pictures(params, {"image": images}, keys)], keys
 
 
 @pytest.mark.parametrize("corruption", ["mask", "rop"])

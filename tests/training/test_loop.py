@@ -202,13 +202,13 @@ def test_epochs_are_rounded_to_steps_and_make_at_least_one(epochs, batch, steps)
     """Of 1,437 images: 59.9, 2.9, 2.4, 0.4 and 0.00001 steps."""
     c = configs.base()
     c.epochs, c.batch_size = epochs, batch
-    assert loop.total_steps(c, 1437) == (steps, 1437 / batch)
+    assert train_step.total_steps(c, 1437) == (steps, 1437 / batch)
 
 
 def test_steps_given_count_as_they_are():
     c = configs.base()
     c.steps, c.epochs, c.batch_size = 7, 0.0, 96
-    assert loop.total_steps(c, 1437)[0] == 7
+    assert train_step.total_steps(c, 1437)[0] == 7
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
