@@ -18,7 +18,7 @@ unexport JAX_PLATFORMS JAX_PLATFORM_NAME JAX_NUM_CPU_DEVICES JAX_ENABLE_X64 JAX_
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install install-test install-browser quickstart test test-slow lint format types ci lock clean
+.PHONY: help install install-test install-browser quickstart test test-slow mutate lint format types ci lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -78,8 +78,11 @@ quickstart: $(VENV)/.installed ## pre-train on scikit-learn's digits; prints k-N
 test: $(VENV)/.installed-test ## the quick tests
 	@$(PYTEST) -m 'not slow' $(ARGS)
 
-test-slow: $(VENV)/.installed-test ## the tests marked slow
-	@$(PYTEST) -m slow $(ARGS)
+test-slow: $(VENV)/.installed-test ## the tests marked slow, with programs compiled as users do
+	@$(PYTEST) -m slow --optimised $(ARGS)
+
+mutate: $(VENV)/.installed-test ## break the code, one place at a time: each row of tests/mutations.toml must be noticed
+	@$(BIN)/python -m tests.mutate $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff: rules and format, without changing a file; shellcheck
 	@$(BIN)/python -m ruff check .
