@@ -296,7 +296,7 @@ def test_what_stops_one_process_stops_all_in_one_line(cli_env, tmp_path):
 
 FAILING = """
 import sys, time
-from crate_jax import distributed
+from crate_jax.parallel import distributed
 address, process = sys.argv[1], int(sys.argv[2])
 distributed.start(distributed.Cluster(address, 3, process))
 distributed.watch()

@@ -525,7 +525,7 @@ def test_disk_that_fills_up_while_saving(small_disk: Path, monkeypatch: pytest.M
 SAVES = """
     import sys
     import numpy as np
-    from crate_jax import checkpoint
+    from crate_jax.workdir import checkpoint
     from crate_jax.config import base
     def params(step):
         return {f"w{i}": np.random.default_rng([step, i]).standard_normal(10**6, np.float32) for i in range(5)}

@@ -20,8 +20,8 @@ from tests.conftest import ROOT
 
 HOLDER = """
     import sys, time
-    from crate_jax import workdir
-    with workdir.lock(sys.argv[1]):
+    from crate_jax.workdir import folder
+    with folder.lock(sys.argv[1]):
         print("held", flush=True)
         time.sleep(60)
 """
