@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -99,20 +100,33 @@ def cli_env() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def run_cli(cli_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_cli(args, timeout=300, env={})` runs `python -m crate_jax.main *args` in a process of its own.
+def forks(cli_env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """`python -m tests.forked`, for all commands of this worker: what they import is imported once."""
+    command = [sys.executable, "-m", "tests.forked"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=cli_env, text=True, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def run_cli(forks: subprocess.Popen[str], cli_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_cli(args, env={})` runs `python -m crate_jax.main *args` in a process of its own.
 
     It starts in the checkout (so `--config=configs/...` works), with `cli_env` plus `env`, and
     returns the CompletedProcess with `stdout` and `stderr` as text; it does not raise when the
-    command fails. `subprocess.TimeoutExpired` after `timeout` seconds.
+    command fails. Without `env` the process is a fork of one that has imported the modules.
     """
 
-    def run(
-        args: Sequence[str], timeout: float = 300, env: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "crate_jax.main", *map(str, args)]
-        return subprocess.run(
-            command, cwd=ROOT, env=cli_env | dict(env or {}), capture_output=True, text=True, timeout=timeout
-        )
+    def run(args: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        args = [*map(str, args)]
+        if env is not None:
+            command = [sys.executable, "-m", "crate_jax.main", *args]
+            return subprocess.run(command, cwd=ROOT, env=cli_env | env, capture_output=True, text=True, timeout=300)
+        assert forks.stdin is not None and forks.stdout is not None
+        forks.stdin.write(json.dumps({"argv": ["crate_jax.main", *args], "env": {}}) + "\n")
+        forks.stdin.flush()
+        done = json.loads(forks.stdout.readline())
+        return subprocess.CompletedProcess(args, done["status"], done["stdout"], done["stderr"])
 
     return run

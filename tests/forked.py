@@ -1,9 +1,10 @@
 """Runs command lines in forked processes: one import for many, and nothing of one reaches the next.
 
-    python -m tests.forked < commands.json
+    python -m tests.forked < commands.jsonl
 
-Reads a list of {"argv", "env"} from stdin and writes a line {"status", "stdout", "stderr", "seconds"} for each, in
-order. `argv` begins with the module. The process that imports never starts JAX's backend, so that it can be forked.
+Reads lines {"argv", "env"} from stdin and answers each, before it reads the next, by a line {"status", "stdout",
+"stderr", "seconds"}. `argv` begins with the module. The process that imports never starts JAX's backend, so that it
+can be forked; what JAX reads of the environment when it is imported cannot be set by `env`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from crate_jax import main as jobs
 from crate_jax.convert import __main__ as convert
 from crate_jax.jobs import report as _  # noqa: F401  (main imports it only for the job)
 
-SECONDS = 150
+SECONDS = 300
 
 
 def run(argv: list[str], env: dict[str, str]) -> dict[str, object]:
@@ -64,5 +65,6 @@ def call(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for command in json.load(sys.stdin):
+    for line in iter(sys.stdin.readline, ""):
+        command = json.loads(line)
         print(json.dumps(run(command["argv"], command["env"])), flush=True)

@@ -43,8 +43,8 @@ def forked(rows: list[Row], folders: list[Path], env: Mapping[str, str]) -> list
         set_here = dict(word.split("=", 1) for word in words[:start])
         commands.append({"argv": [MODULES[words[start]], *words[start + 1 :]], "env": set_here})
     done = subprocess.run(
-        [sys.executable, "-m", "tests.forked"], cwd=ROOT, env=dict(env), input=json.dumps(commands), text=True,
-        stdout=subprocess.PIPE, check=True,
+        [sys.executable, "-m", "tests.forked"], cwd=ROOT, env=dict(env), text=True,
+        input="".join(json.dumps(command) + "\n" for command in commands), stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -31,10 +31,8 @@ def test_a_row_that_does_not_fit_is_named(text):
     ("body", "said"),
     [
         ("def test():\n    assert 1 == 2", ""),
-        ("def test():\n    raise ValueError('bad')", ""),
         ("def test():\n    pass", "SURVIVED"),
         ("def test():\n    nonesuch", "CANNOT RUN: failure: NameError"),
-        ("import nonesuch\ndef test(): pass", "NO TEST FAILED (pytest's status 4)"),
         ("def other(): pass", "NO TEST FAILED (pytest's status 4)"),
         (
             "import pytest\n@pytest.fixture\ndef bad():\n    assert 0\ndef test(bad): pass",
