@@ -35,7 +35,7 @@ def small(encoder: str = "crate", decoder: str = "crate", fill: str = "token", *
     c.encoder.update(encoder_values)
     c.decoder.name, c.decoder.depth, c.decoder.heads = decoder, 2, 2
     c.corruption.mask_fill, c.decoder.positions = fill, fill == "drop"
-    c.corruption.mask_ratio = 0.5
+    c.corruption.mask_ratio = 0.6
     validate(c)
     return c
 
@@ -201,7 +201,7 @@ def test_decoder_layers_are_paired_with_encoder_layers_from_the_bottleneck():
     keys = jax.random.split(jax.random.key(1), len(x))
     points, decoded, corruption = whitebox._features(c)(params, x, keys)
     removed = np.asarray(corruption.removed_BN) > 0
-    assert removed.sum(1).tolist() == [8] * 4
+    assert removed.sum(1).tolist() == [10] * 4
     for j in range(2):
         z, y = (np.asarray(a[i, :, 1:]) for a, i in ((points["input"], 2 - j), (decoded["after_mssa"], j)))
         for b in range(4):

@@ -139,7 +139,7 @@ def test_statistics_are_the_checkpoints_unless_set(pretraining):
 
 def test_a_checkpoint_with_averaged_weights_is_judged_by_them(tmp_path):
     c = quickstart.get_config("debug")
-    c.optimizer.ema, c.log.pictures = 0.5, 0
+    c.optimizer.ema, c.log.pictures = 0.9, 0
     train.run(c, str(tmp_path))
     raw = json.loads((tmp_path / "summary.json").read_text())["params_sha256"]
     assert checkpoint.params_sha256(checkpoint.read_params(tmp_path)[0]) == raw

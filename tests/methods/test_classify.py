@@ -54,9 +54,9 @@ def test_erasing_hits_its_share_of_the_images_with_boxes_of_the_right_size():
 
 def test_options_of_a_recipe_reach_the_loss():
     c = configs.base()
-    c.data.image_size, c.encoder.patch_size, c.data.source = (8, 8), 4, "synthetic"
+    c.data.image_size, c.encoder.patch_size, c.data.source = (8, 12), 4, "synthetic"
     c.encoder.update(dict(name="vit", width=16, depth=2, heads=2))
-    source = data.SyntheticSource("train", (8, 8))
+    source = data.SyntheticSource("train", (8, 12))
     batch = {"image": np.stack([source.read(i) for i in range(8)]), "label": source.labels[:8]}
 
     def build(key: str, value: float):

@@ -81,7 +81,7 @@ def test_carried_goes_through_the_micro_batches_in_order():
     c = small()
     c.accumulate = 2
     state = run_steps(c, with_target(c), 1)[-1]
-    parts = images(0, c.batch_size).reshape(-1, 2, 8, 8, 3).swapaxes(0, 1)  # interleaved, as the step cuts it
+    parts = images(0, c.batch_size).reshape(-1, 2, 12, 8, 3).swapaxes(0, 1)  # interleaved, as the step cuts it
     expected = 0.25 * parts[0].mean() + parts[1].mean()
     assert state.carried["mean"] == pytest.approx(expected, rel=1e-6)
     assert state.carried["mean"] != pytest.approx(0.25 * parts[1].mean() + parts[0].mean(), rel=1e-4)

@@ -24,9 +24,9 @@ from crate_jax.training import loop, step as train_step
 def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none"):
     c = configs.base()
     c.steps, c.batch_size = 4, 16
-    c.data.image_size = (8, 8)
+    c.data.image_size = (12, 8)
     c.encoder.name, c.encoder.patch_size = encoder, 2
-    c.encoder.width, c.encoder.depth, c.encoder.heads = 16, 2, 2
+    c.encoder.width, c.encoder.depth, c.encoder.heads = 24, 2, 2
     if encoder == "vit":  # no key bias: its gradient is rounding noise, which Adam blows up to the learning rate
         c.encoder.drop_path, c.encoder.qkv_bias = 0.3, "qv"
     c.decoder.depth, c.decoder.heads = 1, 2
@@ -38,7 +38,7 @@ def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none
 
 
 def images(step: int, batch: int) -> np.ndarray:
-    return np.random.default_rng(step).integers(0, 256, (batch, 8, 8, 3), np.uint8)
+    return np.random.default_rng(step).integers(0, 256, (batch, 12, 8, 3), np.uint8)
 
 
 def steps(c, devices: int, count: int = 3):

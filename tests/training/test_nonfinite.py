@@ -109,7 +109,7 @@ def test_a_skipped_step_leaves_everything_but_its_number(where, encoder, penalty
 def folder(tmp_path: Path) -> Path:
     """Twelve images, the fifth of them white."""
     for i in range(12):
-        pixels = images(i, 1)[0] if i != 4 else np.full((8, 8, 3), 255, np.uint8)
+        pixels = images(i, 1)[0] if i != 4 else np.full((12, 8, 3), 255, np.uint8)
         pictures.save_png(tmp_path / "images" / f"{i:02d}.png", pixels)
     return tmp_path / "images"
 
