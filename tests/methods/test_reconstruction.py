@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from crate_jax import config as configs
+from crate_jax.config import validate
 from crate_jax.data.pixels import normalise
 from crate_jax.methods import reconstruction
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify, unpatchify
 from crate_jax.training import step as train_step
-from crate_jax.validation import validate
 
 BATCH = 3
 SAID = 0.2  # by the decoder, of each pixel of each patch
