@@ -17,7 +17,7 @@ from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.jobs import evaluate, finetune
 from crate_jax.methods import reconstruction
 from crate_jax.models import autoencoder
-from crate_jax.training import optimizer
+from crate_jax.training import optimizer, orthogonality
 from crate_jax.validation import changed_keys, check_types, check_values, flatten
 
 NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
@@ -63,7 +63,8 @@ def test_config_builds(name, arg):
     json.dumps(c.to_dict())
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     optimizer.build(c, shapes, c.steps or 100_000, 100.0)
-    assert bool(reconstruction.build(c).penalised) == (c.penalty.name != "none")
+    reconstruction.build(c)
+    assert bool(orthogonality.build(c, shapes).names) == (c.penalty.name != "none")
 
 
 @pytest.mark.parametrize("protocol", [*PROTOCOLS, *finetune.PROTOCOLS])
