@@ -42,7 +42,7 @@ def test_the_targets_notice_what_they_are_for(monkeypatch):
     """A parser that lets an exception through, and one that says two lines, are found."""
     subject = fuzz.ConfigTarget(builds=0)
     for parse in (lambda argv: 1 / 0, lambda argv: sys.exit(2)):
-        monkeypatch.setattr(fuzz.main, "parse_flags", parse)
+        monkeypatch.setattr(fuzz, "parse_flags", parse)
         with pytest.raises(AssertionError):
             subject.case(random.Random(0))
 
