@@ -18,7 +18,7 @@ unexport JAX_PLATFORMS JAX_PLATFORM_NAME JAX_NUM_CPU_DEVICES JAX_ENABLE_X64 JAX_
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install install-test install-browser quickstart test test-slow mutate lint format types ci lock clean
+.PHONY: help install install-test install-browser quickstart test test-slow mutate docs lint format types ci lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +83,10 @@ test-slow: $(VENV)/.installed-test ## the tests marked slow, with programs compi
 
 mutate: $(VENV)/.installed-test ## break the code, one place at a time: each row of tests/mutations.toml must be noticed
 	@$(BIN)/python -m tests.mutate $(ARGS)
+
+docs: $(VENV)/.installed-test ## write the generated pages anew: all keys, all bad inputs
+	@$(BIN)/python -m tests.config_page > .cache/page && mv .cache/page docs/config.md
+	@$(BIN)/python -m tests.bad_inputs > .cache/page && mv .cache/page docs/bad_inputs.md
 
 lint: $(VENV)/.installed-test ## ruff: rules and format, without changing a file; shellcheck
 	@$(BIN)/python -m ruff check .
