@@ -1,4 +1,4 @@
-"""Encoders: modules ``(images_BHWC, corruption, keys_B) -> tokens_B(prefix+M)D``, and what tells them apart.
+"""Encoders: modules ``(images_BHWC, corruption, keys_B) -> tokens (B, prefix + M, D)``, and the table of them.
 
 Shapes: B batch, H and W pixels, M patch tokens that the encoder sees, D width.
 """
@@ -68,22 +68,22 @@ class Encoder:
 
     The module that `build` returns is called with images (B, H, W, 3), float32 and normalised
     (:mod:`crate_jax.data.pixels`), a corruption (none: the identity) and one key per image (none: no drop path).
-    It returns the tokens (B, prefix + M, D). The image may have another size than the config's.
+    It returns the tokens (B, prefix + M, D). The images may have another size than the config's.
 
     Attributes:
-      build: whole config -> module.
-      prefix: how many tokens stand before those of the patches; the first of them is the class token.
-      output: the named point of its blocks that holds a block's output.
+      build: the function whole config -> module.
+      prefix: number of tokens before the patch tokens; the first of them is the class token.
+      output_point: the named point of a block that holds the block's output.
     """
 
     build: Callable[[ConfigDict], nn.Module]
     prefix: int
-    output: str
+    output_point: str
 
 
 ENCODERS: dict[str, Encoder] = {
-    "crate": Encoder(_crate, prefix=1, output="after_ista"),
-    "vit": Encoder(_vit, prefix=1, output="after_mlp"),
+    "crate": Encoder(_crate, prefix=1, output_point="after_ista"),
+    "vit": Encoder(_vit, prefix=1, output_point="after_mlp"),
 }
 
 
@@ -93,16 +93,16 @@ def build_encoder(config: ConfigDict) -> nn.Module:
 
 
 def prefix_tokens(config: ConfigDict) -> int:
-    """How many tokens stand before those of the patches in what the config's encoder returns."""
+    """Number of tokens before the patch tokens in the output of the config's encoder."""
     return ENCODERS[config.encoder.name].prefix
 
 
 def blank_image(config: ConfigDict) -> jax.Array:
-    """One image of zeros (1, H, W, 3) of the config's size, to make initial parameters with."""
+    """One image of zeros (1, H, W, 3) of the config's size, the input with which parameters are initialised."""
     return jnp.zeros((1, *config.data.image_size, 3), jnp.float32)
 
 
-MAX_PATCHES = 2**20  # of one image
+MAX_PATCHES = 2**20  # per image
 
 
 def _check_images(c: ConfigDict) -> None:
@@ -144,11 +144,11 @@ ENCODER = Section(
         patch_size=Key(16, positive, "side of a square patch in pixels"),
         width=Key(768, positive, "numbers per token"),
         depth=Key(12, positive, "blocks"),
-        heads=Key(12, positive, "attention heads; they divide the width"),
+        heads=Key(12, positive, "attention heads; the width must be a multiple of them"),
         positions=Key(
             "sincos",
             one_of("sincos", "learned", "relative", "relative_per_block", "none"),
-            "sincos: fixed; relative: a bias for all blocks (vit); relative_per_block: each has its own (vit)",
+            "sincos: a fixed table; relative: one bias for all blocks (vit); relative_per_block: one per block (vit)",
         ),
         eta=Key(0.1, at_least(0), "step size of ISTA", read_by=CRATE),
         lam=Key(0.5, at_least(0), "sparsity weight lambda of ISTA", read_by=CRATE),
@@ -158,17 +158,17 @@ ENCODER = Section(
         expansion=Key(
             4, positive, "atoms per dimension of the dictionary", read_by=("encoder.dictionary", "overcomplete")
         ),
-        tied_output=Key(False, anything, "MSSA's output is [U_1..U_K] (eq. 2.8), not free; a CRATE decoder's too"),
-        mlp_ratio=Key(4.0, positive, "width of the MLP over that of the tokens", read_by=VIT),
-        qkv_bias=Key("qkv", one_of("qkv", "qv", "none"), "qkv: as MAE; qv: as BEiT, ROPIM", read_by=VIT),
-        layer_scale=Key(0.0, at_least(0), "first value of the factor on each branch; 0: off", read_by=VIT),
-        drop_path=Key(0.0, within(0, 1, "[)"), "rate of the last block, rising linearly from 0", read_by=VIT),
-        embed_norm=Key(False, anything, "layer norms before and after the patch projection, as supervised CRATE"),
+        tied_output=Key(False, anything, "tie MSSA's output projection to [U_1..U_K] (eq. 2.8); decoder crate too"),
+        mlp_ratio=Key(4.0, positive, "the MLP's width divided by the tokens' width", read_by=VIT),
+        qkv_bias=Key("qkv", one_of("qkv", "qv", "none"), "qkv: like MAE; qv: like BEiT, ROPIM", read_by=VIT),
+        layer_scale=Key(0.0, at_least(0), "initial value of the factor on each branch; 0: no factor", read_by=VIT),
+        drop_path=Key(0.0, within(0, 1, "[)"), "the last block's rate; it rises linearly from 0", read_by=VIT),
+        embed_norm=Key(False, anything, "layer norms before and after the patch projection, like supervised CRATE"),
         final_norm=Key(True, anything, "normalise the last block's tokens"),
-        final_eps=Key(1e-6, positive, "added to the variance in that norm; supervised CRATE: 1e-5"),
+        final_eps=Key(1e-6, positive, "added to the variance in the final norm; supervised CRATE: 1e-5"),
         init=Key(
             "xavier", one_of("xavier", "trunc_normal"),
-            "first weights of vit and of a linear decoder; xavier: as MAE; trunc_normal: as BEiT, ROPIM",
+            "initial weights of vit and of a linear decoder; xavier: like MAE; trunc_normal: like BEiT, ROPIM",
         ),
     ),
 )  # fmt: skip

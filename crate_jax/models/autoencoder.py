@@ -19,15 +19,15 @@ class Autoencoder(nn.Module):
     decoder: nn.Module
 
     def __call__(self, images_BHWC: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None) -> jax.Array:
-        """(B, H, W, 3) clean, normalised images -> (B, N, P) predicted patches; drop path only with `keys_B`."""
+        """Clean, normalised images (B, H, W, 3) -> predicted patches (B, N, P); drop path only with `keys_B`."""
         return self.decoder(self.encoder(images_BHWC, corruption, keys_B), corruption)
 
     def encode(self, images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
-        """Tokens after the encoder's final norm, (B, prefix + M, D)."""
+        """Images (B, H, W, 3) -> tokens after the encoder's final norm (B, prefix + M, D)."""
         return self.encoder(images_BHWC, corruption)
 
     def decode(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
-        """Tokens -> (B, N, P) predicted patches."""
+        """Tokens (B, prefix + M, D) -> predicted patches (B, N, P)."""
         return self.decoder(tokens_BMD, corruption)
 
 
@@ -37,13 +37,16 @@ def build(config: ConfigDict) -> Autoencoder:
 
 
 def patch_numbers(config: ConfigDict) -> tuple[int, int]:
-    """(N, P): patches per image and numbers per patch."""
+    """(N, P): the number of patches per image, and of numbers per patch."""
     h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
     return h * w, 3 * config.encoder.patch_size**2
 
 
 def init_params(config: ConfigDict, key: jax.Array) -> dict:
-    """Initial parameters, float32; a function of the key alone. Use under jit or eval_shape."""
+    """Initial parameters {"encoder": ..., "decoder": ...}, float32; they depend on the key alone.
+
+    Call it under jit or eval_shape.
+    """
     tokens, pixels = patch_numbers(config)
     corruption = sampler(config, tokens, pixels)(jax.random.split(jax.random.key(0), 1))
     return build(config).init(key, blank_image(config), corruption)["params"]

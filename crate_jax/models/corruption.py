@@ -2,13 +2,13 @@
 
 Masking and random orthogonal projection (ROP) are the same object, a projector P over the token
 axis: the encoder sees P X, the loss sees (I - P)(X - X^). Masking is the axis-aligned case, ROP
-(arXiv 2310.18737, section 3.2) the rotated one. Additive noise changes the input and leaves the
-loss whole. No encoder, decoder or loss knows which of them it was given: all four answer the
-methods of :class:`Corruption`.
+(arXiv 2310.18737, section 3.2) the rotated one. Additive noise changes the input, and the loss
+stays whole. No encoder, decoder or loss knows which corruption it was given: all four classes have
+the methods of :class:`Corruption`.
 
 A sampler draws one corruption per image from one key per image, so that a batch cut into
-micro-batches sees the same draws as the whole batch. Each class is a pytree whose arrays lead with
-the batch axis; its maths is deterministic, so tests and reference numbers can build it by hand.
+micro-batches sees the same draws as the whole batch. Each class is a pytree whose arrays have a
+leading batch axis; its maths is deterministic, so tests and reference numbers can build it by hand.
 
 Shapes: B batch, N patch tokens, M tokens that reach the encoder, D width, P patch pixels,
 K' buckets (the rank of the projector).
@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 
 class Corruption:
-    """What the stages of a batch may ask of a corruption. The defaults change nothing."""
+    """The methods that encoders, decoders and losses call. The defaults change nothing."""
 
     @property
     def fills_encoder(self) -> bool:
@@ -35,39 +35,39 @@ class Corruption:
 
     @property
     def fills_decoder(self) -> bool:
-        """The same of :meth:`restore` and the decoder."""
+        """Whether :meth:`restore` needs a learned token: the decoder then has a parameter for it."""
         return False
 
     def corrupt_pixels(self, patches_BNP: jax.Array) -> jax.Array:
-        """The patches as the patch embedding gets them."""
+        """Clean patches -> the patches that the patch embedding receives, (B, N, P) -> (B, N, P)."""
         return patches_BNP
 
     def corrupt_tokens(self, tokens_BND: jax.Array, fill_D: jax.Array | None) -> jax.Array:
-        """P X on embedded tokens, (B, N, D) -> (B, M, D); `fill_D` stands in for removed tokens."""
+        """P X on embedded tokens, (B, N, D) -> (B, M, D); `fill_D` replaces removed tokens."""
         return tokens_BND
 
     def select(self, table_ND: jax.Array) -> jax.Array:
-        """Rows of a position table for the tokens that :meth:`corrupt_tokens` returns."""
+        """The rows of a position table for the tokens of :meth:`corrupt_tokens`, (N, D) -> (N, D) or (B, M, D)."""
         return table_ND
 
     def select_pairs(self, bias_HNN: jax.Array) -> jax.Array:
-        """Entries of a pairwise bias with class token, (H, 1+N, 1+N) -> (B or 1, H, 1+M, 1+M)."""
+        """The entries of a pairwise bias with class token, (H, 1 + N, 1 + N) -> (B or 1, H, 1 + M, 1 + M)."""
         return bias_HNN[None]
 
     def restore(self, tokens_BMD: jax.Array, fill_D: jax.Array | None) -> jax.Array:
-        """All N tokens in their places again, `fill_D` where a token was dropped."""
+        """Puts all N tokens back in their places, (B, M, D) -> (B, N, D); `fill_D` replaces dropped tokens."""
         return tokens_BMD
 
     def complement(self, error_BNP: jax.Array) -> jax.Array:
-        """(I - P) applied to an error over patches, (B, N, P)."""
+        """(I - P) E of an error over patches, (B, N, P) -> (B, N, P)."""
         return error_BNP
 
     def complement_share(self) -> float:
-        """Share of the N patches that the mean of the loss runs over."""
+        """The share of the N patches over which the loss is a mean, in [0, 1]."""
         return 1.0
 
     def view(self, patches_BNP: jax.Array) -> jax.Array:
-        """P X on pixels, as a person would look at what the encoder is given, (B, N, P)."""
+        """P X on pixels, for pictures of the encoder's input, (B, N, P) -> (B, N, P)."""
         return patches_BNP - self.complement(patches_BNP)
 
 
@@ -80,7 +80,7 @@ class Identity(Corruption):
         return patches_BNP
 
 
-CLEAN = Identity()  # for calls that name no corruption
+CLEAN = Identity()  # the default of calls without a corruption
 
 
 @struct.dataclass
@@ -105,8 +105,8 @@ class Masking(Corruption):
     Attributes:
       order_BN: token indices, kept ones first (argsort of the noise).
       removed_BN: 1.0 where a token is removed, 0.0 where it is kept.
-      kept: how many tokens are kept.
-      drop: the encoder receives only the kept tokens (ViT-MAE) instead of N with fills.
+      kept: number of kept tokens.
+      drop: the encoder receives only the kept tokens (ViT-MAE), not all N tokens with fills.
       learned: the fill is a learned token, not zero.
     """
 
@@ -128,20 +128,24 @@ class Masking(Corruption):
 
     @classmethod
     def from_noise(cls, noise_BN: jax.Array, kept: int, drop: bool, learned: bool = True) -> Masking:
-        """Keeps the `kept` tokens with the smallest noise, as MAE's random_masking does."""
+        """Keeps the `kept` tokens with the smallest noise, like MAE's random_masking.
+
+        >>> Masking.from_noise(jnp.array([[0.3, 0.1, 0.2]]), kept=2, drop=True).removed_BN.tolist()
+        [[1.0, 0.0, 0.0]]
+        """
         order_BN = jnp.argsort(noise_BN, axis=-1)
         rank_BN = jnp.argsort(order_BN, axis=-1)
         return cls(order_BN, (rank_BN >= kept).astype(jnp.float32), kept, drop, learned)
 
     def corrupt_tokens(self, tokens_BND: jax.Array, fill_D: jax.Array | None) -> jax.Array:
-        """Kept tokens, and the fill (or zero) in place of the removed ones unless they are dropped."""
+        """Drops the removed tokens, or replaces them by the fill (zero if `fill_D` is None)."""
         if self.drop:
             return jnp.take_along_axis(tokens_BND, self.order_BN[:, : self.kept, None], axis=1)
         fill = jnp.zeros((), tokens_BND.dtype) if fill_D is None else fill_D.astype(tokens_BND.dtype)
         return jnp.where(self.removed_BN[..., None] > 0, fill, tokens_BND)
 
     def select(self, table_ND: jax.Array) -> jax.Array:
-        """(N, D) -> (B, M, D) when tokens are dropped, else unchanged."""
+        """(N, D) -> (B, M, D) if tokens are dropped, else the table itself."""
         return table_ND[self.order_BN[:, : self.kept]] if self.drop else table_ND
 
     def select_pairs(self, bias_HNN: jax.Array) -> jax.Array:
@@ -152,7 +156,7 @@ class Masking(Corruption):
         return jax.vmap(lambda i: bias_HNN[:, i[:, None], i[None, :]])(index_BM)
 
     def restore(self, tokens_BMD: jax.Array, fill_D: jax.Array | None) -> jax.Array:
-        """Puts the kept tokens back to their places and the fill everywhere else."""
+        """Puts the kept tokens back in their places, and the fill everywhere else."""
         if not self.drop:
             return tokens_BMD
         rank_BN = jnp.argsort(self.order_BN, axis=-1)
@@ -176,13 +180,13 @@ class Projection(Corruption):
 
     P = S^T diag(scale) S with the sketch S_bi = sign_i [bucket_i = b]: tokens of one bucket are
     summed with their signs, the sum is spread back with the same signs. With scale_b = 1 / (tokens
-    in b), P is an exact orthogonal projector of rank K'. It is applied as a signed segment sum:
-    N buckets and N signs per image, no N x N matrix.
+    in b), P is an exact orthogonal projector of rank K'. A signed segment sum applies it: an image
+    needs N buckets and N signs, not an N x N matrix.
 
     Attributes:
       bucket_BN: int32 in [0, K').
       sign_BN: +1.0 or -1.0.
-      scale_BK: what each bucket's sum is multiplied with.
+      scale_BK: the factor on each bucket's sum.
     """
 
     bucket_BN: jax.Array
@@ -229,16 +233,20 @@ def _mask(config: ConfigDict, tokens: int, pixels: int) -> Sampler:
 
 
 def bucket_count(tokens: int, ratio: float) -> int:
-    """K' = ceil(ratio * N), at least 1 (the released code's 28 of 196 at 0.14)."""
+    """K' = ceil(ratio * N), at least 1.
+
+    >>> bucket_count(196, 0.14)  # as in the released code
+    28
+    """
     # The tolerance keeps 196 / 7 from becoming 29 through rounding of 1/7.
     return max(1, math.ceil(ratio * tokens - 1e-6))
 
 
 def balanced_buckets(key: jax.Array, tokens: int, buckets: int) -> jax.Array:
-    """Bucket of each token: independent permutations of 0..K'-1 on consecutive raster tokens.
+    """The bucket of each token, (N,) int32: one random permutation of 0..K'-1 per run of K' raster tokens.
 
-    Every bucket gets one token of each run of K' tokens, as in the released code. Where K' does not
-    divide N the last run is cut short; a random cyclic shift then makes every token equally likely
+    Every bucket gets one token of each run, as in the released code. If K' does not
+    divide N, the last run is cut short; a random cyclic shift then makes every token equally likely
     to fall into it, which keeps E[P] = (K'/N) I on the diagonal.
     """
     runs = -(-tokens // buckets)

@@ -3,7 +3,7 @@
 The maths stands in plain functions (:func:`norm_mssa`, :func:`norm_ista`, :func:`ista_overcomplete`); the
 modules only create and name parameters. Intermediate tokens pass through named points, ``input``
 (Z^l), ``after_mssa`` (Z^{l+1/2}) and ``after_ista`` (Z^{l+1}), and ``code`` where the dictionary is
-over-complete. They cost nothing unless asked for with ``mutable=["intermediates"]``.
+over-complete. They cost nothing unless they are requested with ``mutable=["intermediates"]``.
 
 Shapes: B batch, N tokens (class token included), D width, H heads, K head width, E = H * K,
 A dictionary atoms, L layers.
@@ -31,7 +31,7 @@ from crate_jax.models.layers import (
     layer_norm_backward,
     layer_norm_forward,
     norm_product,
-    normed_again,
+    recompute_norm,
     scan_blocks,
 )
 from crate_jax.parallel import target
@@ -46,13 +46,13 @@ def norm_mssa(
 ) -> jax.Array:
     """Multi-head subspace self-attention of z = layer_norm(x), before the output projection (eq. 2.8).
 
-    Queries, keys and values are one projection U_k^T z. Like the released code this scales the
-    logits by 1 / sqrt(K), which the equation does not have.
+    Queries, keys and values are one projection U_k^T z. Like the released code, this function scales
+    the logits by 1 / sqrt(K); the equation does not.
 
     Args:
-      x_BND: tokens.
-      scale_D: of the norm.
-      bias_D: of the norm.
+      x_BND: tokens, (B, N, D).
+      scale_D: the norm's scale.
+      bias_D: the norm's bias.
       subspaces_DE: [U_1 .. U_H], each D x K.
       heads: H.
 
@@ -66,9 +66,9 @@ def norm_mssa(
 def attend(w_BNE: jax.Array, heads: int) -> jax.Array:
     """softmax(w w^T / sqrt(K)) w per head, (B, N, E) -> (B, N, E); softmax in float32.
 
-    The backward pass computes the N x N weights again instead of keeping them, and uses that one
-    tensor is query, key and value: it saves w and two numbers per token and head. On TPUs both
-    passes are kernels (:mod:`mssa_kernel`), which save w alone.
+    The backward pass computes the N x N weights again, and uses that query, key and value are one
+    tensor: the forward pass saves only w and two numbers per token and head. On TPUs both passes are
+    kernels (:mod:`mssa_kernel`), and only w is saved.
     """
     return _attend_forward(w_BNE, heads)[0]
 
@@ -78,7 +78,7 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 def _attend_forward(w_BNE: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     saved = w_BNE
-    w_BNE = w_BNE.reshape(-1, *w_BNE.shape[-2:])  # the decoder's have an axis of length one before them, on TPUs
+    w_BNE = w_BNE.reshape(-1, *w_BNE.shape[-2:])  # on TPUs the decoder's w has a leading axis of length one
     if target.is_tpu() and mssa_kernel.fits(target.images_per_device(w_BNE.shape[0]), heads, w_BNE.shape[-1]):
         y_BNE = target.per_device(functools.partial(mssa_kernel.forward, heads=heads), w_BNE)
         return y_BNE.reshape(saved.shape), (saved,)
@@ -101,17 +101,17 @@ def _attend_backward(heads: int, saved: tuple[jax.Array, ...], g_BNE: jax.Array)
     peak_BHN1, total_BHN1 = saved[1:]
     w_BHNK, g_BHNK = _heads_first(w_BNE, heads), _heads_first(g_BNE, heads)
     scaled_BHNK = w_BHNK * w_BHNK.shape[-1] ** -0.5
-    # All of it transposed, keys first, which costs nothing as the logits are symmetric: of the last
-    # three products one instead of two then contracts over leading axes (half as fast on a CPU).
+    # Everything is transposed, keys first. This costs nothing because the logits are symmetric, and only
+    # one of the last three products, not two, contracts over leading axes (half as fast on a CPU).
     peak_BH1N, total_BH1N = peak_BHN1.swapaxes(-1, -2), total_BHN1.swapaxes(-1, -2)
     at_BHMN = jnp.exp(_einsum("bhmk,bhnk->bhmn", w_BHNK, scaled_BHNK) - peak_BH1N) / total_BH1N
     dat_BHMN = _einsum("bhmk,bhnk->bhmn", w_BHNK, g_BHNK)
-    # Not g . y, which is equal but rounds differently and leaves noise where the softmax saturates.
+    # Not g . y: it is equal, but its rounding leaves noise where the softmax saturates.
     dlogits_BHMN = (at_BHMN * (dat_BHMN - jnp.sum(at_BHMN * dat_BHMN, axis=-2, keepdims=True))).astype(w_BNE.dtype)
     dw_BHNK = (
-        _einsum("bhmn,bhnk->bhmk", at_BHMN.astype(w_BNE.dtype), g_BHNK)  # as value
-        + _einsum("bhmn,bhnk->bhmk", dlogits_BHMN, scaled_BHNK)  # as key
-        + _einsum("bhmn,bhmk->bhnk", dlogits_BHMN, scaled_BHNK)  # as query
+        _einsum("bhmn,bhnk->bhmk", at_BHMN.astype(w_BNE.dtype), g_BHNK)  # w as value
+        + _einsum("bhmn,bhnk->bhmk", dlogits_BHMN, scaled_BHNK)  # w as key
+        + _einsum("bhmn,bhmk->bhnk", dlogits_BHMN, scaled_BHNK)  # w as query
     )
     return (_heads_last(dw_BHNK.astype(w_BNE.dtype)).reshape(shape),)
 
@@ -135,8 +135,11 @@ def ista(x_BND: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float) -> 
     ReLU(x + eta D^T (x - D x) - eta lam), two products where the released code takes three. `dictionary_DD` is D^T:
     ``x @ dictionary_DD`` is D x.
 
+    >>> ista(jnp.array([[1.0, -1.0]]), jnp.eye(2), eta=0.5, lam=0.5)[0].tolist()
+    [[0.75, 0.0]]
+
     Returns:
-      (the step's result, the residual x - D x, which its gradient needs too), (B, N, D) each.
+      (the step's result, the residual x - D x, which the gradient needs too), (B, N, D) each.
     """
     kernel_DD = dictionary_DD.astype(x_BND.dtype)
     residual_BND = x_BND - x_BND @ kernel_DD
@@ -147,9 +150,10 @@ def ista(x_BND: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float) -> 
 def norm_ista(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float
 ) -> jax.Array:
-    """:func:`ista` of layer_norm(x), six products instead of nine with the backward pass.
+    """:func:`ista` of layer_norm(x), (B, N, D) -> (B, N, D); both passes take six products, not nine.
 
-    As in :func:`norm_product` the normalised tokens are not kept; the residual is, and where the result is not zero.
+    Like :func:`norm_product` it does not keep the normalised tokens; it keeps the residual and a mask of the result's
+    positive numbers.
     """
     return _norm_ista_forward(x_BND, scale_D, bias_D, dictionary_DD, eta, lam)[0]
 
@@ -164,7 +168,7 @@ def _norm_ista_forward(
 
 def _norm_ista_backward(eta: float, lam: float, saved: tuple[Any, ...], g_BND: jax.Array) -> tuple[jax.Array, ...]:
     norm_saved, bias_D, residual_BND, dictionary_DD, active_BND = saved
-    normed_BND = normed_again(norm_saved, bias_D)
+    normed_BND = recompute_norm(norm_saved, bias_D)
     kernel_DD = dictionary_DD.astype(normed_BND.dtype)
     g_BND = jnp.where(active_BND, g_BND, jnp.zeros((), g_BND.dtype))
     step_BND = eta * g_BND
@@ -183,13 +187,13 @@ def ista_overcomplete(x_BND: jax.Array, dictionary_AD: jax.Array, eta: float, la
     """Two ISTA steps from z = 0 in an over-complete dictionary (CRATE-alpha).
 
     Args:
-      x_BND: tokens.
+      x_BND: tokens, (B, N, D).
       dictionary_AD: atoms as rows; ``z @ dictionary_AD`` is D z.
       eta: step size.
       lam: sparsity weight.
 
     Returns:
-      the code (B, N, A), which a second dictionary takes back to the residual stream.
+      the code (B, N, A), which a second dictionary maps back to the residual stream.
     """
     atoms = dictionary_AD.astype(x_BND.dtype)
     z_BNA = jax.nn.relu(eta * (x_BND @ atoms.T) - eta * lam)
@@ -209,7 +213,7 @@ class Kernel(nn.Module):
 
 
 class MSSA(nn.Module):
-    """A norm, MSSA and its output projection: free with a bias as released, or tied to U (eq. 2.8)."""
+    """A norm, MSSA and its output projection: free with a bias, as released, or tied to U (eq. 2.8)."""
 
     heads: int
     tied_output: bool
@@ -217,7 +221,7 @@ class MSSA(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-        """Of layer_norm(x) with this scale and bias, (B, N, D) -> (B, N, D)."""
+        """MSSA of layer_norm(x) with this scale and bias, (B, N, D) -> (B, N, D)."""
         D = x_BND.shape[-1]
         subspaces_DE = Kernel((D, D), INITIALIZERS["xavier"], name="subspaces")()
         y_BNE = norm_mssa(x_BND, scale_D, bias_D, subspaces_DE, self.heads)
@@ -238,7 +242,7 @@ class CrateBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
-        """One layer; the second argument and result are what `nn.scan` threads through."""
+        """One layer, (B, N, D) -> (B, N, D); `nn.scan` demands the second argument and result."""
         x_BND = by_batch(x_BND)
         self.sow("intermediates", "input", x_BND)
         D = x_BND.shape[-1]
@@ -283,7 +287,7 @@ class CrateEncoder(nn.Module):
     def __call__(
         self, images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
     ) -> jax.Array:
-        """(B, H, W, 3) normalised images -> (B, 1 + M, D) tokens, class token first. `keys_B` is not used."""
+        """Normalised images (B, H, W, 3) -> tokens (B, 1 + M, D), the class token first. `keys_B` is not used."""
         x = Embedding(
             self.width,
             self.patch_size,

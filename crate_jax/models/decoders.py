@@ -1,6 +1,6 @@
-"""Decoders: modules ``(tokens_B(prefix+M)D, corruption) -> patches_BNP``.
+"""Decoders: modules ``(tokens (B, prefix + M, D), corruption) -> patches (B, N, P)``.
 
-Shapes: B batch, M tokens the encoder saw, N patch tokens, D width, P patch pixels, L layers.
+Shapes: B batch, M patch tokens that the encoder sees, N patch tokens, D width, P patch pixels, L layers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CrateDecoderBlock(nn.Module):
     Named points: ``before_mssa`` (Y^{l+1/2}) and ``after_mssa`` (Y^{l+1}).
 
     Attributes:
-      normalised: subtract from LN(g) instead of g, as the paper's Listing 3 has it.
+      normalised: subtract from LN(g) instead of g, like the paper's Listing 3.
     """
 
     heads: int
@@ -49,7 +49,7 @@ class CrateDecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, y_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
-        """One layer; the second argument and result are what `nn.scan` threads through."""
+        """One layer, (B, N, D) -> (B, N, D); `nn.scan` demands the second argument and result."""
         y_BND = by_batch(y_BND)
         D = y_BND.shape[-1]
         norm = Norm(BLOCK_EPS, name="linear_norm").scale_and_bias(D)
@@ -79,13 +79,13 @@ class CrateDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
-        """(B, prefix + M, D) -> (B, N, P)."""
+        """Tokens (B, prefix + M, D) -> patches (B, N, P)."""
         x = restore(self, tokens_BMD, corruption, self.positions, self.grid, self.prefix)
         blocks = scan_blocks(
             CrateDecoderBlock, self.depth, self.remat, self.heads, self.tied_output, self.normalised, self.dtype
         )
-        # XLA for TPUs first fills with zeros what a loop will keep for the backward pass, unless no other loop keeps
-        # arrays of the same shape: the encoder's have an axis less.
+        # XLA for TPUs first fills with zeros the arrays that a loop will keep for the backward pass, unless no other
+        # loop keeps arrays of the same shape. The encoder's arrays have one axis less.
         x = blocks(x[None], None)[0][0] if target.is_tpu() else blocks(x, None)[0]
         x = Norm(name="norm")(x)
         return dense(self.pixels, "head", self.dtype)(x)[:, self.prefix :]
@@ -105,7 +105,7 @@ class TransformerDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
-        """(B, prefix + M, D) -> (B, N, P)."""
+        """Tokens (B, prefix + M, D) -> patches (B, N, P)."""
         x = dense(self.width, "embed", self.dtype)(tokens_BMD)
         x = restore(self, x, corruption, True, self.grid, self.prefix)
         x = scan_vit_blocks(
@@ -116,7 +116,7 @@ class TransformerDecoder(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """One linear map from token to pixels: the 1x1 convolution + pixel shuffle of ROPIM and SimMIM."""
+    """One linear map from a token to its pixels: the 1 x 1 convolution and pixel shuffle of ROPIM and SimMIM."""
 
     pixels: int
     prefix: int
@@ -125,7 +125,7 @@ class LinearDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
-        """(B, prefix + N, D) -> (B, N, P)."""
+        """Tokens (B, prefix + N, D) -> patches (B, N, P)."""
         return dense(self.pixels, "head", self.dtype, init=INITIALIZERS[self.initializer])(tokens_BMD[:, self.prefix :])
 
 
@@ -139,8 +139,8 @@ def restore(
 ) -> jax.Array:
     """Puts dropped tokens back as learned mask tokens and adds positions; (B, prefix + M, D) -> (B, prefix + N, D).
 
-    A function that is given the module rather than a module of its own, so that the mask token
-    lies directly under the decoder.
+    This is a function that takes the decoder, and not a module, so that the mask token lies directly
+    under the decoder.
     """
     D = tokens_BMD.shape[-1]
     fill_D = module.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if corruption.fills_decoder else None

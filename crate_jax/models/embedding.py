@@ -20,9 +20,9 @@ class Embedding(nn.Module):
     """Cuts images into patches, embeds them, corrupts the tokens, adds positions and a class token.
 
     The corruption acts between the linear embedding and the positions, as in CRATE-MAE's and
-    ROPIM's released code, so a corrupted token still knows where it stands.
+    ROPIM's released code, so a corrupted token keeps its position.
 
-    An image of any size that divides into patches is taken. The sine-cosine table is that of the image's own grid. The
+    An image may have any size that divides into patches. The sine-cosine table is made for the image's own grid. The
     learned table has one size, `grid`; for an image of another grid it is resized bicubically, as timm's
     ``dynamic_img_size`` and DINO do.
 
@@ -31,10 +31,10 @@ class Embedding(nn.Module):
       patch_size: side of a patch in pixels.
       grid: (h, w) patches of the learned table.
       positions: sincos | learned | relative | relative_per_block | none; the last three add nothing here.
-      norms: layer norms (eps 1e-5) of the patches' pixels and of the embedded tokens, as in the code of supervised
-        CRATE (arXiv 2306.01129).
-      dtype: of the tokens.
-      initializer: kernel initialiser.
+      norms: apply layer norms (eps 1e-5) to the patches' pixels and to the embedded tokens, as the code of supervised
+        CRATE does (arXiv 2306.01129).
+      dtype: the tokens' dtype.
+      initializer: initialiser of the patch projection's kernel.
     """
 
     width: int
@@ -47,7 +47,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
-        """(B, H, W, 3) normalised images -> (B, 1 + M, D) tokens, the class token first."""
+        """Normalised images (B, H, W, 3) -> tokens (B, 1 + M, D), the class token first."""
         D = self.width
         x = corruption.corrupt_pixels(patchify(images_BHWC, self.patch_size))
         if self.norms:
@@ -68,7 +68,7 @@ class Embedding(nn.Module):
         return jnp.concatenate([cls_B1D, x], axis=1)
 
     def _table(self, grid: tuple[int, int]) -> jax.Array | None:
-        """Position table (1 + N, D) of a grid of patches, row 0 for the class token."""
+        """Position table (1 + N, D) for a grid of patches; row 0 is the class token's. None if nothing is added."""
         if self.positions == "sincos":
             return jnp.asarray(sincos_positions(grid, self.width))
         if self.positions == "learned":

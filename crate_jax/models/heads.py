@@ -16,21 +16,24 @@ from ml_collections import ConfigDict
 
 from crate_jax.models.layers import Dtype, Norm, dense
 
-BINS = (1, 2, 3, 6)  # sides of the pooled maps of the pyramid pooling module
+BINS = (1, 2, 3, 6)  # sides of the pooled maps in the pyramid pooling module
 AUXILIARY_CHANNELS = 256
 CLASSIFIER_INIT = nn.initializers.normal(0.01)
 
 
 def resize(x_BHWD: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """Bilinear, pixel centres aligned (torch's align_corners=False), (B, H, W, D) -> (B, *size, D)."""
+    """Resizes bilinearly between pixel centres (torch's align_corners=False), (B, H, W, D) -> (B, *size, D)."""
     shape = (x_BHWD.shape[0], *size, x_BHWD.shape[-1])
     return jax.image.resize(x_BHWD, shape, "bilinear", antialias=False)
 
 
 def pooling_matrix(side: int, bins: int) -> np.ndarray:
-    """Averages over `bins` stretches that cover a side, (bins, side); as torch's AdaptiveAvgPool.
+    """The matrix (bins, side) that averages over `bins` stretches of a side, like torch's AdaptiveAvgPool.
 
     Stretch i holds the positions floor(i side / bins) ... ceil((i + 1) side / bins) - 1.
+
+    >>> pooling_matrix(3, 2).tolist()
+    [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
     """
     i, x = np.arange(bins)[:, None], np.arange(side)[None]
     inside = (x >= i * side // bins) & (x < -(-(i + 1) * side // bins))
@@ -38,7 +41,7 @@ def pooling_matrix(side: int, bins: int) -> np.ndarray:
 
 
 class LinearHead(nn.Module):
-    """One linear map from the tokens of a place, those of all blocks side by side, to its class scores."""
+    """One linear map from a place's tokens, concatenated over the blocks, to its class scores."""
 
     classes: int
 
@@ -65,10 +68,11 @@ class ConvNorm(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Four maps of one resolution to four of 4, 2, 1 and 1/2 times that: BEiT's adapter (arXiv 2106.08254).
+    """Brings four maps to 4, 2, 1 and 1/2 times their resolution: BEiT's adapter (arXiv 2106.08254).
 
-    Two transposed convolutions with norm and GELU between, one, none, and a max-pool. Patches of 16 px
-    give strides of 4, 8, 16 and 32 px, those of a convolutional backbone.
+    The first map goes through two transposed convolutions with norm and GELU between them, the second through
+    one, the last through a max-pool. Patches of 16 px give strides of 4, 8, 16 and 32 px, as in a
+    convolutional backbone.
     """
 
     dtype: Dtype
@@ -78,7 +82,7 @@ class Pyramid(nn.Module):
         """Maps (B, h, w, D) -> (B, 4h, 4w, D), (B, 2h, 2w, D), (B, h, w, D), (B, h/2, w/2, D), halves rounded up."""
 
         def double(x_BHWD: jax.Array, name: str) -> jax.Array:
-            B, H, W, D = x_BHWD.shape  # a side of 2 and steps of 2: places do not overlap, the product is enough
+            B, H, W, D = x_BHWD.shape  # 2 x 2 kernel, stride 2: windows do not overlap, so a product is enough
             x = dense(4 * D, name, self.dtype)(x_BHWD).reshape(B, H, W, 2, 2, D)
             return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, D)
 
@@ -89,19 +93,19 @@ class Pyramid(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """UPerNet (Xiao et al. 2018, arXiv 1807.10221) on :class:`Pyramid`, as BEiT and MAE fine-tune it.
+    """UPerNet (Xiao et al. 2018, arXiv 1807.10221) on :class:`Pyramid`, as BEiT and MAE use it.
 
-    Pyramid pooling on the coarsest map, lateral 1 x 1 convolutions and a top-down sum on the others, all
-    resized to the finest, fused and classified. Every norm is a layer norm over the channels of one place
-    where the published heads have batch norms over all devices: the loss stays a function of each image
-    alone, so that neither the batch, its micro-batches nor the number of devices changes it. The dropout
-    of 0.1 before their classifiers is left out.
+    Pyramid pooling on the coarsest map, lateral 1 x 1 convolutions and a top-down sum on the other maps; then all
+    are resized to the finest map, fused and classified. Every norm is a layer norm over the channels of one place;
+    the published heads have batch norms over all devices. An image's loss thus depends on that image alone, and
+    not on the batch, its micro-batches or the number of devices. The dropout of 0.1 before the published heads'
+    classifiers is left out.
 
     Attributes:
       classes: C.
-      channels: width of the head.
+      channels: the head's width.
       auxiliary: also classify the third map by one convolution, for a second loss in training.
-      dtype: of all but the class scores.
+      dtype: the dtype of everything but the class scores.
     """
 
     classes: int
@@ -128,15 +132,15 @@ class UPerHead(nn.Module):
         return tuple(scores)
 
     def conv(self, side: int, name: str) -> ConvNorm:
-        """A convolution to the head's width."""
+        """A convolution of `side` x `side` to the head's width."""
         return ConvNorm(self.channels, side, self.dtype, name=name)
 
     def classify(self, x_BHWD: jax.Array, name: str) -> jax.Array:
-        """Class scores of each place, float32."""
+        """Class scores of each place, (B, H, W, channels) -> (B, H, W, C) float32."""
         return dense(self.classes, name, jnp.float32, init=CLASSIFIER_INIT)(x_BHWD.astype(jnp.float32))
 
     def pool(self, x_BHWD: jax.Array) -> jax.Array:
-        """The pyramid pooling module (Zhao et al. 2017, arXiv 1612.01105): a map beside averages over parts of it."""
+        """Pyramid pooling (Zhao et al. 2017, arXiv 1612.01105): the map and averages over its parts, fused."""
         H, W = x_BHWD.shape[1:3]
         parts = [x_BHWD]
         for bins in BINS:
@@ -156,5 +160,5 @@ def _upernet(config: ConfigDict, classes: int) -> nn.Module:
     return UPerHead(classes, channels, options.auxiliary > 0, jnp.dtype(config.dtype))
 
 
-# Modules: maps of the encoder's blocks -> class scores, the main ones first.
+# Name -> (whole config, classes) -> module: maps of the encoder's blocks -> class scores, the main scores first.
 HEADS: Mapping[str, Callable[[ConfigDict, int], Any]] = {"linear": _linear, "upernet": _upernet}

@@ -1,4 +1,4 @@
-"""The pieces that both encoders and all decoders are made of.
+"""The layers that both encoders and all decoders use.
 
 Shapes: B batch, N tokens, D width, H heads, K head width, E = H * K.
 """
@@ -24,9 +24,9 @@ FINAL_EPS = 1e-6  # all other norms: CRATE's final ones, and every norm of the V
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
-    """Layer normalisation over the last axis; statistics in float32, result in the input's dtype.
+    """Layer normalisation over the last axis, (B, N, D) -> (B, N, D), in the input's dtype; statistics in float32.
 
-    The backward pass is written out: it keeps the input and two numbers per token, where automatic
+    The backward pass is written by hand: it keeps the input and two numbers per token, where automatic
     differentiation keeps three arrays of the input's size in float32.
     """
     return layer_norm_forward(x_BND, scale_D, bias_D, eps)[0]
@@ -35,21 +35,21 @@ def layer_norm(x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
 def layer_norm_forward(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The result, and what the backward pass needs: (x, scale, mean, 1 / deviation)."""
+    """The result of layer_norm, and the arrays that the backward pass needs: (x, scale, mean, 1 / deviation)."""
     wide = x_BND.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
     if target.is_tpu() and x_BND.dtype == jnp.bfloat16:
-        # Both sums in the pass that writes x. It loses digits that bfloat16 never had.
+        # Both sums in the pass that writes x. This loses digits that bfloat16 never had.
         variance = jnp.maximum(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
     else:
         variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(variance + eps)
     saved = (x_BND, scale_D, mean, inverse)
-    return normed_again(saved, bias_D), saved
+    return recompute_norm(saved, bias_D), saved
 
 
-def normed_again(saved: tuple[jax.Array, ...], bias_D: jax.Array) -> jax.Array:
-    """The result of layer_norm from what its forward pass saves."""
+def recompute_norm(saved: tuple[jax.Array, ...], bias_D: jax.Array) -> jax.Array:
+    """The result of layer_norm from the arrays that its forward pass saves."""
     x_BND, scale_D, mean, inverse = saved
     y = (x_BND.astype(jnp.float32) - mean) * inverse * scale_D + bias_D
     return y.astype(x_BND.dtype)
@@ -58,7 +58,7 @@ def normed_again(saved: tuple[jax.Array, ...], bias_D: jax.Array) -> jax.Array:
 def layer_norm_backward(
     eps: float, saved: tuple[jax.Array, ...], g_BND: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of x, scale and bias from that of the result."""
+    """The gradients of x, scale and bias from the gradient of the result."""
     x_BND, scale_D, mean, inverse = saved
     g = g_BND.astype(jnp.float32)
     unit = (x_BND.astype(jnp.float32) - mean) * inverse
@@ -77,7 +77,7 @@ def norm_product(
 ) -> jax.Array:
     """layer_norm(x) @ kernel, (B, N, E), in the dtype of x.
 
-    The backward pass normalises x again: the product's own would keep a second array of that size.
+    The backward pass normalises x again: the product's own backward pass would keep a second array of that size.
     """
     return _norm_product_forward(x_BND, scale_D, bias_D, kernel_DE, eps)[0]
 
@@ -95,7 +95,7 @@ def _norm_product_forward(
 
 def _norm_product_backward(eps: float, saved: tuple[Any, ...], g_BNE: jax.Array) -> tuple[jax.Array, ...]:
     normed, bias_D, kernel_DE = saved
-    _, pull = jax.vjp(_product, normed_again(normed, bias_D), kernel_DE)
+    _, pull = jax.vjp(_product, recompute_norm(normed, bias_D), kernel_DE)
     dy_BND, dkernel_DE = pull(g_BNE)
     return *layer_norm_backward(eps, normed, dy_BND), dkernel_DE
 
@@ -105,8 +105,8 @@ norm_product.defvjp(_norm_product_forward, _norm_product_backward)
 
 def attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:
     """softmax(q k^T / sqrt(K) + bias) v, (B, N, H, K); softmax in float32."""
-    # Heads before tokens: as plain batched products both einsums run two to six times faster on a
-    # CPU than with the heads left inside, and no slower elsewhere (the layout is XLA's to choose).
+    # Heads before tokens: both einsums are then plain batched products, which run two to six times
+    # faster on a CPU, and not slower elsewhere, because XLA chooses the layout.
     q_BHNK, k_BHMK, v_BHMK = (x.transpose(0, 2, 1, 3) for x in (q_BNHK, k_BMHK, v_BMHK))
     weights_BHNM = attention_weights(q_BHNK, k_BHMK, bias_BHNM).astype(v_BHMK.dtype)
     return jnp.einsum("bhnm,bhmk->bhnk", weights_BHNM, v_BHMK).transpose(0, 2, 1, 3)
@@ -132,13 +132,13 @@ class Norm(nn.Module):
 
     @nn.compact
     def scale_and_bias(self, D: int) -> tuple[jax.Array, jax.Array]:
-        """The parameters, (D,) each, for functions that normalise and go on."""
+        """The parameters, (D,) each, for functions that contain the normalisation."""
         scale = self.param("scale", nn.initializers.ones_init(), (D,), jnp.float32)
         return scale, self.param("bias", nn.initializers.zeros_init(), (D,), jnp.float32)
 
 
 def dense(features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None) -> nn.Dense:
-    """A dense layer with float32 parameters that computes in `dtype`; Xavier-uniform by default."""
+    """A dense layer with float32 parameters that computes in `dtype`; its kernel is Xavier-uniform by default."""
     return nn.Dense(
         features,
         use_bias=bias,
@@ -173,10 +173,11 @@ def scan_blocks(block: type[nn.Module], depth: int, remat: str, *args: object, i
 
     Args:
       block: a module whose call takes (tokens, *inputs) and returns (tokens, None).
-      depth: how many copies.
-      remat: recompute each block in the backward pass, but for what this row of REMAT keeps; empty: do not.
+      depth: number of copies.
+      remat: a row of REMAT: the backward pass recomputes each block, except for what the row keeps; empty: it
+        recomputes nothing.
       *args: the block's attributes.
-      in_axes: for each further input of the call, 0 (one slice per layer) or nn.broadcast.
+      in_axes: for each of the call's further inputs, 0 (one slice per layer) or nn.broadcast.
     """
     cls = nn.remat(block, prevent_cse=False, policy=REMAT[remat]) if remat else block
     return nn.scan(
@@ -192,6 +193,6 @@ def block_points(intermediates: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The named points of all blocks that :func:`scan_blocks` made, name -> (L, B, ...).
 
     Args:
-      intermediates: Flax's collection ``intermediates``, the part of the module that holds the blocks.
+      intermediates: the part of Flax's collection ``intermediates`` that belongs to the module of the blocks.
     """
     return {name: values[0] for name, values in intermediates["blocks"].items()}

@@ -1,4 +1,4 @@
-"""Images as sequences of patches, and the fixed tables that tell a patch where it stands.
+"""Images as sequences of patches, and the fixed tables of their positions.
 
 Shapes: B batch, H and W pixels, h and w patches per side, N = h * w tokens, p patch side,
 P = p * p * 3 numbers per patch, D width.
@@ -15,12 +15,20 @@ import numpy as np
 
 
 def grid_shape(image_size: Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Patches per column and per row, (h, w), of an image of (height, width) pixels."""
+    """(h, w), the number of patches per column and per row, of an image of (height, width) pixels.
+
+    >>> grid_shape((224, 112), 16)
+    (14, 7)
+    """
     return image_size[0] // patch_size, image_size[1] // patch_size
 
 
 def patchify(images_BHWC: jax.Array, patch_size: int) -> jax.Array:
     """Cuts images (B, H, W, 3) into raster-ordered patches (B, N, P), P as (row, column, channel).
+
+    >>> image_BHWC = jnp.arange(8).reshape(1, 2, 4, 1)
+    >>> patchify(image_BHWC, 2).tolist()
+    [[[0, 1, 4, 5], [2, 3, 6, 7]]]
 
     Raises:
       ValueError: a side of the images is not a multiple of `patch_size`.
@@ -66,9 +74,9 @@ def sincos_positions(grid: tuple[int, int], width: int, prefix: int = 1) -> np.n
 
 @functools.cache
 def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
-    """Row of the relative-bias table for every pair of tokens, (1 + N, 1 + N) int32.
+    """The row of the relative-bias table for each pair of tokens, (1 + N, 1 + N) int32.
 
-    As in BEiT and ROPIM: the (2h-1)(2w-1) displacements come first; three more rows serve
+    As in BEiT and ROPIM, the (2h-1)(2w-1) displacements come first; then come the rows of
     class-to-patch, patch-to-class and class-to-class.
     """
     h, w = grid
@@ -85,30 +93,35 @@ def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
 
 
 def relative_table_rows(grid: tuple[int, int]) -> int:
-    """Rows of the table that :func:`relative_position_index` points into."""
+    """The number of rows of the table that :func:`relative_position_index` points into.
+
+    >>> relative_table_rows((14, 14))
+    732
+    """
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
 def resize_table(table_ND: jax.Array, grid: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """A table of one row per place of a grid for another grid, (h w, D) -> (h' w', D), by bicubic interpolation.
+    """Resizes a table with one row per place of a grid to another grid, (h w, D) -> (h' w', D).
 
-    Without antialiasing, as BEiT, MAE and DINO resize learned positions.
+    The interpolation is bicubic without antialiasing, as BEiT, MAE and DINO resize learned positions.
     """
     resized = jax.image.resize(table_ND.reshape(*grid, -1), (*new, table_ND.shape[-1]), "cubic", antialias=False)
     return resized.reshape(new[0] * new[1], -1)
 
 
 def resize_relative_table(table_RH: jax.Array, grid: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """The same for a table of relative biases: rows per displacement of a grid, then the class token's three.
+    """Resizes a table of relative biases to another grid, (R, H) -> (R', H); R: :func:`relative_table_rows`.
 
-    BEiT's own script resizes at spacings that grow geometrically; here they are equal.
+    The class token's three rows stay. BEiT's own script resizes at spacings that grow geometrically; here
+    they are equal.
     """
     sides, new_sides = ((2 * h - 1, 2 * w - 1) for h, w in (grid, new))
     return jnp.concatenate([resize_table(table_RH[:-3], sides, new_sides), table_RH[-3:]])
 
 
 def standardise(patches_BNP: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """Zero mean, unit variance within each patch (MAE's norm_pix_loss: unbiased variance)."""
+    """Gives each patch zero mean and unit variance, (B, N, P) -> (B, N, P); unbiased, as MAE's norm_pix_loss."""
     mean = jnp.mean(patches_BNP, axis=-1, keepdims=True)
     variance = jnp.var(patches_BNP, axis=-1, keepdims=True, ddof=1)
     return (patches_BNP - mean) * jax.lax.rsqrt(variance + eps)

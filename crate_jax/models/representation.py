@@ -1,6 +1,6 @@
-"""What other tasks read of an encoder: its tokens layer by layer, one vector per image, or maps of a block's tokens.
+"""What other tasks read from an encoder: the tokens of each layer, one vector per image, or maps of a block's tokens.
 
-Every function here takes images as an encoder does: float32, normalised (:func:`crate_jax.data.pixels.normalise`), of
+All images here are an encoder's input: float32, normalised (:func:`crate_jax.data.pixels.normalise`), of
 any size that the encoder takes.
 
 Shapes: B batch, H and W pixels, N = h * w patch tokens, M of them that the encoder sees, D width, L blocks.
@@ -24,9 +24,9 @@ from crate_jax.models.patches import grid_shape
 
 
 def pool(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
-    """The function tokens (B, prefix + N, D) -> (B, D), or (B, 2 D) for ``cls_mean``, of ``config.evaluation.pool``.
+    """The function of ``config.evaluation.pool``: tokens (B, prefix + N, D) -> (B, D), or (B, 2 D) for ``cls_mean``.
 
-    ``cls`` is the class token, ``mean`` the mean of the patch tokens, ``cls_mean`` both, one after the other.
+    ``cls`` is the class token, ``mean`` the mean of the patch tokens, ``cls_mean`` both of them, concatenated.
 
     Raises:
       ConfigError: the pooling needs a class token, and the encoder has none.
@@ -46,14 +46,14 @@ def pool(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
 
 
 def init_params(config: ConfigDict, key: jax.Array) -> dict[str, Any]:
-    """Initial parameters {"encoder": ...}, float32; a function of the key alone. Use under jit or eval_shape."""
+    """Initial parameters {"encoder": ...}, float32; they depend on the key alone. Call it under jit or eval_shape."""
     return {"encoder": build_encoder(config).init(key, blank_image(config))["params"]}
 
 
 def points(config: ConfigDict) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """The function ({"encoder": parameters}, images, corruption=none, keys_B=None) -> (output, named points).
 
-    The output is (B, prefix + M, D). The named points are those of its blocks, name -> (L, B, prefix + M, ...).
+    The output is (B, prefix + M, D). The named points are the blocks' points, name -> (L, B, prefix + M, ...).
     """
     encoder = build_encoder(config)
 
@@ -70,10 +70,10 @@ def points(config: ConfigDict) -> Callable[..., tuple[jax.Array, dict[str, jax.A
 def layers(config: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The function ({"encoder": parameters}, images, corruption=none, keys_B=None) -> tokens of every layer.
 
-    They are the encoder's output (B, prefix + M, D), and the tokens after each block (L, B, prefix + M, D). After the
-    last block they are the output without the final norm. Drop path only with `keys_B`.
+    It returns the encoder's output (B, prefix + M, D) and the tokens after each block (L, B, prefix + M, D). The tokens
+    after the last block are the output without the final norm. Drop path only with `keys_B`.
     """
-    read, name = points(config), ENCODERS[config.encoder.name].output
+    read, name = points(config), ENCODERS[config.encoder.name].output_point
 
     def tokens(
         params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
@@ -85,10 +85,13 @@ def layers(config: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
 
 def build(config: ConfigDict) -> Callable[..., jax.Array]:
-    """The function ({"encoder": parameters}, images, keys_B=None) -> (B, D) float32 of a config.
+    """The function ({"encoder": parameters}, images, keys_B=None) -> one vector per image, (B, D) float32.
 
-    ``config.evaluation.pool`` and ``layer`` say which tokens; the images are not corrupted. Drop path only
-    with `keys_B`.
+    ``config.evaluation.layer`` and ``config.evaluation.pool`` choose the tokens; the images are not corrupted.
+    Drop path only with `keys_B`.
+
+    Raises:
+      ConfigError: the pooling needs a class token, and the encoder has none.
     """
     encoder, tokens_of = build_encoder(config), layers(config)
     layer, pooled = config.evaluation.layer, pool(config)
@@ -104,12 +107,12 @@ def build(config: ConfigDict) -> Callable[..., jax.Array]:
 
 
 def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> Callable[[jax.Array], dict[str, Any]]:
-    """The function key -> initial parameters of the config's encoder and of a head on what `read` takes of it.
+    """The function key -> initial parameters {"encoder": ..., "head": ...} of the config's encoder and of a head.
 
     Args:
       config: the whole config.
-      head: takes what `read` returns.
-      read: what :func:`build` or :func:`block_maps` returns.
+      head: the module that takes the result of `read`.
+      read: the function that :func:`build` or :func:`block_maps` returns.
     """
 
     def init(key: jax.Array) -> dict[str, Any]:
@@ -123,9 +126,12 @@ def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> 
 def block_maps(config: ConfigDict, blocks: Sequence[int]) -> Callable[..., tuple[jax.Array, ...]]:
     """The function ({"encoder": parameters}, images, keys_B=None) -> one (B, h, w, D) map per block.
 
-    Each holds the patch tokens after a block, counted from 1, where the patches lie; after the last block
-    also normalised if the encoder has a final norm. The images are not corrupted. Drop path only with
-    `keys_B`.
+    A map holds the patch tokens after one block, each where its patch lies. If the encoder has a final norm, the tokens
+    after the last block are normalised. The images are not corrupted. Drop path only with `keys_B`.
+
+    Args:
+      config: the whole config.
+      blocks: the numbers of the blocks; the first block is 1.
     """
     tokens_of, prefix = layers(config), prefix_tokens(config)
     last = config.encoder.depth
@@ -142,8 +148,8 @@ def block_maps(config: ConfigDict, blocks: Sequence[int]) -> Callable[..., tuple
 def tokens_by_block(config: ConfigDict) -> Callable[..., jax.Array]:
     """The function ({"encoder": parameters}, images, corruption) -> tokens (L + 1, B, prefix + M, D).
 
-    After each block, and last those that :func:`build` pools: the encoder's output, or a block's again if
-    ``config.evaluation.layer`` names one.
+    These are the tokens after each block, and then the tokens that :func:`build` pools: the encoder's output, or the
+    tokens of block ``config.evaluation.layer`` if it is not 0.
     """
     tokens_of, layer = layers(config), config.evaluation.layer
 

@@ -15,14 +15,14 @@ from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, dense,
 from crate_jax.models.patches import grid_shape, relative_position_index, relative_table_rows, resize_relative_table
 from crate_jax.parallel.sharding import by_batch
 
-Grids = tuple[tuple[int, int], tuple[int, int]]  # (h, w) patches of a table of biases, and of an image
+Grids = tuple[tuple[int, int], tuple[int, int]]  # (h, w) of the table of biases, and (h, w) of the image
 
 
 def drop_path_scales(keys_B: jax.Array, depth: int, rate: float) -> jax.Array:
-    """Stochastic-depth factors (L, 2, B): 0 with the layer's rate, else 1 / (1 - rate).
+    """Stochastic-depth factors (L, 2, B): 0 with the layer's rate as probability, else 1 / (1 - rate).
 
     The rate rises linearly from 0 in the first block to `rate` in the last; attention and MLP of
-    a block are dropped independently. One key per image, so micro-batches see the same draws.
+    a block are dropped independently. Each image has its own key, so micro-batches see the same draws.
     """
     rates_L = jnp.linspace(0.0, rate, depth)
     uniform_BL2 = jax.vmap(lambda k: jax.random.uniform(k, (depth, 2)))(keys_B)
@@ -61,7 +61,7 @@ class ViTBlock(nn.Module):
     layer_scale: float
     initializer: str
     dtype: Dtype
-    bias_grids: Grids | None = None  # this block has a relative bias of its own
+    bias_grids: Grids | None = None  # not None: this block has its own relative bias
 
     @nn.compact
     def __call__(
@@ -71,7 +71,7 @@ class ViTBlock(nn.Module):
         scales_2B: jax.Array | None,
         corruption: Corruption | None = None,
     ) -> tuple[jax.Array, None]:
-        """One layer; `scales_2B` multiplies the two branches image by image."""
+        """One layer, (B, N, D) -> (B, N, D); `scales_2B` multiplies the two branches of each image."""
         x_BND = by_batch(x_BND)
         D = x_BND.shape[-1]
         if self.bias_grids is not None and corruption is not None:
@@ -100,19 +100,19 @@ class ViTBlock(nn.Module):
 
 
 def relative_bias(module: nn.Module, grids: Grids, heads: int, corruption: Corruption) -> jax.Array:
-    """A bias on the logits looked up by relative position, (B or 1, H, 1 + M, 1 + M), from a table of `module`'s.
+    """A bias on the logits for each pair of tokens, (B or 1, H, 1 + M, 1 + M), from a table of relative positions.
 
     Args:
-      module: the parameter ``relative_bias`` lies directly under it.
-      grids: (h, w) patches of the table, and of the image that is encoded. If they differ, the table is resized.
+      module: the module that gets the table as its parameter ``relative_bias``.
+      grids: (h, w) patches of the table, and of the encoded image. If they differ, the table is resized.
       heads: H.
-      corruption: what chooses the M of the N patches.
+      corruption: the corruption, which chooses M of the N patches.
     """
-    own, grid = grids
-    shape = (relative_table_rows(own), heads)
+    table_grid, grid = grids
+    shape = (relative_table_rows(table_grid), heads)
     table = module.param("relative_bias", nn.initializers.zeros_init(), shape, jnp.float32)
-    if grid != own:
-        table = resize_relative_table(table, own, grid)
+    if grid != table_grid:
+        table = resize_relative_table(table, table_grid, grid)
     return corruption.select_pairs(table[relative_position_index(grid)].transpose(2, 0, 1))
 
 
@@ -125,7 +125,10 @@ def scan_vit_blocks(
     remat: str,
     *args: object,
 ) -> jax.Array:
-    """`depth` ViT blocks; bias and corruption are shared by all layers, the drop-path factors are one per layer."""
+    """`depth` ViT blocks, (B, N, D) -> (B, N, D); all layers share bias and corruption, each has its drop-path factors.
+
+    `args` are the attributes of :class:`ViTBlock`.
+    """
     blocks = scan_blocks(ViTBlock, depth, remat, *args, in_axes=(nn.broadcast, 0, nn.broadcast))
     return blocks(x_BND, bias_BHNN, scales_L2B, corruption)[0]
 
@@ -154,7 +157,7 @@ class ViTEncoder(nn.Module):
     def __call__(
         self, images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
     ) -> jax.Array:
-        """(B, H, W, 3) normalised images -> (B, 1 + M, D) tokens, class token first; drop path only with `keys_B`."""
+        """Normalised images (B, H, W, 3) -> tokens (B, 1 + M, D), class token first; drop path only with `keys_B`."""
         x = Embedding(
             self.width,
             self.patch_size,
@@ -169,7 +172,7 @@ class ViTEncoder(nn.Module):
         bias_BHNN = None
         if self.positions == "relative":  # one table for all layers, as ROPIM pre-trains
             bias_BHNN = relative_bias(self, grids, self.heads, corruption)
-        bias_grids = grids if self.positions == "relative_per_block" else None  # as it fine-tunes
+        bias_grids = grids if self.positions == "relative_per_block" else None  # as ROPIM fine-tunes
         scales_L2B = None
         if keys_B is not None and self.drop_path:
             scales_L2B = drop_path_scales(keys_B, self.depth, self.drop_path)

@@ -593,5 +593,5 @@ def test_relative_biases_keep_what_they_say_on_a_larger_grid():
         middle = table[:-3, 0].reshape(15, 15)[4:11]
         np.testing.assert_allclose(np.diff(middle, axis=0), 7 / 15, rtol=1e-4)
     encoder["embedding"] = {"positions": np.zeros((16, 2), np.float32)}
-    with pytest.raises(CheckpointError, match=re.escape("15 positions are no square")):
+    with pytest.raises(CheckpointError, match=re.escape("15 positions do not form a square")):
         adopt_encoder(target, {"encoder": encoder}, "run", new)
