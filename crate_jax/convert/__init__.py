@@ -1,7 +1,7 @@
 """Weights under other people's names: their state dicts as our parameter trees, and back.
 
-`files` reads and writes files, `families` knows whose tensors are which of our arrays, `describe` builds the
-config that fits them, `weights` puts the three together, `export` writes for other libraries.
+`files` reads and writes files, `families` says which of our arrays a tensor is, `describe` builds the config that
+fits the tensors, `weights` uses all three, `export` writes for other libraries.
 """
 
 from crate_jax.convert.families import FAMILIES, detect, export_state_dict, import_state_dict

@@ -10,17 +10,21 @@ from typing import Any, NoReturn
 
 from crate_jax.config import base, parts
 from crate_jax.convert import files, pretrained, weights
-from crate_jax.convert.describe import Known
+from crate_jax.convert.describe import Hints
 from crate_jax.convert.export import FORMATS, export
 from crate_jax.convert.families import FAMILIES, detect
-from crate_jax.convert.rules import Match, match, spell
+from crate_jax.convert.rules import Match, canonical_name, match
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.parallel.parameters import count
 from crate_jax.validation import changed_keys
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Prints what a file or a workdir holds, whether or not it can be used."""
+    """Prints what a file or a workdir holds, then raises if it cannot be used.
+
+    Raises:
+      UserError: the file cannot be read, or its weights do not fit a model.
+    """
     if Path(args.path).is_dir():
         encoder = pretrained.load(args.path, "PATH")
         _show(encoder.name, encoder.config, encoder.params)
@@ -28,12 +32,12 @@ def inspect(args: argparse.Namespace) -> None:
     state, about = files.read(args.path)
     where = "".join(f", under '{key}'" for key in about["nested"])
     print(f"{args.path}: {about['format']}{where}, {len(state)} tensors")
-    if weights.KEY not in about["metadata"]:
+    if weights.METADATA_KEY not in about["metadata"]:
         name = args.family or detect(state)
         if name not in FAMILIES:
             raise ConfigError(f"unknown model family '{name}'; valid: {', '.join(FAMILIES)}")
-        _show_match(match(FAMILIES[name], [spell(FAMILIES[name], n) for n in state]))
-    loaded = weights.load(args.path, args.family, _known(args))
+        _show_match(match(FAMILIES[name], [canonical_name(FAMILIES[name], n) for n in state]))
+    loaded = weights.load(args.path, args.family, _hints(args))
     _show(f"family {loaded.family}", loaded.config, loaded.params)
 
 
@@ -59,8 +63,12 @@ def _show_match(found: Match) -> None:
 
 
 def import_(args: argparse.Namespace) -> None:
-    """Writes other people's weights in our own format."""
-    loaded = weights.load(args.path, args.family, _known(args))
+    """Writes other people's weights in our own format.
+
+    Raises:
+      UserError: the file cannot be read or written, or its weights do not fit a model.
+    """
+    loaded = weights.load(args.path, args.family, _hints(args))
     weights.save(args.out, loaded.config, loaded.params)
     if loaded.match is not None:
         _show_match(loaded.match)
@@ -69,7 +77,11 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export_(args: argparse.Namespace) -> None:
-    """Writes our weights for another library."""
+    """Writes our weights for another library.
+
+    Raises:
+      UserError: the checkpoint cannot be read, or the format cannot hold it.
+    """
     encoder = pretrained.load(args.path, "CHECKPOINT")
     made = export(encoder.config, encoder.params, args.format, args.out)
     for part in made.left_out:
@@ -77,14 +89,14 @@ def export_(args: argparse.Namespace) -> None:
     print(f"{encoder.name}: wrote {len(made.state)} tensors under the names of {made.family} to {args.out}")
 
 
-def _known(args: argparse.Namespace) -> Known:
+def _hints(args: argparse.Namespace) -> Hints:
     size = args.image_size
     if size is not None:
         sides = size.lower().split("x")
         if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
             raise ConfigError(f"--image-size={size}: must be a number of pixels, or HEIGHTxWIDTH")
         size = (int(sides[0]), int(sides[-1]))
-    return Known(
+    return Hints(
         heads=args.heads,
         decoder_heads=args.decoder_heads,
         image_size=size,
@@ -108,36 +120,36 @@ def _three(flag: str, text: str | None) -> tuple[float, ...] | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse's, but a mistake is one line."""
+    """Argparse's parser, with errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Leaves with status 2."""
+        """Prints the message and exits with status 2."""
         print(f"error: {message}; python -m crate_jax.convert --help says more", file=sys.stderr)
         sys.exit(2)
 
 
 def parser() -> Parser:
-    """The command line."""
+    """The parser of the command line."""
     top = Parser(prog="python -m crate_jax.convert", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="inspect|import|export")
     for name, run, path, what in (
-        ("inspect", inspect, "FILE_OR_WORKDIR", "what a file holds, and what of it is used"),
-        ("import", import_, "FILE", "other people's weights -> a file of ours"),
+        ("inspect", inspect, "FILE_OR_WORKDIR", "show what a file holds, and which tensors are used"),
+        ("import", import_, "FILE", "write other people's weights in our own format"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.set_defaults(run=run)
         command.add_argument("path", metavar=path)
-        command.add_argument("--family", default="", help=f"whose names: {', '.join(FAMILIES)}; else from the names")
-        command.add_argument("--heads", type=int, help="of the encoder, where its width does not tell")
-        command.add_argument("--decoder-heads", type=int, help="of the decoder")
-        command.add_argument("--image-size", metavar="N|HxW", help="pixels, where no square position table tells")
-        command.add_argument("--mean", metavar="R,G,B", help="of the images, scaled to [0, 1]; else ImageNet's")
-        command.add_argument("--std", metavar="R,G,B")
+        command.add_argument("--family", default="", help=f"one of {', '.join(FAMILIES)}; default: by the names")
+        command.add_argument("--heads", type=int, help="the encoder's heads, if its width was never published")
+        command.add_argument("--decoder-heads", type=int, help="the decoder's heads, likewise")
+        command.add_argument("--image-size", metavar="N|HxW", help="pixels, if there is no square position table")
+        command.add_argument("--mean", metavar="R,G,B", help="mean of pixels scaled to [0, 1]; default: ImageNet's")
+        command.add_argument("--std", metavar="R,G,B", help="their standard deviation; default: ImageNet's")
         command.add_argument("--target", choices=("pixel", "patch_normalised"), help="what the decoder predicts")
-        command.add_argument("--lam", type=float, help="CRATE's lambda; else as released")
+        command.add_argument("--lam", type=float, help="CRATE's lambda; default: as released")
         if name == "import":
             command.add_argument("--out", required=True, metavar="OUT.safetensors")
-    command = commands.add_parser("export", help="our weights -> a folder for another library")
+    command = commands.add_parser("export", help="write our weights to a folder for another library")
     command.set_defaults(run=export_)
     command.add_argument("path", metavar="CHECKPOINT", help="a workdir, or a file of weights")
     command.add_argument("--format", required=True, choices=tuple(FORMATS))
@@ -146,7 +158,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command; 2 if the user has something to mend."""
+    """Runs one command; returns the exit status, which is 2 after a UserError."""
     args = parser().parse_args(argv)
     try:
         args.run(args)

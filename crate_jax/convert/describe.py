@@ -1,7 +1,7 @@
 """The config that fits a state dict: everything that names and shapes of tensors say about a model.
 
-They do not say how many heads there are, nor how images were normalised, nor what the decoder predicts, nor CRATE's
-lambda. What is not given is taken from the published models of that width.
+They do not say the number of heads, how images were normalised, what the decoder predicts, or CRATE's lambda. Where
+no hint says it either, the values are those of the published models of the same width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.config import base
 from crate_jax.convert.families import family, import_state_dict
-from crate_jax.convert.rules import Grid, spell
+from crate_jax.convert.rules import Grid, canonical_name
 from crate_jax.data import IMAGENET_MEAN, IMAGENET_STD
 from crate_jax.errors import ConfigError
 from crate_jax.models.patches import relative_table_rows
@@ -27,7 +27,7 @@ CRATE_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}
 DECODER_HEADS = {512: 16}  # MAE's
 CRATE_LAMBDA = {"crate": 0.1, "crate_mae": 0.5}  # as released; CRATE-MAE's figures have 5.0
 
-# Where each family keeps a tensor whose rows tell the number of patches, and how many rows are not patches.
+# Names of position tables: their rows are one per patch, and one for the class token.
 TABLES = ("pos_embed", "decoder_pos_embed", "pos_embedding", "encoder.pos_embed", "vit.embeddings.position_embeddings")
 RELATIVE_TABLES = (
     "rel_pos_bias.relative_position_bias_table",
@@ -41,17 +41,17 @@ PATCH_KERNELS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class Hints:
     """What is known about a model besides its tensors; None: not known.
 
     Attributes:
-      heads: of the encoder.
-      decoder_heads: of the decoder.
+      heads: number of the encoder's attention heads.
+      decoder_heads: number of the decoder's attention heads.
       image_size: (height, width) in pixels.
-      mean: per channel, of pixels scaled to [0, 1].
-      std: the same.
-      target: what the decoder predicts, ``pixel`` or ``patch_normalised``.
-      mask_ratio: share of the patches removed in pre-training.
+      mean: mean per channel of pixels scaled to [0, 1].
+      std: standard deviation per channel of pixels scaled to [0, 1].
+      target: the decoder's target, ``pixel`` or ``patch_normalised``.
+      mask_ratio: share of the patches that pre-training removes.
       lam: CRATE's sparsity weight.
     """
 
@@ -64,51 +64,54 @@ class Known:
     mask_ratio: float | None = None
     lam: float | None = None
 
-    def else_(self, other: Known) -> Known:
-        """What is known here, and from `other` what is not."""
+    def or_else(self, other: Hints) -> Hints:
+        """These hints, and those of `other` where these are None.
+
+        >>> hints = Hints(heads=3).or_else(Hints(heads=6, lam=0.1))
+        >>> hints.heads, hints.lam
+        (3, 0.1)
+        """
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Known(**{name: getattr(other, name) if value is None else value for name, value in mine.items()})
+        return Hints(**{name: getattr(other, name) if value is None else value for name, value in mine.items()})
 
 
-def describe(name: str, state: Mapping[str, np.ndarray], known: Known | None = None) -> ConfigDict:
+def describe(name: str, state: Mapping[str, np.ndarray], hints: Hints | None = None) -> ConfigDict:
     """The config of the model whose weights `state` holds.
 
     Raises:
       ConfigError: the state dict does not fit the family, or a size is not known.
     """
-    known = known or Known()
-    grid = grid_of(name, state, known.image_size)
-    return config_of(name, import_state_dict(name, state, grid), grid, known)
+    hints = hints or Hints()
+    grid = grid_of(name, state, hints.image_size)
+    return config_of(name, import_state_dict(name, state, grid), grid, hints)
 
 
 def patch_size(name: str, state: Mapping[str, np.ndarray]) -> int:
     """Side of a patch in pixels.
 
     Raises:
-      ConfigError: there is no patch embedding, or it is not of square patches of three channels.
+      ConfigError: there is no patch embedding, or its patches are not square or do not have three channels.
     """
-    found = {spell(family(name), n): a for n, a in state.items()}
+    found = {canonical_name(family(name), n): a for n, a in state.items()}
     for kernel in PATCH_KERNELS:
         shape = np.shape(found[kernel]) if kernel in found else None
         if shape and len(shape) == 4:
             if shape[1] != 3 or shape[2] != shape[3]:
-                raise ConfigError(
-                    f"'{kernel}' has the shape {list(shape)}; only square patches of 3 channels are known"
-                )
+                raise ConfigError(f"'{kernel}' has the shape {list(shape)}; expected square patches of 3 channels")
             return int(shape[2])
-    if "to_patch_embedding.2.weight" in found:  # crate: linear
+    if "to_patch_embedding.2.weight" in found:  # CRATE: a linear layer
         return math.isqrt(np.shape(found["to_patch_embedding.2.weight"])[-1] // 3)
     raise ConfigError(f"{name} weights do not fit: missing a patch embedding such as '{PATCH_KERNELS[0]}'")
 
 
 def grid_of(name: str, state: Mapping[str, np.ndarray], image_size: tuple[int, int] | None) -> Grid:
-    """Patches per column and row: of `image_size`, or the square that the position table is of.
+    """(h, w) patches of images of `image_size` pixels; if it is None, of the square that the position table covers.
 
     Raises:
-      ConfigError: neither is there, or the two do not agree.
+      ConfigError: there is neither a size nor a table, the table is not one of a square, or the two do not agree.
     """
     side = patch_size(name, state)
-    found = {spell(family(name), n): np.shape(a) for n, a in state.items()}
+    found = {canonical_name(family(name), n): np.shape(a) for n, a in state.items()}
     patches = next((found[t][1] - 1 for t in TABLES if t in found and len(found[t]) == 3), None)
     rows = next((found[p + t][0] for t in RELATIVE_TABLES for p in ("", "encoder.") if p + t in found), None)
     if image_size is not None:
@@ -125,17 +128,19 @@ def grid_of(name: str, state: Mapping[str, np.ndarray], image_size: tuple[int, i
     elif rows is not None:
         edge = (math.isqrt(max(rows - 3, 0)) + 1) // 2
     else:
-        raise ConfigError("there is no position table that would tell the image size; give it (--image-size)")
+        raise ConfigError("the image size is unknown: there is no position table; give the size (--image-size)")
     if patches not in (None, edge * edge) or rows not in (None, relative_table_rows((edge, edge))):
-        raise ConfigError(f"a position table of {patches or rows} rows is not of a square; give the image size")
+        raise ConfigError(
+            f"a position table of {patches or rows} rows is not that of a square; give the image size (--image-size)"
+        )
     return edge, edge
 
 
-def config_of(name: str, params: Mapping[str, Any], grid: Grid, known: Known) -> ConfigDict:
+def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) -> ConfigDict:
     """The config of a model with these parameters.
 
     Raises:
-      ConfigError: the number of heads is not known or cannot be; or there are two kinds of positions.
+      ConfigError: the number of heads is unknown or does not divide the width; or there are two kinds of positions.
     """
     ours = {n: np.shape(a) for n, a in names(params).items()}
     c = base()
@@ -148,23 +153,23 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, known: Known) ->
     c.encoder.embed_norm = "encoder/embedding/pixel_norm/scale" in ours
     c.encoder.final_norm = "encoder/norm/scale" in ours
     c.data.image_size = (grid[0] * c.encoder.patch_size, grid[1] * c.encoder.patch_size)
-    c.data.mean, c.data.std = known.mean or IMAGENET_MEAN, known.std or IMAGENET_STD
-    c.loss.target = known.target or "pixel"
+    c.data.mean, c.data.std = hints.mean or IMAGENET_MEAN, hints.std or IMAGENET_STD
+    c.loss.target = hints.target or "pixel"
     if crate:
-        c.encoder.lam = CRATE_LAMBDA[name] if known.lam is None else known.lam
+        c.encoder.lam = CRATE_LAMBDA[name] if hints.lam is None else hints.lam
         c.encoder.final_eps = 1e-5 if name == "crate" else 1e-6
     else:
         c.encoder.mlp_ratio = ours["encoder/blocks/mlp_in/kernel"][2] / c.encoder.width
-        c.encoder.layer_scale = 0.1 if "encoder/blocks/layer_scale_1" in ours else 0.0  # where a new one would start
+        c.encoder.layer_scale = 0.1 if "encoder/blocks/layer_scale_1" in ours else 0.0  # a new one's initial value
         c.encoder.qkv_bias = next(
             (k for k, n in (("qkv", "qkv/bias"), ("qv", "q_bias")) if f"encoder/blocks/attention/{n}" in ours), "none"
         )
         c.encoder.init = "trunc_normal" if name in ("beit", "ropim", "simmim") else "xavier"
     table = ours.get("encoder/relative_bias", ours.get("encoder/blocks/relative_bias"))
-    heads = table[-1] if table else known.heads or (CRATE_HEADS if crate else VIT_HEADS).get(c.encoder.width)
+    heads = table[-1] if table else hints.heads or (CRATE_HEADS if crate else VIT_HEADS).get(c.encoder.width)
     c.encoder.heads = _check_heads("encoder", c.encoder.width, heads, "--heads")
-    _corruption(c, name, ours, known)
-    _decoder(c, ours, known)
+    _corruption(c, name, ours, hints)
+    _decoder(c, ours, hints)
     return c
 
 
@@ -193,27 +198,27 @@ def _check_heads(part: str, width: int, heads: int | None, flag: str) -> int:
     return heads
 
 
-def _corruption(c: ConfigDict, name: str, ours: Mapping[str, Any], known: Known) -> None:
-    """The one that the model was pre-trained with; as :func:`base` has it where nothing tells, for an encoder alone."""
+def _corruption(c: ConfigDict, name: str, ours: Mapping[str, Any], hints: Hints) -> None:
+    """Sets the corruption that the model was pre-trained with; :func:`base`'s name stays if no array shows it."""
     if "encoder/embedding/mask_token" in ours:
         c.corruption.name, c.corruption.mask_fill = "mask", "token"
     elif "decoder/mask_token" in ours:
         c.corruption.name, c.corruption.mask_fill = "mask", "drop"
     elif "decoder/head/kernel" in ours:
         c.corruption.name = "rop"
-    c.corruption.mask_ratio = known.mask_ratio or (0.6 if name == "simmim" else 0.75)
+    c.corruption.mask_ratio = hints.mask_ratio or (0.6 if name == "simmim" else 0.75)
     if name in ("ropim", "simmim"):
         c.loss.norm = "l1"
 
 
-def _decoder(c: ConfigDict, ours: Mapping[str, Any], known: Known) -> None:
+def _decoder(c: ConfigDict, ours: Mapping[str, Any], hints: Hints) -> None:
     if "decoder/blocks/linear/kernel" in ours:
         c.decoder.name, c.decoder.heads = "crate", c.encoder.heads
         c.decoder.depth = ours["decoder/blocks/linear/kernel"][0]
     elif "decoder/blocks/mlp_in/kernel" in ours:
         c.decoder.name = "transformer"
         c.decoder.depth, c.decoder.width = ours["decoder/blocks/mlp_in/kernel"][:2]
-        heads = known.decoder_heads or DECODER_HEADS.get(c.decoder.width)
+        heads = hints.decoder_heads or DECODER_HEADS.get(c.decoder.width)
         c.decoder.heads = _check_heads("decoder", c.decoder.width, heads, "--decoder-heads")
     elif "decoder/head/kernel" in ours:
         c.decoder.name = "linear"

@@ -1,8 +1,8 @@
 """Weights for other libraries: timm, transformers, and the authors' own code.
 
-Each format is a folder with ``model.safetensors`` and what that library reads beside it. What a format cannot hold
-is refused in one line, never left out in silence; only a decoder or a classifier's head that the target has no place
-for is, and the summary says so.
+Each format is a folder with ``model.safetensors`` and the JSON files that the library reads beside it. If a format
+cannot hold a model, `export` raises and writes nothing. Only whole parts for which the format has no place (a decoder,
+a mask token, a classifier's head) are left out, and the summary names them.
 """
 
 from __future__ import annotations
@@ -30,47 +30,47 @@ RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transforme
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What is written.
+    """The content of an exported folder.
 
     Attributes:
-      family: whose names the tensors have.
+      family: the family of the tensors' names.
       state: tensors by name.
-      beside: further JSON files, name -> content.
-      left_out: parts of the model that the format has no place for.
+      json_files: further files, name -> content.
+      left_out: parts of the model for which the format has no place.
     """
 
     family: str
     state: dict[str, Array]
-    beside: dict[str, Any]
+    json_files: dict[str, Any]
     left_out: tuple[str, ...]
 
 
 def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, out: str | os.PathLike[str]) -> Export:
-    """Writes a model to a folder in another library's format; returns what was written.
+    """Writes a model to a folder in another library's format; returns the folder's content.
 
     Args:
       config: the model's config, as a dictionary.
       params: nested dictionaries with ``encoder`` and perhaps ``decoder``.
       format: a key of FORMATS.
-      out: the folder; made if need be. Files of the same names are replaced.
+      out: the folder, which is made if it is missing. Files of the same names are replaced.
 
     Raises:
       ConfigError: the format cannot hold this model.
-      UserError: it cannot be written.
+      UserError: the folder cannot be written.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format={format}: must be one of {', '.join(FORMATS)}")
     made = FORMATS[format](model_config(config, params), params)
-    config = _without_places(config)
+    config = _without_paths(config)
     folder = expanduser(out)
     files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})
-    for name, content in made.beside.items():
+    for name, content in made.json_files.items():
         write_json(folder / name, content)
     return made
 
 
-def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without paths and names of the machine it ran on: what is exported is often published."""
+def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without paths and names of the user's machine, because exports are often published."""
     empty: dict[str, Any] = {"init_from": "", "checkpoint": ""}
     config = {**config, **{key: value for key, value in empty.items() if key in config}}
     config["data"] = {**config["data"], "source": base().data.source, "data_dir": ""}
@@ -84,14 +84,14 @@ def _grid(c: ConfigDict) -> tuple[int, int]:
 
 
 def _only(params: Mapping[str, Any], *parts: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The parts that are wanted, and the names of those that are not."""
+    """The chosen parts, and the names of the other ones."""
     return {k: v for k, v in params.items() if k in parts}, tuple(k for k in params if k not in parts)
 
 
 def _require(section: ConfigDict, name: str, needed: Mapping[str, Any], target: str) -> None:
     for key, right in needed.items():
         if section[key] != right:
-            raise ConfigError(f"{target} has only config.{name}.{key}={right!r}, not {section[key]!r}")
+            raise ConfigError(f"{target} supports only config.{name}.{key}={right!r}, not {section[key]!r}")
 
 
 def _require_vit(c: ConfigDict, library: str) -> None:
@@ -102,7 +102,11 @@ def _require_vit(c: ConfigDict, library: str) -> None:
 
 
 def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
-    """The encoder as timm's VisionTransformer, or its Beit where there are biases of positions, or of q and v only."""
+    """The encoder as timm's VisionTransformer, or as its Beit if it has relative positions or biases of q and v only.
+
+    Raises:
+      ConfigError: timm has no such encoder.
+    """
     _require_vit(c, "timm")
     params, left_out = _only(params, "encoder")
     beit = c.encoder.positions.startswith("relative") or c.encoder.qkv_bias == "qv"
@@ -116,16 +120,16 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
         "depth": c.encoder.depth,
         "num_heads": c.encoder.heads,
         "mlp_ratio": c.encoder.mlp_ratio,
-        "init_values": c.encoder.layer_scale,  # 0: none; timm takes None for its own default
+        "init_values": c.encoder.layer_scale,  # 0: no scale; timm would replace None by its own default
         "global_pool": "token",
     }
     if c.encoder.final_norm and c.encoder.final_eps != 1e-6:
         raise ConfigError(f"timm's norms add 1e-6, not config.encoder.final_eps={c.encoder.final_eps}")
     if beit:
         if c.encoder.qkv_bias == "qkv":
-            raise ConfigError("timm's Beit has no bias of the keys: config.encoder.qkv_bias must be qv or none")
+            raise ConfigError("timm's Beit has no key bias: config.encoder.qkv_bias must be qv or none")
         if not c.encoder.final_norm:
-            raise ConfigError("timm's Beit has no encoder without a final norm (config.encoder.final_norm=False)")
+            raise ConfigError("timm's Beit always has a final norm: config.encoder.final_norm must be True")
         family, architecture = "beit", "beit_base_patch16_224"
         if c.encoder.positions == "sincos":  # a parameter in Beit
             params = _with_table(params, grid, c.encoder.width)
@@ -134,7 +138,7 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
         args["use_shared_rel_pos_bias"] = c.encoder.positions == "relative"
         args["use_rel_pos_bias"] = c.encoder.positions == "relative_per_block"
     else:
-        family, architecture = "timm_vit", _known_vit(c)
+        family, architecture = "timm_vit", _timm_name(c)
         if c.encoder.positions == "sincos":
             family = "vit_mae"
         args["qkv_bias"] = c.encoder.qkv_bias == "qkv"
@@ -166,7 +170,7 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
 
 
 def _without_mask_token(params: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """An encoder without the token that pre-training puts in place of removed patches."""
+    """The encoder without the mask token of pre-training, and the names of the arrays that are left out."""
     embedding = dict(params["encoder"]["embedding"])
     if embedding.pop("mask_token", None) is None:
         return params, ()
@@ -178,14 +182,18 @@ def _with_table(params: dict[str, Any], grid: tuple[int, int], width: int) -> di
     return {**params, "encoder": {**params["encoder"], "embedding": embedding}}
 
 
-def _known_vit(c: ConfigDict) -> str:
-    """The name in timm of this size, or for the nearest: `model_args` hold every size anyway."""
+def _timm_name(c: ConfigDict) -> str:
+    """Timm's name for a model of this width, else for a base model; `model_args` hold all sizes anyway."""
     size = {192: "tiny", 384: "small", 1024: "large", 1280: "huge"}.get(c.encoder.width, "base")
     return "vit_huge_patch14_224" if size == "huge" else f"vit_{size}_patch16_224"
 
 
 def to_transformers(c: ConfigDict, params: Mapping[str, Any]) -> Export:
-    """ViTMAEForPreTraining, or ViTMAEModel where there is no decoder of MAE."""
+    """The model as transformers' ViTMAEForPreTraining, or as ViTMAEModel if it does not have MAE's decoder.
+
+    Raises:
+      ConfigError: ViTMAE cannot hold this model.
+    """
     _require_vit(c, "transformers' ViTMAE")
     height, width = c.data.image_size
     if height != width:
@@ -195,7 +203,7 @@ def to_transformers(c: ConfigDict, params: Mapping[str, Any]) -> Export:
     trained_with = "decoder" in params or "mask_token" in params["encoder"]["embedding"]
     if trained_with and c.corruption.name == "mask" and c.corruption.mask_fill != "drop":
         raise ConfigError(
-            f"transformers' ViTMAE drops removed patches, config.corruption.mask_fill={c.corruption.mask_fill!r} "
+            f"transformers' ViTMAE drops removed patches, and config.corruption.mask_fill={c.corruption.mask_fill!r} "
             "does not; --format=timm writes the encoder alone"
         )
     parts = ("encoder", "decoder") if _has_mae_decoder(params) else ("encoder",)
@@ -248,7 +256,11 @@ def _has_mae_decoder(params: Mapping[str, Any]) -> bool:
 
 
 def to_authors(c: ConfigDict, params: Mapping[str, Any]) -> Export:
-    """The names of the code that each model was published with."""
+    """The model under the names of the code with which it was published.
+
+    Raises:
+      ConfigError: that code cannot hold this model.
+    """
     params, left_out = _only(params, "encoder", "decoder")
     e = c.encoder
     if e.name == "crate":

@@ -1,4 +1,4 @@
-"""The kinds of models whose weights are known: what each of their tensors is here, and how to tell them apart."""
+"""The families of models that we can read: which of our arrays each tensor is, and how to detect a family."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crate_jax.convert.layouts import (
     TABLE,
     Layout,
 )
-from crate_jax.convert.rules import Constant, Family, Grid, Group, Rule, export_tensors, import_tensors, spell
+from crate_jax.convert.rules import Constant, Family, Grid, Group, Rule, canonical_name, export_tensors, import_tensors
 from crate_jax.errors import ConfigError
 from crate_jax.models.patches import relative_position_index, sincos_positions
 
@@ -99,8 +99,8 @@ def _qkv_bias(ours: str, theirs: str) -> Rule:
 
 
 def _final_norm(theirs: str) -> Group:
-    """Absent in classifiers that normalise after pooling, by ``fc_norm``."""
-    return Group("final norm", _norm("encoder/norm", theirs), instead="fc_norm.")
+    """The final norm; classifiers that normalise after pooling have ``fc_norm`` in its place."""
+    return Group("final norm", _norm("encoder/norm", theirs), replaced_by="fc_norm.")
 
 
 def _pixel_shuffle_head() -> Group:
@@ -128,7 +128,7 @@ CLASSIFIER = {
 
 
 def _vit(positions: bool) -> tuple[Group, ...]:
-    """Encoder of a ViT under timm's names, which MAE took over."""
+    """A ViT's encoder under timm's names, which MAE uses too."""
     learned = (Rule("encoder/embedding/positions", ("pos_embed",), TABLE),)
     scales = tuple(
         Rule(f"encoder/blocks/layer_scale_{i}", (f"blocks.{{l}}.ls{i}.gamma",)) for i in (1, 2)
@@ -144,7 +144,7 @@ def _vit(positions: bool) -> tuple[Group, ...]:
 
 
 def _beit(prefix: str, mask_token: bool, decoder: bool) -> Family:
-    """BEiT and what was built on its code: SimMIM and ROPIM, whose encoders are ``encoder.``, and timm's Beit."""
+    """BEiT, timm's Beit, and two models on BEiT's code, SimMIM and ROPIM, whose encoders are ``encoder.``."""
     block, blocks = f"{prefix}blocks.{{l}}", "encoder/blocks"
     shared, per_block = f"{prefix}rel_pos_bias.relative_position", f"{block}.attn.relative_position"
     return Family(
@@ -177,7 +177,7 @@ def _beit(prefix: str, mask_token: bool, decoder: bool) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    # One encoder and one decoder block of CRATE-MAE, as the reference numbers hold them.
+    # One encoder and one decoder block of CRATE-MAE, as in the files of reference numbers.
     "crate_blocks": Family(
         groups=(
             Group("encoder", _crate_encoder_block("encoder", "encoder/layers.0")),
@@ -294,7 +294,7 @@ FAMILIES: dict[str, Family] = {
         ),
         unused={r"classifier\..*": "a classifier's last layer", r"vit\.pooler\..*": "a classifier's pooling"},
         rename=(
-            # ViTMAEModel alone; the module names of transformers 5; what its save_pretrained makes of the decoder's.
+            # ViTMAEModel alone; the module names of transformers 5; its save_pretrained's names of the decoder.
             (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
             (r"^vit\.layers\.", "vit.encoder.layer."),
             (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
@@ -310,45 +310,45 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(name: str) -> Family:
-    """The family of that name.
+    """The family of this name.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is no such family.
     """
     if name not in FAMILIES:
         raise ConfigError(f"unknown model family '{name}'; valid: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
-def import_state_dict(name: str, state: Mapping[str, Array], grid: Grid, check_fixed: bool = True) -> dict:
+def import_state_dict(name: str, state: Mapping[str, Array], grid: Grid, check_constants: bool = True) -> dict:
     """Turns a state dict into our nested parameter tree.
 
     Args:
       name: a key of FAMILIES.
-      state: tensors (or gradients) by the authors' names, as arrays.
-      grid: (h, w) patches, for the constants that must agree.
-      check_fixed: False for gradients, where constants and unused tensors are absent.
+      state: tensors (or gradients), as arrays by the authors' names.
+      grid: (h, w) patches, to compute the constants with which the state dict's are compared.
+      check_constants: False for gradients, which have no constants and no unused tensors.
 
     Returns:
-      Nested dict of arrays, ``{"encoder": ..., "decoder": ...}``; no decoder where the file has none.
+      Nested dict of arrays, ``{"encoder": ..., "decoder": ...}``; without decoder if the state dict has none.
 
     Raises:
       ConfigError: an unknown family, missing or unused names (all listed), or a constant tensor
         with another value than ours.
     """
-    return import_tensors(family(name), name, state, grid, check_fixed)
+    return import_tensors(family(name), name, state, grid, check_constants)
 
 
 def export_state_dict(name: str, params: Mapping, grid: Grid) -> dict[str, Array]:
-    """The inverse of :func:`import_state_dict`, with the constants that their code keeps beside its parameters.
+    """The inverse of :func:`import_state_dict`; it adds the constants that the authors' code saves.
 
     Raises:
-      ConfigError: an unknown family, or parameters that are not those of such a model (all listed).
+      ConfigError: an unknown family, or missing or unused arrays (all listed).
     """
     return export_tensors(family(name), name, params, grid)
 
 
-# A tensor that only this family has, looked for in this order.
+# (family, a tensor that only this family has among those that follow); the first match counts.
 SIGNATURES = (
     ("hf_vit_mae", "vit.embeddings.patch_embeddings.projection.weight"),
     ("crate_mae", "blocks.0.layers.0.0.fn.qkv.weight"),
@@ -363,22 +363,22 @@ SIGNATURES = (
 
 
 def detect(state: Mapping[str, Array]) -> str:
-    """The family of a state dict, by its names.
+    """The family of a state dict, found by its names.
 
     An encoder under timm's names is `vit_mae` if its position table is the sine-cosine one, else `timm_vit`.
 
     Raises:
-      ConfigError: it is none that is known.
+      ConfigError: the names belong to no known family.
     """
-    spelled = {spell(FAMILIES["hf_vit_mae"], name) for name in state}
+    hf_names = {canonical_name(FAMILIES["hf_vit_mae"], name) for name in state}
     for name, tensor in SIGNATURES:
-        if tensor in (spelled if name == "hf_vit_mae" else state):
+        if tensor in (hf_names if name == "hf_vit_mae" else state):
             return name
     if "blocks.0.attn.qkv.weight" in state:
         return "vit_mae" if _is_sincos(state.get("pos_embed")) else "timm_vit"
     some = ", ".join(sorted(state)[:4])
     raise ConfigError(
-        f"not a model that is known here (its {len(state)} tensors are called {some}, ...); "
+        f"not a known model (its {len(state)} tensors are named {some}, ...); "
         f"known: {', '.join(name for name in FAMILIES if name != 'crate_blocks')}"
     )
 

@@ -19,9 +19,14 @@ from crate_jax.workdir.folder import check_free_space, expanduser
 
 Arrays = dict[str, np.ndarray]
 
-# Where training scripts put the weights, in the order in which they are looked for.
+# Keys under which training scripts save the weights; the first key that is present counts.
 NESTED = ("model", "state_dict", "model_state_dict", "model_state", "net", "module", "teacher", "encoder", "params")
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")  # of wrappers; taken off if all names have it
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "backbone.",
+    "model.",
+)  # prefixes of wrappers; a prefix is removed if all names have it
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
@@ -38,17 +43,17 @@ SAFETENSORS_DTYPES = {
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, Any]]:
-    """Reads a file of weights; nothing in it is executed. The format is told by the content, not by the name.
+    """Reads a file of weights and executes nothing in it. The content decides the format, not the file's name.
 
     Args:
-      path: .safetensors, or a PyTorch checkpoint of either format.
+      path: a .safetensors file, or a PyTorch checkpoint of either format.
 
     Returns:
-      arrays by name, read-only; and what else is known: ``format``, ``metadata`` (safetensors' texts), ``nested`` (the
-      keys under which the weights were), ``prefix`` (taken off all names), ``args`` (a script's arguments).
+      read-only arrays by name; and a dictionary: ``format``, ``metadata`` (safetensors' texts), ``nested`` (the keys
+      under which the weights were), ``prefix`` (removed from all names), ``args`` (a training script's arguments).
 
     Raises:
-      CheckpointError: there is no such file, it is damaged, of another format, or refers to anything but weights.
+      CheckpointError: there is no such file, it is damaged, has another format, or refers to anything but weights.
     """
     path = expanduser(path)
     if path.exists() and not path.is_file():
@@ -78,7 +83,7 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as e:
         raise CheckpointError(f"{path}: damaged or cut short: {e}") from None
-    # Sliced here and not by the package, whose NumPy part does not know bfloat16.
+    # We slice the bytes ourselves: safetensors.numpy does not know bfloat16.
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     arrays = {}
@@ -102,9 +107,13 @@ def _read_torch(path: Path, start: bytes) -> tuple[Arrays, dict[str, Any]]:
         while not _is_state_dict(tree):
             key = next((k for k in NESTED if isinstance(tree, dict) and isinstance(tree.get(k), dict)), None)
             if key is None:
-                has = f"it has {', '.join(map(str, tree)) or 'nothing'}" if isinstance(tree, dict) else "no dictionary"
+                has = (
+                    f"it has {', '.join(map(str, tree)) or 'nothing'}"
+                    if isinstance(tree, dict)
+                    else "it is not a dictionary"
+                )
                 raise CheckpointError(
-                    f"{path}: no weights found, {has}; expected tensors by name, or those under one of "
+                    f"{path}: no weights found, {has}; expected tensors by name, at the top or under one of "
                     f"{', '.join(NESTED)}"
                 )
             tree = tree[key]
@@ -119,10 +128,10 @@ def _is_state_dict(tree: Any) -> bool:
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a .safetensors file, whole or not at all.
+    """Writes a .safetensors file; an error leaves no partial file under its name.
 
     Raises:
-      CheckpointError: the folder cannot be made, or there is no room.
+      CheckpointError: the file cannot be written, or the disk is full.
     """
     path = expanduser(path).absolute()
     dense = {name: np.ascontiguousarray(a) for name, a in arrays.items()}

@@ -1,7 +1,7 @@
-"""How one of our arrays is laid out in other people's tensors, both ways.
+"""Layouts: conversions between one of our arrays and other people's tensors, in both directions.
 
 Torch keeps linear weights as (out, in) and images as NCHW; we keep kernels as (in, out) and patches as (row,
-column, channel). Every layout only moves numbers, so there and back gives the same bits.
+column, channel). Every layout only moves numbers, so a round trip gives the same bits.
 
 Shapes: D width, N tokens, p patch side, P = 3 p^2 numbers per patch, rows R.
 """
@@ -19,15 +19,26 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """`ours` makes our array of their tensors, `theirs` makes their tensors of our array; inverses."""
+    """Two functions, each the inverse of the other.
 
-    ours: Callable[[Sequence[Array]], Array]
-    theirs: Callable[[Array], Sequence[Array]]
+    Attributes:
+      to_ours: their tensors -> our array.
+      to_theirs: our array -> their tensors.
+
+    >>> kernel = np.ones((4, 3))
+    >>> [tensor.shape for tensor in LINEAR.to_theirs(kernel)]
+    [(3, 4)]
+    >>> LINEAR.to_ours(LINEAR.to_theirs(kernel)).shape
+    (4, 3)
+    """
+
+    to_ours: Callable[[Sequence[Array]], Array]
+    to_theirs: Callable[[Array], Sequence[Array]]
 
 
-def single(ours: Callable[[Array], Array], theirs: Callable[[Array], Array]) -> Layout:
-    """The layout of an array that is one tensor."""
-    return Layout(lambda tensors: ours(tensors[0]), lambda a: (theirs(a),))
+def single(to_ours: Callable[[Array], Array], to_theirs: Callable[[Array], Array]) -> Layout:
+    """The layout of an array that corresponds to one tensor."""
+    return Layout(lambda tensors: to_ours(tensors[0]), lambda a: (to_theirs(a),))
 
 
 def _side(numbers: int) -> int:
@@ -35,7 +46,7 @@ def _side(numbers: int) -> int:
 
 
 def _from_channels_first(a_PR: Array) -> Array:
-    """First axis from (channel, row, column), as pixel shuffle has it, to (row, column, channel)."""
+    """Reorders the first axis from pixel shuffle's (channel, row, column) to (row, column, channel)."""
     p = _side(len(a_PR))
     return a_PR.reshape(3, p, p, -1).transpose(1, 2, 0, 3).reshape(a_PR.shape)
 
@@ -58,6 +69,6 @@ SHUFFLE_CONV = single(  # 1x1 convolution before a pixel shuffle, (P, D, 1, 1) <
 )
 SHUFFLE_BIAS = single(_from_channels_first, _to_channels_first)  # (P,) <-> (P,)
 TABLE = single(lambda a: a[0], lambda a: a[None])  # (1, 1 + N, D) <-> (1 + N, D)
-# Three linear maps beside each other: queries, keys, values.
+# Three linear maps in one array: queries, keys, values.
 QKV_LINEAR = Layout(lambda tensors: np.concatenate(tensors).T, lambda a: np.split(a.T, 3))
 QKV_BIAS = Layout(np.concatenate, lambda a: np.split(a, 3))

@@ -1,4 +1,4 @@
-"""An encoder that was trained before: read from a run's workdir or from a file of weights."""
+"""Pre-trained encoders, read from a run's workdir or from a file of weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from crate_jax.workdir.folder import expanduser
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """What a checkpoint holds.
+    """A pre-trained encoder.
 
     Attributes:
-      name: where it came from, for people.
-      config: the whole config it was trained with, as a dictionary.
-      params: nested dictionaries of NumPy arrays with the key ``encoder``: those that the run's method has
-        judged, averaged (EMA) if the run kept averages.
+      name: its origin, for messages and reports.
+      config: the whole config of its training run, as a dictionary.
+      params: nested dictionaries of NumPy arrays with the key ``encoder``: the parameters that the run's method
+        evaluates, averaged (EMA) if the run kept averages.
       sha256: digest of all parameters.
     """
 
@@ -37,17 +37,17 @@ def load(path: str, key: str) -> Pretrained:
     """Reads a pre-trained encoder; all processes must call it.
 
     Args:
-      path: the workdir of a run, or a file of weights, ours or other people's (`crate_jax.convert.weights`).
-      key: the config key that names it, for messages.
+      path: a run's workdir, or a file of weights, ours or other people's (`crate_jax.convert.weights`).
+      key: the config key that holds `path`, for messages.
 
     Raises:
       ConfigError: `path` is empty.
-      CheckpointError: there is none, it is damaged, or it is a file of a model that is not known or of numbers that
-        are not finite.
+      CheckpointError: there is no checkpoint, it is damaged, its model is unknown, or a file's numbers are not
+        all finite.
     """
     if not path:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
-    distributed.watch()  # one that cannot read it ends the others
+    distributed.watch()  # a process that cannot read the file ends the others
     if distributed.largest(int(expanduser(path).is_file())):
         loaded = weights.load(expanduser(path))
         wrong = [name for name, array in names(loaded.params).items() if not np.isfinite(array).all()]

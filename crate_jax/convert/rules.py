@@ -1,8 +1,8 @@
 """Rules between our parameters and other people's state dicts, applied both ways and strictly.
 
-A rule says which of their tensors are which of our arrays, and in which layout. ``{l}`` in a name runs over the
-layers, which we stack on a leading axis. Rules come in groups that are there as a whole or not at all. Every tensor
-and every array must be used by a rule, or be known to be of no use; whatever is left over is named in the error.
+A rule says which of their tensors correspond to which of our arrays, and in which layout. ``{l}`` in a name runs over
+the layers, which we stack on a leading axis. Rules form groups; a model has all arrays of a group or none. A rule must
+use every tensor and every array, unless a tensor is listed as unused or constant; the error names what is left over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Grid = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Their tensors `theirs`, laid out anew, are our array `ours`."""
+    """Our array `ours` holds their tensors `theirs`, converted by `layout`."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -35,32 +35,32 @@ class Group:
     """Rules that belong together.
 
     Attributes:
-      name: what it is, for people.
-      rules: all of them apply, or none.
-      optional: it may be absent.
-      instead: prefix of a tensor that stands where this group would, so that it may be absent.
+      name: its name in messages.
+      rules: its rules; all of them apply, or none.
+      optional: the group may be absent.
+      replaced_by: prefix of tensors that other models have in this group's place; with them the group may be absent.
     """
 
     name: str
     rules: tuple[Rule, ...]
     optional: bool = False
-    instead: str = ""
+    replaced_by: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A tensor of theirs that is no parameter here.
+    """A tensor of theirs that is not a parameter here.
 
     Attributes:
-      theirs: its name.
-      of: our array that it goes with; it is exported if that one is.
-      value: (grid, that array) -> the tensor.
-      why: for people.
-      checked: an import compares it with `value`.
+      theirs: the tensor's name.
+      array: one of our arrays; the tensor is exported together with it.
+      value: the function (grid, that array) -> the tensor.
+      why: the reason why it is not needed, for messages.
+      checked: an import compares the tensor with `value`.
     """
 
     theirs: str
-    of: str
+    array: str
     value: Callable[[Grid, Array], Array]
     why: str
     checked: bool = True
@@ -71,10 +71,10 @@ class Family:
     """Everything known about the state dicts of one kind of model.
 
     Attributes:
-      groups: tensors that are parameters.
-      constants: tensors that are not, and have a known value.
-      unused: pattern of whole names -> why these tensors are of no use here.
-      rename: (pattern, replacement) that bring other spellings of the names to that of the rules.
+      groups: the rules of all tensors that are parameters.
+      constants: tensors that are not parameters and have a known value.
+      unused: pattern of whole names -> the reason why these tensors are not needed here.
+      rename: (pattern, replacement) pairs that turn other spellings of the names into the rules' spelling.
     """
 
     groups: tuple[Group, ...]
@@ -88,11 +88,11 @@ class Match:
     """How a state dict's names fit a family.
 
     Attributes:
-      groups: those that are there.
-      absent: names of the groups that are not, and need not be.
-      missing: tensors that should be there.
-      unknown: tensors that nothing is known about.
-      ignored: tensors that are not needed -> why.
+      groups: the groups that are present.
+      absent: names of the groups that are absent and may be.
+      missing: names of the tensors that are absent and must not be.
+      unknown: names of the tensors that no rule mentions.
+      ignored: names of the tensors that are not needed -> the reason.
     """
 
     groups: tuple[Group, ...]
@@ -102,20 +102,20 @@ class Match:
     ignored: Mapping[str, str]
 
     def problem(self) -> str:
-        """What does not fit, in one line; empty if all does."""
+        """What does not fit, in one line; empty if everything fits."""
         if not self.missing and not self.unknown:
             return ""
         return f"missing {list(self.missing) or 'none'}; not used {list(self.unknown) or 'none'}"
 
 
 def match(family: Family, state: Collection[str]) -> Match:
-    """Compares names with the rules; `state` in the spelling of the rules (see :func:`spell`)."""
+    """Compares names with a family's rules; `state` holds names in the rules' spelling (:func:`canonical_name`)."""
     used: set[str] = set()
     groups, absent, missing = [], [], []
     for group in family.groups:
         wanted = [name for rule in group.rules for template in rule.theirs for name in expand(template, state)]
-        instead = group.instead and any(name.startswith(group.instead) for name in state)
-        if (group.optional or instead) and not any(name in state for name in wanted):
+        replaced_by = group.replaced_by and any(name.startswith(group.replaced_by) for name in state)
+        if (group.optional or replaced_by) and not any(name in state for name in wanted):
             absent.append(group.name)
             continue
         groups.append(group)
@@ -128,15 +128,23 @@ def match(family: Family, state: Collection[str]) -> Match:
     return Match(tuple(groups), tuple(absent), tuple(sorted(set(missing))), tuple(unknown), ignored)
 
 
-def spell(family: Family, name: str) -> str:
-    """A tensor's name in the spelling of the rules."""
+def canonical_name(family: Family, name: str) -> str:
+    r"""A tensor's name in the rules' spelling.
+
+    >>> canonical_name(Family(groups=(), rename=((r"^net\.", ""),)), "net.norm.weight")
+    'norm.weight'
+    """
     for pattern, replacement in family.rename:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def expand(template: str, state: Collection[str]) -> list[str]:
-    """All layers' names of a template, from 0 to the highest layer in `state`."""
+    """A template's names for all layers, from 0 to the highest layer in `state`.
+
+    >>> expand("blocks.{l}.norm.bias", ["blocks.0.norm.bias", "blocks.1.norm.bias"])
+    ['blocks.0.norm.bias', 'blocks.1.norm.bias']
+    """
     if "{l}" not in template:
         return [template]
     stem = re.escape(template.split("{l}")[0])
@@ -145,13 +153,20 @@ def expand(template: str, state: Collection[str]) -> list[str]:
 
 
 def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: Grid, check_constants: bool) -> dict:
-    """Their state dict -> our nested parameters; `name` is the family's, for messages.
+    """Converts their state dict to our nested parameters.
+
+    Args:
+      family: the rules.
+      name: the family's name, for messages.
+      state: their tensors by name.
+      grid: (h, w) patches, to compute constants.
+      check_constants: compare the constants in `state` with ours.
 
     Raises:
-      ConfigError: missing or unknown names (all listed), layers of different shapes, or a constant with another
-        value than ours.
+      ConfigError: missing or unknown names (all listed), layers of different shapes, or a constant that differs
+        from ours.
     """
-    state = {spell(family, n): a for n, a in state.items()}
+    state = {canonical_name(family, n): a for n, a in state.items()}
     found = match(family, state)
     if found.problem():
         raise ConfigError(f"{name} weights do not fit: {found.problem()}")
@@ -159,7 +174,7 @@ def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: 
     for rule in (rule for group in found.groups for rule in group.rules):
         tensors = [[np.asarray(state[n]) for n in expand(template, state)] for template in rule.theirs]
         try:
-            arrays = [rule.layout.ours(layer) for layer in zip(*tensors, strict=True)]
+            arrays = [rule.layout.to_ours(layer) for layer in zip(*tensors, strict=True)]
             _insert(params, rule.ours, np.stack(arrays) if "{l}" in rule.theirs[0] else arrays[0])
         except (ValueError, IndexError):
             shapes = sorted({str(list(t.shape)) for layers in tensors for t in layers})
@@ -174,9 +189,9 @@ def _check_constants(
 ) -> None:
     for constant in family.constants:
         for tensor in expand(constant.theirs, state):
-            if not constant.checked or tensor not in state or constant.of not in params:
+            if not constant.checked or tensor not in state or constant.array not in params:
                 continue
-            value, expected = np.asarray(state[tensor]), constant.value(grid, params[constant.of])
+            value, expected = np.asarray(state[tensor]), constant.value(grid, params[constant.array])
             tolerance = 1e-5 if value.dtype.itemsize > 2 else 1e-2  # 16-bit floats round
             if value.shape != expected.shape or not np.allclose(value.astype(np.float64), expected, atol=tolerance):
                 raise ConfigError(
@@ -185,17 +200,17 @@ def _check_constants(
 
 
 def export_tensors(family: Family, name: str, params: Mapping, grid: Grid) -> dict[str, Array]:
-    """Our nested parameters -> their state dict, the inverse of :func:`import_tensors`.
+    """Converts our nested parameters to their state dict; the inverse of :func:`import_tensors`.
 
     Raises:
-      ConfigError: arrays that have no place there, or that are needed and not in `params` (all listed).
+      ConfigError: arrays that no rule uses, or that a rule needs and `params` does not have (all listed).
     """
     ours = {n: np.asarray(a) for n, a in names(params).items()}
     state: dict[str, Array] = {}
     used, missing = set(), []
     for group in family.groups:
         wanted = [rule.ours for rule in group.rules]
-        if (group.optional or group.instead) and not any(n in ours for n in wanted):
+        if (group.optional or group.replaced_by) and not any(n in ours for n in wanted):
             continue
         used.update(wanted)
         missing += [n for n in wanted if n not in ours]
@@ -204,20 +219,20 @@ def export_tensors(family: Family, name: str, params: Mapping, grid: Grid) -> di
                 state |= _tensors(rule, ours[rule.ours])
     left = [n for n in ours if n not in used]
     if missing or left:
-        raise ConfigError(f"not a {name} model: without {missing or 'nothing'}; with {left or 'nothing'} besides")
+        raise ConfigError(f"not a {name} model: missing {missing or 'none'}; not used {left or 'none'}")
     for constant in family.constants:
-        if constant.of in ours:
-            state |= _constants(constant, grid, ours[constant.of])
+        if constant.array in ours:
+            state |= _constants(constant, grid, ours[constant.array])
     return state
 
 
 def _tensors(rule: Rule, array: Array) -> dict[str, Array]:
     if "{l}" not in rule.theirs[0]:
-        return dict(zip(rule.theirs, rule.layout.theirs(array), strict=True))
+        return dict(zip(rule.theirs, rule.layout.to_theirs(array), strict=True))
     return {
         template.format(l=i): tensor
         for i, layer in enumerate(array)
-        for template, tensor in zip(rule.theirs, rule.layout.theirs(layer), strict=True)
+        for template, tensor in zip(rule.theirs, rule.layout.to_theirs(layer), strict=True)
     }
 
 

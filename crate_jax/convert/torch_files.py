@@ -1,13 +1,13 @@
-"""PyTorch's checkpoint formats, read without PyTorch and without running anything that is in them.
+"""Reads PyTorch's checkpoint formats without PyTorch, and runs nothing that is in them.
 
-A checkpoint is a pickle, which is a program: it names Python objects and calls them. The reader here
-resolves the few names that weights need, to inert stand-ins of its own, and refuses all others by name. Two
-formats exist. Since PyTorch 1.6: an uncompressed zip with the pickle in ``NAME/data.pkl`` and the bytes of each
-storage in ``NAME/data/KEY``. Before (and with ``_use_new_zipfile_serialization=False``): a number, a version and
-the sizes of integers, each pickled; the pickle; the pickled list of storage keys; each storage's length and bytes.
+A checkpoint is a pickle, which is a program: it names Python objects and calls them. The reader here knows
+the few names that weights need, and has an inert stand-in for each; it refuses all other names. Two formats
+exist. Since PyTorch 1.6, a checkpoint is an uncompressed zip with the pickle in ``NAME/data.pkl`` and the bytes of
+each storage in ``NAME/data/KEY``. Before (and with ``_use_new_zipfile_serialization=False``) it is a number, a version
+and the sizes of integers, each pickled; the pickle; the pickled list of storage keys; each storage's length and bytes.
 
-A tensor in the pickle is a view of a storage (offset, sizes, strides in elements). Storages are read only when a
-tensor is asked for, so an optimiser's state costs nothing.
+A tensor in the pickle is a view of a storage (offset, sizes, strides in elements). A storage is read only when one
+of its tensors is read, so an optimiser's state costs nothing.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ DTYPE_NAMES = (
 )
 
 
-LONGEST = 200  # characters of a message, which may hold names out of a damaged file
+MAX_MESSAGE = 200  # characters; a message may hold names from a damaged file
 
 
 class RefusedError(Exception):
-    """What the file asks for is not done."""
+    """The file asks for something that the reader refuses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StorageType:
-    """Stands for a class such as torch.FloatStorage."""
+    """The stand-in for a class such as torch.FloatStorage."""
 
     dtype: np.dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """Numbers that tensors are views of, not read yet."""
+    """A block of `numel` numbers of which tensors are views; not read yet."""
 
     key: str
     dtype: np.dtype
@@ -81,9 +81,9 @@ class Tensor:
 
 
 class Inert:
-    """Stands for an object whose values no weight depends on; takes whatever is done to it and does nothing.
+    """The stand-in for an object that no weight depends on; it accepts every operation and does nothing.
 
-    Attributes that a pickle sets on it (those of argparse.Namespace, for one) can be read with `vars`.
+    `vars` returns the attributes that a pickle sets on it, such as those of an argparse.Namespace.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ ALLOWED: dict[str, Any] = {
     **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in DTYPES.items()},
     "torch.storage.UntypedStorage": StorageType(np.dtype("u1")),
     **{f"torch.{name}": Inert for name in ("device", *DTYPE_NAMES)},
-    # What published checkpoints keep beside their weights: arguments, configs, numbers of NumPy.
+    # Objects that published checkpoints keep beside their weights: arguments, configs, NumPy's numbers.
     "argparse.Namespace": Inert,
     "yacs.config.CfgNode": Inert,
     "pathlib.PosixPath": Inert,
@@ -137,20 +137,20 @@ ALLOWED: dict[str, Any] = {
 }
 
 
-# The one in Python: the one in C takes memory by numbers that stand in the file (memo indices), so that a few
-# damaged bytes can ask for gigabytes. Without the numbers themselves these pickles are small.
+# The unpickler in Python: the one in C allocates memory by numbers in the file (memo indices), so a few damaged
+# bytes can ask for gigabytes. Speed does not matter: the pickles are small, because the tensors are not in them.
 class Unpickler(pickle._Unpickler):
-    """Resolves the names in ALLOWED and nothing else; `storages` are those it met, by their keys."""
+    """Resolves the names in ALLOWED and no others; `storages` holds the storages that it met, by key."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="latin1")  # Python 2's byte strings
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a global.
+        """The stand-in for a global name.
 
         Raises:
-          RefusedError: it is not in ALLOWED.
+          RefusedError: the name is not in ALLOWED.
         """
         try:
             return ALLOWED[f"{module}.{name}"]
@@ -158,7 +158,11 @@ class Unpickler(pickle._Unpickler):
             raise RefusedError(f"its pickle asks for '{module}.{name}', which weights do not need") from None
 
     def persistent_load(self, pid: Any) -> Storage:
-        """A storage, from ('storage', type, key, device, number of elements[, view])."""
+        """A storage, from ('storage', type, key, device, number of elements[, view]).
+
+        Raises:
+          RefusedError: `pid` has another form.
+        """
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], StorageType):
             raise RefusedError("a persistent id that is not a storage")
         if len(pid) > 5 and pid[5] is not None:
@@ -174,18 +178,18 @@ class Checkpoint:
     """An unpickled checkpoint.
 
     Attributes:
-      tree: what was saved, with `Tensor` and `Inert` in place of tensors and other objects.
-      read: storage -> its bytes.
+      tree: the saved object, with `Tensor` and `Inert` in place of tensors and other objects.
+      read: the function storage -> its bytes.
     """
 
     tree: Any
     read: Callable[[Storage], bytes]
 
     def array(self, tensor: Tensor) -> np.ndarray:
-        """The numbers of a tensor, read now.
+        """Reads a tensor's numbers.
 
         Raises:
-          RefusedError: its storage is cut short, or it reaches beyond it.
+          RefusedError: the storage is cut short, or the tensor reaches beyond it.
         """
         storage, data = tensor.storage, self.read(tensor.storage)
         if len(data) != storage.numel * storage.dtype.itemsize:
@@ -203,7 +207,7 @@ def open_checkpoint(path: Path, start: bytes) -> Iterator[Checkpoint]:
       start: its first bytes, which tell the two formats apart.
 
     Raises:
-      CheckpointError: it is damaged, or refers to something that weights do not need.
+      CheckpointError: the file is damaged, or refers to something that weights do not need.
     """
     try:
         if start.startswith(ZIP_START):
@@ -222,7 +226,7 @@ def open_checkpoint(path: Path, start: bytes) -> Iterator[Checkpoint]:
 
 def _one_line(e: Exception) -> str:
     text = " ".join(f"{type(e).__name__}: {e}".split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
 
 
 def _open_zip(archive: zipfile.ZipFile) -> Checkpoint:
@@ -261,10 +265,10 @@ def _open_legacy(file: IO[bytes]) -> Checkpoint:
 
 
 def view(tensor: Tensor, numbers: np.ndarray) -> np.ndarray:
-    """The array that a tensor is of its storage's numbers, without a copy.
+    """A tensor as a view of its storage's numbers, without a copy.
 
     Raises:
-      RefusedError: it reaches beyond the storage.
+      RefusedError: the tensor reaches beyond the storage.
     """
     if 0 in tensor.shape:
         return np.empty(tensor.shape, numbers.dtype)

@@ -1,9 +1,9 @@
-"""A file of weights as a model: parameters and the config that fits them; and our own file format.
+"""Reads a file of weights as a model, which is parameters and the config that fits them; and our own file format.
 
 Our format is .safetensors with our own names (``encoder/blocks/mssa/subspaces/kernel``) and, as text under the key
 ``crate_jax`` of its metadata, JSON with the version of the format, the family of the names (``crate_jax``) and the
-config. Exports to other formats carry the same text with the family of their names, so that nothing is guessed when
-they come back.
+config. Exports to other formats hold the same text with the family of their names, so that a later import guesses
+nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ml_collections import ConfigDict
 
 from crate_jax.config import base, parts, validate
 from crate_jax.convert import files
-from crate_jax.convert.describe import Known, config_of, grid_of
+from crate_jax.convert.describe import Hints, config_of, grid_of
 from crate_jax.convert.families import FAMILIES, detect, import_state_dict
-from crate_jax.convert.rules import Match, match, spell
+from crate_jax.convert.rules import Match, canonical_name, match
 from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.patches import grid_shape
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir.checkpoint_files import nest
 
-KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
+METADATA_KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Weights:
     """A model that was read from a file.
 
     Attributes:
-      family: whose names the file has; `OURS` for our own.
+      family: the family of the file's names; `OURS` for our own names.
       config: the whole config, as a dictionary.
       params: nested dictionaries of float32 arrays: ``encoder``, and ``decoder`` where the file has one.
-      match: how the file's names fit the family; None for our own format.
+      match: how the file's names fit the family; None for our own names.
     """
 
     family: str
@@ -50,94 +50,95 @@ class Weights:
     match: Match | None
 
 
-def load(path: str | os.PathLike[str], name: str = "", known: Known | None = None) -> Weights:
+def load(path: str | os.PathLike[str], name: str = "", hints: Hints | None = None) -> Weights:
     """Reads a file of weights of any known model.
 
-    What `known` leaves open is taken from what we wrote into the file ourselves, else from a ``config.json`` of
-    timm or transformers beside it, else from a training script's arguments in it, else from published models.
+    If our own metadata is in the file, it gives the config. Otherwise what `hints` leave open comes from a
+    ``config.json`` of timm or transformers beside the file, then from a training script's arguments in the file, then
+    from the published models.
 
     Args:
       path: see :func:`crate_jax.convert.files.read`.
-      name: a key of FAMILIES; empty: by the names of the tensors.
-      known: what is known besides.
+      name: a key of FAMILIES; empty: the tensors' names decide.
+      hints: what is known about the model besides its tensors.
 
     Raises:
-      CheckpointError: the file cannot be read, or does not fit; names the file.
+      CheckpointError: the file cannot be read, or does not fit a model; the message names the file.
     """
     state, about = files.read(path)
     try:
-        return _load(Path(path), state, about, name, known or Known())
+        return _load(Path(path), state, about, name, hints or Hints())
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e}") from None
 
 
-def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, known: Known) -> Weights:
+def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, hints: Hints) -> Weights:
     own = _own_metadata(about["metadata"])
     if own and own["family"] == OURS:
         config, found = own["config"], None
         try:
             params = nest(state)
         except (AttributeError, IndexError, TypeError, ValueError):
-            raise ConfigError("a tensor's name is also that of a group of tensors") from None
+            raise ConfigError("one name stands for a tensor and for a group of tensors") from None
         require_fit(config, params)
         return Weights(OURS, config, params, found)
     name = name or (own["family"] if own else detect(state))
-    found = match(FAMILIES[name], [spell(FAMILIES[name], n) for n in state]) if name in FAMILIES else None
+    found = match(FAMILIES[name], [canonical_name(FAMILIES[name], n) for n in state]) if name in FAMILIES else None
     if own:
         config, c = own["config"], model_config(own["config"], {})
         grid = grid_shape(c.data.image_size, c.encoder.patch_size)
         params = import_state_dict(name, state, grid)
     else:
-        known = known.else_(_beside(path)).else_(_of_script(about["args"]))
-        if found is not None and found.problem():  # before sizes are looked for in what may not be there
+        hints = hints.or_else(_hints_beside(path)).or_else(_hints_of_script(about["args"]))
+        if found is not None and found.problem():  # before grid_of, which needs some of these tensors
             raise ConfigError(f"{name} weights do not fit: {found.problem()}")
-        grid = grid_of(name, state, known.image_size)
+        grid = grid_of(name, state, hints.image_size)
         params = import_state_dict(name, state, grid)
-        config = config_of(name, params, grid, known).to_dict()
+        config = config_of(name, params, grid, hints).to_dict()
     params = jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
     require_fit(config, params)
     return Weights(name, config, params, found)
 
 
 def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    if KEY not in metadata:
+    if METADATA_KEY not in metadata:
         return None
     try:
-        own = json.loads(metadata[KEY])
+        own = json.loads(metadata[METADATA_KEY])
         if own["version"] <= VERSION:
             return {"family": own["family"], "config": own["config"]}
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"its metadata '{KEY}' is damaged") from None
+        raise ConfigError(f"its metadata '{METADATA_KEY}' is damaged") from None
     raise ConfigError(f"written by a later version of crate_jax (format {own['version']}, known here: {VERSION})")
 
 
 def metadata(family: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """What a file of ours says about itself."""
-    return {KEY: json.dumps({"version": VERSION, "family": family, "config": dict(config)})}
+    """The metadata of a file of weights: family of the names, and config."""
+    return {METADATA_KEY: json.dumps({"version": VERSION, "family": family, "config": dict(config)})}
 
 
 def save(path: str | os.PathLike[str], config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Writes parameters in our own format; `load` gives the same bits.
+    """Writes parameters in our own format; :func:`load` returns the same bits.
 
     Raises:
-      CheckpointError: it cannot be written.
+      CheckpointError: the file cannot be written.
     """
     flat = {n: np.asarray(a) for n, a in names(params).items()}
     files.write(path, flat, metadata(OURS, config))
 
 
 def model_config(config: Mapping[str, Any], params: Mapping[str, Any]) -> ConfigDict:
-    """The base config with what a model is built from.
+    """The base config, with the keys that describe a model taken from `config`.
 
     Args:
-      config: may be of an older version and lack keys.
-      params: the model's; without ``decoder`` nothing is asked of the config's decoder and corruption.
+      config: a config, perhaps of an older version that lacks keys.
+      params: the model's parameters; without ``decoder`` the config's decoder and corruption are not checked.
 
     Raises:
-      ConfigError: it is no config, or one that no model can be built from.
+      ConfigError: `config` is not a config, or no model can be built from it.
     """
     c = base()
-    c.job = "evaluate"  # nothing is asked of steps
+    c.job = "evaluate"  # this job does not check steps
     try:
         for section in ("encoder", "decoder", "corruption", "loss", "data"):
             c[section].update({key: value for key, value in config[section].items() if key in c[section]})
@@ -151,17 +152,17 @@ def require_fit(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Checks names and shapes of the encoder, and of the decoder if there is one, against the config.
 
     Raises:
-      ConfigError: lists the arrays that differ.
+      ConfigError: arrays are missing, unexpected or of another shape (the first are listed).
     """
     c = model_config(config, params)
     init = autoencoder.init_params if "decoder" in params else representation.init_params
     shapes = jax.eval_shape(lambda: init(c, jax.random.key(0)))
     wanted = {n: tuple(s.shape) for n, s in names(shapes).items()}
     given = {n: np.shape(a) for n, a in names({part: params.get(part, {}) for part in shapes}).items()}
-    if "decoder" not in params:  # the token of removed patches is no use to an encoder alone, and may be left
+    if "decoder" not in params:  # an encoder alone does not need the mask token, and may have it
         given.pop("encoder/embedding/mask_token", None)
     wrong = [
-        f"{n}: {list(given[n]) if n in given else 'missing'}, not {list(wanted[n]) if n in wanted else 'there'}"
+        f"{n}: {list(given[n]) if n in given else 'missing'}, not {list(wanted[n]) if n in wanted else 'expected'}"
         for n in sorted(wanted.keys() | given.keys())
         if wanted.get(n) != given.get(n)
     ]
@@ -169,44 +170,44 @@ def require_fit(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
         raise ConfigError(f"the weights do not fit together: {some(wrong, '; ')}")
 
 
-def _of_script(args: Mapping[str, Any]) -> Known:
-    """What MAE's training script was called with."""
+def _hints_of_script(args: Mapping[str, Any]) -> Hints:
+    """Hints from the arguments of MAE's training script."""
     normalised, ratio = args.get("norm_pix_loss"), args.get("mask_ratio")
-    return Known(
+    return Hints(
         target=None if normalised is None else "patch_normalised" if normalised else "pixel",
         mask_ratio=ratio if isinstance(ratio, float) else None,
     )
 
 
-def _beside(path: Path) -> Known:
-    """What a config.json of transformers or timm in the same folder says."""
+def _hints_beside(path: Path) -> Hints:
+    """Hints from a config.json of transformers or timm in the file's folder."""
     try:
         about = json.loads((path.parent / "config.json").read_text())
     except (OSError, ValueError):
-        return Known()
+        return Hints()
     if not isinstance(about, dict):
-        return Known()
+        return Hints()
     if about.get("model_type") == "vit_mae":
-        return _of_transformers(about, path.parent)
+        return _hints_of_transformers(about, path.parent)
     if "architecture" in about:
         image = about.get("pretrained_cfg", about)
         size = image.get("input_size")
-        return Known(
+        return Hints(
             heads=about.get("model_args", {}).get("num_heads"),
             image_size=(size[1], size[2]) if size else None,
             mean=_triple(image.get("mean")),
             std=_triple(image.get("std")),
         )
-    return Known()
+    return Hints()
 
 
-def _of_transformers(about: Mapping[str, Any], folder: Path) -> Known:
+def _hints_of_transformers(about: Mapping[str, Any], folder: Path) -> Hints:
     size = about.get("image_size")
     try:
         images = json.loads((folder / "preprocessor_config.json").read_text())
     except (OSError, ValueError):
         images = {}
-    return Known(
+    return Hints(
         heads=about.get("num_attention_heads"),
         decoder_heads=about.get("decoder_num_attention_heads"),
         image_size=(size, size) if isinstance(size, int) else tuple(size) if size else None,

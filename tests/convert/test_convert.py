@@ -25,7 +25,7 @@ from crate_jax.convert import (
     pretrained,
     weights,
 )
-from crate_jax.convert.describe import Known, config_of, describe, grid_of
+from crate_jax.convert.describe import Hints, config_of, describe, grid_of
 from crate_jax.convert.export import export
 from crate_jax.errors import CheckpointError, ConfigError
 from crate_jax.models import adopt, autoencoder, representation
@@ -183,7 +183,7 @@ TINY = {  # family and kind -> names and shapes of a small model; 16 px images, 
     "crate_mae": crate_mae(8, 3, 4, 16),
     "hf_vit_mae": hf(8, 3, 4, 16, decoder=4, decoder_depth=2),
 }
-HEADS = Known(heads=2, decoder_heads=2)
+HEADS = Hints(heads=2, decoder_heads=2)
 
 
 def tiny(kind: str) -> tuple[str, dict[str, np.ndarray]]:
@@ -249,7 +249,7 @@ def test_published_models_fit(family, shapes, trained, heads):
     assert detect(state) == family
     grid = grid_of(family, state, None)
     params = import_state_dict(family, state, grid)
-    c = config_of(family, params, grid, Known())
+    c = config_of(family, params, grid, Hints())
     assert c.data.image_size == (224, 224)
     assert c.encoder.heads == heads
     weights.require_fit(c.to_dict(), params)
@@ -307,16 +307,16 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="no published encoder has the width 8.*--heads"):
         describe(family, state)
     with pytest.raises(ConfigError, match="no published decoder has the width 4.*--decoder-heads"):
-        describe(family, state, Known(heads=2))
+        describe(family, state, Hints(heads=2))
     with pytest.raises(ConfigError, match="3 heads do not divide the encoder's width 8"):
-        describe(family, state, Known(heads=3))
+        describe(family, state, Hints(heads=3))
     with pytest.raises(ConfigError, match=r"does not fit images of \[32, 16\]"):
-        describe(family, state, Known(image_size=(32, 16)))
+        describe(family, state, Hints(image_size=(32, 16)))
     with pytest.raises(ConfigError, match="not a multiple of the patch size 4"):
-        describe(family, state, Known(image_size=(18, 16)))
+        describe(family, state, Hints(image_size=(18, 16)))
     with pytest.raises(ConfigError, match="not the table of a"):
-        describe(family, state, Known(heads=2, decoder_heads=2, image_size=(32, 8)))  # as many patches
-    with pytest.raises(ConfigError, match=r"with \['encoder/relative_bias'\] besides"):
+        describe(family, state, Hints(heads=2, decoder_heads=2, image_size=(32, 8)))  # as many patches
+    with pytest.raises(ConfigError, match=r"not used \['encoder/relative_bias'\]"):
         export_state_dict(
             "vit_mae", {"encoder": imported("vit_mae")[1]["encoder"] | {"relative_bias": np.ones(3)}}, (4, 4)
         )
@@ -571,7 +571,7 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path):
 def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
     resnet = {"conv1.weight": np.ones((64, 3, 7, 7), np.float32), "layer1.0.bn1.weight": np.ones(64, np.float32)}
     path = write_zip(tmp_path / "resnet50.pth", {"state_dict": resnet})
-    with pytest.raises(CheckpointError, match=r"resnet50.pth: not a model that is known.*conv1.weight") as e:
+    with pytest.raises(CheckpointError, match=r"resnet50.pth: not a known model.*conv1.weight") as e:
         pretrained.load(str(path), "config.checkpoint")
     assert "\n" not in str(e.value)
     assert command.main(["inspect", str(path)]) == 2
@@ -618,7 +618,7 @@ def test_a_scripts_arguments_are_used(tmp_path):
         archive.writestr("a/data.pkl", b"\x80\x02" + state + b"(" + body._item("args") + args + b"u.")
         for key, flat in body.storages.items():
             archive.writestr(f"a/data/{key}", flat.tobytes())
-    loaded = weights.load(tmp_path / "mae.pth", known=HEADS)
+    loaded = weights.load(tmp_path / "mae.pth", hints=HEADS)
     assert loaded.config["loss"]["target"] == "patch_normalised"
     assert loaded.config["corruption"]["mask_ratio"] == 0.5
 
@@ -726,7 +726,7 @@ REFUSED = [  # kind, changes to the config, format, message
     ("vit_mae", {"corruption.mask_fill": "token"}, "hf", "mask_fill='token' does not"),
     ("timm_vit", {}, "hf", "only config.encoder.positions='sincos', not 'learned'"),
     ("vit_mae", {"data.image_size": (32, 8)}, "hf", "square images"),
-    ("ropim", {"encoder.qkv_bias": "qkv"}, "timm", "no bias of the keys"),
+    ("ropim", {"encoder.qkv_bias": "qkv"}, "timm", "no key bias"),
     ("crate_mae", {"decoder.residual": "normalised"}, "authors", "only config.decoder.residual='stream'"),
     ("crate_mae", {"encoder.tied_output": True}, "authors", "only config.encoder.tied_output=False"),
     ("vit_mae", {}, "onnx", "must be one of timm, hf, authors"),
@@ -801,7 +801,7 @@ def test_timm_computes_the_same_before_and_after(tmp_path, kind):
     options = {"embed_dim": 64, "depth": 2, "img_size": 32, "patch_size": 4, "num_classes": 0} | options
     model = shaken(torch, cls(**options, global_pool="token"))
     torch.save(model.state_dict(), tmp_path / "timm.pth")
-    loaded = weights.load(tmp_path / "timm.pth", known=Known(heads=options["num_heads"]))
+    loaded = weights.load(tmp_path / "timm.pth", hints=Hints(heads=options["num_heads"]))
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
