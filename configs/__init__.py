@@ -1,1 +1,1 @@
-"""Experiments: one file per result, each a function of a config string to a full config."""
+"""Experiments: one file per result, each with a function from a config string to a whole config."""

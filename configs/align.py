@@ -1,26 +1,29 @@
-"""Which corruption can teach an encoder of this width anything about these labels: a closed form, no training.
+"""Shows which corruption can teach an encoder of this width about these labels, by a closed form, without training.
 
     python -m crate_jax.main --config=configs/align.py --config.data.source=folder:DIR --workdir=W
     python -m crate_jax.main --config=configs/align.py --config.checkpoint=RUN \
         --config.data.source=folder:DIR --workdir=W
 
-Alignment of Balestriero & LeCun, "Learning by Reconstruction Produces Uninformative Features For Perception" (ICML
-2024): the share of the label Gram matrix that k latents of the best linear (denoising) auto-encoder hold. Masks of
-three patch sizes at ten ratios each (the paper's Figure 7 has 0 .. 0.99), and ten ratios of random orthogonal
-projection (docs/alignment.md). DIR holds one folder of images per class. The width is RUN's encoder's, or set by
---config.align.width (384 unless given). Larger images are shrunk to 32 px at most, --config.align.side says to what.
+The measure is the alignment of Balestriero & LeCun, "Learning by Reconstruction Produces Uninformative Features For
+Perception" (ICML 2024): the share of the label Gram matrix that k latents of the best linear (denoising) auto-encoder
+hold. The corruptions are masks of three patch sizes at ten ratios each (the paper's Figure 7 has 0 .. 0.99), and ten
+ratios of random orthogonal projection (docs/alignment.md). DIR holds one folder of images per class. The width is that
+of RUN's encoder, or --config.align.width (default 384). Images larger than --config.align.side (default 32 px) are
+shrunk to it.
 
-Prints the best ratio of each corruption, what it adds and what never helps; W holds table.md, alignment.json and the
-figures. `debug` takes two ratios of each and 512 images.
+The command prints each corruption's best ratio, the alignment that it adds, and which corruptions never help. W holds
+table.md, alignment.json and the figures. `debug` takes two ratios of each corruption and 512 images.
 
-Expected, on CIFAR-10: docs/alignment.md. The paper says that masking raises alignment where it is low (CIFAR-100) and
-not where it is high (Arabic digits); it has no number for it in a table.
+Expected, on CIFAR-10: docs/alignment.md. The paper says that masking raises a low alignment (CIFAR-100) and does not
+raise a high one (Arabic digits); none of its tables has a number for this.
 """
+
+from ml_collections import ConfigDict
 
 from crate_jax.config import base, parse_arg
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``debug``."""
     arg = parse_arg(arg, debug=False)
     c = base()

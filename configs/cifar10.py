@@ -1,17 +1,19 @@
-"""Small models at 32 px, 4 x 4 patches: any encoder under any corruption, in minutes on a CPU.
+"""Small models for 32 px images in 4 x 4 patches: any encoder under any corruption, in minutes on a CPU.
 
     python -m crate_jax.main --config=configs/cifar10.py:encoder=crate,corruption=mask \
         --config.data.source=folder:DIR --workdir=W
 
-DIR holds ``train/CLASS/*`` and ``test/CLASS/*`` images, such as CIFAR-10 unpacked to files; any
-folder of labelled 32 px images will do. Measured numbers and curves: docs/results.md. No paper has
-these runs; widths, depths and epochs were chosen so that a run takes about 35 minutes on one CPU core.
+DIR holds ``train/CLASS/*`` and ``test/CLASS/*`` images, such as CIFAR-10 unpacked to files, or any
+other labelled images of 32 px. Measured numbers and curves: docs/results.md. No paper has these
+runs; we chose widths, depths and epochs so that a run takes about 35 minutes on one CPU core.
 """
+
+from ml_collections import ConfigDict
 
 from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``encoder``, ``corruption``, ``penalty`` and ``debug``."""
     arg = parse_arg(
         arg,
@@ -34,7 +36,7 @@ def get_config(arg: str | None = None):
     c.corruption.name = arg.corruption
     c.corruption.rop_ratio = 0.25
     if arg.encoder == "crate":
-        c.encoder.lam = 0.1  # the best of Table 6 of arXiv 2404.02446
+        c.encoder.lam = 0.1  # the best value in Table 6 of arXiv 2404.02446
         c.decoder.name, c.decoder.depth, c.decoder.heads = "crate", 2, 4
     elif arg.corruption == "mask":
         c.corruption.mask_fill = "drop"

@@ -13,14 +13,16 @@
 Reconstruction MSE of B: 0.265 on the training set, 0.302 on the validation set. Cost: not stated.
 
 From the paper (appendix B.1): AdamW, learning rate 3e-5, weight decay 0.1, batch 4096, eta 0.1,
-lambda 0.5 for the numbers above (5.0 for the figures; 0.1 probes 2.5 points better, Table 6), 75 %
-of the patches masked, l2 on masked patches, random crop + flip + RandAugment(n=2, m=14).
+lambda 0.5 for the numbers above (5.0 for the figures; the probe is 2.5 points better with 0.1,
+Table 6), 75 % of the patches masked, l2 on masked patches, random crop + flip + RandAugment(n=2, m=14).
 
 Not in the paper, chosen here: 400 epochs, 40 of them warm-up, betas (0.9, 0.95), cosine to 0, crop
-scale (0.2, 1) and raw pixels as target, the defaults of the MAE code that the authors' README sends
-the reader to. 3e-5 is taken as the final learning rate, as the text has it; were it MAE's base rate
-per 256 images, the peak would be 4.8e-4 (--config.optimizer.lr_batch=256).
+scale (0.2, 1) and raw pixels as target. These are the defaults of the MAE code, to which the
+authors' README refers. We take 3e-5 as the peak learning rate, as the paper's text does; if it is
+MAE's base rate per 256 images, the peak is 4.8e-4 (--config.optimizer.lr_batch=256).
 """
+
+from ml_collections import ConfigDict
 
 from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
@@ -32,7 +34,7 @@ VARIANTS = {  # width, depth, heads
 }
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``variant=Ti|S|B|L``, ``penalty=none|so|srip``, ``debug``."""
     arg = parse_arg(arg, variant=("B", "Ti", "S", "L"), penalty=("none", "so", "srip"), debug=False)
     c = base()

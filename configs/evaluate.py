@@ -1,31 +1,38 @@
-"""Judges a pre-trained encoder under a named protocol.
+"""Evaluates a pre-trained encoder under a named protocol.
 
     python -m crate_jax.main --config=configs/evaluate.py:protocol=logreg --config.checkpoint=DIR \
         --config.data.source=folder:IMAGES --workdir=W
     python -m crate_jax.main --config=configs/evaluate.py:protocol=finetune_crate,task=cifar10 \
         --config.checkpoint=DIR --config.data.data_dir=TFDS --workdir=W
 
-DIR is the workdir of a pre-training run, or a file of weights. Of the config string:
+DIR is the workdir of a pre-training run, or a file of weights. The config string has:
 
-* ``protocol``: knn, logreg, linear_sgd, fewshot (on frozen features, kept in W and shared by all of
-  them), finetune_crate, finetune_mae, finetune_ropim;
+* ``protocol``: knn, logreg, linear_sgd, fewshot (these four share frozen features, which W keeps),
+  finetune_crate, finetune_mae, finetune_ropim;
 * ``scratch``: a random encoder of the checkpoint's shape under the same recipe (Table 3 of arXiv 2404.02446);
-* ``task``: a data set by name, with the splits and metric that the papers use;
+* ``task``: a data set's name; sets the splits and the metric of the papers;
 * ``debug``: a few images and steps.
 
-Image size, mean and standard deviation are the checkpoint's unless set. Each run appends one line to
-W/results.jsonl.
+Image size, mean and standard deviation are the checkpoint's, unless flags set them. Each run appends
+one line to W/results.jsonl.
 """
+
+from ml_collections import ConfigDict
 
 from crate_jax.config import base, parse_arg
 from crate_jax.evals.protocols import PROTOCOLS
 
-# task -> (TFDS name, training split, test split, metric of the papers)
+# task -> (TFDS name, training split, test split, the papers' metric)
 TASKS = {
     "": None,
     "cifar10": ("cifar10", "train", "test", "top1"),
     "cifar100": ("cifar100", "train", "test", "top1"),
-    "flowers102": ("oxford_flowers102", "train", "test", "mean_per_class"),  # CRATE's code: the 1,020 of `train`
+    "flowers102": (
+        "oxford_flowers102",
+        "train",
+        "test",
+        "mean_per_class",
+    ),  # as CRATE's code: 1,020 images
     "pets": ("oxford_iiit_pet", "train", "test", "mean_per_class"),  # TFDS's `train` is `trainval`
     "food101": ("food101", "train", "validation", "top1"),
     "dtd": ("dtd", "train+validation", "test", "top1"),
@@ -34,7 +41,7 @@ TASKS = {
 }
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``protocol``, ``task``, ``scratch`` and ``debug``."""
     arg = parse_arg(
         arg, protocol=("logreg", *(p for p in PROTOCOLS if p != "logreg"), *RECIPES), task=tuple(TASKS),
@@ -65,11 +72,11 @@ def get_config(arg: str | None = None):
     return c
 
 
-def _crate(c):
+def _crate(c: ConfigDict) -> None:
     """Fine-tuning of CRATE-MAE, arXiv 2404.02446 appendix B.1: layer norm and a linear head on the class token.
 
-    The paper gives optimiser, rate, decay and batch; epochs and betas are those of the authors' fine-tuning
-    script, the augmentation is that of their pre-training.
+    The paper gives optimiser, rate, decay and batch. Epochs and betas come from the authors' fine-tuning script,
+    the augmentation from their pre-training.
     """
     c.epochs, c.batch_size = 200.0, 256
     c.data.randaugment_layers, c.data.randaugment_magnitude = 2, 14
@@ -77,10 +84,10 @@ def _crate(c):
     c.optimizer.lr, c.optimizer.lr_batch, c.optimizer.weight_decay, c.optimizer.b2 = 5e-5, 0, 0.01, 0.999
 
 
-def _mae(c):
+def _mae(c: ConfigDict) -> None:
     """End-to-end fine-tuning of MAE ViT-B, arXiv 2111.06377 Table 9 and the released FINETUNE.md.
 
-    RandAugment is ours (one strength; timm's draws it per operation around 9). ViT-L: 50 epochs, lr 1e-3,
+    Our RandAugment has one strength; timm's draws one per operation, around 9. ViT-L: 50 epochs, lr 1e-3,
     layer_decay 0.75, drop_path 0.2.
     """
     c.epochs, c.batch_size = 100.0, 1024
@@ -89,7 +96,7 @@ def _mae(c):
     c.optimizer.layer_decay = 0.65
 
 
-def _ropim(c):
+def _ropim(c: ConfigDict) -> None:
     """Fine-tuning of ROPIM ViT-B, the released config: each block gets its own copy of the relative bias.
 
     ViT-S: 200 epochs, min_lr 2.5e-7, layer_decay 0.65. ViT-Ti (ImageNet-100): lr 1e-2, min_lr 2.5e-7, layer_decay 0.7.
@@ -102,8 +109,8 @@ def _ropim(c):
     c.finetune.relative_bias = "per_block"
 
 
-def _strong(c):
-    """What MAE's and ROPIM's fine-tuning share, after BEiT."""
+def _strong(c: ConfigDict) -> None:
+    """Sets what the fine-tuning of MAE and of ROPIM share, both after BEiT."""
     c.evaluation.pool = "mean"
     c.finetune.final_norm = False  # the head's norm takes its place, after pooling
     c.finetune.head_init = 1e-3

@@ -1,27 +1,28 @@
-"""One page about one run, or comparing several: what was logged, and what analyses of its weights and features say.
+"""One page about one run or several: their logs, and analyses of their weights and features.
 
     python -m crate_jax.main --config=configs/report.py --config.checkpoint=RUN
     python -m crate_jax.main --config=configs/report.py --config.checkpoint=RUN_A,RUN_B,RUN_C --workdir=W
 
-A RUN is the workdir of a run, a folder of runs such as a sweep's, which stands for all of them, or a file of weights.
-The first command writes RUN/report.html, one file that opens from
-disk without a network, and RUN/report.json with its numbers unrounded; with --workdir they go there.
+A RUN is a run's workdir, a folder of runs such as a sweep's (all its runs are compared), or a file of weights. The
+first command writes RUN/report.html, one file that opens from disk without a network, and RUN/report.json with the
+unrounded numbers; with --workdir both files go to W.
 
-The images are the run's own. Where they are no longer there, or to look at others:
---config.data.source=folder:DIR (and data_dir, train_split, eval_split); without images the sections that need
-none remain, and the page says which are left out. --config.report.sections=overview,pictures chooses
-among overview, pictures, whitebox, views, collapse and alignment.
---config.whitebox.images says how many images the layers are measured on.
-Theorem 3 of arXiv 2404.02446 as an experiment needs neither a run nor images, and is there only if it is asked for:
+The images are the run's own. --config.data.source=folder:DIR (and data_dir, train_split, eval_split) takes others.
+Without images the page has only the sections that need none, and names the others. Sections are chosen by
+--config.report.sections=overview,pictures, out of overview, pictures, whitebox, views, collapse and alignment.
+--config.whitebox.images sets the number of images on which the layers are measured.
+Theorem 3 of arXiv 2404.02446 as an experiment needs neither a run nor images. The page has it only on request:
 
     python -m crate_jax.main --config=configs/report.py --config.report.sections=theory --workdir=W
 """
 
+from ml_collections import ConfigDict
+
 from crate_jax.config import base, parse_arg
 
 
-def get_config(arg: str | None = None):
-    """Returns the config; there is nothing to say in `arg`."""
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config; `arg` must be empty."""
     parse_arg(arg)
     c = base()
     c.job = "report"

@@ -14,23 +14,25 @@ weight decay 0.05, gradient norm 5, cosine with 5 warm-up epochs from 5e-7 to 5e
 times batch / 512, drop path 0.1, layer scale 0.1, shared relative position bias, crop scale
 (0.67, 1), l1 on the complement of raw pixels. Paper's cost: 8 P100, hours not stated.
 
-The projector is exact here (28 of 196 dimensions). The released code scales by 0.14 instead of 1/7
-and balances the signs: --config.corruption.paper_scale=0.14 --config.corruption.rop_signs=balanced.
+Our projector is exact (28 of 196 dimensions). The released code scales by 0.14 instead of 1/7 and
+balances the signs: --config.corruption.paper_scale=0.14 --config.corruption.rop_signs=balanced.
 
-`encoder=crate` puts a white-box encoder and decoder under the same corruption; no paper has it. It
-has fixed sine-cosine positions, CRATE having no relative bias.
+`encoder=crate` trains a white-box encoder and decoder under the same corruption; no paper has this
+run. It has fixed sine-cosine positions, because CRATE has no relative bias.
 """
+
+from ml_collections import ConfigDict
 
 from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
-VARIANTS = {  # vit: width, heads; crate: width, heads; epochs; learning rate
+VARIANTS = {  # vit's width and heads, crate's width and heads, epochs, learning rate
     "B": (768, 12, 768, 12, 300.0, 1.5e-4),
     "S": (384, 6, 576, 12, 300.0, 1.5e-4),
     "Ti": (192, 3, 384, 6, 800.0, 1e-3),
 }
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``variant=B|S|Ti``, ``encoder``, ``penalty`` and ``debug``."""
     arg = parse_arg(
         arg, variant=("B", "S", "Ti"), encoder=("vit", "crate"), penalty=("none", "so", "srip"), debug=False
@@ -64,7 +66,7 @@ def get_config(arg: str | None = None):
     c.optimizer.weight_decay, c.optimizer.clip_norm = 0.05, 5.0
     c.optimizer.b1, c.optimizer.b2 = 0.9, 0.95
 
-    c.evaluation.pool = "mean"  # ROPIM fine-tunes the mean of the patch tokens
+    c.evaluation.pool = "mean"  # ROPIM's fine-tuning pools the mean of the patch tokens
     c.save.every = 1000
     if arg.debug:
         c.data.source, c.steps, c.epochs, c.batch_size = "synthetic", 4, 0.0, 8

@@ -1,4 +1,4 @@
-"""A class for every pixel: a linear head or UPerNet on a pre-trained encoder, scored by mIoU.
+"""Semantic segmentation: a linear head or UPerNet on a pre-trained encoder, scored by mIoU.
 
     python -m crate_jax.main --config=configs/segment.py:head=linear --config.checkpoint=RUN \
         --config.data.source=folder:DIR --workdir=W
@@ -6,36 +6,38 @@
         --config.data.source=folder:ADE20K --config.data.image_size=512,512 --config.data.workers=8 \
         --config.segment.classes=150 --config.segment.reduce_zero_label=True --workdir=W
 
-RUN is the workdir of a pre-training run. DIR holds image/mask pairs; layouts: docs/segmentation.md. Of the
-config string:
+RUN is the workdir of a pre-training run. DIR holds pairs of images and masks; layouts: docs/segmentation.md.
+The config string has:
 
 * ``head``: linear (one linear map from the last block's tokens) or upernet (arXiv 1807.10221, on four blocks);
-* ``freeze``: train the head only;
+* ``freeze``: trains the head only;
 * ``scratch``: a random encoder of the checkpoint's shape under the same recipe;
 * ``debug``: a few steps and images.
 
 | ADE20K, ViT-B, 512 px, UPerNet | mIoU |
 |---|---|
 | MAE (arXiv 2111.06377) | 48.1 |
-| ROPIM (2310.18737) | in the paper, not repeated here; its code for it was not released |
+| ROPIM (2310.18737) | in the paper, not repeated here; the segmentation code was not released |
 
 `upernet` takes BEiT's released recipe for encoders that were pre-trained without labels: 160,000 steps of
 batch 16, AdamW with betas (0.9, 0.999), rate 7e-4 falling linearly to 0 after 1,500 steps of warm-up, weight
 decay 0.05, layer decay 0.65, drop path 0.1, auxiliary loss of weight 0.4, one relative bias per block.
-MMSegmentation reproduces MAE's number with the rate 1e-4 (--config.optimizer.lr=1e-4). Ours instead of
-theirs: crops of 1/4 to all of the image without padding or colour changes, no dropout, layer norms, and
-evaluation of whole images at `image_size` instead of sliding windows: numbers compare with each other
-here, and with a paper's only roughly.
+MMSegmentation reproduces MAE's number with the rate 1e-4 (--config.optimizer.lr=1e-4). We differ from BEiT:
+crops of 1/4 to all of the image without padding or colour changes, no dropout, layer norms, and evaluation
+of whole images at `image_size` instead of sliding windows. Our numbers compare with each other, and only
+roughly with a paper's.
 
-`linear` is ours, a starting point: none of the library's papers has it. `freeze` also turns drop path off,
-`scratch` changes nothing else. Nobody has run ADE20K here yet. Image size, mean and standard deviation are
-the checkpoint's unless set. Each run appends one line to W/results.jsonl.
+The recipe of `linear` is our own starting point; none of the library's papers has it. `freeze` also turns
+drop path off; `scratch` changes nothing else. We have not run ADE20K yet. Image size, mean and standard
+deviation are the checkpoint's, unless flags set them. Each run appends one line to W/results.jsonl.
 """
+
+from ml_collections import ConfigDict
 
 from crate_jax.config import base, parse_arg
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``head``, ``freeze``, ``scratch`` and ``debug``."""
     arg = parse_arg(arg, head=("linear", "upernet"), freeze=False, scratch=False, debug=False)
     c = base()

@@ -1,4 +1,4 @@
-"""A hyper-parameter search in one command: one run per value and seed, a table and a figure.
+"""A hyper-parameter search by one command: one run per value and seed, a table and a figure.
 
     python -m crate_jax.main --config=configs/sweep.py:over=mask_ratio,seeds=3 \
         --config.data.source=folder:DIR --workdir=W
@@ -6,29 +6,31 @@
 | over | key | values | from |
 |---|---|---|---|
 | mask_ratio | corruption.mask_ratio | 0.25, 0.5, 0.75, 0.9 | Table 5 of CRATE-MAE, arXiv 2404.02446 |
-| lam | encoder.lam | 0.1, 0.5, 5 | its Table 6 |
-| rop_ratio | corruption.rop_ratio | 1/14, 1/7, 1/4, 1/2 | chosen here, around the 1/7 of ROPIM, arXiv 2310.18737 |
-| penalty | penalty.weight | SO: 0, 1e-7, 1e-6, 1e-5 | what arXiv 2411.00392 searched, and no penalty |
-| | | SRIP: 0, 1e-5, 1e-4, 1e-3 | the same |
+| lam | encoder.lam | 0.1, 0.5, 5 | Table 6 of CRATE-MAE |
+| rop_ratio | corruption.rop_ratio | 1/14, 1/7, 1/4, 1/2 | chosen here, around ROPIM's 1/7, arXiv 2310.18737 |
+| penalty | penalty.weight | SO: 0, 1e-7, 1e-6, 1e-5 | the search of arXiv 2411.00392, and no penalty |
+| | | SRIP: 0, 1e-5, 1e-4, 1e-3 | the search of arXiv 2411.00392, and no penalty |
 
 Expected, from the paper (probe on CIFAR-10 after ImageNet-1K, `base=crate_mae`): Table 5, with
 --config.encoder.lam=5: 69.78, 75.97, 75.99, 73.45; Table 6: 83.33, 80.87, 75.99. ROPIM ablates its ratio
-in appendix C and 2411.00392 its weights; their lists and numbers are not repeated here. Cost: that of
-the base, times values, times seeds.
+in appendix C and 2411.00392 its weights; their lists and numbers are not repeated here. Cost: the base's
+cost, times values, times seeds.
 
-Of the config string:
+The config string has:
 
 * ``over``: a row of the table;
-* ``base``: the config file whose run is varied, cifar10 unless given;
-* ``seeds``: runs per value;
-* anything else goes to that file: ``over=lam,base=crate_mae,variant=S``, ``over=penalty,penalty=srip,debug``.
+* ``base``: the config file whose run is varied, by default cifar10;
+* ``seeds``: number of runs per value;
+* the base's own words: ``over=lam,base=crate_mae,variant=S``, ``over=penalty,penalty=srip,debug``.
 
-Any other key: --config.sweep.key=optimizer.lr --config.sweep.values=1e-4,1e-3. All other flags hold for
-every run. The same command continues a sweep that was stopped, and skips the runs that are finished.
+These flags vary any other key: --config.sweep.key=optimizer.lr --config.sweep.values=1e-4,1e-3. All other
+flags apply to every run. The same command continues a stopped sweep and skips the finished runs.
 
-W holds table.md, sweep.png, sweep.svg, sweep.csv (a line per run), sweep.json, and one folder per run,
+W holds table.md, sweep.png, sweep.svg, sweep.csv (one line per run), sweep.json, and one folder per run,
 such as ``encoder.lam=0.5,seed=0``.
 """
+
+from ml_collections import ConfigDict
 
 from configs import cifar10, crate_mae, quickstart, rop_vitb, vit_mae
 from crate_jax.config import parse_arg
@@ -42,23 +44,23 @@ OVER = {  # over -> key, values
     "rop_ratio": ("corruption.rop_ratio", (1 / 14, 1 / 7, 1 / 4, 1 / 2)),
     "penalty": ("penalty.weight", PENALTY_VALUES["so"]),
 }
-# What `over` asks of the base where the config string does not say it, as far as the base knows the word.
+# (over, base) -> what the base's config string gets if it does not set the same word.
 IMPLIED = {("rop_ratio", "cifar10"): "corruption=rop"} | {("penalty", base): "penalty=so" for base in BASES}
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the base's config with job ``sweep``; `arg` may hold ``over``, ``base``, ``seeds`` and the base's own."""
     items = [item for item in (arg or "").split(",") if item]
-    own = [item for item in items if item.partition("=")[0] in ("over", "base", "seeds")]
-    handed_on = [item for item in items if item not in own]
-    arg = parse_arg(",".join(own), over=tuple(OVER), base=tuple(BASES), seeds=1)
+    of_sweep = [item for item in items if item.partition("=")[0] in ("over", "base", "seeds")]
+    of_base = [item for item in items if item not in of_sweep]
+    arg = parse_arg(",".join(of_sweep), over=tuple(OVER), base=tuple(BASES), seeds=1)
     implied = IMPLIED.get((arg.over, arg.base), "")
-    if implied and not any(item.partition("=")[0] == implied.partition("=")[0] for item in handed_on):
-        handed_on.append(implied)
+    if implied and not any(item.partition("=")[0] == implied.partition("=")[0] for item in of_base):
+        of_base.append(implied)
     try:
-        c = BASES[arg.base].get_config(",".join(handed_on))
+        c = BASES[arg.base].get_config(",".join(of_base))
     except ConfigError as e:
-        raise ConfigError(f"{e} (of base={arg.base}; the sweep's own: over, base, seeds)") from e
+        raise ConfigError(f"{e} (in base={arg.base}; the sweep itself knows over, base, seeds)") from e
     c.job = "sweep"
     c.sweep.key, values = OVER[arg.over]
     c.sweep.values = PENALTY_VALUES.get(c.penalty.name, values) if arg.over == "penalty" else values

@@ -9,10 +9,12 @@
 | B | 12 x 768, 12 heads | 111.7 M | 83.66 | 67.8 |
 | L | 24 x 1024, 16 heads | 329.2 M | not repeated here | 76.0 |
 
-Recipe of facebookresearch/mae: 800 epochs (1600 for the best numbers), 40 warm-up, batch 4096, base
+Recipe of facebookresearch/mae: 800 epochs (1600 for the best numbers), 40 epochs of warm-up, batch 4096, base
 learning rate 1.5e-4 per 256 images, AdamW with betas (0.9, 0.95), weight decay 0.05, crop scale
 (0.2, 1), 75 % of the patches dropped, decoder 8 x 512, pixels normalised per patch.
 """
+
+from ml_collections import ConfigDict
 
 from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
 
@@ -23,7 +25,7 @@ VARIANTS = {  # width, depth, heads
 }
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``variant=S|B|L``, ``penalty=none|so|srip``, ``debug``."""
     arg = parse_arg(arg, variant=("B", "S", "L"), penalty=("none", "so", "srip"), debug=False)
     c = base()
