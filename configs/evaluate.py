@@ -27,12 +27,7 @@ TASKS = {
     "": None,
     "cifar10": ("cifar10", "train", "test", "top1"),
     "cifar100": ("cifar100", "train", "test", "top1"),
-    "flowers102": (
-        "oxford_flowers102",
-        "train",
-        "test",
-        "mean_per_class",
-    ),  # as CRATE's code: 1,020 images
+    "flowers102": ("oxford_flowers102", "train", "test", "mean_per_class"),  # 1,020 images, as CRATE's code
     "pets": ("oxford_iiit_pet", "train", "test", "mean_per_class"),  # TFDS's `train` is `trainval`
     "food101": ("food101", "train", "validation", "top1"),
     "dtd": ("dtd", "train+validation", "test", "top1"),

@@ -21,12 +21,8 @@ Arrays = dict[str, np.ndarray]
 
 # Keys under which training scripts save the weights; the first key that is present counts.
 NESTED = ("model", "state_dict", "model_state_dict", "model_state", "net", "module", "teacher", "encoder", "params")
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "backbone.",
-    "model.",
-)  # prefixes of wrappers; a prefix is removed if all names have it
+# Prefixes of wrappers; a prefix is removed if all names have it.
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
@@ -107,13 +103,11 @@ def _read_torch(path: Path, start: bytes) -> tuple[Arrays, dict[str, Any]]:
         while not _is_state_dict(tree):
             key = next((k for k in NESTED if isinstance(tree, dict) and isinstance(tree.get(k), dict)), None)
             if key is None:
-                has = (
-                    f"it has {', '.join(map(str, tree)) or 'nothing'}"
-                    if isinstance(tree, dict)
-                    else "it is not a dictionary"
+                found = (
+                    f"has {', '.join(map(str, tree)) or 'nothing'}" if isinstance(tree, dict) else "is not a dictionary"
                 )
                 raise CheckpointError(
-                    f"{path}: no weights found, {has}; expected tensors by name, at the top or under one of "
+                    f"{path}: no weights found, it {found}; expected tensors by name, at the top or under one of "
                     f"{', '.join(NESTED)}"
                 )
             tree = tree[key]

@@ -88,7 +88,7 @@ ENCODERS: dict[str, Encoder] = {
 
 
 def build_encoder(config: ConfigDict) -> nn.Module:
-    """The encoder that a validated config describes; see :class:`Encoder` for how it is called."""
+    """The encoder that a validated config describes; :class:`Encoder` says how to call it."""
     return ENCODERS[config.encoder.name].build(config)
 
 
@@ -158,7 +158,7 @@ ENCODER = Section(
         expansion=Key(
             4, positive, "atoms per dimension of the dictionary", read_by=("encoder.dictionary", "overcomplete")
         ),
-        tied_output=Key(False, anything, "tie MSSA's output projection to [U_1..U_K] (eq. 2.8); decoder crate too"),
+        tied_output=Key(False, anything, "tie MSSA's output to [U_1..U_K] (eq. 2.8), in encoder and decoder"),
         mlp_ratio=Key(4.0, positive, "the MLP's width divided by the tokens' width", read_by=VIT),
         qkv_bias=Key("qkv", one_of("qkv", "qv", "none"), "qkv: like MAE; qv: like BEiT, ROPIM", read_by=VIT),
         layer_scale=Key(0.0, at_least(0), "initial value of the factor on each branch; 0: no factor", read_by=VIT),

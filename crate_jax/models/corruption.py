@@ -118,12 +118,12 @@ class Masking(Corruption):
 
     @property
     def fills_encoder(self) -> bool:
-        """A learned token stands for each removed one."""
+        """Whether a learned token replaces each removed token."""
         return self.learned and not self.drop
 
     @property
     def fills_decoder(self) -> bool:
-        """A learned token stands for each dropped one."""
+        """Whether a learned token replaces each dropped token."""
         return self.learned and self.drop
 
     @classmethod
@@ -245,9 +245,9 @@ def bucket_count(tokens: int, ratio: float) -> int:
 def balanced_buckets(key: jax.Array, tokens: int, buckets: int) -> jax.Array:
     """The bucket of each token, (N,) int32: one random permutation of 0..K'-1 per run of K' raster tokens.
 
-    Every bucket gets one token of each run, as in the released code. If K' does not
-    divide N, the last run is cut short; a random cyclic shift then makes every token equally likely
-    to fall into it, which keeps E[P] = (K'/N) I on the diagonal.
+    Every bucket gets one token of each run, as in the released code. If K' does not divide N, the last
+    run is cut short; a random cyclic shift then makes every token equally likely to fall into it, which
+    keeps E[P] = (K'/N) I on the diagonal.
     """
     runs = -(-tokens // buckets)
     key, shift_key = jax.random.split(key)

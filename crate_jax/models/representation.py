@@ -68,7 +68,7 @@ def points(config: ConfigDict) -> Callable[..., tuple[jax.Array, dict[str, jax.A
 
 
 def layers(config: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The function ({"encoder": parameters}, images, corruption=none, keys_B=None) -> tokens of every layer.
+    """The function ({"encoder": parameters}, images, corruption=none, keys_B=None) -> (output, tokens by layer).
 
     It returns the encoder's output (B, prefix + M, D) and the tokens after each block (L, B, prefix + M, D). The tokens
     after the last block are the output without the final norm. Drop path only with `keys_B`.

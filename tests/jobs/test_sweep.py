@@ -278,7 +278,9 @@ def test_the_config_string_goes_to_the_base():
     assert sweep_config.get_config("over=rop_ratio").corruption.name == "rop"  # what it is about goes without saying
     srip = sweep_config.get_config("over=penalty,penalty=srip,base=vit_mae")
     assert srip.sweep["values"] == (0.0, 1e-5, 1e-4, 1e-3)
-    with pytest.raises(ConfigError, match="unknown key 'variant'.*in base=cifar10; the sweep itself knows over, base"):
+    with pytest.raises(
+        ConfigError, match="unknown key 'variant'.*in base=cifar10; the sweep itself knows over, base, seeds"
+    ):
         sweep_config.get_config("variant=S")
     with pytest.raises(ConfigError, match="over=colour is not one of mask_ratio, lam, rop_ratio, penalty"):
         sweep_config.get_config("over=colour")
