@@ -1,6 +1,6 @@
 """The errors a user can cause; `main` prints each as one line and exits with status 2."""
 
-SHOWN = 5  # texts listed in one message
+SHOWN = 5  # texts that one message lists
 
 
 class UserError(ValueError):
@@ -24,6 +24,10 @@ class NonFiniteError(UserError):
 
 
 def some(texts: list[str], separator: str) -> str:
-    """Joins the first few of `texts` and says how many more there are."""
+    """Joins the first SHOWN texts and says how many more there are.
+
+    >>> some(list("abcdefg"), ", ")
+    'a, b, c, d, e, and 2 more'
+    """
     more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return separator.join(texts[:SHOWN] + more)

@@ -26,13 +26,16 @@ def central_box(height: int, width: int, size: Sequence[int], share: float) -> t
     in the source instead keeps very long images cheap.
 
     Args:
-      height: of the image in pixels.
-      width: of the image.
-      size: (height, width) of the output.
+      height: the image's height in pixels.
+      width: the image's width in pixels.
+      size: (height, width) of the output in pixels.
       share: `config.data.eval_crop`.
 
     Returns:
-      top, left, height, width, in fractional pixels.
+      top, left, height and width of the part, in fractional pixels.
+
+    >>> central_box(256, 512, (224, 224), 0.875)
+    (16.0, 144.0, 224.0, 224.0)
     """
     scale = share * min(height / size[0], width / size[1])
     h, w = scale * size[0], scale * size[1]

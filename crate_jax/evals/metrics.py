@@ -11,7 +11,14 @@ def top1(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 def mean_per_class(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over the classes that occur of the share of their images that is right (Flowers-102, Pets)."""
+    """Mean, over the classes that occur in `labels`, of the share of a class's images whose class is right.
+
+    The metric of Flowers-102 and Pets.
+
+    >>> predicted, labels = np.array([0, 0, 0, 2]), np.array([0, 0, 0, 1])
+    >>> top1(predicted, labels), mean_per_class(predicted, labels)
+    (0.75, 0.5)
+    """
     right = np.bincount(labels, weights=predicted == labels)
     count = np.bincount(labels)
     return float(np.mean(right[count > 0] / count[count > 0]))

@@ -100,7 +100,10 @@ def entropy_rank(values_D: jax.Array, eps: float = EPS) -> jax.Array:
 
     On singular values of features it is RankMe (Garrido et al. 2023, arXiv 2210.02885, eq. 1 and its p_k), on the
     eigenvalues of the LDA matrix LiDAR (Thilak et al. 2024, arXiv 2312.04000), on a weight's singular values the
-    effective rank of Roy & Vetterli (2007). Values that are all zero count as one.
+    effective rank of Roy & Vetterli (2007). Values that are all zero give 1.
+
+    >>> print(f"{entropy_rank(jnp.array([2.0, 2.0, 2.0, 0.0])):.2f}")
+    3.00
     """
     total = jnp.sum(values_D, axis=-1, keepdims=True)
     p_D = values_D / jnp.where(total > 0, total, 1.0) + eps

@@ -73,7 +73,11 @@ def steps(folder: Path) -> list[int]:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns ``{"encoder/norm/scale": leaf}`` into nested dictionaries."""
+    """Turns names with slashes into nested dictionaries.
+
+    >>> nest({"encoder/norm/scale": 1.0, "encoder/norm/bias": 0.0})
+    {'encoder': {'norm': {'scale': 1.0, 'bias': 0.0}}}
+    """
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")

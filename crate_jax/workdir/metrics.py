@@ -340,7 +340,13 @@ def _redirected_handlers(original: Mapping[TextIO, str]):
 
 
 def format_number(x: float) -> str:
-    """Four significant digits, a short exponent: 0.4123, 1.2e-4."""
+    """Writes a number with at most four significant digits and a short exponent.
+
+    >>> format_number(0.41234), format_number(0.00012)
+    ('0.4123', '0.00012')
+    >>> format_number(1.2e-7)
+    '1.2e-7'
+    """
     mantissa, e, exponent = f"{float(x):.4g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if e else mantissa
 
