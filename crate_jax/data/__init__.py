@@ -1,4 +1,4 @@
-"""Images in: sources, decoding, augmentation, batches; NumPy on the host up to `device_prefetch`."""
+"""Images: sources, decoding, augmentation, batches; NumPy arrays on the host until `device_prefetch`."""
 
 from __future__ import annotations
 
@@ -52,16 +52,18 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
     """Opens one split of the data set that `config.data.source` names.
 
     Args:
-      config: reads job and data; for the job ``segment`` the set holds pairs of images and masks.
+      config: the whole config; reads config.job and config.data. With the job ``segment`` the set must hold pairs of
+        images and masks.
       split: 'train' or 'eval'.
-      labels_required: refuse a set without labels.
+      labels_required: whether a set without labels is an error.
 
     Returns:
       The split, or None if the set has no evaluation split.
 
     Raises:
-      ConfigError: an unknown source.
-      DataError: the data cannot be found or read, or has no labels though they are required.
+      ConfigError: config.data.source is not one of SOURCES.
+      DataError: the data cannot be found or read, or has no labels though labels are required.
+      ValueError: `split` is neither 'train' nor 'eval'.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r}: must be 'train' or 'eval'")

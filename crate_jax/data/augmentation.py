@@ -1,4 +1,4 @@
-"""The random part of the training images: crop boxes, flips and RandAugment, from given numbers."""
+"""Random crop boxes and flips of training images, as functions of given uniform numbers."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from PIL import Image
 
 from crate_jax.data.decoding import RESAMPLING
 
-ATTEMPTS = 10
-# Columns of the uniform numbers of one position: area and ratio of each attempt, place, flip.
+# Columns of the uniform numbers of one position: the areas and the ratios of ten attempts, the place, the flip.
 _AREA, _RATIO, _PLACE, _FLIP = slice(0, 10), slice(10, 20), slice(20, 22), 22
-DRAWS = 24
+DRAWS = 24  # uniform numbers per position, a multiple of 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What `config.data` asks for; small and picklable, for worker processes.
+    """The augmentation that `config.data` asks for; small and picklable, for worker processes.
 
     Attributes:
-      size: (height, width) of the training images.
-      scale: share of the image's area that a crop covers; (1, 1): the whole image, resized to
-        `size` whatever its aspect.
-      ratio: width / height of a crop, log-uniform.
+      size: (height, width) of the training images in pixels.
+      scale: range of the share of the image's area that a crop covers; (1, 1): the whole image is resized to `size`,
+        whatever its aspect.
+      ratio: range of width / height of a crop, drawn log-uniformly.
       flip: probability of a horizontal flip.
       interpolation: 'bicubic' or 'bilinear', both antialiased.
       layers: RandAugment operations per image.
-      magnitude: their strength, 0..30.
+      magnitude: strength of these operations, 0..30.
     """
 
     size: tuple[int, int]
@@ -55,22 +54,22 @@ class Augmentation:
 
     @property
     def resample(self) -> Image.Resampling:
-        """Pillow's name of the interpolation."""
+        """Pillow's constant for the interpolation."""
         return RESAMPLING[self.interpolation]
 
     def boxes(self, uniforms: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """Draws the crop boxes of a batch, as Inception-style random resized crops.
+        """Returns the crop boxes of a batch: random resized crops, as Inception and torchvision draw them.
 
-        As in torchvision: up to ten draws of an area and a ratio, the first that fits is taken;
-        if none fits, the largest central crop of an allowed ratio.
+        The first of ten draws of an area and a ratio that fits into the image is taken; if none fits, the largest
+        central crop of an allowed ratio.
 
         Args:
-          uniforms: float64 [B,DRAWS] in [0, 1).
-          heights: [B], of the images in pixels.
-          widths: [B].
+          uniforms: uniform numbers in [0, 1), float64 (B, DRAWS).
+          heights: the images' heights (B,) in pixels.
+          widths: the images' widths (B,) in pixels.
 
         Returns:
-          int64 [B,4]: top, left, height, width, in whole pixels.
+          Top, left, height and width of each box in whole pixels, int64 (B, 4).
         """
         heights, widths = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
         if self.scale == (1.0, 1.0):
@@ -93,5 +92,5 @@ class Augmentation:
         return np.stack([top, left, h, w], axis=1).astype(np.int64)
 
     def flips(self, uniforms: np.ndarray) -> np.ndarray:
-        """Returns bool [B]: which images are mirrored."""
+        """Returns which images are mirrored, bool (B,), from uniform numbers (B, DRAWS)."""
         return uniforms[:, _FLIP] < self.flip

@@ -1,14 +1,14 @@
-"""Image files to 8-bit RGB, and the one resampling step between a file and a training image.
+"""Decodes image files to 8-bit RGB, and crops and resizes them in one step.
 
-What becomes of an input that is not 8-bit RGB:
+An input that is not 8-bit RGB is converted:
 
 * grey, palette, CMYK, YCbCr: Pillow's conversion to RGB;
-* alpha (RGBA, LA, a palette or an RGB image with a transparent colour): laid over white, which is
-  how a viewer shows it; the colours stored under transparent pixels are arbitrary;
-* 16-bit grey: scaled by 1 / 257 (Pillow would clip at 255); 32-bit integers likewise, or by 2**-23
-  if they exceed 65535; floats are taken as [0, 1], [0, 255] or [0, 65535], the first that holds them;
-* EXIF orientation: applied, so that a photo is the right way up;
-* several frames: the first.
+* alpha (RGBA, LA, a palette or an RGB image with a transparent colour): laid over white, as a viewer shows it; the
+  colours stored under transparent pixels are arbitrary;
+* 16-bit grey: scaled by 1 / 257 (Pillow would clip at 255); 32-bit integers by 1 / 257, or by 2**-23 if they exceed
+  65535; floats are read as [0, 1], [0, 255] or [0, 65535], the first range that holds them all;
+* EXIF orientation: applied, so that a photo is upright;
+* several frames: the first one is taken.
 
 Images of more than Pillow's limit (2 * `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels) count as undecodable.
 """
@@ -25,11 +25,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# Pillow would open others too by their content, whatever the name: EPS, for one, runs Ghostscript.
+# Pillow recognises a format by the content, whatever the file's name, and some formats are dangerous: EPS runs
+# Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 ORIENTATION_TAG = 0x0112
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as the crop stays this much larger
-# than the output: the antialiasing filter, not the decoder, then decides the result.
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as the crop stays this many times as large as the
+# output: the antialiasing filter, not the decoder, then decides the result.
 DRAFT_MARGIN = 2.0
 
 
@@ -38,24 +39,24 @@ class DecodeError(Exception):
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Parses an encoded image's header; the pixels are decoded later, by :func:`crop_resize`.
+    """Parses an encoded image's header; the pixels are decoded later, by :func:`decode` or :func:`crop_resize`.
 
     Raises:
-      DecodeError: the bytes are no image that Pillow can read.
+      DecodeError: the bytes are not an image of one of FORMATS, or the header is damaged.
     """
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as e:  # its own text names the buffer
+    except UnidentifiedImageError as e:  # the text of this error names the buffer
         raise DecodeError("not an image in a known format") from e
-    except Exception as e:  # damaged files make the parsers raise nearly anything
+    except Exception as e:  # with a damaged file a parser may raise any error
         raise DecodeError(_reason(e)) from e
 
 
 def read_file(path: str) -> bytes:
-    """Reads a file.
+    """Reads a whole file.
 
     Raises:
-      DecodeError: the file cannot be read.
+      DecodeError: the file cannot be read, or is not a regular file.
     """
     try:
         # Opening a named pipe would wait for a writer.
@@ -68,10 +69,10 @@ def read_file(path: str) -> bytes:
 
 
 def oriented_size(image: Image.Image) -> tuple[int, int]:
-    """Returns (height, width) as displayed, after the EXIF orientation.
+    """Returns (height, width) in pixels as displayed, after the EXIF orientation.
 
     Raises:
-      DecodeError: the header is damaged.
+      DecodeError: the header is damaged, or the image has no pixels.
     """
     try:
         width, height = image.size
@@ -85,7 +86,10 @@ def oriented_size(image: Image.Image) -> tuple[int, int]:
 
 
 def decode(image: Image.Image) -> np.ndarray:
-    """Decodes a whole image to uint8 [H,W,3], oriented as displayed.
+    """Decodes a whole image to uint8 (H, W, 3), oriented as displayed.
+
+    >>> decode(Image.new("LA", (2, 1), (0, 0))).tolist()  # black, but transparent
+    [[[255, 255, 255], [255, 255, 255]]]
 
     Raises:
       DecodeError: the pixels cannot be decoded.
@@ -102,13 +106,13 @@ def crop_resize(
     """Cuts `box` out of an image and resizes it, antialiased, to `size`.
 
     Args:
-      image: an opened image; its pixels may not be decoded yet.
+      image: an opened image, whose pixels may not be decoded yet.
       box: (top, left, height, width) in pixels of the displayed image; may be fractional.
-      size: (height, width) of the result.
+      size: (height, width) of the result in pixels.
       resample: Pillow's filter.
 
     Returns:
-      An RGB image.
+      An RGB image of `size`.
 
     Raises:
       DecodeError: the pixels cannot be decoded.
@@ -132,7 +136,13 @@ def _reason(error: Exception) -> str:
 
 
 def _draft(image: Image.Image, reduction_height: float, reduction_width: float) -> int:
-    """Lets a JPEG be decoded at a fraction of its size if the crop allows it; returns the divisor."""
+    """Lets the decoder shrink a JPEG if the crop allows it; returns the divisor of its sides.
+
+    Args:
+      image: an opened image; a JPEG is changed.
+      reduction_height: height of the crop / height of the output.
+      reduction_width: width of the crop / width of the output.
+    """
     room = min(reduction_height, reduction_width) / DRAFT_MARGIN
     if not isinstance(image, JpegImageFile) or room < 2:
         return 1
@@ -142,7 +152,7 @@ def _draft(image: Image.Image, reduction_height: float, reduction_width: float) 
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # Pillow turns these by itself, and reports the size accordingly
+    if image.format == "TIFF":  # Pillow rotates these itself, and reports the size after that
         return 1
     if image.format in (None, "JPEG", "BMP", "PPM", "GIF") and "exif" not in image.info:
         return 1
@@ -172,7 +182,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(grey: np.ndarray) -> np.ndarray:
-    """Scales grey values of more than 8 bits to uint8; ranges as in the module's docstring."""
+    """Scales grey values of more than 8 bits to uint8; the module's docstring lists the ranges."""
     values = np.nan_to_num(grey.astype(np.float64))
     highest = values.max(initial=0)
     if grey.dtype.kind == "f" and highest <= 255:

@@ -1,4 +1,4 @@
-"""Evaluation images: a central crop, the same every time."""
+"""Evaluation images: central crops without any randomness."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from crate_jax.data.sources import Source
 from crate_jax.data.undecodable import Undecodable
 from crate_jax.errors import DataError
 
-# Images decoded at a time: bounds the host's memory at 224 px to some 300 MB.
+# Images decoded at a time. At 224 px they take some 300 MB of the host's memory.
 CHUNK = 2048
 
 
 def central_box(height: int, width: int, size: Sequence[int], share: float) -> tuple[float, float, float, float]:
-    """The part of an image that evaluation looks at.
+    """Returns the central part of an image that evaluation uses.
 
-    The same as resizing the image until the output, divided by `share`, just covers it, and then
-    cropping the centre: for a square output the shorter side is resized to side / share. Cropping
-    in the source instead keeps very long images cheap.
+    Resizing this part to `size` gives what resizing the whole image and cropping its centre would give: for a square
+    output the shorter side would be resized to side / share. Cropping first keeps very long images cheap.
 
     Args:
       height: the image's height in pixels.
@@ -43,12 +42,13 @@ def central_box(height: int, width: int, size: Sequence[int], share: float) -> t
 
 
 def whole_box(height: int, width: int, share: float) -> tuple[float, float, float, float]:
-    """The part of an image with a mask that evaluation looks at: `share` of both sides, at 1 every pixel.
+    """Returns the central part of an image with a mask that evaluation uses: `share` of each side.
 
-    The sides are then resized each on its own, as training crops of several ratios are.
+    Resizing this part to the output's size changes its aspect, as it does with training crops. With share 1 every
+    pixel is scored.
 
     Returns:
-      top, left, height, width, in fractional pixels.
+      top, left, height and width of the part, in fractional pixels.
     """
     h, w = share * height, share * width
     return (height - h) / 2, (width - w) / 2, h, w
@@ -57,20 +57,19 @@ def whole_box(height: int, width: int, share: float) -> tuple[float, float, floa
 def eval_batches(
     config: ConfigDict, source: Source, indices: Sequence[int] | np.ndarray, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the evaluation images at `indices`, in their order, without the undecodable ones.
+    """Yields the evaluation images at `indices`, in the order of `indices`, without the undecodable ones.
 
-    All batches but the last hold exactly `batch_size` images, so that a jitted function compiles
-    at most twice.
+    All batches but the last hold exactly `batch_size` images, so that a jitted function compiles at most twice.
 
     Args:
-      config: reads data.
+      config: the whole config; reads config.data.
       source: an opened split.
-      indices: of the images.
+      indices: the images' indices in the split.
       batch_size: images per batch.
 
     Yields:
-      'image' uint8 [b,H,W,3]; 'index' int32 [b]; 'label' int32 [b] if the set has labels; 'mask' int16
-      [b,H,W] if it has masks.
+      'image', uint8 (b, H, W, 3); 'index', int32 (b,); 'label', int32 (b,), if the set has labels; 'mask', int16
+      (b, H, W), if it has masks.
 
     Raises:
       DataError: too many images cannot be decoded, or none can.
@@ -95,7 +94,7 @@ def eval_batches(
     indices = np.asarray(indices, np.int64)
     images: list[dict[str, np.ndarray]] = []
     kept: list[int] = []
-    none_yet = True
+    nothing_yielded = True
     with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
         for start in range(0, len(indices), batch_size):
             chunk = indices[start : start + batch_size].tolist()
@@ -105,22 +104,22 @@ def eval_batches(
             images += [x for x in loaded if not isinstance(x, str)]
             kept += [i for i, x in zip(chunk, loaded, strict=True) if not isinstance(x, str)]
             if len(kept) >= batch_size:
-                none_yet = False
+                nothing_yielded = False
                 yield _pack(source, images[:batch_size], kept[:batch_size])
                 del images[:batch_size], kept[:batch_size]
     if kept:
         yield _pack(source, images, kept)
-    elif none_yet and len(indices):
-        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, {source.name(0)} for one")
+    elif nothing_yielded and len(indices):
+        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, for example {source.name(0)}")
 
 
 def eval_images(
     config: ConfigDict, source: Source, indices: Sequence[int] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Loads evaluation images at once; see :func:`eval_batches`.
+    """Loads all evaluation images at `indices` into one array; see :func:`eval_batches`.
 
     Returns:
-      uint8 [n,H,W,3] and int32 labels [n] (None if the set has none), without the undecodable images.
+      Images, uint8 (n, H, W, 3), and labels, int32 (n,) (None if the set has none), without the undecodable images.
 
     Raises:
       DataError: too many images cannot be decoded, or none can.

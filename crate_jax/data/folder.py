@@ -15,9 +15,9 @@ from crate_jax.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 DEFAULT_TRAIN_SPLIT = "train"
-FINGERPRINT_SIZES = 1000  # files whose size enters the fingerprint; asking for all is slow on network disks
+FINGERPRINT_SIZES = 1000  # files whose size enters the fingerprint; to ask for all sizes is slow on network disks
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class FolderSource(Source):
@@ -30,7 +30,7 @@ class FolderSource(Source):
       root: the folder.
 
     Raises:
-      DataError: the folder is missing, unreadable, no folder, or without images.
+      DataError: the folder is missing, cannot be read, is not a folder, or holds no images.
     """
 
     def __init__(self, root: str):
@@ -56,14 +56,14 @@ class FolderSource(Source):
         return len(self._ends)
 
     def name(self, index: int) -> str:
-        """The path relative to the folder."""
+        """The image's path relative to the folder."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._blob[start : self._ends[index]])
 
     def path(self, index: int) -> str:
-        """The file of an image."""
+        """The path of an image's file."""
         return os.path.join(self.root, self.name(index))
 
     def open(self, index: int) -> Image.Image:
@@ -92,17 +92,17 @@ def open_folder(path: str, split: str, train_split: str, eval_split: str) -> Fol
     Args:
       path: the data set's folder.
       split: 'train' or 'eval'.
-      train_split: sub-folder of the training images. If the default, 'train', does not exist, or if
-        this is empty, the whole tree is the training split and there is no evaluation split.
-      eval_split: sub-folder of the evaluation images; 'auto': the first of test, val, validation;
-        '': none.
+      train_split: sub-folder of the training images. If it is '', or is 'train' (the default) and there is no such
+        sub-folder, the whole tree is the training split and there is no evaluation split.
+      eval_split: sub-folder of the evaluation images; 'auto': the first of test, val, validation that exists; '':
+        there is no evaluation split.
 
     Returns:
       The split, or None if there is no evaluation split.
 
     Raises:
-      DataError: see FolderSource; also a named split that is missing, or other classes in the
-        evaluation than in the training split.
+      DataError: as FolderSource raises it; or a named split is missing, or the classes of the evaluation split are
+        not those of the training split.
     """
     path = os.path.expanduser(path)
     _check_folder(path)
@@ -118,7 +118,7 @@ def open_folder(path: str, split: str, train_split: str, eval_split: str) -> Fol
     found = [s for s in EVAL_SPLITS if os.path.isdir(os.path.join(path, s))]
     if split == "train":
         if whole_tree and found:
-            _log.warning("%s has no sub-folder %r: training on all of it, %s included", path, train_split, found[0])
+            log.warning("%s has no sub-folder %r: training on all of it, %s included", path, train_split, found[0])
         return FolderSource(path if whole_tree else train_root)
     if eval_split == "auto":
         if whole_tree or not found:
@@ -156,22 +156,22 @@ def _check_classes(source: FolderSource, train_root: str) -> None:
         ]
         raise DataError(
             f"{source.root}: its classes must be those of {train_root}, but it {' and '.join(parts)}; if these folders "
-            "are no classes, set config.data.eval_split=''"
+            "are not classes, set config.data.eval_split=''"
         )
 
 
 def _find_classes(root: str) -> set[str]:
-    """The sub-folders that hold an image, found without listing all images."""
+    """Returns the names of the sub-folders that hold an image, without listing all images."""
     with os.scandir(root) as entries:
         folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
     return {name for name in folders if next(_walk(os.path.join(root, name)), None) is not None}
 
 
 def _walk(root: str) -> Iterator[bytes]:
-    """Yields the relative paths of all images below a folder, hidden files and folders left out."""
+    """Yields the relative paths of all images below a folder, except hidden files and those in hidden folders."""
     _check_folder(root)
     extensions = tuple(os.fsencode(e) for e in EXTENSIONS)
-    visited: set[bytes] = set()  # folders reached, so that a link to a parent does not loop for ever
+    visited: set[bytes] = set()  # real paths, so that a link to a parent does not loop for ever
     pending = [b""]
     while pending:
         folder = pending.pop()
@@ -194,7 +194,7 @@ def _walk(root: str) -> Iterator[bytes]:
 
 
 def _is_dir(entry: os.DirEntry[bytes]) -> bool:
-    """False for a link that leads nowhere or to itself: as a file it counts as undecodable."""
+    """Returns False for a link that leads nowhere or to itself: it counts as a file, which cannot be decoded."""
     try:
         return entry.is_dir()
     except OSError:

@@ -1,4 +1,4 @@
-"""The training path of small sets: decoded once, held in memory, augmented as whole batches."""
+"""The training path of small sets: images are decoded once, held in memory, and augmented as whole batches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from crate_jax.data.resampling import BatchResizer
 from crate_jax.data.sources import Source
 from crate_jax.data.undecodable import Undecodable
 
-PROBES = 64  # images whose headers are read before deciding to decode the whole set
-TABLE_BYTES = 64 * 2**20  # larger weight tables (sides above 64 px): Pillow resizes image by image
+HEADERS = 64  # images whose headers are read before the whole set is decoded
+MAX_TABLE_BYTES = 64 * 2**20  # with larger tables of weights (sides above 64 px) Pillow resizes image by image
 CHUNK = 64  # images that a thread augments at once
-# Pillow calls on images up to this side are so short that threads spend their time on Python's
-# lock: four threads decode 32 px JPEGs at less than half the speed of one.
-ONE_THREAD_SIDE = 64
+# Pillow's calls on images up to this side (in pixels) are so short that threads mostly wait for Python's lock: four
+# threads decode 32 px JPEGs at less than half the speed of one.
+MAX_ONE_THREAD_SIDE = 64
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class DecodedSet:
     """All images of a set.
 
     Attributes:
-      planar: uint8 [n,3,H,W].
-      bad: bool [n], the undecodable ones.
+      planar: the images, uint8 (n, 3, H, W).
+      bad: whether an image cannot be decoded, bool (n,).
     """
 
     planar: np.ndarray
@@ -46,11 +46,11 @@ def decode_set(source: Source, memory_mb: float, threads: int, undecodable: Unde
     Args:
       source: the set.
       memory_mb: MiB that the decoded images may take.
-      threads: that decode.
-      undecodable: told of the files that cannot be decoded.
+      threads: number of decoding threads.
+      undecodable: the record of files that cannot be decoded, to which these files are added.
 
     Returns:
-      The images, or None if sizes differ or the set is too large.
+      The images, or None if their sizes differ or the set is too large.
 
     Raises:
       DataError: too many images cannot be decoded.
@@ -77,22 +77,22 @@ def decode_set(source: Source, memory_mb: float, threads: int, undecodable: Unde
         return True
 
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-    with concurrent.futures.ThreadPoolExecutor(1 if max(size) <= ONE_THREAD_SIDE else threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1 if max(size) <= MAX_ONE_THREAD_SIDE else threads) as pool:
         futures = [pool.submit(decode, chunk) for chunk in chunks]
         for future in futures:
             if not future.result():
                 pool.shutdown(cancel_futures=True)
                 return None
     seconds, mb = time.monotonic() - start, planar.nbytes / 2**20
-    _log.info("decoded %d images of %dx%d into %.0f MiB of memory in %.1f s", len(source), *size, mb, seconds)
+    log.info("decoded %d images of %dx%d into %.0f MiB of memory in %.1f s", len(source), *size, mb, seconds)
     undecodable.add(sorted(reasons), len(source))
     return DecodedSet(planar, bad)
 
 
 def _common_size(source: Source) -> tuple[int, int] | None:
-    """The size shared by a sample of the images, from their headers; None if they differ."""
+    """Returns the (height, width) of a sample of the images, from their headers; None if they differ."""
     sizes = set()
-    for i in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)):
+    for i in np.unique(np.linspace(0, len(source) - 1, HEADERS).astype(int)):
         try:
             sizes.add(decoding.oriented_size(source.open(int(i))))
         except decoding.DecodeError:
@@ -111,14 +111,14 @@ class BatchAugmenter:
         self._seed = seed
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         in_size = data.planar.shape[2:]
-        fits = BatchResizer.table_bytes(in_size, augmentation.size) <= TABLE_BYTES
+        fits = BatchResizer.table_bytes(in_size, augmentation.size) <= MAX_TABLE_BYTES
         self._resizer = BatchResizer(in_size, augmentation.size, augmentation.interpolation) if fits else None
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Makes the images of the positions first ... first + count - 1.
 
         Returns:
-          uint8 [count,H,W,3]; int32 [count], their indices; how many stand in for undecodable ones.
+          The images, uint8 (count, H, W, 3); their indices, int32 (count,); how many of them replace undecodable ones.
         """
         size = len(self._data.bad)
         indices = sampling.indices(self._seed, np.arange(first, first + count), size)
@@ -132,7 +132,7 @@ class BatchAugmenter:
         starts = range(0, count, CHUNK)
         list(self._pool.map(lambda i: self._fill(images[i : i + CHUNK], indices[i : i + CHUNK], first + i), starts))
         if self._augmentation.layers:
-            each = map if max(self._augmentation.size) <= ONE_THREAD_SIDE else self._pool.map
+            each = map if max(self._augmentation.size) <= MAX_ONE_THREAD_SIDE else self._pool.map
             list(each(lambda row: self._randaugment(images, row, first + row), range(count)))
         return images, indices, len(replaced)
 

@@ -5,8 +5,8 @@ Two layouts, where SPLIT is a split's name and MASKS one of masks, labels, annot
 * ``DIR/images/SPLIT/*`` and ``DIR/MASKS/SPLIT/*.png``, as ADE20K has it;
 * ``DIR/SPLIT/images/*`` and ``DIR/SPLIT/MASKS/*.png``.
 
-A mask is a PNG of one channel (grey of any depth, or palette indices), named as its image but for the
-ending, of the size that its image has when displayed.
+A mask is a PNG of one channel (grey of any depth, or palette indices). It has the name of its image, except for the
+ending, and the size that its image has when displayed.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from crate_jax.data.sources import EVAL_SPLITS, Source, digest
 from crate_jax.errors import DataError
 
 IMAGES, MASKS = "images", ("masks", "labels", "annotations")
-TRAIN_SPLITS = (DEFAULT_TRAIN_SPLIT, "training")  # what config.data.train_split='train' tries
-IGNORED = -1  # in decoded masks: a pixel that is neither learnt nor scored
-MOST_CLASSES = np.iinfo(np.int16).max
+TRAIN_SPLITS = (DEFAULT_TRAIN_SPLIT, "training")  # config.data.train_split='train' takes the first that exists
+IGNORED = -1  # in decoded masks: a pixel that is neither trained on nor scored
+MAX_CLASSES = np.iinfo(np.int16).max
 _MODES = ("1", "L", "P", "I", "I;16")
-_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of 2 and 4 bits over 0..255
+_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow multiplies grey of 2 and 4 bits by this, to fill 0..255
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class PairSource(Source):
-    """Images with a mask each, in the byte order of the images' paths.
+    """Images that have one mask each, in the byte order of the images' paths.
 
     Args:
       images: the images.
       masks: the masks; one for each image, and no others.
-      ignored: value in the mask files that means no class; -1: none does.
-      reduce_zero_label: 0 means no class either, and the classes start at 1.
+      ignored: the value in the mask files that means "no class"; -1: there is no such value.
+      reduce_zero_label: whether 0 also means "no class" and the classes start at 1.
 
     Raises:
-      DataError: an image without its mask, a mask without its image, or a mask that is no PNG.
+      DataError: an image has no mask, a mask has no image, or a mask is not a PNG.
     """
 
     def __init__(self, images: FolderSource, masks: FolderSource, ignored: int, reduce_zero_label: bool):
         self._images, self._masks = images, masks
         self._ignored, self._reduce = ignored, reduce_zero_label
         self._mask_of = _match(images, masks)
-        self.classes = 0  # known after `check`
-        self._highest, self._holder = IGNORED, 0  # the highest class, and the mask that holds it
+        self.classes = 0  # `check` sets it
+        self._highest, self._holder = IGNORED, 0  # the highest class, and the index of a mask that holds it
 
     def __len__(self) -> int:
         return len(self._images)
@@ -72,15 +72,15 @@ class PairSource(Source):
         return digest(self._images.fingerprint(), self._masks.fingerprint(), self._ignored, self._reduce)
 
     def mask_path(self, index: int) -> str:
-        """The file of an image's mask."""
+        """The path of the file of an image's mask."""
         return self._masks.path(int(self._mask_of[index]))
 
     def mask(self, index: int) -> np.ndarray:
-        """The class of each pixel, int16 [H,W]; IGNORED where there is none.
+        """Reads the class of each pixel, int16 (H, W); IGNORED where a pixel has no class.
 
         Raises:
-          DecodeError: the file is damaged or no image.
-          DataError: it is no mask: several channels, or values that no class can have.
+          DecodeError: the file is damaged or is not an image.
+          DataError: the image is not a mask: it has several channels, or values above MAX_CLASSES.
         """
         path = self.mask_path(index)
         image = decoding.open_image(decoding.read_file(path))
@@ -92,26 +92,29 @@ class PairSource(Source):
         spread = _SPREAD.get(_raw_mode(image), 1)
         try:
             values = np.asarray(image).astype(np.int64) // spread
-        except Exception as e:  # as in `decoding`: damaged files raise nearly anything
+        except Exception as e:  # as in `decoding`: with a damaged file Pillow may raise any error
             raise decoding.DecodeError(f"{path}: {' '.join(str(e).split())}") from e
         nothing = values == self._ignored
         if self._reduce:
             nothing |= values == 0
             values = values - 1
         values[nothing] = IGNORED
-        if values.max() >= MOST_CLASSES:
-            raise DataError(f"{path}: holds class {values.max()}; at most {MOST_CLASSES} classes are possible")
+        if values.max() >= MAX_CLASSES:
+            raise DataError(f"{path}: holds class {values.max()}; at most {MAX_CLASSES} classes are possible")
         return values.astype(np.int16)
 
     def check(self, classes: int, threads: int) -> None:
-        """Reads every mask once, and every image's header, so that no pair stops a run that has begun.
+        """Reads every mask and every image's header, so that a wrong pair is found before the run starts.
 
-        Sets `classes` to the number of classes: the given one or, for 0, the highest class found plus 1.
-        Damaged files are left to be skipped and counted when they are used.
+        Damaged files are not an error here: they are skipped and counted when they are used.
+
+        Args:
+          classes: number of classes, stored in `self.classes`; 0: the highest class found plus 1.
+          threads: number of reading threads.
 
         Raises:
-          DataError: names the first mask of another size than its image, of several channels, or with a
-            class that `classes` has no room for; or no mask holds any class.
+          DataError: a mask does not have the size of its image, has several channels, or holds a class that is not
+            below `classes` (the message names the first such mask); or no mask holds a class.
         """
         start = time.monotonic()
 
@@ -135,21 +138,29 @@ class PairSource(Source):
             raise DataError(f"{self._masks.root}: no mask holds a class; every pixel is ignored")
         self.classes = classes or self._highest + 1
         self.require_highest_below(self.classes)
-        _log.info("checked %d masks, classes 0..%d, in %.1f s", len(self), self._highest, time.monotonic() - start)
+        log.info("checked %d masks, classes 0..%d, in %.1f s", len(self), self._highest, time.monotonic() - start)
 
     def require_highest_below(self, classes: int) -> None:
-        """Raises DataError, naming a mask, if the set holds a class that is not one of `classes` classes."""
+        """Checks that the set holds only the classes 0 .. classes - 1.
+
+        Raises:
+          DataError: it holds a higher class; the message names a mask.
+        """
         if self._highest >= classes:
             value = self._highest + int(self._reduce)
             raise DataError(
                 f"{self.mask_path(self._holder)}: holds the value {value}, class {self._highest}, but there are "
-                f"{classes} classes, 0..{classes - 1}; mend it, or set config.segment.classes, ignore_index or "
+                f"{classes} classes, 0..{classes - 1}; repair it, or set config.segment.classes, ignore_index or "
                 "reduce_zero_label"
             )
 
 
 def _displayed_size(path: str) -> tuple[int, int]:
-    """Height and width of an image from its header, without reading the whole file; raises DecodeError."""
+    """Reads (height, width) of an image from its header, without the whole file.
+
+    Raises:
+      DecodeError: the header cannot be read.
+    """
     try:
         with Image.open(path) as image:
             return decoding.oriented_size(image)
@@ -158,7 +169,7 @@ def _displayed_size(path: str) -> tuple[int, int]:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How a file's pixels are stored, such as L;2 for grey of 2 bits."""
+    """Returns Pillow's name for how a file stores pixels, such as L;2 for grey of 2 bits."""
     tiles = getattr(image, "tile", None)
     return str(tiles[0][3]) if tiles else ""
 
@@ -168,7 +179,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def _match(images: FolderSource, masks: FolderSource) -> np.ndarray:
-    """The number of each image's mask, int32 [n]."""
+    """Returns the index of each image's mask, int32 (n,)."""
     number: dict[str, int] = {}
     for i in range(len(masks)):
         stem, ending = os.path.splitext(masks.name(i))
@@ -192,15 +203,15 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
     """Opens and checks the training or the evaluation split of a folder of pairs.
 
     Args:
-      config: reads data and segment.
+      config: the whole config; reads config.data and config.segment.
       split: 'train' or 'eval'.
 
     Returns:
       The split, or None if there is no evaluation split.
 
     Raises:
-      DataError: the source is no folder, the folder has neither layout, a named split is missing, or a
-        pair is wrong; see PairSource.
+      DataError: the source is not a folder, the folder has neither of the two layouts, a named split is missing, or a
+        pair is wrong (see PairSource).
     """
     data, options = config.data, config.segment
     kind, _, root = data.source.partition(":")
@@ -232,27 +243,30 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
 
 
 def _find(root: str, split: str) -> tuple[str, str] | None:
-    """Image and mask folder of a split, in either layout."""
+    """Returns the folders of a split's images and masks, in either layout; None if there are none."""
     for layout in ("{kind}/{split}", "{split}/{kind}"):
         images, *masks = [os.path.join(root, layout.format(kind=kind, split=split)) for kind in (IMAGES, *MASKS)]
         found = [path for path in masks if os.path.isdir(path)]
         if not found or not os.path.isdir(images):
             continue
         if len(found) > 1:
-            raise DataError(f"both {found[0]} and {found[1]} exist; leave the masks that are meant")
+            raise DataError(f"both {found[0]} and {found[1]} exist; keep the one with the masks to use")
         return images, found[0]
     return None
 
 
 def crop_mask(mask: np.ndarray, box: Sequence[float] | np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Cuts `box` out of a mask and resizes it to `size`, each pixel taking the class nearest to its centre.
+    """Cuts `box` out of a mask and resizes it to `size`: each pixel gets the class nearest to its centre.
 
-    The counterpart of `decoding.crop_resize`: the same box of an image and of its mask stay aligned.
+    The same box of an image, cut out by `decoding.crop_resize`, stays aligned with it.
 
     Args:
-      mask: [H,W].
+      mask: the classes, (H, W).
       box: (top, left, height, width) in pixels; may be fractional.
-      size: (height, width) of the result.
+      size: (height, width) of the result in pixels.
+
+    >>> crop_mask(np.array([[0, 1, 2, 3]]), box=(0, 1, 1, 2), size=(1, 4)).tolist()
+    [[1, 1, 2, 2]]
     """
     top, left, height, width = (float(v) for v in box)
     rows, columns = (

@@ -1,4 +1,4 @@
-"""Training batches as a function of (seed, step): nothing of the pipeline is ever in a checkpoint."""
+"""Training batches as a function of (seed, step), so that a checkpoint holds no state of the pipeline."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from crate_jax.data.augmentation import Augmentation
 from crate_jax.data.memory import BatchAugmenter, decode_set
 from crate_jax.data.pairs import PairSource
 from crate_jax.data.sources import Source
-from crate_jax.data.streaming import ATTEMPTS, ChunkSource, chunk_iterator
+from crate_jax.data.streaming import MAX_ATTEMPTS, ChunkSource, chunk_iterator
 from crate_jax.data.undecodable import Undecodable
 from crate_jax.errors import ConfigError, DataError
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
@@ -24,20 +24,19 @@ Batch = dict[str, np.ndarray]
 class TrainPipeline:
     """This host's part of the training batches.
 
-    Host p of P gets the rows p * b ... (p + 1) * b - 1 of each batch of B = P * b images, and
-    together the hosts get the batch that a single host would. Every epoch covers each image once,
-    in an order of its own; a batch may straddle two epochs. A file that cannot be decoded is
-    replaced by another, drawn from (seed, position).
+    Host p of P gets the rows p * b ... (p + 1) * b - 1 of each batch of B = P * b images: together the hosts get the
+    batch that a single host would get. Every epoch covers each image once, in a new order; a batch may hold images of
+    two epochs. A file that cannot be decoded is replaced by another, drawn from (seed, position).
 
-    Sets whose images share one size and fit in `config.data.memory_mb` are decoded at once, into
-    memory; others, and pairs of images and masks, are streamed from their files by
-    `config.data.workers` processes. Both ways draw the same images, crops and flips.
+    Sets whose images have one size and fit in `config.data.memory_mb` are decoded once, into memory; other sets, and
+    pairs of images and masks, are streamed from their files by `config.data.workers` processes. Both ways give the
+    same images, crops and flips.
 
     Args:
-      config: reads seed, batch_size and data.
+      config: the whole config; reads config.seed, config.batch_size and config.data.
       source: the training split.
-      process_index: p.
-      process_count: P.
+      process_index: this host's number p, from 0.
+      process_count: the number of hosts P.
 
     Raises:
       ConfigError: the batch size is not a multiple of the number of hosts.
@@ -68,39 +67,38 @@ class TrainPipeline:
                 raise DataError(f"none of the {len(source)} images can be decoded: {self.undecodable.named()}")
             self._augmenter = BatchAugmenter(decoded, self._augmentation, self._seed, self._threads)
         else:
-            _log.info("streaming %d images, %d workers, %d threads", len(source), self._workers, self._threads)
+            log.info("streaming %d images, %d workers, %d threads", len(source), self._workers, self._threads)
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Yields the batches of the steps start_step, start_step + 1, ... for ever.
+        """Yields the batches of the steps start_step, start_step + 1, ... without end.
 
         Yields:
-          'image' uint8 [b,H,W,3]; 'mask' int16 [b,H,W] if the source has masks; 'index' int32 [b],
-          positions in the set; 'undecodable' int32, the files that failed to decode while this batch was
-          made.
+          'image', uint8 (b, H, W, 3); 'mask', int16 (b, H, W), if the source has masks; 'index', int32 (b,), the
+          images' indices in the set; 'undecodable', int32 (), how many files could not be decoded for this batch.
 
         Raises:
           DataError: too many images cannot be decoded.
         """
         augmenter = self._augmenter
-        iterator = self._streamed(start_step) if augmenter is None else self._held(augmenter, start_step)
+        iterator = self._from_files(start_step) if augmenter is None else self._from_memory(augmenter, start_step)
         self._iterators.append(iterator)
         return iterator
 
     def close(self) -> None:
-        """Ends threads and worker processes; iterators in use elsewhere must have been left first."""
+        """Ends threads and worker processes; first, no other thread may use an iterator of :meth:`batches` any more."""
         for iterator in self._iterators:
             iterator.close()
         self._iterators.clear()
         if self._augmenter is not None:
             self._augmenter.close()
 
-    def _held(self, augmenter: BatchAugmenter, step: int) -> Generator[Batch, None, None]:
+    def _from_memory(self, augmenter: BatchAugmenter, step: int) -> Generator[Batch, None, None]:
         while True:
             images, indices, replaced = augmenter.batch(step * self._batch_size + self._offset, self._rows)
             yield {"image": images, "index": indices, "undecodable": np.array(replaced, np.int32)}
             step += 1
 
-    def _streamed(self, start_step: int) -> Generator[Batch, None, None]:
+    def _from_files(self, start_step: int) -> Generator[Batch, None, None]:
         chunks = ChunkSource(
             self._source,
             self._augmentation,
@@ -119,7 +117,7 @@ class TrainPipeline:
                 indices = np.concatenate([part["index"] for part in parts])
                 if (indices < 0).any():
                     raise DataError(
-                        f"{ATTEMPTS} images in a row cannot be decoded; {len(self.undecodable.indices)} so far: "
+                        f"{MAX_ATTEMPTS} images in a row cannot be decoded; {len(self.undecodable.indices)} so far: "
                         f"{self.undecodable.named()}"
                     )
                 arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0] if k not in ("index", "bad")}

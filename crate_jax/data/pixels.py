@@ -1,4 +1,4 @@
-"""Bytes of an image to what an encoder reads, and back; on the device."""
+"""Converts bytes of images to the normalised pixels that an encoder reads, and back; on the device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,28 @@ from ml_collections import ConfigDict
 
 
 def normalise(images_uint8: jax.Array, config: ConfigDict) -> jax.Array:
-    """Bytes -> pixels of zero mean and unit variance per channel, float32, on the device."""
+    """Scales bytes to [0, 1], subtracts config.data.mean and divides by config.data.std, per channel.
+
+    Args:
+      images_uint8: images, uint8 (..., 3).
+      config: the whole config; reads config.data.mean and config.data.std.
+
+    Returns:
+      Normalised pixels, float32 (..., 3).
+
+    >>> config = ConfigDict({"data": {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.5)}})
+    >>> normalise(jnp.array([[255, 0, 255]], jnp.uint8), config).tolist()
+    [[2.0, -2.0, 1.0]]
+    """
     mean, std = np.float32(config.data.mean), np.float32(config.data.std)
     return (images_uint8.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def denormalise(images: jax.Array, config: ConfigDict) -> jax.Array:
-    """Inverse of :func:`normalise`, to pixels in 0..1 (not clipped)."""
+    """Inverts :func:`normalise`, up to pixels (..., 3) in 0..1, which are not clipped.
+
+    >>> config = ConfigDict({"data": {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.5)}})
+    >>> denormalise(jnp.array([[2.0, -2.0, 1.0]]), config).tolist()
+    [[1.0, 0.0, 1.0]]
+    """
     return images * np.float32(config.data.std) + np.float32(config.data.mean)

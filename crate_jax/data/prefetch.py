@@ -1,4 +1,4 @@
-"""Moves batches to the device while the last step is still running."""
+"""Moves batches to the device while the step before is still running."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Device = TypeVar("Device")
 
 
 class DevicePrefetch(Generic[Host, Device]):
-    """See :func:`device_prefetch`."""
+    """An iterator over batches on the device; made by :func:`device_prefetch`."""
 
     def __init__(self, iterator: Iterator[Host], put: Callable[[Host], Device], size: int):
         self._iterator = iterator
@@ -46,7 +46,7 @@ class DevicePrefetch(Generic[Host, Device]):
         self.close()
 
     def close(self) -> None:
-        """Stops the thread, waiting for the batch it is making, and closes the iterator."""
+        """Stops the thread, after the batch that it is making, and closes the iterator that it reads."""
         self._stop.set()
         self._room.release()
         self._thread.join()
@@ -66,7 +66,7 @@ class DevicePrefetch(Generic[Host, Device]):
                     self._ready.put(("end", None))
                     return
                 self._ready.put(("batch", self._put(batch)))
-        except BaseException as e:  # handed to the consumer, whatever it is
+        except BaseException as e:  # `__next__` raises it in the consumer's thread
             self._ready.put(("error", e))
 
 
@@ -74,13 +74,20 @@ def device_prefetch(iterator: Iterator[Host], put: Callable[[Host], Device], siz
     """Applies `put` to the items of an iterator in a thread, up to `size` items ahead.
 
     Args:
-      iterator: host batches; used by the thread alone from now on.
-      put: starts the transfer of a batch to the device.
-      size: batches held ready, at least 1, besides the one in use.
+      iterator: the host's batches; from now on only the thread may use it.
+      put: the function that starts the transfer of a batch to the device.
+      size: number of batches that are kept ready besides the one in use, at least 1.
 
     Returns:
-      An iterator over what `put` returned; errors of `iterator` and `put` are raised where the
-      failing batch would have come. `close()` stops the thread and closes `iterator`.
+      An iterator over the results of `put`. It raises an error of `iterator` or of `put` in place of the batch that
+      failed. `close()` stops the thread and closes `iterator`.
+
+    Raises:
+      ValueError: `size` is below 1.
+
+    >>> with device_prefetch(iter([1, 2, 3]), put=lambda x: 10 * x, size=2) as batches:
+    ...     list(batches)
+    [10, 20, 30]
     """
     if size < 1:
         raise ValueError(f"size={size}: must be at least 1")

@@ -1,6 +1,6 @@
 """RandAugment (Cubuk et al., 2020), with the operations and ranges of CRATE's `data/randomaug.py`.
 
-Each of `layers` operations is drawn with replacement from the list below and applied at strength
+Each of `layers` operations is drawn with replacement from the list below and applied with strength
 low + magnitude / 30 * (high - low):
 
     AutoContrast, Equalize, Invert     (no strength)
@@ -10,12 +10,11 @@ low + magnitude / 30 * (high - low):
     SolarizeAdd    0 .. 110 added, then solarised     TranslateX/Y 0 .. 100 px, either sign
     Color, Contrast, Brightness  0.1 .. 1.9 (1: unchanged)
 
-The pixel ranges are for images of 224 px; they are scaled with the shorter side, as otherwise a
-32 px image would be translated out of sight. What geometry uncovers is black; Cutout fills with
-ImageNet's mean colour. Posterize and Solarize grow weaker as the magnitude grows, and the four
-enhancements are near the identity at 15: that is how the released file has it. (The released
-fine-tuning script imports that file but calls torchvision's RandAugment(2, 14): 14 operations, no
-Invert, SolarizeAdd or Cutout. The code of the pre-training is not public.)
+The ranges in pixels are for images of 224 px; they are scaled with the shorter side, as otherwise a translation would
+move a 32 px image out of the frame. Areas that an operation uncovers are black; Cutout fills with ImageNet's mean
+colour. As in the released file, Posterize and Solarize become weaker as the magnitude grows, and the four enhancements
+change almost nothing at magnitude 15. (The released fine-tuning script imports that file but calls torchvision's
+RandAugment(2, 14): 14 operations, without Invert, SolarizeAdd and Cutout. The code of the pre-training is not public.)
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 
 
 def randaugment(image: Image.Image, layers: int, magnitude: float, rng: np.random.Generator) -> Image.Image:
-    """Applies `layers` random operations of one strength.
+    """Applies `layers` random operations of one magnitude.
 
     Args:
       image: an RGB image.
-      layers: number of operations, n.
-      magnitude: their strength, m, 0..30.
-      rng: decides operations, signs and places.
+      layers: number of operations, n in the paper.
+      magnitude: strength of the operations, 0..30, m in the paper.
+      rng: the generator that chooses operations, signs and places.
 
     Returns:
       An RGB image of the same size.
@@ -52,7 +51,7 @@ def randaugment(image: Image.Image, layers: int, magnitude: float, rng: np.rando
     return image
 
 
-def _signed(value: float, rng: np.random.Generator) -> float:
+def _random_sign(value: float, rng: np.random.Generator) -> float:
     return -value if rng.random() < 0.5 else value
 
 
@@ -77,7 +76,7 @@ def _invert(image: Image.Image, value: float, rng: np.random.Generator) -> Image
 
 
 def _rotate(image: Image.Image, value: float, rng: np.random.Generator) -> Image.Image:
-    return image.rotate(_signed(value, rng))
+    return image.rotate(_random_sign(value, rng))
 
 
 def _posterize(image: Image.Image, value: float, rng: np.random.Generator) -> Image.Image:
@@ -110,11 +109,11 @@ def _sharpness(image: Image.Image, value: float, rng: np.random.Generator) -> Im
 
 
 def _shear_x(image: Image.Image, value: float, rng: np.random.Generator) -> Image.Image:
-    return _affine(image, 1, _signed(value, rng), 0, 0, 1, 0)
+    return _affine(image, 1, _random_sign(value, rng), 0, 0, 1, 0)
 
 
 def _shear_y(image: Image.Image, value: float, rng: np.random.Generator) -> Image.Image:
-    return _affine(image, 1, 0, 0, _signed(value, rng), 1, 0)
+    return _affine(image, 1, 0, 0, _random_sign(value, rng), 1, 0)
 
 
 def _cutout(image: Image.Image, value: float, rng: np.random.Generator) -> Image.Image:
@@ -128,11 +127,11 @@ def _cutout(image: Image.Image, value: float, rng: np.random.Generator) -> Image
 
 
 def _translate_x(image: Image.Image, value: float, rng: np.random.Generator) -> Image.Image:
-    return _affine(image, 1, 0, _signed(_pixels(image, value), rng), 0, 1, 0)
+    return _affine(image, 1, 0, _random_sign(_pixels(image, value), rng), 0, 1, 0)
 
 
 def _translate_y(image: Image.Image, value: float, rng: np.random.Generator) -> Image.Image:
-    return _affine(image, 1, 0, 0, 0, 1, _signed(_pixels(image, value), rng))
+    return _affine(image, 1, 0, 0, 0, 1, _random_sign(_pixels(image, value), rng))
 
 
 OPERATIONS: tuple[tuple[Operation, float, float], ...] = (

@@ -1,9 +1,9 @@
-"""Antialiased crop and resize of whole batches of equal, small images, as two matrix products.
+"""Antialiased crop and resize of batches of small images of one size, as two matrix products.
 
-The filters, their supports and the rounding between the two passes are those of Pillow's
-`Image.resize(box=...)`: results agree to one grey level, in rare pixels of noise to two. The weights
-are integers, scaled so that every partial sum fits a float32 exactly; so the result does not depend
-on the order in which a BLAS library adds, on its threads, or on the processor.
+The filters, their supports and the rounding between the two passes are those of Pillow's `Image.resize(box=...)`: the
+results differ by at most one grey level, in a few pixels of noisy images by two. The weights are integers, scaled so
+that float32 holds every partial sum exactly: the result depends neither on the order in which a BLAS library adds, nor
+on its threads, nor on the processor.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 
 class BatchResizer:
-    """Crops boxes of whole pixels out of images of one size and resizes them to another.
+    """Cuts boxes of whole pixels out of images of one size and resizes them to another size.
 
-    Holds the weights of all boxes that can occur, side by side: `table_bytes` tells how much.
+    It holds a table of the weights of all possible boxes; `table_bytes` computes its size.
 
     Args:
-      in_size: (height, width) of the images.
-      out_size: (height, width) of the results.
+      in_size: (height, width) of the images in pixels.
+      out_size: (height, width) of the results in pixels.
       interpolation: 'bicubic' or 'bilinear'.
     """
 
@@ -34,18 +34,18 @@ class BatchResizer:
 
     @staticmethod
     def table_bytes(in_size: tuple[int, int], out_size: tuple[int, int]) -> int:
-        """Memory that the tables take."""
+        """Returns the memory that the tables of weights take, in bytes."""
         return sum(4 * n * (n + 1) // 2 * n * m for n, m in zip(in_size, out_size, strict=True))
 
     def __call__(self, images: np.ndarray, boxes: np.ndarray) -> np.ndarray:
         """Resizes one box of each image.
 
         Args:
-          images: uint8 [B,3,H,W], planar.
-          boxes: int64 [B,4]: top, left, height, width.
+          images: planar images, uint8 (B, 3, H, W).
+          boxes: top, left, height and width of each box in pixels, int64 (B, 4).
 
         Returns:
-          uint8 [B,h,w,3].
+          The resized boxes, uint8 (B, h, w, 3).
         """
         batch, channels, height, width = images.shape
         across = self._columns[_box_number(boxes[:, 1], boxes[:, 3], width)]
@@ -59,7 +59,7 @@ class BatchResizer:
 
 
 def _round_to_levels(x: np.ndarray) -> None:
-    """In place: from weighted sums to whole grey levels 0..255, halves up as in Pillow."""
+    """Rounds weighted sums to whole grey levels 0..255, in place; halves are rounded up, as in Pillow."""
     x *= np.float32(2.0**-WEIGHT_BITS)
     x += np.float32(0.5)
     np.floor(x, out=x)
@@ -67,20 +67,20 @@ def _round_to_levels(x: np.ndarray) -> None:
 
 
 def _box_number(start: np.ndarray, length: np.ndarray, side: int) -> np.ndarray:
-    """Row of the table: lengths 1..side, and for each the starts 0..side-length."""
+    """Returns the row of the table for each box; rows are sorted by length, 1 .. side, then by start."""
     shorter = length - 1
     return shorter * side - shorter * (shorter - 1) // 2 + start
 
 
 def _table(side: int, out: int, interpolation: str) -> np.ndarray:
-    """Weights of all boxes along one axis: float32 [side * (side + 1) / 2, out, side]."""
+    """Returns the weights of all boxes along one axis, float32 (side * (side + 1) / 2, out, side)."""
     lengths = np.concatenate([np.full(side - n + 1, n) for n in range(1, side + 1)])
     starts = np.concatenate([np.arange(side - n + 1) for n in range(1, side + 1)])
     scale = lengths / out
     stretch = np.maximum(scale, 1.0)[:, None]
     support = SUPPORT[interpolation] * stretch
     center = starts[:, None] + (np.arange(out) + 0.5) * scale[:, None]
-    # Pillow's bounds: the pixels whose centres the filter reaches, inside the image, not the box.
+    # Pillow's bounds: the pixels whose centres the filter reaches, also those outside the box but inside the image.
     low = np.maximum((center - support + 0.5).astype(int), 0)
     high = np.minimum((center + support + 0.5).astype(int), side)
     pixel = np.arange(side)
@@ -96,7 +96,7 @@ def _bilinear(distance: np.ndarray) -> np.ndarray:
 
 
 def _bicubic(distance: np.ndarray) -> np.ndarray:
-    """Keys' cubic with a = -0.5."""
+    """Computes Keys' cubic filter with a = -0.5 (Keys 1981, "Cubic convolution interpolation")."""
     a = -0.5
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = (((distance - 5) * distance + 8) * distance - 4) * a

@@ -1,4 +1,4 @@
-"""What every data set looks like to the pipelines, and the two sets that need no files."""
+"""The interface of every data set, and the two sets that need no files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from PIL import Image
 from crate_jax.data import decoding
 from crate_jax.errors import DataError
 
-EVAL_SPLITS = ("test", "val", "validation")  # what config.data.eval_split='auto' tries, in this order
+EVAL_SPLITS = ("test", "val", "validation")  # config.data.eval_split='auto' takes the first that exists
 SYNTHETIC_CLASSES = 10
 SYNTHETIC_IMAGES = {"train": 4096, "eval": 1024}
 DIGITS_TRAIN_SHARE = 0.8
 
 
 class Source(abc.ABC):
-    """A finite, indexable set of images; picklable, as worker processes get a copy.
+    """A finite, indexable set of images; picklable, because worker processes get a copy.
 
     Attributes:
       class_names: one name per class, or None if the set has no labels.
@@ -36,38 +36,48 @@ class Source(abc.ABC):
         """Opens an image without necessarily decoding its pixels.
 
         Raises:
-          DecodeError: the file is damaged or no image.
+          DecodeError: the file is damaged or is not an image.
         """
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """A name of the image for people, such as its file name."""
+        """Returns a name of the image for messages, such as its file name."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """A short digest that changes when the set's names, sizes or labels do."""
+        """Returns a short digest that changes when the set's names, sizes or labels change."""
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 [n], or None if the set has no labels."""
+        """The label of each image, int32 (n,), or None if the set has no labels."""
         return None
 
     def labels_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
-        """int32 labels of a few images, without reading the labels of all."""
+        """Returns the labels of the images at `indices`, int32 (b,), without reading the labels of all images.
+
+        None if the set has no labels.
+        """
         labels = self.labels
         return None if labels is None else labels[np.asarray(indices, np.int64)]
 
     def read(self, index: int) -> np.ndarray:
-        """Decodes an image to uint8 [H,W,3].
+        """Decodes an image to uint8 (H, W, 3).
 
         Raises:
-          DecodeError: the file is damaged or no image.
+          DecodeError: the file is damaged or is not an image.
         """
         return decoding.decode(self.open(index))
 
 
 class ArraySource(Source):
-    """Images held in memory: uint8 [n,H,W,3]."""
+    """Images in memory.
+
+    Args:
+      name: the set's name.
+      images: the images, uint8 (n, H, W, 3).
+      labels: the label of each image, int32 (n,), or None.
+      class_names: one name per class, or None if there are no labels.
+    """
 
     def __init__(self, name: str, images: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None):
         self._name = name
@@ -101,10 +111,13 @@ class ArraySource(Source):
 
 
 class SyntheticSource(Source):
-    """Smooth random images made from their index: a few waves whose frequency is the class.
+    """Smooth random images, computed from their index: a few waves, whose frequency depends on the class.
 
-    They cost no disk and no download, hold something a network can learn, and are meant for smoke
-    tests and benchmarks.
+    They need no disk and no download, and a network can learn their classes: a set for smoke tests and benchmarks.
+
+    Args:
+      split: 'train' or 'eval'.
+      size: (height, width) of the images in pixels.
     """
 
     def __init__(self, split: str, size: Sequence[int]):
@@ -150,11 +163,13 @@ class SyntheticSource(Source):
 
 
 def digits(split: str) -> ArraySource:
-    """scikit-learn's handwritten digits: 1797 grey 8x8 images of 10 classes.
+    """Loads scikit-learn's handwritten digits: 1797 grey images of 8 x 8 pixels in 10 classes.
 
-    The set has no official split. It is shuffled once with `numpy.random.RandomState(0)`, whose
-    stream is frozen, and the first 80 % (1437 images) are the training split, the other 360 the
-    evaluation split.
+    The set has no official split. It is shuffled with `numpy.random.RandomState(0)`, whose stream NumPy never changes;
+    the first 80 % (1437 images) are the training split, the other 360 images the evaluation split.
+
+    Args:
+      split: 'train' or 'eval'.
 
     Raises:
       DataError: scikit-learn is not installed.
@@ -176,7 +191,11 @@ def digits(split: str) -> ArraySource:
 
 
 def digest(*parts: object) -> str:
-    """Hashes strings, bytes, arrays and tuples of numbers to 16 hexadecimal characters."""
+    """Hashes strings, bytes, arrays and tuples of numbers to 16 hexadecimal digits.
+
+    >>> digest("digits", np.arange(3)) == digest("digits", np.arange(3)), digest("ab", "c") == digest("a", "bc")
+    (True, False)
+    """
     h = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):

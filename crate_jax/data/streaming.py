@@ -1,8 +1,8 @@
-"""The training path of large sets: files are read, decoded and augmented image by image, by Grain.
+"""The training path of large sets: Grain reads, decodes and augments files image by image.
 
-A Grain element is a chunk of a batch, made by one call in one thread of one worker. Chunks depend
-on nothing but their positions, so that their number, and the number of threads and workers,
-changes only the speed; and large batches do not sit in every worker's queue as a whole.
+A Grain element is a chunk of a batch, made by one call in one thread of one worker. A chunk depends only on the
+positions of its images: the numbers of chunks, threads and workers change only the speed. And a worker's queue holds
+chunks, not whole batches, which may be large.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from crate_jax.data.pairs import IGNORED, PairSource, crop_mask
 from crate_jax.data.randaugment import randaugment
 from crate_jax.data.sources import Source
 
-CHUNK = 64  # images
-ATTEMPTS = 32  # images tried for one position before giving up
-_ENDLESS = 2**40  # chunks
+CHUNK = 64  # images at most
+MAX_ATTEMPTS = 32  # images that are tried for one position
+_ENDLESS = 2**40  # chunks: more than any run reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class ChunkSource:
 
     Attributes:
       source: the images.
-      augmentation: crop, flip, RandAugment.
-      seed: of the run.
+      augmentation: crop, flip and RandAugment.
+      seed: the run's seed.
       batch_size: images per step over all hosts.
       offset: this host's first row in each batch.
       rows: this host's rows in each batch.
@@ -52,7 +52,7 @@ class ChunkSource:
 
     @property
     def chunks_per_batch(self) -> int:
-        """Chunks that one batch is cut into."""
+        """Number of chunks of this host's part of a batch."""
         return -(-self.rows // CHUNK)
 
     def __len__(self) -> int:
@@ -67,11 +67,11 @@ class ChunkSource:
     def _load(self, first: int, count: int) -> dict[str, np.ndarray | list[tuple[int, str]]]:
         """Loads the images of the positions first ... first + count - 1.
 
-        Rows whose file cannot be decoded go through another round with another file.
+        A row whose file cannot be decoded is tried again with another file.
 
         Returns:
-          'image' uint8 [count,H,W,3]; 'mask' int16 [count,H,W] if the source has masks; 'index' int32
-          [count], -1 where no attempt succeeded; 'bad', a list of (index, reason) of the undecodable files.
+          'image', uint8 (count, H, W, 3); 'mask', int16 (count, H, W), if the source has masks; 'index', int32
+          (count,), -1 where no attempt succeeded; 'bad', a list of (index, reason) of the undecodable files.
         """
         indices = sampling.indices(self.seed, np.arange(first, first + count), len(self.source))
         uniforms = sampling.uniforms(self.seed, first, count, DRAWS)
@@ -81,8 +81,8 @@ class ChunkSource:
             out["mask"] = np.full((count, *self.augmentation.size), IGNORED, np.int16)
         bad: list[tuple[int, str]] = []
         rows = list(range(count))
-        for attempt in range(ATTEMPTS):
-            rows = self._round(rows, out, uniforms, flips, first, bad)
+        for attempt in range(MAX_ATTEMPTS):
+            rows = self._load_rows(rows, out, uniforms, flips, first, bad)
             if not rows:
                 break
             for row in rows:
@@ -90,8 +90,16 @@ class ChunkSource:
         indices[rows] = -1
         return {**out, "bad": bad}
 
-    def _round(self, rows, out, uniforms, flips, first, bad) -> list[int]:
-        """Fills the given rows of `out`; returns those that failed and notes them in `bad`."""
+    def _load_rows(
+        self,
+        rows: list[int],
+        out: dict[str, np.ndarray],
+        uniforms: np.ndarray,
+        flips: np.ndarray,
+        first: int,
+        bad: list[tuple[int, str]],
+    ) -> list[int]:
+        """Fills the given rows of `out`; adds the undecodable files to `bad` and returns their rows."""
         indices = out["index"]
         opened, failed = [], []
         for row in rows:
@@ -127,16 +135,22 @@ class ChunkSource:
 
 
 def chunk_iterator(chunks: ChunkSource, workers: int, threads: int) -> grain.DatasetIterator:
-    """Iterates over the chunks, read ahead by `workers` processes (0: none) of `threads` threads.
+    """Iterates over chunks that worker processes read ahead.
 
-    The iterator has a `close()` that ends the workers.
+    Args:
+      chunks: the chunks.
+      workers: number of worker processes; 0: threads of this process read.
+      threads: number of reading threads per process.
+
+    Returns:
+      The iterator; its `close()` ends the workers.
     """
     per_batch = chunks.chunks_per_batch
     dataset = grain.MapDataset.source(chunks)
     ahead = max(threads, -(-per_batch // max(workers, 1)))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     if workers:
-        if not absl.flags.FLAGS.is_parsed():  # Grain reads absl flags of its own; a library may run without absl.app
+        if not absl.flags.FLAGS.is_parsed():  # Grain reads absl flags; not every program uses absl.app
             absl.flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
@@ -144,9 +158,9 @@ def chunk_iterator(chunks: ChunkSource, workers: int, threads: int) -> grain.Dat
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker process when the process that started it dies, as it otherwise waits for ever.
+    """Ends this worker process when the process that started it ends; otherwise the worker would wait for ever.
 
-    A run that is killed, or that leaves by os._exit, cannot close its iterators.
+    A run that is killed, or that calls os._exit, cannot close its iterators.
     """
 
     def watch() -> None:

@@ -13,7 +13,14 @@ from crate_jax.errors import DataError
 
 
 class TfdsSource(Source):
-    """One split, images still encoded; needs a feature 'image' and may have a feature 'label'."""
+    """One split of encoded images; it has a feature 'image' and may have a feature 'label'.
+
+    Args:
+      name: the data set's name.
+      split: the split's name, as TFDS writes it.
+      data: the split as a TFDS data source, whose images are not decoded.
+      class_names: one name per class, or None if the split has no labels.
+    """
 
     def __init__(self, name: str, split: str, data: Any, class_names: list[str] | None):
         self._name = name
@@ -47,7 +54,7 @@ class TfdsSource(Source):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 [n]; the first access reads the whole split, as the labels lie next to the images."""
+        """The label of each image, int32 (n,); the first access reads the whole split, as each record holds both."""
         if self._labels is None:
             self._labels = self.labels_of(range(len(self)))
         return self._labels
@@ -57,19 +64,20 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
     """Opens a split of a data set that was prepared with `file_format='array_record'`.
 
     Args:
-      name: of the data set, as TFDS writes it: NAME, NAME/CONFIG or NAME:VERSION.
+      name: the data set's name, as TFDS writes it: NAME, NAME/CONFIG or NAME:VERSION.
       split: 'train' or 'eval'.
-      data_dir: where the prepared sets lie; '': TFDS's own default.
+      data_dir: the folder of the prepared sets; '': TFDS's default.
       train_split: name of the training split; TFDS's sub-splits such as 'train[:90%]' and sums such as
         'train+validation' are allowed.
-      eval_split: name of the evaluation split; 'auto': the first of test, val, validation that has
-        labels (the test split of imagenet2012 has -1 for each), or the first at all; '': none.
+      eval_split: name of the evaluation split; 'auto': the first of test, val, validation that has labels (all labels
+        of the test split of imagenet2012 are -1), or the first that exists if none has labels; '': there is none.
 
     Returns:
       The split, or None if there is no evaluation split.
 
     Raises:
-      DataError: TFDS is not installed; the set is not prepared, or in another format; no such split; no images.
+      DataError: TFDS is not installed; the set is not prepared, or is prepared in another format; there is no such
+        split; or the set has no feature 'image'.
     """
     try:
         import tensorflow_datasets as tfds
@@ -95,8 +103,8 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
     chosen = train_split if split == "train" else eval_split
     if not automatic and any(part.strip().partition("[")[0] not in splits for part in chosen.split("+")):
         raise DataError(
-            f"config.data.source='tfds:{name}': has no split {chosen!r}; it has {', '.join(splits)}, to be named by "
-            f"config.data.{split}_split"
+            f"config.data.source='tfds:{name}': has no split {chosen!r}; it has {', '.join(splits)}; set "
+            f"config.data.{split}_split to one of them"
         )
     features = builder.info.features
     if "image" not in features:
@@ -113,13 +121,13 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
                 download=False,
                 decoders={"image": tfds.decode.SkipDecoding()},
             )
-            known = class_names is not None and len(data) > 0 and int(data[0]["label"]) >= 0
+            labels_known = class_names is not None and len(data) > 0 and int(data[0]["label"]) >= 0
         except NotImplementedError:
             raise DataError(_not_prepared(name, where, f"is stored as {builder.info.file_format.value}")) from None
         except Exception as e:
             message = " ".join(str(e).split())
             raise DataError(f"config.data.source='tfds:{name}': {type(e).__name__}: {message[:200]}") from None
-        return TfdsSource(name, chosen, data, class_names if known else None)
+        return TfdsSource(name, chosen, data, class_names if labels_known else None)
 
     if not automatic:
         return read(chosen)
@@ -129,7 +137,7 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
 
 def _not_prepared(name: str, where: str, fault: str) -> str:
     return (
-        f"config.data.source='tfds:{name}': {fault} in {where}; prepare it once as array_record, where TensorFlow is "
-        f"installed: tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare(), and set "
+        f"config.data.source='tfds:{name}': {fault} in {where}; prepare it once as array_record, on a machine with "
+        f"TensorFlow: tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare(), and set "
         "config.data.data_dir to that folder"
     )

@@ -1,4 +1,4 @@
-"""Files that cannot be decoded: named once in the log, counted, and too many stop the run."""
+"""Files that cannot be decoded: the log names each once, and too many stop the run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from collections.abc import Iterable
 from crate_jax.data.sources import Source
 from crate_jax.errors import DataError
 
-# Until this many files are seen, the share is taken of this many: one bad file in the first batch
-# of a large set is no reason to stop.
+# The share is of at least this many files, even if fewer were read: one bad file in the first batch of a large set
+# must not stop the run.
 MIN_FILES = 1000
-NAMED = 5
+MAX_NAMED = 5  # files that one message names
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Undecodable:
-    """Keeps the distinct undecodable files and judges their share.
+    """Records the distinct undecodable files and raises if their share is too large.
 
-    The run stops when there are more of them than `limit` times the files seen so far, where at
-    least min(1000, size of the set) files count as seen.
+    Their number may be at most `limit` times the number of files read so far, which counts as at least
+    min(MIN_FILES, size of the set).
 
     Args:
-      source: names the files.
-      limit: `config.data.max_undecodable`.
+      source: the set, which names the files.
+      limit: the largest share, `config.data.max_undecodable`.
+
+    Attributes:
+      indices: the undecodable files' indices in the set.
     """
 
     def __init__(self, source: Source, limit: float):
@@ -35,11 +38,11 @@ class Undecodable:
         self._reasons: dict[int, str] = {}
 
     def add(self, bad: Iterable[tuple[int, str]], seen: int) -> None:
-        """Notes undecodable files.
+        """Adds undecodable files.
 
         Args:
-          bad: (index, reason) of each; known ones are ignored.
-          seen: files that were read since the last call, good or bad.
+          bad: (index, reason) of each file; a file that was added before is ignored.
+          seen: number of files that were read since the last call, decodable or not.
 
         Raises:
           DataError: the share is above the limit.
@@ -50,17 +53,17 @@ class Undecodable:
             if index not in self.indices:
                 self.indices.add(index)
                 self._reasons[index] = reason
-                _log.warning("skipping undecodable image %s: %s", self._source.name(index), reason)
+                log.warning("skipping undecodable image %s: %s", self._source.name(index), reason)
         counted = max(self._seen, min(size, MIN_FILES))
         count = len(self.indices)
         if count > self._limit * counted:
             raise DataError(
                 f"{count} of {counted} images cannot be decoded ({count / counted:.2%}, more than "
-                f"config.data.max_undecodable={self._limit:g} allows); mend or remove them, or allow more: "
+                f"config.data.max_undecodable={self._limit:g} allows); repair or remove them, or allow more: "
                 f"{self.named()}"
             )
 
     def named(self) -> str:
-        """The first few and what is wrong with them, for a message."""
-        names = [f"{self._source.name(i)} ({self._reasons[i]})" for i in sorted(self.indices)[:NAMED]]
-        return ", ".join(names) + (", ..." if len(self.indices) > NAMED else "")
+        """Names the first MAX_NAMED files and what is wrong with them, for a message."""
+        names = [f"{self._source.name(i)} ({self._reasons[i]})" for i in sorted(self.indices)[:MAX_NAMED]]
+        return ", ".join(names) + (", ..." if len(self.indices) > MAX_NAMED else "")

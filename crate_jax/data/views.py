@@ -1,4 +1,4 @@
-"""Several views of one image by the training augmentation."""
+"""Several augmented views of one image."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from crate_jax.data.undecodable import Undecodable
 def augmented_views(
     config: ConfigDict, source: Source, indices: np.ndarray, views: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Draws q views of each image by the training augmentation (crop, flip, RandAugment of config.data).
+    """Draws views of each image by the training augmentation (crop, flip and RandAugment of config.data).
 
     A view is a function of config.seed, the image and the number of the view.
 
+    Args:
+      config: the whole config; reads config.seed and config.data.
+      source: the images.
+      indices: the indices of the images to draw views of.
+      views: views per image, q.
+
     Yields:
-      uint8 (q, H, W, 3) and the image's index; images that cannot be decoded are left out.
+      The views of one image, uint8 (q, H, W, 3), and its index; undecodable images are skipped.
 
     Raises:
-      DataError: too many of them cannot be decoded.
+      DataError: too many images cannot be decoded.
     """
     augmentation = Augmentation.from_config(config)
     undecodable = Undecodable(source, config.data.max_undecodable)
