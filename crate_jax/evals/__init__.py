@@ -20,10 +20,10 @@ def evaluate(
     """Scores features by k-nearest neighbours and by a linear probe.
 
     Args:
-      train_x: features [n, D] the classifiers are fitted on.
-      train_y: integer labels [n] in 0 .. num_classes - 1.
-      test_x: features [m, D].
-      test_y: integer labels [m].
+      train_x: features (n, D) on which the classifiers are fitted.
+      train_y: their integer labels (n,) in 0 .. num_classes - 1.
+      test_x: features (m, D) on which the classifiers are scored.
+      test_y: their integer labels (m,).
       num_classes: number of classes.
       evaluation_config: ``config.evaluation``; reads knn_k, knn_temperature and probe_c.
 
@@ -31,7 +31,7 @@ def evaluate(
       ``{"knn_top1": .., "probe_top1": ..}``, shares of the test rows in 0..1.
 
     Raises:
-      DataError: labels out of range, or shapes that do not match.
+      DataError: a label is out of range, or shapes do not match.
       NonFiniteError: a feature is NaN or infinite.
     """
     data = (train_x, train_y, test_x, test_y, num_classes)

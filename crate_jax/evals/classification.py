@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on a labelled split, while it is fine-tuned and after."""
+"""Accuracy of a classifier on a labelled split, during fine-tuning and after it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from crate_jax import data
 from crate_jax.data.sampling import sample
 from crate_jax.errors import DataError
-from crate_jax.evals.features import of_split
+from crate_jax.evals.features import encode_split
 from crate_jax.evals.metrics import accuracies
 from crate_jax.parallel import sharding
 
@@ -22,12 +22,12 @@ class ClassifierEvaluation:
 
     Args:
       config: the whole config; reads config.data and config.evaluation.
-      scores: (params, images uint8 (b, H, W, 3)) -> class scores (b, C).
-      train: the training images; names the classes.
+      scores: the function (params, images uint8 (b, H, W, 3)) -> class scores (b, C).
+      train: the training images.
       mesh: the devices that classify.
 
     Attributes:
-      shown: the images to look at.
+      shown: the images that pictures are made of.
 
     Raises:
       DataError: there is no labelled evaluation split.
@@ -44,11 +44,15 @@ class ClassifierEvaluation:
         self._classify = jax.jit(sharding.on_mesh(mesh, scores), out_shardings=sharding.split(mesh))
 
     def scores(self, params: dict) -> dict[str, float]:
-        """Shares in 0..1 of the test images; the names are those of :func:`crate_jax.evals.metrics.accuracies`."""
+        """Returns :func:`crate_jax.evals.metrics.accuracies` on the test images, shares in 0..1.
+
+        Raises:
+          DataError: too many images cannot be decoded, or none can.
+        """
         indices = sample(len(self.shown), self._config.evaluation.test_images, self._config.seed)
         classify = functools.partial(self._classify, params)
-        return accuracies(*of_split(classify, self._config, self.shown, indices, self._mesh))
+        return accuracies(*encode_split(classify, self._config, self.shown, indices, self._mesh))
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float]:
-        """:meth:`scores`; what it compares with is a run of its own (``protocol=scratch``)."""
+        """Returns :meth:`scores` alone: the baseline is another run (``protocol=scratch``)."""
         return self.scores(params)

@@ -1,4 +1,4 @@
-"""Features of a whole image set from a frozen encoder, computed once and handed to every evaluation."""
+"""Features of a whole image set from a frozen encoder, computed once for all evaluations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from crate_jax.data.sources import Source
 from crate_jax.errors import DataError, NonFiniteError
 from crate_jax.parallel import distributed, sharding
 
-# Batches queued on the device. Dispatch runs ahead of the device by this much, which hides every copy; waiting for
-# the batch this far behind keeps the inputs of a large set from piling up in device memory.
-IN_FLIGHT = 8
+# Batches that the host may be ahead of the device: enough to hide every copy, and few enough that the inputs of a large
+# set do not fill the device's memory.
+MAX_IN_FLIGHT = 8
 
 
 def extract(
@@ -27,51 +27,53 @@ def extract(
 ) -> np.ndarray:
     """Encodes this process's images in batches of one fixed size, so that `apply` compiles once.
 
-    A smaller batch is filled up with copies of its last image, whose features are dropped. The host never waits for
-    the batch it has just sent: results are copied back while later batches run, and gathered at the end.
+    A smaller batch is padded with copies of its last image, whose features are dropped. The host never waits for
+    the batch that it has just sent: results are copied back while later batches run, and gathered at the end.
 
     Args:
-      apply: jitted function, uint8 [b, H, W, 3] on the devices -> float [b, D], laid out as its input. Each row must
-        depend on its own image only (no batch statistics).
-      batches: uint8 [n, H, W, 3], n at most `rows`; equally many in every process.
-      rows: images of this process per call, a multiple of its devices.
-      place: how a batch is laid out over the devices of all processes.
+      apply: the jitted function from images, uint8 (b, H, W, 3), to features, float (b, D), both on the devices and
+        with the same sharding. A row must depend only on its own image (no batch statistics).
+      batches: batches of images, uint8 (n, H, W, 3), n at most `rows`; every process must give the same number of
+        batches.
+      rows: images per call in this process, a multiple of the number of its devices.
+      place: sharding of a batch over the devices of all processes.
 
     Returns:
-      Float32 [n, D] on the host, in the order of this process's images.
+      The features, float32 (n, D), on the host, in the order of this process's images.
 
     Raises:
-      ValueError: `apply` does not return [b, D].
+      ValueError: `apply` does not return (b, D).
     """
     outputs: list[tuple[jax.Array, int]] = []
     for images in batches:
-        features = apply(jax.make_array_from_process_local_data(place, filled(images, rows)))
+        features = apply(jax.make_array_from_process_local_data(place, pad_rows(images, rows)))
         if features.ndim != 2 or features.shape[0] != rows * distributed.processes():
-            raise ValueError(f"extract: apply must return [{rows * distributed.processes()}, D], got {features.shape}")
+            raise ValueError(f"extract: apply must return ({rows * distributed.processes()}, D), got {features.shape}")
         if features.is_fully_addressable:
             features.copy_to_host_async()
         outputs.append((features, len(images)))
-        if len(outputs) > IN_FLIGHT:
-            outputs[-1 - IN_FLIGHT][0].block_until_ready()
+        if len(outputs) > MAX_IN_FLIGHT:
+            outputs[-1 - MAX_IN_FLIGHT][0].block_until_ready()
     return np.concatenate([_own_rows(features)[:count] for features, count in outputs])
 
 
-def of_split(
+def encode_split(
     apply: Callable[[jax.Array], jax.Array], config: ConfigDict, source: Source, indices: np.ndarray, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels of the images at `indices` that can be decoded, in their order.
+    """Returns features and labels of the decodable images at `indices`, in the order of `indices`.
 
-    Each process decodes and encodes its part of them; all get the whole result.
+    Each process decodes and encodes a part of the images; every process gets the whole result.
 
     Args:
-      apply: jitted function, uint8 [b, H, W, 3] on the devices -> float [b, D], row by row.
-      config: reads data and evaluation.batch_size.
+      apply: the jitted function from images, uint8 (b, H, W, 3), to features (or class scores), float (b, D), as
+        :func:`extract` needs it.
+      config: the whole config; reads config.data and config.evaluation.batch_size.
       source: an opened, labelled split.
-      indices: of the images.
+      indices: the images' indices in the split.
       mesh: the devices that encode.
 
     Returns:
-      float32 [n, D] and int32 [n].
+      The features, float32 (n, D), and the labels, int32 (n,).
 
     Raises:
       DataError: too many images cannot be decoded, or none can.
@@ -79,36 +81,46 @@ def of_split(
     labels = [np.zeros(0, np.int32)]
 
     def images() -> Iterator[np.ndarray]:
-        for batch in lockstep(config, source, indices, mesh):
+        for batch in process_batches(config, source, indices, mesh):
             labels.extend([batch["label"]] if "label" in batch else [])
             yield batch["image"]
 
-    own = extract(apply, images(), per_process(config, mesh), sharding.split(mesh))
+    own = extract(apply, images(), images_per_process(config, mesh), sharding.split(mesh))
     features, labels_N = distributed.in_order(own), distributed.in_order(np.concatenate(labels))
     if not len(features):
-        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, {source.name(0)} for one")
+        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, for example {source.name(0)}")
     return features, labels_N
 
 
-def per_process(config: ConfigDict, mesh: Mesh) -> int:
-    """Images that each process gives to a call: its part of evaluation.batch_size, a multiple of its devices."""
+def images_per_process(config: ConfigDict, mesh: Mesh) -> int:
+    """Returns how many images a process encodes per call: its part of config.evaluation.batch_size, rounded up.
+
+    It is a multiple of the number of the process's devices.
+    """
     return -(-config.evaluation.batch_size // mesh.size) * mesh.size // distributed.processes()
 
 
-def lockstep(config: ConfigDict, source: Source, indices: np.ndarray, mesh: Mesh) -> Iterator[Mapping[str, np.ndarray]]:
-    """Evaluation batches of this process's part of `indices`, equally many in every process.
+def process_batches(
+    config: ConfigDict, source: Source, indices: np.ndarray, mesh: Mesh
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yields the evaluation batches of this process's part of `indices`; every process gets the same number of batches.
 
-    All hold at most :func:`per_process` images; those that only other processes still need have an empty ``image``.
+    A batch holds at most :func:`images_per_process` images. A process that has no more images yields batches whose
+    ``image`` has shape (0, H, W, 3).
     """
     parts = np.array_split(np.asarray(indices), distributed.processes())
-    batches = eval_batches(config, source, parts[jax.process_index()], per_process(config, mesh))
+    batches = eval_batches(config, source, parts[distributed.process()], images_per_process(config, mesh))
     empty = {"image": np.zeros((0, *config.data.image_size, 3), np.uint8)}
-    for _ in range(-(-len(parts[0]) // per_process(config, mesh))):
+    for _ in range(-(-len(parts[0]) // images_per_process(config, mesh))):
         yield next(batches, empty)
 
 
-def filled(x: np.ndarray, size: int) -> np.ndarray:
-    """Rows repeated at the end, or zeros where there are none, up to `size`; always a copy."""
+def pad_rows(x: np.ndarray, size: int) -> np.ndarray:
+    """Returns a copy of rows (n, ...) with the last row repeated up to (size, ...); with zeros if there is no row.
+
+    >>> pad_rows(np.array([[1, 2], [3, 4]]), 3).tolist()
+    [[1, 2], [3, 4], [3, 4]]
+    """
     more = np.repeat(x[-1:], size - len(x), axis=0) if len(x) else np.zeros((size, *x.shape[1:]), x.dtype)
     return np.concatenate([x, more])
 
@@ -124,19 +136,19 @@ def check_labelled(name: str, features: np.ndarray, labels: np.ndarray, num_clas
     """Checks the features and labels that a classifier is fitted or scored on.
 
     Args:
-      name: what they are, for the message ("train", "test").
-      features: [n, D].
-      labels: integers [n] in 0 .. num_classes - 1.
+      name: the split's name for the message ("train", "test").
+      features: features (n, D).
+      labels: integer labels (n,) in 0 .. num_classes - 1.
       num_classes: number of classes.
 
     Raises:
-      DataError: nothing there, shapes that do not match, or labels out of range.
+      DataError: there are no features, shapes do not match, or a label is out of range.
       NonFiniteError: a feature is NaN or infinite.
     """
     if features.ndim != 2 or labels.shape != (len(features),) or not features.size:
         raise DataError(
-            f"evaluation: {name} features {list(features.shape)} and labels {list(labels.shape)} must be [n, D] and "
-            "[n], n and D at least 1"
+            f"evaluation: {name} features {features.shape} and labels {labels.shape} must have shapes (n, D) and "
+            "(n,), n and D at least 1"
         )
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(

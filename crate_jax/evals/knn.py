@@ -26,27 +26,31 @@ def knn_sweep(
     temperatures: Sequence[float],
     chunk: int = 512,
 ) -> np.ndarray:
-    """Predicts the class of each test row for every k and temperature; the neighbours are found once.
+    """Predicts the class of each test row for every k and temperature; the neighbours are searched once.
 
-    Ties: of equally similar training rows the earlier one is the nearer neighbour; of classes with equal votes the
-    lower one wins. A row of zeros has similarity 0 to everything.
+    Ties: among equally similar training rows the earlier one is the nearer neighbour; among classes with equal votes
+    the lower one wins. A row of zeros has similarity 0 to every row.
 
     Args:
-      train_x: features [n, D].
-      train_y: integer labels [n] in 0 .. num_classes - 1.
-      test_x: features [m, D].
+      train_x: training features (n, D).
+      train_y: their integer labels (n,) in 0 .. num_classes - 1.
+      test_x: test features (m, D).
       num_classes: number of classes.
-      ks: neighbours that vote; clamped to n, so that a small training set makes all of it vote.
-      temperatures: T; a low one leaves the vote to the nearest.
-      chunk: test rows at a time; memory is chunk x n similarities in float32, never m x n.
+      ks: values of k, the number of neighbours that vote; all training rows vote if k exceeds n.
+      temperatures: values of T; with a low T the nearest neighbours decide.
+      chunk: test rows at a time; the memory is chunk x n similarities in float32, not m x n.
 
     Returns:
-      Labels, int32 [len(ks), len(temperatures), m].
+      Labels, int32 (len(ks), len(temperatures), m).
 
     Raises:
-      DataError: labels out of range, or shapes that do not match.
-      NonFiniteError: NaN or infinite training features.
+      DataError: a label is out of range, or shapes do not match.
+      NonFiniteError: a training feature is NaN or infinite.
       ValueError: a k, a temperature or `chunk` is not positive.
+
+    >>> train_x, train_y = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), np.array([0, 1, 1])
+    >>> knn_sweep(train_x, train_y, np.array([[1.0, 0.0]]), 2, ks=[1, 3], temperatures=[1.0]).tolist()
+    [[[0]], [[1]]]
     """
     if not ks or not temperatures or min(ks) < 1 or chunk < 1 or not min(temperatures) > 0:
         raise ValueError(f"knn: k={list(ks)}, temperature={list(temperatures)} and chunk={chunk} must be positive")
@@ -72,24 +76,40 @@ def knn_top1(
     k: int,
     temperature: float,
 ) -> float:
-    """Share of the test rows (0..1) whose class :func:`knn_sweep` gets right; same arguments and errors."""
+    """Returns the share (0..1) of the test rows whose class :func:`knn_sweep` predicts correctly.
+
+    Args:
+      train_x: training features (n, D).
+      train_y: their integer labels (n,) in 0 .. num_classes - 1.
+      test_x: test features (m, D).
+      test_y: their integer labels (m,).
+      num_classes: number of classes.
+      k: number of neighbours that vote.
+      temperature: T.
+
+    Raises:
+      DataError: a label is out of range, or shapes do not match.
+      NonFiniteError: a feature is NaN or infinite.
+      ValueError: k or the temperature is not positive.
+    """
     check_labelled("test", test_x, test_y, num_classes)
     predicted = knn_sweep(train_x, train_y, test_x, num_classes, [k], [temperature])[0, 0]
     return float(np.mean(predicted == test_y))
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Rows scaled to length 1. Dividing by the largest entry first keeps the squares from over- or underflowing."""
+    """Scales rows to length 1; rows are divided by their largest entry first, so that no square over- or underflows."""
     tiny = jnp.finfo(x.dtype).tiny
     x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), tiny)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), tiny)
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of the rows of (m, n), ties included, without sorting whole rows.
+    """Returns what `jax.lax.top_k` returns for x (m, n), ties included, without sorting whole rows.
 
-    An element among the k largest lies in one of the k groups of columns with the largest maxima, the earlier of equal
-    ones. Sorting some 2 sqrt(n k) numbers in place of n is 25 times as fast on a CPU at n = 50,000 and k = 20.
+    Each of the k largest elements lies in one of the k groups of columns with the largest maxima (among equal maxima,
+    the earlier group). So about 2 sqrt(n k) numbers are sorted instead of n: 25 times as fast on a CPU with n = 50,000
+    and k = 20.
     """
     m, n = x.shape
     size = max(1, round(math.sqrt(n / k)))
@@ -97,7 +117,7 @@ def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     if groups <= k or size == 1:
         return jax.lax.top_k(x, k)
     padded = jnp.pad(x, ((0, 0), (0, groups * size - n)), constant_values=-jnp.inf).reshape(m, groups, size)
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(padded, axis=2), k)[1], axis=1)  # in order: ties go to the earlier column
+    chosen = jnp.sort(jax.lax.top_k(jnp.max(padded, axis=2), k)[1], axis=1)  # sorted: ties go to the earlier column
     candidates = jnp.take_along_axis(padded, chosen[:, :, None], axis=1).reshape(m, k * size)
     values, place = jax.lax.top_k(candidates, k)
     group = jnp.take_along_axis(chosen, place // size, axis=1)
@@ -121,14 +141,14 @@ def _predict(
     classes = jnp.arange(num_classes)
 
     def vote(nearest: jax.Array, labels: jax.Array, temperature: jax.Array) -> jax.Array:
-        # Relative to the nearest: the winner is the same, and exp cannot overflow at a low temperature.
+        # Relative to the nearest neighbour the winner is the same, and exp cannot overflow at a low temperature.
         weights = jnp.exp((nearest - nearest[:, :1]) / temperature)
-        # A reduction rather than scatter-add: its order of summation, and so a tie, is the same on every run.
+        # A reduction, not a scatter-add: it sums in the same order in every run, so ties stay ties.
         votes = jnp.sum(jnp.where(labels[:, :, None] == classes, weights[:, :, None], 0.0), axis=1)
         return jnp.argmax(votes, axis=-1).astype(jnp.int32)
 
     def predict(rows: jax.Array) -> jax.Array:
-        # Full float32: the default of GPUs and TPUs (TF32, bfloat16) is too coarse to rank close neighbours.
+        # Full float32: the default precision of GPUs and TPUs (TF32, bfloat16) is too coarse to rank close neighbours.
         similarity = jnp.matmul(_unit(rows), train_x.T, precision=jax.lax.Precision.HIGHEST)
         nearest, index = _top_k(similarity, max(ks))
         labels = train_y[index]

@@ -1,7 +1,7 @@
-"""Linear probes trained by SGD or LARS on frozen features: MAE's, solo-learn's, lightly's.
+"""Linear probes trained by SGD or LARS on frozen features, with the recipes of MAE, solo-learn and lightly.
 
-All epochs run on the device in one program. What differs from the originals is that features are computed
-once, of central crops: their training images are augmented anew in each epoch.
+All epochs run on the device in one program. One thing differs from the originals: features are computed once, from
+central crops, while the originals augment their training images anew in each epoch.
 
 Shapes: n rows, D features, C classes, B batch.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,22 @@ import optax
 
 from crate_jax.evals.features import check_labelled
 
-BATCH_NORM_EPS = 1e-6  # MAE's; its running averages move by 0.1 a step, PyTorch's default
-BATCH_NORM_RATE = 0.1
+BATCH_NORM_EPS = 1e-6  # MAE's value
+BATCH_NORM_RATE = 0.1  # by which running averages move in a step; PyTorch's default, which MAE uses
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a linear probe is trained; no weight decay anywhere.
+    """How a linear probe is trained; there is no weight decay.
 
     Attributes:
-      optimizer: ``lars`` (trust ratio on the kernel only, coefficient 0.001) or ``sgd``.
-      lr: peak rate per 256 images of the batch.
-      batch_size: B; the whole set where it is smaller.
+      optimizer: ``lars`` (trust ratio on the kernel only, coefficient 0.001) or ``sgd``; both with momentum 0.9.
+      lr: peak learning rate per 256 images of a batch.
+      batch_size: images per batch, B; n if the set is smaller.
       epochs: passes over the training features.
-      warmup_epochs: linear from 0.
-      decay: ``cosine`` to 0, or ``steps``: a tenth at 60 % and again at 80 % of the epochs.
-      batch_norm: normalise features by the batch's statistics, without scale and bias.
+      warmup_epochs: epochs in which the rate grows linearly from 0.
+      decay: ``cosine``, to 0, or ``steps``: the rate is divided by 10 after 60 % and after 80 % of the epochs.
+      batch_norm: whether features are normalised by the batch's statistics, without scale and bias.
     """
 
     optimizer: str
@@ -48,7 +49,7 @@ class Recipe:
 RECIPES = {
     # arXiv 2111.06377, appendix A.1 and Table 10, and the released main_linprobe.py
     "mae": Recipe("lars", 0.1, 16384, 90, 10, "cosine", True),
-    # solo-learn's linear scripts for BYOL on ImageNet; its rate depends on the method, 0.1 to 30
+    # solo-learn's linear scripts for BYOL on ImageNet; their rate is 0.1 to 30, depending on the method
     "solo": Recipe("sgd", 0.3, 256, 100, 0, "steps", False),
     # lightly's ImageNet benchmarks
     "lightly": Recipe("sgd", 0.1, 256, 90, 0, "cosine", False),
@@ -58,22 +59,22 @@ RECIPES = {
 def fit(
     train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, num_classes: int, recipe: Recipe, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Trains a probe and scores other features.
+    """Trains a probe and computes its class scores on other features.
 
     Args:
-      train_x: features [n, D].
-      train_y: integer labels [n] in 0 .. num_classes - 1.
-      test_x: features [m, D].
-      num_classes: C.
-      recipe: how.
-      seed: of the initial kernel and the order of the images.
+      train_x: training features (n, D).
+      train_y: their integer labels (n,) in 0 .. num_classes - 1.
+      test_x: test features (m, D).
+      num_classes: number of classes, C.
+      recipe: how the probe is trained.
+      seed: seed of the initial kernel and of the order of the images.
 
     Returns:
-      class scores float32 [m, C], and the mean training loss of the last epoch.
+      Class scores of the test features, float32 (m, C), and the mean training loss (in nats) of the last epoch.
 
     Raises:
-      DataError: labels out of range, or shapes that do not match.
-      NonFiniteError: NaN or infinite features.
+      DataError: a label is out of range, or shapes do not match.
+      NonFiniteError: a training feature is NaN or infinite.
     """
     check_labelled("train", train_x, train_y, num_classes)
     scores, losses = _train(
@@ -101,13 +102,13 @@ def _schedule(recipe: Recipe, batch_size: int, steps_per_epoch: int) -> optax.Sc
 def _train(
     x: jax.Array, y: jax.Array, test_x: jax.Array, key: jax.Array, num_classes: int, recipe: Recipe
 ) -> tuple[jax.Array, jax.Array]:
-    """Class scores of test_x (m, C) and the mean loss of each epoch."""
+    """Returns the class scores of test_x, (m, C), and the mean loss of each epoch, (epochs,)."""
     n, D = x.shape
     B = min(recipe.batch_size, n)
-    steps = n // B  # the rest of an epoch's order is dropped, as the originals do
+    steps = n // B  # the last n - B * steps images of an epoch's order are dropped, as in the originals
     rate = _schedule(recipe, B, steps)
     if recipe.optimizer == "lars":
-        # As MAE's code the rate is applied after the momentum (optax.lars: before), like PyTorch's SGD.
+        # As in MAE's code and in PyTorch's SGD, the rate is applied after the momentum (optax.lars: before it).
         trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), {"kernel": True, "bias": False})
         tx = optax.chain(trust, optax.trace(0.9), optax.scale_by_learning_rate(rate))
     else:
@@ -121,7 +122,7 @@ def _train(
     def logits(params: dict[str, jax.Array], rows: jax.Array) -> jax.Array:
         return jnp.matmul(rows, params["kernel"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
 
-    def step(carry, index_B):
+    def step(carry: Any, index_B: jax.Array) -> tuple[Any, jax.Array]:
         params, state, running = carry
         rows = x[index_B]
         batch = (jnp.mean(rows, axis=0), jnp.var(rows, axis=0))
@@ -136,7 +137,7 @@ def _train(
         running = jax.tree.map(lambda old, new: old + BATCH_NORM_RATE * (new - old), running, unbiased)
         return (optax.apply_updates(params, updates), state, running), value
 
-    def epoch(carry, number):
+    def epoch(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
         order = jax.random.permutation(jax.random.fold_in(order_key, number), n)[: steps * B]
         carry, values = jax.lax.scan(step, carry, order.reshape(steps, B))
         return carry, jnp.mean(values)

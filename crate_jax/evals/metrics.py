@@ -6,14 +6,14 @@ import numpy as np
 
 
 def top1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the images whose class is right."""
+    """Returns the share of the images whose predicted class (n,) is their label (n,)."""
     return float(np.mean(predicted == labels))
 
 
 def mean_per_class(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Mean, over the classes that occur in `labels`, of the share of a class's images whose class is right.
+    """Returns the mean, over the classes that occur in `labels`, of the accuracy on the images of a class.
 
-    The metric of Flowers-102 and Pets.
+    Flowers-102 and Pets use this metric. Both arguments are integers (n,).
 
     >>> predicted, labels = np.array([0, 0, 0, 2]), np.array([0, 0, 0, 1])
     >>> top1(predicted, labels), mean_per_class(predicted, labels)
@@ -24,16 +24,16 @@ def mean_per_class(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(right[count > 0] / count[count > 0]))
 
 
-# config.protocol.metric -> (predicted classes [n], labels [n]) -> share in 0..1
+# config.protocol.metric -> the function (predicted classes (n,), labels (n,)) -> share in 0..1
 METRICS = {"top1": top1, "mean_per_class": mean_per_class}
 
 
 def accuracies(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Every metric and, above five classes, top-5 accuracy.
+    """Computes every metric of METRICS and, if there are more than five classes, top-5 accuracy.
 
     Args:
-      scores: class scores [n, C]; of equal ones the lower class wins.
-      labels: integers [n] in 0 .. C - 1.
+      scores: class scores (n, C); among equal scores the lower class wins.
+      labels: integer labels (n,) in 0 .. C - 1.
 
     Returns:
       ``{"top1": .., "mean_per_class": .., "top5": ..}``, shares in 0..1.

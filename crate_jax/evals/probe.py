@@ -1,9 +1,9 @@
-"""Multinomial logistic regression on frozen features, solved to convergence on the device, for many C at once.
+"""Multinomial logistic regression on frozen features, solved to convergence on the device, for many penalties.
 
-The objective is that of scikit-learn's ``LogisticRegression``, C * sum_i CE_i + 1/2 ||W||^2 with an unpenalised bias,
-here divided by C n so that its values, gradients and tolerance do not depend on the size of the set.
+The objective is that of scikit-learn's ``LogisticRegression``, c * sum_i CE_i + 1/2 ||W||^2, without a penalty on the
+bias. Here it is divided by c n, so that its values, gradients and tolerance do not depend on the size of the set.
 
-Shapes: n rows, D features, C classes, S strengths of the penalty.
+Shapes: n rows, D features, C classes, S inverse strengths c of the penalty.
 """
 
 from __future__ import annotations
@@ -21,25 +21,35 @@ import optax
 from crate_jax.evals.features import check_labelled
 
 HIGHEST = jax.lax.Precision.HIGHEST  # TF32 or bfloat16 products would stall the line search
-FLAT = 5  # iterations without a fall of the loss that float32 can show, after which it is at its minimum
+MAX_FLAT = 5  # after so many iterations without a fall of the loss above float32's rounding, it is at its minimum
 
 
 class LinearProbe(NamedTuple):
-    """A fitted probe; `weights` act on (x - mean) / std."""
+    """A fitted probe, whose scores are (x - mean) / std @ weights + bias.
 
-    weights: np.ndarray  # float32 [D, C]
-    bias: np.ndarray  # float32 [C]
-    mean: np.ndarray  # float32 [D]
-    std: np.ndarray  # float32 [D]; 1 where not standardised, infinite where constant
+    Attributes:
+      weights: float32 (D, C).
+      bias: float32 (C,).
+      mean: means of the training features, float32 (D,).
+      std: deviations of the training features, float32 (D,); 1 if features are not standardised; infinite for a
+        constant feature.
+      iterations: number of L-BFGS iterations.
+      converged: whether the tolerance was reached.
+    """
+
+    weights: np.ndarray
+    bias: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
     iterations: int
     converged: bool
 
     def scores(self, x: np.ndarray) -> np.ndarray:
-        """Class scores (logits) of features [m, D] -> float32 [m, C]."""
+        """Returns the class scores (logits), float32 (m, C), of features (m, D)."""
         return np.asarray(_logits(jnp.asarray(x, jnp.float32), *self[:4]))
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """Predicts the class of each row of features [m, D] -> [m]."""
+        """Predicts the class of each row, integers (m,), of features (m, D)."""
         return np.argmax(self.scores(x), axis=1)
 
 
@@ -52,29 +62,30 @@ def fit_all(
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
 ) -> list[LinearProbe]:
-    """Fits one probe per inverse penalty strength, all in one program.
+    """Fits one probe per inverse strength of the penalty, all in one program.
 
-    The strongest penalty is solved first and each solution starts the next: the path takes a fraction of the
+    The strongest penalty is solved first, and each solution is the start of the next: this takes a fraction of the
     iterations of separate solves.
 
     Args:
-      train_x: features [n, D].
-      train_y: integer labels [n] in 0 .. num_classes - 1.
-      num_classes: C.
-      strengths: scikit-learn's C for each probe.
-      standardise: scale each feature by its training standard deviation. The L2 penalty depends on the scale of
-        each feature, which is an accident of the encoder: with it one C means the same for every encoder. (MAE's
-        BatchNorm without affine before its linear head does the same.) Constant features get weight 0.
-      max_iterations: of L-BFGS.
-      tolerance: on the largest entry of the gradient of the mean loss, in the coordinates of :func:`_scale`.
+      train_x: training features (n, D).
+      train_y: their integer labels (n,) in 0 .. num_classes - 1.
+      num_classes: number of classes, C.
+      strengths: inverse strength of each probe's penalty, ``C`` of scikit-learn.
+      standardise: whether to divide each feature by its standard deviation over the training rows. The L2 penalty
+        depends on the scale of each feature, which an encoder sets arbitrarily: with standardised features one strength
+        means the same for every encoder. (MAE's BatchNorm without affine before its linear head has the same effect.)
+        Constant features get weight 0 in any case.
+      max_iterations: largest number of L-BFGS iterations per probe.
+      tolerance: bound on the largest entry of the gradient of the mean loss, in the coordinates of :func:`_scale`.
 
     Returns:
-      The probes in the order of `strengths`. Of one that has not converged a warning is logged: its accuracy is then a
-      lower bound on what this strength gives.
+      The probes, in the order of `strengths`. A warning is logged for each probe that has not converged: its accuracy
+      is then a lower bound for its strength.
 
     Raises:
-      DataError: labels out of range, or shapes that do not match.
-      NonFiniteError: NaN or infinite features.
+      DataError: a label is out of range, or shapes do not match.
+      NonFiniteError: a feature is NaN or infinite.
       ValueError: a strength is not positive.
     """
     if not strengths or not all(c > 0 for c in strengths):
@@ -100,23 +111,37 @@ def fit_all(
 def probe_top1(
     train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, num_classes: int, c: float
 ) -> float:
-    """Share (0..1) of the test rows that a probe on standardised features gets right; errors as :func:`fit_all`."""
+    """Returns the share (0..1) of the test rows whose class a probe on standardised features predicts correctly.
+
+    Args:
+      train_x: training features (n, D).
+      train_y: their integer labels (n,) in 0 .. num_classes - 1.
+      test_x: test features (m, D).
+      test_y: their integer labels (m,).
+      num_classes: number of classes.
+      c: inverse strength of the penalty, ``C`` of scikit-learn.
+
+    Raises:
+      DataError: a label is out of range, or shapes do not match.
+      NonFiniteError: a feature is NaN or infinite.
+      ValueError: `c` is not positive.
+    """
     check_labelled("test", test_x, test_y, num_classes)
     (probe,) = fit_all(train_x, train_y, num_classes, [c], standardise=True)
     return float(np.mean(probe.predict(test_x) == test_y))
 
 
 def _moments(x: jax.Array, standardise: bool) -> tuple[jax.Array, jax.Array]:
-    """Mean and scale of each feature [D]."""
+    """Returns the mean and the scale of each feature, both (D,)."""
     mean = jnp.mean(x, axis=0)
     std = jnp.sqrt(jnp.mean(jnp.square(x - mean), axis=0))
-    # A spread within the rounding error of the mean is a constant feature; dividing by it would blow noise up.
+    # If the deviation is within the rounding error of the mean, the feature is constant; we must not divide by noise.
     varies = std > 8 * jnp.finfo(x.dtype).eps * jnp.abs(mean)
     return mean, jnp.where(varies, std if standardise else 1.0, jnp.inf)
 
 
 class _Carry(NamedTuple):
-    """One L-BFGS run."""
+    """The state of one L-BFGS run."""
 
     params: dict[str, jax.Array]
     state: optax.OptState
@@ -136,10 +161,11 @@ def _fit(
     num_classes: int,
     standardise: bool,
 ) -> tuple[jax.Array, ...]:
-    """Minimises mean CE + decay / 2 ||W||^2 for each decay, from the strongest on.
+    """Minimises mean CE + decay / 2 ||W||^2 for each decay, which must be sorted from the strongest to the weakest.
 
-    Returns weights (S, D, C), bias (S, C), mean and scale (D,); iterations, convergence and the gradient's largest
-    entry (S,).
+    Returns:
+      Weights (S, D, C), bias (S, C), mean and scale (D,); iterations, convergence and the largest entry of the gradient
+      (S,).
     """
     mean, std = _moments(x, standardise)
     x = (x - mean) / std
@@ -160,7 +186,7 @@ def _fit(
 
         def unfinished(carry: _Carry) -> jax.Array:
             gradient = optax.tree.norm(carry.grads, ord=jnp.inf)
-            return (carry.iteration < max_iterations) & (gradient > tolerance) & (carry.flat < FLAT)
+            return (carry.iteration < max_iterations) & (gradient > tolerance) & (carry.flat < MAX_FLAT)
 
         def step(carry: _Carry) -> _Carry:
             updates, state = solver.update(
@@ -177,7 +203,7 @@ def _fit(
         carry = _Carry(params, solver.init(params), value, grads, jnp.int32(0), jnp.int32(0))
         end = jax.lax.while_loop(unfinished, step, carry)
         gradient = optax.tree.norm(end.grads, ord=jnp.inf)
-        converged = (gradient <= tolerance) | (end.flat >= FLAT)
+        converged = (gradient <= tolerance) | (end.flat >= MAX_FLAT)
         found = {"weights": scale * end.params["weights"], "bias": bias_scale * end.params["bias"]}
         return found, (found, end.iteration, converged, gradient)
 
@@ -188,13 +214,14 @@ def _fit(
 
 
 def _scale(variance: jax.Array, decay: jax.Array, num_classes: int) -> jax.Array:
-    """Scale (D,) of the principal directions in which the Hessian at zero weights is the identity.
+    """Returns the scale (D,) of each principal direction with which the Hessian at zero weights is the identity.
 
-    At zero every class has probability 1/C and the Hessian is the covariance of the features / C + decay. Features of
-    a network are strongly correlated: without this, L-BFGS takes some 20 times the iterations. The minimum is the same.
+    At zero weights every class has probability 1/C, and the Hessian is the covariance of the features / C + decay. A
+    network's features are strongly correlated: without this scaling, L-BFGS needs about 20 times as many iterations for
+    the same minimum.
     """
     curvature = jnp.maximum(variance, 0) / num_classes + decay
-    # Directions without variance are not stretched further: their gradient is all rounding error.
+    # Directions without variance are stretched no further: their gradient is only rounding error.
     return jax.lax.rsqrt(jnp.maximum(curvature, 1e-6 * curvature[-1]))
 
 

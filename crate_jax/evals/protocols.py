@@ -1,7 +1,8 @@
-"""Protocols on frozen features, by name; each docstring says where its recipe comes from.
+"""Protocols on frozen features, by name; each docstring names the source of its recipe.
 
-What a protocol may choose (k, temperature, C, learning rate) it chooses on a part of the training split that it
-then returns to training. ``select="test"`` chooses on the test split, as several papers do; the record then says so.
+A protocol chooses its settings (k, temperature, C, learning rate) on a part of the training split, which it then
+returns to training. With ``select="test"`` it chooses on the test split, as several papers do, and the record states
+it.
 """
 
 from __future__ import annotations
@@ -22,19 +23,26 @@ from crate_jax.evals.metrics import METRICS, accuracies
 from crate_jax.evals.probe import fit_all
 from crate_jax.validation import Key, anything, at_least, each, one_of, positive, several, within
 
-# Of every protocol that chooses something.
+# Options of every protocol that chooses its settings.
 SELECTION = dict(
-    select=Key("validation", one_of("validation", "test"), "the images that the best setting is chosen on"),
-    validation=Key(0.1, within(0, 1, "()"), "share of the training images set aside to choose on"),
+    select=Key("validation", one_of("validation", "test"), "the images on which the best setting is chosen"),
+    validation=Key(0.1, within(0, 1, "()"), "share of the training images on which the setting is chosen"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Frozen features of a labelled data set; float32 [n, D] and integer labels [n] in 0 .. num_classes - 1.
+    """Frozen features of a labelled data set.
+
+    Attributes:
+      train_x: training features, float32 (n, D).
+      train_y: their integer labels (n,) in 0 .. num_classes - 1.
+      test_x: test features, float32 (m, D).
+      test_y: their integer labels (m,).
+      num_classes: number of classes.
 
     Raises:
-      DataError: labels out of range, or shapes that do not match.
+      DataError: a label is out of range, or shapes do not match.
       NonFiniteError: a feature is NaN or infinite.
     """
 
@@ -54,11 +62,11 @@ class Protocol:
     """A named recipe.
 
     Attributes:
-      name: its key in PROTOCOLS.
-      version: raised when its numbers change.
-      keys: its options, ``config.protocol.NAME``.
-      run: (features, options, seed) -> JSON-like results, with the metrics of :func:`accuracies`. The options keep to
-        the rules of `keys`.
+      name: the protocol's key in PROTOCOLS.
+      version: a number that is raised when the protocol's results change.
+      keys: the protocol's options, ``config.protocol.NAME``.
+      run: the function (features, options, seed) -> JSON-like results, which hold the metrics of :func:`accuracies`.
+        The options must satisfy the rules of `keys`.
     """
 
     name: str
@@ -68,16 +76,16 @@ class Protocol:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options at their defaults."""
+        """The default values of the options."""
         return {name: key.default for name, key in self.keys.items()}
 
     def flat(self) -> dict[str, Key]:
-        """The options by their whole names, such as ``protocol.k``."""
+        """Returns the options by their full names, such as ``protocol.k``."""
         return {f"protocol.{name}": key for name, key in self.keys.items()}
 
 
 def knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
-    """Weighted k-nearest neighbours by cosine, for every k and temperature.
+    """Runs k-nearest neighbours, weighted by cosine similarity, for every k and temperature.
 
     DINO (Caron et al. 2021) reports the best of k = 10, 20, 100, 200 at T = 0.07; solo-learn sweeps both.
     """
@@ -98,10 +106,10 @@ def knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
 
 
 def logreg(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
-    """Full-batch logistic regression over C = 10^0 .. 10^5 on the features as they are.
+    """Runs full-batch logistic regression for every C (by default 10^0 .. 10^5) on features that are not standardised.
 
-    CRATE-MAE (arXiv 2404.02446, appendix B) fits scikit-learn's on the class token and keeps the C that is best on
-    the test set: that is ``select="test"``.
+    CRATE-MAE (arXiv 2404.02446, appendix B) fits scikit-learn's logistic regression on the class token and keeps the C
+    that is best on the test set: that is ``select="test"``.
     """
     cs = options.c
     settings = [{"c": c} for c in cs]
@@ -119,7 +127,12 @@ def logreg(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
 
 
 def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
-    """A linear layer trained by SGD or LARS; see :data:`crate_jax.evals.linear_sgd.RECIPES`."""
+    """Trains a linear layer by SGD or LARS with one of :data:`crate_jax.evals.linear_sgd.RECIPES`.
+
+    Raises:
+      DataError: the training split is too small to choose a learning rate on a part of it.
+      NonFiniteError: the training diverged.
+    """
     recipe = linear_sgd.RECIPES[options.recipe]
     recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs)
     rates = options.lr or (recipe.lr,)
@@ -135,14 +148,18 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     scores, loss = fit(f, rates[chosen])
     if not np.isfinite(scores).all():
         raise NonFiniteError(f"config.protocol.lr={rates[chosen]}: the linear probe diverged; try a lower rate")
-    about = dataclasses.asdict(recipe) | settings[chosen]
-    return {**accuracies(scores, f.test_y), "train_loss": loss, "chosen": settings[chosen], **table, "recipe": about}
+    used = dataclasses.asdict(recipe) | settings[chosen]
+    return {**accuracies(scores, f.test_y), "train_loss": loss, "chosen": settings[chosen], **table, "recipe": used}
 
 
 def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
-    """Logistic regression on few labelled images per class, mean and sample deviation over draws of them.
+    """Runs logistic regression on few labelled images per class; reports mean and sample deviation over random draws.
 
-    The headline is that of the most shots. Shots, draws and C are ours; papers differ.
+    The main result is the one with the most images per class. The default numbers of images and draws and the default C
+    are ours; papers use different ones.
+
+    Raises:
+      DataError: a class has fewer training images than ``shots`` asks for.
     """
     counts = np.bincount(f.train_y, minlength=f.num_classes)
     if counts.min() < max(options.shots):
@@ -177,7 +194,17 @@ def _select(
     settings: list[dict[str, Any]],
     predict: Callable[[Features], list[np.ndarray]],
 ) -> tuple[int, dict[str, Any]]:
-    """The best setting (the first of equal ones) by config.protocol.metric, and what it was chosen by.
+    """Chooses the best setting by config.protocol.metric; among equally good settings, the first.
+
+    Args:
+      f: the features.
+      options: the protocol's options.
+      seed: seed of the images that the setting is chosen on.
+      settings: the settings.
+      predict: the function features -> predicted classes (m,) of the test rows, for each setting.
+
+    Returns:
+      The index of the best setting, and, if there are several settings, ``selected_on`` and the table ``selection``.
 
     Raises:
       DataError: the training split is too small to set a part of each class aside.
@@ -195,10 +222,15 @@ def _select(
 
 
 def hold_out(f: Features, share: float, seed: int) -> Features:
-    """Sets a share of each class's training features aside as test features.
+    """Returns new features, whose test rows are a share of each class's training rows of `f`.
+
+    Args:
+      f: the features; the test rows are not used.
+      share: share of the training rows that become test rows.
+      seed: seed of the choice.
 
     Raises:
-      DataError: a class is too small for it.
+      DataError: a class is too small.
     """
     try:
         train, held = train_test_split(
@@ -236,8 +268,8 @@ PROTOCOLS = {
             "linear_sgd", 2,
             dict(
                 recipe=Key("mae", one_of(*linear_sgd.RECIPES), "whose optimiser, batch, schedule and epochs"),
-                lr=Key((), each(positive), "learning rates to choose from; none: the recipe's", items=float),
-                epochs=Key(0, at_least(0), "passes over the features; 0: the recipe's"),
+                lr=Key((), each(positive), "learning rates to choose from; none: the recipe's rate", items=float),
+                epochs=Key(0, at_least(0), "passes over the features; 0: the recipe's number"),
                 **SELECTION,
             ),
             linear,
@@ -246,7 +278,7 @@ PROTOCOLS = {
             "fewshot", 2,
             dict(
                 shots=Key((1, 2, 5, 10), several(positive), "images per class"),
-                trials=Key(5, positive, "draws of them"),
+                trials=Key(5, positive, "random draws of these images"),
                 c=Key(1.0, positive, "inverse L2 strength"),
             ),
             fewshot,

@@ -1,19 +1,18 @@
 """How many dimensions weights and features use: spectra, effective ranks, redundancy.
 
-Features are read in one pass. What is kept of the rows read so far is R, the triangular factor of
-the QR decomposition of [1 | X] (Demmel et al. 2012, "Communication-optimal parallel and sequential
-QR"): with n rows of mean m
+Features are read in one pass. Only R is kept of the rows read so far, the triangular factor of the QR decomposition of
+[1 | X] (Demmel et al. 2012, "Communication-optimal parallel and sequential QR"): with n rows of mean m
 
     R = [sqrt(n)  sqrt(n) m^T]      R_c^T R_c = sum of (x - m)(x - m)^T
         [   0          R_c   ]
 
-so that it holds the mean and the singular values both of X and of the centred X. Unlike a covariance
-it is not squared: in float32 singular values are right to some 1e-7 of the largest one, where the
-roots of a covariance's eigenvalues are noise below 3e-4, which is just where collapse is looked for.
-Factors of parts of the rows merge by the same operation, over batches as over devices.
+so that R has the mean, and the singular values of X and of the centred X. R is not squared, as a covariance is: in
+float32 its singular values are exact to about 1e-7 of the largest one, while the roots of a covariance's eigenvalues
+are noise below 3e-4 of it, where collapse shows. The same operation merges the factors of parts of the rows, over
+batches and over devices.
 
-Shapes: n rows, D width, X = 1 + D, L layers, M matrices of one shape, c surrogate classes, q views
-of each. Leading axes are batch axes.
+Shapes: n rows, D width, X = 1 + D, L layers, M matrices of one shape, c surrogate classes, q views of each class.
+Leading axes are batch axes.
 """
 
 from __future__ import annotations
@@ -32,75 +31,98 @@ import threadpoolctl
 from crate_jax.errors import NonFiniteError
 
 HIGHEST = jax.lax.Precision.HIGHEST
-EPS = 1e-7  # epsilon of RankMe and of LiDAR: what a normalised singular value is at least
+EPS = 1e-7  # epsilon of RankMe and of LiDAR, added to each normalised singular value
 DELTA = 1e-4  # added to the diagonal of LiDAR's within-class covariance
-# Ranks, from 1, that the power law is fitted on. alpha-ReQ fits beyond the first ten, which are seldom on the line.
+# Ranks, counted from 1, on which the power law is fitted. alpha-ReQ leaves out the first ten, which seldom follow it.
 FIRST_RANK, LAST_RANK = 11, 100
-FEWEST_RANKS = 10  # below so many ranks beyond the first ten the fit starts at rank 1
+MIN_RANKS = 10  # with fewer ranks beyond the first ten, the fit starts at rank 1
 CHUNK = 4096  # rows of features on the device at a time
 
 
 @contextlib.contextmanager
 def one_lapack_thread() -> Generator[None, None, None]:
-    """On a CPU, one thread per decomposition: every core is a device and may run one of its own.
+    """Within it, a decomposition on a CPU uses one thread: each core is a device and may run a decomposition.
 
-    LAPACK's threads wait for each other by spinning. With more of them than free cores a decomposition of
-    milliseconds was seen to take seconds.
+    LAPACK's threads spin while they wait for each other. With more threads than free cores, a decomposition of
+    milliseconds took seconds.
     """
     with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
         yield
 
 
-def empty(width: int, *leading: int) -> jax.Array:
-    """The factor of no rows, zeros (*leading, width, width); a width of 1 + D for rows :func:`with_ones`."""
+def empty_factor(width: int, *leading: int) -> jax.Array:
+    """Returns the factor of no rows: zeros (*leading, width, width).
+
+    Args:
+      width: length of a row; 1 + D for rows of :func:`with_ones`.
+      *leading: sizes of the batch axes.
+    """
     return jnp.zeros((*leading, width, width), jnp.float32)
 
 
 def with_ones(x_nD: jax.Array, kept_n: jax.Array | None = None) -> jax.Array:
-    """Rows (..., n, D) -> (..., n, 1 + D) with a one before each; rows that are not `kept` (0, not 1) become zeros."""
+    """Puts a one in front of each row.
+
+    Args:
+      x_nD: rows (..., n, D).
+      kept_n: 1 for a row to use, 0 for a row to replace by zeros, (n,); None: all rows are used.
+
+    Returns:
+      Rows, float32 (..., n, 1 + D).
+
+    >>> with_ones(jnp.array([[2.0, 3.0], [4.0, 5.0]]), jnp.array([1, 0])).tolist()
+    [[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]
+    """
     x_nD = x_nD.astype(jnp.float32)
     kept_n = jnp.ones(x_nD.shape[-2], jnp.float32) if kept_n is None else kept_n.astype(jnp.float32)
     ones_n1 = jnp.broadcast_to(kept_n[:, None], (*x_nD.shape[:-1], 1))
     return jnp.concatenate([ones_n1, jnp.where(ones_n1 > 0, x_nD, 0.0)], axis=-1)
 
 
-def grow(factor_XX: jax.Array, rows_nX: jax.Array) -> jax.Array:
-    """The factor of the rows so far and of more: (..., X, X) and (..., n, X) -> (..., X, X). Rows of zeros add nothing.
+def add_rows(factor_XX: jax.Array, rows_nX: jax.Array) -> jax.Array:
+    """Returns the factor of the rows so far and of more rows.
 
-    With another factor for rows, the factor of both parts.
+    Args:
+      factor_XX: factor of the rows so far, (..., X, X).
+      rows_nX: more rows, (..., n, X), or another factor, (..., X, X), which stands for its rows. Rows of zeros change
+        nothing.
+
+    Returns:
+      The factor (..., X, X).
     """
     return jnp.linalg.qr(jnp.concatenate([factor_XX, rows_nX], axis=-2), mode="r")
 
 
-_grow = jax.jit(grow, donate_argnums=0)
+_add_rows = jax.jit(add_rows, donate_argnums=0)
 
 
 def merge(factors_PXX: jax.Array) -> jax.Array:
-    """One factor of P parts of the rows, (P, ..., X, X) -> (..., X, X)."""
+    """Returns the factor (..., X, X) of all rows from the factors (P, ..., X, X) of P parts of the rows."""
     stacked = jnp.moveaxis(factors_PXX, 0, -3)
     *leading, P, X, _ = stacked.shape
     return jnp.linalg.qr(stacked.reshape(*leading, P * X, X), mode="r")
 
 
 def factor(x_nD: np.ndarray | jax.Array) -> jax.Array:
-    """The factor (1 + D, 1 + D) of features (n, D), of which CHUNK rows are on the device at a time."""
+    """Returns the factor (1 + D, 1 + D) of features (n, D), with CHUNK rows on the device at a time."""
     n, D = x_nD.shape
-    out = empty(1 + D)
+    out = empty_factor(1 + D)
     with one_lapack_thread():
         for start in range(0, n, CHUNK):
             part = np.asarray(x_nD[start : start + CHUNK], np.float32)
-            short = min(CHUNK, n) - len(part)  # zeros fill the last piece up: one shape, one program
+            short = min(CHUNK, n) - len(part)  # zeros fill the last part up: one shape, one program
             rows = np.pad(part, ((0, short), (0, 0)))
-            out = _grow(out, with_ones(jnp.asarray(rows), jnp.arange(len(rows)) < len(part)))
+            out = _add_rows(out, with_ones(jnp.asarray(rows), jnp.arange(len(rows)) < len(part)))
         return out.block_until_ready()
 
 
 def entropy_rank(values_D: jax.Array, eps: float = EPS) -> jax.Array:
-    """The exponential of the entropy of p = values / sum(values) + eps: D for D equal values, 1 for a single one.
+    """Returns the exponential (...) of the entropy of p = values / sum(values) + eps, for values (..., D).
 
-    On singular values of features it is RankMe (Garrido et al. 2023, arXiv 2210.02885, eq. 1 and its p_k), on the
-    eigenvalues of the LDA matrix LiDAR (Thilak et al. 2024, arXiv 2312.04000), on a weight's singular values the
-    effective rank of Roy & Vetterli (2007). Values that are all zero give 1.
+    It is D for D equal values, and 1 for a single value or for zeros only. For singular values of features it is RankMe
+    (Garrido et al. 2023, arXiv 2210.02885, eq. 1 and its p_k), for the eigenvalues of the LDA matrix it is LiDAR
+    (Thilak et al. 2024, arXiv 2312.04000), and for a weight's singular values it is the effective rank of Roy &
+    Vetterli (2007).
 
     >>> print(f"{entropy_rank(jnp.array([2.0, 2.0, 2.0, 0.0])):.2f}")
     3.00
@@ -113,18 +135,22 @@ def entropy_rank(values_D: jax.Array, eps: float = EPS) -> jax.Array:
 def power_law(eigenvalues_D: jax.Array, first: jax.Array | int, last: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Fits eigenvalue(i) = c * i ** -alpha for the ranks first .. last, counted from 1.
 
-    alpha-ReQ (Agrawal et al. 2022, "alpha-ReQ: Assessing representation quality in self-supervised learning by
-    measuring eigenspectrum decay") on the eigenvalues of the features' covariance. As in its authors' code and in
-    Stringer et al. (2019): least squares of log eigenvalue on log rank with weight 1 / rank, which gives every decade
-    of ranks the same say.
+    For the eigenvalues of the features' covariance, alpha is alpha-ReQ (Agrawal et al. 2022, "alpha-ReQ: Assessing
+    representation quality in self-supervised learning by measuring eigenspectrum decay"). As in its authors' code and
+    in Stringer et al. (2019), log eigenvalues are fitted on log ranks by least squares with weight 1 / rank, so that
+    every decade of ranks counts equally.
 
     Args:
-      eigenvalues_D: (..., D), decreasing.
-      first: (...).
-      last: (...).
+      eigenvalues_D: eigenvalues (..., D), decreasing.
+      first: the first rank of the fit, (...).
+      last: the last rank of the fit, (...).
 
     Returns:
-      alpha and the fit's R^2 (weighted as the fit), (...); NaN for fewer than three ranks.
+      alpha and the fit's R^2 (with the weights of the fit), both (...); NaN for fewer than three ranks.
+
+    >>> alpha, r2 = power_law(3.0 * jnp.arange(1.0, 51.0) ** -1.5, 1, 50)
+    >>> print(f"{alpha:.2f} {r2:.2f}")
+    1.50 1.00
     """
     rank_D = jnp.arange(1, eigenvalues_D.shape[-1] + 1, dtype=jnp.float32)
     first, last = jnp.asarray(first)[..., None], jnp.asarray(last)[..., None]
@@ -137,25 +163,31 @@ def power_law(eigenvalues_D: jax.Array, first: jax.Array | int, last: jax.Array 
     xx, xy, yy = (jnp.sum(weight * a * b, axis=-1) for a, b in ((x, x), (x, y), (y, y)))
     enough = jnp.sum(inside, axis=-1) >= 3
     slope = jnp.where(enough, xy / jnp.where(enough, xx, 1.0), jnp.nan)
-    # A flat spectrum is fitted as well as can be.
+    # The fit to a flat spectrum is exact.
     r2 = jnp.where(yy > 1e-12, slope * xy / jnp.where(yy > 1e-12, yy, 1.0), 1.0)
     return -slope, jnp.where(enough, r2, jnp.nan)
 
 
 def fit_range(usable: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """The ranks of :func:`power_law` where `usable` eigenvalues are above rounding: 11 .. 100, or what there is.
+    """Returns the first and the last rank for :func:`power_law` if `usable` eigenvalues are above rounding.
 
-    With fewer than 20 the first ten count too.
+    They are FIRST_RANK and LAST_RANK, or the last usable rank; with fewer than 20 usable ranks the first is 1.
+
+    >>> [tuple(int(rank) for rank in fit_range(usable)) for usable in (300, 60, 19)]
+    [(11, 100), (11, 60), (1, 19)]
     """
     last = jnp.minimum(usable, LAST_RANK)
-    return jnp.where(last - FIRST_RANK + 1 >= FEWEST_RANKS, FIRST_RANK, 1), last
+    return jnp.where(last - FIRST_RANK + 1 >= MIN_RANKS, FIRST_RANK, 1), last
 
 
 def off_diagonal(covariance_DD: jax.Array) -> jax.Array:
-    """The share of a covariance's squared mass off its diagonal, sum_{i != j} C_ij^2 / sum_ij C_ij^2, in 0..1.
+    """Returns sum_{i != j} C_ij^2 / sum_ij C_ij^2, in 0..1, shape (...), of covariances C (..., D, D).
 
-    VICReg's covariance term (Bardes et al. 2022, arXiv 2105.04906, eq. 4) divided so that it depends neither on the
-    features' scale nor on their number: 0 for features without correlation, 1 - 1/D for D times the same one.
+    This is VICReg's covariance term (Bardes et al. 2022, arXiv 2105.04906, eq. 4), divided so that it depends neither
+    on the features' scale nor on their number: 0 for features without correlation, 1 - 1/D for D equal features.
+
+    >>> off_diagonal(jnp.eye(4)).item(), off_diagonal(jnp.ones((4, 4))).item()
+    (0.0, 0.75)
     """
     scale = jnp.max(jnp.abs(covariance_DD), axis=(-2, -1), keepdims=True)
     squared_DD = jnp.square(covariance_DD / jnp.where(scale > 0, scale, 1.0))
@@ -165,14 +197,15 @@ def off_diagonal(covariance_DD: jax.Array) -> jax.Array:
 
 
 def correlation(covariance_DD: jax.Array, live_D: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Means over the pairs of distinct features that are not constant: of squared and of absolute correlation.
+    """Returns the mean squared and the mean absolute correlation, both (...), over pairs of different features.
 
-    The first is Barlow Twins' redundancy (Zbontar et al. 2021, arXiv 2103.03230, second term of eq. 1) of the features
-    with themselves, per pair; the second the mean |cosine| between centred features. 0 where there is no pair.
+    Pairs with a constant feature are left out; both means are 0 if no pair is left. The first mean is Barlow Twins'
+    redundancy per pair (Zbontar et al. 2021, arXiv 2103.03230, second term of eq. 1), between the features and
+    themselves; the second is the mean |cosine| between centred features.
 
     Args:
-      covariance_DD: (..., D, D).
-      live_D: (..., D), whether a feature varies.
+      covariance_DD: covariances (..., D, D).
+      live_D: whether a feature varies, bool (..., D).
     """
     deviation_D = jnp.sqrt(jnp.where(live_D, jnp.diagonal(covariance_DD, axis1=-2, axis2=-1), 1.0))
     pairs_DD = live_D[..., :, None] & live_D[..., None, :] & ~jnp.eye(live_D.shape[-1], dtype=bool)
@@ -187,7 +220,7 @@ def _measure(factor_XX: jax.Array, rows: jax.Array) -> dict[str, jax.Array]:
     D = centred_DD.shape[-1]
     singular_D = jnp.linalg.svd(factor_XX[..., :, 1:], compute_uv=False)
     centred_D = jnp.linalg.svd(centred_DD, compute_uv=False)
-    # NumPy's matrix_rank on the factor. Relative to the features as they are: a mean is subtracted with their rounding.
+    # The threshold of NumPy's matrix_rank. It is relative to the features before centring, as their rounding stays.
     noise = singular_D[..., :1] * ((1 + D) * jnp.finfo(jnp.float32).eps)
     eigenvalues_D = jnp.square(centred_D) / jnp.maximum(rows - 1, 1)
     numerical_rank = jnp.sum(centred_D > noise, axis=-1)
@@ -220,25 +253,25 @@ def _measure(factor_XX: jax.Array, rows: jax.Array) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """What a set of features (n rows, D wide) uses of its dimensions.
+    """How many of their dimensions features use.
 
     Attributes:
-      rows: n.
-      width: D.
-      rankme: :func:`entropy_rank` of the singular values of the features, not centred, as RankMe is defined.
-      effective_rank: the same of the centred features.
-      stable_rank: sum of the covariance's eigenvalues over the largest.
-      numerical_rank: singular values of the centred features above rounding.
-      condition: largest over smallest singular value of the centred features; None below full numerical rank.
-      alpha_req: :func:`power_law`'s exponent of the covariance's eigenvalues; None if it cannot be fitted.
-      alpha_r2: of that fit.
-      alpha_range: the ranks it was fitted on, first and last.
+      rows: number of rows, n.
+      width: number of features, D.
+      rankme: :func:`entropy_rank` of the singular values of the features, which are not centred, as RankMe is defined.
+      effective_rank: :func:`entropy_rank` of the singular values of the centred features.
+      stable_rank: sum of the covariance's eigenvalues / the largest of them.
+      numerical_rank: number of singular values of the centred features above rounding.
+      condition: largest / smallest singular value of the centred features; None if the numerical rank is below D.
+      alpha_req: exponent of :func:`power_law` for the covariance's eigenvalues; None if it cannot be fitted.
+      alpha_r2: R^2 of this fit; None if it cannot be fitted.
+      alpha_range: the first and the last rank of this fit.
       off_diagonal: :func:`off_diagonal` of the covariance.
       mean_squared_correlation: see :func:`correlation`.
       mean_abs_correlation: see :func:`correlation`.
-      constant: features that are the same for all rows.
-      eigenvalues: of the covariance (over n - 1), decreasing, (D,).
-      warnings: what limits these numbers, in words.
+      constant: number of features that are equal in all rows.
+      eigenvalues: eigenvalues of the covariance (with n - 1), decreasing, (D,).
+      warnings: texts that say what limits these numbers.
     """
 
     rows: int
@@ -264,13 +297,19 @@ class Measures:
         return self.rows <= self.width
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON."""
+        """Returns the measures in the form of JSON."""
         plain = dataclasses.asdict(self) | {"rank_limited": self.rank_limited, "eigenvalues": self.eigenvalues.tolist()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 
 def rank_warning(rows: int, width: int, what: str = "rows") -> str | None:
-    """What to say where a spectrum of D values comes from no more than D rows, else None."""
+    """Returns a warning if there are no more rows than features, else None.
+
+    Args:
+      rows: number of rows.
+      width: number of features, D.
+      what: name of the rows in the warning.
+    """
     if rows > width:
         return None
     return (
@@ -280,11 +319,15 @@ def rank_warning(rows: int, width: int, what: str = "rows") -> str | None:
 
 
 def measures(factor_XX: jax.Array, rows: int) -> list[Measures]:
-    """The measures of each of M factors (M, 1 + D, 1 + D) of `rows` rows.
+    """Returns the measures of each of M sets of features.
+
+    Args:
+      factor_XX: factors (M, 1 + D, 1 + D) of the sets.
+      rows: number of rows in each set.
 
     Raises:
       NonFiniteError: a feature was NaN or infinite.
-      ValueError: there are no two rows.
+      ValueError: there are fewer than two rows.
     """
     if rows < 2:
         raise ValueError(f"a spectrum needs at least 2 rows of features, got {rows}")
@@ -292,7 +335,7 @@ def measures(factor_XX: jax.Array, rows: int) -> list[Measures]:
         found = {k: np.asarray(v) for k, v in jax.device_get(_measure(factor_XX, jnp.float32(rows))).items()}
     width = factor_XX.shape[-1] - 1
     if not np.isfinite(found["eigenvalues"]).all():
-        raise NonFiniteError("collapse: some of the features are NaN or infinite, their spectrum cannot be taken")
+        raise NonFiniteError("collapse: some of the features are NaN or infinite, so that they have no spectrum")
     warning = rank_warning(rows, width)
     out = []
     for i in range(factor_XX.shape[0]):
@@ -316,28 +359,36 @@ def measures(factor_XX: jax.Array, rows: int) -> list[Measures]:
     return out
 
 
-def of_features(x_nD: np.ndarray | jax.Array) -> Measures:
-    """The measures of features (n, D); errors as :func:`measures`."""
+def measure_features(x_nD: np.ndarray | jax.Array) -> Measures:
+    """Returns the measures of features (n, D).
+
+    Raises:
+      NonFiniteError: a feature is NaN or infinite.
+      ValueError: there are fewer than two rows.
+    """
     return measures(factor(x_nD)[None], len(x_nD))[0]
 
 
-def grow_classes(
+def add_classes(
     within_DD: jax.Array, between_XX: jax.Array, x_cqD: jax.Array, kept_c: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """LiDAR's two factors with more classes: views (..., c, q, D) of c images; the ones not `kept` add nothing.
+    """Adds the views of c images to LiDAR's two factors.
 
     Args:
-      within_DD: factor of the views minus their image's mean, (..., D, D).
-      between_XX: factor of the images' means :func:`with_ones`, (..., 1 + D, 1 + D).
-      x_cqD: features.
-      kept_c: 1 or 0 for each image.
+      within_DD: factor of the views minus the mean of their image, (..., D, D).
+      between_XX: factor of the images' means (:func:`with_ones`), (..., 1 + D, 1 + D).
+      x_cqD: features of the q views of each image, (..., c, q, D).
+      kept_c: 1 for an image to add, 0 for an image to leave out, (c,); None: all images are added.
+
+    Returns:
+      The two new factors.
     """
     x_cqD = x_cqD.astype(jnp.float32)
     kept_c = jnp.ones(x_cqD.shape[-3], jnp.float32) if kept_c is None else kept_c.astype(jnp.float32)
     mean_cD = jnp.mean(x_cqD, axis=-2)
     deviations = (x_cqD - mean_cD[..., None, :]) * kept_c[:, None, None]
     rows = deviations.reshape(*deviations.shape[:-3], -1, deviations.shape[-1])
-    return grow(within_DD, rows), grow(between_XX, with_ones(mean_cD, kept_c))
+    return add_rows(within_DD, rows), add_rows(between_XX, with_ones(mean_cD, kept_c))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,11 +396,11 @@ class Lidar:
     """LiDAR of one set of features.
 
     Attributes:
-      value: effective rank of the LDA matrix, 1 to min(D, classes - 1).
-      classes: images.
-      views: of each.
-      eigenvalues: of the LDA matrix, decreasing, (D,).
-      warnings: what limits it, in words.
+      value: effective rank of the LDA matrix, from 1 to min(D, classes - 1).
+      classes: number of images.
+      views: number of views per image.
+      eigenvalues: eigenvalues of the LDA matrix, decreasing, (D,).
+      warnings: texts that say what limits the value.
     """
 
     value: float
@@ -365,7 +416,7 @@ def _lidar(within_DD: jax.Array, between_XX: jax.Array, classes: jax.Array, view
     within_DD = within_DD / jnp.sqrt(classes * (views - 1))
     # Triangular T with T^T T = S_w + delta I, without squaring: S_w^-1/2 S_b S_w^-1/2 is similar to T^-T S_b T^-1.
     ridge_DD = jnp.broadcast_to(jnp.sqrt(delta) * jnp.eye(D), within_DD.shape)
-    triangle_DD = grow(within_DD, ridge_DD)
+    triangle_DD = add_rows(within_DD, ridge_DD)
     between_DD = between_XX[..., 1:, 1:] / jnp.sqrt(classes - 1)
     white_DD = jax.scipy.linalg.solve_triangular(triangle_DD, jnp.swapaxes(between_DD, -1, -2), trans="T")
     eigenvalues_D = jnp.square(jnp.linalg.svd(white_DD, compute_uv=False))
@@ -373,22 +424,22 @@ def _lidar(within_DD: jax.Array, between_XX: jax.Array, classes: jax.Array, view
 
 
 def lidar(within_MDD: jax.Array, between_MXX: jax.Array, classes: int, views: int, delta: float = DELTA) -> list[Lidar]:
-    """LiDAR of each of M pairs of factors that :func:`grow_classes` made.
+    """Returns LiDAR of each of M pairs of factors that :func:`add_classes` made.
 
-    Thilak et al. 2024 (arXiv 2312.04000): every image is a class of its own, its q augmented or corrupted views are
-    the samples. With the covariances S_b of the classes' means (over c - 1) and S_w of the views around them (over
-    c (q - 1)), plus delta I, it is :func:`entropy_rank` of the eigenvalues of S_w^-1/2 S_b S_w^-1/2: the directions
-    in which images differ by more than their views do.
+    Each image is a class, and its q augmented or corrupted views are the samples of the class (Thilak et al. 2024,
+    arXiv 2312.04000). S_b is the covariance of the classes' means (with c - 1), S_w the covariance of the views around
+    these means (with c (q - 1)) plus delta I. LiDAR is :func:`entropy_rank` of the eigenvalues of S_w^-1/2 S_b
+    S_w^-1/2: it counts the directions in which images differ more than views of one image.
 
     Args:
-      within_MDD: (M, D, D).
-      between_MXX: (M, 1 + D, 1 + D).
-      classes: c, at least 2.
-      views: q, at least 2.
-      delta: in units of the features' variance; positive.
+      within_MDD: factors of the views around their means, (M, D, D).
+      between_MXX: factors of the means, (M, 1 + D, 1 + D).
+      classes: number of images, c, at least 2.
+      views: number of views per image, q, at least 2.
+      delta: number added to the diagonal of S_w, in units of the features' variance; positive.
 
     Raises:
-      ValueError: fewer than two classes or views, or `delta` not positive.
+      ValueError: there are fewer than two classes or views, or `delta` is not positive.
       NonFiniteError: a feature was NaN or infinite.
     """
     if classes < 2 or views < 2 or not delta > 0:
@@ -403,6 +454,6 @@ def lidar(within_MDD: jax.Array, between_MXX: jax.Array, classes: int, views: in
     if classes * (views - 1) < width:
         warnings.append(
             f"{classes} images x {views} views leave the within-class covariance of {width} features singular: "
-            f"delta={delta:g} stands in for it"
+            f"delta={delta:g} takes its place"
         )
     return [Lidar(float(v), classes, views, e, tuple(warnings)) for v, e in zip(values, eigenvalues_MD, strict=True)]

@@ -27,7 +27,7 @@ from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
 from crate_jax.data.sources import digest
 from crate_jax.errors import ConfigError, DataError
-from crate_jax.evals.features import of_split
+from crate_jax.evals.features import encode_split
 from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.models import representation
@@ -244,7 +244,7 @@ def _cached(
     if stored is not None and not lacking:
         log.info("features from %s", path)
         return stored
-    out = of_split(apply, config, source, indices, mesh)
+    out = encode_split(apply, config, source, indices, mesh)
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")

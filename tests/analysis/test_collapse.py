@@ -64,7 +64,7 @@ def reference(x: np.ndarray) -> dict[str, float]:
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 def test_every_measure_equals_its_definition_in_float64(mean):
     x = with_spectrum(np.arange(1, 41) ** -1.5, mean=mean).astype(np.float32)
-    found = spectra.of_features(x)
+    found = spectra.measure_features(x)
     for name, value in reference(x).items():
         assert getattr(found, name) == pytest.approx(value, rel=2e-4), name
     np.testing.assert_allclose(found.eigenvalues, np.arange(1, 41) ** -1.5, rtol=2e-4)
@@ -73,9 +73,9 @@ def test_every_measure_equals_its_definition_in_float64(mean):
 
 def test_orthonormal_features_have_full_rank_and_copies_do_not():
     """RankMe of an identity spectrum is D, of r equal directions r, of one direction 1."""
-    assert spectra.of_features(orthonormal(200, 32)).rankme == pytest.approx(32, rel=1e-3)
+    assert spectra.measure_features(orthonormal(200, 32)).rankme == pytest.approx(32, rel=1e-3)
     for r in (1, 5, 17):
-        found = spectra.of_features(with_spectrum([1.0] * r + [0.0] * (32 - r)))
+        found = spectra.measure_features(with_spectrum([1.0] * r + [0.0] * (32 - r)))
         assert found.rankme == pytest.approx(r, rel=1e-3) and found.numerical_rank == r
         assert found.stable_rank == pytest.approx(r, rel=1e-4) and found.condition is None
 
@@ -83,7 +83,7 @@ def test_orthonormal_features_have_full_rank_and_copies_do_not():
 def test_small_directions_are_seen_in_float32():
     """Singular values of 1e-5: a float32 covariance would lose them, their squares being 1e-10 of the largest."""
     singular = np.array([1.0, 1e-2, 1e-4, 1e-5])
-    found = spectra.of_features(with_spectrum(singular**2, n=300))
+    found = spectra.measure_features(with_spectrum(singular**2, n=300))
     np.testing.assert_allclose(np.sqrt(found.eigenvalues), singular, rtol=2e-2)
     assert found.condition == pytest.approx(1e5, rel=2e-2)
 
@@ -91,7 +91,7 @@ def test_small_directions_are_seen_in_float32():
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize(("width", "ranks"), [(128, (11, 100)), (40, (11, 40)), (16, (1, 16))])
 def test_the_exponent_of_a_power_law_is_recovered(alpha, width, ranks):
-    found = spectra.of_features(with_spectrum(np.arange(1.0, width + 1) ** -alpha))
+    found = spectra.measure_features(with_spectrum(np.arange(1.0, width + 1) ** -alpha))
     assert found.alpha_req == pytest.approx(alpha, rel=1e-3)
     assert found.alpha_r2 == pytest.approx(1, abs=1e-3) and found.alpha_range == ranks
 
@@ -107,16 +107,16 @@ def test_the_power_law_is_fitted_only_where_it_is_asked_to():
     bent = np.exp(-rank / 20)  # on no line: what is found depends on the weights, 1 / rank
     line = np.polyfit(np.log(rank[10:]), np.log(bent[10:]), 1, w=rank[10:] ** -0.5)
     assert float(spectra.power_law(jnp.asarray(bent, jnp.float32), 11, 60)[0]) == pytest.approx(-line[0], rel=1e-4)
-    found = spectra.of_features(with_spectrum([*np.arange(1.0, 31) ** -1.0, *[0.0] * 10]))
+    found = spectra.measure_features(with_spectrum([*np.arange(1.0, 31) ** -1.0, *[0.0] * 10]))
     assert found.alpha_range == (11, 30) and found.alpha_req == pytest.approx(1, rel=1e-3)
 
 
 def test_off_diagonal_mass_by_hand():
     """[[2, 1], [1, 3]]: 2 / (4 + 9 + 2); nothing for white features; 1 - 1/D for D copies of one."""
     assert float(spectra.off_diagonal(jnp.array([[2.0, 1.0], [1.0, 3.0]]))) == pytest.approx(2 / 15)
-    white = spectra.of_features(orthonormal(300, 12))
+    white = spectra.measure_features(orthonormal(300, 12))
     assert white.off_diagonal < 1e-10 and white.mean_abs_correlation < 1e-5
-    copies = spectra.of_features(np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 8, axis=1))
+    copies = spectra.measure_features(np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 8, axis=1))
     assert copies.off_diagonal == pytest.approx(1 - 1 / 8, rel=1e-4)
     assert copies.mean_abs_correlation == pytest.approx(1, rel=1e-4)
 
@@ -124,42 +124,42 @@ def test_off_diagonal_mass_by_hand():
 def test_rotation_and_scale_change_no_rank():
     x = with_spectrum(np.arange(1, 31) ** -1.2, mean=0.1)
     turn = np.linalg.qr(np.random.default_rng(5).normal(size=(30, 30)))[0]
-    before = spectra.of_features(x)
+    before = spectra.measure_features(x)
     for other in (x @ turn, 1e-4 * x, 1e4 * x):
-        after = spectra.of_features(other)
+        after = spectra.measure_features(other)
         for name in ("rankme", "effective_rank", "stable_rank", "alpha_req", "condition"):
             assert getattr(after, name) == pytest.approx(getattr(before, name), rel=1e-3), name
     for scaled in (1e-4 * x, 1e4 * x):  # these two depend on the axes, but not on the scale
-        found = spectra.of_features(scaled)
+        found = spectra.measure_features(scaled)
         assert found.off_diagonal == pytest.approx(before.off_diagonal, rel=1e-3)
         assert found.mean_abs_correlation == pytest.approx(before.mean_abs_correlation, rel=1e-3)
-    shifted = spectra.of_features(x + 2.0)
+    shifted = spectra.measure_features(x + 2.0)
     assert shifted.effective_rank == pytest.approx(before.effective_rank, rel=1e-3)
     assert shifted.rankme < before.rankme  # RankMe does not centre: a common mean is one dimension more than others
 
 
 def test_no_more_rows_than_features_is_said(caplog):
     x = np.random.default_rng(0).normal(size=(20, 32))
-    found = spectra.of_features(x)
+    found = spectra.measure_features(x)
     assert found.rank_limited and found.numerical_rank == 19 and found.to_dict()["rank_limited"] is True
     assert "20 rows for 32 features" in found.warnings[0] and "use more than 32" in found.warnings[0]
     assert found.rankme <= 20
     with caplog.at_level(logging.WARNING):
         scores = collapse_scores(x)
     assert scores["rankme_limit"] == 20 and "20 rows for 32 features" in caplog.text
-    assert not spectra.of_features(np.random.default_rng(0).normal(size=(33, 32))).rank_limited
+    assert not spectra.measure_features(np.random.default_rng(0).normal(size=(33, 32))).rank_limited
 
 
 def test_constant_features_give_no_nan_and_are_counted():
     x = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
     dead = np.concatenate([x, np.full((100, 2), 3.7, np.float32)], axis=1)
-    found = spectra.of_features(dead)
+    found = spectra.measure_features(dead)
     assert found.constant == 2 and found.numerical_rank == 6 and "2 of 8 features are constant" in found.warnings[0]
-    alive = spectra.of_features(x)
+    alive = spectra.measure_features(x)
     for name in ("effective_rank", "off_diagonal", "mean_abs_correlation"):
         assert getattr(found, name) == pytest.approx(getattr(alive, name), rel=1e-3), name
     for value in (0.0, 5.0):
-        found = spectra.of_features(np.full((50, 4), value))
+        found = spectra.measure_features(np.full((50, 4), value))
         assert found.rankme == pytest.approx(1, abs=1e-3) and found.numerical_rank == 0 and found.alpha_req is None
         json.dumps(found.to_dict(), allow_nan=False)
 
@@ -168,18 +168,18 @@ def test_broken_features_and_too_few_rows_are_refused():
     x = np.ones((10, 3), np.float32)
     x[4, 1] = np.nan
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        spectra.of_features(x)
+        spectra.measure_features(x)
     with pytest.raises(ValueError, match="at least 2 rows"):
-        spectra.of_features(np.ones((1, 3)))
+        spectra.measure_features(np.ones((1, 3)))
 
 
 def test_pieces_of_any_size_give_the_same_factor(monkeypatch):
     """Streaming, filled-up last pieces and merged parts: one set of measures."""
     x = with_spectrum(np.arange(1, 21) ** -1.0, n=101, mean=1.0).astype(np.float32)
-    whole = spectra.of_features(x)
+    whole = spectra.measure_features(x)
     monkeypatch.setattr(spectra, "CHUNK", 17)
     parts = spectra.merge(jnp.stack([spectra.factor(x[:30]), spectra.factor(x[30:])]))
-    for found in (spectra.of_features(x), spectra.measures(parts[None], len(x))[0]):
+    for found in (spectra.measure_features(x), spectra.measures(parts[None], len(x))[0]):
         np.testing.assert_allclose(found.eigenvalues, whole.eigenvalues, rtol=1e-4)
         assert found.rankme == pytest.approx(whole.rankme, rel=1e-4)
 
@@ -221,7 +221,8 @@ def clusters(between, within, classes: int = 60, views: int = 8, seed: int = 0) 
 
 def lidar_of(x_cqD: np.ndarray, delta: float = spectra.DELTA) -> spectra.Lidar:
     c, q, D = x_cqD.shape
-    state = spectra.grow_classes(spectra.empty(D, 1), spectra.empty(1 + D, 1), jnp.asarray(x_cqD, jnp.float32)[None])
+    empty = spectra.empty_factor(D, 1), spectra.empty_factor(1 + D, 1)
+    state = spectra.add_classes(*empty, jnp.asarray(x_cqD, jnp.float32)[None])
     return spectra.lidar(*state, classes=c, views=q, delta=delta)[0]
 
 

@@ -54,8 +54,8 @@ def results(workdir: Path) -> list[dict]:
 
 def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, monkeypatch):
     calls = []
-    of_split = job.of_split
-    monkeypatch.setattr(job, "of_split", lambda *args: calls.append(1) or of_split(*args))
+    encode_split = job.encode_split
+    monkeypatch.setattr(job, "encode_split", lambda *args: calls.append(1) or encode_split(*args))
     first = job.run(configured("protocol=knn", pretraining), str(tmp_path))
     computed = len(calls)
     second = job.run(configured("protocol=logreg", pretraining), str(tmp_path))

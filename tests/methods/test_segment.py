@@ -318,10 +318,10 @@ def test_scores_equal_scikit_learn():
         segmentation.segmentation_scores(np.zeros((2, 2), int))
 
 
-@pytest.mark.parametrize("most_counted", [1, 2**31 - 1])
-def test_evaluation_counts_every_pixel_once(folder, monkeypatch, most_counted):
+@pytest.mark.parametrize("max_counted", [1, 2**31 - 1])
+def test_evaluation_counts_every_pixel_once(folder, monkeypatch, max_counted):
     """On eight devices, with a last batch that is filled up, and with the device emptied after each batch."""
-    monkeypatch.setattr(segmentation, "MOST_COUNTED", most_counted)
+    monkeypatch.setattr(segmentation, "MAX_COUNTED", max_counted)
     c = small(folder, evaluation__batch_size=8)
     source, test = data.open_split(c, "train"), data.open_split(c, "eval")
 

@@ -169,11 +169,11 @@ def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[
         return apply(params, images_uint8, corruptions.Identity())
 
     def grow(factor_LXX: jax.Array, x_LnD: jax.Array, kept_B: jax.Array) -> jax.Array:
-        return spectra.grow(factor_LXX, spectra.with_ones(x_LnD, jnp.repeat(kept_B, tokens)))
+        return spectra.add_rows(factor_LXX, spectra.with_ones(x_LnD, jnp.repeat(kept_B, tokens)))
 
     indices = np.sort(sample(len(source), images, config.seed))
     size = _batch_size(subject, len(indices))
-    state = spectra.empty(1 + _width(config, rows), len(names))
+    state = spectra.empty_factor(1 + _width(config, rows), len(names))
     factor_LXX, count = _stream(subject, encode, grow, state, _plain_batches(config, source, indices, size), size)
     found = spectra.measures(factor_LXX, count * tokens)
     for warning in found[-1].warnings:
@@ -238,12 +238,12 @@ def measure_lidar(
         return x_LnD.reshape(len(x_LnD), -1, views, x_LnD.shape[-1])
 
     def grow(state: tuple[jax.Array, jax.Array], x_LBqD: jax.Array, kept_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return spectra.grow_classes(*state, x_LBqD, kept_B)
+        return spectra.add_classes(*state, x_LBqD, kept_B)
 
     indices = np.sort(sample(len(source), images, config.seed))
     size = _batch_size(subject, len(indices), views)
     width = _width(config, "pooled")
-    state = spectra.empty(width, len(names)), spectra.empty(1 + width, len(names))
+    state = spectra.empty_factor(width, len(names)), spectra.empty_factor(1 + width, len(names))
     if draw == "corruption":
         batches = _plain_batches(config, source, indices, size)
     else:
