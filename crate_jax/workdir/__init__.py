@@ -1,1 +1,1 @@
-"""The folder of a run: lock, checkpoints, checksums, metrics, pictures. Only this room writes there."""
+"""The folder of a run: lock, checkpoints, checksums, metrics, pictures. Only this room writes to it."""

@@ -1,14 +1,15 @@
-"""Checkpoints: saved in the background, verified when read, the one before used if the newest is damaged.
+"""Checkpoints are saved in the background and verified when read; if the newest is damaged, an older one is used.
 
-A checkpoint is the folder ``workdir/checkpoints/STEP``, written by Orbax under a temporary name and renamed when it is
-complete (what is in it: `crate_jax.workdir.checkpoint_files`). Orbax does not notice flipped bytes in array data, and
-deletes old checkpoints file by file; so nothing that is read is used before its checksum was compared.
+A checkpoint is the folder ``workdir/checkpoints/STEP`` (`crate_jax.workdir.checkpoint_files` says what it holds). Orbax
+writes it under a temporary name and renames it when it is complete. Orbax does not notice flipped bytes in array data,
+and it deletes old checkpoints file by file; so we compare checksums before we use what was read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.experimental import multihost_utils
 
 from crate_jax.errors import CheckpointError
@@ -29,17 +29,26 @@ from crate_jax.parallel.parameters import names
 from crate_jax.workdir import checkpoint_files as files
 from crate_jax.workdir.folder import check_free_space, expanduser
 
+log = logging.getLogger(__name__)
+
 PyTree = Any
 
 FOLDER = "checkpoints"
-REMOVE_SECONDS = 10.0  # for the remains of a save that failed
-AVERAGES = "ema/"  # where `rest` holds the moving average of the parameters
-DAMAGED = "damaged"  # where unusable checkpoints newer than the one used are moved to
+REMOVE_SECONDS = 10.0  # time to remove the files of a save that failed
+AVERAGES = "ema/"  # how the names of the parameters' moving averages begin in `rest`
+DAMAGED = "damaged"  # the folder to which unusable checkpoints are moved that are newer than the one used
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint: arrays placed as the abstract trees asked, `meta` with what `save` added to it."""
+    """A verified checkpoint.
+
+    Attributes:
+      step: optimiser steps done.
+      params: the parameters, placed as the abstract tree says.
+      rest: the rest of the state, placed as the abstract tree says.
+      meta: the meta that was saved, with the keys that `save` added.
+    """
 
     step: int
     params: PyTree
@@ -52,7 +61,7 @@ class Checkpoints:
 
     Args:
       workdir: the run's folder; the caller holds its lock (`crate_jax.workdir.folder.lock`).
-      keep: how many checkpoints stay; an older one is deleted only when a newer one is complete.
+      keep: number of checkpoints to keep; an older one is deleted only when a newer one is complete.
 
     Raises:
       CheckpointError: the folder cannot be created.
@@ -65,7 +74,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
-            _barrier("unfinished checkpoints removed")
+            distributed.barrier("unfinished checkpoints removed")
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_names=(*files.ITEMS, files.META),
@@ -75,31 +84,31 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: cannot be used for checkpoints ({e.strerror})") from None
 
     def latest(self) -> int | None:
-        """Returns the newest step on disk, verified or not; None if there is none."""
+        """Returns the step of the newest checkpoint on disk, verified or not; None if there is none."""
         return max(files.steps(self.folder), default=None)
 
     def save(self, step: int, params: PyTree, rest: PyTree, meta: Mapping[str, Any]) -> None:
-        """Starts saving; returns once the arrays are copied, so that their buffers may be donated at once.
+        """Starts to save and returns when the arrays are copied, so that their buffers may be donated at once.
 
-        A step that is already on disk is left as it is.
+        If a checkpoint of this step is on disk, nothing is done.
 
         Args:
           step: optimiser steps done.
           params: nested dictionaries of arrays.
           rest: any tree of arrays, typed keys and numbers.
-          meta: JSON-like; must hold the config under 'config'. 'step', 'versions' and 'arrays' are added.
+          meta: a JSON-like mapping with the config under 'config'. 'step', 'versions' and 'arrays' are added.
 
         Raises:
-          CheckpointError: this save, or the one before it, could not be written; those completed earlier are intact.
+          CheckpointError: this save, or the one before it, could not be written; earlier checkpoints are intact.
         """
         self.wait()
-        if distributed.largest(int(step in files.steps(self.folder))):  # one host may see it before another
+        if distributed.largest(int(step in files.steps(self.folder))):  # one host may see the folder before another
             return
         arrays = {"params": _arrays(params), "rest": _arrays(rest)}
         leaves = [x for item in arrays.values() for x in item.values()]
-        # 4 KiB per array and 1 MiB in all: Orbax's own files and the file system's blocks.
+        # 4 KiB per array and 1 MiB once are for Orbax's own files and the file system's blocks.
         needed = sum(x.nbytes for x in leaves) + 4096 * len(leaves) + 2**20
-        distributed.by_first(lambda: check_free_space(self.folder, needed))  # all stop, or none
+        distributed.by_first(lambda: check_free_space(self.folder, needed))  # it raises in all processes or in none
         trees = {item: files.storable(x) for item, x in arrays.items()}
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in trees.items() if tree}
         items[files.META] = ocp.args.JsonSave(files.make_meta(step, meta, arrays))
@@ -110,26 +119,28 @@ class Checkpoints:
             raise self._save_failed(e) from e
         if not saved:
             raise CheckpointError(
-                f"checkpoint of step {step}: {self.folder} holds a later one, {self.latest()}; choose another --workdir"
+                f"checkpoint of step {step}: {self.folder} holds a later one, of step {self.latest()}; choose "
+                "another --workdir"
             )
 
     def restore(self, abstract_params: PyTree, abstract_rest: PyTree, config: Mapping[str, Any]) -> Restored | None:
         """Reads the newest usable checkpoint.
 
-        Unusable ones are named in the log; those newer than the one used are moved to ``checkpoints/damaged``, so
-        that the run can save these steps again.
+        The log names unusable checkpoints; those newer than the one used are moved to ``checkpoints/damaged``, so that
+        the run can save these steps again.
 
         Args:
-          abstract_params: tree of `jax.ShapeDtypeStruct` (or arrays); their shardings say where to place what is read.
-          abstract_rest: the same for `rest`.
+          abstract_params: a tree of `jax.ShapeDtypeStruct` (or arrays), like the parameters; their shardings say where
+            to place the arrays that are read.
+          abstract_rest: such a tree, like the rest of the state.
           config: the present configuration.
 
         Returns:
-          the checkpoint, or None if the folder holds none at all.
+          The checkpoint, or None if the folder holds no checkpoint.
 
         Raises:
-          CheckpointError: checkpoints exist and none is usable, or the newest with a readable meta holds other arrays
-            than the state of `config`.
+          CheckpointError: checkpoints exist but none is usable, or the newest one with a readable meta does not hold
+            the arrays that `config` needs.
         """
         self.wait()
         wanted = {"params": _targets(abstract_params), "rest": _targets(abstract_rest)}
@@ -138,7 +149,7 @@ class Checkpoints:
             folder = self.folder / str(step)
             try:
                 meta = files.read_meta(folder)
-                named = {item: files.as_named(meta, item, targets) for item, targets in wanted.items()}
+                named = {item: files.with_saved_names(meta, item, targets) for item, targets in wanted.items()}
                 files.require_fit(folder, meta, named, config)
                 read = {item: files.read_arrays(folder, meta, item, targets) for item, targets in named.items()}
             except files.DamagedError as e:
@@ -147,7 +158,7 @@ class Checkpoints:
             self._set_aside(problems)
             changed = files.changes(meta, config)
             if changed:
-                logging.warning("resuming step %d with a changed config: %s", step, "; ".join(changed))
+                log.warning("resuming step %d with a changed config: %s", step, "; ".join(changed))
             params = jax.tree.unflatten(jax.tree.structure(abstract_params), read["params"].values())
             rest = jax.tree.unflatten(jax.tree.structure(abstract_rest), read["rest"].values())
             return Restored(step, params, rest, meta)
@@ -156,7 +167,7 @@ class Checkpoints:
         return None
 
     def _candidates(self) -> Iterator[int]:
-        """The steps on disk, newest first; one that any process sees, all go through."""
+        """Yields the steps on disk, newest first; every process yields a step that any process sees."""
         step = -1
         while (step := distributed.largest(max(self._steps(below=step), default=-1))) >= 0:
             yield step
@@ -168,7 +179,7 @@ class Checkpoints:
         """Waits for the running save.
 
         Raises:
-          CheckpointError: that save could not be written.
+          CheckpointError: this save could not be written.
         """
         if self._saving is None:
             return
@@ -179,7 +190,11 @@ class Checkpoints:
         self._saving = None
 
     def close(self) -> None:
-        """Waits for the running save and ends the background threads; raises as `wait` does."""
+        """Waits for the running save and ends the background threads.
+
+        Raises:
+          CheckpointError: this save could not be written.
+        """
         try:
             self.wait()
         finally:
@@ -187,7 +202,7 @@ class Checkpoints:
 
     def _save_failed(self, e: Exception) -> CheckpointError:
         step, self._saving = self._saving, None
-        self._remove_unfinished()  # a full disk has its room back
+        self._remove_unfinished()  # this frees space on a full disk
         self._manager.reload()
         return CheckpointError(
             f"checkpoint of step {step} could not be written to {self.folder}: {files.one_line(e)}; "
@@ -195,9 +210,9 @@ class Checkpoints:
         )
 
     def _remove_unfinished(self) -> None:
-        # Not left to Orbax, which does it in the background: a save starts by measuring the free space.
-        if jax.process_index() == 0:
-            # Its threads may still be writing other files of the step that failed.
+        # Orbax would do it in the background, too late: a save first measures the free space.
+        if distributed.first():
+            # Threads of Orbax may still be writing other files of the step that failed.
             deadline = time.monotonic() + REMOVE_SECONDS
             while (left := list(self.folder.glob("*.orbax-checkpoint-tmp*"))) and time.monotonic() < deadline:
                 for path in left:
@@ -206,7 +221,7 @@ class Checkpoints:
                     time.sleep(0.1)
 
     def _set_aside(self, steps: Iterable[int]) -> None:
-        if jax.process_index() == 0:
+        if distributed.first():
             for step in steps:
                 (self.folder / DAMAGED).mkdir(exist_ok=True)
                 target = self.folder / DAMAGED / str(step)
@@ -215,14 +230,9 @@ class Checkpoints:
                     copy += 1
                     target = target.with_name(f"{step}.{copy}")
                 (self.folder / str(step)).rename(target)
-                logging.warning("moved the unusable checkpoint of step %d to %s", step, target)
-        _barrier("damaged checkpoints set aside")
+                log.warning("moved the unusable checkpoint of step %d to %s", step, target)
+        distributed.barrier("damaged checkpoints set aside")
         self._manager.reload()
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _arrays(tree: PyTree) -> dict[str, jax.Array]:
@@ -238,8 +248,8 @@ def _targets(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _warn_unusable(step: int, folder: Path, e: files.DamagedError) -> str:
-    if e.told:
-        logging.warning("checkpoint of step %d (%s) cannot be used: %s", step, folder, e)
+    if e.logged_here:
+        log.warning("checkpoint of step %d (%s) cannot be used: %s", step, folder, e)
     return str(e)
 
 
@@ -255,14 +265,15 @@ def read_params(
 
     Args:
       workdir: the run's folder, or its ``checkpoints`` folder. Nothing in it is changed.
-      step: which checkpoint; None: the newest usable one.
-      judged: those that evaluations use instead: a target network, moving averages, as the run's method says.
+      step: the checkpoint's step; None: the newest usable checkpoint.
+      judged: whether to read the parameters that evaluations use, which the run's method chooses: for example a target
+        network or moving averages.
 
     Returns:
-      nested dictionaries of NumPy arrays, and the checkpoint's meta.
+      Nested dictionaries of NumPy arrays, and the checkpoint's meta.
 
     Raises:
-      CheckpointError: no such folder or step, no checkpoint in it, or none that is usable.
+      CheckpointError: there is no such folder or step, or the folder holds no usable checkpoint.
     """
     files.quiet_orbax()
     folder = expanduser(workdir).absolute()
@@ -288,11 +299,11 @@ def read_params(
 
 
 def _read_params(folder: Path, meta: dict[str, Any], judged: bool) -> dict[str, Any]:
-    """The parameters by name, or those that evaluations use."""
+    """Reads the parameters, or those that evaluations use, by name."""
     if not judged:
         return files.read_arrays(folder, meta, "params", files.host_targets(meta, "params"))
     places = meta.get("judged")
-    if places is None:  # of a version whose methods carried nothing
+    if places is None:  # a version saved it whose methods carried no state
         averages = [name for name in meta["arrays"]["rest"] if name.startswith(AVERAGES)]
         places = {name.removeprefix(AVERAGES): f"rest/{name}" for name in averages}
         places = places or {name: f"params/{name}" for name in meta["arrays"]["params"]}
@@ -305,10 +316,13 @@ def _read_params(folder: Path, meta: dict[str, Any], judged: bool) -> dict[str, 
 
 
 def params_sha256(params: PyTree) -> str:
-    """Hashes names, dtypes, shapes and bytes of all arrays, in the order of their names.
+    """Hashes names, dtypes, shapes and bytes of all arrays, in the order of their names, to 64 hexadecimal digits.
 
-    However they lie on devices. Arrays of which other processes hold a part are gathered one at a time; all processes
-    must call it then.
+    The hash does not depend on how the arrays lie on devices. If other processes hold parts of an array, all processes
+    must call this function: it gathers such arrays one at a time.
+
+    >>> params_sha256({"b": np.zeros(2)}) == params_sha256({"b": jnp.zeros(2, np.float32)})  # float64 and float32
+    False
     """
     digest = hashlib.sha256()
     for name, x in sorted(names(params).items()):

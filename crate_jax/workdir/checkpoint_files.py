@@ -1,8 +1,8 @@
 """One checkpoint on disk: its names, its meta, and how its arrays are read and verified.
 
-The folder of a step holds the items ``params`` and ``rest`` (arrays, in nested dictionaries whose keys spell the names
-of the state's tree, so that they can be read without the code that made them) and ``meta``: JSON with the config, the
-versions, and shape, dtype and checksum of every array, under a digest of its own.
+The folder of a step holds the items ``params`` and ``rest``: arrays in nested dictionaries, whose keys are the names in
+the state's tree, so that they can be read without the code that saved them. The item ``meta`` is JSON with the config,
+the versions, and the shape, dtype and checksum of every array; a digest protects it.
 """
 
 from __future__ import annotations
@@ -35,38 +35,40 @@ from crate_jax.workdir.checksum import checksums
 ITEMS = ("params", "rest")
 META = "meta"
 VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-IGNORED_CHANGES = ("log.", "save.", "evaluation.", "mesh.")  # config keys that do not touch the training state
+IGNORED_CHANGES = ("log.", "save.", "evaluation.", "mesh.")  # config keys that do not change the training state
 
 
 class DamagedError(Exception):
     """What was read is not what was written.
 
     Attributes:
-      told: whether this process is one to say so: process 0, and the first one that noticed.
+      logged_here: whether this process logs it: process 0 does, and the first process that noticed it.
     """
 
-    def __init__(self, message: str, told: bool = True) -> None:
+    def __init__(self, message: str, logged_here: bool = True) -> None:
         super().__init__(message)
-        self.told = told
+        self.logged_here = logged_here
 
 
 def agree(problem: str) -> None:
-    """Makes what one process cannot use damaged for all, so that all go on to the same checkpoint.
+    """Raises in all processes if one of them has a problem, so that all continue with the same checkpoint.
+
+    All processes must call it.
 
     Args:
-      problem: this process's; empty: it has none. All processes must call it.
+      problem: this process's problem; '': it has none.
 
     Raises:
-      DamagedError: some process has a problem.
+      DamagedError: a process has a problem.
     """
-    me, everyone = jax.process_index(), distributed.processes()
+    me, everyone = distributed.process(), distributed.processes()
     first = -distributed.largest(-(me if problem else everyone))
     if first < everyone:
-        raise DamagedError(problem or f"process {first} cannot read it, see its log", told=me in (0, first))
+        raise DamagedError(problem or f"process {first} cannot read it, see its log", logged_here=me in (0, first))
 
 
 def steps(folder: Path) -> list[int]:
-    """Returns the steps that `folder` holds a complete checkpoint of, damaged or not, newest first."""
+    """Returns the steps whose complete checkpoints, damaged or not, are in `folder`, newest first."""
     if not folder.is_dir():
         return []
     return sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)
@@ -89,16 +91,24 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def storable(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dictionaries of one item; Orbax refuses arrays of size 0, so they stay in the meta alone."""
+    """Returns the nested dictionaries of one item, without arrays of size 0.
+
+    Orbax refuses these arrays; only the meta holds them.
+    """
     return nest({name: x for name, x in arrays.items() if x.size})
 
 
 def make_meta(step: int, meta: Mapping[str, Any], arrays: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, Any]:
-    """Returns `meta` with 'step', 'versions' and 'arrays' added, under a digest, as JSON gives it back.
+    """Returns `meta` with 'step', 'versions' and 'arrays' added and with a digest, as JSON that was written and read.
+
+    Args:
+      step: optimiser steps done.
+      meta: a JSON-like mapping with the config under 'config'.
+      arrays: the arrays of each item, by name.
 
     Raises:
-      ValueError: `meta` has no 'config', which a later restore compares with its own.
-      TypeError: a value that is not JSON and not a ConfigDict.
+      ValueError: `meta` has no 'config', which a later restore compares with its own config.
+      TypeError: a value is neither JSON nor a ConfigDict.
     """
     if "config" not in meta:
         raise ValueError("checkpoint meta: the key 'config' is missing")
@@ -116,7 +126,7 @@ def _versions() -> dict[str, str]:
     for name in VERSIONS_OF:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        except importlib.metadata.PackageNotFoundError:  # this is a checkout that is not installed
             found[name] = "unknown"
     return found
 
@@ -139,7 +149,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Reads and verifies the meta of the checkpoint in `folder`; all processes must call it.
 
     Raises:
-      DamagedError: it is missing or is not what was written.
+      DamagedError: the meta is missing or is not what was written.
     """
     path = folder / META / "metadata"
     stored: Any = None
@@ -150,7 +160,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if not whole or _digest(stored["body"]) != stored["sha256"]:
             problem = f"{path.relative_to(folder)} is not what was saved (wrong checksum)"
         elif not _is_complete(stored["body"]):
-            problem = f"{path.relative_to(folder)} is not as this version writes it: of another one?"
+            problem = (
+                f"{path.relative_to(folder)} is not in the format of this version; another version may have written it"
+            )
     except OSError as e:
         problem = f"{path.relative_to(folder)}: {e.strerror}"
     except ValueError:
@@ -160,7 +172,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _is_complete(body: Any) -> bool:
-    """Whether a meta has what is read of it: the step, the config, and shape, type and checksum of every array."""
+    """Returns whether a meta has the entries that are read: step, config, and each array's shape, dtype, checksum."""
     kinds = {"step": int, "config": dict, "arrays": dict}
     if not isinstance(body, dict) or not all(isinstance(body.get(key), kind) for key, kind in kinds.items()):
         return False
@@ -178,40 +190,45 @@ def _is_entry(entry: Any) -> bool:
 
 
 def host_targets(meta: Mapping[str, Any], item: str) -> dict[str, np.ndarray]:
-    """Returns NumPy targets for `read_arrays`, from the shapes and dtypes that the meta names."""
+    """Returns NumPy targets for `read_arrays`, with the shapes and dtypes in the meta.
+
+    Raises:
+      DamagedError: the meta has an impossible shape or dtype.
+    """
     try:
         return {name: np.empty(e["shape"], jnp.dtype(e["dtype"])) for name, e in meta["arrays"][item].items()}
-    except (TypeError, ValueError) as e:  # no such type, or a size beyond what an array can have
-        raise DamagedError(f"{META}: {item} holds an array that cannot be ({one_line(e)})") from None
+    except (TypeError, ValueError) as e:  # there is no such dtype, or the size is too large for an array
+        raise DamagedError(f"{META}: {item} holds an impossible array ({one_line(e)})") from None
 
 
 def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mapping[str, Any]) -> dict[str, Any]:
     """Reads and verifies all arrays of one item; all processes must call it.
 
     Args:
-      folder: of the checkpoint.
-      meta: from `read_meta`.
+      folder: the checkpoint's folder.
+      meta: the result of `read_meta`.
       item: 'params' or 'rest'.
-      targets: by name, `jax.ShapeDtypeStruct` with a sharding, or NumPy arrays for arrays on the host.
+      targets: for each name a `jax.ShapeDtypeStruct` with a sharding, or a NumPy array if the array shall be read to
+        the host.
 
     Returns:
-      the arrays in the order of `targets`.
+      The arrays by name, in the order of `targets`.
 
     Raises:
-      DamagedError: something is missing or is not what was written.
+      DamagedError: an array is missing or is not what was written.
     """
     read: dict[str, Any] = {}
     stored = storable(targets)
     if stored:
         problem = ""
         try:
-            # Not through a Checkpointer, which lets processes that could read wait for one that could not.
+            # A Checkpointer would not do: if one process cannot read, the others wait for it.
             with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
                 read = names(handler.restore(epath.Path(folder / item), args=ocp.args.StandardRestore(stored)))
         except Exception as e:  # Orbax and TensorStore raise anything, bare Exception included
             there = (folder / item).is_dir()
             problem = f"{item} cannot be read ({one_line(e)})" if there else f"{item} is missing"
-        agree(problem)  # before checksums, which all processes take together
+        agree(problem)  # before the checksums, which all processes compute together
     lacking = ""
     for name, target in targets.items():
         if not target.size:
@@ -222,7 +239,7 @@ def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mappi
     read = {name: read[name] for name in targets}
     entries = meta["arrays"][item]
     wrong = [name for name, value in checksums(read).items() if value != entries[name]["checksum"]]
-    # What lies whole in each process was read by each: the sums need not be the same.
+    # Each process has read its own copy of a replicated array, so the processes may find different sums.
     agree(f"{item}: the content of {some(wrong, ', ')} is not what was saved (wrong checksum)" if wrong else "")
     return read
 
@@ -233,10 +250,10 @@ def _empty(target: Any) -> Any:
     return jnp.zeros(target.shape, target.dtype, device=target.sharding)
 
 
-def as_named(meta: Mapping[str, Any], item: str, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """The targets of an item under the names that the checkpoint has for them, in the same order.
+def with_saved_names(meta: Mapping[str, Any], item: str, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the targets of an item, in the same order, under the names that the checkpoint uses.
 
-    Up to version 0.1 the state of the penalty was saved as ``objective``.
+    Version 0.1 and earlier saved the state of the penalty as ``objective``.
     """
     renamed = item == "rest" and any(name.startswith("objective/") for name in meta["arrays"][item])
     old = {name: re.sub("^penalty/", "objective/", name) if renamed else name for name in targets}
@@ -249,13 +266,13 @@ def require_fit(
     """Checks that the checkpoint holds exactly the arrays of the present configuration.
 
     Args:
-      folder: of the checkpoint, for the message.
-      meta: from `read_meta`.
-      wanted: shapes and dtypes by name, per item.
+      folder: the checkpoint's folder, for the message.
+      meta: the result of `read_meta`.
+      wanted: for each item, arrays with the present shapes and dtypes, by name.
       config: the present configuration.
 
     Raises:
-      CheckpointError: names the config keys that changed, then the first arrays that differ.
+      CheckpointError: an array differs; the message names the config keys that changed, then the first such arrays.
     """
     wrong = []
     for item, targets in wanted.items():
@@ -282,21 +299,27 @@ def _show(entry: Mapping[str, Any]) -> str:
 
 
 def changes(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Lists ``"key: old -> new"`` for every key that differs, except those that do not touch the training state."""
+    """Lists ``"key: old -> new"`` for every changed key, except keys that do not change the training state."""
     return [line for line in changed_keys(meta["config"], config) if not line.startswith(IGNORED_CHANGES)]
 
 
 def one_line(e: BaseException) -> str:
-    """Returns what `e` says in one line, without TensorStore's long description of the array."""
+    """Returns the type and the text of `e` in one line, without TensorStore's long description of the array.
+
+    >>> one_line(ValueError("damaged   file"))
+    'ValueError: damaged file'
+    """
     text = " ".join(str(e).split())
     for spec in (" [tensorstore_spec", " See full TensorStore details"):
         text = text.partition(spec)[0]
     if len(text) > 500:
-        text = f"{text[:150]} ... {text[-300:]}"  # TensorStore says the cause last
+        text = f"{text[:150]} ... {text[-300:]}"  # TensorStore names the cause last
     return f"{type(e).__name__}: {text}"
 
 
 class _NotOrbax(logging.Filter):
+    """Lets a record through if neither Orbax nor asyncio on behalf of Orbax made it."""
+
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name == "asyncio":
             text = record.getMessage()
@@ -305,18 +328,18 @@ class _NotOrbax(logging.Filter):
 
 
 _ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
-_ITS_FILES = ("tensorstore", "orbax-checkpoint", _ORBAX)  # one of which an error about them names
+_ITS_FILES = ("tensorstore", "orbax-checkpoint", _ORBAX)  # an error about Orbax's files names one of these
 _FILTER = _NotOrbax()
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's own words out of the log and off the terminal; what it raises, we say in one line.
+    """Keeps Orbax's messages out of the log and off the terminal; we report the errors that it raises in one line.
 
-    It tells every step of its work at level INFO and prints the traceback of errors that it also raises. And when the
-    read of one array fails it closes its event loop under all the others, each of which then prints a traceback.
+    Orbax logs every step of its work at level INFO, and prints the traceback of errors that it also raises. When it
+    fails to read one array it closes its event loop while it reads others, and each of these prints a traceback.
     """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_FILTER)  # a second time has no effect
+        logging.getLogger(name).addFilter(_FILTER)  # to add it again has no effect
     before = sys.unraisablehook
     if getattr(before, "__name__", "") == "no_orbax":
         return

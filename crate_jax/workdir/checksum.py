@@ -1,6 +1,6 @@
-"""Checksums of arrays, computed where the arrays are.
+"""Checksums of arrays, computed on the devices that hold the arrays.
 
-Orbax and TensorStore do not notice a flipped byte in array data, so checkpoints carry these.
+Orbax and TensorStore do not notice a flipped byte in array data, so checkpoints hold these checksums.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ import numpy as np
 def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
     """Returns 16 hexadecimal digits per array.
 
-    Each 32-bit word is mixed with its position by a bijection before it is summed modulo 2**32. So any change of one
-    word changes the first sum for certain, and any other change, swapped or shifted blocks included, goes unseen with
-    a probability of about 2**-64. Integer sums have no order: neither sharding, nor the number of devices, nor their
-    kind matters, and each device reads only what it holds; two words per array reach the host. Shapes and dtypes are
-    not part of it. A guard against accidents, not against forgery.
+    A bijection mixes each 32-bit word with its position, and the results are summed modulo 2**32. So a change of one
+    word always changes the first sum, and any other change (also swapped or shifted blocks) goes unnoticed with a
+    probability of about 2**-64. The order of integer sums does not matter: the checksum depends neither on sharding nor
+    on the number and kind of devices, and each device reads only its own part; two words per array are sent to the
+    host. The checksum does not cover shapes and dtypes. It protects against accidents, not against forgery.
 
     Args:
-      arrays: arrays of numbers, booleans or typed keys, of any shape; one program is compiled per set of shapes.
+      arrays: arrays of numbers, booleans or typed keys, of any shape, by name; one program is compiled per set of
+        shapes.
+
+    >>> sums = checksums({"a": jnp.array([1, 2]), "b": jnp.array([2, 1]), "c": jnp.array([[1, 2]])})
+    >>> sums["a"] == sums["b"], sums["a"] == sums["c"]
+    (False, True)
     """
     if not arrays:
         return {}
@@ -33,11 +38,11 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 @jax.jit
 def _sums(arrays: list[jax.Array]) -> jax.Array:
-    """Two sums per array, [len(arrays), 2] uint32."""
+    """Returns two sums per array, uint32 (len(arrays), 2)."""
     out = []
     for x in arrays:
         words = _words(x)
-        # Summed from one iota per axis: reshaping to one axis would gather a sharded array.
+        # The index is a sum of one iota per axis: to reshape to one axis would gather a sharded array.
         index = jnp.zeros(words.shape, jnp.uint32)
         stride = 1
         for axis in reversed(range(words.ndim)):
@@ -50,7 +55,7 @@ def _sums(arrays: list[jax.Array]) -> jax.Array:
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of `x` as uint32: one word per element, or several on a last axis where elements are wider."""
+    """Returns the bits of `x` as uint32: one word per element, or several on a last axis if elements are wider."""
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -62,7 +67,7 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection on uint32 in which each input bit moves about half of the output bits (MurmurHash3's finaliser)."""
+    """Applies a bijection on uint32: each input bit changes about half of the output bits (MurmurHash3's finaliser)."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

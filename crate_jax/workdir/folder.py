@@ -1,4 +1,4 @@
-"""The folder a run writes to: one process at a time, and room enough before anything is written."""
+"""Locks the folder that a run writes to, and checks its free space before a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from crate_jax.parallel import distributed
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
-LATE_SECONDS = 60.0  # NFS remembers for up to a minute that there was no such file
+LATE_SECONDS = 60.0  # for up to a minute NFS may still report that there is no such file
 
 
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
-    """Creates `workdir` if need be and holds it for this process.
+    """Creates `workdir` if it does not exist and locks it for this process.
 
-    The lock is the kernel's (flock), so it goes with the process however that ends, `kill -9`
-    included; the file stays behind and means nothing by itself. In a run of several processes only
-    the first one takes the lock; if it cannot, all fail.
+    The kernel holds the lock (flock), so it ends with the process, even after `kill -9`; the file of the lock stays,
+    and means nothing by itself. In a run of several processes only the first one takes the lock; if it fails, all fail.
 
     Yields:
-      the absolute path of the folder.
+      The absolute path of the folder.
 
     Raises:
-      UserError: the folder cannot be created or written to, or another process holds it.
+      UserError: the folder cannot be created or written to, another process holds the lock, or not all processes of the
+        run see the same folder.
     """
     distributed.watch()
     folder = distributed.by_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
@@ -49,23 +49,26 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def expanduser(path: str | os.PathLike[str]) -> Path:
-    """A path with a leading ``~`` or ``~NAME`` replaced by that home folder.
+    """Returns the path with the home folder in place of a leading ``~`` or ``~NAME``.
 
     Raises:
-      UserError: there is no such user, or no home folder.
+      UserError: there is no such user, or the user has no home folder.
+
+    >>> str(expanduser("runs/quickstart"))
+    'runs/quickstart'
     """
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(
-            f"{os.fspath(path)}: the home folder of {Path(path).parts[0]} is not known; write it out"
+            f"{os.fspath(path)}: the home folder of {Path(path).parts[0]} is not known; write the full path"
         ) from None
 
 
 def _take(folder: Path) -> TextIO:
-    """Opens and locks the lock file, which names this process from then on."""
+    """Opens and locks the lock file, and writes this process's name into it."""
     try:
-        # "a": opening must not wipe the holder's line before the lock is ours.
+        # "a": until we have the lock, the file must keep the line of the process that holds it.
         file = open(folder / LOCK_NAME, "a+", encoding="utf-8")
     except OSError as e:
         raise UserError(f"workdir {folder}: cannot be written to ({e.strerror}); choose another --workdir") from None
@@ -84,13 +87,13 @@ def _take(folder: Path) -> TextIO:
             f"workdir {folder}: its file system cannot lock files ({e.strerror}); choose another --workdir"
         ) from None
     try:
-        for left in folder.glob("*.[0-9]*.tmp"):  # of a process that was killed while it wrote (metrics.write_text)
+        for left in folder.glob("*.[0-9]*.tmp"):  # left by a process that was killed in metrics.write_text
             left.unlink(missing_ok=True)
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
     except OSError as e:
-        with contextlib.suppress(OSError):  # it tries once more to write
+        with contextlib.suppress(OSError):  # `close` tries again to write
             file.close()
         raise UserError(
             f"workdir {folder}: cannot be written to ({e.strerror}); make room, or choose another"
@@ -99,7 +102,7 @@ def _take(folder: Path) -> TextIO:
 
 
 def _appears(path: Path) -> bool:
-    """Whether there is such a file; network file systems may show a new one late."""
+    """Returns whether the file exists; waits for it, because network file systems may show a new file late."""
     deadline = time.monotonic() + LATE_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
@@ -125,13 +128,13 @@ def check_free_space(path: str | os.PathLike[str], bytes_needed: int) -> None:
     """Checks that the file system of the folder `path` has room for `bytes_needed` more bytes.
 
     Raises:
-      CheckpointError: names what is free and what is needed, or says that the folder is gone.
+      CheckpointError: there is not enough room (the message gives free and needed bytes), or the folder does not exist.
     """
     try:
         free = shutil.disk_usage(path).free
     except OSError as e:
         raise CheckpointError(
-            f"{os.fspath(path)} is gone ({e.strerror}); the same command starts from what is left of the workdir"
+            f"{os.fspath(path)} is gone ({e.strerror}); run the same command again to start from what is left"
         ) from None
     if free < bytes_needed:
         raise CheckpointError(

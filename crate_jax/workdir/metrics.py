@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: JSON lines, TensorBoard, Weights & Biases, and the terminal."""
+"""Writes numbers and pictures of a run: JSON lines, TensorBoard, Weights & Biases, and the terminal."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress as RichProgress, TextColumn
 
 from crate_jax.errors import ConfigError, UserError
+from crate_jax.parallel import distributed
 from crate_jax.workdir.pictures import save_png
 
 log = logging.getLogger(__name__)
@@ -35,36 +36,37 @@ class Sink(Protocol):
         """Records scalars of a step."""
 
     def write_image(self, step: int, name: str, array: np.ndarray) -> None:
-        """Records a picture, uint8 [H, W, 3]."""
+        """Records a picture, uint8 (H, W, 3)."""
 
     def close(self) -> None:
-        """Writes out whatever is buffered."""
+        """Writes what is still buffered, and closes the destination."""
 
 
 class Writer:
-    """Sends scalars and pictures of a run to every destination its config asks for.
+    """Sends scalars and pictures of a run to every destination that its config asks for.
 
-    Always ``metrics.jsonl`` and ``pictures/*.png`` in the workdir; TensorBoard with ``config.log.tensorboard``, Weights
-    & Biases with ``config.log.wandb``. Does nothing in any process but the first.
+    These are always ``metrics.jsonl`` and ``pictures/*.png`` in the workdir, TensorBoard with
+    ``config.log.tensorboard``, and Weights & Biases with ``config.log.wandb``. Only the first process writes.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], config: ConfigDict, start_step: int) -> None:
         """Opens all destinations.
 
         Args:
-          workdir: the run's folder; made if need be.
+          workdir: the run's folder, which is created if it does not exist.
           config: the whole config of the run.
-          start_step: the step the run continues from; what was recorded after it is dropped, for it will be recorded
-            again. 0: a new run, everything recorded before is dropped.
+          start_step: the step from which the run continues; records of later steps are deleted, because they will be
+            written again. 0: the run is new, and all records are deleted.
 
         Raises:
-          ConfigError: ``config.log.wandb`` is set but wandb is not installed or refuses to start.
+          ConfigError: ``config.log.wandb`` is set but wandb is not installed or does not start.
+          UserError: a file cannot be written.
         """
         if config.log.wandb and importlib.util.find_spec("wandb") is None:
-            # In every process, so that no process waits for one that has left.
+            # Every process raises, so that no process waits for one that has ended.
             raise ConfigError(f"config.log.wandb={config.log.wandb!r}: wandb is not installed; pip install wandb")
         self._sinks: list[Sink] = []
-        if jax.process_index() != 0:
+        if not distributed.first():
             return
         os.makedirs(workdir, exist_ok=True)
         with contextlib.ExitStack() as opened:
@@ -75,7 +77,11 @@ class Writer:
         self._pictures = os.path.join(workdir, "pictures")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records scalars of a step; names may be grouped by a slash ("eval/knn_top1")."""
+        """Records scalars of a step; a slash groups names ("eval/knn_top1").
+
+        Raises:
+          UserError: a file cannot be written.
+        """
         for sink in self._sinks:
             sink.write(step, scalars)
 
@@ -84,18 +90,19 @@ class Writer:
 
         Args:
           step: optimiser steps done.
-          name: letters, digits, "_", "-" and "." only.
-          array: uint8 [H, W, 3].
+          name: the picture's name, of letters, digits, "_", "-" and ".".
+          array: the picture, uint8 (H, W, 3).
 
         Returns:
           The path of the PNG file, ``pictures/NAME_STEP.png`` in the workdir; None in processes that do not write.
 
         Raises:
-          TypeError: the array is not uint8 [H, W, 3].
-          ValueError: the name cannot be part of a file name.
+          TypeError: the array is not uint8 (H, W, 3).
+          ValueError: the name has other characters.
+          UserError: a file cannot be written.
         """
         if not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError(f"write_image: the name {name!r} must be of letters, digits, '_', '-' and '.'")
+            raise ValueError(f"write_image: the name {name!r} must consist of letters, digits, '_', '-' and '.'")
         if not self._sinks:
             return None
         path = os.path.join(self._pictures, f"{name}_{step:07d}.png")
@@ -106,7 +113,7 @@ class Writer:
         return path
 
     def close(self) -> None:
-        """Closes all destinations; the last to be opened first."""
+        """Closes all destinations, in the reverse order of opening."""
         with contextlib.ExitStack() as stack:
             for sink in self._sinks:
                 stack.callback(sink.close)
@@ -121,7 +128,7 @@ class Writer:
         self.close()
 
 
-def _open_sinks(workdir: str, config: ConfigDict, start_step: int):
+def _open_sinks(workdir: str, config: ConfigDict, start_step: int) -> Iterator[Sink]:
     yield JsonLines(os.path.join(workdir, "metrics.jsonl"), start_step)
     if config.log.tensorboard:
         if importlib.util.find_spec("tensorboardX") is None:
@@ -133,13 +140,13 @@ def _open_sinks(workdir: str, config: ConfigDict, start_step: int):
 
 
 class JsonLines:
-    """One JSON object per write, ``{"step": 100, "loss": 0.41}``, flushed at once.
+    """A file with one JSON object per write, ``{"step": 100, "loss": 0.41}``, which is flushed at once.
 
-    NaN and infinities have no JSON form and are written as null, so that any JSON reader takes the file.
+    JSON has no NaN and no infinities; they are written as null, so that any JSON reader accepts the file.
     """
 
     def __init__(self, path: str, start_step: int) -> None:
-        """Opens the file for appending, keeping the lines up to `start_step` (none if it is 0)."""
+        """Opens the file to append to it, and keeps only its lines up to `start_step` (none if it is 0)."""
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as f:
                 kept = [line for line in f if start_step > 0 and _step_of(line) <= start_step]
@@ -154,16 +161,16 @@ class JsonLines:
             self._file.flush()
 
     def write_image(self, step: int, name: str, array: np.ndarray) -> None:
-        """Pictures are files of their own."""
+        """Does nothing: each picture is a separate file."""
 
     def close(self) -> None:
         """Closes the file."""
-        with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+        with contextlib.suppress(OSError):  # the failed write of a line was already reported
             self._file.close()
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinity for one that was torn by a crash, so that it is dropped."""
+    """Returns the step of a line; infinity for a line that a crash cut short, so that it is deleted."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
@@ -171,10 +178,10 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """TensorBoard event files, by tensorboardX: without its thread, which dies unseen where the disk is full."""
+    """TensorBoard event files, by tensorboardX, but without its thread, which ends silently when the disk is full."""
 
     def __init__(self, folder: str, start_step: int) -> None:
-        """Opens a new event file that hides events after `start_step` in older ones."""
+        """Opens a new event file, which hides the events after `start_step` in older files."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -206,18 +213,18 @@ class TensorBoard:
 
     def close(self) -> None:
         """Closes the event file."""
-        with contextlib.suppress(OSError):  # of an event that could not be written, which was said
+        with contextlib.suppress(OSError):  # the failed write of an event was already reported
             self._writer.close()
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run; its id is kept in the workdir, so that a resumed run goes on in the same one."""
+    """A Weights & Biases run; the workdir keeps its id, so that a resumed run continues it."""
 
     def __init__(self, workdir: str, config: ConfigDict, start_step: int) -> None:
         """Starts a run, or continues it when `start_step` is above 0.
 
         Raises:
-          ConfigError: wandb refuses to start, for want of a login for instance.
+          ConfigError: wandb does not start, for example because there is no login.
         """
         import wandb
 
@@ -234,8 +241,8 @@ class WeightsAndBiases:
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise ConfigError(f"config.log.wandb={config.log.wandb!r}: {reason}") from e
         write_text(id_file, self._run.id + "\n")
-        # The x axis is a value of ours: W&B's own counter refuses to go back, and a resumed run repeats the steps since
-        # its checkpoint, with the same values.
+        # The x axis is our own value: W&B's counter cannot go back, and a resumed run repeats the steps since its
+        # checkpoint, with the same values.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -250,26 +257,26 @@ class WeightsAndBiases:
         self._run.log({"step": int(step), name: wandb.Image(array)})
 
     def close(self) -> None:
-        """Uploads what is left and ends the run."""
+        """Uploads the remaining data and ends the run."""
         self._run.finish()
 
 
 class Progress:
-    """Shows how far a run is: a bar on a terminal, log lines elsewhere. Silent in any process but the first.
+    """Shows how far a run is: a bar on a terminal, log lines elsewhere. Only the first process shows it.
 
-    A context manager: on a terminal, log messages and prints appear above the bar while it is open, and the terminal is
-    given back however the block ends.
+    It is a context manager: while it is open on a terminal, log messages and prints appear above the bar; when the
+    block ends, also by an error, the terminal is restored.
     """
 
     def __init__(self, total_steps: int, start_step: int, batch_size: int) -> None:
-        """Takes the last step of the run, the step it starts from, and the images per step."""
+        """Takes the run's last step, the step from which it starts, and the number of images per step."""
         self._total, self._start, self._batch_size = total_steps, start_step, batch_size
         self._bar: RichProgress | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         console = Console(stderr=True)
-        if jax.process_index() != 0 or not sys.stderr.isatty() or console.is_dumb_terminal:
+        if not distributed.first() or not sys.stderr.isatty() or console.is_dumb_terminal:
             return self
         with contextlib.ExitStack() as stack:
             original = {sys.stderr: "stderr"}
@@ -281,7 +288,7 @@ class Progress:
                 TextColumn("{task.fields[text]}"),
                 console=console,
                 refresh_per_second=4,
-                redirect_stdout=sys.stdout in original,  # never divert what goes into a file
+                redirect_stdout=sys.stdout in original,  # output to a file must stay in the file
                 expand=True,
             )
             self._task = bar.add_task("", total=self._total, completed=self._start, text="")
@@ -301,10 +308,11 @@ class Progress:
 
         Args:
           step: optimiser steps done.
-          scalars: what to show; the bar shows "loss" only.
-          images_per_sec: present speed, from which the time left follows; 0 while it is not known.
+          scalars: the scalars to show; the bar shows only "loss".
+          images_per_sec: present speed in images per second, from which the remaining time is computed; 0: the speed is
+            not known yet.
         """
-        if jax.process_index() != 0:
+        if not distributed.first():
             return
         left = "-"
         if images_per_sec > 0 and math.isfinite(images_per_sec):
@@ -319,11 +327,14 @@ class Progress:
 
 
 @contextlib.contextmanager
-def _redirected_handlers(original: Mapping[TextIO, str]):
-    """Sends log handlers bound to one of the original streams to what now stands in its place in `sys`.
+def _redirected_handlers(original: Mapping[TextIO, str]) -> Iterator[None]:
+    """Makes log handlers write to the present `sys.stdout` and `sys.stderr` in place of the original streams.
 
-    A handler keeps the stream it was made with, so redirecting `sys.stderr` alone would leave log lines writing across
+    A handler keeps the stream that it was created with: if only `sys.stderr` were redirected, log lines would overwrite
     the bar.
+
+    Args:
+      original: for each original stream, its name in `sys`.
     """
     moved: list[tuple[logging.StreamHandler, TextIO]] = []
     for handler in list(logging.getLogger().handlers):
@@ -340,26 +351,29 @@ def _redirected_handlers(original: Mapping[TextIO, str]):
 
 
 def format_number(x: float) -> str:
-    """Writes a number with at most four significant digits and a short exponent.
+    """Formats a number with at most four significant digits and a short exponent.
 
-    >>> format_number(0.41234), format_number(0.00012)
-    ('0.4123', '0.00012')
-    >>> format_number(1.2e-7)
-    '1.2e-7'
+    >>> format_number(0.41234), format_number(1.2e-7)
+    ('0.4123', '1.2e-7')
     """
     mantissa, e, exponent = f"{float(x):.4g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Writes an object as indented JSON; a reader sees the old file or the whole new one, never a part.
+    """Writes an object as indented JSON; a reader sees the old file or the whole new file, never a part.
 
-    NumPy numbers and arrays become plain ones; NaN and infinities become null. Call it in one process only.
+    NumPy numbers and arrays become plain numbers and lists; NaN and infinities become null. Only one process may call
+    it.
+
+    Raises:
+      UserError: the file cannot be written; the old file is unchanged.
     """
     write_text(path, json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(obj: Any) -> Any:
+    """Returns `obj` with plain Python values in place of NumPy's and JAX's, and with None for NaN and infinities."""
     if isinstance(obj, Mapping):
         return {key: _plain(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
@@ -372,10 +386,10 @@ def _plain(obj: Any) -> Any:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replaces a file by a rename, after its contents have reached the disk. Call it in one process only.
+    """Replaces a file by a rename, after the new contents have reached the disk. Only one process may call it.
 
     Raises:
-      UserError: it cannot be written, the disk being full for one; the old file is still there.
+      UserError: the file cannot be written, for example because the disk is full; the old file is unchanged.
     """
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
@@ -392,7 +406,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Around what writes a file or folder: an OSError becomes a UserError that names it."""
+    """Turns an OSError in its block into a UserError that names `path`.
+
+    Args:
+      path: the file or folder that the block writes.
+
+    Raises:
+      UserError: the block raised an OSError.
+    """
     try:
         yield
     except OSError as e:

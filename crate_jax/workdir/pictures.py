@@ -1,4 +1,4 @@
-"""Grids of images to look at: what went in, what the encoder saw, what came out."""
+"""Pictures of image grids, such as inputs, corrupted inputs and reconstructions."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 96  # smallest side of a cell, in pixels; smaller images are enlarged to at least this
+CELL = 96  # smallest side of a cell, in pixels; smaller images are enlarged
 GAP = 4  # pixels between cells and around the grid
 BACKGROUND = (255, 255, 255)
 INK = (40, 40, 40)
 
 
 def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Lays images out with one row per image and one captioned column per entry.
+    """Arranges images in one row per image and one column, with a caption, per entry.
 
     Small images are enlarged by a whole factor without smoothing, so that each of their pixels stays visible.
 
     Args:
-      columns: caption -> float [n, H, W, 3] in [0, 1]; the same shape in every column. Values outside are clipped,
-        NaN is black.
+      columns: for each caption, images with values in [0, 1], float (n, H, W, 3), of one shape in all columns. Values
+        outside are clipped; NaN becomes black.
 
     Returns:
-      The picture, uint8 [Hg, Wg, 3].
+      The picture, uint8 (Hg, Wg, 3).
 
     Raises:
-      ValueError: no column, no image, or columns of different or wrong shapes.
+      ValueError: there is no column or no image, or the columns have different or wrong shapes.
     """
     shapes = {caption: np.shape(images) for caption, images in columns.items()}
     shape = next(iter(shapes.values()), ())
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape or len(set(shapes.values())) != 1:
-        raise ValueError(f"reconstruction_grid: columns must all have one shape [n, H, W, 3], got {shapes}")
+        raise ValueError(f"reconstruction_grid: columns must all have one shape (n, H, W, 3), got {shapes}")
     n, height, width, _ = shape
     scale = -(-CELL // min(height, width, CELL))
     height, width = height * scale, width * scale
@@ -52,31 +52,43 @@ def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def class_colours(classes: int) -> np.ndarray:
-    """A colour per class, float32 [classes, 3] in 0..1: hues a golden angle apart, so that any first few differ."""
+    """Returns a colour per class, float32 (classes, 3) in 0..1.
+
+    Hues of neighbouring classes are a golden angle apart, so that the first few always differ clearly.
+    """
     numbers = range(classes)
     rows = [colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.5)[k // 8 % 2], (0.95, 0.65)[k // 4 % 2]) for k in numbers]
     return np.array(rows, np.float32).reshape(classes, 3)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Rounds floats in [0, 1] to uint8; values outside are clipped, NaN is 0."""
+    """Rounds numbers in [0, 1], of any shape, to uint8 in 0..255; values outside are clipped, and NaN becomes 0.
+
+    >>> to_uint8(np.array([-1.0, 0.5, 2.0, np.nan])).tolist()
+    [0, 128, 255, 0]
+    """
     return (np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def save_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as a PNG file, making its folder if need be.
+    """Writes a picture as a PNG file, and creates the file's folder if it does not exist.
+
+    Args:
+      path: the file.
+      array: the picture, uint8 (H, W, 3).
 
     Raises:
-      TypeError: the array is not uint8 [H, W, 3].
+      OSError: the file cannot be written.
+      TypeError: the array is not uint8 (H, W, 3).
     """
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        raise TypeError(f"save_png: a picture must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
+        raise TypeError(f"save_png: a picture must be uint8 (H, W, 3), got {array.dtype} {array.shape}")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     Image.fromarray(array).save(path, format="PNG")
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Breaks text into lines of at most `width` pixels, between words where possible."""
+    """Breaks text into lines of at most `width` pixels, if possible between words."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()

@@ -131,7 +131,7 @@ def test_saving_a_step_again_changes_nothing(run: checkpoint.Checkpoints) -> Non
 
 
 def test_saving_behind_the_newest_is_an_error(run: checkpoint.Checkpoints) -> None:
-    with pytest.raises(CheckpointError, match="step 25: .* holds a later one, 30"):
+    with pytest.raises(CheckpointError, match="step 25: .* holds a later one, of step 30"):
         run.save(25, *make(25), {"config": CONFIG})
 
 
@@ -261,14 +261,14 @@ def test_every_bit_of_array_data_counts(run: checkpoint.Checkpoints, bit: int) -
 def test_what_one_process_cannot_use_is_damaged_for_all(
     own: str, other: int, me: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said by process 0 and by the first that noticed. `other`: a process beside this one that has a problem too."""
-    monkeypatch.setattr(jax, "process_index", lambda: me)
+    """Process 0 and the first process that noticed log it. `other`: another process that has a problem too."""
+    monkeypatch.setattr(distributed, "process", lambda: me)
     monkeypatch.setattr(distributed, "processes", lambda: 3)
     monkeypatch.setattr(distributed, "largest", lambda value: max(value, -other))
     with pytest.raises(checkpoint_files.DamagedError) as error:
         checkpoint_files.agree(own)
     assert str(error.value) == (own or f"process {other} cannot read it, see its log")
-    assert error.value.told == (me == 0 or me == min(other, me if own else 3))
+    assert error.value.logged_here == (me == 0 or me == min(other, me if own else 3))
     monkeypatch.setattr(distributed, "largest", lambda value: max(value, -3))
     checkpoint_files.agree("")
 
