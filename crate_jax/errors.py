@@ -1,10 +1,10 @@
-"""The errors a user can cause; `main` prints each as one line and exits with status 2."""
+"""The errors that a user can cause; `main` prints each in one line and exits with status 2."""
 
-SHOWN = 5  # texts that one message lists
+MAX_LISTED = 5  # texts that one message lists
 
 
 class UserError(ValueError):
-    """Something outside the library is wrong: the message says what, and what would be right."""
+    """Something outside the library is wrong; the message says what is wrong and what would be right."""
 
 
 class ConfigError(UserError):
@@ -20,14 +20,14 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """The loss became NaN or infinite."""
+    """The loss, a gradient or a feature is NaN or infinite."""
 
 
 def some(texts: list[str], separator: str) -> str:
-    """Joins the first SHOWN texts and says how many more there are.
+    """Joins the first MAX_LISTED texts and says how many more there are.
 
     >>> some(list("abcdefg"), ", ")
     'a, b, c, d, e, and 2 more'
     """
-    more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
-    return separator.join(texts[:SHOWN] + more)
+    more = [f"and {len(texts) - MAX_LISTED} more"] if len(texts) > MAX_LISTED else []
+    return separator.join(texts[:MAX_LISTED] + more)
