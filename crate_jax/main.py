@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         if distributed.processes() == 1:
             raise
         traceback.print_exc()  # of a collective, maybe, that another process left: the watch says which
-        distributed.fall_behind()
+        distributed.leave_last()
     return 0
 
 

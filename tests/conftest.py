@@ -67,7 +67,7 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 # Most of the suite's time goes into compiling: little of it into making programs fast. The old emitters take a third of
 # the new ones' time; jax 0.10 is the last with both. The second flag is one that runs set: with it from the start, what
 # is compiled before a run, in it and in other processes has the same key in the cache.
-QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0", f"--{sharding.PATIENCE}=300"]
+QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0", f"--{sharding.TIMEOUT_FLAG}=300"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 

@@ -191,7 +191,7 @@ def test_a_kernel_runs_on_each_devices_own_images(data, model):
 def test_tokens_stay_split_over_the_images_behind_the_axis_of_one():
     mesh = sharding.make_mesh(8, 1, jax.devices()[:4], 2, 2)
     for shape, spec in (((8, 3, 2), PartitionSpec(BATCH)), ((1, 8, 3, 2), PartitionSpec(None, BATCH))):
-        keep = jax.jit(sharding.on_mesh(mesh, sharding.by_batch), in_shardings=sharding.replicated(mesh))
+        keep = jax.jit(sharding.on_mesh(mesh, sharding.keep_split_by_batch), in_shardings=sharding.replicated(mesh))
         out = keep(jnp.zeros(shape))
         assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shape))
 
@@ -248,7 +248,7 @@ def test_the_norm_of_float32_takes_two_passes_everywhere(monkeypatch):
 
 def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
     """Data parallel, two images a chip: every gradient is summed once, and each chip's share of the weights sent on."""
-    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 2)
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 2)
     sent = {}
     for chips in (2, 8):
         config = small()

@@ -48,7 +48,7 @@ def load(path: str, key: str) -> Pretrained:
     if not path:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
     distributed.watch()  # a process that cannot read the file ends the others
-    if distributed.largest(int(expanduser(path).is_file())):
+    if distributed.max_over_processes(int(expanduser(path).is_file())):
         loaded = weights.load(expanduser(path))
         wrong = [name for name, array in names(loaded.params).items() if not np.isfinite(array).all()]
         if wrong:

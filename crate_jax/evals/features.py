@@ -86,7 +86,7 @@ def encode_split(
             yield batch["image"]
 
     own = extract(apply, images(), images_per_process(config, mesh), sharding.split(mesh))
-    features, labels_N = distributed.in_order(own), distributed.in_order(np.concatenate(labels))
+    features, labels_N = distributed.gather_rows(own), distributed.gather_rows(np.concatenate(labels))
     if not len(features):
         raise DataError(f"evaluation: none of {len(indices)} images can be decoded, for example {source.name(0)}")
     return features, labels_N

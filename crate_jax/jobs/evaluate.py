@@ -240,7 +240,7 @@ def _cached(
         pass
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
-    lacking = distributed.largest(int(stored is None))  # of any process: encoding is for all
+    lacking = distributed.max_over_processes(int(stored is None))  # of any process: encoding is for all
     if stored is not None and not lacking:
         log.info("features from %s", path)
         return stored

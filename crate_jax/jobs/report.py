@@ -96,7 +96,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
             train, test = _open(full)
         except UserError as e:
             problem = str(e)
-        if distributed.largest(int(bool(problem))):  # all leave out the same
+        if distributed.max_over_processes(int(bool(problem))):  # all leave out the same
             train, test = None, None
             missing[f"what needs the images of {name}"] = problem or "another process cannot read them"
             log.warning("%s: its images cannot be read: %s", name, problem or "by another process")

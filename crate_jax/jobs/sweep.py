@@ -188,7 +188,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     for setting in settings:
         _named(setting, _check_parts)
     with lock(workdir) as folder, Interrupt() as interrupt:
-        finished = [bool(distributed.largest(int(_is_finished(folder / s.name, s)))) for s in settings]
+        finished = [bool(distributed.max_over_processes(int(_is_finished(folder / s.name, s)))) for s in settings]
         records = {i: _record(folder, s) for i, s in enumerate(settings) if finished[i]}
         if records:
             log.info("%d of %d runs are finished already", len(records), len(settings))
@@ -196,7 +196,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         for i, setting in enumerate(settings):
             if finished[i]:
                 continue
-            signum = distributed.largest(interrupt.signal or 0)
+            signum = distributed.max_over_processes(interrupt.signal or 0)
             if signum:
                 raise Interrupted(signum, f"with {len(records)} of {len(settings)} runs done")
             log.info("run %d of %d: %s", i + 1, len(settings), setting.name)

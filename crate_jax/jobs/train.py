@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             on_resume=functools.partial(require_same_task, config, folder),
         )  # fmt: skip
         watching = observers(config, method, evaluation, mesh, loop.untrained)
-        signum = distributed.largest(interrupt.signal or 0)
+        signum = distributed.max_over_processes(interrupt.signal or 0)
         if signum:
             raise Interrupted(signum, "before the first step")
         if distributed.first():

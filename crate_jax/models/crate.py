@@ -35,7 +35,7 @@ from crate_jax.models.layers import (
     scan_blocks,
 )
 from crate_jax.parallel import target
-from crate_jax.parallel.sharding import by_batch
+from crate_jax.parallel.sharding import keep_split_by_batch
 
 # torch's kaiming_uniform_(a=0) on an (out x in) matrix.
 DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
@@ -243,7 +243,7 @@ class CrateBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One layer, (B, N, D) -> (B, N, D); `nn.scan` demands the second argument and result."""
-        x_BND = by_batch(x_BND)
+        x_BND = keep_split_by_batch(x_BND)
         self.sow("intermediates", "input", x_BND)
         D = x_BND.shape[-1]
         norm = Norm(BLOCK_EPS, name="mssa_norm").scale_and_bias(D)

@@ -30,7 +30,7 @@ from crate_jax.models.layers import (
 from crate_jax.models.patches import grid_shape, sincos_positions
 from crate_jax.models.vit import scan_vit_blocks
 from crate_jax.parallel import target
-from crate_jax.parallel.sharding import by_batch
+from crate_jax.parallel.sharding import keep_split_by_batch
 
 
 class CrateDecoderBlock(nn.Module):
@@ -50,7 +50,7 @@ class CrateDecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, y_BND: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One layer, (B, N, D) -> (B, N, D); `nn.scan` demands the second argument and result."""
-        y_BND = by_batch(y_BND)
+        y_BND = keep_split_by_batch(y_BND)
         D = y_BND.shape[-1]
         norm = Norm(BLOCK_EPS, name="linear_norm").scale_and_bias(D)
         g = norm_product(y_BND, *norm, Kernel((D, D), DICTIONARY_INIT, name="linear")(), BLOCK_EPS)

@@ -13,7 +13,7 @@ from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
 from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, dense, scan_blocks
 from crate_jax.models.patches import grid_shape, relative_position_index, relative_table_rows, resize_relative_table
-from crate_jax.parallel.sharding import by_batch
+from crate_jax.parallel.sharding import keep_split_by_batch
 
 Grids = tuple[tuple[int, int], tuple[int, int]]  # (h, w) of the table of biases, and (h, w) of the image
 
@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
             zeros = nn.initializers.zeros_init()
             q_bias, v_bias = (self.param(name, zeros, (D,), jnp.float32) for name in ("q_bias", "v_bias"))
             qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
-        q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(by_batch(qkv), 3, axis=-1))
+        q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(keep_split_by_batch(qkv), 3, axis=-1))
         y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
         return dense(D, "output", self.dtype, init=INITIALIZERS[self.initializer])(y_BND)
 
@@ -72,7 +72,7 @@ class ViTBlock(nn.Module):
         corruption: Corruption | None = None,
     ) -> tuple[jax.Array, None]:
         """One layer, (B, N, D) -> (B, N, D); `scales_2B` multiplies the two branches of each image."""
-        x_BND = by_batch(x_BND)
+        x_BND = keep_split_by_batch(x_BND)
         D = x_BND.shape[-1]
         if self.bias_grids is not None and corruption is not None:
             bias_BHNN = relative_bias(self, self.bias_grids, self.heads, corruption)
@@ -91,7 +91,7 @@ class ViTBlock(nn.Module):
         self.sow("intermediates", "after_attention", x)
         y = Norm(name="mlp_norm")(x)
         y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=INITIALIZERS[self.initializer])(y)
-        y = jax.nn.gelu(by_batch(y), approximate=False)
+        y = jax.nn.gelu(keep_split_by_batch(y), approximate=False)
         self.sow("intermediates", "mlp_hidden", y)
         y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer])(y)
         x = x + branch(y, 1)

@@ -1,7 +1,7 @@
-"""Several processes, one per host, that run one job together: start-up, agreeing, and leaving.
+"""Several processes, one per host, that run one job together: how they start, agree and end.
 
-They are found by flags, environment variables, SLURM or TPU metadata (:func:`find`). Once the job holds its workdir,
-they watch over each other (:mod:`crate_jax.parallel.watch`).
+Flags, environment variables, SLURM or the TPU's metadata say which processes there are (:func:`find`). Once the job
+holds its workdir, the processes watch each other (:mod:`crate_jax.parallel.watch`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from crate_jax.parallel.watch import BYE, LOST, SILENCE, Watch, die
 
 T = TypeVar("T")
 
-START_SECONDS = 300.0  # for all processes to be there
-GRACE = 2.0  # seconds that a process which fails leaves to others that fail in the same way
-MESSAGE_BYTES = 2048  # of an error that process 0 tells the others
+START_SECONDS = 300.0  # within which all processes must have started
+GRACE_SECONDS = 2.0  # a process that fails waits so long, since others may fail in the same way
+MAX_MESSAGE_BYTES = 2048  # size of an error message that process 0 sends to the others
 
 _processes = 1
 _process = 0
@@ -41,10 +41,10 @@ class Cluster:
     """Which process this is, of how many.
 
     Attributes:
-      address: HOST:PORT at which process 0 is found; empty: JAX asks the TPU's metadata for all three.
-      processes: how many.
-      process: this one's number, from 0.
-      device: the only local accelerator that this process uses; None: all.
+      address: HOST:PORT of process 0; empty: JAX reads address, processes and process from the TPU's metadata.
+      processes: the number of processes.
+      process: this process's number, from 0.
+      device: the number of the one local accelerator that this process uses; None: it uses all.
     """
 
     address: str = ""
@@ -54,18 +54,24 @@ class Cluster:
 
 
 def find(environ: Mapping[str, str], address: str = "", processes: int = 0, process: int = -1) -> Cluster | None:
-    """Finds out whether this is one of several processes; None: a single one.
+    """Finds out whether this process is one of several.
 
     Args:
       environ: the environment. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or, in a Kubernetes
-        indexed Job, JOB_COMPLETION_INDEX) stand for the three flags; else SLURM's variables in a step of several
-        tasks; else a TPU host of several.
+        indexed Job, JOB_COMPLETION_INDEX) stand for flags that are not given. Without flags and without these, SLURM's
+        variables count if the step has several tasks; without those, the TPU's metadata if there are several hosts.
       address: the flag --coordinator_address, HOST:PORT of process 0.
       processes: the flag --num_processes; 0: not given.
       process: the flag --process_id; -1: not given.
 
+    Returns:
+      the cluster; None if this is the only process.
+
     Raises:
-      ConfigError: some of the three are missing or wrong.
+      ConfigError: one or two of the three flags are missing, or a value is wrong.
+
+    >>> find({}, "localhost:8476", processes=4, process=1)
+    Cluster(address='localhost:8476', processes=4, process=1, device=None)
     """
     address = address or environ.get("JAX_COORDINATOR_ADDRESS", "")
     count = str(processes or environ.get("JAX_NUM_PROCESSES", ""))
@@ -92,7 +98,7 @@ def _explicit(address: str, count: str, index: str) -> Cluster | None:
         return None
     missing = [name for name, value in values.items() if not value]
     if missing:
-        raise ConfigError(f"of several processes each needs all three of {', '.join(values)}; missing: {missing[0]}")
+        raise ConfigError(f"each of several processes needs all of {', '.join(values)}; missing: {missing[0]}")
     for name, value in list(values.items())[1:]:
         if not value.isdecimal():
             raise ConfigError(f"{name}={value!r}: must be a whole number")
@@ -109,12 +115,13 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster:
-    """The first node of the step is process 0's; the port follows from the job's number."""
+    """Process 0 runs on the first node of the step; the port follows from the job's number."""
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", environ["SLURM_STEP_NODELIST"])
     if first is None:
         raise ConfigError(f"SLURM_STEP_NODELIST={environ['SLURM_STEP_NODELIST']!r}: must name the nodes of the step")
     port = 61440 + _number(environ, "SLURM_JOB_ID") % 4096
-    # With one task per node it has all accelerators; with more, each has its own unless SLURM hid the others already.
+    # One task per node uses all accelerators. Of several tasks per node each uses one, and SLURM may already hide the
+    # others from it.
     shared = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0] != "1"
     hidden = len(environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
     device = _number(environ, "SLURM_LOCALID") if shared and not hidden else None
@@ -129,14 +136,16 @@ def _has_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
-    """Connects this process to the others; to be called before JAX is used.
+    """Connects this process to the others. Must be called before JAX is used.
+
+    If after `seconds` some processes are still missing, this process ends with one line and status LOST. JAX would
+    abort it without such a line.
 
     Raises:
-      UserError: it cannot. If after `seconds` not all processes are there, the process ends itself with status LOST and
-        one line, since JAX would abort it.
+      UserError: this process cannot join the others.
     """
     global _processes, _process, _address
-    # Our own handler of SIGTERM has to see it (crate_jax.interrupt); all processes agree in the train step.
+    # SIGTERM must reach our own handler (crate_jax.parallel.interrupt); the train step tells it to all processes.
     jax.config.update("jax_enable_preemption_service", False)
     who = f"process {cluster.process} of {cluster.processes}" if cluster.address else "this TPU host"
     where = cluster.address or "the address in the TPU's metadata"
@@ -144,8 +153,8 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
     def give_up() -> None:
         role = "starts the meeting point at" if cluster.address and cluster.process == 0 else "looks for process 0 at"
         die(
-            f"{who} {role} {where}, and not all processes met there in {seconds:.0f} s; are all of them "
-            "started, with the same address and number of processes, and is the port open?", LOST,
+            f"{who} {role} {where}, but not all processes met there within {seconds:.0f} s; start all of them, with "
+            "the same address and number of processes, and open the port", LOST,
         )  # fmt: skip
 
     timer = threading.Timer(seconds, give_up)
@@ -172,49 +181,59 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
 
 
 def processes() -> int:
-    """How many processes run this job; does not start JAX."""
+    """The number of processes that run this job. Does not start JAX."""
     return _processes
 
 
 def process() -> int:
-    """This one's number; does not start JAX."""
+    """This process's number, from 0. Does not start JAX."""
     return _process
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and prints; does not start JAX."""
+    """Whether this process is process 0, which writes and prints. Does not start JAX."""
     return _process == 0
 
 
-def largest(value: int) -> int:
-    """The largest of one number per process; all must call it."""
+def max_over_processes(value: int) -> int:
+    """The largest `value` of all processes, int32. All processes must call it."""
     if _processes == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have called it with this `name`."""
     if _processes > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def in_order(parts: np.ndarray) -> np.ndarray:
-    """Rows (n, ...) of each process, n its own, as one array with those of process 0 first; the same in all."""
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes as one array, the rows of process 0 first. All processes must call it.
+
+    Args:
+      rows: this process's rows (n, ...); n may differ between processes.
+
+    Returns:
+      (sum of n, ...), the same array in every process.
+    """
     if _processes == 1:
-        return parts
-    counts = np.asarray(multihost_utils.process_allgather(np.int32(len(parts))))
-    padded = np.zeros((counts.max(), *parts.shape[1:]), parts.dtype)
-    padded[: len(parts)] = parts
+        return rows
+    counts = np.asarray(multihost_utils.process_allgather(np.int32(len(rows))))
+    padded = np.zeros((counts.max(), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
     everyone = np.asarray(multihost_utils.process_allgather(padded))
-    return np.concatenate([rows[:n] for rows, n in zip(everyone, counts, strict=True)])
+    return np.concatenate([part[:n] for part, n in zip(everyone, counts, strict=True)])
 
 
-def by_first(act: Callable[[], T]) -> T | None:
-    """What `act` returns in process 0, which alone runs it; None in the others.
+def run_in_first(act: Callable[[], T]) -> T | None:
+    """Runs `act` in process 0 only. All processes must call it.
+
+    Returns:
+      what `act` returned in process 0; None in the others.
 
     Raises:
-      UserError: `act` raised one, or an OSError; in every process.
+      UserError: in every process, if `act` raised a UserError or an OSError. Process 0 raises the error itself.
     """
     if _processes == 1:
         return act()
@@ -225,31 +244,37 @@ def by_first(act: Callable[[], T]) -> T | None:
         try:
             result = act()
         except (UserError, OSError) as e:
-            error, text = e, str(e).encode()[:MESSAGE_BYTES]
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(MESSAGE_BYTES, b"\0"), np.uint8))
+            error, text = e, str(e).encode()[:MAX_MESSAGE_BYTES]
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(MAX_MESSAGE_BYTES, b"\0"), np.uint8))
     if error is not None:
         raise error
-    heard = bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="ignore")
-    if heard:
-        raise UserError(heard)
+    message = bytes(np.asarray(sent, np.uint8)).rstrip(b"\0").decode(errors="ignore")
+    if message:
+        raise UserError(message)
     return result
 
 
 def leave(status: int) -> NoReturn:
-    """Ends a process that failed, without JAX's own end, which waits for the others: they end with the same status."""
+    """Ends this process after a failure, and the others with the same status.
+
+    JAX's own exit handlers do not run, since they would wait for the other processes.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the log's disk is full
             stream.flush()
     if _watch is not None:
         _watch.end()
-    time.sleep(GRACE)
+    time.sleep(GRACE_SECONDS)
     if _watch is not None:
         _watch.tell_failure(status)
     os._exit(status)
 
 
-def fall_behind() -> NoReturn:
-    """Ends a process that failed in a way nobody foresaw, after the time the watch needs if another one was first."""
+def leave_last() -> NoReturn:
+    """Ends this process after an unforeseen failure, which another process that failed before may have caused.
+
+    Waits so long that the watch can notice the other process first, and name it.
+    """
     time.sleep(SILENCE if _watch is not None else 0)
     leave(1)
 
@@ -258,14 +283,14 @@ _watch: Watch | None = None
 
 
 def watch() -> None:
-    """Starts the watch, once; all processes must call it."""
+    """Starts the watch; a second call does nothing. All processes must call it."""
     global _watch
     if _processes > 1 and _watch is None:
         _watch = Watch(_process, _processes, _address)
 
 
 def unwatch() -> None:
-    """Ends the watch: from now on processes may go."""
+    """Ends the watch: from now on processes may end at any time."""
     if _watch is not None:
         _watch.end()
         _watch.tell(BYE)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as something a loop can ask about between two steps."""
+"""Keeps SIGINT and SIGTERM, so that a loop can ask between two steps whether one came."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Self
 
 
 class Interrupted(Exception):
-    """A signal ended the job where it can be continued.
+    """A signal ended the job at a point from which it can continue.
 
     Attributes:
-      signum: the signal.
-      where: what was reached, such as "at step 40, state saved".
-      exit_code: what a shell reports for a process that the signal ended.
+      signum: the signal's number.
+      where: how far the job came, such as "at step 40, state saved".
+      exit_code: the status that a shell reports for a process that the signal ended, 128 + signum.
     """
 
     def __init__(self, signum: int, where: str) -> None:
@@ -23,10 +23,10 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM is kept in `signal`; a second one acts at once.
+    """A context that keeps the first SIGINT or SIGTERM in `signal`; a second signal acts at once.
 
-    One that is entered inside another (a run inside a sweep) shows the outer one's signal, so that a signal is seen by
-    both, whenever it came.
+    Contexts may be nested (a run inside a sweep). The inner one shows the signal of the outer one, so that both see
+    a signal whenever it came.
     """
 
     _outermost: ClassVar[Interrupt | None] = None
@@ -37,7 +37,7 @@ class Interrupt:
 
     @property
     def signal(self) -> int | None:
-        """The signal that came, if one did."""
+        """The number of the signal that came; None: no signal came."""
         return (Interrupt._outermost or self)._signal
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -50,7 +50,7 @@ class Interrupt:
         self._previous = {}
 
     def __enter__(self) -> Self:
-        on_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+        on_main = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
         if on_main and Interrupt._outermost is None:
             Interrupt._outermost = self
             for signum in (signal.SIGINT, signal.SIGTERM):

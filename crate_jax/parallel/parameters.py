@@ -1,22 +1,24 @@
-"""Names of parameters and the one selector of them: weight decay, penalties, rates and freezing.
+"""Names of parameters, and how rules (weight decay, penalties, learning rates, freezing) select parameters by name.
 
-A parameter's name is its path, ``encoder/blocks/mssa/subspaces/kernel``. A rule names parameters by
-regular expressions that must match a whole name. A pattern that matches nothing is an error: a
-misspelt rule would otherwise train another model in silence.
+A parameter's name is its path, such as ``encoder/blocks/mssa/subspaces/kernel``. A rule holds regular expressions that
+must match a whole name. A pattern that matches nothing is an error: otherwise a misspelt rule would train another model
+in silence.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
-from absl import logging
 
 from crate_jax.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 STACKED = "blocks"  # the path component under which every leaf has a leading layer axis L
 
@@ -27,12 +29,20 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def names(params: Any) -> dict[str, Any]:
-    """Flattens a parameter tree to ``{name: leaf}``, sorted as JAX flattens it."""
+    """Flattens a parameter tree to ``{name: leaf}``, in the order of JAX's own flattening.
+
+    >>> names({"head": {"kernel": 1, "bias": 2}})
+    {'head/bias': 2, 'head/kernel': 1}
+    """
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def is_stacked(name: str) -> bool:
-    """Says whether the parameter holds one slice per layer, [L, ...]."""
+    """Whether the parameter holds one slice per layer, (L, ...).
+
+    >>> is_stacked("encoder/blocks/mssa/subspaces/kernel"), is_stacked("encoder/norm/scale")
+    (True, False)
+    """
     return STACKED in name.split("/")
 
 
@@ -52,33 +62,36 @@ def match(params: Any, patterns: Iterable[str], key: str) -> tuple[str, ...]:
     Args:
       params: tree of arrays or of shapes.
       patterns: regular expressions.
-      key: the config key they come from, such as ``penalty.include``; only for the error.
+      key: the config key that holds the patterns, such as ``penalty.include``; only for the error.
 
     Raises:
       ConfigError: a pattern matches no parameter.
+
+    >>> match({"head": {"kernel": 1, "bias": 2}}, [".*kernel"], "penalty.include")
+    ('head/kernel',)
     """
-    known = list(names(params))
+    all_names = list(names(params))
     found: set[str] = set()
     for pattern in patterns:
-        hits = [name for name in known if re.fullmatch(pattern, name)]
-        if not hits:
-            nearest = difflib.get_close_matches(pattern, known, n=6, cutoff=0.0)
+        matched = [name for name in all_names if re.fullmatch(pattern, name)]
+        if not matched:
+            nearest = difflib.get_close_matches(pattern, all_names, n=6, cutoff=0.0)
             raise ConfigError(
-                f"config.{key}: pattern {pattern!r} matches none of the {len(known)} parameters; it must match a whole "
-                f"name, such as {', '.join(nearest)}"
+                f"config.{key}: pattern {pattern!r} matches none of the {len(all_names)} parameters; it must match a "
+                f"whole name, such as {', '.join(nearest)}"
             )
-        found.update(hits)
-    return tuple(name for name in known if name in found)
+        found.update(matched)
+    return tuple(name for name in all_names if name in found)
 
 
 def select(params: Any, include: Iterable[str], exclude: Iterable[str], what: str) -> tuple[str, ...]:
-    """Returns the names matched by `include` and not by `exclude`, in the tree's order.
+    """Returns the names that `include` matches and `exclude` does not, in the tree's order.
 
     Args:
       params: tree of arrays or of shapes.
-      include: regular expressions of whole names.
-      exclude: regular expressions of the names taken out again.
-      what: the config section that holds the two, such as ``penalty``; only for the error.
+      include: regular expressions that match whole names.
+      exclude: regular expressions that match whole names; these are taken out again.
+      what: the config section that holds both lists, such as ``penalty``; only for the error.
 
     Raises:
       ConfigError: a pattern of either list matches no parameter.
@@ -95,13 +108,13 @@ def mask(params: Any, selected: Collection[str]) -> Any:
 def log_rules(
     params: Any, decayed: Collection[str], penalised: Collection[str], layout: Mapping[str, str] | None = None
 ) -> None:
-    """Logs one line per parameter (shape, weight decay, penalty, layout) and the totals, as one record.
+    """Logs one line per parameter (shape, weight decay, penalty, layout) and the totals, in one log record.
 
     Args:
       params: tree of arrays or of shapes.
       decayed: names under weight decay.
       penalised: names under the orthogonality penalty.
-      layout: of those that are split over devices, how.
+      layout: {name: how the parameter is split over devices}; others are whole on every device.
     """
     leaves = names(params)
     width = max(map(len, leaves))
@@ -121,7 +134,7 @@ def log_rules(
         for name, leaf in leaves.items()
     ]
     total = [count([leaf for name, leaf in leaves.items() if name in group]) for group in (leaves, decayed, penalised)]
-    logging.info(
+    log.info(
         "%d parameters\n%s\ntotal %s, under weight decay %s, under the penalty %s",
         len(leaves),
         "\n".join(rows),

@@ -1,8 +1,8 @@
-"""Notices that another process of the job is gone, and ends this one with a line that names it.
+"""Notices that another process of the job is gone, and ends this one with a line that names the other.
 
-Each process keeps a connection of its own to process 0 beside those of JAX: whoever's connection breaks, or stays
-silent for SILENCE seconds, is named by all others, which then leave with the status LOST. JAX alone ends the others
-too, but after a longer time, without a line that a person can read.
+Each process has a connection to process 0, beside the connections of JAX. If a connection breaks or stays silent for
+SILENCE seconds, all other processes name its process and end with status LOST. JAX alone would end them too, but after
+a longer time and without a line that a person can read.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ log = logging.getLogger(__name__)
 
 LOST = 75  # exit status (EX_TEMPFAIL): another process is gone; the same command continues the job
 BEAT = 5.0  # seconds between signs of life
-SILENCE = 30.0  # seconds without one, after which a process counts as gone
-BYE, ALIVE, GONE = b"b", b".", b"g"  # what processes tell each other; GONE is followed by GONE_FORMAT
-GONE_FORMAT = struct.Struct(">IB")  # which process, with what status
+SILENCE = 30.0  # seconds without a sign of life, after which a process counts as gone
+BYE, ALIVE, GONE = b"b", b".", b"g"  # messages between processes; GONE_FORMAT follows GONE
+GONE_FORMAT = struct.Struct(">IB")  # the number of the process that is gone, its status
 
 
 class Watch:
-    """A thread that ends this process, naming the culprit, when another one is gone.
+    """A thread that ends this process when another one is gone, with a line that names the other.
 
-    Process 0 listens; every other one connects to it and says who it is. All send a byte every BEAT seconds, BYE before
-    they leave of their own accord, and GONE when they failed. Process 0 passes on who failed, or was lost.
+    Process 0 listens; every other process connects to it and sends its number. Each process sends ALIVE every BEAT
+    seconds, BYE before it ends regularly, and GONE when it failed. Process 0 tells all others which one failed or is
+    lost.
 
     Args:
-      process: this one's number.
-      processes: how many; all must make a watch.
-      address: HOST:PORT of process 0, whose host is taken; empty: it tells the others its address.
+      process: this process's number.
+      processes: the number of processes; each of them must make a watch.
+      address: HOST:PORT of process 0, of which only HOST is used; empty: process 0 sends its address to the others.
     """
 
     def __init__(self, process: int, processes: int, address: str) -> None:
@@ -62,20 +63,22 @@ class Watch:
                 self._peers[0] = socket.create_connection((host, port), timeout=SILENCE)
                 self._peers[0].sendall(self._me.to_bytes(4, "big"))
         except OSError as e:
-            log.warning("process %d: no watch over the other processes (%s); JAX's own is slower", self._me, e)
+            log.warning(
+                "process %d: cannot watch the other processes (%s); JAX notices later that one is gone", self._me, e
+            )
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def _host_of_first(self) -> str:
-        """The address of process 0, where only the TPU's metadata know it."""
-        own = "0.0.0.0"  # nobody can connect to it, which is a warning
+        """The address of process 0, for a cluster that only the TPU's metadata describe."""
+        own = "0.0.0.0"  # nobody can connect to this address, which then gives the warning
         if self._me == 0:
             with contextlib.suppress(OSError):
                 own = socket.gethostbyname(socket.gethostname())
-        told = multihost_utils.broadcast_one_to_all(np.frombuffer(socket.inet_aton(own), np.uint8))
-        return socket.inet_ntoa(bytes(np.asarray(told, np.uint8)))
+        sent = multihost_utils.broadcast_one_to_all(np.frombuffer(socket.inet_aton(own), np.uint8))
+        return socket.inet_ntoa(bytes(np.asarray(sent, np.uint8)))
 
     def _accept(self, listener: socket.socket, processes: int) -> None:
-        deadline = time.monotonic() + SILENCE / 2  # well before one that is connected counts as gone
+        deadline = time.monotonic() + SILENCE / 2  # well before a connected process counts as gone
         while len(self._peers) < processes - 1:
             listener.settimeout(max(0.01, deadline - time.monotonic()))
             peer = listener.accept()[0]
@@ -87,17 +90,17 @@ class Watch:
                 peer.close()
 
     def end(self) -> None:
-        """Stops looking."""
+        """Ends the watch in this process."""
         self._ended.set()
 
     def tell(self, message: bytes, but: int = -1) -> None:
-        """Sends to the processes that this one is connected to, `but` one."""
+        """Sends `message` to all processes that this one is connected to, except to the process `but`."""
         for process, peer in self._peers.items():
             if process != but:
                 _send(peer, message)
 
     def tell_failure(self, status: int) -> None:
-        """Ends the others, too."""
+        """Tells the others that this process failed with `status`, which ends them too."""
         self.tell(GONE + GONE_FORMAT.pack(self._me, status))
 
     def _run(self) -> None:
@@ -116,16 +119,16 @@ class Watch:
                         del open_ones[process]
                         continue
                     if got == GONE:
-                        told = _receive(peer, GONE_FORMAT.size)
-                        self._lost(*(GONE_FORMAT.unpack(told) if told else (process, LOST)))
+                        detail = _receive(peer, GONE_FORMAT.size)
+                        self._end_after(*(GONE_FORMAT.unpack(detail) if detail else (process, LOST)))
                     if not got:
-                        self._lost(process, LOST)
+                        self._end_after(process, LOST)
                     heard[process] = time.monotonic()
                 elif time.monotonic() - heard[process] > SILENCE:
-                    self._lost(process, LOST)
+                    self._end_after(process, LOST)
 
-    def _lost(self, process: int, status: int) -> None:
-        """Ends this process with the status of the one that is gone: 2, a mistake, would only come again."""
+    def _end_after(self, process: int, status: int) -> None:
+        """Ends this process with the status of the process that is gone, so that a launcher treats all alike."""
         if self._ended.is_set():
             return
         if self._me == 0:
@@ -133,14 +136,14 @@ class Watch:
         gone = f"process {process} of {len(self._names)} ({self._names[process]})"
         if status == LOST:
             die(
-                f"{gone} is gone; see its own last lines. Process {self._me} stops; the same command in all processes "
+                f"{gone} is gone; read its last lines. Process {self._me} stops; the same command in all processes "
                 "continues from the last checkpoint", LOST,
             )  # fmt: skip
-        die(f"{gone} failed with status {status}; see its own last lines. Process {self._me} stops", status)
+        die(f"{gone} failed with status {status}; read its last lines. Process {self._me} stops", status)
 
 
 def _receive(peer: socket.socket, size: int) -> bytes:
-    """So many bytes, or none at all if the connection ended."""
+    """Receives `size` bytes; returns no bytes if the connection ended before."""
     got = b""
     while len(got) < size:
         try:
@@ -157,11 +160,11 @@ def _send(peer: socket.socket, data: bytes) -> None:
     try:
         peer.sendall(data)
     except OSError:
-        pass  # its end is noticed by the reader
+        pass  # the thread that reads from it notices the end
 
 
 def die(line: str, status: int) -> NoReturn:
-    """One line and out, whatever other threads are waiting for."""
+    """Prints one line and ends this process at once, whatever its other threads wait for."""
     with contextlib.suppress(OSError):  # the log's disk is full
         os.write(2, f"error: {line}\n".encode())
     os._exit(status)

@@ -218,7 +218,7 @@ class Loop:
         averages = (self.state.ema, self.state.ema_carried), (place.ema, place.ema_carried)
         parts = {
             "parameters": (shapes, place.params),
-            "gradients": (shapes, sharding.split_update(shapes, self.mesh)),
+            "gradients": (shapes, sharding.update_shardings(shapes, self.mesh)),
             "carried": (self.state.carried, place.carried),
             "optimizer": (self.state.opt_state, place.opt_state),
             "moving average": averages,

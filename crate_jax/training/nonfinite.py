@@ -75,7 +75,7 @@ class Watch:
         Raises:
           UserError: the file cannot be written.
         """
-        everyone = distributed.in_order(indices)
+        everyone = distributed.gather_rows(indices)
         if not distributed.first():
             return
         path = self.path(step)

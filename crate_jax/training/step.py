@@ -161,7 +161,7 @@ def make_train_step(
         (loss, (carried, scalars)), grads = loss_and_grad(state.params, state.carried, inputs, keys_B)
         (extra, (penalty, penalty_scalars)), extra_grads = penalty_and_grad(state.params, state.penalty, penalty_key)
         grads = jax.tree.map(jnp.add, grads, extra_grads)
-        grads = jax.lax.with_sharding_constraint(grads, sharding.split_update(grads, mesh))
+        grads = jax.lax.with_sharding_constraint(grads, sharding.update_shardings(grads, mesh))
 
         updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -245,7 +245,7 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
     by_rules = {name: getattr(shapes, name) for name in ("params", "carried", "ema", "ema_carried")}
     return whole.replace(
-        **sharding.of_parameters(by_rules, mesh), opt_state=sharding.split_update(shapes.opt_state, mesh)
+        **sharding.parameter_shardings(by_rules, mesh), opt_state=sharding.update_shardings(shapes.opt_state, mesh)
     )
 
 

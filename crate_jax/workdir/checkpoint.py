@@ -102,13 +102,13 @@ class Checkpoints:
           CheckpointError: this save, or the one before it, could not be written; earlier checkpoints are intact.
         """
         self.wait()
-        if distributed.largest(int(step in files.steps(self.folder))):  # one host may see the folder before another
+        if distributed.max_over_processes(int(step in files.steps(self.folder))):  # one host may see the folder before another
             return
         arrays = {"params": _arrays(params), "rest": _arrays(rest)}
         leaves = [x for item in arrays.values() for x in item.values()]
         # 4 KiB per array and 1 MiB once are for Orbax's own files and the file system's blocks.
         needed = sum(x.nbytes for x in leaves) + 4096 * len(leaves) + 2**20
-        distributed.by_first(lambda: check_free_space(self.folder, needed))  # it raises in all processes or in none
+        distributed.run_in_first(lambda: check_free_space(self.folder, needed))  # it raises in all processes or in none
         trees = {item: files.storable(x) for item, x in arrays.items()}
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in trees.items() if tree}
         items[files.META] = ocp.args.JsonSave(files.make_meta(step, meta, arrays))
@@ -169,7 +169,7 @@ class Checkpoints:
     def _candidates(self) -> Iterator[int]:
         """Yields the steps on disk, newest first; every process yields a step that any process sees."""
         step = -1
-        while (step := distributed.largest(max(self._steps(below=step), default=-1))) >= 0:
+        while (step := distributed.max_over_processes(max(self._steps(below=step), default=-1))) >= 0:
             yield step
 
     def _steps(self, below: int) -> list[int]:

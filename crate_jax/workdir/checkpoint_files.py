@@ -62,7 +62,7 @@ def agree(problem: str) -> None:
       DamagedError: a process has a problem.
     """
     me, everyone = distributed.process(), distributed.processes()
-    first = -distributed.largest(-(me if problem else everyone))
+    first = -distributed.max_over_processes(-(me if problem else everyone))
     if first < everyone:
         raise DamagedError(problem or f"process {first} cannot read it, see its log", logged_here=me in (0, first))
 

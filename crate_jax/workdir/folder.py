@@ -37,13 +37,13 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
         run see the same folder.
     """
     distributed.watch()
-    folder = distributed.by_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
-    file = distributed.by_first(lambda: _take(folder))
+    folder = distributed.run_in_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
+    file = distributed.run_in_first(lambda: _take(folder))
     with file or contextlib.nullcontext():
         seen = file is not None or _appears(folder / LOCK_NAME)
         if not seen:
             log.error("workdir %s: this process does not see it", folder)
-        if distributed.largest(int(not seen)):
+        if distributed.max_over_processes(int(not seen)):
             raise UserError(f"workdir {folder}: must be the same folder for all processes, on a shared file system")
         yield folder
 

@@ -93,7 +93,7 @@ def test_mask_has_the_trees_structure_and_is_true_where_selected(params):
 
 
 def test_log_has_one_line_per_parameter_with_its_rules_and_the_totals(params, caplog):
-    with caplog.at_level(logging.INFO, logger="absl"):
+    with caplog.at_level(logging.INFO, logger="crate_jax.parallel.parameters"):
         parameters.log_rules(params, {"encoder/blocks/mssa/kernel", "decoder/head/kernel"}, {"decoder/head/kernel"})
     head, *rows, total = caplog.messages[-1].splitlines()
     assert head == "6 parameters" and len(rows) == 6

@@ -51,7 +51,7 @@ alone = functools.cache(lambda encoder: train_on(encoder, 1, 1)[0])
 )
 def test_sharded_parameters_give_the_losses_of_one_device(encoder, mesh, monkeypatch):
     """To 1e-6, penalty and drop path included; and each device holds its part of every kernel alone."""
-    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 2)
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 2)
     data, model = MESHES[mesh]
     losses, state, step = train_on(encoder, data, model)
     for a, b in zip(losses, alone(encoder), strict=True):
@@ -74,9 +74,9 @@ def test_memory_for_parameters_falls_with_the_devices(name):
     total = 4 * parameters.count(shapes)
     for model in (1, 2, 4, 8):
         mesh = sharding.make_mesh(8, 1, data=0, model=model)
-        held = sharding.bytes_per_device(shapes, sharding.of_parameters(shapes, mesh))
+        held = sharding.bytes_per_device(shapes, sharding.parameter_shardings(shapes, mesh))
         assert total / model <= held < 1.01 * total / model + 2e6
-        updated = sharding.bytes_per_device(shapes, sharding.split_update(shapes, mesh))
+        updated = sharding.bytes_per_device(shapes, sharding.update_shardings(shapes, mesh))
         assert total / 8 <= updated < 1.01 * total / 8 + 2e6
         assert bool(sharding.layouts(shapes, mesh)) == (model > 1)
 
@@ -85,7 +85,7 @@ def test_the_first_rule_that_matches_counts():
     mesh = sharding.make_mesh(8, 1, data=1, model=8)
 
     def place(name: str, *shape: int) -> tuple:
-        return tuple(sharding.of_parameters({name: jax.ShapeDtypeStruct(shape, np.float32)}, mesh)[name].spec)
+        return tuple(sharding.parameter_shardings({name: jax.ShapeDtypeStruct(shape, np.float32)}, mesh)[name].spec)
 
     assert place("encoder/blocks/mlp_in/kernel", 16, 768, 3072) == (None, None, "model")
     assert place("encoder/blocks/mlp_out/kernel", 16, 3072, 768) == (None, "model")

@@ -69,7 +69,7 @@ METHODS = [("crate", "mask", "srip"), ("vit", "rop", "so"), ("vit", "noise", "no
 )
 def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, monkeypatch):
     """Losses to 1e-6 over three steps, drop path, corruption and penalty included; optimiser split or not."""
-    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", smallest_split)
+    monkeypatch.setattr(sharding, "MIN_SPLIT", smallest_split)
     c = small(encoder, corruption, penalty)
     one, state_one, _ = steps(c, 1)
     eight, state_eight, _ = steps(c, 8)
@@ -81,7 +81,7 @@ def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, m
 @pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lars", "lion"))])
 def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
     """An eighth of every moment on each device, stays so after a step; the parameters whole on all."""
-    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 1)
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 1)
     c = small("vit")
     c.optimizer.name, c.optimizer.clip_norm = name, 1.0
     one, state_one, _ = steps(c, 1)

@@ -78,7 +78,7 @@ def prepared(c, where: str, devices: int):
 )
 def test_a_skipped_step_leaves_everything_but_its_number(where, encoder, penalty, devices, accumulate, monkeypatch):
     """Bit for bit, and the next step takes another batch and draw; nothing is compiled anew or transferred."""
-    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 1)
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 1)
     c = small(encoder, penalty=penalty)
     c.accumulate, c.optimizer.ema, c.nonfinite.skip = accumulate, 0.9, 1
     c.encoder.depth, c.decoder.name = 1, "linear"
