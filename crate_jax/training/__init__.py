@@ -1,1 +1,1 @@
-"""The loop, the state and the one jitted step. Knows the interface of a method, and no method."""
+"""The loop, the state and the one jitted step. This room knows the interface of a method, but not any method."""

@@ -1,7 +1,7 @@
-"""The training loop, the only one: steps, logging, observers, saving, resuming.
+"""The one training loop: steps, logging, observers, saving, resuming.
 
-It takes a method (see :mod:`crate_jax.methods.method`) and knows none. The batch and all randomness are
-functions of the step, so a run that was stopped anywhere continues with the bits it would have had.
+The loop takes any method (:mod:`crate_jax.methods.method`). The batch and all randomness are functions of the step's
+number, so a run that was stopped continues with the same bits as a run that was not.
 """
 
 from __future__ import annotations
@@ -41,14 +41,20 @@ from crate_jax.workdir import checkpoint, metrics
 
 log = logging.getLogger(__name__)
 
-# Steps that dispatch may run ahead of the device: enough to hide every launch. Without a bound, runs on several CPU
-# devices were seen to stop for ever on a busy machine: one device waiting in an all-reduce, the other for its turn
-# among the programs that XLA lets be in flight. With it none did.
+# The host may dispatch so many steps before the device has done them: enough to hide the time of every launch. Without
+# this bound, runs on several CPU devices sometimes stopped for ever on a busy machine: one device waited in an
+# all-reduce, the other for a place among the programs that XLA allows in flight. With the bound no run did.
 IN_FLIGHT = 8
 
 
 class Pretrained(Protocol):
-    """An encoder to start from: `name` for people, `params` with the key ``encoder``, `sha256` of them."""
+    """An encoder to start from.
+
+    Attributes:
+      name: the encoder's name, for people.
+      params: its parameters, with the key ``encoder``.
+      sha256: the digest of `params`.
+    """
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -62,35 +68,40 @@ class Pretrained(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What an observer draws: the name of the file and RGB bytes (H, W, 3)."""
+    """A picture that an observer draws.
+
+    Attributes:
+      name: the name of the picture's file.
+      pixels: RGB, uint8 (H, W, 3).
+    """
 
     name: str
     pixels: np.ndarray
 
 
-Seen = Mapping[str, Any] | Picture | None
+Observation = Mapping[str, Any] | Picture | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Observer:
-    """Something that looks at what is trained every n steps: an evaluation, a picture, a measure of the layers.
+    """Looks at the judged parameters every n steps: an evaluation, a picture, a measure of the layers.
 
     Attributes:
-      name: what it is, for people; the key of its last results in the record of the run.
-      every: steps between two looks; 0: never before the end.
-      look: the judged parameters -> numbers to log, a picture to write, or None.
-      at_end: the same after the last step, in place of `look`; its results also go to the summary. None: `look` has
-        its turn after the last step as after any other.
+      name: the observer's name, for people; the key of its final results in :attr:`Loop.results`.
+      every: steps between two calls of `look`; 0: the loop never calls it.
+      look: the function from judged parameters to numbers to log, a picture to write, or None.
+      at_end: a function like `look` that the loop calls after the last step instead of `look`; its results also go to
+        the summary. None: the loop treats the last step like any other.
     """
 
     name: str
     every: int
-    look: Callable[[Params], Seen]
-    at_end: Callable[[Params], Seen] | None = None
+    look: Callable[[Params], Observation]
+    at_end: Callable[[Params], Observation] | None = None
 
 
 class Speed:
-    """Images per second between log points, without the time that observers and saving take."""
+    """Measures images per second between log points, without the time of observers and of saving."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
@@ -98,46 +109,47 @@ class Speed:
         self.restart()
 
     def restart(self) -> None:
-        """Starts an interval."""
+        """Starts a new interval now."""
         self._start = time.perf_counter()
 
     def add(self, images: int) -> float:
-        """Ends an interval in which `images` were trained on; returns its speed."""
+        """Ends the interval, in which the run trained on `images`; returns its images per second."""
         self._seconds.append(max(time.perf_counter() - self._start, 1e-9))
         self._images.append(images)
         self.restart()
         return images / self._seconds[-1]
 
     def average(self) -> float | None:
-        """Over all intervals but the first, which compiles; None if nothing was trained."""
+        """Images per second over all intervals except the first, which compiles; None if nothing was trained."""
         first = 1 if len(self._seconds) > 1 else 0
         images, seconds = sum(self._images[first:]), sum(self._seconds[first:])
         return images / seconds if images else None
 
 
 class Loop:
-    """One process's run: what is open while the loop goes.
+    """One process's run, with all that is open while it trains.
 
     Args:
       config: a validated config.
-      method: what is optimised.
+      method: the method to train.
       source: the training images.
       mesh: the devices.
       folder: the workdir; the caller holds its lock.
-      interrupt: takes note of signals.
-      stack: closes what is opened here.
+      interrupt: says whether a signal came.
+      stack: closes, at the end, the files that the loop opens.
       start: reads the encoder that a fresh run starts from; None: random parameters.
-      on_resume: is given the config of the checkpoint that the run continues from, and whether its training images
-        were others; raises if the run must not go on.
+      on_resume: the loop calls it when it continues from a checkpoint, with the checkpoint's config and whether the
+        training images have changed; it raises if the run must not continue.
 
     Attributes:
       total: optimiser steps of the run.
       state: the present state.
-      origin: name and digest of the encoder that the run started from; {} if none.
-      results: what observers found after the last step, by their names.
+      record: the numbers that a checkpoint and the summary hold: loss, speed, skipped steps.
+      origin: name and digest of the encoder that the run started from; {} if there is none.
+      results: the observers' results after the last step, by the observers' names.
 
     Raises:
-      UserError: anything a user can mend, in one line.
+      UserError: something that the user can mend, in one line.
     """
 
     def __init__(
@@ -160,19 +172,20 @@ class Loop:
         stack.callback(self._checkpoints.close)
         self.origin: dict[str, str] = {}
         self.results: dict[str, dict[str, Any]] = {}
-        self.state, self._begun, self.record = self._begin(start, on_resume)
-        if self._begun > self.total:
+        self.state, self._start_step, self.record = self._begin(start, on_resume)
+        if self._start_step > self.total:
             raise ConfigError(
                 f"config.steps or config.epochs: ask for {self.total} steps, but {folder} is already at step "
-                f"{self._begun}; ask for more, or choose another --workdir"
+                f"{self._start_step}; ask for more, or choose another --workdir"
             )
-        self._writer = stack.enter_context(metrics.Writer(folder, config, self._begun))
+        self._writer = stack.enter_context(metrics.Writer(folder, config, self._start_step))
         self._speed = Speed()
-        # Since the last log point: scalars on the device, undecodable images, indices of this process's rows.
+        # Per step since the last log point: scalars on the device, number of undecodable images, indices of the images
+        # in this process's rows.
         self._pending: list[tuple[Scalars, int, np.ndarray]] = []
         counted = self.record.get(nonfinite.SKIPPED, {})
         self.nonfinite = nonfinite.Watch(config, folder, source, **counted)
-        self._signal: int | None = None  # that came to any process, as all of them know it
+        self._signal: int | None = None  # a signal that came to any process; all processes know it
         self._train_step = make_train_step(config, method, self._recipe, mesh)
         self._log_layout()
 
@@ -181,7 +194,7 @@ class Loop:
         start: Callable[[], Pretrained] | None,
         on_resume: Callable[[Mapping[str, Any], bool], None] | None,
     ) -> tuple[TrainState, int, dict[str, Any]]:
-        """The newest checkpoint's state, or a fresh one; its step; what the checkpoint recorded."""
+        """Returns the newest checkpoint's state, step and record; without a checkpoint a fresh state, 0 and {}."""
         init = make_init(self.config, self.method, self._recipe, self.mesh)
         shapes = jax.eval_shape(init)
         abstract = jax.tree.map(
@@ -209,7 +222,7 @@ class Loop:
         return state, 0, {}
 
     def _log_layout(self) -> None:
-        """Logs each parameter's rules, and what lies on each device between two steps (without activations)."""
+        """Logs each parameter's rules, and the memory on each device between two steps (without activations)."""
         shapes = self.state.params
         decayed, penalised = optimizer.decayed(self.config, shapes), self._recipe.penalty.names
         parameters.log_rules(shapes, decayed, penalised, sharding.layouts(shapes, self.mesh))
@@ -232,7 +245,7 @@ class Loop:
         )
 
     def untrained(self) -> Params:
-        """The judged parameters of a run that has not begun, laid out as this one's."""
+        """The judged parameters of a run that has not begun, laid out as this run's parameters are."""
         first = jax.jit(
             lambda: init_params(self.config, self.method),
             out_shardings=jax.tree.map(lambda x: x.sharding, (self.state.params, self.state.carried)),
@@ -240,21 +253,26 @@ class Loop:
         return self.method.judged(*first())
 
     def run(self, observers: Sequence[Observer]) -> None:
-        """Trains up to the last step, then lets the observers look a last time."""
+        """Trains up to the last step, then calls each observer's `at_end`.
+
+        Raises:
+          Interrupted: SIGINT or SIGTERM came; the state is saved.
+          NonFiniteError: a loss, a gradient or a weight is NaN or infinite.
+        """
         log.info(
             "training %d -> %d of batch %d on %d x %s, %s parameters",
-            self._begun, self.total, self.config.batch_size, self.mesh.size,
+            self._start_step, self.total, self.config.batch_size, self.mesh.size,
             self.mesh.devices.flat[0].device_kind, f"{parameters.count(self.state.params):,}",
         )  # fmt: skip
-        with metrics.Progress(self.total, self._begun, self.config.batch_size) as progress:
+        with metrics.Progress(self.total, self._start_step, self.config.batch_size) as progress:
             with contextlib.closing(self._batches()) as batches:
                 self._speed.restart()
-                for step in range(self._begun + 1, self.total + 1):
+                for step in range(self._start_step + 1, self.total + 1):
                     batch, undecodable, indices = next(batches)
                     self.state, scalars = self._train_step(self.state, batch)
                     self._pending.append((scalars, undecodable, indices))
                     if len(self._pending) > IN_FLIGHT:
-                        self._agree([jax.block_until_ready(self._pending[-1 - IN_FLIGHT][0])])
+                        self._note_signal([jax.block_until_ready(self._pending[-1 - IN_FLIGHT][0])])
                     self._after(step, progress, observers)
         for observer in observers:
             if observer.at_end is not None:
@@ -265,7 +283,7 @@ class Loop:
         return self.state.judged(self.method)
 
     def _batches(self) -> Generator[tuple[Batch, int, np.ndarray], None, None]:
-        """Batches on the device, how many of their images replace undecodable ones, and this process's indices."""
+        """Yields batches on the device, the number of undecodable images in each, and this process's image indices."""
         pipeline = data.TrainPipeline(
             self.config, self.source, process_index=jax.process_index(), process_count=jax.process_count()
         )
@@ -281,25 +299,25 @@ class Loop:
         with (
             contextlib.closing(pipeline),
             contextlib.closing(
-                data.device_prefetch(pipeline.batches(self._begun), put, self.config.data.prefetch)
+                data.device_prefetch(pipeline.batches(self._start_step), put, self.config.data.prefetch)
             ) as ready,
         ):
             yield from ready
 
-    def _agree(self, scalars: Sequence[Scalars]) -> None:
-        """Takes note of a signal to any process that went through a step, which all processes do at the same step."""
+    def _note_signal(self, scalars: Sequence[Scalars]) -> None:
+        """Notes a signal that came to any process: the step passes it on, so all processes note it at the same step."""
         if distributed.processes() == 1:
             self._signal = self._interrupt.signal
         else:
             self._signal = self._signal or max(int(s[SIGNAL]) for s in scalars) or None
 
     def _after(self, step: int, progress: metrics.Progress, observers: Sequence[Observer]) -> None:
-        """What happens between steps; all of it between log points is a few comparisons."""
+        """Logs, saves and calls observers after a step; between log points it only compares a few numbers."""
         last = step == self.total
         if last or step % self.config.log.every == 0:
             self._log(step, progress)
         if distributed.processes() == 1:
-            self._agree(())
+            self._note_signal(())
         save = last or step % self.config.save.every == 0 or self._signal is not None
         looking = [o for o in observers if o.every and step % o.every == 0 and not (last and o.at_end)]
         if not (save or looking):
@@ -314,13 +332,13 @@ class Loop:
             self._write(step, observer.look(self._judged()))
         self._speed.restart()
 
-    def _write(self, step: int, seen: Seen) -> dict[str, Any]:
-        """Writes what an observer saw; returns it, of a picture its path under ``path``."""
-        if isinstance(seen, Picture):
-            return {"path": self._writer.write_image(step, seen.name, seen.pixels)}
-        found = dict(seen or {})
+    def _write(self, step: int, observation: Observation) -> dict[str, Any]:
+        """Writes an observer's numbers or picture; returns the numbers, or the picture's path as ``path``."""
+        if isinstance(observation, Picture):
+            return {"path": self._writer.write_image(step, observation.name, observation.pixels)}
+        found = dict(observation or {})
         numbers = {name: value for name, value in found.items() if isinstance(value, float)}
-        if numbers:  # lists and None cannot be drawn over the steps
+        if numbers:  # a curve over the steps needs numbers, not lists or None
             self._writer.write(step, numbers)
         return found
 
@@ -328,7 +346,7 @@ class Loop:
         """Waits for the steps since the last log point, checks and logs them.
 
         Raises:
-          NonFiniteError: a loss or a gradient is NaN or infinite, and config.nonfinite.skip steps before it were.
+          NonFiniteError: a loss or a gradient is NaN or infinite, as in the config.nonfinite.skip steps before it.
         """
         if not self._pending:
             return
@@ -336,7 +354,7 @@ class Loop:
         undecodable = sum(count for _, count, _ in self._pending)
         indices = [rows for _, _, rows in self._pending]
         self._pending = []
-        self._agree(scalars)
+        self._note_signal(scalars)
         for values in scalars:
             values.pop(SIGNAL, None)
         speed = self._speed.add(len(scalars) * self.config.batch_size)
@@ -355,35 +373,35 @@ class Loop:
         self._writer.write(step, means | {"images_per_sec": speed, "undecodable": undecodable})
 
     def _counts(self, step: int, scalars: Mapping[str, np.ndarray], indices: np.ndarray) -> bool:
-        """Whether a step was finite; one that was not is written down.
+        """Whether a step was finite; writes a file about a step that was not.
 
         Raises:
-          NonFiniteError: it and as many before it as config.nonfinite.skip allows were not.
+          NonFiniteError: this step and the config.nonfinite.skip steps before it were not finite.
         """
         watch, allowed = self.nonfinite, self.config.nonfinite.skip
-        what = watch.count(scalars)
-        if not what:
+        problem = watch.count(scalars)
+        if not problem:
             return True
         watch.write(step, scalars, indices, self._checkpoints.latest())
         if watch.streak > allowed:
             if allowed:
-                what += f", as in the {watch.streak - 1} steps before (config.nonfinite.skip={allowed}),"
-            raise self._non_finite(f"{what} at step {step}; its images are named in {watch.path(step)}")
+                problem += f", as in the {watch.streak - 1} steps before (config.nonfinite.skip={allowed}),"
+            raise self._non_finite(f"{problem} at step {step}; its images are named in {watch.path(step)}")
         if distributed.first():
-            log.warning("step %d skipped: %s; its images are named in %s", step, what, watch.path(step))
+            log.warning("step %d skipped: %s; its images are named in %s", step, problem, watch.path(step))
         return False
 
-    def _non_finite(self, what: str) -> NonFiniteError:
+    def _non_finite(self, problem: str) -> NonFiniteError:
         self._checkpoints.wait()
         latest = self._checkpoints.latest()
-        kept = f"the last finite checkpoint is step {latest} in {self._checkpoints.folder}"
+        saved = f"the last finite checkpoint is step {latest} in {self._checkpoints.folder}"
         return NonFiniteError(
-            f"{what}; {kept if latest else 'no checkpoint was saved yet'}; try a lower config.optimizer.lr, a longer "
-            "warm-up or config.optimizer.clip_norm"
+            f"{problem}; {saved if latest else 'no checkpoint was saved yet'}; try a lower config.optimizer.lr, a "
+            "longer warm-up or config.optimizer.clip_norm"
         )
 
     def _save(self, step: int) -> None:
-        # A step's loss is taken before its update: it says nothing about the weights to be saved.
+        # A step computes its loss before its update, so a finite loss does not mean finite weights.
         if not all_finite((self.state.params, self.state.rest())):
             raise self._non_finite(f"the weights or the optimiser's state are not finite after step {step}")
         meta = {

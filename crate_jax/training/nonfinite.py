@@ -1,8 +1,8 @@
-"""Steps whose loss or gradient is NaN or infinite: left without effect, counted, and written down for a replay.
+"""Steps whose loss or gradient is NaN or infinite: they are undone, counted, and recorded in files for a replay.
 
-The device decides alone (:func:`revert_if_nonfinite`), the host counts at log points (:class:`Watch`).
-optax.apply_if_finite cannot do it: it sees neither the loss nor what lies outside the optimiser (moving averages, what
-a method carries), and takes the update after all once the streak is too long.
+The device undoes a step by itself (:func:`revert_if_nonfinite`); the host counts such steps at log points
+(:class:`Watch`). optax.apply_if_finite is not enough: it knows neither the loss nor the state outside the optimiser
+(moving averages, what a method carries), and after too many such steps in a row it applies the update.
 """
 
 from __future__ import annotations
@@ -25,16 +25,31 @@ from crate_jax.workdir import metrics
 T = TypeVar("T")
 
 FOLDER = "nonfinite"
-JUDGED = {"loss": "loss", "grad_norm": "gradient's norm"}  # scalars that decide; the loss includes the penalty
+DECISIVE = {
+    "loss": "loss",
+    "grad_norm": "gradient's norm",
+}  # scalars that must be finite; the loss includes the penalty
 SKIPPED = "skipped"
 
 
 def revert_if_nonfinite(scalars: Mapping[str, jax.Array], new: T, old: T) -> tuple[T, jax.Array]:
-    """`new` if loss and gradient are finite, else `old`, bit for bit; and 1 if it is the old one.
+    """Returns `new` if loss and gradient are finite, else `old`, bit for bit.
 
-    The gradient counts as finite if its norm is, which is at hand: one above 1.8e19 is not, in float32.
+    The gradient counts as finite if its norm is finite. In float32 the norm is infinite above 1.8e19.
+
+    Args:
+      scalars: the step's scalars, with ``loss`` and ``grad_norm``.
+      new: the tree of arrays after the step.
+      old: the same tree before the step.
+
+    Returns:
+      the tree, and an int32 scalar: 1 if it is `old`, else 0.
+
+    >>> state, skipped = revert_if_nonfinite({"loss": jnp.nan, "grad_norm": 1.0}, new=2.0, old=1.0)
+    >>> float(state), int(skipped)
+    (1.0, 1)
     """
-    finite = jnp.all(jnp.stack([jnp.isfinite(scalars[name]) for name in JUDGED]))
+    finite = jnp.all(jnp.stack([jnp.isfinite(scalars[name]) for name in DECISIVE]))
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), 1 - finite.astype(jnp.int32)
 
 
@@ -43,11 +58,11 @@ class Watch:
     """Counts steps that are not finite, and writes ``WORKDIR/nonfinite/STEP.json`` for each.
 
     Attributes:
-      config: of the run.
-      folder: its workdir.
-      source: its training images.
-      streak: such steps in a row, up to the last one seen.
-      total: in the whole run.
+      config: the run's config.
+      folder: the run's workdir.
+      source: the run's training images.
+      streak: the number of such steps in a row, up to the last counted step.
+      total: the number of such steps in the whole run.
     """
 
     config: ConfigDict
@@ -57,20 +72,22 @@ class Watch:
     total: int = 0
 
     def count(self, scalars: Mapping[str, Any]) -> str:
-        """Counts the next step, whose scalars are on the host; says what was not finite, empty if all was."""
-        wrong = [f"the {JUDGED[name]} is {float(scalars[name])}" for name in JUDGED if not math.isfinite(scalars[name])]
+        """Counts the next step, whose scalars are on the host; returns what was not finite, or an empty text."""
+        wrong = [
+            f"the {DECISIVE[name]} is {float(scalars[name])}" for name in DECISIVE if not math.isfinite(scalars[name])
+        ]
         self.streak = self.streak + 1 if wrong else 0
         self.total += bool(wrong)
         return wrong[0] if wrong else ""
 
     def write(self, step: int, scalars: Mapping[str, Any], indices: np.ndarray, checkpoint: int | None) -> None:
-        """Writes the file about a step; all processes must call it.
+        """Writes the file about a step. All processes must call it.
 
         Args:
-          step: its number, from 1.
-          scalars: on the host.
-          indices: int32 (b,), which images are this process's rows of the batch.
-          checkpoint: the newest saved step.
+          step: the step's number, from 1.
+          scalars: the step's scalars, on the host.
+          indices: int32 (b,), the images in this process's rows of the batch.
+          checkpoint: the newest saved step; None: nothing was saved.
 
         Raises:
           UserError: the file cannot be written.
@@ -95,5 +112,5 @@ class Watch:
         metrics.write_json(path, record)
 
     def path(self, step: int) -> Path:
-        """The file about a step."""
+        """The path of the file about a step."""
         return self.folder / FOLDER / f"{step}.json"

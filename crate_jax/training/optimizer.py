@@ -1,7 +1,7 @@
 """The learning-rate schedule and the optimisers, as optax transformations.
 
-One rule says which parameters weight decay acts on: those with two axes or more (not counting the
-layer axis of stacked blocks) that ``config.optimizer.decay_exclude`` does not match.
+Weight decay acts on parameters with two axes or more, not counting the layer axis of stacked blocks. It does not act on
+parameters that ``config.optimizer.decay_exclude`` matches.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
 from crate_jax.validation import Key, Section, anything, at_least, one_of, patterns, positive, within
 
-ADAM_EPS = 1e-8  # PyTorch's default, which the recipes leave as it is
+ADAM_EPS = 1e-8  # PyTorch's default, which the recipes do not change
 Mask = Callable[[Any], Any]  # tree -> tree of booleans
 
 
 def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up, then a cosine to min_lr at `total_steps`.
+    """Returns the function step -> learning rate: a linear warm-up, then config.optimizer.schedule.
 
-    Update number `step`, from 0, uses schedule(step): the first uses warmup_lr, and the peak is
-    reached at step = warm-up steps. All rates are multiplied by batch_size / lr_batch if that is set.
+    The update number `step`, from 0, uses the rate of `step`: the first update uses warmup_lr, the rate is at its peak
+    lr at step = warm-up steps, and a cosine or linear schedule ends with min_lr at `total_steps`. All rates are
+    multiplied by batch_size / lr_batch unless lr_batch is 0.
 
     Args:
       config: the whole configuration.
       total_steps: optimiser steps of the run.
-      steps_per_epoch: optimiser steps per pass over the data; for warmup_epochs.
+      steps_per_epoch: optimiser steps per pass over the data; needed for warmup_epochs.
+
+    Returns:
+      the function from an integer scalar to a float32 scalar.
 
     Raises:
       ConfigError: the warm-up is longer than the run, or starts or ends above the peak.
@@ -80,7 +84,7 @@ def decayed(config: ConfigDict, params: Any) -> tuple[str, ...]:
 
 
 def scale_by_layer_trust_ratio(trust_coefficient: float) -> optax.GradientTransformation:
-    """optax.scale_by_trust_ratio with one ratio per layer: a stacked leaf [L, ...] gets L ratios."""
+    """optax.scale_by_trust_ratio with one ratio per layer: a stacked parameter (L, ...) has L ratios."""
     one = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
 
     def scale(update: jax.Array, param: jax.Array) -> jax.Array:
@@ -99,17 +103,17 @@ def scale_by_layer_trust_ratio(trust_coefficient: float) -> optax.GradientTransf
 
 
 def _adamw(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
-    """AdamW as torch.optim.AdamW: decoupled decay, multiplied by the learning rate."""
+    """AdamW as in torch.optim: the decay is decoupled from the gradient and multiplied by the learning rate."""
     return optax.adamw(
         learning_rate, options.b1, options.b2, eps=ADAM_EPS, weight_decay=options.weight_decay, mask=mask
     )
 
 
 def _lars(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
-    """LARS (You et al., arXiv 1708.03888) as optax.lars, but with one trust ratio per layer.
+    """LARS (You et al., arXiv 1708.03888) as in optax.lars, but with one trust ratio per layer.
 
-    Parameters outside the mask have neither decay nor trust ratio: plain SGD with momentum. As in the
-    paper the momentum holds steps already multiplied by the learning rate.
+    Parameters outside the mask have neither decay nor trust ratio: for them LARS is SGD with momentum. As in the paper,
+    the momentum sums steps that are already multiplied by the learning rate.
     """
     return optax.chain(
         optax.add_decayed_weights(options.weight_decay, mask),
@@ -125,18 +129,18 @@ def _lion(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> opt
 
 
 def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTransformation:
-    """Multiplies updates by decay ** (layers above): layer-wise learning rates (BEiT, MAE's fine-tuning).
+    """Multiplies updates by decay ** (number of layers above): layer-wise learning rates (BEiT, MAE's fine-tuning).
 
-    Of an encoder of L blocks the embedding is layer 0, block l is layer l + 1, and its last norm, a
-    relative bias that all blocks share and the head are layer L + 1, which keeps the full rate.
+    In an encoder of L blocks the embedding is layer 0 and block l, from 0, is layer l + 1. The encoder's last norm, a
+    relative bias that all blocks share and the head are layer L + 1, which has the full rate.
 
     Args:
       params: the parameter tree, or its shapes.
       decay: the factor per layer.
-      freeze: no update at all to the encoder.
+      freeze: whether the encoder gets no update at all.
 
     Raises:
-      ConfigError: the encoder is not frozen and has no stack of blocks, whose leading axis tells L.
+      ConfigError: the encoder is not frozen, and it has no stack of blocks whose leading axis would be L.
     """
     leaves = parameters.names(params)
     stacked = (name for name in leaves if name.startswith("encoder/") and parameters.is_stacked(name))
@@ -161,9 +165,9 @@ def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTra
 
 
 def updates_done(opt_state: Any) -> jax.Array:
-    """The step that the schedule is at, int32 scalar: how many updates the optimiser made."""
-    here = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
-    return next(x.count for x in jax.tree.leaves(opt_state, is_leaf=here) if here(x))
+    """The number of updates that the optimiser has made, int32 scalar: the schedule's present step."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    return next(x.count for x in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(x))
 
 
 OPTIMIZERS = {"adamw": _adamw, "lars": _lars, "lion": _lion}
@@ -172,7 +176,7 @@ OPTIMIZERS = {"adamw": _adamw, "lars": _lars, "lion": _lion}
 def build(
     config: ConfigDict, params: Any, total_steps: int, steps_per_epoch: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Builds gradient clipping, the optimiser and its schedule from config.optimizer.
+    """Builds gradient clipping, the optimiser and its schedule, as config.optimizer says.
 
     Args:
       config: the whole configuration.
@@ -181,10 +185,10 @@ def build(
       steps_per_epoch: optimiser steps per pass over the data.
 
     Returns:
-      The transformation, whose state has the dtype of the parameters (float32), and the schedule.
+      the transformation, whose state has the parameters' dtype (float32), and the schedule.
 
     Raises:
-      ConfigError: from :func:`schedule` and :func:`decayed`.
+      ConfigError: see :func:`schedule`, :func:`decayed` and :func:`scale_by_layer`.
     """
     options = config.optimizer
     learning_rate = schedule(config, total_steps, steps_per_epoch)
@@ -206,28 +210,37 @@ BETAS, LARS = ("optimizer.name", "adamw", "lion"), ("optimizer.name", "lars")
 
 OPTIMIZER = Section(
     "optimizer",
-    "The update of the weights, and its learning rate over the run.",
+    "How the weights are updated, and the learning rate over the run.",
     of_the_run=True,
     check=_check_optimizer,
     keys=dict(
-        name=Key("adamw", one_of(*OPTIMIZERS), "kind"),
+        name=Key("adamw", one_of(*OPTIMIZERS), "optimiser"),
         lr=Key(1.5e-4, positive, "peak learning rate, per `lr_batch` images"),
-        lr_batch=Key(256, at_least(0), "lr, warmup_lr, min_lr are multiplied by batch_size / this; 0: not"),
-        warmup_epochs=Key(0.0, at_least(0), "linear warm-up, in epochs"),
-        warmup_steps=Key(0, at_least(0), "the same in steps"),
-        warmup_lr=Key(0.0, at_least(0), "where the warm-up starts"),
-        min_lr=Key(0.0, at_least(0), "where the schedule ends"),
-        schedule=Key("cosine", one_of("cosine", "linear", "constant"), "course of the rate after the warm-up"),
-        b1=Key(0.9, within(0, 1, "[)"), "decay of the mean gradient", read_by=BETAS),
-        b2=Key(0.95, within(0, 1, "[)"), "decay of its square (adamw), of the momentum (lion)", read_by=BETAS),
+        lr_batch=Key(
+            256, at_least(0), "lr, warmup_lr, min_lr are multiplied by batch_size / lr_batch; 0: not multiplied"
+        ),
+        warmup_epochs=Key(0.0, at_least(0), "length of the linear warm-up in epochs"),
+        warmup_steps=Key(0, at_least(0), "length of the linear warm-up in steps"),
+        warmup_lr=Key(0.0, at_least(0), "rate at the start of the warm-up"),
+        min_lr=Key(0.0, at_least(0), "rate at the end of the schedule"),
+        schedule=Key("cosine", one_of("cosine", "linear", "constant"), "how the rate falls after the warm-up"),
+        b1=Key(0.9, within(0, 1, "[)"), "decay of the gradient's mean", read_by=BETAS),
+        b2=Key(
+            0.95,
+            within(0, 1, "[)"),
+            "adamw: decay of the squared gradient's mean; lion: of the momentum",
+            read_by=BETAS,
+        ),
         momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of updates", read_by=LARS),
-        trust_coefficient=Key(0.001, anything, "size of an update over that of its weight", read_by=LARS),
-        weight_decay=Key(0.05, at_least(0), "per update, times the learning rate"),
+        trust_coefficient=Key(0.001, anything, "norm of an update over the norm of its weight", read_by=LARS),
+        weight_decay=Key(0.05, at_least(0), "share of a weight taken off per update, times the learning rate"),
         layer_decay=Key(1.0, within(0, 1, "(]"), "factor on the learning rate per layer below the head"),
         decay_exclude=Key(
-            (r".*(cls_token|mask_token|positions|relative_bias)",), patterns, "not decayed, beside all that is 1-D"
+            (r".*(cls_token|mask_token|positions|relative_bias)",),
+            patterns,
+            "names of weights without decay; 1-D weights never have it",
         ),
         clip_norm=Key(0.0, at_least(0), "largest norm of the whole gradient; 0: off"),
-        ema=Key(0.0, within(0, 1, "[)"), "decay of an average of the weights that evaluations use; 0: off"),
+        ema=Key(0.0, within(0, 1, "[)"), "decay of the weights' moving average, which evaluations use; 0: off"),
     ),
 )

@@ -1,16 +1,16 @@
 """Orthogonality penalties on weight matrices: SO and SRIP.
 
 He et al., "Preventing Dimensional Collapse in Self-Supervised Learning via Orthogonality
-Regularization" (arXiv 2411.00392), adds one of these to a self-supervised loss; both come from
+Regularization" (arXiv 2411.00392), adds one of them to a self-supervised loss; both come from
 Bansal et al., "Can We Gain More from Orthogonality Regularizations in Training Deep CNNs?" (2018):
 
     SO:    sum over weights of ||G - I||_F^2
     SRIP:  sum over weights of sigma_max(G - I)
 
 with G a Gram matrix of the weight. The papers write W for PyTorch's weight, out x in, and G = W^T W
-(in x in); for a wide W that G has rank below its side and can never be I, so the default is the
+(in x in). If W is wide, the rank of this G is below its side and G cannot be I, so our default is the
 smaller of W^T W and W W^T. Our kernels are in x out, the transpose of W; a convolution's kernel
-[h, w, in, out] is read as [h*w*in, out].
+(h, w, in, out) is read as (h*w*in, out).
 
 Letters: L layers, M matrices of one shape, n the side of the Gram matrix, m the other side.
 """
@@ -35,23 +35,26 @@ State = dict[str, jax.Array]
 
 
 class Penalty(Protocol):
-    """What every entry of :data:`PENALTIES` builds."""
+    """The interface of the penalties that the entries of :data:`PENALTIES` build."""
 
-    names: tuple[str, ...]  # the parameters acted on
+    names: tuple[str, ...]  # the parameters that the penalty acts on
 
     def init(self, key: jax.Array) -> State:
         """Returns the state of step 0 (an empty dict if there is none)."""
         ...
 
     def apply(self, params: Any, state: State, key: jax.Array) -> tuple[jax.Array, State]:
-        """Returns the penalty summed over the weights (float32 scalar, no gamma) and the next state."""
+        """Returns the penalty summed over the weights (float32 scalar, without gamma) and the next state."""
         ...
 
 
 def flatten_kernel(kernel: jax.Array, stacked: bool = False) -> jax.Array:
-    """Reads a dense kernel [in, out] or a convolution's [h, w, in, out] as a matrix [h*w*in, out].
+    """Reads a dense kernel (in, out) or a convolution's (h, w, in, out) as a matrix (h*w*in, out).
 
-    A stacked kernel keeps its leading layer axis: [L, ...] -> [L, h*w*in, out].
+    A stacked kernel keeps its leading layer axis: (L, ...) -> (L, h*w*in, out).
+
+    >>> flatten_kernel(jnp.zeros((3, 3, 16, 32))).shape
+    (144, 32)
     """
     layers = kernel.shape[:1] if stacked else ()
     return kernel.reshape(*layers, -1, kernel.shape[-1])
@@ -62,19 +65,26 @@ def _gram_on_inputs(inputs: int, outputs: int, gram: str) -> bool:
 
 
 def orient(w_Lio: jax.Array, gram: str) -> jax.Array:
-    """Turns matrices [..., in, out] into w [..., n, m] whose Gram matrix w w^T is the chosen one.
+    """Turns matrices (..., in, out) into w (..., n, m), so that w w^T is the chosen Gram matrix.
 
     Args:
-      w_Lio: kernels, in x out.
+      w_Lio: kernels (..., in, out).
       gram: "in" (n = in: W^T W of PyTorch's out x in weight W), "out" (n = out: W W^T), or
         "smaller" (n = min(in, out)).
+
+    >>> orient(jnp.zeros((12, 64, 16)), "smaller").shape
+    (12, 16, 64)
     """
     inputs, outputs = w_Lio.shape[-2:]
     return w_Lio if _gram_on_inputs(inputs, outputs, gram) else jnp.swapaxes(w_Lio, -1, -2)
 
 
 def gram_residual(w_Lio: jax.Array, gram: str = "smaller") -> jax.Array:
-    """Returns G - I, [..., n, n] in float32, for matrices [..., in, out]; `gram` as in :func:`orient`."""
+    """Returns G - I, (..., n, n) in float32, for matrices (..., in, out); :func:`orient` explains `gram`.
+
+    >>> gram_residual(2 * jnp.eye(2)).tolist()
+    [[3.0, 0.0], [0.0, 3.0]]
+    """
     w_Lnm = orient(w_Lio, gram).astype(jnp.float32)
     gram_Lnn = jnp.einsum("...nm,...km->...nk", w_Lnm, w_Lnm, precision=HIGHEST)
     return gram_Lnn - jnp.eye(gram_Lnn.shape[-1], dtype=jnp.float32)
@@ -82,10 +92,13 @@ def gram_residual(w_Lio: jax.Array, gram: str = "smaller") -> jax.Array:
 
 @jax.custom_jvp
 def frobenius_squared(w_Mnm: jax.Array) -> jax.Array:
-    """Returns the scalar sum of ||w w^T - I||_F^2 over M matrices [M, n, m].
+    """Returns the sum of ||w w^T - I||_F^2 over M matrices (M, n, m), a float32 scalar.
 
-    The derivative is written out, 4 (w w^T - I) w: since the residual is symmetric it takes one
-    matrix product, where differentiating the Gram matrix takes two.
+    The derivative 4 (w w^T - I) w is written out: since the residual is symmetric, it takes one
+    matrix product, while the derivative of the Gram matrix would take two.
+
+    >>> float(frobenius_squared(2 * jnp.eye(2)[None]))
+    18.0
     """
     return jnp.sum(jnp.square(gram_residual(w_Mnm, "in")))
 
@@ -105,14 +118,14 @@ def _residual_times(w_Mnm: jax.Array, v_Mn: jax.Array) -> jax.Array:
 
 
 def _norm(x_Mn: jax.Array) -> jax.Array:
-    """Euclidean norm [M] whose gradient at the zero vector is zero instead of NaN."""
+    """Euclidean norm (M,) whose gradient at the zero vector is zero instead of NaN."""
     squared_M = jnp.sum(jnp.square(x_Mn), axis=-1)
     positive_M = squared_M > 0
     return jnp.where(positive_M, jnp.sqrt(jnp.where(positive_M, squared_M, 1.0)), 0.0)
 
 
 def _direction(x_Mn: jax.Array, otherwise_Mn: jax.Array) -> jax.Array:
-    """Scales x to unit length; where x is zero (an exactly orthonormal weight) takes the other unit vector."""
+    """Scales x to unit length; where x is zero (an exactly orthonormal weight), returns `otherwise_Mn`."""
     norm_M1 = _norm(x_Mn)[:, None]
     return jnp.where(norm_M1 > 0, x_Mn / jnp.where(norm_M1 > 0, norm_M1, 1.0), otherwise_Mn)
 
@@ -120,19 +133,23 @@ def _direction(x_Mn: jax.Array, otherwise_Mn: jax.Array) -> jax.Array:
 def spectral_norm(w_Mnm: jax.Array, v_Mn: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
     """Estimates sigma_max(A), A = w w^T - I, for M matrices by power iteration.
 
-    A is indefinite and may have eigenvalues of nearly equal size and opposite sign. The vector then
-    never settles and v^T A v tends to something smaller than sigma_max, but ||A v|| tends to
-    sigma_max: it is the Rayleigh quotient of A^2, whose top eigenvalue is sigma_max^2 in all cases.
-    Its gradient with v held fixed is then a convex combination of the gradients of the two
-    eigenvalues' sizes.
+    A is indefinite and may have eigenvalues of nearly equal size and opposite sign. Then the vector v
+    does not converge, and v^T A v tends to a number below sigma_max. But ||A v|| always tends to
+    sigma_max, since ||A v||^2 is the Rayleigh quotient of A^2, whose largest eigenvalue is sigma_max^2.
+    The gradient of ||A v|| with v held fixed is then a convex combination of the gradients of the two
+    eigenvalues' absolute values.
 
     Args:
-      w_Mnm: matrices; the gradient flows through them in the last product only.
-      v_Mn: unit vectors to start from.
-      iterations: products with A before that last one.
+      w_Mnm: matrices (M, n, m); the gradient flows through them in the last product only.
+      v_Mn: unit vectors (M, n) to start from.
+      iterations: the number of products with A before the last one.
 
     Returns:
-      sigma [M], never above sigma_max up to rounding, and the next step's unit vectors [M, n].
+      sigma (M,), float32, which up to rounding is not above sigma_max, and the next step's unit vectors (M, n).
+
+    >>> sigma, _ = spectral_norm(2 * jnp.eye(2)[None], jnp.array([[1.0, 0.0]]), iterations=2)
+    >>> sigma.tolist()
+    [3.0]
     """
     w_Mnm = w_Mnm.astype(jnp.float32)
     fixed_Mnm = jax.lax.stop_gradient(w_Mnm)
@@ -143,17 +160,17 @@ def spectral_norm(w_Mnm: jax.Array, v_Mn: jax.Array, iterations: int) -> tuple[j
 
 
 def random_directions(key: jax.Array, count: int, n: int) -> jax.Array:
-    """Draws unit vectors [count, n], uniform on the sphere."""
+    """Draws `count` unit vectors (count, n), uniform on the sphere, float32."""
     x_Mn = jax.random.normal(key, (count, n), jnp.float32)
     return x_Mn / jnp.linalg.norm(x_Mn, axis=-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """All the weights that share an oriented shape n x m; they go through one batched product."""
+    """All weights of one shape n x m after :func:`orient`; one batched product computes them together."""
 
     names: tuple[str, ...]
-    count: int  # matrices, counting every layer of a stacked weight
+    count: int  # number of matrices; each layer of a stacked weight counts
     n: int
     m: int
     gram: str
@@ -164,20 +181,25 @@ class Batch:
         return f"{self.n}x{self.m}"
 
     def key(self, key: jax.Array) -> jax.Array:
-        """The batch's own random key, the same whatever other batches there are."""
+        """The batch's own random key, which does not depend on the other batches."""
         return jax.random.fold_in(jax.random.fold_in(key, self.n), self.m)
 
     def gather(self, leaves: dict[str, jax.Array]) -> jax.Array:
-        """Returns the weights [M, n, m], name by name, layer by layer."""
+        """Returns the weights (M, n, m), name by name, layer by layer."""
         parts = [flatten_kernel(leaves[name], parameters.is_stacked(name)) for name in self.names]
         return jnp.concatenate([orient(p if p.ndim == 3 else p[None], self.gram) for p in parts])
 
 
 def batches(params: Any, selected: tuple[str, ...], gram: str) -> tuple[Batch, ...]:
-    """Groups the selected weights by oriented shape, the shapes in increasing order.
+    """Groups the selected weights by their shape after :func:`orient`, in increasing order of the shapes.
+
+    Args:
+      params: tree of arrays or of shapes.
+      selected: the weights' names.
+      gram: "in", "out" or "smaller", see :func:`orient`.
 
     Raises:
-      ConfigError: a selected parameter is neither a dense nor a convolution's kernel.
+      ConfigError: a selected parameter is neither a dense kernel nor a convolution's kernel.
     """
     leaves = parameters.names(params)
     groups: dict[tuple[int, int], dict[str, int]] = {}
@@ -198,7 +220,7 @@ def batches(params: Any, selected: tuple[str, ...], gram: str) -> tuple[Batch, .
 
 
 class NoPenalty:
-    """Zero, at no cost."""
+    """The penalty 0, which costs nothing."""
 
     def __init__(self, config: ConfigDict, params: Any):
         del config, params
@@ -210,13 +232,13 @@ class NoPenalty:
         return {}
 
     def apply(self, params: Any, state: State, key: jax.Array) -> tuple[jax.Array, State]:
-        """Returns 0 and the state as it was."""
+        """Returns 0 and the unchanged state."""
         del params, key
         return jnp.zeros((), jnp.float32), state
 
 
-class _OnKernels:
-    """Selects the weights that config.penalty names and groups them by shape."""
+class _KernelPenalty:
+    """Selects the weights that config.penalty names, and groups them by shape."""
 
     def __init__(self, config: ConfigDict, params: Any):
         options = config.penalty
@@ -226,8 +248,8 @@ class _OnKernels:
         self.batches = batches(params, self.names, options.gram)
 
 
-class SoftOrthogonality(_OnKernels):
-    """SO: the sum of ||G - I||_F^2 (Bansal et al. 2018). No state."""
+class SoftOrthogonality(_KernelPenalty):
+    """SO: the sum of ||G - I||_F^2 (Bansal et al. 2018). It has no state."""
 
     def init(self, key: jax.Array) -> State:
         """Returns an empty state."""
@@ -235,18 +257,18 @@ class SoftOrthogonality(_OnKernels):
         return {}
 
     def apply(self, params: Any, state: State, key: jax.Array) -> tuple[jax.Array, State]:
-        """Returns the penalty and the state as it was."""
+        """Returns the penalty and the unchanged state."""
         del key
         leaves = parameters.names(params)
         return sum((frobenius_squared(b.gather(leaves)) for b in self.batches), jnp.zeros((), jnp.float32)), state
 
 
-class SpectralRestrictedIsometry(_OnKernels):
+class SpectralRestrictedIsometry(_KernelPenalty):
     """SRIP: the sum of sigma_max(G - I) ** power (Bansal et al. 2018).
 
-    The formula has power 1; some released code sums squares (power 2). With `keep_vector` the power
-    iteration continues from the last step's vectors, {"384x1536": v [M, n], ...}, and so converges
-    over the steps; without, it starts from fresh random vectors and has no state.
+    The formula has power 1; some released code sums squares (power 2). With `keep_vector` the state holds
+    the last step's vectors, {"384x1536": v (M, n), ...}, from which the power iteration continues, so that it
+    converges over the steps. Without `keep_vector` each step starts from new random vectors, and there is no state.
     """
 
     def __init__(self, config: ConfigDict, params: Any):
@@ -260,7 +282,7 @@ class SpectralRestrictedIsometry(_OnKernels):
         return self._draw(key) if self.keep_vector else {}
 
     def apply(self, params: Any, state: State, key: jax.Array) -> tuple[jax.Array, State]:
-        """Returns the penalty and the vectors of the next step."""
+        """Returns the penalty and the next step's vectors."""
         leaves = parameters.names(params)
         start = state if self.keep_vector else self._draw(key)
         total, vectors = jnp.zeros((), jnp.float32), {}
@@ -281,22 +303,22 @@ PENALTIES: dict[str, Callable[[ConfigDict, Any], Penalty]] = {
 
 
 def build(config: ConfigDict, params: Any) -> Penalty:
-    """Builds the penalty that config.penalty names.
+    """Builds the penalty config.penalty.name.
 
     Args:
       config: the whole configuration.
       params: the parameter tree, or its shapes from jax.eval_shape.
 
     Raises:
-      ConfigError: a pattern matches nothing, or selects something that is not a weight matrix.
+      ConfigError: a pattern matches no parameter, or the patterns select a parameter that is not a kernel or none.
     """
     return PENALTIES[config.penalty.name](config, params)
 
 
-def weighted(
+def penalty_term(
     config: ConfigDict, penalty: Penalty
 ) -> Callable[..., tuple[jax.Array, tuple[State, dict[str, jax.Array]]]]:
-    """The term of an objective: (params, state, key) -> (weight * penalty, (new state, scalars to log))."""
+    """Returns the loss term (params, state, key) -> (weight * penalty, (new state, scalars to log))."""
 
     def term(params: Any, state: State, key: jax.Array) -> tuple[jax.Array, tuple[State, dict[str, jax.Array]]]:
         value, state = penalty.apply(params, state, key)
@@ -314,19 +336,24 @@ ANY_PENALTY, SRIP = ("penalty.name", *(name for name in PENALTIES if name != "no
 
 PENALTY = Section(
     "penalty",
-    "A term of the loss that draws weights towards orthogonality (docs/orthogonality.md).",
+    "A term of the loss that makes weights more orthogonal (docs/orthogonality.md).",
     of_the_run=True,
     check=_check_penalty,
     keys=dict(
-        name=Key("none", one_of(*PENALTIES), "kind"),
+        name=Key("none", one_of(*PENALTIES), "penalty"),
         weight=Key(0.0, at_least(0), "factor gamma of the penalty", read_by=ANY_PENALTY),
-        include=Key((r"encoder/.*kernel",), patterns, "whole names of the weights acted on", read_by=ANY_PENALTY),
-        exclude=Key((), patterns, "names taken out again", read_by=ANY_PENALTY, items=str),
-        gram=Key(
-            "smaller", one_of("smaller", "in", "out"), "in: W^T W of torch's out x in; out: W W^T", read_by=ANY_PENALTY
+        include=Key(
+            (r"encoder/.*kernel",), patterns, "whole names of the weights that it acts on", read_by=ANY_PENALTY
         ),
-        power=Key(1, one_of(1, 2), "sigma ** power: 1 (formula), 2 (as some released code)", read_by=SRIP),
+        exclude=Key((), patterns, "whole names of weights that it does not act on", read_by=ANY_PENALTY, items=str),
+        gram=Key(
+            "smaller",
+            one_of("smaller", "in", "out"),
+            "in: W^T W of torch's W (out x in); out: W W^T",
+            read_by=ANY_PENALTY,
+        ),
+        power=Key(1, one_of(1, 2), "sigma ** power: 1 (formula), 2 (some released code)", read_by=SRIP),
         iterations=Key(2, positive, "power iterations per step", read_by=SRIP),
-        keep_vector=Key(True, anything, "start from the last step's vector; False: a fresh one", read_by=SRIP),
+        keep_vector=Key(True, anything, "start from the last step's vector; False: from a new one", read_by=SRIP),
     ),
 )

@@ -1,4 +1,4 @@
-"""The training state and the one jitted step: loss, penalty, update, for every method, on any mesh.
+"""The training state and the one jitted step (loss, penalty, update) for every method, on any mesh.
 
 All randomness of a step is a function of its number and config.seed.
 """
@@ -22,23 +22,25 @@ from crate_jax.parallel import sharding, target
 from crate_jax.parallel.parameters import names, path_name
 from crate_jax.training import nonfinite, optimizer, orthogonality
 
-SIGNAL = "signal"  # in a batch of several processes: what signal each got, per row; in the scalars: the largest
+# With several processes, each row of a batch holds the signal that its process got (0: none); the step's scalars hold
+# the largest of them.
+SIGNAL = "signal"
 
 LossAndGrad = Callable[..., tuple[tuple[jax.Array, tuple[Carried, Scalars]], Params]]
 
 
 @struct.dataclass
 class TrainState:
-    """Everything a step changes.
+    """All that a step changes.
 
     Attributes:
-      step: optimiser steps done, int32 scalar.
+      step: the number of optimiser steps done, int32 scalar.
       params: float32 parameters.
-      carried: what the method carries from step to step; {} if nothing.
-      opt_state: the state of the optimiser.
-      penalty: the state of the penalty (power-iteration vectors, for one); {} if none.
-      ema: moving average of the parameters, or None.
-      ema_carried: moving averages of those entries of `carried` that the method names; {} without `ema`.
+      carried: what the method carries from step to step; {} if it carries nothing.
+      opt_state: the optimiser's state.
+      penalty: the penalty's state, such as power-iteration vectors; {} if it has none.
+      ema: the moving average of the parameters; None if config.optimizer.ema is 0.
+      ema_carried: the moving averages of the entries of `carried` that `Method.averaged` names; {} without `ema`.
     """
 
     step: jax.Array
@@ -50,11 +52,11 @@ class TrainState:
     ema_carried: Carried
 
     def judged(self, method: Method) -> Params:
-        """The parameters that evaluations and pictures use."""
+        """The parameters that evaluations and pictures read."""
         return method.judged(self.params if self.ema is None else self.ema, {**self.carried, **self.ema_carried})
 
     def rest(self) -> dict[str, Any]:
-        """All but the parameters, as a tree for a checkpoint; what is empty adds nothing to it."""
+        """All but the parameters, as a tree for a checkpoint; an empty entry adds nothing to the checkpoint."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "params"}
 
     def judged_names(self, method: Method) -> dict[str, str]:
@@ -70,8 +72,8 @@ class Recipe:
 
     Attributes:
       tx: gradient clipping, optimiser and schedule.
-      schedule: optimiser steps -> learning rate.
-      penalty: acts on the parameters, whatever the method.
+      schedule: the function from the number of optimiser steps to the learning rate.
+      penalty: the penalty on the parameters, for every method.
       total: optimiser steps of the run.
       per_epoch: optimiser steps per pass over the training images.
     """
@@ -84,7 +86,11 @@ class Recipe:
 
 
 def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
-    """(optimiser steps of the run, steps per epoch) for a training set of `images`."""
+    """Returns (optimiser steps of the run, optimiser steps per epoch) for a training set of `images`.
+
+    >>> total_steps(ConfigDict({"steps": 0, "epochs": 3.0, "batch_size": 256}), images=1000)
+    (12, 3.90625)
+    """
     per_epoch = images / config.batch_size
     return config.steps or max(1, round(config.epochs * per_epoch)), per_epoch
 
@@ -93,8 +99,8 @@ def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
     """The recipe of a validated config for a training set of `images`.
 
     Raises:
-      ConfigError: the schedule does not fit the run, a pattern matches no parameter, or the method's batches cannot
-        be cut into the micro-batches of config.accumulate.
+      ConfigError: the schedule does not fit the run, a pattern matches no parameter, or config.accumulate is above 1
+        and the method's loss is not a mean over images.
     """
     if config.accumulate > 1 and not method.mean_over_images:
         raise ConfigError(
@@ -109,7 +115,7 @@ def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
 
 
 def init_params(config: ConfigDict, method: Method, start: Params | None = None) -> tuple[Params, Carried]:
-    """What the method begins with, a function of config.seed; `start` replaces the random parameters."""
+    """The method's first parameters and `carried`, a function of config.seed; `start` replaces random parameters."""
     params_key, _ = jax.random.split(jax.random.key(config.seed))
     return method.init(params_key, lambda drawn: drawn if start is None else start)
 
@@ -131,7 +137,7 @@ def init_state(config: ConfigDict, method: Method, recipe: Recipe, start: Params
 
 
 def make_init(config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh) -> Callable[..., TrainState]:
-    """The jitted function (start=None) -> :func:`init_state`, laid out on the mesh."""
+    """Returns the jitted function (start=None) -> :func:`init_state`, laid out on the mesh."""
 
     def init(start: Params | None = None) -> TrainState:
         return init_state(config, method, recipe, start)
@@ -142,15 +148,21 @@ def make_init(config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh) ->
 def make_train_step(
     config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
-    """The jitted step (state, batch of `method.inputs`) -> (state, scalars); donates the state.
+    """Returns the jitted step (state, batch of `method.inputs`) -> (state, scalars); the step donates its state.
 
-    With config.accumulate = A the batch is cut into A micro-batches whose gradients are averaged.
-    Randomness is per image and the penalty is taken once, so the update is that of the whole batch.
-    With config.nonfinite.skip a step that is not finite changes nothing but its number.
+    With config.accumulate = A the step cuts the batch into A micro-batches and averages their gradients. Each image has
+    its own random key and the penalty is computed once, so the update is that of the whole batch. With
+    config.nonfinite.skip, a step that is not finite changes only the number of steps.
+
+    Args:
+      config: a validated config.
+      method: the method to train.
+      recipe: see :func:`make_recipe`.
+      mesh: the devices.
     """
     loss_and_grad = accumulated(jax.value_and_grad(method.loss, has_aux=True), config.accumulate, mesh)
-    penalty_and_grad = jax.value_and_grad(orthogonality.weighted(config, recipe.penalty), has_aux=True)
-    order = sharding.row_order(mesh, config.batch_size)  # a key goes with its image
+    penalty_and_grad = jax.value_and_grad(orthogonality.penalty_term(config, recipe.penalty), has_aux=True)
+    order = sharding.row_order(mesh, config.batch_size)  # each image has the same key in every layout
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         inputs = {name: batch[name] for name in method.inputs}
@@ -194,19 +206,19 @@ def make_train_step(
 
 
 def accumulated(loss_and_grad: LossAndGrad, parts: int, mesh: Mesh) -> LossAndGrad:
-    """The function of the same signature that cuts its batch into micro-batches, one after the other.
+    """Returns a function like `loss_and_grad` that cuts its batch into micro-batches and goes through them in turn.
 
-    Loss, scalars and gradients are averaged over them; `carried` goes from one to the next.
+    Loss, scalars and gradients are averaged over the micro-batches; `carried` goes from each one to the next.
 
     Args:
-      loss_and_grad: (params, carried, batch, keys (B,)) -> ((loss, (carried, scalars)), gradients).
-      parts: the number of micro-batches; 1: the function itself.
+      loss_and_grad: the function (params, carried, batch, keys (B,)) -> ((loss, (carried, scalars)), gradients).
+      parts: the number of micro-batches; 1: `loss_and_grad` itself is returned.
       mesh: the devices.
     """
     if parts == 1:
         return loss_and_grad
 
-    def cut(x: jax.Array) -> jax.Array:  # interleaved: every device keeps its own rows
+    def cut(x: jax.Array) -> jax.Array:  # interleaved, so that every device keeps its own rows
         return sharding.constrain_micro_batches(x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), mesh)
 
     def whole(
@@ -230,7 +242,7 @@ def accumulated(loss_and_grad: LossAndGrad, parts: int, mesh: Mesh) -> LossAndGr
 
 
 def averaged(config: ConfigDict, state: TrainState, params: Params, carried: Carried) -> tuple[Params | None, Carried]:
-    """The moving averages after an update: of the parameters, and of what `carried` has averaged."""
+    """The moving averages after an update, of the parameters and of the averaged entries of `carried`."""
     if state.ema is None:
         return None, {}
     new = (params, {name: carried[name] for name in state.ema_carried})
@@ -240,7 +252,8 @@ def averaged(config: ConfigDict, state: TrainState, params: Params, carried: Car
 def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
     """Where each array of a state (or of its shapes) lies.
 
-    What the forward pass reads lies by the table of rules, the optimiser's state is split.
+    Arrays that the forward pass reads lie by the table `crate_jax.parallel.sharding.RULES`; the optimiser's state is
+    split over all devices.
     """
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
     by_rules = {name: getattr(shapes, name) for name in ("params", "carried", "ema", "ema_carried")}
@@ -251,5 +264,9 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-    """Whether no array of a tree holds NaN or an infinity."""
+    """Whether no array of a tree holds NaN or an infinity, a boolean scalar.
+
+    >>> bool(all_finite({"a": jnp.zeros(2), "b": jnp.array([1.0, jnp.inf])}))
+    False
+    """
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

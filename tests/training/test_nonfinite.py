@@ -93,7 +93,7 @@ def test_a_skipped_step_leaves_everything_but_its_number(where, encoder, penalty
         seen.append(jax.tree.map(np.array, state))
         log.append(jax.device_get(scalars))
     assert [int(s["skipped"]) for s in log] == [0, 1, 0] and step._cache_size() == 1
-    finite = {name: bool(np.isfinite(log[1][name])) for name in nonfinite.JUDGED}
+    finite = {name: bool(np.isfinite(log[1][name])) for name in nonfinite.DECISIVE}
     assert finite == {"loss": where == "gradient", "grad_norm": where != "gradient"}  # each counts alone
     chex.assert_trees_all_equal(seen[1].replace(step=seen[0].step), seen[0])
     assert [int(s.step) for s in seen] == [1, 2, 3]
