@@ -173,7 +173,7 @@ BAD = [
     ({"corruption.mask_fill": "drop"}, r"needs positions"),
     ({"encoder.positions": "relative"}, r"only encoder.name='vit' has a relative bias"),
     ({"encoder.drop_path": 0.1}, r"only encoder.name='vit'"),
-    ({"decoder.width": 64}, r"CRATE decoder has the encoder's width"),
+    ({"decoder.width": 64}, r"must be 0 or the encoder's width"),
     ({"penalty.name": "so"}, r"needs a weight above 0"),
     ({"batch_size": 0}, r"config.batch_size=0: must be greater than 0"),
     ({"batch_size": 10, "accumulate": 3}, r"must be a multiple of config.accumulate=3"),

@@ -1,4 +1,4 @@
-"""What is optimised, one file per method: pure functions; no file, no mesh, no mutable state."""
+"""The methods, one file each, say what is optimised: pure functions without files, mesh or mutable state."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from crate_jax.validation import Section
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method of the table.
+    """One row of the table of methods.
 
     Attributes:
-      build: (validated config, training images) -> Method.
-      parts: the sections of the config that mean something to the method; others are not checked.
-      sections: those that the method declares; another method may read them too.
+      build: the function (validated config, training images) -> Method.
+      parts: the names of the config sections that the method reads, among those that only some methods read.
+      sections: the config sections that the method declares; other methods may read them too.
     """
 
     build: Callable[[ConfigDict, Any], Method]

@@ -1,8 +1,8 @@
-"""The fine-tuning objective: a linear classifier on an encoder, trained together or alone.
+"""The method of fine-tuning: a linear classifier on an encoder; both are trained, or the classifier alone.
 
-What the recipes of CRATE-MAE (arXiv 2404.02446, appendix B.1), MAE (2111.06377, Table 9) and ROPIM
-(2310.18737) differ in are keys of ``config.finetune``. Everything after decoding, cropping and
-RandAugment happens on the device: erasing, mixing, label smoothing.
+The recipes of CRATE-MAE (arXiv 2404.02446, appendix B.1), MAE (2111.06377, Table 9) and ROPIM (2310.18737)
+differ in the keys of ``config.finetune``. The host decodes, crops and applies RandAugment; the device erases,
+mixes and smooths labels.
 
 Shapes: B batch, C classes, D width.
 """
@@ -27,7 +27,8 @@ from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.layers import Norm, dense
 from crate_jax.validation import Key, Section, anything, at_least, one_of, within
 
-ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)  # of the image; height / width: timm's RandomErasing
+# As in timm's RandomErasing: least and greatest share of the image, least and greatest height / width.
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)
 
 
 class Head(nn.Module):
@@ -47,18 +48,20 @@ class Head(nn.Module):
 
 
 def build(config: ConfigDict, source: data.Source) -> Method:
-    """The classifier of a validated config, for the classes of a labelled training set.
+    """Builds the method of a validated config, for the classes of the training set `source`.
 
     Raises:
-      DataError: the set has no labels, or a single class.
+      DataError: the training set has no labels, or only one class.
     """
     if source.class_names is None:
         raise DataError(
-            f"config.data.source={config.data.source!r}: fine-tuning needs labels, the training split has none"
+            f"config.data.source={config.data.source!r}: fine-tuning needs labels, but the training split has none"
         )
     classes = len(source.class_names)
     if classes < 2:
-        raise DataError(f"config.data.source={config.data.source!r}: has a single class; a classifier needs two")
+        raise DataError(
+            f"config.data.source={config.data.source!r}: has only one class; a classifier needs two or more"
+        )
     options, represent = config.finetune, representation.build(config)
     head = Head(classes, options.norm, options.head_init)
     init_params = representation.with_head(config, head, represent)
@@ -98,7 +101,16 @@ def build(config: ConfigDict, source: data.Source) -> Method:
 
 
 def erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:
-    """Random erasing (arXiv 1708.04896), filled with normal noise per pixel; image (H, W, 3), normalised."""
+    """Random erasing (arXiv 1708.04896): a random box of the image becomes normal noise, drawn per pixel.
+
+    Args:
+      key: the image's key.
+      image: (H, W, 3), normalised.
+      probability: the probability that a box is erased.
+
+    Returns:
+      (H, W, 3).
+    """
     H, W, _ = image.shape
     chance, area, aspect, top, left, noise = jax.random.split(key, 6)
     share = jax.random.uniform(area, minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
@@ -113,32 +125,37 @@ def erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:
 def mix(
     keys_B: jax.Array, images: jax.Array, target_BC: jax.Array, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup (arXiv 1710.09412) and CutMix (1905.04899), each image with the one at its place from the end.
+    """Mixup (arXiv 1710.09412) and CutMix (1905.04899): image i is mixed with image B - 1 - i.
 
-    Weights are drawn image by image. With both alphas positive each image takes one of the two with
-    probability 1/2. Micro-batches mix within themselves.
+    Each image has its own random weight. If both alphas are positive, each image gets mixup or CutMix with
+    probability 1/2 each. A micro-batch mixes only its own images.
 
     Args:
       keys_B: one key per image.
       images: (B, H, W, 3).
-      target_BC: class probabilities.
-      mixup: alpha of Beta(alpha, alpha); 0: off.
-      cutmix: the same.
+      target_BC: class probabilities (B, C).
+      mixup: alpha of mixup's weight, which follows Beta(alpha, alpha); 0: no mixup.
+      cutmix: alpha of CutMix's share, which follows Beta(alpha, alpha); 0: no CutMix.
 
     Returns:
-      mixed images and class probabilities.
+      mixed images (B, H, W, 3) and class probabilities (B, C).
+
+    >>> images = jnp.arange(2.0)[:, None, None, None] * jnp.ones((2, 4, 4, 3))
+    >>> mixed, target = mix(jax.random.split(jax.random.key(0), 2), images, jnp.eye(2), mixup=0.8, cutmix=0.0)
+    >>> bool(jnp.allclose(mixed.mean((1, 2, 3)), target[:, 1], atol=1e-5))
+    True
     """
     H, W = images.shape[1:3]
 
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Share of the other image at each pixel, (H, W)."""
+        """The other image's share at each pixel (H, W), and the mean of these shares."""
         choice, weight, place = jax.random.split(key, 3)
         cut = jax.random.uniform(choice) < (0.5 if mixup and cutmix else float(bool(cutmix)))
         alpha = jnp.where(cut, cutmix or 1.0, mixup or 1.0)
         other = 1.0 - jax.random.beta(weight, alpha, alpha)
         centre_y, centre_x = jax.random.uniform(place, (2,)) * jnp.array([H, W])
         h, w = H * jnp.sqrt(other), W * jnp.sqrt(other)
-        box = _box(H, W, centre_y - h / 2, centre_x - w / 2, h, w)  # may reach over the edge
+        box = _box(H, W, centre_y - h / 2, centre_x - w / 2, h, w)  # may reach beyond the edge
         map_HW = jnp.where(cut, box.astype(jnp.float32), other)
         return map_HW, jnp.mean(map_HW)
 
@@ -148,7 +165,7 @@ def mix(
 
 
 def _box(H: int, W: int, top: Any, left: Any, h: Any, w: Any) -> jax.Array:
-    """True inside a box, (H, W); pixels count by their centres."""
+    """Booleans (H, W), true where the pixel's centre lies inside the box; all lengths in pixels."""
     y, x = jnp.arange(H)[:, None] + 0.5, jnp.arange(W)[None, :] + 0.5
     return (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
 
@@ -157,20 +174,24 @@ VIT = ("encoder.name", "vit")
 
 FINETUNE = Section(
     "finetune",
-    "A classifier on the encoder, both trained. Segmentation reads freeze, final_norm, drop_path and relative_bias.",
+    "A classifier on the encoder; both are trained. Segmentation reads freeze, final_norm, drop_path, relative_bias.",
     of_the_run=True,
     keys=dict(
         norm=Key(True, anything, "layer norm between the pooled tokens and the linear head"),
-        final_norm=Key(True, anything, "keep the encoder's own last norm"),
+        final_norm=Key(True, anything, "keep the encoder's last norm"),
         head_init=Key(1.0, at_least(0), "factor on the head's initial weights"),
-        drop_path=Key(0.0, within(0, 1, "[)"), "replaces encoder.drop_path", read_by=VIT),
+        drop_path=Key(0.0, within(0, 1, "[)"), "value that replaces encoder.drop_path", read_by=VIT),
         relative_bias=Key(
-            "shared", one_of("shared", "per_block"), "per_block: each block has its own copy", read_by=VIT
+            "shared", one_of("shared", "per_block"), "per_block: each block gets its own copy of the bias", read_by=VIT
         ),
         freeze=Key(False, anything, "train the head only"),
-        label_smoothing=Key(0.0, within(0, 1, "[)"), "share of the target that is spread over all classes"),
-        mixup=Key(0.0, at_least(0), "alpha of the Beta distribution of the mixing weight; 0: off"),
-        cutmix=Key(0.0, at_least(0), "the same for boxes of the other image; with both, half of the images each"),
+        label_smoothing=Key(0.0, within(0, 1, "[)"), "share of the target probability that is spread over all classes"),
+        mixup=Key(0.0, at_least(0), "alpha of mixup's weight, drawn from Beta(alpha, alpha); 0: off"),
+        cutmix=Key(
+            0.0,
+            at_least(0),
+            "alpha of CutMix's share, drawn likewise; 0: off; with mixup, each gets half of the images",
+        ),
         erase=Key(0.0, within(0, 1), "probability that a random box of an image becomes noise"),
     ),
 )

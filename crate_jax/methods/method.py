@@ -1,4 +1,4 @@
-"""What the training loop knows of a method, as pure functions."""
+"""The interface between the training loop and a method: pure functions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Start = Callable[[Params], Params]
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is when :attr:`Method.after` is called.
+    """How far the run is when the step calls :attr:`Method.after`.
 
     Attributes:
-      done: updates before the present one, int32 scalar: 0 after the first update.
-      total: updates of the whole run.
-      per_epoch: updates per pass over the training images.
+      done: the number of updates before the present one, int32 scalar: 0 after the first update.
+      total: the number of updates in the whole run.
+      per_epoch: the number of updates per pass over the training images.
     """
 
     done: jax.Array
@@ -31,44 +31,46 @@ class Progress:
 
 
 def nothing_after(params: Params, carried: Carried, progress: Progress) -> tuple[Params, Carried]:
-    """The default of :attr:`Method.after`."""
+    """The default of :attr:`Method.after`: returns parameters and `carried` unchanged."""
     return params, carried
 
 
 def online(params: Params, carried: Carried) -> Params:
-    """The default of :attr:`Method.judged`: the parameters that gradients train."""
+    """The default of :attr:`Method.judged`: returns the parameters that gradients train."""
     return params
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is optimised: pre-training, fine-tuning and segmentation fill in the same fields.
+    """What a run optimises: pre-training, fine-tuning and segmentation fill in the same fields.
 
-    `carried` is what goes from step to step and is not trained by gradients: target networks, queues, centres,
-    statistics. It is a dictionary with names, {} if there is nothing. Like parameters it is laid out over the
-    devices by `crate_jax.parallel.sharding.RULES`, saved, checksummed and restored. Its arrays are global: a queue
-    or a centre is that of the whole batch on any number of devices.
+    `carried` holds what goes from step to step without being trained by gradients: target networks, queues, centres,
+    statistics. It is a dictionary of named trees of arrays, {} if there is nothing. It is treated like parameters: laid
+    out over the devices by `crate_jax.parallel.sharding.RULES`, saved, checksummed and restored. Its arrays are global:
+    on any number of devices a queue or a centre belongs to the whole batch.
 
     Attributes:
-      inputs: what the loss reads of a batch: ``image`` uint8 (b, H, W, 3), ``label`` int32 (b,), ``mask`` int16
-        (b, H, W).
-      init: (key, start) -> (params, carried). `start` takes the random parameters and returns those to begin with:
-        the same ones, or with the encoder of another run. A target network is copied from what it returns.
-      adopt: (params, parameters of another run, where these come from) -> params that start from them. Raises
-        CheckpointError if they do not fit.
+      inputs: the entries of a batch that the loss reads: ``image`` uint8 (b, H, W, 3), ``label`` int32 (b,), ``mask``
+        int16 (b, H, W).
+      init: (key, start) -> (params, carried). `start` is a function that takes the random parameters and returns the
+        parameters to begin with: the same, or others with the encoder of another run. `init` must copy a target network
+        from what `start` returns.
+      adopt: (params, parameters of another run, the other run's name for errors) -> params that start from them.
+        Raises CheckpointError if they do not fit.
       loss: (params, carried, batch, keys (b,)) -> (scalar, (carried, scalars to log)). There is one key per image, so
-        that micro-batches draw what the whole batch would. The penalty is added by the step, not here.
-      after: (params, carried, progress) -> (params, carried), once per update, with the new parameters.
+        that micro-batches draw what the whole batch would draw. The step adds the penalty, not this function.
+      after: (params, carried, progress) -> (params, carried). The step calls it once per update, with the new
+        parameters.
       judged: (params, carried) -> the parameters that evaluations, reports, exports and ``init_from`` read, with the
-        key ``encoder``. It selects and does not compute: checkpoints record where each array lies.
-      averaged: names of the entries of `carried` that ``config.optimizer.ema`` averages with the parameters.
-      mean_over_images: whether the loss is a mean over the images of a batch. If it is not, a batch cannot be cut into
-        micro-batches (``config.accumulate``).
-      features: (judged, images uint8) -> what the job's evaluation reads, of uncorrupted images: (b, D) float32, or
-        the class of each pixel, int32 (b, H, W).
-      columns: captions of what `pictures` returns, from left to right; empty: there are no pictures.
-      pictures: (judged, batch, keys) -> one (b, H, W, 3) array in 0..1 per column; the batch holds `inputs`, of
-        images of the job's evaluation.
+        key ``encoder``. It must select arrays and not compute, since checkpoints record where each array lies.
+      averaged: the names of the entries of `carried` that ``config.optimizer.ema`` averages with the parameters.
+      mean_over_images: whether the loss is a mean over the images of a batch. If it is not, the step cannot cut a batch
+        into micro-batches (``config.accumulate``).
+      features: (judged, images uint8 (b, H, W, 3)) -> what the job's evaluation reads: features or class scores
+        (b, D) float32, or the class of each pixel, int32 (b, H, W). The images are not corrupted.
+      columns: the captions of the arrays that `pictures` returns, from left to right; empty: there are no pictures.
+      pictures: (judged, batch, keys (b,)) -> one (b, H, W, 3) array in 0..1 per column. The batch holds `inputs` of
+        some of the evaluation's images.
       pictures_name: the name of the pictures' files.
     """
 

@@ -1,7 +1,4 @@
-"""The pre-training objective: image -> corruption -> encoder -> decoder -> loss, plus a penalty.
-
-One of the objectives that the training loop can be given (see :mod:`crate_jax.methods.method`).
-"""
+"""The method of reconstruction: image -> corruption -> encoder -> decoder -> loss."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ NORMS = {"l2": jnp.square, "l1": jnp.abs}
 
 
 def build(config: ConfigDict, source: data.Source | None = None) -> Method:
-    """The pre-training objective of a validated config; needs nothing of the images."""
+    """Builds the method of a validated config; it does not need `source`, the training images."""
     apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
 
@@ -64,22 +61,36 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Method:
 
 
 def target(patches_BNP: jax.Array, config: ConfigDict) -> jax.Array:
-    """What is reconstructed, float32: normalised pixels, or pixels standardised per patch."""
+    """What the decoder must predict: normalised pixels, or pixels standardised per patch (config.loss.target).
+
+    Args:
+      patches_BNP: patches (B, N, P) of normalised images.
+      config: a validated config.
+
+    Returns:
+      (B, N, P) float32.
+    """
     patches_BNP = patches_BNP.astype(jnp.float32)
     return standardise(patches_BNP) if config.loss.target == "patch_normalised" else patches_BNP
 
 
 def loss(predicted_BNP: jax.Array, target_BNP: jax.Array, corruption: Corruption, config: ConfigDict) -> jax.Array:
-    """Mean over images, patches and pixels of |(I - P)(x^ - x)|^n, scalar float32.
+    """The mean over images, patches and pixels of |(I - P)(x^ - x)|^n, n = 1 or 2, float32 scalar.
 
-    The mean runs over the removed patches for masking (He et al. 2022; CRATE-MAE B.1) and over all
-    patches for projection (ROPIM section 3.2), where every patch loses something. `loss.region="all"`
-    takes the whole error instead (CRATE-MAE eq. 2.22).
+    With masking the mean runs over the removed patches (He et al. 2022; CRATE-MAE B.1), with projection
+    over all patches, since every patch loses something (ROPIM section 3.2). With `loss.region="all"` it is
+    the mean of the whole error (CRATE-MAE eq. 2.22).
+
+    Args:
+      predicted_BNP: the decoder's output x^ (B, N, P).
+      target_BNP: x (B, N, P), see :func:`target`.
+      corruption: the batch's P.
+      config: a validated config.
     """
     if config.loss.region == "all":
         corruption = Identity()
     error_BNP = corruption.complement(predicted_BNP.astype(jnp.float32) - target_BNP)
-    # Per image first: the mean of a batch then rounds alike however the batch is split over devices.
+    # The mean of each image first, so that rounding does not depend on how the batch is split over devices.
     per_image_B = jnp.mean(NORMS[config.loss.norm](error_BNP), axis=(1, 2))
     return jnp.mean(per_image_B) / corruption.complement_share()
 
@@ -87,7 +98,18 @@ def loss(predicted_BNP: jax.Array, target_BNP: jax.Array, corruption: Corruption
 def predict(
     config: ConfigDict, apply: Callable, corruption: corruptions.Corruption, params: Params, images_BHWC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Patches x of normalised images and the decoder's x^, normalised pixels (B, N, P) float32 whatever the target."""
+    """Patches x of images and the decoder's prediction x^ of them, both as normalised pixels whatever the target is.
+
+    Args:
+      config: a validated config.
+      apply: the autoencoder's `apply`.
+      corruption: the batch's corruption P.
+      params: the autoencoder's parameters.
+      images_BHWC: normalised images (B, H, W, 3).
+
+    Returns:
+      x and x^, each (B, N, P) float32.
+    """
     x_BNP = patchify(images_BHWC, config.encoder.patch_size)
     predicted_BNP = apply({"params": params}, images_BHWC, corruption).astype(jnp.float32)
     if config.loss.target == "patch_normalised":  # back to pixels with each patch's own statistics
@@ -102,10 +124,13 @@ COLUMNS = ("original", "corrupted P x", "reconstruction x^", "P x + (I - P) x^")
 def reconstruct(
     config: ConfigDict, apply: Callable, corruption: corruptions.Corruption, params: Params, images_BHWC: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The reconstruction grid's columns, COLUMNS, images (B, H, W, 3) in 0..1, of normalised images.
+    """Draws the four COLUMNS of the grid of pictures; arguments as in :func:`predict`.
 
-    The last column puts what the corruption left (P x) and what the decoder says about the rest,
-    (I - P) x^, together: for a perfect decoder it is the image.
+    The last column adds what the corruption left, P x, and what the decoder predicts of the rest, (I - P) x^. With a
+    perfect decoder the sum is the image.
+
+    Returns:
+      for each column images (B, H, W, 3) in 0..1.
     """
     x_BNP, predicted_BNP = predict(config, apply, corruption, params, images_BHWC)
     combined_BNP = x_BNP - corruption.complement(x_BNP - predicted_BNP)
@@ -129,23 +154,28 @@ MASK, ROP = ("corruption.name", "mask"), ("corruption.name", "rop")
 
 CORRUPTION = Section(
     "corruption",
-    "What the encoder does not get to see of an image.",
+    "What is hidden from the encoder.",
     of_the_run=True,
     check=_check_corruption,
     keys=dict(
-        name=Key("mask", one_of(*CORRUPTIONS), "kind"),
+        name=Key("mask", one_of(*CORRUPTIONS), "corruption"),
         mask_ratio=Key(0.75, within(0, 1, "()"), "share of the patches removed", read_by=MASK),
         mask_fill=Key(
             "token",
             one_of("token", "zero", "drop"),
-            "what replaces them; token: a learned one; drop: the encoder skips them",
+            "what replaces removed patches; token: a learned token; drop: the encoder skips them",
             read_by=MASK,
         ),
         rop_ratio=Key(1 / 7, within(0, 1, "()"), "share of the dimensions kept, K'/K", read_by=ROP),
         rop_buckets=Key(
-            "balanced", one_of("balanced", "independent"), "balanced: as released; job align reads it too", read_by=ROP
+            "balanced",
+            one_of("balanced", "independent"),
+            "balanced: as in the released code; job align reads it too",
+            read_by=ROP,
         ),
-        rop_signs=Key("independent", one_of("independent", "balanced"), "balanced: as released", read_by=ROP),
+        rop_signs=Key(
+            "independent", one_of("independent", "balanced"), "balanced: as in the released code", read_by=ROP
+        ),
         paper_scale=Key(
             0.0, at_least(0), "0: exact projector; 0.14: the released code's scale; job align reads it too", read_by=ROP
         ),
@@ -166,17 +196,18 @@ def _check_decoder(c: ConfigDict) -> None:
         raise ConfigError(f"config.decoder.width={width}: must be a multiple of 4 for sine-cosine positions")
     if dropped and decoder.name == "linear":
         raise ConfigError(
-            "config.decoder.name='linear': cannot fill patches that config.corruption.mask_fill='drop' removed; use "
-            "decoder.name=transformer, or mask_fill=token"
+            "config.decoder.name='linear': cannot fill the patches that config.corruption.mask_fill='drop' removes; "
+            "use decoder.name=transformer, or mask_fill=token"
         )
     if dropped and decoder.name == "crate" and not decoder.positions:
         raise ConfigError(
             "config.decoder.positions=False: with config.corruption.mask_fill='drop' a CRATE decoder needs positions "
-            "to tell the filled patches apart; set it to True"
+            "to distinguish the filled patches; set it to True"
         )
     if decoder.name == "crate" and decoder.width not in (0, c.encoder.width):
         raise ConfigError(
-            f"config.decoder.width={decoder.width}: a CRATE decoder has the encoder's width {c.encoder.width}"
+            f"config.decoder.width={decoder.width}: must be 0 or the encoder's width {c.encoder.width} "
+            "for a CRATE decoder"
         )
 
 
@@ -184,28 +215,31 @@ CRATE, DEEP = ("decoder.name", "crate"), ("decoder.name", "crate", "transformer"
 
 DECODER = Section(
     "decoder",
-    "Tokens back to patches.",
+    "The network from tokens back to patches.",
     of_the_run=True,
     check=_check_decoder,
     keys=dict(
         name=Key("crate", one_of(*DECODERS), "architecture"),
-        width=Key(0, at_least(0), "numbers per token; 0: the encoder's", read_by=DEEP),
-        depth=Key(12, at_least(0), "blocks", read_by=DEEP),
-        heads=Key(12, positive, "attention heads", read_by=DEEP),
-        positions=Key(False, anything, "add the position table again at the decoder's input", read_by=CRATE),
+        width=Key(0, at_least(0), "numbers per token; 0: as in the encoder", read_by=DEEP),
+        depth=Key(12, at_least(0), "number of blocks", read_by=DEEP),
+        heads=Key(12, positive, "number of attention heads", read_by=DEEP),
+        positions=Key(False, anything, "add the position table again to the decoder's input", read_by=CRATE),
         residual=Key(
-            "stream", one_of("stream", "normalised"), "stream: g - MSSA(LN(g)); normalised: as Listing 3", read_by=CRATE
+            "stream",
+            one_of("stream", "normalised"),
+            "stream: g - MSSA(LN(g)); normalised: as in Listing 3",
+            read_by=CRATE,
         ),
     ),
 )
 
 LOSS = Section(
     "loss",
-    "What a reconstruction is compared with, and how.",
+    "What the decoder must predict, and how its error is measured.",
     of_the_run=True,
     keys=dict(
         norm=Key("l2", one_of(*NORMS), "norm of the error"),
-        target=Key("pixel", one_of("pixel", "patch_normalised"), "what is reconstructed"),
+        target=Key("pixel", one_of("pixel", "patch_normalised"), "what the decoder must predict"),
         region=Key("complement", one_of("complement", "all"), "complement: (I - P)(x - x^); all: x - x^"),
     ),
 )

@@ -1,6 +1,7 @@
-"""The segmentation objective: a class for every pixel from an encoder's patch tokens, tuned or frozen.
+"""The method of segmentation: a head predicts a class for every pixel from an encoder's patch tokens.
 
-ROPIM (arXiv 2310.18737) and MAE (2111.06377) report ADE20K by UPerNet after BEiT's recipe (2106.08254).
+The encoder is trained too, or frozen. ROPIM (arXiv 2310.18737) and MAE (2111.06377) report results on ADE20K with
+UPerNet, by BEiT's recipe (2106.08254).
 
 Shapes: B batch, H and W pixels, h and w patches per side, C classes.
 """
@@ -26,33 +27,37 @@ from crate_jax.models.patches import grid_shape
 from crate_jax.validation import Key, Section, anything, at_least, one_of
 from crate_jax.workdir import pictures
 
-# Depths that UPerNet's four maps come from, as shares: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24 in BEiT's code.
+# Depths of UPerNet's four maps as shares of the encoder's depth; in BEiT's code blocks 4, 6, 8, 12 of 12 and
+# 8, 12, 16, 24 of 24.
 BEIT_DEPTHS = (1 / 3, 1 / 2, 2 / 3, 1)
 COLUMNS = ("image", "truth", "prediction")
 
 
 def blocks(config: ConfigDict) -> tuple[int, ...]:
-    """The blocks whose tokens the head reads, from 1.
+    """The numbers of the blocks whose tokens the head reads, from 1.
 
     Raises:
-      ConfigError: a block that the encoder does not have, or a number of blocks that the head cannot take.
+      ConfigError: the encoder does not have one of the blocks, or the head cannot read so many.
+
+    >>> blocks(ConfigDict({"encoder": {"depth": 12}, "segment": {"head": "upernet", "blocks": ()}}))
+    (4, 6, 8, 12)
     """
-    depth, chosen = config.encoder.depth, tuple(int(b) for b in config.segment.blocks)
+    depth, chosen = config.encoder.depth, tuple(int(block) for block in config.segment.blocks)
     if not chosen:
         upernet = tuple(max(1, round(depth * share)) for share in BEIT_DEPTHS)
         return upernet if config.segment.head == "upernet" else (depth,)
     if config.segment.head == "upernet" and len(chosen) != len(BEIT_DEPTHS):
-        raise ConfigError(f"config.segment.blocks={chosen}: head=upernet reads four blocks, the shallowest first")
+        raise ConfigError(f"config.segment.blocks={chosen}: must be four blocks for head=upernet, the lowest first")
     if min(chosen) < 1 or max(chosen) > depth:
         raise ConfigError(f"config.segment.blocks={chosen}: the encoder has the blocks 1..{depth}")
     return chosen
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses options that would be ignored, or that would move an image but not its mask.
+    """Checks that options are off which segmentation would ignore, or which would move an image but not its mask.
 
     Raises:
-      ConfigError: names the key.
+      ConfigError: one of these options is on; the error names its key.
     """
     for section, key in (
         ("data", "randaugment_layers"),
@@ -63,19 +68,20 @@ def check(config: ConfigDict) -> None:
 
 
 def build(config: ConfigDict, source: data.Source) -> Method:
-    """The segmenter of a validated config, for the classes of a set of pairs.
+    """Builds the method of a validated config, for the classes of `source`, a set of pairs of image and mask.
 
     Raises:
-      ConfigError: options that segmentation does not have; see `blocks` and `check`.
-      DataError: the set has a single class.
+      ConfigError: see :func:`blocks` and :func:`check`.
+      DataError: the training masks hold only one class.
+      TypeError: `source` is not a PairSource.
     """
     check(config)
     if not isinstance(source, data.PairSource):
-        raise TypeError(f"segmentation is learnt from a PairSource, got {type(source).__name__}")
+        raise TypeError(f"segmentation needs a PairSource, got {type(source).__name__}")
     if source.classes < 2:
         raise DataError(
-            f"config.data.source={config.data.source!r}: the training masks hold a single class; segmentation needs "
-            f"two (the value {config.segment.ignore_index}, config.segment.ignore_index, counts as none)"
+            f"config.data.source={config.data.source!r}: the training masks hold only one class; segmentation needs "
+            f"two or more (the value config.segment.ignore_index={config.segment.ignore_index} is not a class)"
         )
     classes, size = source.classes, tuple(config.data.image_size)
     head = HEADS[config.segment.head](config, classes)
@@ -86,7 +92,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         return start(init_params(key)), {}
 
     def scores(params: Params, images_uint8: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """Class scores (B, H, W, C), float32: the head's, and its auxiliary ones if it has any."""
+        """The head's class scores (B, H, W, C), float32, and its auxiliary scores if it has any."""
         maps = maps_of(params, normalise(images_uint8, config), keys_B)
         if config.finetune.freeze:
             maps = jax.lax.stop_gradient(maps)
@@ -121,10 +127,18 @@ def build(config: ConfigDict, source: data.Source) -> Method:
 
 
 def cross_entropy(scores_BHWC: jax.Array, mask_BHW: jax.Array) -> jax.Array:
-    """Cross-entropy of the labelled pixels, over the number of all pixels.
+    """The sum of the labelled pixels' cross-entropies, divided by the number of all pixels; float32 scalar.
 
-    Dividing by all pixels gives each labelled one the same weight wherever it is, so that micro-batches
-    add up to the loss of the whole batch.
+    Since all pixels count in the divisor, each labelled pixel has the same weight in every micro-batch, and the mean
+    over micro-batches is the loss of the whole batch.
+
+    Args:
+      scores_BHWC: class scores (B, H, W, C).
+      mask_BHW: the classes (B, H, W), or data.IGNORED where there is no label.
+
+    >>> mask = jnp.array([[[0, data.IGNORED]]])
+    >>> round(float(cross_entropy(jnp.zeros((1, 1, 2, 2)), mask)), 3)  # log(2) / 2
+    0.347
     """
     labelled = mask_BHW != data.IGNORED
     classes_BHW = jnp.where(labelled, mask_BHW, 0).astype(jnp.int32)
@@ -136,21 +150,27 @@ UPERNET = ("segment.head", "upernet")
 
 SEGMENT = Section(
     "segment",
-    "A class for each pixel.",
+    "Job segment: a head that predicts the class of each pixel.",
     of_the_run=True,
     check=check,
     keys=dict(
-        head=Key("linear", one_of(*HEADS), "what reads the encoder's tokens"),
+        head=Key("linear", one_of(*HEADS), "network from the encoder's tokens to classes"),
         blocks=Key(
-            (), anything, "whose tokens it reads, from 1; none: linear: the last, upernet: BEiT's four", items=int
+            (),
+            anything,
+            "blocks, from 1, whose tokens the head reads; none: the last (linear), BEiT's four (upernet)",
+            items=int,
         ),
-        channels=Key(0, at_least(0), "width of the head; 0: the encoder's", read_by=UPERNET),
+        channels=Key(0, at_least(0), "width of the head; 0: as in the encoder", read_by=UPERNET),
         auxiliary=Key(
-            0.0, at_least(0), "weight of the loss of a second, small head on the third of the blocks", read_by=UPERNET
+            0.0,
+            at_least(0),
+            "weight of the loss of a second, small head, which reads the third of the blocks",
+            read_by=UPERNET,
         ),
-        classes=Key(0, at_least(0), "0: the highest class of the training masks, plus 1"),
-        ignore_index=Key(255, anything, "value in the masks that is not a class; -1: none"),
-        reduce_zero_label=Key(False, anything, "0 in the masks is not a class, the classes start at 1 (ADE20K)"),
+        classes=Key(0, at_least(0), "number of classes; 0: the highest class of the training masks, plus 1"),
+        ignore_index=Key(255, anything, "value in the masks that is not a class; -1: there is no such value"),
+        reduce_zero_label=Key(False, anything, "the classes in the masks start at 1, and 0 is not a class (ADE20K)"),
     ),
 )
 

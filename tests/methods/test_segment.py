@@ -389,7 +389,7 @@ def test_blocks_of_the_papers(folder):
     ("arg", "values", "message"),
     [
         ("", {"segment__blocks": (0, 2)}, r"config.segment.blocks=\(0, 2\): the encoder has the blocks 1..2"),
-        ("head=upernet", {"segment__blocks": (1, 2)}, r"blocks=\(1, 2\): head=upernet reads four"),
+        ("head=upernet", {"segment__blocks": (1, 2)}, r"blocks=\(1, 2\): must be four blocks for head=upernet"),
         ("", {"data__randaugment_layers": 2}, r"config.data.randaugment_layers=2: must be 0 for segmentation"),
         ("", {"finetune__mixup": 0.8}, r"config.finetune.mixup=0.8: must be 0 for segmentation"),
         ("", {"segment__head": "fcn"}, r"config.segment.head='fcn': must be one of linear, upernet"),
