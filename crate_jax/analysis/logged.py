@@ -1,4 +1,4 @@
-"""What a run logged about itself: curves, scores beside what they are compared with, settings, pictures.
+"""What a run logged about itself: curves, scores and their controls, settings, pictures.
 
 Reads ``metrics.jsonl``, ``summary.json``, ``results.jsonl`` and ``pictures/`` of the workdirs; needs no images.
 """
@@ -25,44 +25,44 @@ from crate_jax.report.section import Figure, Section, Subject, Table
 from crate_jax.report.svg import escape
 from crate_jax.validation import flatten
 
-CURVES = {  # what metrics.jsonl calls it -> axis, what the reader should know
+CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
     "lr": ("learning rate", "Learning rate."),
     "grad_norm": ("gradient norm", "Norm of the gradient before clipping, the mean between two log points."),
-    "images_per_sec": ("images/s", "Training speed; the first point holds the compilation."),
-    "probe_top1": ("probe accuracy (%)", "Top-1 of a logistic regression on frozen features while training."),
-    "knn_top1": ("k-NN accuracy (%)", "Top-1 of nearest neighbours on frozen features while training."),
-    "top1": ("top-1 accuracy (%)", "Accuracy on the evaluation split while training."),
-    "miou": ("mIoU (%)", "Mean intersection over union on the evaluation split while training."),
+    "images_per_sec": ("images/s", "Training speed; the first point includes the compilation."),
+    "probe_top1": ("probe accuracy (%)", "Top-1 accuracy of a logistic regression on frozen features during training."),
+    "knn_top1": ("k-NN accuracy (%)", "Top-1 accuracy of nearest neighbours on frozen features during training."),
+    "top1": ("top-1 accuracy (%)", "Accuracy on the evaluation split during training."),
+    "miou": ("mIoU (%)", "Mean intersection over union on the evaluation split during training."),
 }
-SHARES = {  # numbers of summary.json in 0..1 -> column
+SHARES = {  # key in summary.json of a number in 0..1 -> name of the column
     "probe_top1": "probe %", "knn_top1": "k-NN %", "top1": "top-1 %", "top5": "top-5 %",
     "mean_per_class": "mean per class %", "miou": "mIoU %", "mean_accuracy": "mean accuracy %",
     "pixel_accuracy": "pixel accuracy %",
 }  # fmt: skip
-LAYERS = {  # what telemetry logs by layer -> axis, what the reader should know
+LAYERS = {  # measure that telemetry logs for each layer -> label of the axis, caption
     "encoder/subspace_rate": ("R^c (nats)", "coding rate of the patch tokens in each layer's own subspaces"),
-    "encoder/released_rate": ("R^c of unit tokens (nats)", "coding rate as the released script takes it"),
+    "encoder/released_rate": ("R^c of unit tokens (nats)", "coding rate as the released script computes it"),
     "encoder/rate": ("R (nats)", "coding rate of the patch tokens without subspaces"),
     "encoder/nonzero": ("share of non-zero entries", "share of the entries that are not 0 after each layer"),
     "decoder/inversion_error_scaled": (
         "relative error",
-        "what each decoder layer lacks of the encoder features that it should bring back, at the best scale",
+        "the part of the encoder features that each decoder layer fails to restore, at the best scale",
     ),
 }  # fmt: skip
-LOOKS = 5  # steps that are drawn of a run
+MAX_STEPS_DRAWN = 5  # steps for which a run's layers are drawn
 COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
 MARKS: dict[str, dict[str, Any]] = {
     "_pixels": dict(marker="|", color="C7", markersize=13, markeredgewidth=2),
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
-    "": dict(marker="o", markersize=7),  # in the run's colour
+    "": dict(marker="o", markersize=7),  # drawn in the run's colour
 }
-LOG_SPAN = 20  # largest / smallest value from which an axis is logarithmic
+LOG_SPAN = 20  # an axis is logarithmic if largest / smallest value is above this
 
 
 @dataclasses.dataclass(frozen=True)
 class Logged:
-    """What lies in a workdir; empty where there is nothing."""
+    """The records of a workdir; a file that is missing gives an empty list or dictionary."""
 
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
@@ -70,10 +70,13 @@ class Logged:
 
 
 def read(workdir: Path | None) -> Logged:
-    """Reads the files of a run, of one that is still going too.
+    """Reads the records of a run, which may still be training.
+
+    Args:
+      workdir: the run's folder; None gives empty records.
 
     Raises:
-      DataError: summary.json is not JSON.
+      DataError: summary.json, or a whole line of a .jsonl file, is not JSON.
     """
     if workdir is None:
         return Logged([], {}, [])
@@ -86,7 +89,7 @@ def read(workdir: Path | None) -> Logged:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Its objects; a last line that is still being written is left for later."""
+    """The objects of a .jsonl file; a last line without its end is skipped, since it is still being written."""
     if not path.exists():
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
@@ -97,7 +100,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def section(subjects: Sequence[Subject]) -> Section:
-    """Curves, scores and settings of the runs."""
+    """The section with the curves, scores and settings of the runs.
+
+    Raises:
+      DataError: a record of a run is not JSON.
+    """
     logged = {s.name: read(s.workdir) for s in subjects}
     figures = [*_score_figures(logged), *_curves(logged), *_layers(logged)]
     tables = [t for t in (_scores(logged), _runs(subjects, logged), _results(logged), _settings(subjects)) if t]
@@ -111,16 +118,16 @@ def section(subjects: Sequence[Subject]) -> Section:
 
 
 def _text(logged: Mapping[str, Logged]) -> str:
-    lines = ["What was logged while training, and the scores at its end."]
+    lines = ["What the runs logged during training, and their scores at the end."]
     if any(name in log.summary for log in logged.values() for name in ("probe_top1_pixels", "knn_top1_pixels")):
         lines.append(
             "Accuracies are top-1 on the evaluation split: logistic regression (probe) and nearest neighbours (k-NN) "
-            "on frozen features of the trained encoder, of the same encoder untrained, and on raw pixels (at most 32 "
-            "px a side). What an encoder has learned is what it gains over both."
+            "on frozen features of the trained encoder, on those of the same encoder before training, and on raw "
+            "pixels (at most 32 px a side). What an encoder has learned is its gain over both controls."
         )
     unfinished = [name for name, log in logged.items() if log.metrics and not log.summary]
     if unfinished:
-        lines.append(f"Not finished when this was written: {', '.join(unfinished)}.")
+        lines.append(f"Not finished when this page was written: {', '.join(unfinished)}.")
     return " ".join(lines)
 
 
@@ -134,7 +141,7 @@ def _axes(title: str, height: float) -> tuple[Plot, Any]:
 
 
 def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
-    """A figure for each number that was logged more than once by some run; one line per run."""
+    """One figure for each key of CURVES that at least one run logged more than once; one line per run."""
     figures = []
     for key, (label, caption) in CURVES.items():
         scale = 100 if "%" in label else 1
@@ -159,7 +166,7 @@ def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
 
 
 def _layers(logged: Mapping[str, Logged]) -> list[Figure]:
-    """What telemetry saw of each run's layers (config.whitebox.every): measure by layer, one line per step."""
+    """One figure per run and measure that telemetry logged (config.whitebox.every): one line per step, over layers."""
     figures = []
     for name, log in logged.items():
         for key, (label, what) in LAYERS.items():
@@ -172,21 +179,21 @@ def _layers(logged: Mapping[str, Logged]) -> list[Figure]:
             if not looks:
                 continue
             steps = sorted(looks)
-            shown = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, LOOKS)})]
+            shown = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, MAX_STEPS_DRAWN)})]
             plot, ax = _axes(label, 2.9)
-            # Neither end of the colours is lost on white or on black.
+            # Both ends of this range of colours can be seen on white and on black.
             for step, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0.25, len(shown))), strict=True):
                 layers = range(1, len(looks[step]) + 1)
                 ax.plot(layers, looks[step], "o-", color=shade, markersize=3, label=f"step {step:,}")
             ax.set_xticks(range(1, max(map(len, looks.values())) + 1))
             ax.set_xlabel("layer")
             plot.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-            figures.append(Figure(f"{name}: {what}, while training; dark is late.", plot))
+            figures.append(Figure(f"{name}: {what}, during training; dark lines are late steps.", plot))
     return figures
 
 
 def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
-    """Trained beside untrained and pixels, one row per run, for each protocol of frozen features."""
+    """One figure per protocol on frozen features: the trained encoder beside its controls, one row per run."""
     figures = []
     for key, protocol in (("probe_top1", "linear probe"), ("knn_top1", "k-NN")):
         scored = {name: log.summary for name, log in logged.items() if log.summary.get(key) is not None}
@@ -216,7 +223,7 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
 
 
 def _scores(logged: Mapping[str, Logged]) -> Table | None:
-    """A row for each run's encoder and for each of the things it is compared with."""
+    """One row for each run's encoder and one for each of its controls."""
     keys = [k for k in SHARES if any(isinstance(log.summary.get(k), float) for log in logged.values())]
     rows: list[tuple[str | float | None, ...]] = []
     for name, log in logged.items():
@@ -245,12 +252,12 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
         "run", "encoder", "blocks x width", "corruption", "penalty", "steps", "batch", "loss", "images/s", "parameters",
         "job", "images", "devices",
     )  # fmt: skip
-    caption = "The runs. Losses of different corruptions or targets measure different things: they do not rank runs."
+    caption = "The runs. Losses under different corruptions or targets cannot be compared: they do not rank runs."
     return Table(caption, columns, tuple(rows))
 
 
 def _results(logged: Mapping[str, Logged]) -> Table | None:
-    """What evaluations appended to results.jsonl in the same workdir."""
+    """The results that evaluations appended to results.jsonl in the same workdir."""
     found = [(name, r) for name, log in logged.items() for r in log.results]
     keys = [k for k in SHARES if any(isinstance(r.get(k), float) for _, r in found)]
     if not keys:
@@ -264,7 +271,7 @@ def _results(logged: Mapping[str, Logged]) -> Table | None:
 
 
 def _settings(subjects: Sequence[Subject]) -> Table | None:
-    """Keys in which the runs differ; of a single run, those in which it differs from the defaults."""
+    """The keys in which the runs differ; for a single run, the keys in which it differs from the defaults."""
     flat = {s.name: flatten(s.config) for s in subjects}
     if len(flat) == 1:
         flat["default"] = flatten(base())
@@ -298,7 +305,7 @@ def pictures(subjects: Sequence[Subject]) -> Section:
         for path in sorted((s.workdir / "pictures").glob("*.png")) if s.workdir else ():
             match = re.fullmatch(r"(.+)_(\d+)\.png", path.name)
             if match:
-                newest[match[1]] = (int(match[2]), path)  # sorted by step: the last one stays
+                newest[match[1]] = (int(match[2]), path)  # paths are sorted by step, so the newest one stays
         for kind, (step, path) in newest.items():
             with Image.open(path) as picture:
                 array = np.asarray(picture.convert("RGB"))
@@ -306,8 +313,8 @@ def pictures(subjects: Sequence[Subject]) -> Section:
     if not figures:
         raise DataError("no run has pictures; config.log.pictures says how many images they show")
     text = (
-        "Images of the evaluation split, always the same ones, drawn while training. Of a reconstruction: what went "
-        "in, what the corruption left of it (P x), what the decoder made of that (x^), and both together, P x and the "
-        "rest from x^, which is what the loss looks at."
+        "Images of the evaluation split, always the same ones, drawn during training. A reconstruction shows the "
+        "original, what the corruption left of it (P x), the decoder's output (x^), and both together: P x, and the "
+        "rest from x^, which is the part that the loss compares."
     )
     return Section("Pictures", text, tuple(figures))

@@ -388,7 +388,7 @@ def test_the_answer_reads_the_curves():
     assert found.record()["best"] == {"mask 1x1": 0.5, "mask 2x2": 0.1}
     assert "+20.00" in found.summary() and found.summary().endswith("never at this width: mask 2x2, gaussian noise")
     useless = answer.Answer(2, clean, {bad: curves[bad]}, about)
-    assert useless.summary().splitlines()[-1].startswith("nothing of this grid raises alignment at this width")
+    assert useless.summary().splitlines()[-1].startswith("no corruption of this grid raises alignment at this width")
 
 
 def test_larger_images_keep_their_grid_of_tokens():
@@ -410,7 +410,7 @@ def test_larger_images_keep_their_grid_of_tokens():
         ({"align.patch_sizes": (4, (2, 0))}, r"config.align.patch_sizes=.* must be a side in pixels or"),
         ({"align.patch_sizes": (1.5,)}, r"config.align.patch_sizes=.*1.5 must be a side in pixels or"),
         ({"align.mask_ratios": (0.5, 1.0)}, r"align.mask_ratios=.*between 0 and 1"),
-        ({"align.patch_sizes": (), "align.rop_ratios": ()}, r"config.align: there is no corruption to look at"),
+        ({"align.patch_sizes": (), "align.rop_ratios": ()}, r"config.align: the grid has no corruption"),
         ({"align.noise": 0.0}, r"config.align.noise must be larger"),  # grey digits: three equal channels
     ],
 )
@@ -505,7 +505,10 @@ def test_section_of_a_run(images, tmp_path, monkeypatch):
     again = Subject("again", c.copy_and_resolve_references(), subject.params, None, *splits, subject.mesh)
     again.config.corruption.mask_ratio = 0.3
     made = section.section([subject, other, again])
-    assert "other: no labelled training images" in made.text and "Images of quick and again: " in made.text
+    assert (
+        "other: no alignment, as there are no labelled training images" in made.text
+        and "Images of quick and again: " in made.text
+    )
     assert len(made.tables) == 3 and len(made.figures) == 2
     for table in made.tables:
         assert table.rows and all(len(row) == len(table.columns) for row in table.rows)

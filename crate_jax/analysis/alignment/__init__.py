@@ -1,1 +1,1 @@
-"""What learning by reconstruction can teach about labels (Balestriero & LeCun, ICML 2024): see docs/alignment.md."""
+"""What learning by reconstruction can teach about labels (Balestriero & LeCun, ICML 2024); see docs/alignment.md."""

@@ -1,4 +1,4 @@
-"""The whole analysis: labelled images in, the alignment of every corruption of the grid out."""
+"""The whole analysis: from labelled images to the alignment under every corruption of the grid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def shrink_to_side(config: ConfigDict) -> None:
-    """Sets image and patch size so that no side exceeds `config.align.side`, the token grid staying what it is."""
+    """Sets image and patch size so that no side exceeds `config.align.side` pixels; the grid of tokens stays."""
     size, patch = config.data.image_size, config.encoder.patch_size
     if max(size) > config.align.side:
         rows_columns = [-(-side // patch) for side in size]
@@ -31,16 +31,18 @@ def shrink_to_side(config: ConfigDict) -> None:
 
 
 def analyse(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source | None = None) -> Answer:
-    """All curves of a resolved config.
+    """Computes all alignment curves of a config.
 
     Args:
-      config: reads data, encoder.patch_size, corruption, evaluation.train_images and align.
-      mesh: devices that sum the moments.
+      config: valid and resolved; the function reads data, encoder.patch_size, corruption, evaluation.train_images
+        and align.
+      mesh: the devices that sum the moments.
       source: labelled images; None: the training split of config.data.
 
     Raises:
-      ConfigError: a width above the numbers per image, a patch larger than the image, or no corruption in the grid.
-      DataError: no labels, a single class, images that cannot be analysed.
+      ConfigError: the width exceeds the numbers per image, a patch is larger than the image, or the grid has no
+        corruption.
+      DataError: the images have no labels, all have one label, or their second moments are singular.
     """
     size = tuple(config.data.image_size)
     D, width = size[0] * size[1] * 3, config.align.width
@@ -53,9 +55,7 @@ def analyse(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source | N
         raise ConfigError(f"config.align.patch_sizes={tuple(config.align.patch_sizes)}: images are only {size} pixels")
     settings = grid.settings(config)
     if not settings:
-        raise ConfigError(
-            "config.align: there is no corruption to look at; give mask_ratios and patch_sizes or rop_ratios"
-        )
+        raise ConfigError("config.align: the grid has no corruption; give mask_ratios and patch_sizes, or rop_ratios")
     source = source or data.open_split(config, "train", labels_required=True)
     if source is None or source.class_names is None:
         raise DataError(f"config.data.source={config.data.source!r}: alignment needs labels, but the images have none")
@@ -66,8 +66,8 @@ def analyse(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source | N
     log.info("second moments of %d images, D = %d (%.1f s)", found.count, D, time.perf_counter() - start)
     if found.count <= D:
         log.warning(
-            "%d images of %d numbers: any labels can be fitted exactly, and alignment says little; use more images, or "
-            "a smaller config.data.image_size", found.count, D,
+            "%d images of %d numbers: a linear map can fit any labels exactly, so alignment says little; use more "
+            "images, or a smaller config.data.image_size", found.count, D,
         )  # fmt: skip
     start = time.perf_counter()
     aligner = Aligner(found, min(D, max(width, config.align.latents)))

@@ -1,4 +1,4 @@
-"""What a grid of alignment curves says: which corruption raises alignment at a width, by how much, and which never."""
+"""Reads a grid of alignment curves: which corruption raises alignment at a width, by how much, and which never does."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from crate_jax.analysis.alignment.grid import Setting
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Curves of one labelled set, and the width they are read at.
+    """The curves of one labelled data set, and the width at which they are read.
 
     Attributes:
-      width: k of the user's encoder.
-      clean: without corruption.
-      curves: one per setting.
-      about: of the data: source, images, classes, image_size.
+      width: the width k of the user's encoder.
+      clean: the curve without corruption.
+      curves: one curve per setting.
+      about: facts about the data: source, images, classes, image_size.
     """
 
     width: int
@@ -29,12 +29,12 @@ class Answer:
     about: Mapping[str, Any]
 
     def gain(self, setting: Setting, width: int | None = None) -> float:
-        """alignment(k) under the corruption minus alignment(k) without; k the encoder's width unless given."""
+        """alignment(k) under the corruption minus alignment(k) without it; k is the encoder's width unless given."""
         k = (width or self.width) - 1
         return float(self.curves[setting].alignment_K[k] - self.clean.alignment_K[k])
 
     def error(self, setting: Setting) -> float:
-        """The numerical error of a setting's gains: that of its curve and of the one without corruption."""
+        """The numerical error of a setting's gains: that of its curve plus that of the curve without corruption."""
         return self.curves[setting].error + self.clean.error
 
     def is_raised(self, setting: Setting) -> bool:
@@ -53,12 +53,12 @@ class Answer:
         return max(group, key=self.gain)
 
     def never(self) -> list[str]:
-        """Groups of which no ratio raises alignment at the width; Gaussian noise, by the corollary, is always one."""
+        """The groups in which no ratio raises alignment at the width, and Gaussian noise (corollary of Theorem 3)."""
         bad = [name for name, group in self.groups().items() if not any(map(self.is_raised, group))]
         return [*bad, "gaussian noise"]
 
     def share_raised(self, setting: Setting) -> float:
-        """Share of the widths 1 .. K at which the setting raises alignment; 0: it never does."""
+        """The share of the widths 1 .. K at which the setting raises alignment; 0 if it never does."""
         gain_K = self.curves[setting].alignment_K - self.clean.alignment_K
         return float(np.mean(gain_K > self.error(setting)))
 
@@ -86,7 +86,7 @@ class Answer:
         }
 
     def summary(self) -> str:
-        """A short table: the best ratio of each group at the width, and what raises alignment at no ratio."""
+        """A short table: the best ratio of each group at the width, and the groups that never raise alignment."""
         share = 100 * self.clean.alignment_K[self.width - 1]
         head = f"alignment at width {self.width} of {self.about['images']} images without corruption: {share:.2f} %"
         rows = [
@@ -96,7 +96,7 @@ class Answer:
                 "best ratio",
                 "alignment",
                 "gain",
-                f"raised at, of widths 1..{len(self.clean.alignment_K)}",
+                f"raised at this share of widths 1..{len(self.clean.alignment_K)}",
             )
         ]
         for group in sorted(self.groups().values(), key=lambda g: -self.gain(self.best(g))):
@@ -110,11 +110,11 @@ class Answer:
         if any(map(self.is_raised, self.curves)):
             verdict = f"never at this width: {', '.join(self.never())}"
         else:
-            verdict = "nothing of this grid raises alignment at this width by more than its numerical error"
+            verdict = "no corruption of this grid raises alignment at this width by more than its numerical error"
         return "\n".join([head, *lines, verdict])
 
     def markdown(self, command: str) -> str:
-        """The whole grid as a page."""
+        """The whole grid as a page in Markdown; `command` is shown as the command that made it."""
         width = self.width
         shown = sorted({k for k in (32, 64, 128, 256, 512, 1024) if k <= len(self.clean.alignment_K)} | {width})
         first = "| corruption | patch | ratio | " + " | ".join(f"k = {k}" for k in shown) + " | error |"
@@ -131,12 +131,17 @@ class Answer:
         return "\n".join([
             f"# Alignment at width {width}: {self.about['data']}, {self.about['images']} images, "
             f"{self.about['classes']} classes", "", f"    {command}", "", "```", self.summary(), "```", "",
-            "First row: alignment(k) in per cent without corruption, PCA. Below: what the corruption adds, in points. "
-            "ratio: of a mask the removed share of the patches, of rop (random orthogonal projection) the kept share "
-            "of the dimensions. Bold: the best of each patch size at the encoder's width. Error: numerical, in points; "
-            "sampling is not in it.", "", first, "|" + "---|" * (len(shown) + 4), *rows, "",
+            "First row: alignment(k) in per cent without corruption, which is PCA. Others: what a corruption adds, in "
+            "points. Ratio: for a mask, the removed share of the patches; for rop (random orthogonal projection), the "
+            "kept share of the dimensions. Bold: the best ratio of each patch size at the encoder's width. Error: the "
+            "numerical error in points, without sampling error.", "", first, "|" + "---|" * (len(shown) + 4), *rows, "",
         ])  # fmt: skip
 
 
 def _points(gain: float) -> str:
-    return f"{round(100 * gain, 2) + 0.0:+.2f}"  # + 0.0: never -0.00
+    """A gain (a share) as text in points.
+
+    >>> _points(0.01234), _points(-1e-9)
+    ('+1.23', '+0.00')
+    """
+    return f"{round(100 * gain, 2) + 0.0:+.2f}"  # + 0.0 turns -0.0 into 0.0

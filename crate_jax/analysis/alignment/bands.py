@@ -1,7 +1,7 @@
-"""Experiments by principal components of the images: which hold the labels, and which a model has learned.
+"""Which principal components of the images hold the labels, and which a model has learned.
 
-A band is a run of principal components, ordered by variance; the first ones hold most of the pixels' variance, and
-reconstruction learns them first (Balestriero & LeCun, ICML 2024).
+A band is a range of principal components in the order of their variance. The first ones hold most of the pixels'
+variance, and reconstruction learns them first (Balestriero & LeCun, ICML 2024).
 
 Shapes: N images, D numbers per (shrunk) image, L bands.
 """
@@ -27,13 +27,13 @@ from crate_jax.models.patches import patchify, unpatchify
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Principal components of normalised images, averaged down to at most `side` pixels a side.
+    """Principal components of normalised images that :func:`shrink` has made at most `side` pixels a side.
 
     Attributes:
-      mean_D: of the rows.
-      vectors_DD: one component per column, falling variance.
-      variances_D: mean squares along them.
-      side: what :func:`shrink` was given.
+      mean_D: the mean image.
+      vectors_DD: one component per column, in the order of falling variance.
+      variances_D: the variance along each component.
+      side: the argument `side` of :func:`shrink`.
     """
 
     mean_D: np.ndarray
@@ -43,27 +43,35 @@ class Components:
 
 
 def shrink(images_BHWC: jax.Array, side: int) -> jax.Array:
-    """Means over square boxes, the smallest that divide the image and leave at most `side` pixels a side."""
+    """Images (B, H, W, C) averaged over square boxes, so that at most `side` pixels a side are left.
+
+    >>> shrink(jnp.zeros((2, 32, 48, 3)), 16).shape
+    (2, 8, 12, 3)
+    """
     B, H, W, C = images_BHWC.shape
     box = box_of((H, W), side)
     return images_BHWC.reshape(B, H // box, box, W // box, box, C).mean(axis=(2, 4))
 
 
 def box_of(size: tuple[int, int], side: int) -> int:
-    """Side of the boxes that :func:`shrink` takes the mean over."""
+    """The side of the boxes of :func:`shrink`: the smallest that divides both sides of the image and is large enough.
+
+    >>> box_of((32, 48), 16), box_of((32, 32), 64)
+    (4, 1)
+    """
     divisors = [f for f in range(1, min(size) + 1) if size[0] % f == 0 and size[1] % f == 0]
     return next((f for f in divisors if max(size) <= f * side), divisors[-1])
 
 
 def rows_of(config: ConfigDict, images_uint8: np.ndarray, side: int, chunk: int = 1024) -> np.ndarray:
-    """Normalised, shrunk images as rows, float32 (N, D)."""
+    """Images uint8 (N, H, W, 3), normalised and shrunk, as rows float32 (N, D); `chunk` images at a time."""
     apply = jax.jit(lambda x: shrink(normalise(x, config), side).reshape(len(x), -1))
     parts = [np.asarray(apply(images_uint8[i : i + chunk])) for i in range(0, len(images_uint8), chunk)]
     return np.concatenate(parts)
 
 
 def components_of(rows_ND: np.ndarray, side: int) -> Components:
-    """All principal components of rows."""
+    """All principal components of rows (N, D) that :func:`rows_of` made with the same `side`."""
     rows = rows_ND.astype(np.float64)
     mean_D = rows.mean(axis=0)
     rows -= mean_D
@@ -79,21 +87,23 @@ def reconstruction_by_band(
     edges: Sequence[int],
     errors: Callable[..., jax.Array] | None = None,
 ) -> np.ndarray:
-    """The share of what the corruption took from each band that the model fails to give back.
+    """The share of what the corruption removed from each band that the model fails to restore.
 
-    Sum over images of the squares of c^T (I - P)(x^ - x) over those of c^T (I - P)(x - mean), c the components of a
-    band, P the run's own corruption (fixed draws): 0 is perfect, 1 what predicting the mean image gets.
+    It is the sum over images of the squares of c^T (I - P)(x^ - x), divided by that of c^T (I - P)(x - mean). c are the
+    components of a band, and P is the run's own corruption, with fixed draws. 0 is perfect; a prediction of the mean
+    image has 1.
 
     Args:
-      config: the run's.
-      params: ``encoder`` and ``decoder``.
-      images_uint8: (N, H, W, 3) of the run's image size.
-      components: of such images.
+      config: the run's config.
+      params: the parameters ``encoder`` and ``decoder``.
+      images_uint8: images (N, H, W, 3) of the run's image size.
+      components: the principal components of such images.
       edges: band l holds the components edges[l] .. edges[l + 1] - 1.
-      errors: :func:`errors_of` the config and the components' side, to compile it once for many parameters.
+      errors: the function that :func:`errors_of` makes from the config and the components' side. A caller that has
+        many parameters makes it once, so that it is compiled once.
 
     Returns:
-      float64 (L,); NaN for a band from which nothing was taken.
+      float64 (L,); NaN for a band from which the corruption removed nothing.
     """
     errors = errors or errors_of(config, components.side)
     batch_size = config.evaluation.batch_size
@@ -110,7 +120,16 @@ def reconstruction_by_band(
 
 
 def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
-    """(params, uint8 images, keys, mean, vectors) -> squares of error and of reference along each component, (2, D)."""
+    """Makes the function from one batch to the sums of squares that :func:`reconstruction_by_band` divides.
+
+    Args:
+      config: the run's config.
+      side: the argument `side` of :func:`shrink`.
+
+    Returns:
+      the compiled function (params, images uint8 (B, H, W, 3), keys (B,), mean (D,), vectors (D, D)) -> (2, D): along
+      each component, the squares of the error and of the reference, summed over the images.
+    """
     apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
     size, patch = tuple(config.data.image_size), config.encoder.patch_size
@@ -135,7 +154,7 @@ def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
 
 
 def _enlarge(mean_D: jax.Array, size: tuple[int, int], side: int) -> jax.Array:
-    """A row of a shrunk image as one image (1, H, W, 3) of the full size, constant over each box."""
+    """Turns a row of a shrunk image into an image (1, H, W, 3) of the full size, constant over each box."""
     box = box_of(size, side)
     small = mean_D.reshape(size[0] // box, size[1] // box, 3)
     return jnp.repeat(jnp.repeat(small, box, axis=0), box, axis=1)[None]
@@ -143,14 +162,14 @@ def _enlarge(mean_D: jax.Array, size: tuple[int, int], side: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class SubspaceAccuracy:
-    """Accuracies (shares) on the test images of what a subspace of the pixels holds.
+    """Accuracies (shares) on the test images from one subspace of the pixels.
 
     Attributes:
-      place: top (the first components) or bottom (the last).
-      dimensions: how many components.
-      variance: their share of the pixels' variance.
-      probe: logistic regression on the coordinates, each scaled to unit variance.
-      knn: nearest neighbours by cosine, of the images projected on the subspace.
+      place: "top" (the first components) or "bottom" (the last ones).
+      dimensions: the number of components.
+      variance: the components' share of the pixels' variance.
+      probe: the accuracy of logistic regression on the coordinates, each scaled to unit variance.
+      knn: the accuracy of nearest neighbours by cosine between the projected images.
     """
 
     place: str
@@ -168,17 +187,20 @@ def accuracy_by_subspace(
     shares: Sequence[float],
     evaluation: ConfigDict,
 ) -> list[SubspaceAccuracy]:
-    """Accuracy on the first components that hold a share of the variance, and on the last ones that hold the rest.
+    """Accuracy from the first components that hold a share of the variance, and from the other components.
 
-    The paper's experiment on TinyImageNet, with a linear probe and nearest neighbours in place of its networks.
+    It repeats the paper's experiment on TinyImageNet with a linear probe and nearest neighbours in place of networks.
 
     Args:
-      train: rows (N, D) of :func:`rows_of` and labels.
-      test: the same of the evaluation images.
+      train: rows (N, D) from :func:`rows_of`, and labels (N,), of the training images.
+      test: rows and labels of the evaluation images.
       classes: C.
-      components: of the training rows.
-      shares: of the variance, in (0, 1).
-      evaluation: config.evaluation: knn_k, knn_temperature, probe_c.
+      components: the principal components of the training rows.
+      shares: shares of the variance, in (0, 1).
+      evaluation: config.evaluation, with knn_k, knn_temperature and probe_c.
+
+    Returns:
+      two results (top, bottom) for each share.
     """
     coordinates = [((x - components.mean_D) @ components.vectors_DD).astype(np.float32) for x in (train[0], test[0])]
     cumulated = np.cumsum(components.variances_D) / components.variances_D.sum()

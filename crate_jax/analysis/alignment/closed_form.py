@@ -1,7 +1,7 @@
 """Closed forms of Balestriero & LeCun, "Learning by Reconstruction Produces Uninformative Features For Perception".
 
-All in float64 on the host, from second moments (:class:`crate_jax.analysis.alignment.moments.Moments`);
-docs/alignment.md derives what is used here. Shapes: D numbers per image, C classes, K latents.
+Everything is computed in float64 on the host, from second moments (:class:`.moments.Moments`); docs/alignment.md
+derives the equations. Shapes: D numbers per image, C classes, K latents.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from crate_jax.errors import DataError
 
 RANK_TOLERANCE = 1e-12  # eigenvalues of X X^T below this share of the largest count as zero
 DIRECT_SIZE = 4096  # D up to which all principal components are computed
-ROUNDS = 4  # of subspace iteration above it
+ROUNDS = 4  # of subspace iteration, for a D above DIRECT_SIZE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Optimum:
     """The minimum of the joint loss over all linear encoders, heads and decoders.
 
     Attributes:
-      encoder_DK: V; V^T X are the latents, with V^T X X^T V = I.
-      head_KC: W, the best regression of the targets on the latents.
-      decoder_KD: Z, the best reconstruction from the latents.
-      loss: the minimum.
+      encoder_DK: the encoder V; V^T X are the latents, with V^T X X^T V = I.
+      head_KC: the head W, the best regression of the targets on the latents.
+      decoder_KD: the decoder Z, the best reconstruction from the latents.
+      loss: the minimum of the loss.
     """
 
     encoder_DK: np.ndarray
@@ -38,7 +38,7 @@ class Optimum:
 
 
 def joint_loss(moments: Moments, lam: float, optimum: Optimum) -> float:
-    """||W^T V^T X - Y||_F^2 + lam ||Z^T V^T X - X||_F^2 of any V, W and Z; `optimum.loss` is not read."""
+    """||W^T V^T X - Y||_F^2 + lam ||Z^T V^T X - X||_F^2 for any V, W and Z; `optimum.loss` is not read."""
 
     def residual(map_DT: np.ndarray, cross_DT: np.ndarray, energy: float) -> float:
         return float(np.sum(map_DT * (moments.second_DD @ map_DT)) - 2 * np.sum(map_DT * cross_DT) + energy)
@@ -51,16 +51,16 @@ def joint_loss(moments: Moments, lam: float, optimum: Optimum) -> float:
 def theorem1(moments: Moments, latents: int, lam: float) -> Optimum:
     """Theorem 1: the minimum of ||W^T V^T X - Y||_F^2 + lam ||Z^T V^T X - X||_F^2 over V, W and Z.
 
-    With lam = 0 and at least C latents, W^T V^T is ordinary least squares (of least norm where X X^T is singular); as
-    lam grows, Z^T V^T becomes PCA.
+    With lam = 0 and at least C latents, W^T V^T is ordinary least squares (the solution of least norm where X X^T is
+    singular). As lam grows, Z^T V^T becomes PCA.
 
     Args:
-      moments: of X and Y; may be singular (N < D, constant pixels).
+      moments: the moments of X and Y; X X^T may be singular (N < D, constant pixels).
       latents: K.
-      lam: weight of the reconstruction.
+      lam: the weight of the reconstruction.
 
     Raises:
-      ValueError: K is not in 1 .. rank of X X^T, or lam is negative.
+      ValueError: K is not between 1 and the rank of X X^T, or lam is negative.
     """
     variances, directions_DR = np.linalg.eigh(moments.second_DD)
     kept = variances > RANK_TOLERANCE * variances[-1]
@@ -80,32 +80,32 @@ def theorem1(moments: Moments, latents: int, lam: float) -> Optimum:
 
 
 class Curve(NamedTuple):
-    """alignment(1) .. alignment(K), each in [0, 1], and how far off the largest deviation may be (0: exact)."""
+    """alignment(1) .. alignment(K), each in [0, 1], and an estimate of their largest error (0: exact)."""
 
     alignment_K: np.ndarray
     error: float
 
 
 class Aligner:
-    """alignment(k) of one labelled set under any corruption.
+    """Computes alignment(k) of one labelled data set under any corruption.
 
-    alignment(k) = ||Y^T Y Q_k||_F^2 / ||Y^T Y Q_D||_F^2 with Q_k an orthonormal basis of the rows of V_k^T X, V_k the
-    first k columns of the optimal encoder: the share of the label Gram matrix, as far as linear maps of X see it, that
-    is left in k latents.
+    alignment(k) = ||Y^T Y Q_k||_F^2 / ||Y^T Y Q_D||_F^2, where Q_k is an orthonormal basis of the rows of V_k^T X, and
+    V_k are the first k columns of the optimal encoder. It is the share that k latents hold of the label Gram matrix, as
+    far as linear maps of X can predict that matrix.
 
-    The optimal encoders are (X X^T)^-1 U with U the leading eigenvectors of T = X X^T G^-1 X X^T. They are found within
-    the span of the first 1.5 K principal components (Rayleigh-Ritz) and multiplied by T once, which brings back to
-    first order what lies outside of it; the change that this makes is the error reported, and was at least ten times
-    the true one in all cases measured (docs/alignment.md). Where 2 K > D all components are taken: no error. Without
-    corruption there is an error only where the components are iterated for (:func:`principal_components`).
+    The optimal encoders are (X X^T)^-1 U, where U are the leading eigenvectors of T = X X^T G^-1 X X^T. They are
+    computed within the span of the first 1.5 K principal components (Rayleigh-Ritz) and multiplied by T once, which
+    restores to first order what lies outside of that span. The change by this multiplication is reported as the error;
+    it was at least ten times the true error in all cases measured (docs/alignment.md). Where 2 K > D, all components
+    are used and the error is 0. Without corruption there is an error only where :func:`principal_components` iterates.
 
     Args:
-      moments: of images and one-hot labels, X X^T not singular.
+      moments: the moments of images and one-hot labels; X X^T is not singular.
       latents: K.
-      exact: take all components whatever K is; five times the time at D = 3072 and K = 1024.
+      exact: whether to use all components for every K; this takes five times as long at D = 3072 and K = 1024.
 
     Raises:
-      DataError: X X^T is singular, or the images say nothing about the labels.
+      DataError: X X^T is singular, or no linear map of the images predicts anything about the labels.
       ValueError: K is not in 1 .. D.
     """
 
@@ -131,37 +131,40 @@ class Aligner:
             raise DataError("alignment: no linear map of these images says anything about their labels")
 
     def clean(self) -> Curve:
-        """Without corruption, or with Gaussian noise of any strength: the first K principal components."""
+        """The curve without corruption, or with Gaussian noise of any strength: the first K principal components."""
         K = self.latents
         labels_KC = self._components[:, :K].T @ (self._root_DD @ self._labels_DC)
         within_K = np.cumsum(np.sum(labels_KC**2, axis=1) / self._variances[:K]) / self._total
         if is_direct(len(self._root_DD), self._components.shape[1]):
             return Curve(within_K, 0.0)
-        alignment_K = self._of(self._root_DD.T @ self._projected[:, :K])  # multiplied by X X^T once more
+        alignment_K = self._alignment(self._root_DD.T @ self._projected[:, :K])  # multiplied by X X^T once more
         return Curve(alignment_K, float(np.max(np.abs(alignment_K - within_K))))
 
     def curve(self, corrupted_DD: np.ndarray) -> Curve:
-        """Of the optimal denoising encoder (Theorem 3).
+        """The curve of the optimal denoising encoder under a corruption (Theorem 3).
 
         Args:
-          corrupted_DD: G = E[X' X'^T], or any multiple of it, positive definite, for a corruption whose mean E[X'] is
+          corrupted_DD: G = E[X' X'^T] or a multiple of it, positive definite. The mean E[X'] of the corruption must be
             a multiple of X.
+
+        Raises:
+          DataError: G is not positive definite.
         """
         root_DD, K = _cholesky(corrupted_DD), self.latents
         half_Dm = _solve(root_DD, self._projected)
         values, vectors_mm = scipy.linalg.eigh(half_Dm.T @ half_Dm, driver="evd", overwrite_a=True, check_finite=False)
         values_K = np.maximum(values[::-1][:K], np.finfo(np.float64).eps * values[-1])
         vectors_mK = np.ascontiguousarray(vectors_mm[:, ::-1][:, :K])
-        within_K = self._of(_solve(self._root_DD, self._components @ vectors_mK))
+        within_K = self._alignment(_solve(self._root_DD, self._components @ vectors_mK))
         if self._components.shape[1] == len(root_DD):
             return Curve(within_K, 0.0)
         # L^-1 T u = L^T G^-1 X X^T u
         times_T = self._root_DD.T @ _solve(root_DD, half_Dm @ (vectors_mK / values_K), transposed=True)
-        alignment_K = self._of(times_T)
+        alignment_K = self._alignment(times_T)
         return Curve(alignment_K, float(np.max(np.abs(alignment_K - within_K))))
 
-    def _of(self, whitened_DK: np.ndarray) -> np.ndarray:
-        """alignment(k) of V = L^-T times the columns given, which are made orthonormal one after the other."""
+    def _alignment(self, whitened_DK: np.ndarray) -> np.ndarray:
+        """alignment(k) of V = L^-T W for the columns W given, which are made orthonormal one after the other."""
         gram_KK = whitened_DK.T @ whitened_DK
         scale_K = 1 / np.sqrt(np.diag(gram_KK))
         labels_KC = scale_K[:, None] * (whitened_DK.T @ self._labels_DC)
@@ -185,14 +188,15 @@ def _solve(root_DD: np.ndarray, columns: np.ndarray, transposed: bool = False) -
 
 
 def is_direct(D: int, count: int) -> bool:
-    """Whether :func:`principal_components` decomposes the whole D x D matrix for `count` components."""
+    """Whether :func:`principal_components` decomposes the whole D x D matrix to find `count` components."""
     return D <= DIRECT_SIZE or 2 * count > D
 
 
 def principal_components(second_DD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` largest eigenvalues (falling) of X X^T and their eigenvectors (D, count).
+    """The `count` largest eigenvalues of X X^T in falling order, and their eigenvectors (D, count).
 
-    Above DIRECT_SIZE by block subspace iteration from a seeded start: the last of the `count` are then approximate.
+    Where :func:`is_direct` is false, block subspace iteration from a seeded start computes them, and the last ones are
+    approximate.
     """
     D = len(second_DD)
     if is_direct(D, count):
@@ -206,5 +210,9 @@ def principal_components(second_DD: np.ndarray, count: int) -> tuple[np.ndarray,
 
 
 def authors_scale(alignment_K: np.ndarray) -> np.ndarray:
-    """100 sqrt(alignment): what the authors' code plots."""
+    """100 sqrt(alignment), the numbers that the authors' code plots.
+
+    >>> authors_scale(np.array([0.25, 1.0])).tolist()
+    [50.0, 100.0]
+    """
     return 100 * np.sqrt(alignment_K)

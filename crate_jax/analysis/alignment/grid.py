@@ -21,14 +21,14 @@ FAMILIES = {"mask": "masking", "rop": "random orthogonal projection"}
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A corruption.
+    """One corruption of the grid.
 
     Attributes:
       family: a key of FAMILIES.
-      patch: (height, width) of a patch in pixels; the unit that is masked, or the token that is projected.
-      ratio: mask: the removed share of the patches; rop: the kept share of the dimensions, K'/N.
-      buckets: rop: balanced | independent.
-      scale: rop: what a bucket's sum is multiplied with; 0: the exact projector.
+      patch: (height, width) in pixels of a patch, the unit that is masked or projected.
+      ratio: the removed share of the patches (mask), or the kept share of the dimensions, K'/N (rop).
+      buckets: "balanced" or "independent"; rop only.
+      scale: the factor of a bucket's sum; 0: the exact projector; rop only.
     """
 
     family: str
@@ -39,11 +39,15 @@ class Setting:
 
     @property
     def group(self) -> str:
-        """The settings that differ in their ratio only, for people."""
+        """The name of the group of settings that differ in their ratio only.
+
+        >>> Setting("mask", (4, 2), 0.75).group
+        'mask 4x2'
+        """
         return f"{self.family} {'x'.join(map(str, self.patch))}"
 
     def second_moments(self, second_DD: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-        """G = E[X' X'^T] over the square of what the mean is multiplied with, from X X^T."""
+        """G = E[X' X'^T], scaled as in :mod:`.corrupted`, from X X^T (D, D) of images of (height, width)."""
         patch_D = corrupted.patch_of_number(image_size, self.patch)
         if self.family == "mask":
             return corrupted.masking(second_DD, patch_D, self.ratio)
@@ -53,7 +57,7 @@ class Setting:
 
 
 def shapes(config: ConfigDict) -> list[tuple[int, int]]:
-    """(height, width) of every entry of `config.align.patch_sizes`; a single number is a square's side."""
+    """(height, width) of every entry of `config.align.patch_sizes`; a single number is the side of a square."""
     return [(p, p) if isinstance(p, int) else (p[0], p[1]) for p in config.align.patch_sizes]
 
 
@@ -66,7 +70,7 @@ def settings(config: ConfigDict) -> list[Setting]:
 
 
 def evaluate(aligner: Aligner, grid: Sequence[Setting], image_size: tuple[int, int]) -> dict[Setting, Curve]:
-    """alignment(1) .. alignment(K) of every setting."""
+    """The curve alignment(1) .. alignment(K) of every setting, for images of (height, width)."""
     curves = {}
     for i, setting in enumerate(grid):
         start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Second moments of labelled images, streamed: all that the alignment analysis ever reads of the data.
+"""Second moments of labelled images, summed batch by batch: the alignment analysis reads nothing else of the data.
 
-Pixels are bytes, so the sums are exact. Minus 128 a pixel lies in -128 .. 127, a product of two is at most 2^14, and a
-sum of up to 1024 products at most 2^24: every partial sum is a whole number that float32 holds, in whatever order the
-device adds. The sums of batches are added as int32, those of FLUSH batches as float64 on the host (exact to 2^53). What
-is left of rounding is the float64 arithmetic of centring; the smallest eigenvalues of natural images, 1e-7 of the
-largest and less, would drown in float32 sums.
+Pixels are bytes, so the sums are exact. A pixel minus 128 lies in -128 .. 127, a product of two is at most 2^14, and a
+sum of up to 1024 products is at most 2^24. So every partial sum is a whole number that float32 holds, in whatever order
+the device adds. Sums of batches are added as int32, and sums of FLUSH batches as float64 on the host (exact to 2^53).
+Only the centring, in float64, rounds. With float32 sums, rounding would hide the smallest eigenvalues of natural
+images, which are below 1e-7 of the largest.
 
 Shapes: N images, D = H * W * 3 numbers per image in raster order (row, column, channel), C classes.
 """
@@ -24,14 +24,14 @@ from crate_jax.errors import DataError
 from crate_jax.parallel import sharding
 
 OFFSET = 128
-ROWS = 1024  # images per device and batch whose sums of products stay within 2^24
-FLUSH = 64  # batches whose sums stay within 2^31
-LOW_BITS = 16  # of the sums, added over devices apart from the rest
+ROWS = 1024  # images per device and batch; so many sums of products stay within 2^24
+FLUSH = 64  # batches; so many sums stay within 2^31
+LOW_BITS = 16  # low bits of the sums, which are added over devices apart from the high bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What is known of N images and their targets; float64.
+    """The second moments of N images and their targets; float64.
 
     Attributes:
       second_DD: X X^T.
@@ -47,7 +47,7 @@ class Moments:
 
 
 def of_arrays(x_ND: np.ndarray, y_NC: np.ndarray) -> Moments:
-    """Moments of images and targets as they stand: nothing is centred, scaled or added."""
+    """Moments of images (N, D) and targets (N, C) without centring, scaling or noise."""
     x, y = np.asarray(x_ND, np.float64), np.asarray(y_NC, np.float64)
     return Moments(x.T @ x, x.T @ y, y.T @ y, len(x))
 
@@ -57,18 +57,18 @@ def of_images(
 ) -> Moments:
     """Moments of labelled images, centred per pixel and divided by their common standard deviation.
 
-    As the authors of the paper do, except that they draw the noise: here its expectation, N sigma^2 I, is added.
+    The authors of the paper do so too, but they draw the noise; here its expectation, N sigma^2 I, is added.
 
     Args:
-      batches: ``image`` uint8 (b, H, W, 3) and ``label`` (b,) in 0 .. classes - 1, b at most ROWS per device. With
-        several processes, the same in each.
+      batches: ``image`` uint8 (b, H, W, 3) and ``label`` (b,) in 0 .. classes - 1, with at most ROWS images per
+        device. All processes must give the same batches.
       classes: C.
-      mesh: devices, each of which takes a part of every batch and holds D x D sums of its own.
-      noise: standard deviation of the added noise, in units of the images' own.
-      name: of the data, for messages.
+      mesh: the devices; each takes a part of every batch and holds D x D sums of its own.
+      noise: the standard deviation of the added noise, in units of the images' standard deviation.
+      name: the name of the data in messages.
 
     Raises:
-      DataError: no image, fewer than two classes among them, or images that are all the same.
+      DataError: there are no images, all have one label, or all are the same.
     """
     sums = exact_sums(batches, classes, mesh)
     if sums is None:
@@ -93,9 +93,13 @@ def of_images(
 def exact_sums(
     batches: Iterable[Mapping[str, np.ndarray]], classes: int, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Sums over all images of z z^T (D, D), y z^T (C, D) and y (C,), z the pixels minus OFFSET, y one-hot.
+    """Sums over all images of z z^T (D, D), y z^T (C, D) and y (C,), where z are the pixels minus OFFSET, y is one-hot.
 
-    Whole numbers in float64, without rounding; None if there are no images. Arguments as :func:`of_images`.
+    The sums are whole numbers in float64, without rounding; None if there are no images. The arguments are those of
+    :func:`of_images`.
+
+    Raises:
+      ValueError: a batch has more than ROWS images per device.
     """
     step, place = _make_step(mesh, classes), sharding.split(mesh)
     on_device: tuple[jax.Array, ...] = ()
@@ -110,10 +114,10 @@ def exact_sums(
 
     for batch in batches:
         images, labels = batch["image"], np.asarray(batch["label"])
-        size = max(size, -(-len(images) // mesh.size) * mesh.size)  # the last, smaller batch is filled up
+        size = max(size, -(-len(images) // mesh.size) * mesh.size)  # the last batch may be smaller and is filled up
         if size > ROWS * mesh.size:
             raise ValueError(f"a batch of {len(images)} images: at most {ROWS} on each of {mesh.size} devices")
-        rows_ND = np.full((size, images[0].size), OFFSET, np.uint8)  # what fills up adds nothing
+        rows_ND = np.full((size, images[0].size), OFFSET, np.uint8)  # rows that fill up are z = 0 and add nothing
         rows_ND[: len(images)] = images.reshape(len(images), -1)
         labels_N = np.full(size, -1, np.int32)
         labels_N[: len(images)] = labels
@@ -133,7 +137,7 @@ def exact_sums(
 
 
 def _zeros(mesh: Mesh, shapes: Sequence[tuple[int, ...]]) -> tuple[jax.Array, ...]:
-    """int32 sums of these shapes on every device: a leading axis of one per device."""
+    """int32 zeros of these shapes on every device; the leading axis counts the devices."""
 
     @functools.partial(jax.jit, out_shardings=(sharding.split(mesh),) * len(shapes))
     def make() -> tuple[jax.Array, ...]:
@@ -144,7 +148,10 @@ def _zeros(mesh: Mesh, shapes: Sequence[tuple[int, ...]]) -> tuple[jax.Array, ..
 
 @functools.cache
 def _make_step(mesh: Mesh, classes: int) -> Callable[..., tuple[jax.Array, ...]]:
-    """(sums (n, D, D), sums (n, C, D), pixels (b, D), labels (b,)) -> the sums with the batch, n devices."""
+    """The function that adds a batch to the sums of n devices.
+
+    It maps (sums (n, D, D), sums (n, C, D), pixels (b, D), labels (b,)) to the two new sums.
+    """
 
     def on_one_device(gram: jax.Array, cross: jax.Array, rows: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
         z_bD = rows.astype(jnp.float32) - OFFSET
@@ -161,7 +168,7 @@ def _make_step(mesh: Mesh, classes: int) -> Callable[..., tuple[jax.Array, ...]]
 
 
 def _over_devices(sums: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Sums over the leading axis, low bits and rest apart: their sum as one int32 could overflow."""
+    """Sums over the leading axis of the low bits and of the high bits: the whole sum could overflow int32."""
     everywhere = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=(everywhere, everywhere))

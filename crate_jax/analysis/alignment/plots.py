@@ -1,16 +1,17 @@
-"""Figures of alignment, by Matplotlib's object interface."""
+"""Figures of alignment, made with Matplotlib's object interface."""
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from crate_jax.analysis.alignment.answer import Answer
 
 
 def curves(answer: Answer) -> Figure:
-    """alignment(k) without corruption and under the best ratio of each group; below, the gain over none."""
+    """alignment(k) without corruption and under the best ratio of each group; below them, the gain by corruption."""
     picture = Figure(figsize=(6.4, 6.4), layout="constrained")
     top, bottom = picture.subplots(2, 1, sharex=True)
     k = np.arange(1, len(answer.clean.alignment_K) + 1)
@@ -68,6 +69,6 @@ def gain_by_width(answer: Answer) -> Figure:
     return picture
 
 
-def _tidy(ax) -> None:
+def _tidy(ax: Axes) -> None:
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The report's part on alignment: can this corruption teach anything about these labels, and what is learned when."""
+"""The report's section on alignment: can a corruption teach anything about these labels, and what is learned when?"""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ from crate_jax.workdir import checkpoint, checkpoint_files
 log = logging.getLogger(__name__)
 
 TITLE = "Can reconstruction teach these labels?"
-IMAGES = 10_000  # whose second moments are taken
-BAND_IMAGES = 4000  # training images of the principal components and probes
+IMAGES = 10_000  # images for the second moments
+BAND_IMAGES = 4000  # training images for the principal components and probes
 TEST_IMAGES = 1000
-WIDEST = 512  # alignment is not read above this width: the time of a setting grows with its square
+MAX_WIDTH = 512  # alignment is not read above this width, as the time of a setting grows with its square
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 SHARES = (0.5, 0.9, 0.99)
-EDGES = (0, 4, 16, 64, 256, 1024, 4096)  # of the bands of principal components, as far as there are so many
-SEVERAL = 8  # checkpoints of a run that are looked at
+EDGES = (0, 4, 16, 64, 256, 1024, 4096)  # edges of the bands of principal components, up to their number
+MAX_CHECKPOINTS = 8  # checkpoints of a run that are measured
 
 
 def section(subjects: Sequence[Subject]) -> Section:
-    """Alignment of the runs' images under corruptions near their own, accuracy of subspaces, and error by band.
+    """The section: alignment under corruptions near the runs' own, accuracy by subspace, and error by band.
 
-    Runs on the same images, of one width and grid of patches, share an analysis; runs on the same images share their
-    principal components and what is learned from these.
+    Runs with the same images, width and grid of patches share one analysis. Runs with the same images share the
+    principal components and the probes on them.
+
+    Raises:
+      UserError: an analysis failed and there are several processes. A single process notes the failure in the text.
     """
     figures: list[Figure] = []
     tables: list[Table] = []
@@ -48,7 +51,7 @@ def section(subjects: Sequence[Subject]) -> Section:
     together: dict[tuple, list[tuple[Subject, ConfigDict]]] = {}
     for subject in subjects:
         if subject.train is None or subject.train.class_names is None:
-            notes.append(f"{subject.name}: no labelled training images, so no alignment.")
+            notes.append(f"{subject.name}: no alignment, as there are no labelled training images.")
             continue
         align = aligned_config(subject)
         size, patch = tuple(align.data.image_size), align.encoder.patch_size
@@ -67,37 +70,41 @@ def section(subjects: Sequence[Subject]) -> Section:
             tables.append(_alignment_table(name, answer))
             numbers["alignment"][name] = answer.record()
         except UserError as e:
-            if distributed.processes() > 1:  # the others may be in the middle of it
+            if distributed.processes() > 1:  # other processes may be in the middle of this analysis
                 raise
             notes.append(f"{name}: no alignment ({e}).")
     _bands(subjects, figures, tables, numbers)
     text = (
         "alignment(k) is the share of the label Gram matrix that the k latents of the best linear denoising "
-        "auto-encoder hold (Balestriero & LeCun, ICML 2024): a closed form of the images, before any training. A "
+        "auto-encoder hold (Balestriero & LeCun, ICML 2024). It is a closed form of the images, without training. A "
         "corruption that does not raise it at the encoder's width gives a linear model no reason to learn more about "
-        f"the labels. At most {IMAGES} images, width at most {WIDEST}; sampling error is not shown. " + " ".join(notes)
+        f"the labels. At most {IMAGES} images, width at most {MAX_WIDTH}; the sampling error is not shown. "
+        + " ".join(notes)
     )
     return Section(TITLE, text, tuple(figures), tuple(tables), numbers)
 
 
 def _pixels(config: ConfigDict) -> tuple:
-    """What decides the numbers that an image is to the encoder, and which images are drawn."""
+    """The keys that decide which numbers an image gives to the encoder, and which images are drawn."""
     c = config.data
     return (tuple(c.image_size), tuple(c.mean), tuple(c.std), c.eval_crop, c.interpolation, config.seed)
 
 
 def _label(subjects: Sequence[Subject]) -> str:
-    """The name of a run; of several, words that begin with none of their names, as what is theirs is of no one run."""
+    """The name of one run, or words for several runs.
+
+    The words do not begin with a run's name, so that the page does not hide a shared figure with one run.
+    """
     *names, last = [subject.name for subject in subjects]
     return f"Images of {', '.join(names)} and {last}" if names else last
 
 
 def aligned_config(subject: Subject) -> ConfigDict:
-    """A small grid around a run's own corruption, on its images as job `align` would shrink them."""
+    """The config of a small grid around a run's own corruption, with its images shrunk as job `align` does."""
     full = subject.config.copy_and_resolve_references()
     shrink_to_side(full)
     numbers = 3 * int(np.prod(full.data.image_size))
-    full.align.width = full.align.latents = min(full.encoder.width, WIDEST, numbers)
+    full.align.width = full.align.latents = min(full.encoder.width, MAX_WIDTH, numbers)
     side = full.encoder.patch_size
     full.align.patch_sizes = tuple(sorted({1, 2, side}))
     full.align.mask_ratios = full.align.rop_ratios = RATIOS
@@ -117,15 +124,14 @@ def _sentence(name: str, answer: Answer) -> str:
         return f"{name}: {clean:.1f} % at width {answer.width}, and no corruption of the grid raises it."
     return (
         f"{name}: {clean:.1f} % at width {answer.width} without corruption; {best.group} at ratio {best.ratio:.3g} "
-        f"raises it most, by {100 * answer.gain(best):.2f} points; never: {', '.join(answer.never())}."
+        f"raises it most, by {100 * answer.gain(best):.2f} points; never raised by: {', '.join(answer.never())}."
     )
 
 
 def _caption(name: str, answer: Answer) -> str:
     return (
         f"{name}: points of alignment that a corruption adds at width {answer.width}, against its ratio (mask: removed "
-        "share of the patches; rop: kept share of the dimensions). Below 0 the corruption takes from what the labels "
-        "need."
+        "share of the patches; rop: kept share of the dimensions). Below 0 the corruption removes what the labels need."
     )
 
 
@@ -140,7 +146,7 @@ def _alignment_table(name: str, answer: Answer) -> Table:
 
 
 def _bands(subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]) -> None:
-    """Accuracy by subspace where there are labels, error by band where there are checkpoints with a decoder."""
+    """Adds accuracy by subspace if there are labels, and error by band if there are checkpoints with a decoder."""
     together: dict[tuple, list[Subject]] = {}
     for subject in subjects:
         if subject.train is None or not (_has_labels(subject) or run_steps(subject)):
@@ -161,7 +167,7 @@ def _has_labels(subject: Subject) -> bool:
 def _bands_together(
     subjects: Sequence[Subject], figures: list[Figure], tables: list[Table], numbers: dict[str, Any]
 ) -> None:
-    """The same for runs on the same images."""
+    """Adds the results of :func:`_bands` for runs that have the same images."""
     first = subjects[0]
     config, train, side = first.config, first.train, first.config.align.side
     assert train is not None
@@ -177,8 +183,8 @@ def _bands_together(
         classes = len(train.class_names or ())
         found = bands.accuracy_by_subspace((rows, labels), test, classes, components, SHARES, config.evaluation)
         caption = (
-            f"{name}: accuracy on {len(test_images)} images of the first (top) and the remaining (bottom) "
-            f"principal components of the pixels, {len(images)} training images"
+            f"{name}: accuracy on {len(test_images)} images from the first (top) and from the other (bottom) principal "
+            f"components of the pixels, {len(images)} training images"
         )
         columns = ("subspace", "components", "variance", "probe", "k-NN")
         tables.append(
@@ -203,7 +209,7 @@ def _bands_together(
         numbers["bands"][subject.name] = {"steps": steps, "edges": edges, "error": by_step, "probe": probes}
         caption = (
             f"{subject.name}: error of the reconstruction by band of principal components (1: no better than the mean "
-            "image), at the checkpoints that are left, and the accuracy that a linear probe had then"
+            "image) at the checkpoints that the run kept, and the accuracy of a linear probe at these steps"
         )
         table = tuple((s, *map(float, e), probe) for s, e, probe in zip(steps, by_step, probes, strict=True))
         tables.append(Table(caption, ("step", *names, "probe"), table))
@@ -211,17 +217,17 @@ def _bands_together(
 
 
 def run_steps(subject: Subject) -> list[int]:
-    """Up to SEVERAL steps of the run's checkpoints, spread evenly; none without a decoder."""
+    """At most MAX_CHECKPOINTS steps of the run's checkpoints, spread evenly; no steps if the run has no decoder."""
     if subject.workdir is None or "decoder" not in subject.params:
         return []
     steps = sorted(checkpoint_files.steps(subject.workdir / checkpoint.FOLDER))
-    if len(steps) <= SEVERAL:
+    if len(steps) <= MAX_CHECKPOINTS:
         return steps
-    return [steps[i] for i in np.linspace(0, len(steps) - 1, SEVERAL).round().astype(int)]
+    return [steps[i] for i in np.linspace(0, len(steps) - 1, MAX_CHECKPOINTS).round().astype(int)]
 
 
 def logged_probes(subject: Subject, steps: Sequence[int]) -> list[float | None]:
-    """Top-1 (share) of the probe that the run logged at each of the steps; None where it ran none."""
+    """Top-1 accuracy (a share) of the probe that the run logged at each step; None where it logged none."""
     metrics = logged.read(subject.workdir).metrics
     found = {line["step"]: line["probe_top1"] for line in metrics if line.get("probe_top1") is not None}
     return [found.get(step) for step in steps]
@@ -230,9 +236,15 @@ def logged_probes(subject: Subject, steps: Sequence[int]) -> list[float | None]:
 def band_figure(
     steps: Sequence[int], names: Sequence[str], error_SL: np.ndarray, probe_S: Sequence[float | None]
 ) -> Plot:
-    """Error against the step, one line per band; against the band where there is only one step.
+    """Plots the error against the step, one line per band, or against the band if there is only one step.
 
-    The probe's accuracy stands on an axis of its own, at the steps that have one.
+    The probe's accuracy has an axis of its own, at the steps that have a probe.
+
+    Args:
+      steps: the S steps.
+      names: the L bands.
+      error_SL: the errors, from :func:`crate_jax.analysis.alignment.bands.reconstruction_by_band`.
+      probe_S: the accuracies (shares), or None.
     """
     picture = Plot(figsize=(4.4, 3.6), layout="constrained")
     ax = picture.subplots()
@@ -244,7 +256,7 @@ def band_figure(
         for name, errors in zip(names, error_SL.T, strict=True):
             ax.plot(steps, errors, "o-", markersize=3, label=name)
         ax.set_xlabel("step")
-        # Below the lines: no corner is free of them for sure.
+        # Below the axes: the lines may cross every corner.
         picture.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, title="components")
         points = [(s, 100 * p) for s, p in zip(steps, probe_S, strict=True) if p is not None]
         if points:

@@ -1,4 +1,4 @@
-"""The report's section on collapse: do weights, hidden features and representations use their dimensions?"""
+"""The report's section on collapse: do weights, hidden features and representations use all their dimensions?"""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from crate_jax.evals import spectra
 from crate_jax.report import Figure, Section, Subject, Table
 
 IMAGES = 4096
-CLASSES, VIEWS = 1024, 10  # of LiDAR
-FLOOR = 1e-12  # of an eigenvalue relative to the largest: what is below is rounding, and would stretch the axes
+CLASSES, VIEWS = 1024, 10  # for LiDAR: images, and views of each
+FLOOR = 1e-12  # an eigenvalue below this share of the largest is rounding, and would stretch the axes
 
 FEATURE_COLUMNS = {
     "rankme": "RankMe",
@@ -38,21 +38,22 @@ WEIGHT_COLUMNS = {
     "srip": "SRIP",
 }
 
-Features = Mapping[str, Mapping[str, spectra.Measures]]  # run -> place
+Features = Mapping[str, Mapping[str, spectra.Measures]]  # run -> place -> measures
 Weights = Mapping[str, Mapping[str, np.ndarray]]  # run -> kernel -> eigenvalues (L, n)
 
 
 def section(subjects: Sequence[Subject], images: int = IMAGES, classes: int = CLASSES, views: int = VIEWS) -> Section:
-    """Measures every subject and puts the spectra of all of them side by side.
+    """Measures every run and shows their spectra side by side.
 
     Args:
       subjects: the runs.
-      images: of each run's data, for spectra and ranks.
-      classes: images for LiDAR; 0: no LiDAR.
-      views: of each, by the training augmentation.
+      images: the number of each run's images that give spectra and ranks; 0: all.
+      classes: the number of images for LiDAR; 0: no LiDAR.
+      views: the number of views of each image for LiDAR, made by the training augmentation.
 
     Raises:
-      DataError: a subject has no images.
+      ConfigError: a run's config.penalty selects a parameter that does not exist or is not a kernel.
+      DataError: a run has no images.
       NonFiniteError: a feature is NaN or infinite.
     """
     features = {s.name: subject.measure(s, images) for s in subjects}
@@ -61,17 +62,17 @@ def section(subjects: Sequence[Subject], images: int = IMAGES, classes: int = CL
     figures = (
         Figure(
             "Eigenvalues of W W^T (the smaller Gram matrix), one line per layer, one colour per run. An orthonormal "
-            "weight lies on the dotted line at 1; a steep end means that a weight lets few directions through.",
+            "weight lies on the dotted line at 1; a steep end means that few directions pass through the weight.",
             weight_plot(weights),
         ),
         Figure(
-            "Eigenvalues of the covariance of the pooled features after each block, over the largest; dark is early. A "
-            "line that falls off sooner uses fewer dimensions.",
+            "Eigenvalues of the covariance of the pooled features after each block, divided by the largest; dark lines "
+            "are early blocks. Where a line falls sooner, the features use fewer dimensions.",
             layer_plot(features),
         ),
         Figure(
-            "The same of the representations, for all runs. Dotted: the power law of alpha-ReQ over the ranks it was "
-            "fitted on.",
+            "Eigenvalues of the covariance of the representations, divided by the largest, for all runs. Dotted: the "
+            "power law of alpha-ReQ, over the ranks on which it was fitted.",
             representation_plot(features),
         ),
     )
@@ -97,12 +98,13 @@ def _text(features: Features, lidars: Mapping[str, Mapping[str, spectra.Lidar]])
     )
     return " ".join(
         [
-            "Dimensional collapse is when a few directions hold nearly all variance (arXiv 2411.00392). Measured",
-            f"on pooled features of {' or '.join(map(str, rows))} images without corruption, after every block and for",
-            "the representation. RankMe (arXiv 2210.02885) is the exponential of the entropy of the features' singular",
-            "values, from 1 to the width; alpha-ReQ the exponent at which the covariance's eigenvalues fall, high for",
-            "collapsed features; LiDAR (arXiv 2312.04000) the rank of what tells images apart against what changes",
-            "between views of one image; off-diagonal the share of the covariance's squared mass off its diagonal.",
+            "Features have collapsed when a few directions hold nearly all their variance (arXiv 2411.00392).",
+            f"Measured on pooled features of {' or '.join(map(str, rows))} images without corruption, after each block",
+            "and for the representation. RankMe (arXiv 2210.02885) is the exponential of the entropy of the features'",
+            "singular values, from 1 to the width. alpha-ReQ is the exponent at which the covariance's eigenvalues",
+            "fall; it is high for collapsed features. LiDAR (arXiv 2312.04000) is the rank of the differences between",
+            "images, relative to the differences between views of one image. Off-diagonal is the share of the",
+            "covariance's squared mass that lies off its diagonal.",
             *(["LIMITED:", *warnings] if warnings else []),
         ]
     )
@@ -125,9 +127,9 @@ def _feature_table(features: Features, lidars: Mapping[str, Mapping[str, spectra
     ranges = sorted({m.alpha_range for found in features.values() for m in found.values()})
     fitted = " or ".join(f"{first} to {last}" for first, last in ranges)
     return Table(
-        f"Pooled features by run and place. alpha-ReQ is fitted on the ranks {fitted}; no condition number where the "
-        "numerical rank is below the width. Rank-limited: no more images than features, so that the ranks are bounded "
-        "by the images.",
+        f"Pooled features by run and place. alpha-ReQ is fitted on the ranks {fitted}. There is no condition number "
+        "where the numerical rank is below the width. Rank-limited: there are not more images than features, so the "
+        "number of images bounds the ranks.",
         ("run", "place", "width", *FEATURE_COLUMNS.values(), *lidar, "rank-limited"),
         tuple(rows),
     )
@@ -142,8 +144,8 @@ def _weight_table(weights: Weights) -> Table:
                 place = layer + 1 if len(eigenvalues_Ln) > 1 else None
                 rows.append((run, _short(name), place, len(values_n), *(found[key] for key in WEIGHT_COLUMNS)))
     return Table(
-        "Weights that the config's penalty selects, penalised or not. SO is ||G - I||_F^2 and SRIP sigma_max(G - I) of "
-        "the smaller Gram matrix G.",
+        "Weights that the config's penalty selects, whether the run penalised them or not. SO is ||G - I||_F^2 and "
+        "SRIP is sigma_max(G - I), where G is the smaller Gram matrix.",
         ("run", "weight", "layer", "singular values", *WEIGHT_COLUMNS.values()),
         tuple(rows),
     )
@@ -172,7 +174,7 @@ def _colours(runs: Sequence[str]) -> dict[str, Any]:
 
 
 def _line(ax: Axes, values: np.ndarray, **style: Any) -> None:
-    """A spectrum without what is zero up to rounding."""
+    """Draws a spectrum without the eigenvalues that are zero up to rounding."""
     shown = values[values > FLOOR * values[0]] if values[0] > 0 else values[:0]
     ax.plot(np.arange(1, len(shown) + 1), shown, **style)
 
@@ -199,7 +201,7 @@ def _short(kernel: str) -> str:
 
 
 def weight_plot(weights: Weights) -> Plot:
-    """Log-log spectra of weights: a panel per kernel, a colour per run, a line per layer."""
+    """Log-log spectra of weights: one panel per kernel, one colour per run, one line per layer."""
     kernels = list(dict.fromkeys(name for found in weights.values() for name in found))
     colours = _colours(list(weights))
     plot, axes = _grid(len(kernels))
@@ -215,11 +217,11 @@ def weight_plot(weights: Weights) -> Plot:
 
 
 def layer_plot(features: Features) -> Plot:
-    """Log-log spectra of hidden features: a panel per run, a line per block."""
+    """Log-log spectra of hidden features: one panel per run, one line per block."""
     plot, axes = _grid(len(features))
     for ax, (run, found) in zip(axes, features.items(), strict=True):
         blocks = [(place, m) for place, m in found.items() if place != "representation"]
-        shades = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.85, len(blocks)))  # seen on black and on white
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.85, len(blocks)))  # visible on black and on white
         for (place, m), shade in zip(blocks, shades, strict=True):
             _line(ax, _normalised(m.eigenvalues), color=shade, lw=1.2, label=place)
         _log_log(ax, run)

@@ -1,7 +1,6 @@
-"""Collapse measures of a run's encoder, all layers in one pass over images.
+"""Collapse measures of a run's encoder, for all layers in one pass over images.
 
-Shapes: L + 1 places (each block, then the representation), B images of a batch, q views, N tokens,
-D width, X = 1 + D.
+Shapes: L + 1 places (each block, then the representation), B images per batch, q views, N tokens, D width, X = 1 + D.
 """
 
 from __future__ import annotations
@@ -38,16 +37,20 @@ Features = Callable[[Any, jax.Array, corruptions.Corruption], jax.Array]
 
 
 def places(config: ConfigDict) -> list[str]:
-    """Names of what is measured: ``block 1`` .. ``block L`` and ``representation``."""
+    """Names of the places that are measured: ``block 1`` .. ``block L`` and ``representation``."""
     return [*(f"block {i + 1}" for i in range(config.encoder.depth)), "representation"]
 
 
 def features(config: ConfigDict, rows: str = "pooled") -> Features:
-    """The function (params, images uint8 (B, H, W, 3), corruption) -> rows of features (L + 1, B or B * M, D).
+    """Makes the function from images to rows of features at all places.
 
     Args:
-      config: the run's.
-      rows: "pooled", one row per image as ``config.evaluation.pool`` makes it, or "tokens", each patch token.
+      config: the run's config.
+      rows: "pooled" for one row per image, pooled by ``config.evaluation.pool``; "tokens" for one row per patch token.
+
+    Returns:
+      the function (params, images uint8 (B, H, W, 3), corruption) -> float32 (L + 1, B, D), or (L + 1, B * M, D) for M
+      patch tokens per image.
     """
     tokens, pooled, prefix = representation.tokens_by_block(config), representation.pool(config), prefix_tokens(config)
 
@@ -65,7 +68,11 @@ def _width(config: ConfigDict, rows: str) -> int:
 
 
 def _padded(batch: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A batch filled up to `size` with its last image, and which rows count."""
+    """A batch filled up to `size` with copies of its last image, and which rows count (bool).
+
+    >>> [x.tolist() for x in _padded(np.array([5, 6]), 3)]
+    [[5, 6, 6], [True, True, False]]
+    """
     short = size - len(batch)
     kept = np.arange(size) < len(batch)
     return (np.concatenate([batch, np.repeat(batch[-1:], short, axis=0)]) if short else batch), kept
@@ -74,30 +81,30 @@ def _padded(batch: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 def _stream(
     subject: Subject,
     encode: Callable[..., jax.Array],
-    grow: Callable[..., Any],
+    update: Callable[..., Any],
     state: Any,
     batches: Iterator[tuple[np.ndarray, np.ndarray]],
     size: int,
 ) -> tuple[Any, int]:
-    """Takes features of all batches; every device grows a state of its own from its rows, merged at the end.
+    """Computes features of all batches; each device updates a state with its rows, and the states are then merged.
 
     Args:
-      subject: whose encoder.
-      encode: (params, images (B, ...), a number of each (B,)) -> features (L + 1, B, ...).
-      grow: (state, features, kept (B,)) -> state; runs on one device at a time, so that a decomposition never waits
-        for another device's.
-      state: the state of no rows, a tuple of factors.
-      batches: images and numbers.
-      size: images per call; a multiple of the devices.
+      subject: the run with the encoder.
+      encode: the function (params, images (B, ...), one number per image (B,)) -> features (L + 1, B, ...).
+      update: the function (state, features, kept (B,)) -> state. It runs on one device at a time, so that its
+        decomposition never waits for another device.
+      state: the state before any rows, a tuple of factors.
+      batches: images, and one number per image.
+      size: images per call, a multiple of the number of devices.
 
     Returns:
-      the merged state and the count of images.
+      the merged state and the number of images.
 
     Raises:
-      DataError: there are no two images.
+      DataError: there are fewer than two images.
     """
     mesh, place = subject.mesh, sharding.split(subject.mesh)
-    encode, grow = jax.jit(encode, out_shardings=sharding.split(mesh, axis=1)), jax.jit(grow)
+    encode, update = jax.jit(encode, out_shardings=sharding.split(mesh, axis=1)), jax.jit(update)
     params = jax.device_put({"encoder": subject.params["encoder"]}, sharding.replicated(mesh))
     states = {device: jax.device_put(state, device) for device in mesh.local_devices}
 
@@ -112,10 +119,10 @@ def _stream(
             rows = encode(params, image, number)
             masks = {shard.device: shard.data for shard in mask.addressable_shards}
             for shard in rows.addressable_shards:
-                states[shard.device] = grow(states[shard.device], shard.data, masks[shard.device])
+                states[shard.device] = update(states[shard.device], shard.data, masks[shard.device])
             count += len(images)
         if count < 2:
-            raise DataError(f"{subject.name}: {count} images can be decoded, and spectra need at least 2")
+            raise DataError(f"{subject.name}: {count} images can be decoded, but spectra need at least 2")
         local = jax.tree.map(lambda *factors: np.stack(factors), *jax.device_get(list(states.values())))
         if jax.process_count() > 1:
             local = multihost_utils.process_allgather(local, tiled=True)
@@ -125,12 +132,12 @@ def _stream(
 def _source(subject: Subject) -> data.Source:
     source = subject.train if subject.train is not None else subject.test
     if source is None:
-        raise DataError(f"{subject.name}: there are no images to take features of")
+        raise DataError(f"{subject.name}: there are no images to compute features from")
     return source
 
 
 def _batch_size(subject: Subject, images: int, per_image: int = 1) -> int:
-    """Images at a time: evaluation.batch_size over all views, a multiple of the devices, no more than there are."""
+    """Images per batch: evaluation.batch_size by views, at most `images`, rounded up to a multiple of the devices."""
     wanted = min(max(1, subject.config.evaluation.batch_size // per_image), images)
     return -(-wanted // subject.mesh.size) * subject.mesh.size
 
@@ -147,17 +154,18 @@ def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[
     """Spectra and ranks of the features after every block and of the representation.
 
     Args:
-      subject: the run; its training images, or the evaluation split where there are none, without corruption.
-      images: how many, a sample drawn with the run's seed; 0: all.
+      subject: the run. Its training images are used without corruption, or the evaluation split if there are none.
+      images: the number of images, drawn with the run's seed; 0: all.
       rows: see :func:`features`.
 
     Returns:
-      by :func:`places`. A result from no more rows than features warns that it is limited by them.
+      the measures by name of the place (:func:`places`). If there are not more rows than features, the measures hold a
+      warning that the rows limit the ranks.
 
     Raises:
-      DataError: there are no images.
+      DataError: there are fewer than two images.
       NonFiniteError: a feature is NaN or infinite.
-      ValueError: another `rows`.
+      ValueError: `rows` is not in ROWS.
     """
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r}: must be one of {', '.join(ROWS)}")
@@ -168,13 +176,13 @@ def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[
     def encode(params: Any, images_uint8: jax.Array, _: jax.Array) -> jax.Array:
         return apply(params, images_uint8, corruptions.Identity())
 
-    def grow(factor_LXX: jax.Array, x_LnD: jax.Array, kept_B: jax.Array) -> jax.Array:
+    def update(factor_LXX: jax.Array, x_LnD: jax.Array, kept_B: jax.Array) -> jax.Array:
         return spectra.add_rows(factor_LXX, spectra.with_ones(x_LnD, jnp.repeat(kept_B, tokens)))
 
     indices = np.sort(sample(len(source), images, config.seed))
     size = _batch_size(subject, len(indices))
     state = spectra.empty_factor(1 + _width(config, rows), len(names))
-    factor_LXX, count = _stream(subject, encode, grow, state, _plain_batches(config, source, indices, size), size)
+    factor_LXX, count = _stream(subject, encode, update, state, _plain_batches(config, source, indices, size), size)
     found = spectra.measures(factor_LXX, count * tokens)
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
@@ -195,24 +203,24 @@ def _view_batches(views: Iterator[tuple[np.ndarray, int]], size: int) -> Iterato
 def measure_lidar(
     subject: Subject, images: int = 1024, views: int = 10, draw: str = "augmentation", delta: float = spectra.DELTA
 ) -> dict[str, spectra.Lidar]:
-    """LiDAR of the pooled features after every block and of the representation, see :func:`collapse.lidar`.
+    """LiDAR (arXiv 2312.04000) of the pooled features after every block and of the representation.
 
     Args:
-      subject: the run; images as in :func:`measure`.
-      images: the surrogate classes, a sample drawn with the run's seed; 0: all.
-      views: q, of each image.
-      draw: "augmentation", views by the training augmentation, encoded whole; "corruption", the evaluation crop under
-        q draws of the run's corruption.
-      delta: see :func:`collapse.lidar`.
+      subject: the run; its images are chosen as in :func:`measure`.
+      images: the number of images, which are the surrogate classes, drawn with the run's seed; 0: all.
+      views: q, the number of views of each image.
+      draw: "augmentation" for views by the training augmentation, without corruption; "corruption" for the evaluation
+        crop under q draws of the run's corruption.
+      delta: see :func:`crate_jax.evals.spectra.lidar`.
 
     Returns:
-      by :func:`places`.
+      the results by name of the place (:func:`places`).
 
     Raises:
-      ConfigError: `draw` is "corruption" but the run has none.
-      DataError: there are no images.
+      ConfigError: `draw` is "corruption", but the run has no corruption.
+      DataError: there are fewer than two images.
       NonFiniteError: a feature is NaN or infinite.
-      ValueError: another `draw`, or too few images or views.
+      ValueError: `draw` is not in VIEWS, or there are too few images or views.
     """
     if draw not in VIEWS:
         raise ValueError(f"draw={draw!r}: must be one of {', '.join(VIEWS)}")
@@ -237,7 +245,7 @@ def measure_lidar(
             x_LnD = apply(params, images_uint8.reshape(-1, *images_uint8.shape[2:]), corruptions.Identity())
         return x_LnD.reshape(len(x_LnD), -1, views, x_LnD.shape[-1])
 
-    def grow(state: tuple[jax.Array, jax.Array], x_LBqD: jax.Array, kept_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def update(state: tuple[jax.Array, jax.Array], x_LBqD: jax.Array, kept_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         return spectra.add_classes(*state, x_LBqD, kept_B)
 
     indices = np.sort(sample(len(source), images, config.seed))
@@ -248,7 +256,7 @@ def measure_lidar(
         batches = _plain_batches(config, source, indices, size)
     else:
         batches = _view_batches(augmented_views(config, source, indices, views), size)
-    (within_LDD, between_LXX), count = _stream(subject, encode, grow, state, batches, size)
+    (within_LDD, between_LXX), count = _stream(subject, encode, update, state, batches, size)
     found = spectra.lidar(within_LDD, between_LXX, count, views, delta)
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
@@ -256,12 +264,12 @@ def measure_lidar(
 
 
 def weights(subject: Subject) -> dict[str, np.ndarray]:
-    """Eigenvalues (L, n) of each kernel that config.penalty selects, penalised or not.
+    """Eigenvalues (L, n) of each kernel that config.penalty selects, whether the run penalised it or not.
 
     See :func:`weight_eigenvalues`.
 
     Raises:
-      ConfigError: config.penalty selects something that is not there or not a kernel.
+      ConfigError: config.penalty selects a parameter that does not exist or is not a kernel.
     """
     options = subject.config.penalty
     names = parameters.select(subject.params, options.include, options.exclude, "penalty")

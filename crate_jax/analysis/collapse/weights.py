@@ -16,18 +16,18 @@ from crate_jax.training import orthogonality
 def weight_eigenvalues(params: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
     """The eigenvalues of W W^T, the smaller Gram matrix, of each named kernel and layer.
 
-    An orthonormal weight has ones only; their squared distances from 1 sum to SO, the largest distance is SRIP.
+    All eigenvalues of an orthonormal weight are 1. Their squared distances from 1 sum to SO; the largest distance is
+    SRIP (arXiv 2411.00392). Kernels of one shape share one batched decomposition.
 
     Args:
-      params: tree of arrays.
-      names: dense or convolution kernels (see :func:`crate_jax.training.orthogonality.flatten_kernel`).
+      params: a tree of arrays.
+      names: names of dense or convolution kernels (see :func:`crate_jax.training.orthogonality.flatten_kernel`).
 
     Returns:
-      by name, decreasing, (L, n), L = 1 for a kernel that is no stack of layers. Kernels of one shape go through
-      one batched decomposition.
+      the eigenvalues (L, n) by name, in decreasing order; L = 1 for a kernel that is not a stack of layers.
 
     Raises:
-      ConfigError: a name is not a matrix or a convolution's kernel.
+      ConfigError: a named parameter is not a matrix or a convolution's kernel.
     """
     leaves = parameters.names(params)
     out: dict[str, np.ndarray] = {}
@@ -42,7 +42,14 @@ def weight_eigenvalues(params: Any, names: Iterable[str]) -> dict[str, np.ndarra
 
 
 def weight_measures(eigenvalues_n: np.ndarray) -> dict[str, float | None]:
-    """Of one weight's :func:`weight_eigenvalues`: its ranks, condition number, SO and SRIP."""
+    """Ranks, condition number, SO and SRIP of one weight, from its :func:`weight_eigenvalues` (n,).
+
+    The condition number is None if the weight has not full rank.
+
+    >>> found = weight_measures(np.array([4.0, 1.0]))
+    >>> [found[key] for key in ("stable_rank", "condition", "so", "srip")]
+    [1.25, 2.0, 9.0, 3.0]
+    """
     values = np.asarray(eigenvalues_n, np.float64)
     singular = np.sqrt(values)
     full = singular[-1] > singular[0] * len(values) * np.finfo(np.float32).eps

@@ -1,9 +1,9 @@
 """What each layer does to its tokens: coding rates, sparsity, subspaces, inversion (arXiv 2404.02446).
 
-Pure functions of arrays, and :func:`build`, which applies them to the named points of all layers of a
-model. The encoder is given clean images, as in the paper's Figure 5; the decoder what it is trained on,
-the tokens behind the run's own corruption. Everything is one number per layer and image, so that means
-and deviations over images can be taken anywhere, during training or over a whole data set.
+Pure functions of arrays, and :func:`build`, which applies them to the named points of all layers of a model. The
+encoder gets clean images, as in the paper's Figure 5. The decoder gets what it is trained on, the encoder's tokens of
+images under the run's own corruption. Every measure is one number per layer and image, so that means and deviations
+over images can be computed during training or over a whole data set.
 
 Shapes: B images, N tokens, D width, H heads, K head width, E = H * K, L layers.
 """
@@ -22,11 +22,11 @@ from crate_jax.models import autoencoder, corruption as corruptions, prefix_toke
 from crate_jax.models.corruption import Corruption
 from crate_jax.models.layers import BLOCK_EPS, block_points, layer_norm
 
-# The squared precision eps^2 of all rates. The paper states none; the released measure divides by 0.01.
+# The squared precision eps^2 of all rates. The paper does not state it; the released measure divides by 0.01.
 PRECISION = 0.01
 MEASURES = ("paper", "released")
 BLOCK = 32  # columns that are eliminated together
-# Not in TF32 or bfloat16, accelerators' default for products: 1 is added to the entries of Gram matrices.
+# The default of accelerators, TF32 or bfloat16, is too coarse: 1 is added to the entries of Gram matrices.
 EXACT = jax.lax.Precision.HIGHEST
 
 Layers = dict[str, jax.Array]  # measure -> (L, B)
@@ -35,12 +35,15 @@ Layers = dict[str, jax.Array]  # measure -> (L, B)
 def log_det(gram_XNN: jax.Array) -> jax.Array:
     """Logarithm of det(I + G) of positive semi-definite matrices, (..., N, N) -> (...), float32.
 
-    L D L^T in blocks of columns, which is Cholesky without the roots. In exact arithmetic no pivot of I + G is
-    below 1. One that rounding made so (eigenvalues from about 1e7 on, which dwarf the I) tells nothing any more:
-    it counts as 1, and its column as 0. NaN where G has NaN.
+    The function computes L D L^T in blocks of columns, which is Cholesky without the roots. In exact arithmetic no
+    pivot of I + G is below 1. Rounding can make a pivot smaller if G has eigenvalues from about 1e7 on, beside which I
+    vanishes. Such a pivot holds no information: it counts as 1, and its column as 0. NaN in G gives NaN.
+
+    >>> round(float(log_det(jnp.diag(jnp.array([1.0, 3.0])))), 4)  # log 2 + log 4
+    2.0794
     """
-    # Not jnp.linalg.cholesky: several LAPACK calls at once in one program wait for each other for ever on a CPU
-    # with few threads (jaxlib 0.10), and a run must not stop for want of a measurement.
+    # jnp.linalg.cholesky is not used: on a CPU with few threads, several LAPACK calls at once in one program wait for
+    # each other for ever (jaxlib 0.10), and a measurement must not stop a run.
     N = gram_XNN.shape[-1]
     width = min(BLOCK, N)
     blocks = -(-N // width)
@@ -78,12 +81,15 @@ def log_det(gram_XNN: jax.Array) -> jax.Array:
 def gaussian_rate(x_XND: jax.Array, precision: float = PRECISION) -> jax.Array:
     """1/2 log det(I + D / (N eps^2) X^T X) of N tokens of width D, in nats, (..., N, D) -> (...) float32.
 
-    The bits (times log 2) that a Gaussian code book needs for the tokens up to an error of eps. Taken from
+    This is the number of nats that a Gaussian code book needs for the tokens up to an error of eps. It is computed from
     the smaller of the two Gram matrices, which have the same non-zero eigenvalues.
 
     Args:
-      x_XND: tokens.
+      x_XND: the tokens.
       precision: eps^2.
+
+    >>> float(gaussian_rate(jnp.zeros((3, 5))))
+    0.0
     """
     N, D = x_XND.shape[-2:]
     x_XND = x_XND.astype(jnp.float32)
@@ -93,51 +99,55 @@ def gaussian_rate(x_XND: jax.Array, precision: float = PRECISION) -> jax.Array:
 
 
 def in_subspaces(x_BND: jax.Array, subspaces_DE: jax.Array, heads: int) -> jax.Array:
-    """U_k^T z of every token and head, (B, N, D) -> (B, H, N, K) float32."""
+    """U_k^T z of every token and head: tokens (B, N, D) and bases (D, E) -> (B, H, N, K) float32."""
     w_BNE = jnp.matmul(x_BND.astype(jnp.float32), subspaces_DE, precision=EXACT)
     B, N, E = w_BNE.shape
     return w_BNE.reshape(B, N, heads, E // heads).transpose(0, 2, 1, 3)
 
 
 def coding_rate(z_BND: jax.Array, precision: float = PRECISION) -> jax.Array:
-    """R(Z), eq. 2.4: what the tokens cost without a model of them, (B,) nats."""
+    """R(Z), eq. 2.4: the cost of the tokens (B, N, D) without a model of them, (B,) in nats."""
     return gaussian_rate(z_BND, precision)
 
 
 def subspace_rate(z_BND: jax.Array, subspaces_DE: jax.Array, heads: int, precision: float = PRECISION) -> jax.Array:
-    """R^c(Z | U_1..U_H), eq. 2.5: what they cost in the subspaces, summed over these, (B,) nats."""
+    """R^c(Z | U_1..U_H), eq. 2.5: the cost of the tokens (B, N, D), summed over the subspaces, (B,) in nats."""
     return jnp.sum(gaussian_rate(in_subspaces(z_BND, subspaces_DE, heads), precision), axis=-1)
 
 
 def released_rate(
     normed_BND: jax.Array, subspaces_DE: jax.Array, heads: int, precision: float = PRECISION
 ) -> jax.Array:
-    """R^c as the released code of CRATE takes it, (B,) nats.
+    """R^c as the released code of CRATE computes it, (B,) in nats.
 
-    Of U_k^T LN(Z^l), before the attention, each token scaled to unit length in each head; `normed_BND` is
-    LN(Z^l) with the class token. It cannot see how large tokens are, only how alike.
+    It is the rate of U_k^T LN(Z^l), before the attention, with each token scaled to unit length in each head;
+    `normed_BND` is LN(Z^l) with the class token. It does not depend on the length of tokens, only on their directions.
     """
     w_BHNK = in_subspaces(normed_BND, subspaces_DE, heads)
     return jnp.sum(gaussian_rate(w_BHNK / jnp.linalg.norm(w_BHNK, axis=-1, keepdims=True), precision), axis=-1)
 
 
 def nonzero(x_BND: jax.Array) -> jax.Array:
-    """|Z|_0 / (d N): share of the entries that are not exactly zero, (B,)."""
+    """|Z|_0 / (d N): the share of the entries of (B, N, D) that are not exactly zero, (B,).
+
+    >>> nonzero(jnp.array([[[1.0, 0.0], [0.0, 0.0]]])).tolist()
+    [0.25]
+    """
     return jnp.mean((x_BND != 0).astype(jnp.float32), axis=(1, 2))
 
 
 def inversion_error(z_BND: jax.Array, y_BND: jax.Array, corruption: Corruption) -> tuple[jax.Array, jax.Array]:
-    """How far decoder features Y are from the encoder features Z that they should bring back, each (B,).
+    """How far decoder features Y are from the encoder features Z that they should restore.
 
-    Both are seen through I - P: under a mask, at the removed patches alone, where Y had nothing to copy.
+    Both are compared after I - P: under a mask, only at the removed patches, where Y had nothing to copy.
 
     Args:
-      z_BND: what the encoder layer was given, patch tokens of the clean image.
-      y_BND: what the decoder layer made, patch tokens.
-      corruption: what was between them.
+      z_BND: the input of the encoder layer, patch tokens of the clean image.
+      y_BND: the output of the decoder layer, patch tokens.
+      corruption: the corruption of the images that the decoder restores.
 
     Returns:
-      |Z - Y| / |Z|, and the same with Y multiplied by the best number for each image (at most 1).
+      |Z - Y| / |Z|, and the smallest |Z - c Y| / |Z| over numbers c for each image (at most 1); each (B,).
     """
     z_BND = corruption.complement(z_BND.astype(jnp.float32))
     y_BND = corruption.complement(y_BND.astype(jnp.float32))
@@ -151,25 +161,28 @@ def inversion_error(z_BND: jax.Array, y_BND: jax.Array, corruption: Corruption) 
 
 
 def incoherence(subspaces_DE: jax.Array, heads: int) -> dict[str, jax.Array]:
-    """How near the bases U_1..U_H are to the theory's U_i^T U_j = [i = j] I (Assumption 2), scalars.
+    """How near the bases U_1..U_H, (D, E), are to the theory's U_i^T U_j = [i = j] I (Assumption 2).
 
     Returns:
-      ``coherence_max``, ``coherence_mean``: of |cos| between the columns of different subspaces; directions
-      drawn at random have a mean of about sqrt(2 / (pi D)). ``orthonormality_error``:
+      scalars. ``coherence_max`` and ``coherence_mean`` are the maximum and mean of |cos| between columns of different
+      subspaces; for random directions the mean is about sqrt(2 / (pi D)). ``orthonormality_error`` is
       |U_k^T U_k - I|_F / sqrt(K), averaged over the subspaces.
+
+    >>> {name: float(x) for name, x in incoherence(jnp.eye(4), heads=2).items()}
+    {'coherence_max': 0.0, 'coherence_mean': 0.0, 'orthonormality_error': 0.0}
     """
     D, E = subspaces_DE.shape
     K = E // heads
     unit_DE = subspaces_DE / jnp.linalg.norm(subspaces_DE, axis=0, keepdims=True)
     cosines_EE = jnp.abs(jnp.matmul(unit_DE.T, unit_DE, precision=EXACT))
-    of = jnp.arange(E) // K
-    others_EE = of[:, None] != of[None, :]
+    subspace_E = jnp.arange(E) // K
+    apart_EE = subspace_E[:, None] != subspace_E[None, :]
     bases_HDK = subspaces_DE.reshape(D, heads, K).transpose(1, 0, 2)
     grams_HKK = jnp.einsum("hdk,hdl->hkl", bases_HDK, bases_HDK, precision=EXACT)
     errors_H = jnp.linalg.norm(grams_HKK - jnp.eye(K), axis=(1, 2)) / jnp.sqrt(K)
     return {
-        "coherence_max": jnp.max(jnp.where(others_EE, cosines_EE, 0.0)),
-        "coherence_mean": jnp.sum(jnp.where(others_EE, cosines_EE, 0.0)) / jnp.maximum(jnp.sum(others_EE), 1),
+        "coherence_max": jnp.max(jnp.where(apart_EE, cosines_EE, 0.0)),
+        "coherence_mean": jnp.sum(jnp.where(apart_EE, cosines_EE, 0.0)) / jnp.maximum(jnp.sum(apart_EE), 1),
         "orthonormality_error": jnp.mean(errors_H),
     }
 
@@ -178,19 +191,19 @@ def encoder_layer(points: dict, block: dict, heads: int, prefix: int, measures: 
     """The measures of one encoder layer, each (B,).
 
     Args:
-      points: its named points, (B, prefix + N, D) each.
-      block: its parameters.
+      points: the layer's named points, (B, prefix + N, D) each.
+      block: the layer's parameters.
       heads: H.
-      prefix: how many tokens stand before those of the patches (the class token).
-      measures: ``paper``: patch tokens, R^c of Z^{l+1/2}; ``released``: as the authors' script, with the
-        class token.
+      prefix: the number of tokens before the patch tokens (the class token).
+      measures: ``paper`` measures R^c of Z^{l+1/2} on the patch tokens; ``released`` measures as the authors' script
+        does, with the class token.
 
     Returns:
-      of any encoder ``rate``, R after the attention step. Of CRATE ``subspace_rate`` and
-      ``subspace_rate_before``, R^c of Z^{l+1/2} and of Z^l, and ``nonzero``, of the ISTA output (of the code
-      where the dictionary is over-complete); with `released` these as ``released_rate`` and
-      ``released_nonzero``. Of a ViT ``nonzero`` of the tokens after the MLP, and ``active``, the share of
-      hidden units of the MLP that are positive: GELU has no exact zeros.
+      for any encoder, ``rate``: R after the attention step. For CRATE, ``subspace_rate`` and ``subspace_rate_before``:
+      R^c of Z^{l+1/2} and of Z^l; and ``nonzero`` of the ISTA output (of the code, where the dictionary is
+      over-complete). `released` adds ``released_rate`` and ``released_nonzero``. For a ViT, ``nonzero`` of the tokens
+      after the MLP; and ``active``, the share of the MLP's hidden units that are positive, since GELU has no exact
+      zeros.
     """
     if "mssa" not in block:
         return {
@@ -213,11 +226,11 @@ def encoder_layer(points: dict, block: dict, heads: int, prefix: int, measures: 
 
 
 def decoder_layer(points: dict, block: dict, heads: int, prefix: int) -> Layers:
-    """The measures of one decoder layer, each (B,); its arguments are those of :func:`encoder_layer`.
+    """The measures of one decoder layer, each (B,); the arguments are those of :func:`encoder_layer`.
 
     Returns:
-      ``rate`` of the layer's output. Of CRATE ``subspace_rate_before`` and ``subspace_rate``, R^c of Y^{l+1/2}
-      and of Y^{l+1} against V^l (eq. 2.16), which should rise; of a transformer ``active`` as in encoders.
+      ``rate`` of the layer's output. For CRATE, ``subspace_rate_before`` and ``subspace_rate``: R^c of Y^{l+1/2} and of
+      Y^{l+1} in the subspaces V^l (eq. 2.16), which should rise. For a transformer, ``active`` as in encoders.
     """
     if "mssa" not in block:
         return {
@@ -233,18 +246,18 @@ def decoder_layer(points: dict, block: dict, heads: int, prefix: int) -> Layers:
 
 
 def build(config: ConfigDict, measures: Sequence[str] = MEASURES) -> Callable[..., dict[str, Layers]]:
-    """The function (params, images (B, H, W, 3), keys (B,)) -> {part: {measure: (L, B)}} of a valid config.
+    """Makes the function (params, images (B, H, W, 3), keys (B,)) -> {part: {measure: (L, B)}} of a valid config.
 
-    Parts are ``encoder`` and, where the parameters hold one with layers, ``decoder``. The decoder also has
-    ``inversion_error`` and ``inversion_error_scaled`` (:func:`inversion_error`) where it is as wide as the
-    encoder: of its layer j against the input of the encoder's layer L - 1 - j, both counted from 0, for as
-    many layers as both have. The keys draw the corruption.
+    The images are normalised; the keys draw the corruption. The parts are ``encoder`` and, if the parameters hold a
+    decoder with layers, ``decoder``. A decoder as wide as the encoder also has ``inversion_error`` and
+    ``inversion_error_scaled`` (:func:`inversion_error`): they compare its layer j with the input of the encoder's layer
+    L - 1 - j, both counted from 0, for as many layers as both have.
     """
     features, prefix = _features(config), prefix_tokens(config)
 
     def measure(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array) -> dict[str, Layers]:
         points, decoded, corruption = features(params, images_BHWC, keys_B)
-        # Layer by layer, so that only one layer's Gram matrices are in memory.
+        # Layer by layer, so that memory holds the Gram matrices of one layer only.
         out = {
             "encoder": jax.lax.map(
                 lambda x: encoder_layer(x[0], x[1], config.encoder.heads, prefix, measures),
@@ -269,7 +282,10 @@ Points = dict[str, jax.Array]  # named point -> (L, B, prefix + N, D)
 
 
 def _features(config: ConfigDict) -> Callable[..., tuple[Points, Points | None, Corruption]]:
-    """(params, images, keys) -> encoder's points of clean images, decoder's behind a corruption, the corruption."""
+    """Makes the function (params, images, keys) -> (encoder's points, decoder's points or None, corruption).
+
+    The encoder gets clean images; the decoder gets the tokens of corrupted images.
+    """
     points_of = representation.points(config)
     whole = autoencoder.build(config)
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
@@ -288,7 +304,7 @@ def _features(config: ConfigDict) -> Callable[..., tuple[Points, Points | None, 
 
 
 def _pairs(points: Points, decoded: Points, prefix: int) -> tuple[jax.Array, jax.Array] | None:
-    """What encoder layers L - 1, L - 2, .. were given and what decoder layers 0, 1, .. made of it, patch tokens."""
+    """Inputs of encoder layers L - 1, L - 2, .. and outputs of decoder layers 0, 1, .., patch tokens only."""
     made = decoded["after_mssa" if "after_mssa" in decoded else "after_mlp"]
     given = points["input"][::-1]
     if given.shape[-1] != made.shape[-1]:
@@ -298,7 +314,7 @@ def _pairs(points: Points, decoded: Points, prefix: int) -> tuple[jax.Array, jax
 
 
 def of_weights(params: dict[str, Any], config: ConfigDict) -> dict[str, dict[str, jax.Array]]:
-    """:func:`incoherence` of every layer, {part: {measure: (L,)}}; no part for layers without subspaces."""
+    """:func:`incoherence` of every layer, {part: {measure: (L,)}}; a part without subspaces is left out."""
     out = {}
     for part in ("encoder", "decoder"):
         block = params.get(part, {}).get("blocks", {})
@@ -310,10 +326,10 @@ def of_weights(params: dict[str, Any], config: ConfigDict) -> dict[str, dict[str
 
 
 def telemetry(config: ConfigDict) -> Callable[..., dict[str, jax.Array]]:
-    """The function (params, images (B, H, W, 3), keys (B,)) -> {name: scalar} that training logs.
+    """Makes the function (params, images (B, H, W, 3), keys (B,)) -> {name: scalar} that training logs.
 
-    One mean over images per layer, ``whitebox/PART/MEASURE/LAYER``, layers counted from 1; by
-    config.whitebox.measure.
+    Each scalar is a mean over images for one layer, named ``whitebox/PART/MEASURE/LAYER``, with layers counted from 1.
+    config.whitebox.measure chooses the measures.
     """
     measures = MEASURES if config.whitebox.measure == "both" else (config.whitebox.measure,)
     measure = build(config, measures)
@@ -332,7 +348,7 @@ def telemetry(config: ConfigDict) -> Callable[..., dict[str, jax.Array]]:
 
 
 class Spread:
-    """Mean and deviation over images, gathered batch by batch."""
+    """Mean and standard deviation over images, computed batch by batch."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -340,7 +356,7 @@ class Spread:
         self._squares: dict[str, dict[str, np.ndarray]] = {}  # sums of squared distances from the mean
 
     def add(self, measured: dict[str, Layers]) -> None:
-        """Takes one batch of :func:`build`'s results, (L, B) each."""
+        """Adds the results of :func:`build` for one batch, (L, B) each."""
         for part, layers in measured.items():
             for name, values in layers.items():
                 x_LB = np.asarray(values, np.float64)
@@ -354,7 +370,7 @@ class Spread:
         self.images += count
 
     def result(self) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """{part: {measure: (mean (L,), standard deviation (L,))}} in float64, the deviation of n - 1."""
+        """{part: {measure: (mean (L,), standard deviation (L,))}} in float64; the deviation divides by n - 1."""
         below = max(self.images - 1, 1)
         return {
             part: {name: (mean, np.sqrt(self._squares[part][name] / below)) for name, mean in layers.items()}
@@ -368,13 +384,13 @@ def over_images(
     """:func:`build` over any number of images, one batch in memory at a time.
 
     Args:
-      config: valid; its seed draws the corruptions.
-      params: ``encoder`` and, where there is one, ``decoder``.
-      batches: normalised images (b, H, W, 3), all batches but the last of one size.
+      config: a valid config; its seed draws the corruptions.
+      params: the parameters ``encoder`` and, if there is a decoder, ``decoder``.
+      batches: normalised images (b, H, W, 3); all batches but the last have one size.
       measures: see :func:`encoder_layer`.
 
     Returns:
-      {part: {measure: (mean (L,), standard deviation (L,))}} over images, and how many images there were.
+      {part: {measure: (mean (L,), standard deviation (L,))}} over images, and the number of images.
     """
     measure = jax.jit(build(config, measures))
     params = jax.device_put(params)
@@ -386,19 +402,23 @@ def over_images(
 
 
 def linear_inversion_error(config: ConfigDict, params: dict[str, Any], batches: Iterable[np.ndarray]) -> np.ndarray:
-    """:func:`inversion_error` left by the best affine map of the decoder's features, one per layer.
+    """The :func:`inversion_error` of each layer that remains after the best affine map of the decoder's features.
 
-    The paper's layers are inverses of each other only up to what they learn (its V and E are free), so that
-    features may be there in other coordinates. What all images have at a place is taken off both (the mean of each
-    batch), or position alone would explain much. The map is fitted on every second batch, judged on the others.
+    The paper's layers are inverses of each other only up to what they learn (V and E are free), so the decoder may hold
+    the features in other coordinates. The mean over each batch is subtracted at each place from both, because position
+    alone would explain much. The map is fitted on every second batch and judged on the others.
 
     Args:
-      config: valid; its seed draws the corruptions.
-      params: ``encoder`` and ``decoder``.
-      batches: normalised images (b, H, W, 3), at least two batches of many images.
+      config: a valid config; its seed draws the corruptions.
+      params: the parameters ``encoder`` and ``decoder``.
+      batches: normalised images (b, H, W, 3), in at least two batches of many images.
 
     Returns:
-      |Z - A Y - c| / |Z - mean| by decoder layer, 1 where Y says nothing; empty where the two are not of one width.
+      |Z - A Y - c| / |Z - mean| by decoder layer, 1 where Y holds no information; an empty array if encoder and decoder
+      differ in width, or the decoder has no layers.
+
+    Raises:
+      ValueError: there are fewer than two batches.
     """
     features, prefix = _features(config), prefix_tokens(config)
 
@@ -410,7 +430,7 @@ def linear_inversion_error(config: ConfigDict, params: dict[str, Any], batches: 
             return None
 
         def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            # A column of ones is seen through I - P as well: the map's constant.
+            # The column of ones is the map's constant; I - P changes it as it changes the features.
             ones = jnp.ones((*pair[0].shape[:2], 1))
             apart = [x.astype(jnp.float32) - jnp.mean(x.astype(jnp.float32), axis=0) for x in pair]
             seen = [corruption.complement(x) for x in (*apart, ones)]
@@ -432,7 +452,10 @@ def linear_inversion_error(config: ConfigDict, params: dict[str, Any], batches: 
 
 
 def _left_by_map(fit: np.ndarray, judge: np.ndarray) -> float:
-    """Relative error of Z from (Y, 1), of second moments of (Z, Y, 1) of two sets; by ridge, just enough to solve."""
+    """Relative error of the map from (Y, 1) to Z, from second moments of (Z, Y, 1) of a set to fit and a set to judge.
+
+    The ridge is just large enough to solve the equations.
+    """
     D = len(fit) // 2
 
     def solve(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:

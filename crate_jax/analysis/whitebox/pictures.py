@@ -1,7 +1,6 @@
 """Pictures of what a model does with images: reconstructions, class-token attention, principal components.
 
-As in arXiv 2404.02446, Figures 6-11 and appendix B.3, and the same for a ViT. Every function takes a run's
-config, its parameters and bytes, and returns a grid as uint8 (H, W, 3).
+The pictures follow arXiv 2404.02446, Figures 6-11 and appendix B.3, for CRATE and for a ViT.
 
 Shapes: B images, h x w = N patches, H heads, K head width, E = H * K.
 """
@@ -24,7 +23,7 @@ from crate_jax.models.layers import BLOCK_EPS, FINAL_EPS, layer_norm
 from crate_jax.models.patches import grid_shape, relative_position_index
 from crate_jax.workdir.pictures import reconstruction_grid
 
-# The key that says how much a corruption takes away, and how a value of it is captioned.
+# corruption -> its key for the strength, and the caption of a value of that key
 RATIOS = {
     "mask": ("mask_ratio", "{:.0%} removed"),
     "rop": ("rop_ratio", "{:.0%} kept"),
@@ -35,13 +34,13 @@ RATIOS = {
 def reconstructions(
     config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, ratios: Sequence[float]
 ) -> np.ndarray:
-    """Originals, and for each ratio the input and what input and decoder together give; one row per image.
+    """Originals, and for each ratio the input and the completed image; one row per image.
 
     Args:
-      config: valid, of a model with a decoder.
-      params: ``encoder`` and ``decoder``.
-      images_uint8: (B, height, width, 3).
-      ratios: values of the corruption's own measure (RATIOS); none are used where it has none.
+      config: a valid config of a model with a decoder.
+      params: the parameters ``encoder`` and ``decoder``.
+      images_uint8: images (B, height, width, 3).
+      ratios: values of the key that RATIOS names; a corruption without such a key ignores them.
 
     Returns:
       uint8 (H, W, 3).
@@ -66,16 +65,16 @@ def reconstructions(
 
 
 def penultimate(config: ConfigDict) -> int:
-    """The block that the paper's pictures are of (B.3.2), counted from 0."""
+    """The block that the paper's pictures show (B.3.2), counted from 0."""
     return max(config.encoder.depth - 2, 0)
 
 
 def queries_and_keys(
     config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What a block's attention compares, (B, H, prefix + N, K) twice, of clean images.
+    """Queries and keys of a block's attention for clean images uint8, (B, H, prefix + N, K) each.
 
-    In CRATE both are U_k^T LN(Z), which is one projection for queries, keys and values.
+    In CRATE both are U_k^T LN(Z), one projection for queries, keys and values.
     """
     _, points = representation.points(config)(params, normalise(jnp.asarray(images_uint8), config))
     x_BND, heads = points["input"][block], config.encoder.heads
@@ -98,15 +97,15 @@ def queries_and_keys(
 def class_attention(
     config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, block: int | None = None
 ) -> np.ndarray:
-    """How a block's class token shares its attention among the patches (eqs. B.4, B.5), (B, H, h, w), each sum 1.
+    """The attention of a block's class token to the patches (eqs. B.4, B.5), (B, H, h, w); each map sums to 1.
 
-    With the scale 1 / sqrt(K) and the relative bias of the model, which the equations leave out.
+    It has the model's scale 1 / sqrt(K) and relative bias, which the equations leave out.
 
     Args:
-      config: valid.
-      params: ``encoder``.
-      images_uint8: (B, height, width, 3).
-      block: counted from 0; None: the penultimate.
+      config: a valid config.
+      params: the parameters ``encoder``.
+      images_uint8: images (B, height, width, 3).
+      block: the block, counted from 0; None: the penultimate block.
     """
     block = penultimate(config) if block is None else block
     grid = grid_shape(config.data.image_size, config.encoder.patch_size)
@@ -123,9 +122,9 @@ def class_attention(
 
 
 def attention_maps(config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray) -> np.ndarray:
-    """Originals beside the maps of :func:`class_attention`, one column per head, bright where it looks.
+    """Originals beside the maps of :func:`class_attention`, one column per head; bright patches have large weights.
 
-    Each map is stretched from its own smallest to its own largest weight.
+    The colours of each map span its smallest to its largest weight.
 
     Returns:
       uint8 (H, W, 3).
@@ -143,18 +142,18 @@ def token_components(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Three principal components of the object's tokens as colours (B.3.1).
 
-    The first component of all tokens of all images tells object from background; the first three of the
-    object's tokens are red, green and blue, each stretched over all images.
+    The first component of all tokens of all images separates the object from the background. The first three components
+    of the object's tokens are red, green and blue; each colour spans its values over all images.
 
     Args:
-      tokens_BhwD: patch tokens of images of one class, where the patches lie.
-      threshold: tokens whose part along the first component is at least this share of the largest are the
-        object's (the paper's lambda, which it does not state). None: tokens are parted where the two groups
-        differ most (Otsu 1979), and that group is the object which touches the border less.
-      centred: take the mean away first, as the released code does; the paper's matrices are not centred.
+      tokens_BhwD: patch tokens of images of one class, on their grid.
+      threshold: a token belongs to the object if its part along the first component is at least this share of the
+        largest part (the paper's lambda, whose value is not stated). None: the tokens are split where the two groups
+        differ most (Otsu 1979), and the group that touches the border less is the object.
+      centred: whether to subtract the mean first, as the released code does; the paper's matrices are not centred.
 
     Returns:
-      colours float32 (B, h, w, 3) in 0..1, black outside the object, and which tokens are the object's (B, h, w).
+      colours float32 (B, h, w, 3) in 0..1, black outside the object; and the mask of the object's tokens (B, h, w).
     """
     x_BhwD = tokens_BhwD.astype(np.float64)
     if centred:
@@ -176,31 +175,32 @@ def token_components(
         kept_MD = kept_MD - kept_MD.mean(0) if centred else kept_MD
         parts_M3 = kept_MD @ _components(kept_MD, 3)
         parts_M3 = parts_M3 * np.where(parts_M3.sum(0) >= 0, 1, -1)
-        low, high = np.percentile(parts_M3, (1, 99), axis=0)  # a few outliers would make all others one colour
+        # Over the full range, a few outliers would make all other tokens one colour.
+        low, high = np.percentile(parts_M3, (1, 99), axis=0)
         colours[object_Bhw] = np.clip((parts_M3 - low) / np.maximum(high - low, 1e-12), 0, 1)
     return colours, object_Bhw
 
 
 def components(
-    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, others_uint8: np.ndarray
+    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, all_classes_uint8: np.ndarray
 ) -> np.ndarray:
     """Originals beside the colours of :func:`token_components`, for images of one class.
 
-    The tokens are U_k^T LN(Z) of all heads in the penultimate block, and the keys of a ViT. The last column is of
-    tokens less what images in general have at the same place: position, which may outweigh all else.
+    The tokens are U_k^T LN(Z) of all heads in the penultimate block, or the keys of a ViT. In the last column, the mean
+    over images of all classes at each place is subtracted: it encodes position, which may dominate the components.
 
     Args:
-      config: valid.
-      params: ``encoder``.
-      images_uint8: (B, height, width, 3), of one class.
-      others_uint8: images of all classes, which tell what belongs to a place.
+      config: a valid config.
+      params: the parameters ``encoder``.
+      images_uint8: images (B, height, width, 3) of one class.
+      all_classes_uint8: images of all classes, for the mean at each place.
 
     Returns:
       uint8 (H, W, 3).
     """
-    tokens, others = (_key_tokens(config, params, images) for images in (images_uint8, others_uint8))
+    tokens, everything = (_key_tokens(config, params, images) for images in (images_uint8, all_classes_uint8))
     columns = {"original": images_uint8 / 255.0}
-    for caption, tokens_BhwE in (("components", tokens), ("less position", tokens - others.mean(0))):
+    for caption, tokens_BhwE in (("components", tokens), ("less position", tokens - everything.mean(0))):
         columns[caption] = _enlarge(token_components(tokens_BhwE)[0], config)
     return reconstruction_grid(columns)
 
@@ -214,7 +214,7 @@ def _key_tokens(config: ConfigDict, params: dict[str, Any], images_uint8: np.nda
 
 
 def _enlarge(cells_Bhw3: np.ndarray, config: ConfigDict) -> np.ndarray:
-    """One colour per patch as an image of the size of the originals."""
+    """One colour per patch, enlarged to images of the size of the originals."""
     size = config.encoder.patch_size
     return cells_Bhw3.repeat(size, axis=1).repeat(size, axis=2)
 
@@ -225,7 +225,13 @@ def _components(x_TD: np.ndarray, count: int) -> np.ndarray:
 
 
 def _otsu(values: np.ndarray) -> float:
-    """Where to cut numbers in two so that the variance between the groups is largest; the last one below the cut."""
+    """The threshold that splits numbers so that the variance between both groups is largest (Otsu 1979).
+
+    The threshold is the largest number of the lower group.
+
+    >>> _otsu(np.array([0.0, 1.0, 8.0, 9.0]))
+    1.0
+    """
     x = np.sort(values)
     below = np.arange(1, len(x))
     sums = np.cumsum(x)[:-1]

@@ -1,4 +1,4 @@
-"""Sections of a report about what the layers do: measures (:mod:`.measures`), pictures, Theorem 3."""
+"""Sections of a report about the layers: measures (:mod:`.measures`), pictures (:mod:`.pictures`), Theorem 3."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from crate_jax.data.sampling import sample
 from crate_jax.report.section import Figure, Section, Subject, Table
 
 BATCH = 64
-SHOWN = 8  # rows of a picture
+SHOWN = 8  # images in a picture
 RATIOS = {"mask": (0.25, 0.5, 0.75, 0.9), "rop": (0.5, 0.25, 0.14, 0.05), "noise": (0.25, 0.5, 1.0, 2.0)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One line of a plot: a number per layer, with a band of one deviation over images."""
+    """One line of a plot: a number per layer, with a band of one standard deviation over images."""
 
     label: str
     mean: np.ndarray
@@ -32,50 +32,50 @@ class Curve:
     decoder: bool
 
 
-# (measure in the encoder, in the decoder or None, what the axis says, caption)
+# (measure in the encoder or None, measure in the decoder or None, label of the axis, caption)
 PLOTS: tuple[tuple[str | None, str | None, str, str], ...] = (
     (
         "subspace_rate", "subspace_rate", "$R^c$ (nats)",
         "Compression: coding rate R^c(Z^{l+1/2} | U^l) of the patch tokens in the layer's own subspaces, right after "
-        "its attention step (eq. 2.5; the quantity of the paper's Figure 5). Lower means that the subspaces describe "
-        "the tokens more tightly; a layer that only makes tokens longer raises it.",
+        "its attention step (eq. 2.5; the quantity of the paper's Figure 5). A lower rate means that the subspaces "
+        "describe the tokens better; a layer that only makes tokens longer raises it.",
     ),
     (
         "compression", "compression", "change of $R^c$ (nats)",
-        "What one attention step does: R^c after it minus before it, in the same subspaces. The theory wants encoder "
-        "layers below the line at 0 and decoder layers above it.",
+        "Effect of one attention step: R^c after the step minus R^c before it, in the same subspaces. By the theory, "
+        "encoder layers lie below the line at 0 and decoder layers above it.",
     ),
     (
         "released_rate", None, "$R^c$ of unit tokens (nats)",
-        "The same by the released script: before the attention, with the class token, every token scaled to unit "
-        "length in every head, so that length does not count.",
+        "Compression as the released script computes it: R^c before the attention, with the class token, and with "
+        "every token scaled to unit length in every head, so that length does not count.",
     ),
     (
         "rate", "rate", "$R$ (nats)",
-        "Expansion: coding rate R(Z^{l+1/2}) without subspaces (eq. 2.4), for a ViT of the tokens after attention, in "
-        "a decoder of the layer's output. 0 would mean no tokens at all, a small rate that they are alike.",
+        "Expansion: coding rate R(Z^{l+1/2}) without subspaces (eq. 2.4); for a ViT, of the tokens after attention; "
+        "for a decoder, of the layer's output. A small rate means that the tokens are alike; 0, that all are zero.",
     ),
     (
         "nonzero", None, "share of non-zero entries",
-        "Sparsity: |Z^{l+1}|_0 / (dN) after ISTA (Figure 5, right). The tokens of a ViT have no zeros: 1 is what to "
-        "expect of it.",
+        "Sparsity: |Z^{l+1}|_0 / (dN) after ISTA (Figure 5, right). A ViT's tokens have no zeros, so its share is 1.",
     ),
     (
         "active", "active", "share of positive hidden units",
-        "The ViT's nearest to sparsity: share of its MLP's hidden units that are positive.",
+        "Activity, the ViT's nearest measure to sparsity: share of the MLP's hidden units that are positive.",
     ),
     (
         "coherence_mean", "coherence_mean", "mean |cos|",
         "Incoherence: mean absolute cosine between columns of different subspaces of one layer. Orthogonal subspaces "
-        "have 0; dotted: random directions.",
+        "have 0; the dotted line is the mean for random directions.",
     ),
     (
         None, "inversion_error_linear", "relative error",
-        "Inversion: what the best linear map of decoder layer l's output leaves of the features that encoder layer "
-        "L + 1 - l started from, at what the corruption removed, position taken off; 0: all is there, 1: nothing.",
+        "Inversion: relative error of the best linear map from the output of decoder layer l to the input of encoder "
+        "layer L + 1 - l, on what the corruption removed, without the effect of position; 0: the output holds all, "
+        "1: nothing.",
     ),
 )  # fmt: skip
-COLUMNS = {  # of the table: measure -> what it is called there
+COLUMNS = {  # measure -> column of the table
     "subspace_rate_before": "R^c before",
     "subspace_rate": "R^c after",
     "compression": "change",
@@ -91,18 +91,18 @@ COLUMNS = {  # of the table: measure -> what it is called there
     "inversion_error_scaled": "inversion scaled",
     "inversion_error_linear": "inversion linear",
 }
-PLOT = (4.4, 3.0)  # inches: two stand side by side on a desktop
+PLOT = (4.4, 3.0)  # inches; two plots fit side by side on a desktop
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 
 
 def section(subjects: Sequence[Subject]) -> Section:
-    """The measures of all subjects, by layer.
+    """The section with the measures of all runs, by layer.
 
     Args:
-      subjects: runs, looked at on `config.whitebox.images` images of the evaluation split (of the training split where
-        there is none); one without images only has the measures of its weights.
+      subjects: the runs. Each is measured on `config.whitebox.images` images of its evaluation split, or of its
+        training split if it has no evaluation split. A run without images has only the measures of its weights.
     """
-    images = subjects[0].config.whitebox.images  # the report's, so the same for all
+    images = subjects[0].config.whitebox.images  # a key of the report, so all runs have the same number
     measured = {subject.name: profile(subject, images) for subject in subjects}
     colours = {subject.name: COLOURS[i % len(COLOURS)] for i, subject in enumerate(subjects)}
     figures = []
@@ -132,19 +132,19 @@ def section(subjects: Sequence[Subject]) -> Section:
         title="What does each layer do?",
         text=(
             "White-box measures after arXiv 2404.02446, section 3: does each encoder layer compress its tokens towards "
-            "its subspaces and make them sparse, and does the decoder take that back? Means over at most "
-            f"{images} images of the evaluation split, bands of one standard deviation over images. The encoder gets "
-            "clean images, the decoder the tokens behind the run's own corruption. Rates are in nats per image, with "
-            f"eps^2 = {whitebox.PRECISION} as in the released script; the paper states none. They grow with the number "
-            "of tokens and with the width: compare runs of one shape."
+            "its subspaces and make them sparse, and does the decoder invert that? Lines are means over at most "
+            f"{images} images of the evaluation split, bands are one standard deviation over images. The encoder gets "
+            "clean images, the decoder the tokens under the run's own corruption. Rates are in nats per image, with "
+            f"eps^2 = {whitebox.PRECISION} as in the released script; the paper states no value. They grow with the "
+            "number of tokens and with the width: compare only runs of one shape."
         ),
         figures=tuple(figures),
         tables=(
             Table(
                 "Every measure, layer by layer: means over images. Inversion: relative distance of the decoder's "
-                "features from the encoder's as they are, at the best scale, and after the best linear map. "
-                "|U^T U - I|: how far each subspace's basis is from orthonormal, relative. Released: as the authors' "
-                "script takes it.",
+                "features from the encoder's, without a map, at the best scale, and after the best linear map. "
+                "|U^T U - I|: relative distance of each subspace's basis from orthonormal. Released: as the authors' "
+                "script computes it.",
                 ("run", "part", "layer", *(COLUMNS[name] for name in names)),
                 rows,
             ),
@@ -171,14 +171,14 @@ Profile = dict[str, dict[str, tuple[np.ndarray, np.ndarray | None]]]
 
 
 def profile(subject: Subject, images: int) -> Profile:
-    """{part: {measure: (mean (L,), deviation over images (L,) or None)}} of one subject."""
+    """{part: {measure: (mean (L,), deviation over images (L,) or None)}} of one run on at most `images` images."""
     out: Profile = {}
     source = subject.test or subject.train
     if source is not None:
         spread, _ = whitebox.over_images(subject.config, subject.params, _batches(subject, source, images))
         for part, layers in spread.items():
             out[part] = dict(layers)
-            if "subspace_rate" in layers:  # of the means: the deviation of a difference is not theirs
+            if "subspace_rate" in layers:  # without a deviation, which does not follow from those of both rates
                 change = layers["subspace_rate"][0] - layers["subspace_rate_before"][0]
                 out[part]["compression"] = (change, None)
         if "decoder" in out:
@@ -191,16 +191,16 @@ def profile(subject: Subject, images: int) -> Profile:
 
 
 def _batches(subject: Subject, source: data.Source, images: int) -> Iterator[np.ndarray]:
-    """Normalised images (b, H, W, 3) of a seeded choice, in batches of one size but for the last."""
+    """Normalised images (b, H, W, 3) of a seeded choice; all batches but the last have one size."""
     config = subject.config
     chosen = sample(len(source), images, config.seed)
-    size = min(BATCH, -(-len(chosen) // 2))  # two at least: one to fit, one to judge
+    size = min(BATCH, -(-len(chosen) // 2))  # at least two batches: one to fit, one to judge
     for batch in data.eval_batches(config, source, chosen, size):
         yield np.asarray(normalise(jnp.asarray(batch["image"]), config))
 
 
 def _plot(curves: Sequence[Curve], label: str, lines: Sequence[float]) -> Plot:
-    rows = -(-len(curves) // 2)  # of the legend
+    rows = -(-len(curves) // 2)  # rows of the legend
     plot = Plot(figsize=(PLOT[0], PLOT[1] + 0.2 * rows), layout="constrained")
     axes = plot.subplots()
     for curve in curves:
@@ -221,7 +221,7 @@ def _plot(curves: Sequence[Curve], label: str, lines: Sequence[float]) -> Plot:
 
 
 def pictures_section(subjects: Sequence[Subject]) -> Section:
-    """Reconstructions at several ratios, attention maps and principal components of all subjects with images."""
+    """The section with reconstructions at several ratios, attention maps and principal components of all runs."""
     figures: list[Figure] = []
     for subject in subjects:
         source = subject.test or subject.train
@@ -231,8 +231,8 @@ def pictures_section(subjects: Sequence[Subject]) -> Section:
         title="What does the model see?",
         text=(
             "After arXiv 2404.02446, Figures 6 to 11: always the same images of the evaluation split (of the training "
-            "split where there is none). Attention and components are of the last block but one, as the paper's. No "
-            "image and no head was picked by hand."
+            "split if there is no evaluation split). Attention and components come from the last block but one, as in "
+            "the paper. No image and no head was picked by hand."
         ),
         figures=tuple(figures),
     )
@@ -251,23 +251,23 @@ def _pictures(subject: Subject, source: data.Source) -> list[Figure]:
         level = f" It was trained at {trained[1].format(config.corruption[trained[0]])}." if trained else ""
         figures.append(
             Figure(
-                f"{subject.name}: reconstructions under more and less corruption; “completed” is what the input kept, "
-                f"together with the decoder's answer for the rest.{level}",
+                f"{subject.name}: reconstructions under more and less corruption; “completed” joins what the input "
+                f"kept and the decoder's prediction of the rest.{level}",
                 draw.reconstructions(config, params, images[:SHOWN], ratios),
             )
         )
     figures.append(
         Figure(
-            f"{subject.name}: where the class token looks, by head; yellow is the largest weight of each map, purple "
-            "the least. A head that shows the same map for every image follows position, not content.",
+            f"{subject.name}: attention of the class token, by head; yellow is the largest weight of each map, purple "
+            "the smallest. A head with the same map for every image follows position, not content.",
             draw.attention_maps(config, params, images[:SHOWN]),
         )
     )
     figures.append(
         Figure(
-            f"{subject.name}, {about}: first three principal components of the object's tokens as red, green and blue, "
-            "black what the first component of all tokens takes for background. “Less position”: after taking off what "
-            "images in general have at the same place. Colours that repeat in every image are position.",
+            f"{subject.name}, {about}: first three principal components of the object's tokens as red, green and blue; "
+            "black tokens are background by the first component of all tokens. “Less position”: the mean over images "
+            "of all classes at the same place is subtracted. Colours that repeat in every image encode position.",
             draw.components(config, params, same, images),
         )
     )
@@ -275,7 +275,10 @@ def _pictures(subject: Subject, source: data.Source) -> list[Figure]:
 
 
 def _of_one_class(source: data.Source, seed: int) -> tuple[np.ndarray, str]:
-    """Indices of SHOWN images of the class of the first image of a seeded order, and what they are."""
+    """Indices of at most SHOWN images of one class, and words for that class.
+
+    The class is that of the first image in a seeded order.
+    """
     order = sample(len(source), 0, seed)
     if source.class_names is None:
         return order[:SHOWN], "images without labels"
@@ -289,23 +292,23 @@ SIGMAS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
 def theory_section(seeds: int = 3) -> Section:
-    """Theorem 3 and Figure 3 of the paper on made-up tokens: needs no run and no images.
+    """The section on Theorem 3 and Figure 3 of the paper, with synthetic tokens; it needs no run and no images.
 
     Args:
-      seeds: draws per noise level.
+      seeds: the number of draws per noise level.
     """
     rows = [[theory.experiment(**THEORY, sigma=sigma, seed=seed) for seed in range(seeds)] for sigma in SIGMAS]
 
-    def of(take: Callable[[theory.Outcome], float]) -> np.ndarray:
-        return np.array([np.mean([take(outcome) for outcome in row]) for row in rows])
+    def means(value: Callable[[theory.Outcome], float]) -> np.ndarray:
+        return np.array([np.mean([value(outcome) for outcome in row]) for row in rows])
 
     columns: dict[str, np.ndarray] = {
         "sigma": np.array(SIGMAS),
-        "error": of(lambda x: x.error),
-        "bound": of(lambda x: x.bound),
-        "noise after the step": of(lambda x: x.compression),
-        "noise after denoising": of(lambda x: x.denoising),
-        "factor on tokens": of(lambda x: x.shrinkage),
+        "error": means(lambda x: x.error),
+        "bound": means(lambda x: x.bound),
+        "noise after the step": means(lambda x: x.compression),
+        "noise after denoising": means(lambda x: x.denoising),
+        "factor on tokens": means(lambda x: x.shrinkage),
     }
     share = THEORY["N"] / THEORY["d"]
     bound = Plot(figsize=PLOT, layout="constrained")
@@ -328,11 +331,11 @@ def theory_section(seeds: int = 3) -> Section:
     return Section(
         title="Is compression denoising?",
         text=(
-            "Theorem 3 of arXiv 2404.02446 on tokens of its own model: "
+            "Theorem 3 of arXiv 2404.02446 on tokens from its own model: "
             f"{THEORY['N']} tokens of width {THEORY['d']} in {THEORY['K']} orthogonal subspaces, with noise of length "
             "sigma. One gradient step on R^c is compared with the formula that the theorem gives for it, and with the "
-            "exact denoiser. The step takes away noise outside a token's own subspace, but not all of it: along the "
-            "directions in which other subspaces hold tokens it stays, about N / d of the energy (eq. A.116)."
+            "exact denoiser. The step removes noise outside a token's own subspace, but not all of it: about "
+            "N / d of its energy stays, along the directions in which other subspaces hold tokens (eq. A.116)."
         ),
         figures=(
             Figure("Error of the theorem's formula for the step, and the bound on it: both fall with sigma.", bound),
@@ -342,8 +345,8 @@ def theory_section(seeds: int = 3) -> Section:
         ),
         tables=(
             Table(
-                f"Means of {seeds} draws. Noise: share of its energy outside the tokens' subspaces; factor: what is "
-                "left of the clean tokens.",
+                f"Means of {seeds} draws. Noise: share of its energy outside the tokens' subspaces that is left; "
+                "factor: the share of the clean tokens that is left.",
                 tuple(columns),
                 tuple(tuple(float(values[i]) for values in columns.values()) for i in range(len(SIGMAS))),
             ),

@@ -1,10 +1,10 @@
 """Theorem 3 and Figure 3 of arXiv 2404.02446 as experiments: one compression step against denoising.
 
-Tokens are drawn from the theorem's model: K orthogonal subspaces of dimension p = d / K, each token from
-N(0, I / p) in one of them, plus noise N(0, sigma^2 I / d) in all directions. One gradient step on R^c(Z | U) is
-compared with what the theorem says it is, and with the exact denoiser of the same model.
+Tokens are drawn from the theorem's model: there are K orthogonal subspaces of dimension p = d / K; each token is drawn
+from N(0, I / p) in one of them, plus noise N(0, sigma^2 I / d) in all directions. One gradient step on R^c(Z | U) is
+compared with the theorem's formula for it, and with the exact denoiser of the same model.
 
-NumPy in float64. As in the paper a token is a column, so Z is (d, N).
+All arrays are NumPy float64. As in the paper a token is a column, so Z is (d, N).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Sample:
     """One draw of the model.
 
     Attributes:
-      bases: U, (K, d, p), orthonormal together.
-      clean: X, (d, N).
-      noise: Delta, (d, N).
-      subspace: s, which subspace each token is from, (N,).
+      bases: U, (K, d, p); all columns together are orthonormal.
+      clean: the tokens X without noise, (d, N).
+      noise: the noise Delta, (d, N).
+      subspace: the number s of each token's subspace, (N,).
     """
 
     bases: np.ndarray
@@ -37,7 +37,7 @@ class Sample:
 
 
 def draw(d: int, N: int, K: int, sigma: float, seed: int) -> Sample:
-    """Draws N tokens of width d from K subspaces.
+    """Draws N tokens of width d from K subspaces, with noise of level sigma.
 
     Raises:
       ValueError: K does not divide d.
@@ -59,7 +59,7 @@ def rate(z: np.ndarray, bases: np.ndarray, beta: float) -> float:
 
 
 def rate_gradient(z: np.ndarray, bases: np.ndarray, beta: float) -> np.ndarray:
-    """Its gradient, sum_k U_k U_k^T Z (I / beta + (U_k^T Z)^T U_k^T Z)^-1, eq. A.38, (d, N)."""
+    """The gradient of :func:`rate`, sum_k U_k U_k^T Z (I / beta + (U_k^T Z)^T U_k^T Z)^-1, eq. A.38, (d, N)."""
     out = np.zeros_like(z)
     for basis in bases:
         w = basis.T @ z
@@ -68,16 +68,16 @@ def rate_gradient(z: np.ndarray, bases: np.ndarray, beta: float) -> np.ndarray:
 
 
 def compressed(sample: Sample, beta: float, eta: float) -> np.ndarray:
-    """Z+ = Z - eta grad R^c(Z | U), eq. A.39."""
+    """The compression step Z+ = Z - eta grad R^c(Z | U), eq. A.39, (d, N)."""
     z = sample.observed
     return z - eta * rate_gradient(z, sample.bases, beta)
 
 
 def predicted(sample: Sample, beta: float, eta: float) -> np.ndarray:
-    """What Theorem 3 says Z+ nearly is (eq. A.40).
+    """The approximation of Z+ by Theorem 3 (eq. A.40), (d, N).
 
-    Delta - eta P(beta Delta) + (1 + 1 / beta - eta) / (1 + 1 / beta) X, where P takes from a token of subspace k
-    its part in every other subspace k', but for the directions in which k' has tokens (eq. A.116).
+    It is Delta - eta P(beta Delta) + (1 + 1 / beta - eta) / (1 + 1 / beta) X. P keeps, of a token in subspace k, its
+    part in every other subspace k', except the directions in which k' has tokens (eq. A.116).
     """
     z = sample.noise.copy()
     for k, basis in enumerate(sample.bases):
@@ -98,17 +98,17 @@ def bound(d: int, N: int, K: int, sigma: float, beta: float, eta: float) -> floa
 
 
 def best_beta(d: int, N: int, K: int, sigma: float) -> float:
-    """Beta = p / (N eps^2) at the eps that makes the bound least with eta = 1 / beta (eq. A.48)."""
+    """Beta = p / (N eps^2) for the eps that minimises the bound with eta = 1 / beta (eq. A.48)."""
     return float(np.sqrt(sigma + np.sqrt(N / d)) / sigma)
 
 
 def denoised(sample: Sample, sigma: float) -> np.ndarray:
-    """E[x | z] of each token under the model, exactly: the step along the score (eq. A.33), (d, N)."""
+    """The exact E[x | z] of each token under the model, the step along the score (eq. A.33), (d, N)."""
     z, (d, p) = sample.observed, sample.bases.shape[1:]
     noise = sigma**2 / d
     w = sample.bases.transpose(0, 2, 1) @ z
     inside = np.square(w).sum(1)
-    # log N(z; 0, U_k U_k^T / p + noise I) up to what all k share
+    # log N(z; 0, U_k U_k^T / p + noise I), up to a number that does not depend on k
     logits = 0.5 * inside * (1 / noise - 1 / (noise + 1 / p))
     weights = np.exp(logits - logits.max(0))
     weights /= weights.sum(0)
@@ -116,7 +116,7 @@ def denoised(sample: Sample, sigma: float) -> np.ndarray:
 
 
 def outside(sample: Sample, z: np.ndarray) -> float:
-    """Share of the noise energy outside each token's own subspace that is still there in `z`."""
+    """The energy of `z` (d, N) outside each token's own subspace, as a share of the noise's energy there."""
 
     def energy(x: np.ndarray) -> float:
         own = ((basis, x[:, sample.subspace == k]) for k, basis in enumerate(sample.bases))
@@ -126,21 +126,25 @@ def outside(sample: Sample, z: np.ndarray) -> float:
 
 
 def norm(x: np.ndarray) -> float:
-    """Largest singular value."""
+    """The largest singular value.
+
+    >>> norm(np.diag([3.0, -4.0]))
+    4.0
+    """
     return float(np.linalg.norm(x, 2))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One experiment.
+    """The result of one experiment.
 
     Attributes:
-      sigma: noise level.
-      error: |Z+ - what the theorem says| in the operator norm.
-      bound: what it is bounded by, up to a constant.
-      compression: share of the noise outside the token's subspace that is left after the compression step.
-      denoising: the same after the exact denoiser; 0 after a projection.
-      shrinkage: factor on the clean tokens: <X, Z+> / <X, X>, noise left out on average.
+      sigma: the noise level.
+      error: the operator norm of the difference between Z+ and the theorem's formula.
+      bound: the theorem's bound on the error, without its constant.
+      compression: the share of the noise outside the token's subspace that is left after the compression step.
+      denoising: the share that is left after the exact denoiser; 0 after a projection.
+      shrinkage: <X, Z+> / <X, X>, the factor on the clean tokens; the noise has mean 0 in it.
     """
 
     sigma: float
@@ -152,7 +156,11 @@ class Outcome:
 
 
 def experiment(d: int, N: int, K: int, sigma: float, seed: int = 0) -> Outcome:
-    """One draw, one step with eta = 1 / beta and the best beta of Remark 4."""
+    """Draws tokens and makes one step with eta = 1 / beta and the best beta of Remark 4.
+
+    Raises:
+      ValueError: K does not divide d.
+    """
     sample, beta = draw(d, N, K, sigma, seed), best_beta(d, N, K, sigma)
     z = compressed(sample, beta, 1 / beta)
     return Outcome(
