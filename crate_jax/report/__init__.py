@@ -1,4 +1,4 @@
-"""What an analysis has to say about one or several runs, and the page that shows it."""
+"""The parts of a report about one or several runs, and the page that shows them."""
 
 from crate_jax.report.section import Figure, Section, Subject, Table
 

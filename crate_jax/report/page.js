@@ -3,28 +3,28 @@
   const root = document.documentElement;
   root.classList.add("script");
 
-  // What sticks below the header, and where links lead to, depends on how many lines it takes.
+  // The header may take several lines. Sticky elements and the targets of links need its height.
   const top = document.querySelector(".top");
   new ResizeObserver(() => root.style.setProperty("--top", `${top.offsetHeight}px`)).observe(top);
 
-  // Theme: the system's until the button is pressed, then the reader's choice where the browser keeps it.
+  // Theme: the system's theme until the reader presses the button; then the reader's choice, if the browser stores it.
   const button = document.getElementById("theme");
   const themes = ["system", "light", "dark"];
-  const kept = () => { try { return localStorage.getItem("crate-jax-theme"); } catch { return null; } };
-  const keep = (theme) => { try { localStorage.setItem("crate-jax-theme", theme); } catch { /* not allowed to */ } };
+  const stored = () => { try { return localStorage.getItem("crate-jax-theme"); } catch { return null; } };
+  const store = (theme) => { try { localStorage.setItem("crate-jax-theme", theme); } catch { /* not allowed */ } };
   const show = (theme) => {
     if (theme === "system") root.removeAttribute("data-theme"); else root.dataset.theme = theme;
     button.textContent = `Theme: ${theme}`;
   };
-  let theme = themes.includes(kept()) ? kept() : "system";
+  let theme = themes.includes(stored()) ? stored() : "system";
   show(theme);
   button.addEventListener("click", () => {
     theme = themes[(themes.indexOf(theme) + 1) % themes.length];
-    keep(theme);
+    store(theme);
     show(theme);
   });
 
-  // Sorting. A cell with a number has it in data-number, whole; empty cells stay at the end.
+  // Sorting: data-number holds a cell's number in full precision; empty cells stay at the end.
   const compare = (a, b) => {
     const [x, y] = [a.dataset.number, b.dataset.number];
     if (x !== undefined && y !== undefined) return Number(x) - Number(y);
@@ -47,7 +47,7 @@
     }));
   }
 
-  // Comparison: what belongs to a run is shown or not. Cells, rows and lines carry its number.
+  // Comparison: a button shows or hides the parts of one run, which carry the run's number.
   for (const chip of document.querySelectorAll(".runs button")) {
     chip.addEventListener("click", () => {
       const on = chip.getAttribute("aria-pressed") !== "true";
@@ -56,14 +56,14 @@
     });
   }
 
-  // Contents: closed on a small screen, and the section that is being read is marked.
+  // Contents: closed on a small screen; the link to the section that the reader sees is marked.
   const contents = document.querySelector(".contents details");
   if (contents && matchMedia("(max-width: 60rem)").matches) contents.open = false;
   const links = new Map([...document.querySelectorAll(".contents a")].map((a) => [a.hash.slice(1), a]));
-  const seen = new Set();
+  const visible = new Set();
   const watch = new IntersectionObserver((entries) => {
-    entries.forEach((e) => (e.isIntersecting ? seen.add(e.target.id) : seen.delete(e.target.id)));
-    const now = [...links.keys()].find((id) => seen.has(id));
+    entries.forEach((e) => (e.isIntersecting ? visible.add(e.target.id) : visible.delete(e.target.id)));
+    const now = [...links.keys()].find((id) => visible.has(id));
     links.forEach((a, id) => (id === now ? a.setAttribute("aria-current", "true") : a.removeAttribute("aria-current")));
   }, { rootMargin: "-10% 0px -50% 0px" });
   document.querySelectorAll("main > section").forEach((s) => watch.observe(s));

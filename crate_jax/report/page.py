@@ -1,4 +1,4 @@
-"""Sections as one HTML page that needs nothing but itself: styles, script and pictures are in it."""
+"""Sections as one HTML page that needs no other file: it holds its styles, script and pictures."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from crate_jax.workdir.metrics import format_number
 
 CSS = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
-SMALL = 200  # pixels; narrower pictures are enlarged, each pixel a square
-LONG = 24  # characters; longer texts in a table may break anywhere
-LEAST = 0.62  # of its natural width: a figure gets no narrower on a small screen, it scrolls
+MIN_PICTURE_WIDTH = 200  # CSS pixels; narrower pictures are enlarged by a whole factor
+LONG_TEXT = 24  # characters; longer texts in a table may break anywhere
+MIN_SHRINK = 0.62  # share of its natural width to which a figure shrinks on a small screen; then it scrolls
 
 
 def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], missing: Mapping[str, str]) -> str:
-    """The whole page.
+    """The whole page as HTML.
 
     Args:
-      title: plain text, like all others here.
-      runs: name -> where it is from. With more than one, each has a button that shows or hides it. A table's column
-        named ``run`` or like a run, lines in figures labelled like one, and figures and tables whose caption begins
-        with a run's name and a comma or colon, belong to it.
-      sections: in their order.
-      missing: title of a section that is left out -> why.
+      title: the page's title. This and all other texts are plain text.
+      runs: name of a run -> its origin. If there are several runs, each has a button that shows or hides its parts. A
+        run's parts are: rows with its name in a table's column ``run``; a table's column with its name; lines of
+        figures with its name as label; figures and tables whose caption begins with its name and a comma or colon.
+      sections: the sections in the order of the page.
+      missing: title of a section that is left out -> the reason.
+
+    Raises:
+      TypeError: a picture is not uint8 (H, W, 3).
+      ValueError: a table's row has not as many cells as the table has columns.
     """
-    names = tuple(runs) if len(runs) > 1 else ()  # to tell apart
+    names = tuple(runs) if len(runs) > 1 else ()
     slugs = [f"s{i}-{_slug(s.title)}" for i, s in enumerate(sections)]
     parts = [_section(section, slug, names) for section, slug in zip(sections, slugs, strict=True)]
     links = "".join(
@@ -47,7 +51,7 @@ def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], mis
         parts.append(f'<section id="missing" class="missing"><h2>Left out</h2><ul>{items}</ul></section>')
     origin = "".join(f"{name}: {where}. " if where != name else f"{name}. " for name, where in runs.items())
     script = SCRIPT.read_text(encoding="utf-8")
-    # The page asks the browser itself to load nothing from anywhere and to run no script but this one.
+    # With this policy the browser loads nothing from anywhere and runs only this script.
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     return f"""<!doctype html>
@@ -82,6 +86,11 @@ def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], mis
 
 
 def _slug(text: str) -> str:
+    """A text as part of an id.
+
+    >>> _slug("What does each layer do?")
+    'what-does-each-layer-do'
+    """
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
@@ -115,26 +124,26 @@ def _figure(figure: Figure, name: str, runs: Sequence[str]) -> str:
     kind = "picture" if isinstance(figure.content, np.ndarray) else "plot"
     mine = _owned(figure.caption, runs)
     return (
-        f'<figure class="{kind}"{mine} style="--width: {width:.0f}px; --least: {LEAST * width:.0f}px">'
+        f'<figure class="{kind}"{mine} style="--width: {width:.0f}px; --least: {MIN_SHRINK * width:.0f}px">'
         f'<div class="scroll">'
         f"{content}</div><figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
 
 
 def _owned(caption: str, runs: Sequence[str]) -> str:
-    """The attribute of what is about one run: it is hidden with it."""
+    """The attribute that hides a figure or table together with the one run that its caption names, or nothing."""
     number = svg.owner(svg.escape(caption), runs)
     return "" if number is None else f' data-run="{number}"'
 
 
 def _picture(array: np.ndarray, caption: str) -> tuple[str, float]:
-    """An <img> that holds its PNG file, and the width to show it at."""
+    """An <img> element that holds the PNG file of uint8 (H, W, 3), and its width on the page in CSS pixels."""
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise TypeError(f"report: a picture must be uint8 (H, W, 3), got {array.dtype} {array.shape}")
     file = io.BytesIO()
     Image.fromarray(array).save(file, format="PNG", optimize=True)
     height, width = array.shape[:2]
-    scale = -(-SMALL // width)
+    scale = -(-MIN_PICTURE_WIDTH // width)
     kind = ' class="small"' if scale > 1 else ""
     data = base64.b64encode(file.getvalue()).decode()
     return (
@@ -150,7 +159,7 @@ def _table(table: Table, name: str, runs: Sequence[str]) -> str:
             raise ValueError(f"report: table {table.caption!r}: {len(row)} cells under {len(table.columns)} columns")
     columns = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
     numeric = [_is_numeric(cells) for cells in columns]
-    # Hidden with its run: a row that names the run, or the column of the run.
+    # A column with a run's name is hidden with that run, and so is a row that names it (below).
     owner = [f' data-run="{runs.index(c)}"' if c in runs else "" for c in table.columns]
     head = "".join(
         f'<th scope="col" aria-sort="none"{_class(n)}{o}><button type="button">{escape(c)}</button></th>'
@@ -182,13 +191,13 @@ def _class(is_number: bool) -> str:
 
 def _cell(value: str | float | int | None, numeric: bool, owner: str, is_first: bool) -> str:
     value = value.item() if isinstance(value, np.generic) else value
-    if value is None or value != value:  # sorted last, whichever way
+    if value is None or value != value:  # the script sorts empty cells last, in both directions
         return f"<td data-empty{_class(numeric)}{owner}>{'–' if value is None else 'NaN'}</td>"
     if isinstance(value, int | float) and not isinstance(value, bool):
         shown = f"{value:,}" if isinstance(value, int) else format_number(value)
-        whole = repr(value).replace("inf", "Infinity")  # as JavaScript reads it
+        whole = repr(value).replace("inf", "Infinity")  # JavaScript's spelling
         return f'<td data-number="{whole}" title="{whole}"{_class(numeric)}{owner}>{shown}</td>'
     if is_first:
         return f'<th scope="row"{owner}>{escape(str(value))}</th>'
-    long = ' class="long"' if len(str(value)) > LONG else ""
+    long = ' class="long"' if len(str(value)) > LONG_TEXT else ""
     return f"<td{long}{owner}>{escape(str(value))}</td>"

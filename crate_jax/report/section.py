@@ -16,16 +16,16 @@ from crate_jax.data import Source
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A run that is looked at.
+    """A run that a report describes.
 
     Attributes:
-      name: short and unique in the report.
-      config: valid; the run's own, with the data that it is looked at on.
-      params: ``encoder`` and, where it is known, ``decoder``; NumPy arrays.
-      workdir: where its metrics.jsonl and pictures lie; None for a file of weights.
-      train: labelled or not; None if the data cannot be read.
-      test: the evaluation split; None if there is none.
-      mesh: the devices to compute on.
+      name: a short name, unique in the report.
+      config: the run's valid config, with the data on which the report measures the run.
+      params: the parameters ``encoder`` and, if it is known, ``decoder``, as NumPy arrays.
+      workdir: the folder with the run's metrics.jsonl and pictures; None for a file of weights.
+      train: the training images, with labels or without; None if they cannot be read.
+      test: the evaluation split; None if there is no such split.
+      mesh: the devices that compute the measures.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Figure:
     """A plot or a picture.
 
     Attributes:
-      caption: what is seen, with units, and how to read it.
-      content: a Matplotlib figure (made with its object API, never pyplot's state), or uint8 (H, W, 3).
+      caption: what the figure shows, with units, and how to read it.
+      content: a Matplotlib figure (made with the object interface, without pyplot), or a picture uint8 (H, W, 3).
     """
 
     caption: str
@@ -52,7 +52,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of texts and numbers under column names; numbers keep their full precision, the page rounds them."""
+    """Rows of texts and numbers under column names. Numbers have their full precision; the page rounds them."""
 
     caption: str
     columns: tuple[str, ...]
@@ -65,10 +65,10 @@ class Section:
 
     Attributes:
       title: the question in a few words.
-      text: one paragraph: what was measured, on what, after which paper, and how to read it.
-      figures: to look at.
-      tables: to sort.
-      numbers: the same as JSON, for programs.
+      text: one paragraph: what was measured, on which data, after which paper, and how to read the result.
+      figures: plots and pictures.
+      tables: tables, which the reader can sort.
+      numbers: the results for report.json.
     """
 
     title: str

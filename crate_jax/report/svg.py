@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG elements of a page: with its colours and font, and ids that clash with no other's."""
+"""Matplotlib figures as SVG elements of a page, with the page's colours and font, and ids that are unique there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.figure import Figure
 
-# Matplotlib's cycle in its order, C0 to C9. The page gives each a light and a dark variant, --c0 to --c9.
+# Matplotlib's colours C0 to C9. The page defines a light and a dark variant of each, --c0 to --c9.
 CYCLE = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf")
-RUN = "run-"  # start of the ids that mark what belongs to one run
+RUN = "run-"  # prefix of the ids of elements that belong to one run
 HREF = "{http://www.w3.org/1999/xlink}href"
 PIXELS_PER_POINT = 96 / 72
 
@@ -20,15 +20,15 @@ PIXELS_PER_POINT = 96 / 72
 def element(figure: Figure, name: str, runs: Sequence[str], caption: str) -> tuple[str, float]:
     """Draws a figure.
 
-    What is labelled as belonging to a run (:func:`owner`) gets the attribute ``data-run``, the run's number, so that
-    the page can hide it. Greys become mixtures of the page's ink and paper and the ten colours of the cycle variables
-    of the page; all other colours stay. The same figure gives the same text.
+    An element whose label names a run (:func:`owner`) gets the attribute ``data-run`` with the run's number, so that
+    the page can hide it. Greys become mixtures of the page's ink and paper, the colours C0 to C9 become variables of
+    the page, and all other colours stay. The same figure gives the same text.
 
     Args:
-      figure: drawn as it is, on no background.
-      name: no other figure of the page has it; starts all ids.
-      runs: names of the runs, in the order of the page.
-      caption: what a screen reader says.
+      figure: the figure; it is drawn without a background.
+      name: a name that no other figure of the page has; all ids start with it.
+      runs: the names of the runs, in the order of the page.
+      caption: the text for a screen reader.
 
     Returns:
       the text of the element, and its natural width in CSS pixels.
@@ -38,13 +38,13 @@ def element(figure: Figure, name: str, runs: Sequence[str], caption: str) -> tup
         if number is not None:
             artist.set_gid(f"{RUN}{number}")
     out = io.StringIO()
-    # Text stays text: small, searchable, and in the page's font. The salt makes ids a function of the figure.
+    # Text stays text, which is small, searchable and in the page's font. The salt makes ids a function of the figure.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "crate_jax"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(out.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):  # a rule for every element of the page
+            if child.tag.endswith(("}metadata", "}style")):  # a style in an SVG applies to the whole page
                 parent.remove(child)
     for node in root.iter():
         _adapt(node, name)
@@ -54,9 +54,12 @@ def element(figure: Figure, name: str, runs: Sequence[str], caption: str) -> tup
 
 
 def owner(label: str, runs: Sequence[str]) -> int | None:
-    """The number of the run that a label names: ``NAME``, ``NAME: more`` or ``NAME, more``.
+    """The number of the run that a label names as ``NAME``, ``NAME: more`` or ``NAME, more``; None if it names no run.
 
-    An underscore before it, which Matplotlib keeps out of legends, makes no difference.
+    The name may follow an underscore, which keeps a label out of Matplotlib's legends.
+
+    >>> owner("vit: loss", ["crate", "vit"]), owner("_crate", ["crate", "vit"]), owner("vits", ["crate", "vit"])
+    (1, 0, None)
     """
     texts = (label, label.removeprefix("_"))
     found = [
@@ -69,12 +72,12 @@ def owner(label: str, runs: Sequence[str]) -> int | None:
 
 
 def escape(name: str) -> str:
-    """A name as Matplotlib's text: a dollar would begin a formula."""
+    """A name as text for Matplotlib, where a plain dollar would begin a formula."""
     return name.replace("$", r"\$")
 
 
 def _adapt(node: ElementTree.Element, name: str) -> None:
-    node.tag = node.tag.rpartition("}")[2]  # HTML knows the elements of SVG without their namespace
+    node.tag = node.tag.rpartition("}")[2]  # HTML names the elements of SVG without a namespace
     old = node.attrib.pop("id", None)
     if old is not None and old.startswith(RUN):
         node.set("data-run", old.removeprefix(RUN))
