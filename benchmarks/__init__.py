@@ -1,1 +1,1 @@
-"""What is measured against what; each module prints ratios."""
+"""Programs that measure speed and accuracy, ours against others'; each prints its numbers."""

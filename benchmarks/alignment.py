@@ -1,17 +1,19 @@
-"""Measures alignment against the plain way to compute it, on the same cores and the same images.
+"""Measures our computation of alignment against the plain one, on the same cores and the same images.
 
     python -m benchmarks.alignment --folder DIR              # DIR/CLASS/*, all images
     python -m benchmarks.alignment --folder DIR --images 10000 --side 16 --exact
 
-The plain way, per setting, is what the paper's closed form says in NumPy and SciPy: the products of all images, the
-generalised eigenproblem of all D dimensions by scipy.linalg.eigh, a QR of all projected images, and the label Gram
-matrix applied to it. Ours, once: streamed second moments and principal components; per setting: one Cholesky
-factorisation and an eigenproblem within 1.5 K components. Restrict the cores with taskset; the BLAS of both follows.
+The plain computation follows the paper's closed form in NumPy and SciPy. For each setting it takes the products of all
+images, the generalised eigenproblem of all D dimensions by scipy.linalg.eigh, a QR of all projected images, and the
+label Gram matrix applied to it. Our computation takes streamed second moments and principal components once, and for
+each setting one Cholesky factorisation and an eigenproblem within 1.5 K components. Restrict the cores with taskset;
+the BLAS of both computations follows.
 
-The noise that keeps X X^T from being singular enters both as its expectation, so that the curves are of one problem;
-drawn, it fits the labels by chance where the images have no variance, and the plain denominator grows by that.
+The noise that keeps X X^T from being singular enters both computations as its expectation, so that both solve one
+problem. Noise that is drawn fits the labels by chance where the images have no variance, and the plain denominator
+grows by that.
 
-Prints one JSON object per line, and for each setting the largest difference of the two curves up to K.
+Prints one JSON object per line, and for each setting the largest difference between the two curves up to K.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ SETTINGS = (Setting("mask", (4, 4), 0.75), Setting("rop", (4, 4), 1 / 7), Settin
 
 
 def plain(x_ND: np.ndarray, y_NC: np.ndarray, setting: Setting, size: tuple[int, int]) -> np.ndarray:
-    """alignment(1) .. alignment(D) of images that are centred and scaled, from the images themselves."""
+    """alignment(1) .. alignment(D) from images (N, D), centred and scaled, and one-hot labels (N, C)."""
     second_DD = x_ND.T @ x_ND
     corrupted_DD = setting.second_moments(second_DD, size)
     through_DD = (x_ND.T @ x_ND) @ (x_ND.T @ x_ND)
@@ -55,7 +57,7 @@ def _now() -> tuple[float, float]:
 
 
 def _since(start: tuple[float, float]) -> dict[str, float]:
-    """Seconds on the clock, and those of all cores: the latter tell on a machine that others use too."""
+    """Seconds on the clock, and seconds of all cores, which can be compared on a busy machine too."""
     wall, cpu = (round(b - a, 2) for a, b in zip(start, _now(), strict=True))
     return {"seconds": wall, "core_seconds": cpu}
 
@@ -63,12 +65,14 @@ def _since(start: tuple[float, float]) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="one folder of images per class")
-    parser.add_argument("--images", type=int, default=0, help="0: all")
-    parser.add_argument("--side", type=int, default=32, help="pixels")
-    parser.add_argument("--latents", type=int, default=1024, help="K, the widest of our curves")
-    parser.add_argument("--settings", type=int, default=1, help=f"how many of {len(SETTINGS)} the plain way computes")
+    parser.add_argument("--images", type=int, default=0, help="number of images; 0: all")
+    parser.add_argument("--side", type=int, default=32, help="side of the images in pixels")
+    parser.add_argument("--latents", type=int, default=1024, help="K, the length of our curves")
+    parser.add_argument(
+        "--settings", type=int, default=1, help=f"how many of the {len(SETTINGS)} settings the plain way computes"
+    )
     parser.add_argument("--drawn", action="store_true", help="draw the noise of the plain way, as the authors do")
-    parser.add_argument("--exact", action="store_true", help="also ours with all principal components")
+    parser.add_argument("--exact", action="store_true", help="also measure ours with all principal components")
     args = parser.parse_args(argv)
     sharding.use_cpu_cores(moments.ROWS, 1)
     config, size = config_lib.base(), (args.side, args.side)

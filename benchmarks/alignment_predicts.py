@@ -1,15 +1,15 @@
-"""Does alignment predict the probe? Closed-form gain of each corruption against measured accuracy, over finished runs.
+"""Does alignment predict the probe? Compares closed-form gains of corruptions with accuracies of finished runs.
 
     python -m benchmarks.alignment_predicts --folder DIR/train RUN RUN ... [--widths 64 384]
 
-RUN: workdirs of pre-training runs on the images of DIR that differ in corruption, ratio, patch size or seed only; a
-sweep's folder stands for all of its finished runs. Prints a Markdown table, a line per corruption (mean over seeds),
-and Spearman's rank correlation of gain and accuracy with a 95 % bootstrap interval over corruptions, for each width
-asked for and each patch size.
+RUN is the workdir of a pre-training run on the images of DIR; the runs may differ in corruption, ratio, patch size and
+seed only. A sweep's folder stands for all its finished runs. Prints a Markdown table with one line per corruption (mean
+over seeds), and Spearman's rank correlation of gain and accuracy with a 95 % bootstrap interval over corruptions, for
+each width and each patch size.
 
-Gains are exact for the corruptions as training draws them: all principal components, masks that keep a fixed number of
-patches. Noise and no corruption have gain 0 by the corollary of Theorem 3 (Balestriero & LeCun, ICML 2024). Resampled
-corruptions whose ranks all tie have no correlation and are left out. Theorem 3 is of a squared loss over all patches
+Gains are exact for the corruptions that training draws: they use all principal components, and masks that keep a fixed
+number of patches. Noise and no corruption have gain 0 by the corollary of Theorem 3 (Balestriero & LeCun, ICML 2024). A
+resample in which all ranks tie has no correlation and is left out. Theorem 3 holds for a squared loss over all patches
 (--config.loss.region=all --config.loss.norm=l2).
 """
 
@@ -36,38 +36,42 @@ from crate_jax.data.folder import FolderSource
 from crate_jax.parallel import sharding
 from crate_jax.validation import changed_keys
 
-Key = tuple[str, int, float]  # corruption, patch in pixels, ratio or standard deviation
+Key = tuple[str, int, float]  # corruption, side of a patch in pixels, ratio or standard deviation
 STRENGTH = {"mask": "mask_ratio", "rop": "rop_ratio", "noise": "noise_std"}
 MEASURED = ("probe_top1", "knn_top1")
 RESAMPLES = 10_000
-FEWEST = 4  # corruptions of which a rank correlation is shown
-# What runs of one comparison may differ in: the corruption itself, and what does not change what is learned.
+MIN_CORRUPTIONS = 4  # fewer corruptions give no rank correlation
+# Runs of one comparison may differ in these keys: the corruption, and keys that do not change what a run learns.
 MAY_DIFFER = ("seed:", "encoder.patch_size:", "log.", "save.", "report.", "sweep.", "whitebox.", "align.") + tuple(
     f"corruption.{key}:" for key in ("name", *STRENGTH.values())
 )
 
 
 def runs(folders: list[str]) -> list[Path]:
-    """The workdirs with a summary among the folders and their children."""
+    """The workdirs of finished runs among the folders and the folders in them."""
     found = []
     for folder in map(Path, folders):
         alone = (folder / "summary.json").exists()
         inside = [folder] if alone else sorted(p.parent for p in folder.glob("*/summary.json"))
         if not inside:
-            raise SystemExit(f"{folder}: neither it nor a folder in it holds the summary.json of a finished run")
+            raise SystemExit(f"{folder}: holds no summary.json of a finished run, and no folder in it does")
         found += inside
     return found
 
 
 def key_of(config: Mapping[str, Any]) -> Key:
-    """What a run's gain depends on."""
+    """The part of a run's config on which its gain depends."""
     corruption = config["corruption"]
     name = corruption["name"]
     return name, config["encoder"]["patch_size"], corruption[STRENGTH[name]] if name in STRENGTH else 0.0
 
 
 def read(folders: list[Path]) -> tuple[dict[str, Any], dict[Key, list[dict[str, float]]]]:
-    """The config of one run, and the measured accuracies of all by corruption; runs must differ in nothing else."""
+    """The config of one run, and the summaries of all runs by corruption.
+
+    Raises:
+      SystemExit: the runs differ in more than their corruption, or a run has no accuracies.
+    """
     measured: dict[Key, list[dict[str, float]]] = defaultdict(list)
     first: dict[str, Any] = {}
     for folder in folders:
@@ -84,12 +88,12 @@ def read(folders: list[Path]) -> tuple[dict[str, Any], dict[Key, list[dict[str, 
 
 
 def corrupted_moments(key: Key, second_DD: np.ndarray, config: Mapping[str, Any]) -> np.ndarray | None:
-    """G of a corruption as training draws it; None where alignment is what it is without."""
+    """G of a corruption as training draws it; None if the corruption does not change alignment."""
     name, patch, strength = key
     size, corruption = tuple(config["data"]["image_size"]), config["corruption"]
     if name == "mask":
         patch_D = corrupted.patch_of_number(size, (patch, patch))
-        kept = int((int(patch_D[-1]) + 1) * (1 - strength))  # as crate_jax.corruption
+        kept = int((int(patch_D[-1]) + 1) * (1 - strength))  # as in crate_jax.models.corruption
         return corrupted.masking_of_count(second_DD, patch_D, kept)
     if name == "rop":
         setting = Setting("rop", (patch, patch), strength, corruption["rop_buckets"], corruption["paper_scale"])
@@ -98,7 +102,7 @@ def corrupted_moments(key: Key, second_DD: np.ndarray, config: Mapping[str, Any]
 
 
 def spearman(gain_N: np.ndarray, accuracy_N: np.ndarray) -> tuple[float, float, float]:
-    """Rank correlation and the ends of its 95 % percentile bootstrap interval; NaN where all of one of them tie."""
+    """Rank correlation and its 95 % percentile bootstrap interval; NaN if all gains or all accuracies tie."""
 
     def correlation(rows: np.ndarray) -> float:
         if not (np.ptp(gain_N[rows]) and np.ptp(accuracy_N[rows])):
@@ -117,7 +121,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="workdirs, or folders of workdirs")
     parser.add_argument("--folder", required=True, help="the training images, one folder per class")
-    parser.add_argument("--widths", type=int, nargs="*", default=(), help="k, beside the encoder's")
+    parser.add_argument("--widths", type=int, nargs="*", default=(), help="more widths k beside the encoder's width")
     args = parser.parse_args(argv)
     sharding.use_cpu_cores(moments.ROWS, 1)
     saved, measured = read(runs(args.runs))
@@ -149,8 +153,8 @@ def main(argv: list[str]) -> None:
     for chosen in ([patches] if len(patches) > 1 else []) + [[p] for p in patches]:
         keys = [key for key in measured if key[1] in chosen]
         where = "all" if len(chosen) > 1 else f"{chosen[0]} px"
-        if len(keys) < FEWEST:
-            print(f"{where}: {len(keys)} corruptions, too few for a rank correlation")
+        if len(keys) < MIN_CORRUPTIONS:
+            print(f"{where}: {len(keys)} corruptions are too few for a rank correlation")
             continue
         for i, k in enumerate(widths):
             for j, score in enumerate(MEASURED):

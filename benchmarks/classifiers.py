@@ -1,8 +1,8 @@
-"""Our classifiers of frozen features against scikit-learn's, on the same features and cores; prints JSON.
+"""Measures our classifiers on frozen features against scikit-learn's, on the same features and cores; prints JSON.
 
     python -m benchmarks.classifiers --features W/features/TRAIN.npz W/features/TEST.npz [--max_iter 1000]
 
-The files are those that ``configs/evaluate.py`` keeps. Without them: features made up of Gaussian clusters.
+``configs/evaluate.py`` writes such files. Without files, the features are synthetic Gaussian clusters.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -18,11 +20,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from crate_jax.evals.knn import knn_sweep
 from crate_jax.evals.probe import fit_all
 
+T = TypeVar("T")
+
 STRENGTHS = (1e0, 1e1, 1e2, 1e3, 1e4, 1e5)
 
 
 def clusters(n: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ten overlapping clusters whose spectrum falls as those of networks do."""
+    """Features (n, width) in ten overlapping clusters with a falling spectrum, as networks have it, and labels (n,)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, n).astype(np.int32)
     centres = np.random.default_rng(99).normal(size=(10, width))
@@ -30,7 +34,8 @@ def clusters(n: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return ((centres[labels] + 3 * rng.normal(size=(n, width))) @ mix).astype(np.float32), labels
 
 
-def timed(f):
+def timed(f: Callable[[], T]) -> tuple[T, float]:
+    """The result of `f` and its seconds."""
     start = time.perf_counter()
     out = f()
     return out, time.perf_counter() - start
@@ -40,9 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--features", nargs=2, metavar=("TRAIN", "TEST"))
     parser.add_argument("--images", type=int, nargs=2, default=(50_000, 10_000))
-    parser.add_argument("--width", type=int, default=384, help="of the made-up features")
-    parser.add_argument("--solver", default="lbfgs", help="of scikit-learn's logistic regression")
-    parser.add_argument("--max_iter", type=int, default=1000, help="of the same")
+    parser.add_argument("--width", type=int, default=384, help="width of the synthetic features")
+    parser.add_argument("--solver", default="lbfgs", help="solver of scikit-learn's logistic regression")
+    parser.add_argument("--max_iter", type=int, default=1000, help="largest number of its iterations")
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
     parser.add_argument("--skip", nargs="*", default=(), choices=("logreg", "knn"))
     args = parser.parse_args()
@@ -67,8 +72,8 @@ def main() -> None:
             theirs.append(fitted.score(test_x, test_y))
             iterations = int(fitted.n_iter_[0])
             print(json.dumps({"C": c, "seconds": seconds, "iterations": iterations, "top1": theirs[-1]}), flush=True)
-        told = {"logreg": "scikit-learn", "solver": args.solver, "seconds": total, "top1": theirs}
-        print(json.dumps({**told, "ratio": total / again}))
+        record = {"logreg": "scikit-learn", "solver": args.solver, "seconds": total, "top1": theirs}
+        print(json.dumps({**record, "ratio": total / again}))
     if "knn" not in args.skip:
         k, temperature = 20, 0.07
         arguments = (train_x, train_y, test_x, classes, [k], [temperature])

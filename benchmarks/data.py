@@ -1,17 +1,17 @@
-"""Measures the input pipeline alone: images per second by number of worker processes.
+"""Measures the input pipeline alone: images per second for numbers of worker processes and threads.
 
-    python -m benchmarks.data                          # all three settings, on images made for it
+    python -m benchmarks.data                          # all three settings, on images that it makes
     python -m benchmarks.data --folder DIR             # the photo setting on your own images
     python -m benchmarks.data --settings memory --threads 1,2,4
 
 Settings:
-  memory  32 px images held decoded in memory, whole batches augmented at once (no workers)
-  small   the same images streamed: each file opened, decoded and augmented; files this small are
-          read fastest with one thread per process (config.data.threads=1) and several processes
+  memory  32 px images, decoded and held in memory; whole batches are augmented at once (no workers)
+  small   32 px images, streamed: each file is opened, decoded and augmented; one thread per process
+          (config.data.threads=1) and several processes read such small files fastest
   photo   224 px random resized crops of large JPEGs (500 x 375, about 100 kB each)
 
-Each line of output is one JSON object: the setting, workers, threads, the median images per second
-of `--repeats` timings of `--seconds` each, and their range. The first batches, which start the
+Each line of output is one JSON object with the setting, workers, threads, the median images per second
+over `--repeats` timings of `--seconds` each, and their range. The first batches, which start the
 workers and fill the queues, are not timed.
 """
 
@@ -39,7 +39,7 @@ SETTINGS = ("memory", "small", "photo")
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int], quality: int, noise: float) -> None:
-    """Writes JPEGs with the structure (smooth shapes plus noise) that makes their size realistic."""
+    """Writes JPEGs of (width, height) with smooth shapes and noise, which give their files realistic sizes."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -88,18 +88,18 @@ def rate(batches: Iterator[dict[str, np.ndarray]], batch_size: int, seconds: flo
 def main(argv: list[str]) -> None:
     numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", default=",".join(SETTINGS), help="of memory,small,photo (default: all)")
-    parser.add_argument("--folder", default="", help="images for the photo setting (default: made in a temp folder)")
-    parser.add_argument("--workers", type=numbers, default=[0, 1, 2, 4], help="processes, such as 0,2,4")
-    parser.add_argument("--threads", type=numbers, default=[1, 4], help="threads per process, such as 1,4")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="some of memory,small,photo (default: all)")
+    parser.add_argument("--folder", default="", help="images for the photo setting (default: it makes some)")
+    parser.add_argument("--workers", type=numbers, default=[0, 1, 2, 4], help="numbers of processes, such as 0,2,4")
+    parser.add_argument("--threads", type=numbers, default=[1, 4], help="numbers of threads per process, such as 1,4")
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--images", type=int, default=512, help="made for the photo setting; 8 times as many of 32 px")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each timing")
-    parser.add_argument("--repeats", type=int, default=5, help="timings; the median is reported")
+    parser.add_argument("--images", type=int, default=512, help="images to make for photo; 8 times as many of 32 px")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each timing")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timings; the median is reported")
     args = parser.parse_args(argv)
     settings = args.settings.split(",")
     if unknown := set(settings) - set(SETTINGS):
-        parser.error(f"unknown settings {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
+        parser.error(f"--settings: unknown {', '.join(sorted(unknown))}; must be of {', '.join(SETTINGS)}")
 
     with tempfile.TemporaryDirectory() as temporary:
         folders = {name: str(Path(temporary) / name) for name in ("small", "photo")}

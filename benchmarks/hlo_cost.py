@@ -1,12 +1,12 @@
-"""What an optimised HLO program costs per chip: FLOPs, bytes and collectives, loops multiplied out.
+"""The cost of an optimised HLO program per chip: FLOPs, bytes and collectives, with each run of a loop counted.
 
-XLA's own `cost_analysis()` counts the body of a loop once, however often it runs, so for a model
-whose layers are scanned it says a twelfth. This counts the text of the compiled program by XLA's
-rules (`HloCostAnalysis`): every instruction reads its operands and writes its result, a fusion
-being one instruction; a slice reads what it takes and an update in place writes what it changes; a
-Pallas kernel counts what its `CostEstimate` says. With `loops=False` it counts bodies once, as XLA
-does, and a test compares the two. One rule differs: for a slice that is fetched ahead of its use
-(`slice-start`) XLA adds twice the whole array, here it is the slice, read and written.
+XLA's own `cost_analysis()` counts the body of a loop once, however often it runs; for a model with twelve scanned
+layers it gives a twelfth. This module counts the text of the compiled program by XLA's rules (`HloCostAnalysis`): every
+instruction reads its operands and writes its result, and a fusion is one instruction; a slice reads only the part that
+it takes, and an update in place writes only the part that it changes; a Pallas kernel costs what its `CostEstimate`
+says. With `loops=False` each body is counted once, as XLA does, and a test compares both counts. One rule differs: for
+a slice that is fetched ahead of its use (`slice-start`) XLA adds twice the whole array; this module adds the slice,
+read and written.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ ELEMENT_BYTES = {
     "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
 }  # fmt: skip
 
-FREE = {
+FREE = {  # opcodes without cost
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "optimization-barrier", "domain", "add-dependency", "copy-done", "send", "send-done", "recv-done",
     "recv", "slice-done", "all-reduce-done", "all-gather-done", "collective-permute-done", "async-done", "async-update",
 }  # fmt: skip
-# One operation per element of the result.
-ELEMENTWISE = {
+ELEMENTWISE = {  # opcodes with one operation per element of the result
     "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "power", "remainder", "compare",
     "select", "and", "or", "xor", "not", "clamp", "round-nearest-afz", "round-nearest-even", "floor", "ceil", "sign",
     "shift-left", "shift-right-logical", "shift-right-arithmetic",
@@ -44,7 +43,7 @@ _OPCODE = re.compile(r"^ ([a-z][\w\-]*)\(")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape: its type, sides, and whether the program keeps it in the chip's scratch memory."""
+    """One array of a shape: its type and sides, and whether the program keeps it in the chip's scratch memory."""
 
     dtype: str
     sides: tuple[int, ...]
@@ -52,27 +51,33 @@ class Array:
 
     @property
     def elements(self) -> int:
+        """The number of elements."""
         return math.prod(self.sides)
 
     @property
     def bytes(self) -> float:
-        return self.elements * ELEMENT_BYTES.get(self.dtype, 0)  # tokens and opaque types: none
+        """The size in bytes."""
+        return self.elements * ELEMENT_BYTES.get(self.dtype, 0)  # tokens and opaque types have 0 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of the text."""
+    """One instruction, a line of the text."""
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # of the result; several for a tuple
+    arrays: tuple[Array, ...]  # the result; several arrays for a tuple
     operands: tuple[str, ...]
-    rest: str  # attributes
+    rest: str  # the attributes
     root: bool
     literal: str = ""
 
     def called(self, attribute: str) -> str:
-        """The computation that an attribute names."""
+        """The name of the computation that an attribute holds.
+
+        Raises:
+          ValueError: the instruction has no such attribute.
+        """
         found = re.search(attribute + r"=%?([\w.\-]+)", self.rest)
         if found is None:
             raise ValueError(f"{self.opcode} {self.name} has no {attribute}")
@@ -80,21 +85,21 @@ class Instruction:
 
     @property
     def origin(self) -> str:
-        """The operation of the traced program that it comes from."""
+        """The operation of the traced program from which the instruction comes."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What one instruction costs in all its runs."""
+    """The cost of one instruction in all its runs."""
 
     instruction: Instruction
     computation: str
     runs: int
     flops: float
     bytes: float
-    hbm_bytes: float  # without what lies in the chip's scratch memory
+    hbm_bytes: float  # bytes without those in the chip's scratch memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +109,17 @@ class Cost:
     flops: float
     bytes: float
     hbm_bytes: float
-    collective_bytes: dict[str, float]  # by kind: bytes of each chip's operands
-    collectives: dict[str, int]  # by kind: how many run
+    collective_bytes: dict[str, float]  # kind -> bytes of each chip's operands
+    collectives: dict[str, int]  # kind -> number of operations
     lines: list[Line]
 
 
 def _balanced(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
+    """The index after the parenthesis that closes the parenthesis at `start`.
+
+    >>> _balanced("f(a(b)c)d", 1)
+    8
+    """
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -143,7 +152,11 @@ def _instruction(line: str) -> Instruction | None:
 
 
 class Program:
-    """The computations of an HLO text."""
+    """The computations of an HLO text.
+
+    Raises:
+      ValueError: the text is not an HLO module.
+    """
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -164,10 +177,10 @@ class Program:
         return next(i for i in self.computations[computation].values() if i.root)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a while loop runs: its known count, or the constant that its counter, from 0, is compared with.
+        """The number of runs of a while loop: its known count, or the constant in its condition (it counts from 0).
 
         Raises:
-          ValueError: the condition is no comparison with a constant.
+          ValueError: the condition is not a comparison with a constant.
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known.group(1))
@@ -181,7 +194,7 @@ class Program:
         return limits[0]
 
     def cost(self, loops: bool = True) -> Cost:
-        """Counts the program; `loops=False` counts a loop's body once, as XLA does."""
+        """The cost of the program; `loops=False` counts the body of a loop once, as XLA does."""
         lines = list(self._walk(self.entry, 1, loops))
         sent: Counter[str] = Counter()
         number: Counter[str] = Counter()
@@ -193,8 +206,8 @@ class Program:
                     a.bytes for operand in line.instruction.operands for a in computation[operand].arrays
                 )
                 number[kind] += line.runs
-        # In fusions: a reduce-scatter is an all-reduce whose result is cut up; and XLA hides some collectives behind
-        # products: a piece of one is in each of several fusions, on one channel.
+        # Collectives in fusions. A reduce-scatter is an all-reduce whose result is cut up. XLA also hides collectives
+        # behind products: each of several fusions then holds a piece of the collective, on one channel.
         hidden: dict[str, tuple[str, float, int]] = {}
         for line in lines:
             if line.instruction.opcode != "fusion":
@@ -231,7 +244,7 @@ class Program:
                 yield from self._walk(i.called("to_apply"), runs, loops)
             elif i.opcode == "async-start":
                 yield from self._walk(i.called("calls"), runs, loops)
-            elif i.opcode == "conditional":  # the dearest branch
+            elif i.opcode == "conditional":  # the branch with the most bytes counts
                 names = re.findall(r"%([\w.\-]+)", i.rest[i.rest.index("_computation") :].split("metadata")[0])
                 branches = [list(self._walk(b, runs, loops)) for b in names if b in self.computations]
                 yield from max(branches, key=lambda lines: sum(line.bytes for line in lines))
@@ -240,7 +253,7 @@ class Program:
                 yield Line(i, name, runs, runs * self._flops(i, computation), runs * moved, runs * on_hbm)
 
     def _bytes(self, i: Instruction, computation: dict[str, Instruction]) -> tuple[float, float]:
-        """(bytes read and written, those of them in HBM)."""
+        """The bytes that an instruction reads and writes, and how many of them are in HBM."""
         estimate = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)', i.rest)
         if i.opcode == "custom-call":
             if estimate:
@@ -256,7 +269,10 @@ class Program:
         elif i.opcode == "dynamic-update-slice":
             update = computation[i.operands[1]].arrays[0]
             parts = [(i.arrays[0], update.bytes), (update, update.bytes)]
-        elif i.opcode in ("copy-start", "slice-start"):  # result: (destination, source, ...) or the other way round
+        elif i.opcode in (
+            "copy-start",
+            "slice-start",
+        ):  # result: (destination, source, ...) or (source, destination, ...)
             source, moved = computation[i.operands[0]].arrays[0], min(a.bytes for a in i.arrays[:2])
             target = next((a for a in i.arrays[:2] if a.on_chip != source.on_chip), source)
             parts = [(source, moved), (target, moved)]
@@ -270,7 +286,7 @@ class Program:
         return sum(b for _, b in parts), sum(b for a, b in parts if not a.on_chip)
 
     def _fusion(self, i: Instruction, computation: dict[str, Instruction]) -> list[tuple[Array, float]]:
-        """(array, bytes moved of it) for each operand and result of a fusion."""
+        """(array, bytes read or written) for each operand and result of a fusion."""
         inner = self.computations[i.called("calls")]
         users: dict[str, list[Instruction]] = {}
         for instruction in inner.values():
@@ -278,7 +294,7 @@ class Program:
                 users.setdefault(operand, []).append(instruction)
 
         def moved(name: str, whole: float) -> float:
-            """What is read of a value: slices of it, or all."""
+            """The bytes that the fusion reads of a value: those of slices, or all."""
             total = 0.0
             for user in users.get(name, []):
                 position = user.operands.index(name)
@@ -289,7 +305,7 @@ class Program:
                 elif user.opcode == "bitcast":
                     total += moved(user.name, whole)
                 elif user.root and user.opcode == "tuple":
-                    pass  # handed through
+                    pass  # returned as it is
                 elif user.opcode == "fusion":
                     total += (
                         moved(user.name, whole) if self._rearranges(user) else self._fusion(user, inner)[position][1]
@@ -305,12 +321,15 @@ class Program:
             parts.append((array, moved(parameters[index].name, sum(a.bytes for a in computation[operand].arrays))))
 
         def written(name: str) -> float:
+            """The bytes that the fusion writes of a result: those of an update in place, or all."""
             value = inner[name]
             if value.opcode == "bitcast":
                 return written(value.operands[0])
             if value.opcode == "dynamic-update-slice":
                 return inner[value.operands[1]].arrays[0].bytes
-            if value.opcode == "parameter" or value.opcode in COLLECTIVES:  # handed through; see Program.cost
+            if (
+                value.opcode == "parameter" or value.opcode in COLLECTIVES
+            ):  # returned as it is, or counted in Program.cost
                 return 0.0
             return sum(a.bytes for a in value.arrays)
 
@@ -319,7 +338,7 @@ class Program:
         return parts + [(array, written(name)) for array, name in zip(i.arrays, results, strict=False)]
 
     def _rearranges(self, fusion: Instruction) -> bool:
-        """Whether a fusion inside another only lays its one operand out anew: a slice of it is a slice of that."""
+        """Whether a fusion only changes the layout of its operand, so that a slice of its result slices the operand."""
         opcodes = {i.opcode for i in self.computations[fusion.called("calls")].values()}
         return opcodes <= {"parameter", "copy", "bitcast"}
 
@@ -346,7 +365,20 @@ class Program:
 
 
 def convolution_flops(lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], attributes: str) -> float:
-    """FLOPs of a convolution, which a matrix product becomes on a TPU; products with padding do not count."""
+    """FLOPs of a convolution without products with padding. On a TPU, matrix products become convolutions.
+
+    Args:
+      lhs: the sides of the input.
+      rhs: the sides of the kernel.
+      out: the sides of the result.
+      attributes: the attributes, with dim_labels and window.
+
+    Raises:
+      ValueError: there are no dim_labels.
+
+    >>> convolution_flops((5, 3), (3, 7), (5, 7), "dim_labels=bf_io->bf")  # 2 * 5 * 3 * 7
+    210.0
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
         raise ValueError(f"a convolution without dim_labels: {attributes[:80]}")

@@ -1,9 +1,9 @@
-"""CRATE-MAE in plain eager PyTorch: the yardstick for the CPU speed of `crate_jax`, never used by the library itself.
+"""CRATE-MAE in plain eager PyTorch, to which the CPU speed of `crate_jax` is compared; the library does not use it.
 
 The module follows Listings 1-3 and equations 2.19-2.21 of "Masked Completion via Structured Diffusion with White-Box
-Transformers" (arXiv 2404.02446) and carries the parameter names of the authors' state_dict, so that weights and
-gradients of their code load and compare directly (tests/test_benchmark_pytorch.py does this). It keeps their choices
-where they cost time, three products in ISTA and hand-written attention, because those are what is timed.
+Transformers" (arXiv 2404.02446) and carries the parameter names of the authors' state_dict, so that weights of
+their code load and gradients compare directly (tests/test_benchmark_pytorch.py does this). It keeps their choices that
+cost time, three products in ISTA and hand-written attention, because their cost is measured.
 
     python -m benchmarks.pytorch_crate --batch 16 --steps 10 --threads 4
 
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK_NORM_EPS = 1e-5  # inside the blocks; PyTorch's default, which the authors keep there
-FINAL_NORM_EPS = 1e-6  # of `norm` and `decoder_norm`
+FINAL_NORM_EPS = 1e-6  # in `norm` and `decoder_norm`
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions [1, 1 + grid^2, width]; the row of the class token is zero.
+    """Fixed 2-D sine-cosine positions (1, 1 + grid^2, width); the row of the class token is zero.
 
     The first half of the channels encodes the column, the second half the row, each as sines followed by cosines.
     """
@@ -44,7 +44,7 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 class PreNorm(nn.Module):
-    """`fn` applied to the layer-normalised tokens [B, N, D]."""
+    """`fn` applied to the layer-normalised tokens (B, N, D)."""
 
     def __init__(self, width: int, fn: nn.Module) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class SubspaceAttention(nn.Module):
 
 
 class Ista(nn.Module):
-    """One non-negative proximal step of sparse coding against `weight` [D, D] (eq. 2.9), with three products."""
+    """One non-negative proximal step of sparse coding against `weight` (D, D) (eq. 2.9), with three products."""
 
     def __init__(self, width: int, lam: float, eta: float) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """g <- E LN(x); x <- g - MSSA(LN(g)) with g itself not normalised (eq. 2.20, as the authors' code has it)."""
+    """g <- E LN(x); x <- g - MSSA(LN(g)) where g itself is not normalised (eq. 2.20, as in the authors' code)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class DecoderBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, 3, S, S] to tokens [B, N, D] by a strided convolution."""
+    """Images (B, 3, S, S) to tokens (B, N, D) by a strided convolution."""
 
     def __init__(self, width: int, patch: int) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class PatchEmbed(nn.Module):
 
 
 class CrateMae(nn.Module):
-    """CRATE-MAE; `forward` maps images [B, 3, S, S] and mask noise [B, N] to the pixel loss on removed patches.
+    """CRATE-MAE; `forward` maps images (B, 3, S, S) and mask noise (B, N) to the pixel loss on removed patches.
 
     `pos_embed` and `decoder_embed` take no part in the computation; they exist in the authors' checkpoints.
     """
@@ -160,14 +160,14 @@ class CrateMae(nn.Module):
         self.decoder_pred = nn.Linear(width, patch * patch * 3)
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to patch pixels [B, N, P] in (row, column, channel) order."""
+        """Images (B, 3, S, S) to patch pixels (B, N, P) in (row, column, channel) order."""
         batch, channels, side, _ = images.shape
         grid, patch = side // self.patch, self.patch
         split = images.reshape(batch, channels, grid, patch, grid, patch)
         return split.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid * grid, patch * patch * channels)
 
     def encode(self, images: Tensor, noise_BN: Tensor | None = None, ratio: float = 0.75) -> tuple[Tensor, Tensor]:
-        """Latent tokens [B, 1 + N, D] and the mask [B, N] (1 = removed); no noise means nothing is removed."""
+        """Latent tokens (B, 1 + N, D) and the mask (B, N) (1 = removed); without noise nothing is removed."""
         x_BND = self.patch_embed(images)
         batch, tokens, width = x_BND.shape
         mask_BN = x_BND.new_zeros(batch, tokens)
@@ -187,7 +187,7 @@ class CrateMae(nn.Module):
         return self.norm(x_BND), mask_BN
 
     def decode(self, latent_BND: Tensor) -> Tensor:
-        """Latent tokens [B, 1 + N, D] to predicted patch pixels [B, N, P]."""
+        """Latent tokens (B, 1 + N, D) to predicted patch pixels (B, N, P)."""
         x_BND = latent_BND
         for block in self.decoder_blocks:
             x_BND = block(x_BND)
@@ -202,14 +202,14 @@ class CrateMae(nn.Module):
 def build(
     width: int = 384, heads: int = 6, depth: int = 12, image: int = 224, patch: int = 16, lam: float = 0.5
 ) -> CrateMae:
-    """The model to time; the defaults are CRATE-MAE-Ti (12 encoder and 12 decoder blocks) at 224 pixels."""
+    """The model to measure; the defaults are CRATE-MAE-Ti (12 encoder and 12 decoder blocks) at 224 pixels."""
     return CrateMae(width, heads, depth, image, patch, lam)
 
 
 def make_step(model: CrateMae, images: Tensor, learning_rate: float = 3e-5) -> Callable[[], float]:
-    """A function that runs one whole training step on `images` and returns the loss.
+    """Makes the function that runs one whole training step on `images` (B, 3, S, S) and returns the loss.
 
-    One step is: fresh mask noise, forward, backward and AdamW with betas (0.9, 0.95) and weight decay 0.1.
+    One step draws new mask noise, and runs forward, backward and AdamW with betas (0.9, 0.95) and weight decay 0.1.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -226,7 +226,11 @@ def make_step(model: CrateMae, images: Tensor, learning_rate: float = 3e-5) -> C
 
 
 def time_steps(step: Callable[[], float], steps: int, warmup: int = 2) -> list[float]:
-    """Milliseconds of each of `steps` calls, after `warmup` calls that are not counted."""
+    """Milliseconds of each of `steps` calls, after `warmup` calls that are not counted.
+
+    Raises:
+      FloatingPointError: a loss is NaN or infinite.
+    """
     for _ in range(warmup):
         step()
     milliseconds = []
@@ -235,7 +239,7 @@ def time_steps(step: Callable[[], float], steps: int, warmup: int = 2) -> list[f
         loss = step()
         milliseconds.append(1e3 * (time.perf_counter() - start))
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}; a diverged run is not a valid timing")
+            raise FloatingPointError(f"the loss is {loss}; it must be finite for a valid timing")
     return milliseconds
 
 

@@ -1,4 +1,4 @@
-"""The least time that a program can take on a TPU, from its FLOPs and bytes and the chip's published figures."""
+"""The shortest time that a program can take on a TPU, from its FLOPs and bytes and the chip's published figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crate_jax.errors import UserError
 class Chip:
     """Published figures of one chip."""
 
-    flops: float  # per second, bfloat16
+    flops: float  # bfloat16 operations per second
     bandwidth: float  # bytes of HBM per second
     hbm: float  # bytes
     source: str
@@ -28,19 +28,29 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> tuple[Chip, int]:
-    """The chip and the number of chips of a topology such as v5e:16x16.
+    """The chip of a topology such as v5e:16x16, and the number of chips.
 
     Raises:
-      UserError: it is not of that form, or its figures are not known here.
+      UserError: the topology has another form, or the chip is not in CHIPS.
+
+    >>> chip_of("v5e:4x8")[1]
+    32
     """
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
     if match is None or match.group(1) not in CHIPS:
-        raise UserError(f"--topology={topology}: takes a chip ({', '.join(CHIPS)}) and a shape, such as v5e:4x4")
+        raise UserError(f"--topology={topology}: must be a chip ({', '.join(CHIPS)}) and a shape, such as v5e:4x4")
     return CHIPS[match.group(1)], math.prod(int(side) for side in match.group(2).split("x"))
 
 
 def roofline(chip: Chip, flops: float, moved: float, images: float) -> dict[str, Any]:
-    """What bounds a step of `flops` and `moved` bytes, and how many images per second that bound allows."""
+    """The bound on a step of `flops` and `moved` bytes, and the images per second that the bound allows.
+
+    Args:
+      chip: the chip's figures.
+      flops: FLOPs of a step per chip.
+      moved: bytes that a step moves per chip.
+      images: images of a step per chip.
+    """
     compute, memory = flops / chip.flops, moved / chip.bandwidth
     return {
         "flop_time_ms": compute * 1e3,

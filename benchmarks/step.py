@@ -1,12 +1,11 @@
-"""Measures the train step of a config: the real one, jitted, donated, on all local devices.
+"""Measures the train step of a config as training runs it: jitted, with donated state, on all local devices.
 
     python -m benchmarks.step --config=configs/crate_mae.py:variant=Ti --batch=16 [--config.KEY=VALUE ...]
 
-Prints one JSON object. `model_flops_per_image` counts the matrix products of encoder and decoder,
-forward and backward, from the traced program (recomputation by remat is not counted); the matmul
-peak is measured here, on this device, with a large square product of the same type. With
-`--telemetry`, `telemetry_ms` is one call on config.whitebox.images images and `telemetry_share` what
-it adds to a step on average, once in config.whitebox.every steps.
+Prints one JSON object. `model_flops_per_image` counts the matrix products of encoder and decoder in the traced program,
+forward and backward, without recomputation by remat. `matmul_peak_flops` is measured on this device, with a large
+square product of the same type. With `--telemetry`, `telemetry_ms` is the time of one call on config.whitebox.images
+images, and `telemetry_share` is its average share of a step, as it runs once in config.whitebox.every steps.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ from crate_jax.training import step as train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Images per step.", lower_bound=1)
-_TELEMETRY = flags.DEFINE_bool("telemetry", False, "Also time config.whitebox's telemetry, and its share of a step.")
+_TELEMETRY = flags.DEFINE_bool(
+    "telemetry", False, "Also measure the telemetry of config.whitebox, and its share of a step."
+)
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 
 
 def matmul_peak(dtype: str, mesh: Mesh) -> float:
-    """FLOP/s of square matrix products, one on each device of the mesh at once, the best of several."""
+    """FLOP/s of square matrix products, one on each device of the mesh at the same time, the best of ten timings."""
     side = 2048 if mesh.devices.flat[0].platform == "cpu" else 8192
     shape, rows = (mesh.size, side, side), sharding.split(mesh)
     a = jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype)), out_shardings=rows)()
@@ -50,7 +51,7 @@ def matmul_peak(dtype: str, mesh: Mesh) -> float:
 
 
 def matmul_flops(jaxpr: Any) -> int:
-    """FLOPs of all matrix products in a traced program, loops multiplied out."""
+    """FLOPs of all matrix products in a traced program; each run of a loop counts."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -66,7 +67,7 @@ def matmul_flops(jaxpr: Any) -> int:
 
 
 def telemetry_cost(config: ConfigDict, params: Any, mesh: Mesh, step_seconds: float) -> dict[str, Any]:
-    """Times one call, as the training loop makes it: images split over the devices, results on the host."""
+    """Times one call of telemetry as the training loop makes it: images split over devices, results on the host."""
     shape = (config.whitebox.images, *config.data.image_size, 3)
     images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
     measure = train.telemetry(config, images, mesh)

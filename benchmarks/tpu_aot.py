@@ -1,16 +1,15 @@
-"""Compiles the train step of a config for a TPU slice, without one, and says what it costs per chip.
+"""Compiles the train step of a config for a TPU slice on a machine without TPUs, and prints the cost per chip.
 
     pip install "crate-jax[tpu]"
     python -m benchmarks.tpu_aot --topology=v5e:16x16 --config=configs/crate_mae.py:variant=B [--config.KEY=VALUE ...]
 
-The step is the one that training runs; libtpu's compiler runs on this machine's CPU. Prints one JSON
-object. `flops_per_chip` and `bytes_per_chip` follow XLA's rules with loops multiplied out
-(:mod:`benchmarks.hlo_cost`): bytes are what the instructions read and write, also where the compiler
-keeps an array in the chip's scratch memory (VMEM). `hbm_traffic_per_chip` leaves those out.
-`hbm_bytes_per_chip` is memory: arguments and temporaries. The roofline takes the larger of
-FLOPs / peak and bytes / bandwidth; it is a bound, not a measurement, and leaves the links between
-chips out, whose bytes stand in `collective_bytes_per_chip`. `--hlo=FILE` writes the compiled program,
-`--top=N` the N instructions that move most on stderr.
+The step is the one that training runs; libtpu's compiler runs on this machine's CPU. Prints one JSON object.
+`flops_per_chip` and `bytes_per_chip` follow XLA's rules, with each run of a loop counted (:mod:`benchmarks.hlo_cost`):
+the bytes are those that the instructions read and write, also where the compiler keeps an array in the chip's scratch
+memory (VMEM). `hbm_traffic_per_chip` leaves scratch memory out. `hbm_bytes_per_chip` is the memory for arguments and
+temporaries. The roofline is the larger of FLOPs / peak and bytes / bandwidth. It is a bound, not a measurement, and it
+does not include the links between chips, whose bytes are in `collective_bytes_per_chip`. `--hlo=FILE` writes the
+compiled program; `--top=N` prints the N instructions that move the most bytes on stderr.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Before jax: libtpu must neither look for a metadata server nor for chips, and JAX must not start on them.
+# Set before jax is imported: libtpu must not look for a metadata server or for chips, and JAX must not use chips.
 os.environ.update(
     {
         "JAX_PLATFORMS": "cpu",
@@ -35,7 +34,7 @@ os.environ.update(
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip to fight over: several may compile at once
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once, as they share no chip
     }
 )
 
@@ -57,7 +56,7 @@ from crate_jax.training import step as train_step
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what libtpu says about the chips that are not there off stderr."""
+    """Hides libtpu's messages about missing chips from stderr."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -70,10 +69,10 @@ def _quiet() -> Iterator[None]:
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a slice that is not there.
+    """Descriptions of the devices of a slice, for the compiler.
 
     Raises:
-      UserError: libtpu is missing, or it knows no such slice.
+      UserError: libtpu is not installed, or it does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed, and it holds the compiler for TPUs: pip install 'crate-jax[tpu]'")
@@ -85,7 +84,7 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
-    """The train step of a validated config, traced for these devices; no array is made."""
+    """The train step of a validated config, traced for these devices without making an array."""
     mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices, config.mesh.data, config.mesh.model)
     method = method_of(config)
     recipe = train_step.make_recipe(config, method, 100 * config.batch_size)
@@ -96,7 +95,7 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
 
 
 def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles.
+    """Compiles the step.
 
     Raises:
       UserError: the chip has too little memory for the step.
@@ -112,7 +111,7 @@ def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def report(compiled: jax.stages.Compiled, chip: Chip, images: int) -> tuple[dict[str, Any], hlo_cost.Cost]:
-    """What a compiled step costs per chip and step; `images` of them are on each chip."""
+    """The cost of a compiled step per chip, and the roofline; `images` is the number of images on each chip."""
     memory = compiled.memory_analysis()
     cost = hlo_cost.Program(compiled.as_text()).cost()
     hbm = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -134,7 +133,7 @@ def report(compiled: jax.stages.Compiled, chip: Chip, images: int) -> tuple[dict
 
 
 def show_top(cost: hlo_cost.Cost, count: int) -> None:
-    """Prints the instructions that move most bytes, one line each, on stderr."""
+    """Prints the `count` instructions that move the most bytes on stderr, one line each."""
     for line in sorted(cost.lines, key=lambda line: -line.bytes)[:count]:
         arrays = ", ".join(f"{a.dtype}{list(a.sides)}" for a in line.instruction.arrays[:3])
         print(
@@ -150,11 +149,11 @@ def define_flags() -> None:
     flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, such as v5e:16x16 or v5p:2x2x2.")
     flags.DEFINE_integer("batch_per_chip", 128, "Images per step on each chip.", lower_bound=1)
     flags.DEFINE_string("hlo", "", "File for the text of the compiled program.")
-    flags.DEFINE_integer("top", 0, "How many of the instructions that move most to list.", lower_bound=0)
+    flags.DEFINE_integer("top", 0, "How many instructions to list, those that move the most bytes.", lower_bound=0)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Absl's parser, but a bad flag, config file or key is one line and status 2."""
+    """Parses flags as absl does, but a bad flag, config file or key gives one line and status 2."""
     try:
         rest = flags.FLAGS(list(argv))
         if flags.FLAGS.config is None:
@@ -162,7 +161,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
-    except Exception as e:  # whatever a config file or an override raises is the user's to mend
+    except Exception as e:  # errors of a config file or an override are the user's errors
         fail(e)
 
 
@@ -180,7 +179,9 @@ def main(_: list[str]) -> None:
         validate(config)
         devices = topology_devices(given.topology)
         lowered = lower_step(config, devices)
-        with open(given.hlo or os.devnull, "w", encoding="utf-8") as file:  # before the minutes of compiling
+        with open(
+            given.hlo or os.devnull, "w", encoding="utf-8"
+        ) as file:  # opened before compiling, which takes minutes
             start = time.perf_counter()
             compiled = compile_step(lowered)
             seconds = time.perf_counter() - start

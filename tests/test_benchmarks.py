@@ -86,7 +86,7 @@ def test_alignment_predicts_ranks_gains_against_accuracies(tmp_path, capsys):
     fake_run(tmp_path / "sweep" / "other", 0.5, 0, 0.5, depth=3)
     with pytest.raises(SystemExit, match="differs from .* in more than its corruption: encoder.depth: 12 -> 3"):
         alignment_predicts.main(arguments)
-    with pytest.raises(SystemExit, match="holds the summary.json of a finished run"):
+    with pytest.raises(SystemExit, match="holds no summary.json of a finished run"):
         alignment_predicts.main([*arguments[:2], str(tmp_path / "images")])
 
 

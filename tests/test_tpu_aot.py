@@ -279,7 +279,7 @@ def command(cli_env, *args: str) -> subprocess.CompletedProcess[str]:
     [
         (
             ["--config=configs/crate_mae.py:debug", "--topology=v9:2x2"],
-            "--topology=v9:2x2: takes a chip (v5e, v5p, v6e) and a shape, such as v5e:4x4",
+            "--topology=v9:2x2: must be a chip (v5e, v5p, v6e) and a shape, such as v5e:4x4",
         ),
         pytest.param(
             ["--topology=v5e:4x4"],
