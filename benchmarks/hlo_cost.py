@@ -269,10 +269,7 @@ class Program:
         elif i.opcode == "dynamic-update-slice":
             update = computation[i.operands[1]].arrays[0]
             parts = [(i.arrays[0], update.bytes), (update, update.bytes)]
-        elif i.opcode in (
-            "copy-start",
-            "slice-start",
-        ):  # result: (destination, source, ...) or (source, destination, ...)
+        elif i.opcode in ("copy-start", "slice-start"):  # result: destination and source, in either order
             source, moved = computation[i.operands[0]].arrays[0], min(a.bytes for a in i.arrays[:2])
             target = next((a for a in i.arrays[:2] if a.on_chip != source.on_chip), source)
             parts = [(source, moved), (target, moved)]
@@ -327,9 +324,7 @@ class Program:
                 return written(value.operands[0])
             if value.opcode == "dynamic-update-slice":
                 return inner[value.operands[1]].arrays[0].bytes
-            if (
-                value.opcode == "parameter" or value.opcode in COLLECTIVES
-            ):  # returned as it is, or counted in Program.cost
+            if value.opcode == "parameter" or value.opcode in COLLECTIVES:  # not written, or counted in Program.cost
                 return 0.0
             return sum(a.bytes for a in value.arrays)
 
