@@ -286,6 +286,11 @@ def _settings(subjects: Sequence[Subject]) -> Table | None:
 
 
 def _value(value: Any) -> str | float | int | None:
+    """A config value as a cell of a table.
+
+    >>> _value([1, ""]), _value([]), _value(True)
+    ('1, ""', '()', 'True')
+    """
     if isinstance(value, list):
         return ", ".join(str(_value(v)) for v in value) or "()"
     if isinstance(value, str):
@@ -294,10 +299,10 @@ def _value(value: Any) -> str | float | int | None:
 
 
 def pictures(subjects: Sequence[Subject]) -> Section:
-    """The newest grid of each kind that each run drew.
+    """The section with the newest picture of each kind of each run.
 
     Raises:
-      DataError: none drew any.
+      DataError: no run has pictures.
     """
     figures = []
     for s in subjects:

@@ -72,7 +72,7 @@ def of_images(
     """
     sums = exact_sums(batches, classes, mesh)
     if sums is None:
-        raise DataError(f"{name}: there are no images to take second moments of")
+        raise DataError(f"{name}: there are no images, so there are no second moments")
     gram_DD, cross_CD, counts_C = sums
     count, D = float(counts_C.sum()), len(gram_DD)
     kept = counts_C > 0

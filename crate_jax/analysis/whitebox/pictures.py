@@ -159,7 +159,7 @@ def token_components(
     if centred:
         x_BhwD = x_BhwD - x_BhwD.mean((0, 1, 2))
     part_Bhw = x_BhwD @ _components(x_BhwD.reshape(-1, x_BhwD.shape[-1]), 1)[:, 0]
-    if part_Bhw.sum() < 0:  # a component has no sign of its own
+    if part_Bhw.sum() < 0:  # the sign of a component is arbitrary
         part_Bhw = -part_Bhw
     if threshold is not None:
         object_Bhw = part_Bhw >= threshold * part_Bhw.max()
