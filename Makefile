@@ -85,6 +85,7 @@ mutate: $(VENV)/.installed-test ## break the code, one place at a time: each row
 	@$(BIN)/python -m tests.mutate $(ARGS)
 
 docs: $(VENV)/.installed-test ## write the generated pages anew: all keys, all bad inputs
+	@mkdir -p .cache
 	@$(BIN)/python -m tests.config_page > .cache/page && mv .cache/page docs/config.md
 	@$(BIN)/python -m tests.bad_inputs > .cache/page && mv .cache/page docs/bad_inputs.md
 

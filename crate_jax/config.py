@@ -287,6 +287,12 @@ def parts(config: ConfigDict, params: Mapping[str, Any] | None = None) -> tuple[
     return METHODS[method_name(config)].parts
 
 
+def is_read(config: ConfigDict, key: str, params: Mapping[str, Any] | None = None) -> bool:
+    """Whether a config reads the section of a key such as ``corruption.mask_ratio``; see :func:`parts`."""
+    section = key.partition(".")[0]
+    return section not in SOME_METHODS_READ or section in parts(config, params)
+
+
 def validate(config: ConfigDict, read: Sequence[str] | None = None) -> None:
     """Checks everything that can be checked without data or devices.
 

@@ -20,7 +20,6 @@ from absl import app
 
 from crate_jax import main as jobs
 from crate_jax.convert import __main__ as convert
-from crate_jax.jobs import report as _  # noqa: F401  (main imports it only for the job)
 
 SECONDS = 300
 

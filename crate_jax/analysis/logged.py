@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Plot
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from crate_jax.config import base, has_effect, parts
+from crate_jax.config import base, has_effect, is_read, parts
 from crate_jax.errors import DataError
 from crate_jax.parallel import parameters
 from crate_jax.report.section import Figure, Section, Subject, Table
@@ -275,7 +275,8 @@ def _settings(subjects: Sequence[Subject]) -> Table | None:
     flat = {s.name: flatten(s.config) for s in subjects}
     if len(flat) == 1:
         flat["default"] = flatten(base())
-    keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if has_effect(k))
+    read = {k for s in subjects for k in flat[s.name] if has_effect(k) and is_read(s.config, k, s.params)}
+    keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if k in read)
     differing = [k for k in keys if len({repr(f.get(k)) for f in flat.values()}) > 1]
     rows = [(k, *(_value(f.get(k)) for f in flat.values())) for k in differing]
     if not rows:

@@ -19,16 +19,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from crate_jax.config import KEYS, base, has_effect, validate
+from crate_jax.config import KEYS, base, has_effect, is_read, validate
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.jobs import sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
-from crate_jax.training import optimizer, orthogonality
-from crate_jax.training.step import init_params
+from crate_jax.training.step import make_recipe
 from crate_jax.validation import changed_keys, flatten
 from crate_jax.workdir.folder import lock
 
@@ -88,6 +86,10 @@ def _check_key(config: ConfigDict, key: str) -> None:
         close = difflib.get_close_matches(key, allowed, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "write it as in --config.KEY, such as encoder.lam"
         raise ConfigError(f"config.sweep.key={key!r}: there is no such key to sweep; {hint}")
+    if not is_read(config, key):
+        raise ConfigError(
+            f"config.sweep.key={key!r}: has no effect, config.method={config.method!r} does not read config.{key}"
+        )
     if key in KEYS and KEYS[key].read_by:
         chooser, *readers = KEYS[key].read_by
         if flat[chooser] not in readers:
@@ -138,11 +140,9 @@ def _named(setting: Setting, check: Any) -> None:
 
 
 def _check_parts(config: ConfigDict) -> None:
-    """What a run would only find out at its start: devices, schedule, patterns of the penalty."""
+    """Raises what a run would raise at its start: about devices, the schedule, patterns, micro-batches."""
     sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
-    optimizer.schedule(config, config.steps or 10**9, 0.0)
-    method = train.method_of(config)
-    orthogonality.build(config, jax.eval_shape(lambda: init_params(config, method)[0]))
+    make_recipe(config, train.method_of(config), images=1)  # so few that no warm-up in epochs seems too long
 
 
 def _is_finished(folder: Path, setting: Setting) -> bool:

@@ -45,7 +45,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
     "segment": SegmentationEvaluation,
 }
 # Of a config, what a score depends on: with another value it is another run.
-TASK = ("seed:", "method:", "init_from:", "protocol.name:", "protocol.scratch:")
+TASK = ("seed:", "init_from:", "protocol.name:", "protocol.scratch:")
 
 
 def method_of(config: ConfigDict, source: data.Source | None = None) -> Method:

@@ -97,6 +97,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         adopt=adopt_encoder,
         loss=loss,
         features=scores,
+        frozen=options.freeze,
     )
 
 

@@ -51,7 +51,7 @@ class Method:
 
     Attributes:
       inputs: the entries of a batch that the loss reads: ``image`` uint8 (b, H, W, 3), ``label`` int32 (b,), ``mask``
-        int16 (b, H, W).
+        int16 (b, H, W), ``index`` int32 (b,), the image's place in the training set.
       init: (key, start) -> (params, carried). `start` is a function that takes the random parameters and returns the
         parameters to begin with: the same, or others with the encoder of another run. `init` must copy a target network
         from what `start` returns.
@@ -59,6 +59,7 @@ class Method:
         Raises CheckpointError if they do not fit.
       loss: (params, carried, batch, keys (b,)) -> (scalar, (carried, scalars to log)). There is one key per image, so
         that micro-batches draw what the whole batch would draw. The step adds the penalty, not this function.
+        What depends on the progress of the run, such as a temperature, is an entry of `carried` that `after` sets.
       after: (params, carried, progress) -> (params, carried). The step calls it once per update, with the new
         parameters.
       judged: (params, carried) -> the parameters that evaluations, reports, exports and ``init_from`` read, with the
@@ -68,6 +69,7 @@ class Method:
         into micro-batches (``config.accumulate``).
       features: (judged, images uint8 (b, H, W, 3)) -> what the job's evaluation reads: features or class scores
         (b, D) float32, or the class of each pixel, int32 (b, H, W). The images are not corrupted.
+      frozen: whether the encoder gets no update.
       columns: the captions of the arrays that `pictures` returns, from left to right; empty: there are no pictures.
       pictures: (judged, batch, keys (b,)) -> one (b, H, W, 3) array in 0..1 per column. The batch holds `inputs` of
         some of the evaluation's images.
@@ -83,6 +85,7 @@ class Method:
     judged: Callable[[Params, Carried], Params] = online
     averaged: tuple[str, ...] = ()
     mean_over_images: bool = True
+    frozen: bool = False
     columns: tuple[str, ...] = ()
     pictures: Callable[[Params, Batch, jax.Array], tuple[jax.Array, ...]] | None = None
     pictures_name: str = "reconstruction"

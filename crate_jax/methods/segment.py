@@ -120,6 +120,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         adopt=functools.partial(adopt_encoder, grid=grid_shape(size, config.encoder.patch_size)),
         loss=loss,
         features=predict,
+        frozen=config.finetune.freeze,
         columns=COLUMNS,
         pictures=draw,
         pictures_name="segmentation",

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -187,6 +188,7 @@ class Loop:
         self.nonfinite = nonfinite.Watch(config, folder, source, **counted)
         self._signal: int | None = None  # a signal that came to any process; all processes know it
         self._train_step = make_train_step(config, method, self._recipe, mesh)
+        self._judged_names = self.state.judged_names(method)  # fails now, not at the first save, if `judged` computes
         self._log_layout()
 
     def _begin(
@@ -337,7 +339,11 @@ class Loop:
         if isinstance(observation, Picture):
             return {"path": self._writer.write_image(step, observation.name, observation.pixels)}
         found = dict(observation or {})
-        numbers = {name: value for name, value in found.items() if isinstance(value, float)}
+        numbers = {
+            name: float(value)
+            for name, value in found.items()
+            if isinstance(value, Real) and not isinstance(value, bool)
+        }
         if numbers:  # a curve over the steps needs numbers, not lists or None
             self._writer.write(step, numbers)
         return found
@@ -403,12 +409,12 @@ class Loop:
     def _save(self, step: int) -> None:
         # A step computes its loss before its update, so a finite loss does not mean finite weights.
         if not all_finite((self.state.params, self.state.rest())):
-            raise self._non_finite(f"the weights or the optimiser's state are not finite after step {step}")
+            raise self._non_finite(f"the weights or the rest of the state are not finite after step {step}")
         meta = {
             "config": self.config.to_dict(),
             "data": self.source.fingerprint(),
             "record": self.record,
             "origin": self.origin,
-            "judged": self.state.judged_names(self.method),
+            "judged": self._judged_names,
         }
         self._checkpoints.save(step, self.state.params, self.state.rest(), meta)

@@ -174,7 +174,7 @@ OPTIMIZERS = {"adamw": _adamw, "lars": _lars, "lion": _lion}
 
 
 def build(
-    config: ConfigDict, params: Any, total_steps: int, steps_per_epoch: float
+    config: ConfigDict, params: Any, total_steps: int, steps_per_epoch: float, frozen: bool = False
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds gradient clipping, the optimiser and its schedule, as config.optimizer says.
 
@@ -183,6 +183,7 @@ def build(
       params: the parameter tree, or its shapes from jax.eval_shape.
       total_steps: optimiser steps of the run.
       steps_per_epoch: optimiser steps per pass over the data.
+      frozen: whether the encoder gets no update.
 
     Returns:
       the transformation, whose state has the parameters' dtype (float32), and the schedule.
@@ -194,8 +195,8 @@ def build(
     learning_rate = schedule(config, total_steps, steps_per_epoch)
     selected = frozenset(decayed(config, params))
     optimizer = OPTIMIZERS[options.name](options, learning_rate, lambda tree: parameters.mask(tree, selected))
-    if options.layer_decay < 1 or config.finetune.freeze:
-        optimizer = optax.chain(optimizer, scale_by_layer(params, options.layer_decay, config.finetune.freeze))
+    if options.layer_decay < 1 or frozen:
+        optimizer = optax.chain(optimizer, scale_by_layer(params, options.layer_decay, frozen))
     if options.clip_norm > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
     return optimizer, learning_rate

@@ -110,7 +110,7 @@ def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
         )
     shapes = jax.eval_shape(lambda: init_params(config, method)[0])
     total, per_epoch = total_steps(config, images)
-    tx, schedule = optimizer.build(config, shapes, total, per_epoch)
+    tx, schedule = optimizer.build(config, shapes, total, per_epoch, method.frozen)
     return Recipe(tx, schedule, orthogonality.build(config, shapes), total, per_epoch)
 
 

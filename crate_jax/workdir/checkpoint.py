@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from crate_jax.errors import CheckpointError
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
+from crate_jax.validation import flatten
 from crate_jax.workdir import checkpoint_files as files
 from crate_jax.workdir.folder import check_free_space, expanduser
 
@@ -158,7 +159,8 @@ class Checkpoints:
                 problems[step] = _warn_unusable(step, folder, e)
                 continue
             self._set_aside(problems)
-            changed = files.changes(meta, config)
+            known = flatten(meta["config"])  # a key that came later had no other value than its default
+            changed = [change for change in files.changes(meta, config) if change.partition(":")[0] in known]
             if changed:
                 log.warning("resuming step %d with a changed config: %s", step, "; ".join(changed))
             params = jax.tree.unflatten(jax.tree.structure(abstract_params), read["params"].values())

@@ -13,7 +13,8 @@ import pytest
 
 from crate_jax.convert import pretrained
 from crate_jax.errors import ConfigError
-from crate_jax.jobs import train
+from crate_jax.evals.protocols import PROTOCOLS
+from crate_jax.jobs import evaluate, train
 from crate_jax.methods import METHODS, Row, reconstruction
 from crate_jax.parallel import sharding
 from crate_jax.parallel.parameters import names
@@ -159,16 +160,15 @@ def test_a_run_resumes_with_what_it_carried(in_the_table, tmp_path):
     train.run(half, str(tmp_path / "half"))
     resumed = train.run(rest, str(tmp_path / "half"))
     assert resumed["params_sha256"] == constant["params_sha256"] != whole["params_sha256"]
-    for judged in (False, True):
-        one, two = (checkpoint.read_params(tmp_path / name, judged=judged)[0] for name in ("half", "constant"))
-        chex.assert_trees_all_equal(one, two)
+    one, two = (meta(tmp_path / name, 4) for name in ("half", "constant"))
+    assert one["arrays"] == two["arrays"]  # with checksums: also what the loss does not read
 
 
 def test_judged_is_what_others_read(in_the_table, tmp_path):
-    """Of a checkpoint: the target, not the encoder that gradients train; a damaged target is noticed."""
+    """Of a checkpoint: the target, not the encoder that gradients train. Its arrays have checksums."""
     train.run(tiny(), str(tmp_path / "run"))
     online = checkpoint.read_params(tmp_path / "run")[0]
-    judged, meta = checkpoint.read_params(tmp_path / "run", judged=True)
+    judged, about = checkpoint.read_params(tmp_path / "run", judged=True)
     loaded = pretrained.load(str(tmp_path / "run"), "config.init_from")
     chex.assert_trees_all_equal(loaded.params, judged)
     chex.assert_trees_all_equal(judged["decoder"], online["decoder"])
@@ -177,19 +177,53 @@ def test_judged_is_what_others_read(in_the_table, tmp_path):
     for key in kernel:
         a, b = a[key], b[key]
     assert not np.allclose(a, b)
-    assert meta["judged"]["/".join(kernel)] == "rest/carried/target/embedding/patch_embed/kernel"
-    assert any(name.startswith("carried/target/") and e["checksum"] for name, e in meta["arrays"]["rest"].items())
+    assert about["judged"]["/".join(kernel)] == "rest/carried/target/embedding/patch_embed/kernel"
+    assert any(name.startswith("carried/target/") and e["checksum"] for name, e in about["arrays"]["rest"].items())
 
 
 def test_a_run_that_starts_from_another_copies_its_encoder_to_the_target(in_the_table, tmp_path):
+    """Through the whole job: after one step without effect the target is what the first run's was."""
     train.run(tiny(), str(tmp_path / "first"))
-    c = tiny(init_from=str(tmp_path / "first"), seed=3)
-    method = with_target(c)
-    encoder = pretrained.load(c.init_from, "config.init_from").params["encoder"]
+    c = tiny(init_from=str(tmp_path / "first"), seed=3, steps=1)
+    c.optimizer.lr, c.optimizer.weight_decay = 1e-30, 0.0
+    summary = train.run(c, str(tmp_path / "second"))
+    first, second = (checkpoint.read_params(tmp_path / name, judged=True)[0] for name in ("first", "second"))
+    chex.assert_trees_all_close(second["encoder"], first["encoder"], rtol=1e-6, atol=1e-8)
+    assert summary["checkpoint"] == f"step 4 of {tmp_path / 'first'}"
+
+
+def test_a_target_is_judged_by_the_jobs_that_take_an_encoder(in_the_table, tmp_path):
+    """An evaluation reads the target: the digest that it records is that of the judged parameters."""
+    train.run(tiny(), str(tmp_path / "run"))
+    c = tiny(job="evaluate", checkpoint=str(tmp_path / "run"))
+    c.data.source, c.protocol.name, c.evaluation.train_images = "digits", "knn", 200
+    with c.unlocked():
+        c.protocol.update({name: key.default for name, key in PROTOCOLS["knn"].keys.items()})
+    record = evaluate.run(c, str(tmp_path / "judged"))
+    judged = checkpoint.read_params(tmp_path / "run", judged=True)[0]
+    assert record["checkpoint_sha256"] == checkpoint.params_sha256(judged)
+    assert record["checkpoint_sha256"] != checkpoint.params_sha256(checkpoint.read_params(tmp_path / "run")[0])
+
+
+def test_carried_lies_as_the_parameters_do_on_a_model_axis(monkeypatch):
+    """A target's kernel is split where its parameter is, at the start, after a step and for a restore."""
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 1)
+    c = small()
+    c.optimizer.ema = 0.8
+    method = dataclasses.replace(with_target(c), averaged=("target",))
+    mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:4], data=2, model=2)
     recipe = train_step.make_recipe(c, method, 160)
-    fresh = train_step.init_state(c, method, recipe)
-    state = train_step.init_state(c, method, recipe, method.adopt(fresh.params, {"encoder": encoder}, "test"))
-    chex.assert_trees_all_equal(jax.device_get(state.carried["target"]), encoder)
+    state = train_step.make_init(c, method, recipe, mesh)()
+    step = train_step.make_train_step(c, method, recipe, mesh)
+    for _ in range(2):
+        ours, targets, averages = (
+            names(tree) for tree in (state.params["encoder"], state.carried["target"], state.ema_carried["target"])
+        )
+        split = [name for name, x in ours.items() if not x.sharding.is_fully_replicated]
+        assert any("kernel" in name for name in split)
+        for name in split:
+            assert targets[name].sharding == averages[name].sharding == ours[name].sharding, name
+        state, _ = step(state, sharding.put_batch({"image": images(0, c.batch_size)}, mesh))
 
 
 def test_the_state_of_the_penalty_is_found_under_its_old_name(tmp_path, monkeypatch):
@@ -209,6 +243,9 @@ def test_the_state_of_the_penalty_is_found_under_its_old_name(tmp_path, monkeypa
     with monkeypatch.context() as old:
         old.setattr(checkpoint.Checkpoints, "save", as_before)
         train.run(c, str(tmp_path / "old"))
-    meta = json.loads((tmp_path / "old" / "checkpoints" / "2" / "meta" / "metadata").read_text())["body"]
-    assert any(name.startswith("objective/") for name in meta["arrays"]["rest"])
+    assert any(name.startswith("objective/") for name in meta(tmp_path / "old", 2)["arrays"]["rest"])
     assert train.run(longer, str(tmp_path / "old"))["params_sha256"] == whole["params_sha256"]
+
+
+def meta(workdir, step: int) -> dict:
+    return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["body"]

@@ -200,7 +200,7 @@ def _bands_together(
         errors = bands.errors_of(subject.config, side)
         found_by_step = []
         for step in steps:
-            params = checkpoint.read_params(subject.workdir, step)[0]
+            params = checkpoint.read_params(subject.workdir, step, judged=True)[0]
             found_by_step.append(
                 bands.reconstruction_by_band(subject.config, params, test_images, components, edges, errors)
             )

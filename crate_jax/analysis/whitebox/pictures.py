@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax.data.pixels import normalise
+from crate_jax.errors import ConfigError
 from crate_jax.methods.reconstruction import reconstruct
 from crate_jax.models import autoencoder, corruption as corruptions, prefix_tokens, representation
 from crate_jax.models.layers import BLOCK_EPS, FINAL_EPS, layer_norm
@@ -106,7 +107,12 @@ def class_attention(
       params: the parameters ``encoder``.
       images_uint8: images (B, height, width, 3).
       block: the block, counted from 0; None: the penultimate block.
+
+    Raises:
+      ConfigError: the encoder has no class token.
     """
+    if not prefix_tokens(config):
+        raise ConfigError(f"config.encoder.name={config.encoder.name!r}: has no class token, whose attention is shown")
     block = penultimate(config) if block is None else block
     grid = grid_shape(config.data.image_size, config.encoder.patch_size)
     query, key = queries_and_keys(config, params, images_uint8, block)
