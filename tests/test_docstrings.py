@@ -8,7 +8,7 @@ import pkgutil
 
 import crate_jax
 
-MIN_EXAMPLES = 8
+MIN_EXAMPLES = 20
 
 
 def test_the_examples_of_all_modules_hold():

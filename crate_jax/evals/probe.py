@@ -20,6 +20,8 @@ import optax
 
 from crate_jax.evals.features import check_labelled
 
+log = logging.getLogger(__name__)
+
 HIGHEST = jax.lax.Precision.HIGHEST  # TF32 or bfloat16 products would stall the line search
 MAX_FLAT = 5  # after so many iterations without a fall of the loss above float32's rounding, it is at its minimum
 
@@ -34,7 +36,7 @@ class LinearProbe(NamedTuple):
       std: deviations of the training features, float32 (D,); 1 if features are not standardised; infinite for a
         constant feature.
       iterations: number of L-BFGS iterations.
-      converged: whether the tolerance was reached.
+      converged: whether the gradient fell to the tolerance, or the loss to its minimum in float32.
     """
 
     weights: np.ndarray
@@ -101,7 +103,7 @@ def fit_all(
         iterations, converged = int(iterations_S[place]), bool(converged_S[place])
         probes[i] = LinearProbe(weights_S[place], bias_S[place], mean, std, iterations, converged)
         if not converged:
-            logging.getLogger(__name__).warning(
+            log.warning(
                 "linear probe, C=%g: stopped after %d iterations with a gradient of %.1e, above %.1e",
                 strengths[i], iterations, gradient_S[place], tolerance,
             )  # fmt: skip
