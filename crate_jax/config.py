@@ -1,9 +1,9 @@
-"""The base config, put together from its sections; the config-string parser; and the checks across keys.
+"""The base config, composed of its sections; the parser of config strings; and the checks across keys.
 
-Each key is one line: default, rule, meaning, and which part reads it if not all do. Sections of a part stand with it:
-those of methods in :data:`crate_jax.methods.METHODS`, the options of evaluation protocols in
+One line declares a key: default, rule, meaning, and which part reads it if not all do. The sections of a part stand
+beside its code: those of methods in :data:`crate_jax.methods.METHODS`, the options of evaluation protocols in
 :data:`crate_jax.evals.protocols.PROTOCOLS`. A file in ``configs/`` starts from :func:`base`, changes what its
-experiment needs and returns the result; nothing reads a key that is not declared. All keys on one page: docs/config.md.
+experiment needs and returns the result. No code reads a key that is not declared. docs/config.md lists all keys.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from crate_jax.validation import (
     within,
 )
 
-# Middle of what arXiv 2411.00392 searched for joint-embedding methods. It has no reconstruction: a starting point.
+# The middle of the range that arXiv 2411.00392 searched. It studies joint embedding, not reconstruction, so these are
+# only starting points.
 PENALTY_WEIGHTS = {"none": 0.0, "so": 1e-6, "srip": 1e-4}
 
-METHOD_OF_JOB = {"finetune": "classify", "segment": "segment"}  # in place of config.method
-WITHOUT_METHOD = ("evaluate", "align", "report")  # jobs that read an encoder only
+METHOD_OF_JOB = {"finetune": "classify", "segment": "segment"}  # these jobs do not read config.method
+WITHOUT_METHOD = ("evaluate", "align", "report")  # these jobs only read an encoder
 PRETRAINING = tuple(name for name in METHODS if name not in METHOD_OF_JOB.values())
 
 
@@ -61,19 +62,19 @@ def _check_run(c: ConfigDict) -> None:
 
 RUN = Section(
     "",
-    "What every run has.",
+    "Keys of every run.",
     of_the_run=True,
     check=_check_run,
     keys=dict(
         seed=Key(0, within(0, 2**63 - 1), "initial weights, order of the images, augmentation, corruption", wide=True),
         method=Key("reconstruction", one_of(*PRETRAINING), "what pre-training optimises"),
-        steps=Key(0, at_least(0), "optimiser steps; 0: from `epochs`"),
-        epochs=Key(0.0, at_least(0), "passes over the training split; 0: from `steps`"),
+        steps=Key(0, at_least(0), "optimiser steps; 0: `epochs` counts"),
+        epochs=Key(0.0, at_least(0), "passes over the training split; 0: `steps` counts"),
         batch_size=Key(256, positive, "images per optimiser step, over all devices and micro-batches"),
-        accumulate=Key(1, positive, "micro-batches per optimiser step; same update, less memory"),
+        accumulate=Key(1, positive, "micro-batches per optimiser step: the same update with less memory"),
         init_from=Key("", anything, "workdir or weights file whose encoder starts this run"),
-        dtype=Key("float32", one_of("float32", "bfloat16"), "numbers of activations; parameters are always float32"),
-        remat=Key(False, anything, "recompute each block in the backward pass: less memory, more time"),
+        dtype=Key("float32", one_of("float32", "bfloat16"), "type of activations; parameters are always float32"),
+        remat=Key(False, anything, "recompute each block in the backward pass, which takes less memory and more time"),
         remat_keep=Key(
             "nothing", one_of("nothing", "weights", "products"),
             "what is not recomputed: weights (products with weights), products (all)", read_by=("remat", True),
@@ -83,30 +84,32 @@ RUN = Section(
 
 JOB = Section(
     "",
-    "What is done with the config.",
+    "The job, and the encoder that it judges.",
     of_the_run=False,
     effect=False,
     keys=dict(
-        job=Key("pretrain", anything, "what `python -m crate_jax.main` does with the config"),
-        checkpoint=Key("", anything, "workdir or weights file of the encoder that is judged; report: several, A,B,C"),
+        job=Key("pretrain", anything, "what `python -m crate_jax.main` does"),
+        checkpoint=Key("", anything, "workdir or weights file of the judged encoder; job report: several, as in A,B,C"),
     ),
 )
 
 
 def _check_mesh(c: ConfigDict) -> None:
     if not c.mesh.data and not c.mesh.model:
-        raise ConfigError("config.mesh.data=0, config.mesh.model=0: only one of the two can be the rest; set one to 1")
+        raise ConfigError(
+            "config.mesh.data=0, config.mesh.model=0: only one of the two can stand for the rest; set one to 1"
+        )
 
 
 MESH = Section(
     "mesh",
-    "Devices along two axes; 0 stands for the rest of them. A batch is split over both.",
+    "Devices along two axes; 0 stands for the rest of the devices. A batch is split over both axes.",
     of_the_run=False,
     effect=False,
     check=_check_mesh,
     keys=dict(
-        data=Key(0, at_least(0), "copies of the parameters; 1, with model=0: fully sharded"),
-        model=Key(1, at_least(0), "devices that hold one copy together"),
+        data=Key(0, at_least(0), "number of copies of the parameters; data=1 with model=0: fully sharded"),
+        model=Key(1, at_least(0), "number of devices that together hold one copy"),
     ),
 )
 
@@ -120,30 +123,34 @@ def _check_evaluation(c: ConfigDict) -> None:
 
 EVALUATION = Section(
     "evaluation",
-    "Scores of the encoder while it is trained and at the end; which of its tokens any job reads.",
+    "How the encoder is scored during and after training, and which of its tokens each job reads.",
     of_the_run=True,
     check=_check_evaluation,
     keys=dict(
         every=Key(0, at_least(0), "steps between evaluations; 0: only at the end"),
-        train_images=Key(10_000, at_least(0), "images the classifiers are fitted on; 0: all"),
-        test_images=Key(10_000, at_least(0), "images they are scored on; 0: all"),
+        train_images=Key(10_000, at_least(0), "number of images on which classifiers are fitted; 0: all"),
+        test_images=Key(10_000, at_least(0), "number of images on which classifiers are scored; 0: all"),
         batch_size=Key(256, positive, "images encoded at once"),
-        pool=Key("cls", one_of("cls", "mean", "cls_mean"), "mean: over patch tokens; cls_mean: both, side by side"),
-        layer=Key(0, at_least(0), "tokens after this block, 1..depth; 0: after the encoder's final norm"),
+        pool=Key(
+            "cls",
+            one_of("cls", "mean", "cls_mean"),
+            "cls: the class token; mean: the mean of patch tokens; cls_mean: both, side by side",
+        ),
+        layer=Key(0, at_least(0), "block whose output is read, 1..depth; 0: the output of the encoder's final norm"),
         knn_k=Key(20, positive, "number of neighbours"),
         knn_temperature=Key(0.07, positive, "temperature of the neighbours' weights"),
-        probe_c=Key(1.0, positive, "inverse L2 strength of the logistic regression"),
+        probe_c=Key(1.0, positive, "inverse strength of the logistic regression's L2 penalty"),
     ),
 )
 
 PROTOCOL = Section(
     "protocol",
-    "Jobs evaluate, finetune and segment: how. Each protocol of `evaluate` adds options of its own.",
+    "The protocol of the jobs evaluate, finetune and segment. Each protocol of `evaluate` adds its own options.",
     of_the_run=True,
     keys=dict(
-        name=Key("", anything, "recipe"),
-        scratch=Key(False, anything, "a random encoder of the checkpoint's shape"),
-        metric=Key("top1", one_of("top1", "mean_per_class", "miou"), "headline"),
+        name=Key("", anything, "protocol"),
+        scratch=Key(False, anything, "judge a random encoder of the checkpoint's shape"),
+        metric=Key("top1", one_of("top1", "mean_per_class", "miou"), "main score"),
     ),
 )
 
@@ -154,9 +161,9 @@ SWEEP = Section(
     effect=False,
     keys=dict(
         key=Key("", anything, "the key that is varied, such as encoder.lam"),
-        # Read as sweep["values"]: a ConfigDict has a method of that name.
-        values=Key((), anything, "its values"),
-        seeds=Key(1, anything, "runs per value, with the seeds seed, seed + 1 and so on"),
+        # Code must read it as sweep["values"], since a ConfigDict has a method `values`.
+        values=Key((), anything, "the key's values"),
+        seeds=Key(1, anything, "runs per value, with the seeds `seed`, `seed` + 1 and so on"),
     ),
 )
 
@@ -168,29 +175,32 @@ ALIGN = Section(
     of_the_run=False,
     effect=False,
     keys=dict(
-        width=Key(0, at_least(0), "k at which corruptions are compared; 0: the encoder's width"),
-        latents=Key(1024, positive, "curves run from 1 to this k"),
+        width=Key(0, at_least(0), "number of latents k for which corruptions are compared; 0: the encoder's width"),
+        latents=Key(1024, positive, "largest k of the curves, which start at 1"),
         patch_sizes=Key(
             (1, 2, 4), Rule("must be sides in pixels or (height, width)", _not_patch_sizes),
-            "mask: sides of square patches in pixels, or (height, width), as in 1,(2,8)", items=object,
+            "mask: sides of square patches in pixels, or (height, width) of patches, as in 1,(2,8)", items=object,
         ),
-        mask_ratios=Key((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99), SHARES, "mask: removed shares"),
+        mask_ratios=Key((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99), SHARES, "mask: removed shares of patches"),
         rop_ratios=Key(
-            (0.05, 0.1, 1 / 7, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75), SHARES, "rop: kept shares, of patches"
+            (0.05, 0.1, 1 / 7, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75), SHARES, "rop: kept shares K'/K of dimensions"
         ),
-        noise=Key(1e-3, at_least(0), "added to the images, in units of their deviation: no direction is empty"),
-        side=Key(32, positive, "larger images are shrunk to this at most, the encoder's grid of tokens kept"),
+        noise=Key(1e-3, at_least(0), "noise added to images, in units of their deviation: no direction is empty"),
+        side=Key(32, positive, "larger images are shrunk to this side in pixels, the grid of tokens is kept"),
     ),
 )  # fmt: skip
 
 REPORT = Section(
     "report",
-    "Job report: a page about runs.",
+    "Job report: one page about one or several runs.",
     of_the_run=False,
     effect=False,
     keys=dict(
         sections=Key(
-            (), anything, "sections of the page, names in crate_jax/jobs/report.py; none: all about runs", items=str
+            (),
+            anything,
+            "sections of the page, see SECTIONS in crate_jax/jobs/report.py; none: all that are about runs",
+            items=str,
         )
     ),
 )
@@ -198,55 +208,59 @@ REPORT = Section(
 
 def _check_whitebox(c: ConfigDict) -> None:
     if c.whitebox.every and c.job in ("finetune", "segment"):
-        raise ConfigError(f"config.whitebox.every={c.whitebox.every}: must be 0, only pre-training logs its layers")
+        raise ConfigError(
+            f"config.whitebox.every={c.whitebox.every}: must be 0, since only pre-training logs its layers"
+        )
 
 
 WHITEBOX = Section(
     "whitebox",
-    "What each layer does, logged while pre-training as whitebox/..., and in a report.",
+    "Measures of each layer: pre-training logs them as whitebox/..., a report shows them.",
     of_the_run=False,
     effect=False,
     check=_check_whitebox,
     keys=dict(
         every=Key(0, at_least(0), "steps between measurements; 0: off"),
-        images=Key(16, positive, "images of the evaluation split, always the same ones"),
+        images=Key(16, positive, "number of images of the evaluation split, the same each time"),
         measure=Key(
             "paper", one_of("paper", "released", "both"),
-            "paper: R^c of Z^{l+1/2}, patch tokens; released: as the authors' script",
+            "paper: R^c of Z^{l+1/2}, patch tokens; released: as in the authors' script",
         ),
     ),
 )  # fmt: skip
 
 NONFINITE = Section(
     "nonfinite",
-    "A step whose loss or gradient is NaN or infinite.",
+    "What happens if a step's loss or gradient is NaN or infinite.",
     of_the_run=True,
-    keys=dict(skip=Key(0, at_least(0), "so many in a row have no effect before the run stops; 0: it stops at once")),
+    keys=dict(
+        skip=Key(0, at_least(0), "so many such steps in a row are undone before the run stops; 0: it stops at once")
+    ),
 )
 
 SAVE = Section(
     "save",
-    "Checkpoints.",
+    "When checkpoints are saved.",
     of_the_run=False,
     effect=False,
     keys=dict(
         every=Key(1000, positive, "steps between checkpoints; the last step is always saved"),
-        keep=Key(3, positive, "newest checkpoints that are kept"),
+        keep=Key(3, positive, "number of newest checkpoints that are kept"),
     ),
 )
 
 LOG = Section(
     "log",
-    "What a run says and draws.",
+    "What a run logs and draws.",
     of_the_run=False,
     effect=False,
     keys=dict(
         every=Key(50, positive, "steps between log points"),
-        pictures=Key(8, at_least(0), "images in the grid of pictures; 0: no pictures"),
+        pictures=Key(8, at_least(0), "number of images in the grid of pictures; 0: no pictures"),
         pictures_every=Key(0, at_least(0), "steps between grids; 0: only at the end"),
-        tensorboard=Key(True, anything, "write TensorBoard's files too; needs tensorboardX"),
+        tensorboard=Key(True, anything, "also write TensorBoard's files; needs tensorboardX"),
         wandb=Key("", anything, "project of Weights & Biases; empty: off"),
-        report=Key(True, anything, "report.html at the end: curves, scores and pictures"),
+        report=Key(True, anything, "write report.html at the end: curves, scores and pictures"),
     ),
 )
 
@@ -260,27 +274,34 @@ SOME_METHODS_READ = frozenset(part for row in METHODS.values() for part in row.p
 
 
 def base() -> ConfigDict:
-    """Returns the full default configuration, locked against unknown keys."""
+    """Returns the config with every key at its default, locked against unknown keys."""
     return defaults(SECTIONS)
 
 
 def has_effect(key: str) -> bool:
-    """Whether a run's numbers depend on a key, such as ``encoder.width``; options of protocols do."""
+    """Whether a run's numbers depend on a key; they depend on every option of a protocol.
+
+    >>> has_effect("encoder.width"), has_effect("log.every")
+    (True, False)
+    """
     return key not in KEYS or KEYS[key].effect
 
 
 def method_name(config: ConfigDict) -> str:
-    """The method that a training job trains, a name of METHODS."""
+    """The name of the method that a training job trains, a key of METHODS."""
     return METHOD_OF_JOB.get(config.job, config.method)
 
 
 def parts(config: ConfigDict, params: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """The sections that mean something to a config, among those that only some methods read.
+    """The names of the sections that a config's job reads, among those that only some methods read.
 
     Args:
-      config: its job says it.
-      params: the parameters of a model that is looked at. Jobs that train nothing read its encoder only, but a model
-        that has a decoder also has the corruption and the loss that it was trained with.
+      config: the config, of which only `job` and `method` matter.
+      params: the parameters of the model that the job judges; only for jobs that train nothing. Of a model with a
+        decoder they also read the corruption and the loss that it was trained with.
+
+    >>> parts(base())
+    ('encoder', 'corruption', 'decoder', 'loss')
     """
     if config.job in WITHOUT_METHOD:
         return METHODS["reconstruction"].parts if params and "decoder" in params else ("encoder",)
@@ -294,16 +315,16 @@ def is_read(config: ConfigDict, key: str, params: Mapping[str, Any] | None = Non
 
 
 def validate(config: ConfigDict, read: Sequence[str] | None = None) -> None:
-    """Checks everything that can be checked without data or devices.
+    """Checks all that can be checked without data and devices.
 
-    Every value must keep to its key's rule. Whether keys go together is checked where their section is read.
+    Every value must keep to its key's rule. The keys of a section must also go together, if the section is read.
 
     Args:
-      config: as :func:`base` returns it, with changes.
-      read: the sections that are read among those that only some methods read; None: :func:`parts`.
+      config: the config of :func:`base`, with changes.
+      read: the names of the sections that are read, among those that only some methods read; None: :func:`parts`.
 
     Raises:
-      ConfigError: names the key, the value received and what would be right.
+      ConfigError: a value is wrong; the error names the key, the value and what would be right.
     """
     require_keys(config)
     check_values(flatten(config), keys_of(config))
@@ -317,21 +338,22 @@ def require_keys(config: Any) -> None:
     """Checks that a config has every key, each with a value of its type.
 
     Raises:
-      ConfigError: names the first key that is missing or of another type.
+      ConfigError: `config` is not a ConfigDict, or a key is missing or has a value of another type; the error names
+        the first such key.
     """
     if not isinstance(config, ConfigDict):
         raise ConfigError(
-            f"the config is a {type(config).__name__}: get_config must return crate_jax.config.base() with its changes"
+            f"the config is a {type(config).__name__}: get_config must return crate_jax.config.base(), with changes"
         )
-    check_types(flatten(config), KEYS)  # what follows reads some of them
+    check_types(flatten(config), KEYS)  # keys_of reads some of them
     check_types(flatten(config), keys_of(config))
 
 
 def keys_of(config: ConfigDict) -> dict[str, Key]:
-    """All keys of a config by their whole names: those of :func:`base` and the options of its protocol.
+    """All keys of a config by their whole names: the keys of :func:`base` and the options of the config's protocol.
 
     Raises:
-      ConfigError: the options of the protocol are missing.
+      ConfigError: options of the protocol are missing.
     """
     if config.job != "evaluate" or config.protocol.name not in PROTOCOLS:
         return KEYS
@@ -349,15 +371,18 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """Parses a config string such as ``"variant=S,penalty=so,debug"``.
 
     Args:
-      arg: comma-separated ``key=value`` pairs; a bare ``key`` means ``key=True``.
-      **defaults: every key that is allowed, with its default. A tuple lists the allowed values,
-        the first being the default. Values are cast to the default's type.
+      arg: comma-separated ``key=value`` pairs; ``key`` alone means ``key=True``.
+      **defaults: each allowed key with its default. A tuple lists the allowed values, of which the first is the
+        default. Values are cast to the default's type.
 
     Returns:
-      A locked ConfigDict with one entry per key of `defaults`.
+      a locked ConfigDict with one entry per key of `defaults`.
 
     Raises:
-      ConfigError: an unknown key, or a value that is not allowed or cannot be cast.
+      ConfigError: a key is unknown, or a value is not allowed or cannot be cast.
+
+    >>> parse_arg("variant=S,debug", variant=("B", "S"), debug=False, steps=10).to_dict()
+    {'debug': True, 'steps': 10, 'variant': 'S'}
     """
     out = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
     for item in filter(None, (arg or "").split(",")):

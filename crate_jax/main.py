@@ -1,7 +1,7 @@
-"""Command line: ``python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR``.
+"""The command line: ``python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR``.
 
-Any key of the config can be set by a flag, ``--config.optimizer.lr=1e-3``. The same command in the
-same workdir continues a run that was stopped.
+A flag can set any key of the config, such as ``--config.optimizer.lr=1e-3``. The same command in the same workdir
+continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 try:
     import jax  # noqa: F401
-except ValueError as e:  # a variable of the environment, such as JAX_NUM_CPU_DEVICES=two
+except ValueError as e:  # a bad environment variable, such as JAX_NUM_CPU_DEVICES=two
     if __name__ != "__main__":
         raise
-    print(f"error: {e}; set the variable of that name right, or unset it", file=sys.stderr)
+    print(f"error: {e}; correct the environment variable of that name, or unset it", file=sys.stderr)
     sys.exit(2)
 from absl import app, flags, logging as absl_logging
 
@@ -30,7 +30,7 @@ from crate_jax.parallel.interrupt import Interrupted
 
 
 def set_up_log(process: int) -> None:
-    """Process 0 says everything; the others only what is wrong, and who says it."""
+    """Sets the log's level and format: process 0 logs everything, the others only warnings, with their number."""
     absl_logging.set_verbosity(absl_logging.WARNING if process else absl_logging.INFO)
     who = f"process {process}: " if process else ""
     formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {who}%(message)s", "%H:%M:%S")
@@ -38,7 +38,7 @@ def set_up_log(process: int) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the config's job."""
+    """Runs the job of the config; returns the exit status."""
     set_up_log(process=0)
     config = flags.FLAGS.config
     try:
@@ -49,13 +49,13 @@ def main(argv: Sequence[str]) -> int:
         if cluster is not None:
             set_up_log(cluster.process)
             distributed.start(cluster)
-            set_up_log(distributed.process())  # of a TPU slice it is known only now
+            set_up_log(distributed.process())  # on a TPU slice the number is known only now
         job = JOBS[config.job]
         result = job.run(config, flags.FLAGS.workdir)
         distributed.unwatch()
         if distributed.first():
             job.show(result)
-            sys.stdout.flush()  # where it is full or its reader is gone, that is said here
+            sys.stdout.flush()  # raises OSError if the disk is full or the reader is gone
     except Interrupted as e:
         distributed.unwatch()
         if distributed.first():
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
             fail(UserError(f"{OUT_OF_MEMORY} ({' '.join(str(e).split())[:200]})"))
         if distributed.processes() == 1:
             raise
-        traceback.print_exc()  # of a collective, maybe, that another process left: the watch says which
+        traceback.print_exc()  # another process may have caused it by leaving a collective; the watch names that one
         distributed.leave_last()
     return 0
 

@@ -1,7 +1,7 @@
-"""What a config may hold: keys with their rules, sections of keys, and the checks of values against them.
+"""What a config may hold: keys with their rules, sections of keys, and checks of values against the rules.
 
-A key is declared in one line, with its default, its rule, its meaning and, if only some part reads it, which. Sections
-stand beside the code that reads them; :mod:`crate_jax.config` puts them together.
+One line declares a key: its default, its rule, its meaning and, if only some part reads it, which part. Sections stand
+beside the code that reads them; :mod:`crate_jax.config` puts them together.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from crate_jax.errors import ConfigError
 KINDS: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,), tuple: (list,)}
 KIND_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}
 ITEM_NAMES = {int: "whole numbers", float: "numbers", str: "texts"}
-MAX_WHOLE = 2**31 - 1  # of keys that are not `wide`: JAX's own whole numbers have 32 bits
+MAX_WHOLE = 2**31 - 1  # for keys that are not `wide`: JAX's whole numbers have 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a value of the right type must be.
+    """A condition on values of the right type.
 
     Attributes:
       text: the rule for people, such as "must be greater than 0"; empty: every value is right.
-      problem: value, tuples as lists -> what is wrong with it; empty: nothing.
+      problem: the function from a value (tuples as lists) to what is wrong with it; an empty text if it is right.
     """
 
     text: str
@@ -35,7 +35,11 @@ class Rule:
 
 
 def must(text: str, holds: Callable[[Any], bool]) -> Rule:
-    """The rule that `holds` is true of a value; an error says that it must `text`."""
+    """The rule that `holds(value)` is true; its text is "must" and `text`.
+
+    >>> must("be even", lambda value: value % 2 == 0).problem(3)
+    'must be even'
+    """
     return Rule(f"must {text}", lambda value: "" if holds(value) else f"must {text}")
 
 
@@ -45,12 +49,16 @@ triple = must("be three numbers, one per channel", lambda value: len(value) == 3
 
 
 def at_least(low: float) -> Rule:
-    """Numbers that are not below `low`."""
+    """The rule for numbers that are not below `low`."""
     return must(f"be at least {low}" if low else "not be negative", lambda value: value >= low)
 
 
 def within(low: float, high: float, ends: str = "[]") -> Rule:
-    """Numbers from `low` to `high`; a round bracket in `ends` leaves out that end, as in "[)"."""
+    """The rule for numbers from `low` to `high`; a round bracket in `ends`, as in "[)", excludes that end.
+
+    >>> within(0, 1, "[)").problem(1)
+    'must lie in [0, 1)'
+    """
 
     def holds(value: Any) -> bool:
         return low <= value <= high and (ends[0] == "[" or value > low) and (ends[1] == "]" or value < high)
@@ -59,12 +67,12 @@ def within(low: float, high: float, ends: str = "[]") -> Rule:
 
 
 def one_of(*values: Any) -> Rule:
-    """One of a few values; of a table: ``one_of(*TABLE)``."""
+    """The rule for one of a few values; ``one_of(*TABLE)`` allows the names of a table."""
     return must(f"be one of {', '.join(map(str, values))}", lambda value: value in values)
 
 
 def increasing_pair(low: float, high: float) -> Rule:
-    """Two numbers above `low`, the second not below the first and not above `high`."""
+    """The rule for two numbers in (`low`, `high`], the second not below the first."""
     return must(
         f"be two increasing numbers in ({low}, {high}]",
         lambda value: len(value) == 2 and low < value[0] <= value[1] <= high,
@@ -72,13 +80,13 @@ def increasing_pair(low: float, high: float) -> Rule:
 
 
 def each(rule: Rule) -> Rule:
-    """Tuples, also empty ones, each of whose items keeps to `rule`."""
+    """The rule for tuples, also empty ones, whose items all keep to `rule`."""
     text = f"each {rule.text}"
     return Rule(text, lambda items: text if any(map(rule.problem, items)) else "")
 
 
 def several(rule: Rule) -> Rule:
-    """Tuples of one item or more, each of which keeps to `rule`."""
+    """The rule for tuples of one item or more, whose items all keep to `rule`."""
     text = f"must hold one value or more; each {rule.text}"
     return Rule(text, lambda items: "" if items and not any(map(rule.problem, items)) else text)
 
@@ -100,14 +108,16 @@ class Key:
     """A key of the config.
 
     Attributes:
-      default: its value where nobody sets it; values are of its type, and whole numbers will do for a number.
-      rule: what a value must be besides.
-      meaning: for people.
-      read_by: (KEY, value, ...): only read where config.KEY has one of these values; (): wherever its section
-        is read.
-      effect: whether a run's numbers depend on it.
-      items: the type of a tuple's items; None: that of the default's first item, or any where the default is empty.
-      wide: may need more than 32 bits.
+      default: the value if nobody sets the key. Every value must have the default's type; a whole number may stand
+        for a number.
+      rule: the condition that values must meet besides their type.
+      meaning: the key's meaning, for people.
+      read_by: (KEY, value, ...): the key is read only if config.KEY has one of these values. (): it is read if its
+        section is read.
+      effect: whether a run's numbers depend on the key.
+      items: the type of a tuple's items; None: the type of the default's first item, or any type if the default is
+        empty.
+      wide: whether whole numbers may need more than 32 bits.
     """
 
     default: Any
@@ -120,7 +130,7 @@ class Key:
 
     @property
     def item_type(self) -> type:
-        """The type of a tuple's items; object: any."""
+        """The type of a tuple's items; object: any type."""
         return self.items or (type(self.default[0]) if self.default else object)
 
 
@@ -129,14 +139,14 @@ class Section:
     """Keys that belong together: ``config.NAME.KEY``.
 
     Attributes:
-      name: empty for keys that lie directly under the config.
-      meaning: what the keys are about, for people.
-      of_the_run: whether they say what a run is; then a report shows them as the run had them, else they are the
-        report's own.
-      keys: by their names.
-      effect: whether a run's numbers depend on any of them.
-      check: whole config -> None; raises ConfigError where keys do not go together. Called only where the section is
-        read, and after all values were found to keep to their rules.
+      name: the section's name; empty for keys directly under the config.
+      meaning: the section's subject, for people.
+      of_the_run: whether the keys describe a run. If so, a report about a run reads them from the run's config, else
+        from its own config.
+      keys: {name: key}.
+      effect: whether a run's numbers depend on any of the keys.
+      check: a function of the whole config that raises ConfigError if keys do not go together. It is called only if
+        the section is read, and after all values were found to keep to their rules.
     """
 
     name: str
@@ -148,7 +158,7 @@ class Section:
     check: Callable[[ConfigDict], None] = lambda config: None
 
     def flat(self) -> dict[str, Key]:
-        """The keys by their whole names, such as ``encoder.width``; `effect` is false where the section's is."""
+        """The keys by their whole names, such as ``encoder.width``; without effect if the section has none."""
         prefix = f"{self.name}." if self.name else ""
         return {
             prefix + name: dataclasses.replace(key, effect=key.effect and self.effect)
@@ -157,7 +167,7 @@ class Section:
 
 
 def defaults(sections: Iterable[Section]) -> ConfigDict:
-    """The config with every key of the sections at its default, locked against unknown keys."""
+    """The config of all sections with every key at its default, locked against unknown keys."""
     config = ConfigDict()
     for section in sections:
         values = {name: key.default for name, key in section.keys.items()}
@@ -166,14 +176,14 @@ def defaults(sections: Iterable[Section]) -> ConfigDict:
 
 
 def check_types(flat: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
-    """Checks that every key is there, with a value of its type.
+    """Checks that the config has every key, each with a value of its type.
 
     Args:
       flat: the config as :func:`flatten` returns it.
-      keys: by their whole names.
+      keys: {whole name: key}.
 
     Raises:
-      ConfigError: names the first key that is missing or of another type.
+      ConfigError: a key is missing or has a value of another type; the error names the first such key.
     """
     for name, key in sorted(keys.items()):
         if name not in flat:
@@ -184,14 +194,14 @@ def check_types(flat: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
 
 
 def check_values(flat: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
-    """Checks every value against its key's rule; the types were checked before.
+    """Checks every value against its key's rule. :func:`check_types` must have checked the types before.
 
     Args:
       flat: the config as :func:`flatten` returns it.
-      keys: by their whole names.
+      keys: {whole name: key}.
 
     Raises:
-      ConfigError: names the key, the value received and what would be right.
+      ConfigError: a value breaks its rule; the error names the key, the value and what would be right.
     """
     for name, key in keys.items():
         problem = _problem(flat[name], key)
@@ -217,7 +227,11 @@ def _error(name: str, value: Any, right: str) -> ConfigError:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens a config (or its parsed JSON) to ``{"data.source": ...}``, tuples as lists."""
+    """Flattens a config (or its parsed JSON) to ``{"data.source": ...}``, sorted, tuples as lists.
+
+    >>> flatten({"steps": 5, "data": {"image_size": (32, 32)}})
+    {'data.image_size': [32, 32], 'steps': 5}
+    """
     flat: dict[str, Any] = {}
     for key in sorted(config):
         value = config[key]
@@ -229,7 +243,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lists ``"key: old -> new"`` for every key whose value differs between two configs."""
+    """Lists ``"key: old -> new"`` for every key whose value differs between two configs.
+
+    >>> changed_keys({"steps": 5, "data": {"flip": 0.5}}, {"steps": 9, "data": {"flip": 0.5}})
+    ['steps: 5 -> 9']
+    """
     a, b = flatten(old), flatten(new)
     missing = "(none)"
     return [

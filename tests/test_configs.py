@@ -178,7 +178,7 @@ BAD = [
     ({"batch_size": 0}, r"config.batch_size=0: must be greater than 0"),
     ({"batch_size": 10, "accumulate": 3}, r"must be a multiple of config.accumulate=3"),
     ({"mesh.data": -1}, r"config.mesh.data=-1: must not be negative"),
-    ({"mesh.model": 0}, r"only one of the two can be the rest"),
+    ({"mesh.model": 0}, r"only one of the two can stand for the rest"),
     ({"remat_keep": "all"}, r"must be one of nothing, weights, products"),
     ({"steps": 5}, r"set exactly one of the two"),
     ({"epochs": 0.0}, r"set exactly one of the two"),

@@ -1,6 +1,6 @@
-"""The jobs of the command line, one file each: config and folder in, record out. No other room imports a job.
+"""The jobs of the command line, one file each. No other room imports a job.
 
-The module of a job holds ``run(config, workdir)``, which returns a record, and ``show(record)``, which prints it.
+A job's module holds ``run(config, workdir)``, which returns a record, and ``show(record)``, which prints the record.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The job ``align``: labelled images in; which corruption can teach an encoder of this width anything about the labels.
+"""The job ``align``: computes from labelled images which corruption can teach an encoder something about the labels.
 
-Writes ``alignment.json``, ``table.md`` and the figures ``curves``, ``gain_by_ratio``, ``gain_by_width`` as SVG and PNG.
+It writes ``alignment.json``, ``table.md`` and the figures ``curves``, ``gain_by_ratio``, ``gain_by_width`` as SVG and
+PNG.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from crate_jax.analysis.alignment.analyse import analyse, shrink_to_side
 from crate_jax.analysis.alignment.answer import Answer
 from crate_jax.config import validate
 from crate_jax.convert import pretrained
-from crate_jax.parallel import sharding
+from crate_jax.parallel import distributed, sharding
 from crate_jax.workdir import metrics
 from crate_jax.workdir.folder import lock
 
@@ -30,34 +31,40 @@ FIGURES = {"curves": plots.curves, "gain_by_ratio": plots.gain_by_ratio, "gain_b
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Analyses the training split of `config.data`; returns what is written to alignment.json.
+    """Analyses the training split of `config.data`.
+
+    Returns:
+      the contents of alignment.json, a ``summary`` for people and the ``folder``.
 
     Raises:
-      UserError: anything a user can mend, in one line.
+      UserError: something that the user can mend, in one line.
     """
-    sharding.use_cpu_cores(config.evaluation.batch_size, 1)  # before checksums start JAX
-    sharding.all_devices()  # if there are none, that is said here
+    sharding.use_cpu_cores(config.evaluation.batch_size, 1)  # before the checksums, which start JAX
+    sharding.all_devices()  # raises if there are no devices
     config = resolve(config)
     validate(config)
     with lock(workdir) as folder:
         start = time.perf_counter()
         answer = analyse(config, sharding.make_mesh(jax.device_count(), 1))
         record = {**answer.record(), "seconds": round(time.perf_counter() - start, 1)}
-        if jax.process_index() == 0:
+        if distributed.first():
             _write(folder, config, answer, record)
     return {**record, "summary": answer.summary(), "folder": str(folder)}
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the answer of an alignment analysis."""
+    """Prints the answer of an alignment analysis, and where its files are."""
     print(result["summary"])
     print(f"table, figures and all curves: {result['folder']}")
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the encoder of `config.checkpoint`, if one is named, and images shrunk to `config.align.side`.
+    """The config with the encoder of `config.checkpoint`, if it is set, and images shrunk to `config.align.side`.
 
-    Shrunk images keep the encoder's grid of tokens: 224 px in patches of 16 become 28 px in patches of 2.
+    Shrunk images keep the encoder's grid of tokens: 224 px in patches of 16 px become 28 px in patches of 2 px.
+
+    Raises:
+      UserError: the checkpoint cannot be read.
     """
     full = config.copy_and_resolve_references()
     if config.checkpoint:

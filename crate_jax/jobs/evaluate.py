@@ -1,7 +1,7 @@
-"""The job ``evaluate``: a pre-trained encoder in, the numbers of one protocol out.
+"""The job ``evaluate``: scores a pre-trained encoder by one protocol.
 
-Features are computed once per encoder, images and transform, and kept in the workdir; every protocol
-reads them from there. Each run appends one line to ``results.jsonl``.
+The job computes features once per encoder, images and transform, and keeps them in the workdir, where every protocol
+reads them. Each run appends one line to ``results.jsonl``.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ from crate_jax.workdir.folder import lock
 log = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
-CACHE = "features"  # folder in the workdir
+CACHE = "features"  # a folder in the workdir
 VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-learn")
 
 
 def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
-    """The config of an evaluation with the encoder, image size and pixel statistics of the checkpoint.
+    """The config of an evaluation, with the checkpoint's encoder, image size and pixel statistics.
 
-    An image size of (0, 0) stands for that of the checkpoint, a deviation of 0 for both its statistics.
+    An image size of (0, 0) is replaced by the checkpoint's, a standard deviation of 0 by the checkpoint's mean and
+    standard deviation.
 
     Raises:
-      ConfigError: a key of config.encoder was set to what the checkpoint's encoder is not.
+      ConfigError: a key of config.encoder has a value that is neither the default nor the checkpoint's.
     """
     full = config.copy_and_resolve_references()
     theirs, defaults = encoder.config["encoder"], base().encoder
@@ -69,36 +70,36 @@ def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Evaluates `config.checkpoint` by `config.protocol`; returns the record appended to results.jsonl.
+    """Evaluates `config.checkpoint` by `config.protocol`; returns the record that it appends to results.jsonl.
 
     Raises:
-      UserError: anything a user can mend, in one line.
+      UserError: something that the user can mend, in one line.
     """
     protocol = PROTOCOLS.get(config.protocol.name)
     if protocol is None:
         raise ConfigError(f"config.protocol.name={config.protocol.name!r}: must be one of {', '.join(PROTOCOLS)}")
     require_keys(config)
-    check_values(flatten(config), protocol.flat())  # the other values may be the checkpoint's
+    check_values(flatten(config), protocol.flat())  # the checkpoint may replace other values
     if config.protocol.metric not in METRICS:
         raise ConfigError(f"config.protocol.metric={config.protocol.metric!r}: must be one of {', '.join(METRICS)}")
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
-    sharding.all_devices()  # if there are none, that is said here
+    sharding.all_devices()  # raises if there are no devices
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = inherit(config, encoder)
     validate(full)
-    encoder = fitted(full, encoder)
+    encoder = encoder_to_judge(full, encoder)
     with lock(workdir) as folder:
-        features, about = extract_features(full, encoder, folder)
-        log.info("%s on %s", protocol.name, ", ".join(f"{k} {v}" for k, v in about.items()))
+        features, description = extract_features(full, encoder, folder)
+        log.info("%s on %s", protocol.name, ", ".join(f"{k} {v}" for k, v in description.items()))
         result = protocol.run(features, config.protocol, config.seed)
-        return append_result(folder, full, encoder, protocol.version, about, result)
+        return append_result(folder, full, encoder, protocol.version, description, result)
 
 
 SHOWN = ("top1", "top5", "mean_per_class", "miou", "mean_accuracy", "pixel_accuracy")  # shares in 0..1
 
 
 def show(record: dict[str, Any]) -> None:
-    """Prints the numbers of one evaluation for a person."""
+    """Prints the scores of one evaluation for people."""
     print(f"{record['protocol']} of {record['checkpoint'] or 'a random encoder'} on {record['data']}")
     if "chosen" in record:
         setting = ", ".join(f"{key} {value:g}" for key, value in record["chosen"].items())
@@ -106,15 +107,15 @@ def show(record: dict[str, Any]) -> None:
     for name, value in record.items():
         if isinstance(value, float) and name in SHOWN:
             print(f"{name:<20}{value:>8.1%}")
-    if record.get("report"):  # of a training run
+    if record.get("report"):  # after a training run
         print(f"report: {record['report']}")
 
 
-def fitted(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pretrained:
-    """The checkpoint's encoder, or a random one of its shape (a function of config.seed) for config.protocol.scratch.
+def encoder_to_judge(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pretrained:
+    """The checkpoint's encoder; with config.protocol.scratch a random one of its shape, a function of config.seed.
 
     Raises:
-      CheckpointError: it does not fit the config, as when position tables are for another image size.
+      CheckpointError: the encoder does not fit the config; its position table may be for another image size.
     """
     init = jax.jit(functools.partial(representation.init_params, config))
     if not config.protocol.scratch:
@@ -132,13 +133,23 @@ def append_result(
     config: ConfigDict,
     encoder: pretrained.Pretrained | None,
     version: int,
-    about: dict[str, Any],
+    description: dict[str, Any],
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    """Appends one line to results.jsonl: the numbers, and all that is needed to get them again.
+    """Appends one line to results.jsonl: the scores, and all that is needed to compute them again.
 
-    Of the config that is every key whose value is not the default: a recipe can be changed by flags and keeps
-    its name. A training run's `result` says itself what it started from, when it did.
+    The line holds every config key whose value is not the default, since flags can change a recipe that keeps its name.
+
+    Args:
+      folder: the workdir.
+      config: the evaluation's config.
+      encoder: the judged encoder; None: it started with random parameters.
+      version: the protocol's version.
+      description: the data and how features were read.
+      result: the scores; after a training run, its summary, which says what the run started from.
+
+    Returns:
+      the line as a dictionary.
     """
     defaults = flatten(base())
     record = {
@@ -148,14 +159,14 @@ def append_result(
         "checkpoint_sha256": encoder.sha256 if encoder else None,
         "options": {k: v for k, v in config.protocol.to_dict().items() if k != "name"},
         "seed": config.seed,
-        **about,
+        **description,
         **result,
         "config": {k: v for k, v in flatten(config).items() if v != defaults.get(k)},
         "versions": {"crate-jax": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS_OF},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-    if jax.process_index() == 0:
+    if distributed.first():
         with open(folder / RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         metrics.write_json(folder / "config.json", config.to_dict())
@@ -165,13 +176,13 @@ def append_result(
 def extract_features(
     config: ConfigDict, encoder: pretrained.Pretrained, folder: Path
 ) -> tuple[Features, dict[str, Any]]:
-    """Features of the training and the evaluation split, from the cache where they are there.
+    """The features of the training split and of the evaluation split, from the cache if they are in it.
 
     Returns:
-      the features, and what they are of, for the record.
+      the features, and their description for the record: data, number of images, tokens read.
 
     Raises:
-      DataError: no evaluation split, no labels, or other classes in the two.
+      DataError: a split or its labels are missing, or the splits have different classes.
     """
     sources = [data.open_split(config, split, labels_required=True) for split in ("train", "eval")]
     train, test = sources
@@ -187,7 +198,7 @@ def extract_features(
     def encode(params: dict[str, Any], images_uint8: jax.Array) -> jax.Array:
         return represent(params, normalise(images_uint8, config))
 
-    # Handed over, not closed over: weights inside a compiled program are compiled anew with each checkpoint.
+    # The weights are an argument, since weights inside the program would make each checkpoint compile it again.
     apply = functools.partial(encode, jax.device_put(encoder.params, sharding.replicated(mesh)))
     limits = (config.evaluation.train_images, config.evaluation.test_images)
     parts = []
@@ -196,7 +207,7 @@ def extract_features(
         parts.append(_cached(config, encoder, source, indices, apply, mesh, folder))
     (train_x, train_y), (test_x, test_y) = parts
     classes = len(train.class_names or ())
-    about = {
+    description = {
         "data": config.data.source,
         "train_split": config.data.train_split,
         "eval_split": config.data.eval_split,
@@ -208,17 +219,17 @@ def extract_features(
         "layer": config.evaluation.layer,
         "width": train_x.shape[1],
     }
-    return Features(train_x, train_y, test_x, test_y, classes), about
+    return Features(train_x, train_y, test_x, test_y, classes), description
 
 
 def cache_key(config: ConfigDict, encoder: pretrained.Pretrained, source: data.Source, indices: np.ndarray) -> str:
-    """A digest of all that features depend on: weights, network, tokens, precision, transform and images."""
+    """The digest of all that features depend on: weights, network, tokens, precision, transform and images."""
     transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
-    # The same weights are another encoder with other heads or another lambda.
+    # With another number of heads or another lambda, the same weights are another encoder.
     network = sorted(config.encoder.to_dict().items())
-    what = (config.evaluation.pool, config.evaluation.layer, config.dtype, __version__)
+    tokens = (config.evaluation.pool, config.evaluation.layer, config.dtype, __version__)
     images = (sorted(transform.items()), source.fingerprint(), indices.astype(np.int64))
-    return digest(encoder.sha256, network, what, *images)
+    return digest(encoder.sha256, network, tokens, *images)
 
 
 def _cached(
@@ -230,7 +241,7 @@ def _cached(
     mesh: jax.sharding.Mesh,
     folder: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels of the images at `indices`, from the workdir if they were computed before."""
+    """Features (n, D) and labels (n,) of the images at `indices`, from the workdir if they were computed before."""
     path = folder / CACHE / f"{cache_key(config, encoder, source, indices)}.npz"
     stored: tuple[np.ndarray, np.ndarray] | None = None
     try:
@@ -240,15 +251,15 @@ def _cached(
         pass
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
-    lacking = distributed.max_over_processes(int(stored is None))  # of any process: encoding is for all
-    if stored is not None and not lacking:
+    any_lacks = distributed.max_over_processes(int(stored is None))  # all processes must encode together
+    if stored is not None and not any_lacks:
         log.info("features from %s", path)
         return stored
     out = encode_split(apply, config, source, indices, mesh)
-    if jax.process_index() == 0:
+    if distributed.first():
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:
             np.savez(file, features=out[0], labels=out[1])
-        partial.rename(path)  # whole or not at all
+        partial.rename(path)  # so that the file is whole or missing
     return out

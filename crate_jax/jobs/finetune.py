@@ -1,4 +1,4 @@
-"""The jobs ``finetune`` and ``segment``: a head on a pre-trained encoder, or on a random one, trained and scored."""
+"""The jobs ``finetune`` and ``segment``: train and score a head on a pre-trained or on a random encoder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from crate_jax.jobs.evaluate import append_result, inherit, show
 from crate_jax.parallel import sharding
 from crate_jax.workdir.folder import expanduser
 
-__all__ = ["run", "show"]  # a score is shown as an evaluation of frozen features is
+__all__ = ["run", "show"]  # the scores are printed like those of frozen features
 
-# name -> version; the recipes are in configs/evaluate.py and configs/segment.py. Scratch is a random encoder of the
-# same shape.
+# {name: version}. The recipes are in configs/evaluate.py and configs/segment.py.
 PROTOCOLS = {"finetune_crate": 1, "finetune_mae": 1, "finetune_ropim": 1}
 SEGMENTERS = {"segment_linear": 1, "segment_upernet": 1}
 
 
 def resolve(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
-    """The config of the training run: the checkpoint's encoder, changed as ``config.finetune`` says."""
+    """The config of the training run: that of the checkpoint's encoder, with the changes of ``config.finetune``."""
     full = inherit(config, encoder)
     full.encoder.final_norm = config.finetune.final_norm
     if full.encoder.name == "vit":
@@ -34,19 +33,21 @@ def resolve(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Fine-tunes `config.checkpoint`, or goes on doing so; returns the record appended to results.jsonl.
+    """Fine-tunes `config.checkpoint`, or continues to; returns the record that it appends to results.jsonl.
 
     Raises:
-      UserError: anything a user can mend, in one line.
+      UserError: something that the user can mend, in one line.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS
     if name not in protocols:
         raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(protocols)}")
-    sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)  # before checksums start JAX
+    # Before the checksums, which start JAX.
+    sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = resolve(config, encoder)
     summary = train.run(full, workdir)
-    about = {
+    description = {
         "data": full.data.source,
         "train_split": full.data.train_split,
         "eval_split": full.data.eval_split,
@@ -55,8 +56,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         "freeze": full.finetune.freeze,
     }
     if config.job == "segment":
-        about |= {**full.segment.to_dict(), "classes": len(summary["iou"])}
+        description |= {**full.segment.to_dict(), "classes": len(summary["iou"])}
     else:
-        about["pool"] = full.evaluation.pool
+        description["pool"] = full.evaluation.pool
     used = None if config.protocol.scratch else encoder
-    return append_result(expanduser(workdir).absolute(), full, used, protocols[name], about, summary)
+    return append_result(expanduser(workdir).absolute(), full, used, protocols[name], description, summary)

@@ -1,4 +1,4 @@
-"""The job ``report``: one or several checkpoints in, ``report.html`` and ``report.json`` out."""
+"""The job ``report``: writes ``report.html`` and ``report.json`` about one or several checkpoints."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ HTML, JSON = "report.html", "report.json"
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """A section that can be had.
+    """How to make one section of the report.
 
     Attributes:
-      title: of the section, for the case that there is none.
-      run: subjects -> section; a UserError says why there is none.
-      needs_images: it is given only subjects whose images can be read.
-      needs_runs: it is about runs. One that is not is there only if config.report.sections names it.
+      title: the section's title, which the page shows if the section is missing.
+      run: the function from subjects to the section; it raises UserError if the section is not possible.
+      needs_images: whether `run` gets only subjects whose images can be read.
+      needs_runs: whether the section is about runs. If it is not, it is made only if config.report.sections names it.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Analysis:
     needs_runs: bool = True
 
 
-# In the order of the page.
+# The page shows them in this order.
 SECTIONS: dict[str, Analysis] = {
     "overview": Analysis("Overview", logged.section, needs_images=False),
     "pictures": Analysis("Pictures", logged.pictures, needs_images=False),
@@ -60,29 +60,32 @@ SECTIONS: dict[str, Analysis] = {
     "theory": Analysis("Theorem 3", lambda _: whitebox_section.theory_section(), needs_images=False, needs_runs=False),
 }
 
-OF_THE_DATA = ("source", "data_dir", "train_split", "eval_split")  # of the report's, if it names a source
+DATA_KEYS = ("source", "data_dir", "train_split", "eval_split")  # read from the report's config if it names a source
 
 
 def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
-    """Writes the report of `config.checkpoint`; returns where, and which sections are missing why.
+    """Writes the report about `config.checkpoint`.
 
     Args:
-      config: the report's own.
-      workdir: where the two files go; None: to the run, if there is but one.
+      config: the report's own config.
+      workdir: the folder for the two files; None: the run's folder, if there is only one run.
+
+    Returns:
+      the paths ``report`` and ``json``, and ``left_out``: {title of a missing section: why it is missing}.
 
     Raises:
-      UserError: a checkpoint cannot be read, or another thing that a user can mend, in one line.
+      UserError: a checkpoint cannot be read, or something else that the user can mend, in one line.
     """
     chosen = _chosen(config)
-    alone = not config.checkpoint and not any(SECTIONS[name].needs_runs for name in chosen)
-    given = [] if alone else split(config.checkpoint)
+    without_runs = not config.checkpoint and not any(SECTIONS[name].needs_runs for name in chosen)
+    given = [] if without_runs else split(config.checkpoint)
     paths = [run for path in given for run in expand(path)]
     if not workdir:
         if len(given) != 1 or expanduser(given[0]).is_file():
-            raise ConfigError("--workdir is missing: it says where the report goes, unless it is that of one run")
+            raise ConfigError("--workdir is missing: it says where the report goes, unless the report is about one run")
         workdir = str(_home(given[0]))
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
-    sharding.all_devices()  # if there are none, that is said here
+    sharding.all_devices()  # raises if there are no devices
     loaded = [pretrained.load(path, "config.checkpoint") for path in paths]
     mesh = sharding.make_mesh(jax.device_count(), 1)
     missing: dict[str, str] = {}
@@ -96,7 +99,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
             train, test = _open(full)
         except UserError as e:
             problem = str(e)
-        if distributed.max_over_processes(int(bool(problem))):  # all leave out the same
+        if distributed.max_over_processes(int(bool(problem))):  # all processes must leave out the same
             train, test = None, None
             missing[f"what needs the images of {name}"] = problem or "another process cannot read them"
             log.warning("%s: its images cannot be read: %s", name, problem or "by another process")
@@ -109,17 +112,20 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints where the report is, and what is not in it."""
+    """Prints the report's path, and which sections are missing."""
     for title, why in result["left_out"].items():
         print(f"left out: {title}: {why}")
     print(f"report: {result['report']}")
 
 
 def split(checkpoint: str) -> list[str]:
-    """The checkpoints that a comma-separated text names; a path that exists may have commas of its own.
+    """The paths in a comma-separated text; an existing path may itself contain commas.
 
     Raises:
-      ConfigError: one is empty, or stands there twice.
+      ConfigError: a path is empty, or is listed twice.
+
+    >>> split("runs/a,runs/b")
+    ['runs/a', 'runs/b']
     """
     parts, paths = checkpoint.split(","), []
     while parts:
@@ -134,12 +140,12 @@ def split(checkpoint: str) -> list[str]:
                 "commas"
             )
         if paths.count(path) > 1:
-            raise ConfigError(f"config.checkpoint={checkpoint!r}: {path} stands there twice")
+            raise ConfigError(f"config.checkpoint={checkpoint!r}: {path} is listed twice")
     return paths
 
 
 def expand(path: str) -> list[str]:
-    """The path; or, if it is a folder of runs such as a sweep's, the runs in it that have saved a checkpoint."""
+    """The paths of the runs in a folder of runs (such as a sweep's) that saved a checkpoint; else the path itself."""
     folder = expanduser(path)
     if not folder.is_dir() or checkpoint_files.steps(folder / checkpoint.FOLDER) or checkpoint_files.steps(folder):
         return [path]
@@ -148,7 +154,14 @@ def expand(path: str) -> list[str]:
 
 
 def names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path, or as many parts as tell them apart."""
+    """A name for each path: its last part, or as many last parts as make all names different.
+
+    Raises:
+      ConfigError: two paths are the same run.
+
+    >>> names(["a/run", "b/run"])
+    ['a/run', 'b/run']
+    """
     if not paths:
         return []
     whole = [_home(path).parts for path in paths]
@@ -160,27 +173,34 @@ def names(paths: Sequence[str]) -> list[str]:
 
 
 def _home(path: str) -> Path:
-    """The run's folder, also if its checkpoints were named."""
+    """The run's folder, also if `path` is its folder of checkpoints."""
     whole = expanduser(path).absolute()
     is_inside = whole.name == "checkpoints" and whole.is_dir()
     return whole.parent if is_inside else whole
 
 
 def _chosen(config: ConfigDict) -> list[str]:
-    given = [name for text in config.report.sections for name in text.split(",")]  # a flag's a,b is one text
+    given = [name for text in config.report.sections for name in text.split(",")]  # a flag gives a,b as one text
     unknown = [name for name in given if name not in SECTIONS]
     if unknown:
-        raise ConfigError(f"config.report.sections: unknown {unknown[0]!r}; must be of {', '.join(SECTIONS)}")
+        raise ConfigError(
+            f"config.report.sections: unknown section {unknown[0]!r}; must be one or more of {', '.join(SECTIONS)}"
+        )
     return [name for name, a in SECTIONS.items() if (name in given if given else a.needs_runs)]
 
 
 def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
-    """The run's own config, with the report's options of analyses and, where the report names any, its data.
+    """The config for the analysis of a run.
 
-    Keys that `saved` lacks have their defaults, keys that are no more are left out.
+    Keys that describe a run are read from `saved`, others from `config`; the data too, if `config` names a source. Keys
+    that `saved` lacks have their defaults; keys that no longer exist are left out.
+
+    Args:
+      config: the report's config.
+      saved: the run's config, as its checkpoint holds it.
 
     Raises:
-      ConfigError: it is not valid.
+      ConfigError: the result is not valid.
     """
     full, own, theirs = base(), flatten(config), flatten(saved)
     for key in KEYS:
@@ -188,10 +208,10 @@ def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
         if key in given:
             _set(full, key, given[key])
     if config.data.source:
-        for key in OF_THE_DATA:
+        for key in DATA_KEYS:
             full.data[key] = config.data[key]
     full.job = saved.get("job", "evaluate")
-    if not (full.steps or full.epochs):  # a file of weights: it was not trained by us
+    if not (full.steps or full.epochs):  # a file of weights, which no run of ours wrote
         full.job = "evaluate"
     validate(full)
     return full
@@ -204,13 +224,13 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
 
 
 def _open(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
-    """Both splits.
+    """The training split and the evaluation split, if there is one.
 
     Raises:
-      UserError: the data cannot be found, or are no images with at most one label each.
+      UserError: the data cannot be found, or are not images with at most one label each.
     """
     if config.job == "segment":
-        raise DataError("the run was trained on images with masks; --config.data.source can name images to look at")
+        raise DataError("the run was trained on images with masks; name a set of images with --config.data.source")
     train = data.open_split(config, "train")
     if train is None:
         raise DataError(f"config.data.source={config.data.source!r}: has no training split")
@@ -218,33 +238,33 @@ def _open(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
 
 
 def analyse(subjects: Sequence[Subject], chosen: Sequence[str]) -> tuple[list[Section], dict[str, str]]:
-    """The sections, and for each that there is none of, why."""
+    """Makes the sections named in `chosen`; returns them, and {title of a missing section: why it is missing}."""
     sections, missing = [], {}
     for name in chosen:
         analysis = SECTIONS[name]
         usable = [s for s in subjects if s.train is not None or not analysis.needs_images]
         if not usable and analysis.needs_runs:
-            missing[analysis.title] = "there are no images to look at"
+            missing[analysis.title] = "there are no readable images"
             continue
         if analysis.needs_images:
             log.info("%s ...", analysis.title)
         try:
             sections.append(analysis.run(usable))
         except UserError as e:
-            if distributed.processes() > 1:  # the others may be in the middle of it
+            if distributed.processes() > 1:  # the other processes may still be in this section
                 raise
             missing[analysis.title] = str(e)
     return sections, missing
 
 
 def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], missing: dict[str, str]) -> dict[str, Any]:
-    """Writes both files, each whole or not at all; returns their paths and `missing`.
+    """Writes both files, so that each is whole or missing; returns their paths and `missing`.
 
     Args:
-      folder: exists.
-      origin: name of a run -> where it is from.
-      sections: of the page.
-      missing: title -> why.
+      folder: the folder for the files, which must exist.
+      origin: {name of a run: the name of its checkpoint}.
+      sections: the page's sections.
+      missing: {title of a missing section: why it is missing}.
     """
     title = next(iter(origin)) if len(origin) == 1 else f"{len(origin)} runs compared" if origin else sections[0].title
     html = page.render(title, origin, sections, missing)
@@ -261,14 +281,14 @@ def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], mis
         ],
         "left_out": missing,
     }
-    if jax.process_index() == 0:
+    if distributed.first():
         metrics.write_json(folder / JSON, numbers)
         metrics.write_text(folder / HTML, html)
     return {"report": str(folder / HTML), "json": str(folder / JSON), "left_out": missing}
 
 
-def of_training(folder: Path, config: ConfigDict, mesh: Mesh) -> str:
-    """The small report at the end of training: what the run has logged, nothing computed; returns its path."""
+def write_for_training(folder: Path, config: ConfigDict, mesh: Mesh) -> str:
+    """Writes the small report at the end of training, from the run's log alone; returns its path."""
     subject = Subject(folder.name, config, {}, folder, None, None, mesh)
     sections, _ = analyse([subject], [name for name, a in SECTIONS.items() if a.needs_runs and not a.needs_images])
     return write(folder, {folder.name: folder.name}, sections, {})["report"]

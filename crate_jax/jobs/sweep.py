@@ -1,8 +1,8 @@
-"""The job ``sweep``: pre-trains once per value of a config key and seed, then tabulates and draws what came out.
+"""The job ``sweep``: pre-trains once per value of a config key and per seed, and makes a table and a figure.
 
-The runs go one after the other, each in a folder of its own under the workdir, and are what the same
-config without a sweep would do. So a stopped sweep continues with the same command, and a sweep to
-which values or seeds are added keeps the runs it has.
+The runs go one after the other, each in its own folder under the workdir. Each is the run that its config would give
+without a sweep. So the same command continues a stopped sweep, and a sweep that gets more values or seeds keeps the
+runs that it has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,19 @@ from crate_jax.workdir.folder import lock
 
 log = logging.getLogger(__name__)
 
-MOST_SEEDS = 10_000  # each is a run; a slip of the keyboard beyond
+MAX_SEEDS = 10_000  # each seed is a run per value; a larger number is surely a typing error
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One run of a sweep: its value and seed, the name of its folder, its whole config."""
+    """One run of a sweep.
+
+    Attributes:
+      value: the run's value of the swept key.
+      seed: the run's seed.
+      name: the name of the run's folder.
+      config: the run's whole config.
+    """
 
     value: Any
     seed: int
@@ -46,15 +53,15 @@ class Setting:
 
 
 def expand(config: ConfigDict) -> list[Setting]:
-    """The runs of a sweep, value by value, seed by seed, each checked as far as that goes without data.
+    """The runs of a sweep, ordered by value and then by seed, each checked as far as possible without data.
 
     Raises:
-      ConfigError: the key does not exist or cannot be swept, a value does not fit it, two are the
-        same, or a run's config is not valid.
+      ConfigError: the key does not exist or cannot be swept, a value does not fit the key, two values are equal, or
+        a run's config is not valid.
     """
     key, seeds = config.sweep.key, config.sweep.seeds
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise ConfigError(f"config.sweep.seeds={seeds}: must lie in [1, {MOST_SEEDS}]")
+    if not 1 <= seeds <= MAX_SEEDS:
+        raise ConfigError(f"config.sweep.seeds={seeds}: must lie in [1, {MAX_SEEDS}]")
     _check_key(config, key)
     default = flatten(config)[key]
     given = config.sweep["values"]
@@ -66,14 +73,14 @@ def expand(config: ConfigDict) -> list[Setting]:
         raise ConfigError(f"config.sweep.values is empty: give the values of config.{key}, separated by commas")
     for text in labels:
         if labels.count(text) > 1:
-            raise ConfigError(f"config.sweep.values: {text} stands there twice (four digits count)")
+            raise ConfigError(f"config.sweep.values: {text} is listed twice (values are compared by four digits)")
     settings = []
     for value, text in zip(values, labels, strict=True):
         for seed in range(config.seed, config.seed + seeds):
-            plain = re.sub(r"[^-+.\w]", "_", text)  # a text may be a path
-            settings.append(Setting(value, seed, f"{key}={plain},seed={seed}", _child(config, key, value, seed)))
+            plain = re.sub(r"[^-+.\w]", "_", text)  # a value may be a path
+            settings.append(Setting(value, seed, f"{key}={plain},seed={seed}", _run_config(config, key, value, seed)))
     for setting in settings:
-        _named(setting, validate)
+        _check_setting(setting, validate)
     return settings
 
 
@@ -100,7 +107,7 @@ def _check_key(config: ConfigDict, key: str) -> None:
 
 
 def _cast(key: str, value: Any, default: Any) -> Any:
-    """A value as the type of the key's present one; numbers may be written as text, 1/14 too."""
+    """Casts a value to the type of the key's present value; a text may hold a number, also a fraction such as 1/14."""
     kind = type(default)
     try:
         if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
@@ -119,20 +126,20 @@ def _cast(key: str, value: Any, default: Any) -> Any:
     raise ConfigError(f"config.sweep.values: {value!r} is not a valid {shown}, which config.{key} is (now {default!r})")
 
 
-def _child(config: ConfigDict, key: str, value: Any, seed: int) -> ConfigDict:
-    """The config of one run: no trace of the sweep, so that it stays the same when values are added."""
+def _run_config(config: ConfigDict, key: str, value: Any, seed: int) -> ConfigDict:
+    """The config of one run. It does not mention the sweep, so it stays the same when the sweep gets more values."""
     child = config.copy_and_resolve_references()
     child.job, child.seed = "pretrain", seed
     child.sweep.key, child.sweep.values, child.sweep.seeds = "", (), 1
     *section, leaf = key.split(".")
     (child[section[0]] if section else child)[leaf] = value
     if key == "penalty.weight" and value == 0:
-        child.penalty.name = "none"  # the run without the penalty, which a weight of 0 may not ask for
+        child.penalty.name = "none"  # a run without a penalty, since a penalty needs a weight above 0
     return child
 
 
-def _named(setting: Setting, check: Any) -> None:
-    """Runs a check of the setting's config; its error names the setting."""
+def _check_setting(setting: Setting, check: Callable[[ConfigDict], None]) -> None:
+    """Runs `check` on the setting's config; an error names the setting."""
     try:
         check(setting.config)
     except UserError as e:
@@ -140,17 +147,17 @@ def _named(setting: Setting, check: Any) -> None:
 
 
 def _check_parts(config: ConfigDict) -> None:
-    """Raises what a run would raise at its start: about devices, the schedule, patterns, micro-batches."""
+    """Checks what else a run would check only at its start: devices, schedule, patterns, micro-batches."""
     sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
     make_recipe(config, train.method_of(config), images=1)  # so few that no warm-up in epochs seems too long
 
 
 def _is_finished(folder: Path, setting: Setting) -> bool:
-    """Whether the setting's folder holds a whole run of its config.
+    """Whether the setting's folder holds a finished run of its config.
 
     Raises:
-      ConfigError: it holds a run of another config.
-      CheckpointError: what it holds cannot be read.
+      ConfigError: the folder holds a run of another config.
+      CheckpointError: the folder's config.json cannot be read.
     """
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -158,8 +165,8 @@ def _is_finished(folder: Path, setting: Setting) -> bool:
         return False
     except ValueError:
         raise CheckpointError(f"{folder / 'config.json'}: is not JSON; delete {folder} to run it again") from None
-    stored = flatten(base()) | flatten(stored)  # a key that came later had no other value than its default
-    # Without the others its numbers stay the same: it may go on, or counts as finished.
+    stored = flatten(base()) | flatten(stored)  # a key that is newer than the run had its default
+    # Keys without effect on the numbers may differ: the run can still continue, or is finished.
     changed = [c for c in changed_keys(stored, setting.config.to_dict()) if has_effect(c.partition(":")[0])]
     if changed:
         raise ConfigError(
@@ -169,24 +176,24 @@ def _is_finished(folder: Path, setting: Setting) -> bool:
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Runs what is not finished yet of the sweep, writing the table and the figure after each run.
+    """Does the runs of the sweep that are not finished, and writes the table and the figure after each.
 
-    A run whose loss becomes NaN or infinite is recorded as failed and the others go on; it is tried
-    again, from its last checkpoint, when the sweep is.
+    A run whose loss becomes NaN or infinite is recorded as failed, and the sweep continues with the others. The same
+    command tries the failed run again, from its last checkpoint.
 
     Returns:
       ``{"table": the table's text, "folder": the workdir, "failed": names of the failed runs}``.
 
     Raises:
-      UserError: anything a user can mend; about the settings, before the first run starts.
+      UserError: something that the user can mend; if it concerns the settings, before the first run starts.
       Interrupted: SIGINT or SIGTERM came; the same command continues the sweep.
     """
     settings = expand(config)
-    # One number of devices has to do for all runs: JAX cannot change it once it was used.
+    # All runs use the same number of devices, since JAX cannot change it once it was used.
     model = 1 if all(s.config.mesh.model == 1 for s in settings) else 0
     sharding.use_cpu_cores(math.gcd(*(s.config.batch_size // s.config.accumulate for s in settings)), 1, model)
     for setting in settings:
-        _named(setting, _check_parts)
+        _check_setting(setting, _check_parts)
     with lock(workdir) as folder, Interrupt() as interrupt:
         finished = [bool(distributed.max_over_processes(int(_is_finished(folder / s.name, s)))) for s in settings]
         records = {i: _record(folder, s) for i, s in enumerate(settings) if finished[i]}
@@ -220,7 +227,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
-    """Trains one setting, or goes on with it; returns its record."""
+    """Trains one setting, or continues to; returns its record."""
     try:
         train.run(setting.config, str(folder / setting.name))
     except NonFiniteError as e:
@@ -231,14 +238,14 @@ def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
     except Interrupted as e:
         raise Interrupted(e.signum, f"{e.where}, in {setting.name}") from None
     finally:
-        # A run's objects refer to each other; its arrays must be gone before the next one's are made. Compiled programs
-        # go with them, and those that all runs share stay (jax.clear_caches would only cost time).
+        # A run's objects refer to each other, so only the collector frees its arrays and compiled programs before the
+        # next run needs memory. jax.clear_caches would also free the programs that all runs share, which costs time.
         gc.collect()
     return _record(folder, setting)
 
 
 def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
-    """What sweep.json says of a run that is finished or, with an error, failed."""
+    """The record in sweep.json of a finished run or, with an `error`, of a failed run."""
     path = folder / setting.name / "summary.json"
     record = {"value": setting.value, "seed": setting.seed, "folder": setting.name}
     if error:
@@ -246,7 +253,7 @@ def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
     try:
         return {**record, "status": "done", **json.loads(path.read_text(encoding="utf-8"))}
     except ValueError:
-        raise CheckpointError(f"{path}: is not JSON; delete it to have it written again") from None
+        raise CheckpointError(f"{path}: is not JSON; delete it and repeat the command to write it again") from None
 
 
 def _report(config: ConfigDict, folder: Path, settings: Sequence[Setting], records: dict[int, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What a sweep leaves for people: ``sweep.json``, ``sweep.csv``, ``table.md``, ``sweep.png`` and ``sweep.svg``."""
+"""The results of a sweep for people: ``sweep.json``, ``sweep.csv``, ``table.md``, ``sweep.png`` and ``sweep.svg``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from crate_jax.parallel import distributed
 from crate_jax.workdir import metrics
 
 Record = Mapping[str, Any]
 
 SCORES = {"probe_top1": "probe", "knn_top1": "k-NN"}
 BASELINES = {"_untrained": "untrained", "_pixels": "pixels"}
-LOG_SPAN = 20  # largest value / smallest value from which the axis is logarithmic
+LOG_SPAN = 20  # the axis is logarithmic if the largest value / the smallest value is above this
 
 
 def label(value: Any) -> str:
-    """A value for people and for names of folders: four digits, a tuple's parts with a hyphen between."""
+    """A value as text for people and for names of folders: four digits, hyphens between a tuple's items.
+
+    >>> label(0.123456), label((32, 32)), label(True)
+    ('0.1235', '32-32', 'True')
+    """
     if isinstance(value, tuple | list):
         return "-".join(map(label, value))
     return metrics.format_number(value) if isinstance(value, float) else str(value)
@@ -36,12 +40,12 @@ def write(folder: Path, config: ConfigDict, records: Sequence[Record], total: in
     Args:
       folder: the sweep's workdir.
       config: the sweep's config.
-      records: one per run that is finished or failed: value, seed, folder, status, and its summary or error.
+      records: for each finished or failed run its value, seed, folder, status, and summary or error.
       total: the number of runs of the whole sweep.
     """
     command = shlex.join(["python", *sys.orig_argv[1:]])
     text = table(config.sweep.key, records, total, command)
-    if jax.process_index() == 0:
+    if distributed.first():
         metrics.write_json(folder / "sweep.json", list(records))
         metrics.write_text(folder / "sweep.csv", _csv(records))
         metrics.write_text(folder / "table.md", text)
@@ -63,7 +67,7 @@ def _csv(records: Sequence[Record]) -> str:
 
 
 def groups(records: Sequence[Record]) -> list[tuple[Any, list[Record], int]]:
-    """(value, its finished runs, number of its failed runs), in the order of the sweep."""
+    """For each value (value, its finished runs, the number of its failed runs), in the order of the sweep."""
     out: list[tuple[Any, list[Record], int]] = []
     for value in dict.fromkeys(label(r["value"]) for r in records):
         same = [r for r in records if label(r["value"]) == value]
@@ -73,7 +77,11 @@ def groups(records: Sequence[Record]) -> list[tuple[Any, list[Record], int]]:
 
 
 def mean_std(runs: Sequence[Record], name: str) -> tuple[float, float] | None:
-    """Mean and sample standard deviation (0 for one run) of a number; None where no run has it."""
+    """Mean and sample standard deviation (0 for one run) of a number over runs; None if no run has the number.
+
+    >>> mean_std([{"loss": 1.0}, {"loss": 3.0}, {"loss": None}], "loss")
+    (2.0, 1.4142135623730951)
+    """
     found = [r[name] for r in runs if r.get(name) is not None]
     if not found:
         return None
@@ -81,7 +89,7 @@ def mean_std(runs: Sequence[Record], name: str) -> tuple[float, float] | None:
 
 
 def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
-    """The Markdown page: what was varied, by which command, and one row per value."""
+    """The Markdown page: the swept key, the command, and one row per value."""
     rows = groups(records)
     columns = {"loss": "loss"}
     for suffix, name in {"": "", **BASELINES}.items():
@@ -128,16 +136,16 @@ def _entry(entry: tuple[float, float] | None, count: int, is_share: bool) -> str
 
 
 def _aligned(cells: list[list[str]]) -> list[str]:
-    """A Markdown table whose columns line up as text too."""
+    """The lines of a Markdown table, whose columns are also aligned in plain text."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
 def figure(config: ConfigDict, records: Sequence[Record]) -> Any:
-    """Accuracies against the swept value as a matplotlib Figure; the loss where there are no labels.
+    """A matplotlib Figure of the accuracies over the swept values; of the loss if there are no labels.
 
-    Uses no display and no state of matplotlib beyond the figure.
+    It needs no display and changes no state of matplotlib.
     """
     from matplotlib.figure import Figure  # here: 0.3 s that no other job has to spend
 
@@ -155,7 +163,7 @@ def figure(config: ConfigDict, records: Sequence[Record]) -> Any:
 
 
 def _title(config: ConfigDict, rows: Sequence[tuple[Any, list[Record], int]]) -> str:
-    """What all runs share, for somebody who finds the picture without its table."""
+    """The figure's title: what all runs share, for a reader who has the figure without the table."""
     kind, _, rest = config.data.source.partition(":")
     steps = next(r["steps"] for _, done, _ in rows for r in done)
     parts = {
@@ -170,7 +178,7 @@ def _title(config: ConfigDict, rows: Sequence[tuple[Any, list[Record], int]]) ->
 
 
 def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], column: str) -> None:
-    """One score of the trained encoder with error bars, and its baselines."""
+    """Draws one score of the trained encoder with error bars, and its baselines."""
     at = _place(ax, [value for value, _, _ in rows])
     scale = 1 if column == "loss" else 100
     seeds = max(len(done) for _, done, _ in rows)
@@ -188,7 +196,7 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
         if not points:
             continue
         places, means, stds = zip(*[(x, scale * mean, scale * std) for x, (mean, std) in points], strict=True)
-        if len(points) == 1 and suffix:  # one point is no line
+        if len(points) == 1 and suffix:  # one point does not make a line
             ax.axhline(means[0], label=name, **{k: v for k, v in styles[suffix].items() if k != "fmt"}, linestyle="--")
             continue
         ax.errorbar(places, means, stds if seeds > 1 and not suffix else None, label=name, **styles[suffix])
@@ -204,10 +212,10 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
 
 
 def _place(ax: Any, values: Sequence[Any]) -> list[float]:
-    """Scales the x axis for the values and labels them; returns where each lies.
+    """Scales and labels the x axis for the values; returns the position of each value.
 
-    Numbers lie at their value, on a logarithmic axis if they span more than LOG_SPAN (0 then has a place one decade
-    below the smallest); anything else side by side.
+    Numbers lie at their value, on a logarithmic axis if they span more than LOG_SPAN (0 then lies one decade below the
+    smallest other number). Other values lie side by side.
     """
     is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     at = [float(v) for v in values] if is_number else [float(i) for i in range(len(values))]
@@ -223,6 +231,6 @@ def _place(ax: Any, values: Sequence[Any]) -> list[float]:
     ax.set_xticks([], minor=True)
     places = np.sort(ax.xaxis.get_transform().transform(np.array(at)))
     closest = np.diff(places).min(initial=np.inf) / max(np.ptp(places), 1e-30)
-    if closest < max(map(len, labels)) / 40:  # some 40 characters fit along a panel
+    if closest < max(map(len, labels)) / 40:  # about 40 characters fit along a panel
         ax.tick_params(axis="x", rotation=60)
     return at

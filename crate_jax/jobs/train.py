@@ -1,4 +1,4 @@
-"""The job ``pretrain``, and the training that the jobs ``finetune``, ``segment`` and ``sweep`` do too."""
+"""The job ``pretrain``; the jobs ``finetune``, ``segment`` and ``sweep`` train by the same function."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
     "finetune": ClassifierEvaluation,
     "segment": SegmentationEvaluation,
 }
-# Of a config, what a score depends on: with another value it is another run.
-TASK = ("seed:", "init_from:", "protocol.name:", "protocol.scratch:")
+# Config keys (beginnings of lines of `changed_keys`) on which a score depends: with another value it is another run.
+TASK_KEYS = ("seed:", "init_from:", "protocol.name:", "protocol.scratch:")
 
 
 def method_of(config: ConfigDict, source: data.Source | None = None) -> Method:
-    """The method that a validated config trains; `source` is the training set, which pre-training does not need."""
+    """Builds the method that a validated config trains, for the training set `source`; `reconstruction` needs none."""
     return METHODS[method_name(config)].build(config, source)
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains, or goes on training, in `workdir`; returns what it wrote to summary.json.
+    """Trains, or continues to train, in `workdir`; returns what it wrote to summary.json.
 
     Raises:
-      UserError: anything a user can mend, in one line.
+      UserError: something that the user can mend, in one line.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)
-    # From here on: an exception out of a signal during set-up can get lost in a library's callback.
+    # Interrupt begins before the set-up: a library's callback could swallow the exception that a signal raises there.
     with Interrupt() as interrupt, lock(workdir) as folder, contextlib.ExitStack() as stack:
         mesh = sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
         source = data.open_split(config, "train")
@@ -86,14 +86,14 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         summary = summarise(loop)
         if distributed.first():
             metrics.write_json(folder / "summary.json", summary)
-            summary["report"] = write_report(folder, config, mesh)  # of the summary, among others
+            summary["report"] = write_report(folder, config, mesh)  # the report reads summary.json
             metrics.write_json(folder / "summary.json", summary)
-        distributed.barrier("run finished")  # what process 0 wrote is there for all
+        distributed.barrier("run finished")  # the others wait for the files of process 0
         return summary
 
 
 def show(summary: Mapping[str, Any]) -> None:
-    """Prints the end of a pre-training run for a person."""
+    """Prints the results of a pre-training run for people."""
     print(f"steps {summary['steps']}  loss {summary['loss']:.4g}  parameters {summary['params']:,}")
     if summary["knn_top1"] is not None:
         print(f"{'top-1 accuracy':<20}{'k-NN':>8}{'probe':>8}")
@@ -108,18 +108,18 @@ def show(summary: Mapping[str, Any]) -> None:
 def observers(
     config: ConfigDict, method: Method, evaluation: Evaluation, mesh: Mesh, untrained: Callable[[], Params]
 ) -> Sequence[Observer]:
-    """What looks at the encoder while it is trained, each in its own period.
+    """The observers of a training run, each with its own period.
 
     Args:
       config: a validated config.
-      method: what is trained.
-      evaluation: scores it; its images are those that the others look at.
+      method: the method that is trained.
+      evaluation: scores the encoder; the other observers use its images too.
       mesh: the devices.
-      untrained: the parameters that it is compared with at the end.
+      untrained: returns the parameters of an untrained run, whose scores the evaluation adds at the end.
     """
 
     def shown(count: int) -> dict[str, np.ndarray]:
-        """What the method reads of `count` images of the evaluation, always the same ones."""
+        """The method's inputs for `count` of the evaluation's images, the same each time."""
         chosen = sample(len(evaluation.shown), count, config.seed)
         batch = next(data.eval_batches(config, evaluation.shown, chosen, count))
         return {name: batch[name] for name in method.inputs}
@@ -144,12 +144,12 @@ def observers(
 def drawing(
     method: Method, shown: Callable[[], dict[str, np.ndarray]], seed: int, mesh: Mesh
 ) -> Callable[[Params], Picture]:
-    """The function judged parameters -> a grid of the method's pictures.
+    """Returns the function from judged parameters to a grid of the method's pictures.
 
     Args:
-      method: draws them.
-      shown: the images to draw, read each time anew.
-      seed: of what is drawn at random, the same each time.
+      method: the method, which has pictures.
+      shown: returns the inputs to draw; it is called for each grid.
+      seed: the seed of the corruptions, so that they are the same each time.
       mesh: the devices.
     """
     assert method.pictures is not None
@@ -168,11 +168,11 @@ def drawing(
 
 
 def telemetry(config: ConfigDict, images: np.ndarray, mesh: Mesh) -> Callable[[Params], dict[str, float]]:
-    """The function judged parameters -> measures of the layers, always of the same images and draws.
+    """Returns the function from judged parameters to measures of the layers, with the same images and draws each time.
 
     Args:
-      config: a validated config; its seed is that of the draws.
-      images: uint8 (b, H, W, 3), the same in every process; split over the devices where b can be.
+      config: a validated config; its seed also determines the draws.
+      images: uint8 (b, H, W, 3), the same in every process; split over the devices if their number divides b.
       mesh: the devices.
     """
     scalars = measures.telemetry(config)
@@ -189,26 +189,33 @@ def telemetry(config: ConfigDict, images: np.ndarray, mesh: Mesh) -> Callable[[P
 
 
 def require_same_task(config: ConfigDict, folder: Path, before: Mapping[str, Any], other_images: bool) -> None:
-    """A score is recorded with what it was learnt from: another encoder, seed or data set is another run.
+    """Checks that a fine-tuning run continues with the encoder, seed and images that it started with.
 
-    Pre-training may go on with other images; its records name both.
+    The record of its score names only one of each. Pre-training may continue with other images, since its records name
+    both.
+
+    Args:
+      config: the config of the present command.
+      folder: the workdir.
+      before: the config of the checkpoint.
+      other_images: whether the training images have changed.
 
     Raises:
-      ConfigError: the workdir holds a run that started otherwise.
+      ConfigError: the workdir holds a run that started differently.
     """
     if config.job == "pretrain":
         return
-    before = flatten(base()) | flatten(before)  # a key that came later had no other value than its default
-    changed = [line for line in changed_keys(before, config) if line.startswith(TASK)]
+    before = flatten(base()) | flatten(before)  # a key that is newer than the run had its default
+    changed = [line for line in changed_keys(before, config) if line.startswith(TASK_KEYS)]
     changed += ["config.data: other training images"] * other_images
     if changed:
         raise ConfigError(
-            f"{folder} holds a run that started otherwise ({'; '.join(changed)}); choose another --workdir"
+            f"{folder} holds a run that started differently ({'; '.join(changed)}); choose another --workdir"
         )
 
 
 def summarise(loop: Loop) -> dict[str, Any]:
-    """What summary.json says of a run that is finished."""
+    """The contents of summary.json for a finished run."""
     skipped = {nonfinite.SKIPPED: loop.nonfinite.total} if loop.config.nonfinite.skip else {}
     return {
         "steps": loop.total,
@@ -225,11 +232,11 @@ def summarise(loop: Loop) -> dict[str, Any]:
 
 
 def write_report(folder: Path, config: ConfigDict, mesh: Mesh) -> str | None:
-    """Writes report.html; returns its path. A page that cannot be drawn is no reason to fail a run that is done."""
+    """Writes report.html and returns its path; None if the report is off or fails, which must not fail the run."""
     if not config.log.report:
         return None
     try:
-        return report.of_training(folder, config, mesh)
+        return report.write_for_training(folder, config, mesh)
     except Exception as e:
         log.warning("no report: %s: %s", type(e).__name__, e)
         return None

@@ -179,7 +179,7 @@ def test_a_workdir_is_of_one_fine_tuning(pretraining, tmp_path):
         ("", {"data__source": "synthetic"}, "other training images"),
         ("", {"checkpoint": str(shutil.copytree(pretraining, tmp_path / "copy"))}, "init_from"),
     ):
-        with pytest.raises(ConfigError, match=f"holds a run that started otherwise .*{words}"):
+        with pytest.raises(ConfigError, match=f"holds a run that started differently .*{words}"):
             finetune.run(
                 configured(f"protocol=finetune_crate,debug{arg}", pretraining, **values, **changed), str(tmp_path / "w")
             )
@@ -281,7 +281,7 @@ def test_a_run_from_before_a_key_came_goes_on():
     train.require_same_task(c, Path("run"), before, other_images=False)
     before["protocol"]["scratch"] = True
     with pytest.raises(
-        ConfigError, match=r"run holds a run that started otherwise \(protocol.scratch: True -> False\)"
+        ConfigError, match=r"run holds a run that started differently \(protocol.scratch: True -> False\)"
     ):
         train.require_same_task(c, Path("run"), before, other_images=False)
 

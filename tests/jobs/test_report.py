@@ -265,7 +265,7 @@ def test_what_cannot_be_said_is_named(runs, tmp_path, monkeypatch):
     sizes = next(s for s in numbers["sections"] if s["title"] == "Sizes")
     assert sizes["tables"][0]["rows"] == [[NAMES[1], 1437, 360]]
     alone = report(paths[1:], tmp_path / "w")["left_out"]
-    assert alone["Sizes"] == "there are no images to look at"
+    assert alone["Sizes"] == "there are no readable images"
     named = report(paths, tmp_path / "w", data__source=f"folder:{tmp_path}/elsewhere", report__sections=("sizes",))
     assert named["left_out"] == {}
     sections = read(tmp_path / "w")[1]["sections"]
@@ -277,10 +277,15 @@ def test_what_cannot_be_said_is_named(runs, tmp_path, monkeypatch):
     [
         ("", {}, ConfigError, "config.checkpoint='': must name the workdirs"),
         ("{run},", {}, ConfigError, "must name the workdirs of runs or files of weights, separated by commas"),
-        ("{run},{run}", {}, ConfigError, "stands there twice"),
+        ("{run},{run}", {}, ConfigError, "is listed twice"),
         ("{run},{run}/checkpoints", {}, ConfigError, "are the same run"),
         ("{run},{run}x", {}, CheckpointError, "x: no such folder"),
-        ("{run}", {"report__sections": ("colours",)}, ConfigError, "unknown 'colours'; must be of overview, pictures"),
+        (
+            "{run}",
+            {"report__sections": ("colours",)},
+            ConfigError,
+            "unknown section 'colours'; must be one or more of overview, pictures",
+        ),
     ],
 )
 def test_wrong_requests_are_one_line(runs, tmp_path, checkpoint, changes, error, message):

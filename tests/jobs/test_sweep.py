@@ -223,7 +223,7 @@ BAD = [
     (dict(sweep__values=()), "config.sweep.values is empty"),
     (dict(sweep__values=(0.1, "many")), "'many' is not a valid float, which config.encoder.lam is"),
     (dict(sweep__values=(True,)), "True is not a valid float"),
-    (dict(sweep__values=(0.1, 0.5, 0.1)), "0.1 stands there twice"),
+    (dict(sweep__values=(0.1, 0.5, 0.1)), "0.1 is listed twice"),
     (dict(sweep__key="encoder.depth", sweep__values=(2, 2.5)), "2.5 is not a valid int"),
     (dict(sweep__key="encoder.name", sweep__values=(1,)), "1 is not a valid str"),
     (dict(sweep__key="data.flip", sweep__values=(0.5, 1.5)), "data.flip=1.5,seed=0: config.data.flip=1.5: must lie in"),
