@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# One run as a JobSet on Kubernetes: one pod for each host, all restarted together when one is lost.
+# Starts one run as a JobSet on Kubernetes: one pod per host; all pods are restarted together when one is lost.
 #
 #   IMAGE=... CLAIM=... HOSTS=2 GPUS=8 launch/kubernetes.sh run --config=... --workdir=/shared/...
 #   IMAGE=... CLAIM=... ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=4x4 launch/kubernetes.sh run ...
 #
 #   run ARGS    creates the JobSet, whose pods run `python -m crate_jax.main ARGS`
 #   logs        follows the log of one pod
-#   delete      deletes the JobSet; the run is told to save before
+#   delete      deletes the JobSet; before that the run gets time to save
 #
 # --dry-run prints the command, for `run` with the whole manifest (kubernetes.yaml filled in).
 #
-#   IMAGE        container image with crate_jax installed (needed by run)
-#   CLAIM        persistent volume claim that all pods can write, mounted at /shared (needed by run)
-#   HOSTS        number of pods (needed by run, except for TPUs, whose topology decides)
-#   GPUS         NVIDIA GPUs of each pod; 0: the CPU (0)
-#   ACCELERATOR  TPU of GKE: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice or tpu-v4-podslice
-#   TOPOLOGY     its topology, such as 4x4 or 2x2x2
-#   CHIPS        TPU chips of each host (4, or all of a smaller topology)
+#   IMAGE        container image with crate_jax installed (required by run)
+#   CLAIM        persistent volume claim that all pods can write, mounted at /shared (required by run)
+#   HOSTS        number of pods (required by run; for TPUs the topology says it)
+#   GPUS         number of NVIDIA GPUs of each pod; 0: the CPU (0)
+#   ACCELERATOR  GKE's name of the TPU: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice or tpu-v4-podslice
+#   TOPOLOGY     the TPU slice's topology, such as 4x4 or 2x2x2
+#   CHIPS        number of TPU chips of each host (4, or all chips of a smaller topology)
 #   SLICES       number of TPU slices (1)
-#   SPOT         1: on GKE's spot nodes (0)
-#   NAME         of the JobSet (crate-jax)
-#   NAMESPACE    (kubectl's own)
+#   SPOT         1: use GKE's spot nodes (0)
+#   NAME         the JobSet's name (crate-jax)
+#   NAMESPACE    the JobSet's namespace (kubectl's default)
 #   RESTARTS     how often the pods are restarted (100)
 #   PYTHON       interpreter in the image (python)
-#   WORKER       whose log is followed (0)
+#   WORKER       number of the pod whose log is followed (0)
 #
-# Needs the JobSet controller, v0.7 or newer, in the cluster.
+# The cluster needs the JobSet controller, v0.7 or newer.
 
 # shellcheck source=launch/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
-# A word as a JSON string.
+# json WORD: prints the word as a JSON string.
 json() {
   local word=${1//\\/\\\\}
   word=${word//\"/\\\"}
@@ -39,14 +39,14 @@ json() {
   printf '"%s"' "$word"
 }
 
-# json_list WORD...
+# json_list WORD...: prints the words as a JSON list.
 json_list() {
   local word list=
   for word in "$@"; do list+=", $(json "$word")"; done
   printf '[%s]' "${list:2}"
 }
 
-# json_map KEY VALUE KEY VALUE...
+# json_map KEY VALUE KEY VALUE...: prints them as a JSON object.
 json_map() {
   local map=
   while (($#)); do
@@ -104,7 +104,7 @@ if [[ -n $ACCELERATOR ]]; then
   ((HOSTS == all / CHIPS)) || fail "HOSTS=$HOSTS: TOPOLOGY=$TOPOLOGY has $((all / CHIPS)) hosts of $CHIPS chips"
   selector=(cloud.google.com/gke-tpu-accelerator "$ACCELERATOR" cloud.google.com/gke-tpu-topology "$TOPOLOGY")
   resources=(google.com/tpu "$CHIPS")
-  # one slice, one node pool: the chips of two pools are not wired together
+  # Each slice needs a node pool of its own, since no wires connect the chips of two pools.
   annotations=(alpha.jobset.sigs.k8s.io/exclusive-topology cloud.google.com/gke-nodepool)
 else
   need HOSTS "the number of pods, as in HOSTS=2"
@@ -115,10 +115,10 @@ fi
 ((SPOT == 0)) || selector+=(cloud.google.com/gke-spot true)
 
 for ((i = 0; i < ${#ARGS[@]}; i++)); do
-  ARGS[i]=${ARGS[i]//\$(/\$\$(} # Kubernetes would fill in a $(NAME)
+  ARGS[i]=${ARGS[i]//\$(/\$\$(} # Kubernetes would replace $(NAME)
 done
 command=("$PYTHON" -m crate_jax.main "${ARGS[@]}")
-# On TPUs, GKE tells JAX. Kubernetes fills in the pod's number.
+# On TPUs, JAX gets these three from GKE. Kubernetes replaces JOB_COMPLETION_INDEX by the pod's number.
 # shellcheck disable=SC2016
 [[ -n $ACCELERATOR ]] || command+=(
   "--coordinator_address=$NAME-host-0-0.$NAME:8476" "--num_processes=$HOSTS" '--process_id=$(JOB_COMPLETION_INDEX)'
@@ -132,7 +132,7 @@ declare -A values=(
 )
 manifest=
 while IFS= read -r line; do
-  # one value a line at most, so that nothing is filled in inside a value
+  # Each line has at most one ${NAME}, at its end, so that nothing is replaced inside a value.
   if [[ $line != '#'* && $line =~ ^(.*)\$\{([A-Z_]+)\}$ ]]; then line=${BASH_REMATCH[1]}${values[${BASH_REMATCH[2]}]}; fi
   [[ $line == '#'* ]] || manifest+=$line$'\n'
 done <"$(dirname "${BASH_SOURCE[0]}")/kubernetes.yaml"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# N processes of one run on this machine.
+# Starts one run as N processes on this machine.
 #
 #   N=2 JAX_NUM_CPU_DEVICES=2 launch/local.sh --config=... --workdir=...
 #   N=2 CUDA_VISIBLE_DEVICES=0,1,2,3 launch/local.sh --config=... --workdir=...
 #
-# All arguments go to `python -m crate_jax.main`; --dry-run prints the commands, one a line.
+# All arguments go to `python -m crate_jax.main`; --dry-run prints the commands, one per line.
 #
-#   N                     number of processes (needed)
-#   CUDA_VISIBLE_DEVICES  GPUs, cut into N equal parts in this order; without it the run is on the CPU
-#   JAX_NUM_CPU_DEVICES   virtual devices of each process on the CPU (cores / N)
+#   N                     number of processes (required)
+#   CUDA_VISIBLE_DEVICES  GPUs, which are cut into N equal parts in this order; without it the run uses the CPU
+#   JAX_NUM_CPU_DEVICES   number of virtual devices of each process on the CPU (cores / N)
 #   PYTHON                interpreter (python)
-#   PORT                  where the processes meet (one made from the launcher's process id)
-#   GRACE                 seconds the others get to stop by themselves when one failed, before SIGKILL (120)
+#   PORT                  port at which the processes meet (a number made from the launcher's process id)
+#   GRACE                 seconds between the failure of one process and SIGKILL for the others (120)
 #
-# INT, TERM, USR1, USR2 and QUIT go on to every process, HUP as TERM. Ends when all have ended, with the first status
-# that was not 0. When the launcher is killed -9, its processes get SIGTERM (Linux).
+# The launcher passes INT, TERM, USR1, USR2 and QUIT on to every process, and HUP as TERM. It ends after all processes,
+# with the first status that is not 0. If kill -9 ends the launcher, its processes get SIGTERM (on Linux).
 
 # shellcheck source=launch/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
@@ -46,7 +46,7 @@ set_command() {
   else
     COMMAND=(env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" "JAX_NUM_CPU_DEVICES=$JAX_NUM_CPU_DEVICES")
   fi
-  # The kernel's own notice of the launcher's death: nothing else can see a kill -9.
+  # The kernel sends TERM when the launcher dies: after kill -9 nothing else can.
   if command -v setpriv >/dev/null; then COMMAND+=(setpriv --pdeathsig TERM); fi
   COMMAND+=("$PYTHON" -m crate_jax.main "${ARGS[@]}"
     "--coordinator_address=127.0.0.1:$PORT" "--num_processes=$N" "--process_id=$1")
@@ -61,12 +61,12 @@ if [[ -n $DRY_RUN ]]; then
 fi
 
 command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: no such command"
-# Another run's coordinator would take our processes for its own.
-if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then fail "PORT=$PORT is taken; name another"; fi
+# Our processes would join another run whose coordinator uses this port.
+if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then fail "PORT=$PORT is in use; choose another"; fi
 
-# Each process gets a group of its own: Ctrl-C then reaches the launcher alone, which passes it on once (the second one
-# ends a run without saving), SIGINT is not ignored as in other background commands, and what a process leaves behind
-# can be ended with its group.
+# Each process gets its own group, for three reasons. Ctrl-C then reaches the launcher alone, which passes it on once
+# (a second one would end a run without saving). The process does not ignore SIGINT, as other background commands do.
+# And the launcher can end with the group what a process leaves behind.
 set -m
 declare -A running=()
 received=()
@@ -83,7 +83,7 @@ end_groups() {
 
 trap 'end_groups "${!running[@]}"' EXIT
 signals=(INT TERM QUIT USR1 USR2)
-# Kept until all have started, so that none misses it.
+# A signal is kept until all processes have started, so that none misses it.
 for signal in "${signals[@]}"; do
   # shellcheck disable=SC2064
   trap "received+=($signal)" "$signal"
@@ -103,7 +103,8 @@ for signal in "${received[@]}"; do pass_on "$signal"; done
 
 first=0 deadline=
 while ((${#running[@]})) && [[ -z $deadline || $SECONDS -lt $deadline ]]; do
-  # A look five times a second, and at once after a signal. Not `wait -n`: of two that end together it can miss one.
+  # The loop checks five times a second, and at once after a signal. `wait -n` can miss one of two processes that end
+  # together.
   sleep 0.2 &
   wait $! || true
   for pid in "${!running[@]}"; do
@@ -114,8 +115,8 @@ while ((${#running[@]})) && [[ -z $deadline || $SECONDS -lt $deadline ]]; do
     end_groups "$pid"
     if ((status && !first)); then
       first=$status
-      # Not TERM at once: the others may be saving for the same signal, and a second one would end that; a run whose
-      # peer died says so itself, and stops.
+      # The others get no TERM: they may be saving after the same signal, and a second one would end that. They
+      # notice by themselves that a process is gone, name it and stop.
       deadline=$((SECONDS + GRACE))
     fi
   done

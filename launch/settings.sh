@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Sourced by every launcher: --help and --dry-run, checks of the settings, and how a command is run or shown.
+# Every launcher sources this file: --help and --dry-run, checks of the settings, and how to run or show a command.
 set -euo pipefail
 
-# Status 2 is the user's mistake, as in crate_jax.main: nothing retries it.
+# Prints one line and ends with status 2, which stands for the user's mistake, as in crate_jax.main: nothing retries it.
 fail() {
   printf '%s: %s\n' "${0##*/}" "$1" >&2
   exit 2
 }
 
-# Takes --help and --dry-run out of the arguments, wherever they stand; the others are in ARGS.
-# The help is the comment at the top of the script, so the two cannot differ.
+# Removes --help and --dry-run from the arguments, wherever they stand, and puts the others into ARGS.
+# The help is the comment at the top of the script, so that the two cannot differ.
 read_arguments() {
   DRY_RUN='' ARGS=()
   local argument
@@ -25,26 +25,26 @@ read_arguments() {
   done
 }
 
-# need NAME MEANING: the setting NAME has a value.
+# need NAME MEANING: fails unless the setting NAME has a value.
 need() { [[ -n ${!1:-} ]] || fail "$1 is not set: $2"; }
 
-# need_count NAME [LEAST]: NAME is a whole number, at least LEAST (1).
+# need_count NAME [MIN]: fails unless NAME is a whole number, at least MIN (1).
 need_count() {
-  # ten digits at most: bash's numbers have 64 bits, and 08 would be a bad octal
+  # at most ten digits, since bash's numbers have 64 bits; no leading 0, since 08 would be a bad octal number
   [[ ${!1:-} =~ ^(0|[1-9][0-9]{0,9})$ && ${!1} -ge ${2:-1} ]] ||
     fail "$1=${!1:-}: must be a whole number, ${2:-1} or more"
 }
 
-# need_label NAME: NAME can be part of a host name, as clouds and clusters want it.
+# need_label NAME: fails unless NAME can be part of a host name, which clouds and clusters require.
 need_label() {
   [[ ${!1:-} =~ ^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$ ]] ||
     fail "$1=${!1:-}: must be lower-case letters, digits and '-', starting with a letter, 50 at most"
 }
 
-# need_switch NAME: NAME is 0 or 1.
+# need_switch NAME: fails unless NAME is 0 or 1.
 need_switch() { [[ ${!1} == [01] ]] || fail "$1=${!1}: must be 0 or 1"; }
 
-# One line that a shell reads as this very command.
+# Prints a command as one line that a shell reads as the same command.
 show() {
   local line
   printf -v line '%q ' "$@"

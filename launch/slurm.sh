@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# Submits one run to SLURM: one process per GPU on every node, continued after pre-emption and at the time limit.
+# Submits one run to SLURM: one process per GPU on every node; it continues after pre-emption and after the time limit.
 #
 #   NODES=2 GPUS=8 TIME=24:00:00 launch/slurm.sh --config=... --workdir=...
 #
-# All arguments go to `python -m crate_jax.main`; --dry-run prints the command. Submit from the folder the command is to
-# run in. The workdir must be on a file system that all nodes share.
+# All arguments go to `python -m crate_jax.main`; --dry-run prints the command. The command runs in the
+# folder from which you submit it. The workdir must be on a file system that all nodes share.
 #
-#   NODES      number of nodes (needed)
-#   GPUS       GPUs and processes of each node; 0: one process on its CPU (needed)
-#   TIME       time limit of one allocation, in sbatch's forms (the partition's)
+#   NODES      number of nodes (required)
+#   GPUS       number of GPUs and of processes on each node; 0: one process on the CPU (required)
+#   TIME       time limit of one allocation, in sbatch's formats (the partition's limit)
 #   LEAD       seconds before the limit at which SIGTERM asks the run to save (300; SLURM may be a minute early)
 #   RESTARTS   how often the job may be requeued (100)
-#   NAME       the job's name, and its log NAME-JOBID.log (crate-jax)
+#   NAME       the job's name; the log is NAME-JOBID.log (crate-jax)
 #   PYTHON     interpreter on the nodes (python)
-#   CPUS, MEMORY, PARTITION, ACCOUNT, QOS, CONSTRAINT    passed to sbatch where set; CPUS per process, MEMORY per node
+#   CPUS, MEMORY, PARTITION, ACCOUNT, QOS, CONSTRAINT    passed to sbatch if set; CPUS per process, MEMORY per node
 
 # shellcheck source=launch/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
 read_arguments "$@"
 NODES=${NODES:-} GPUS=${GPUS:-} NAME=${NAME:-crate-jax} LEAD=${LEAD:-300}
-export RESTARTS=${RESTARTS:-100} PYTHON=${PYTHON:-python} # slurm_job.sh reads them; sbatch passes the environment on
+export RESTARTS=${RESTARTS:-100} PYTHON=${PYTHON:-python} # for slurm_job.sh, which sbatch runs in this environment
 need NODES "the number of nodes, as in NODES=2"
 need_count NODES
-need GPUS "the GPUs of each node, as in GPUS=8; 0 for the CPU"
+need GPUS "the number of GPUs of each node, as in GPUS=8; 0 for the CPU"
 need_count GPUS 0
 need_count LEAD
 ((LEAD < 65536)) || fail "LEAD=$LEAD: sbatch takes at most 65535 seconds"
@@ -35,11 +35,12 @@ need_label NAME
 
 options=(
   --job-name="$NAME" --output=%x-%j.log --open-mode=append --requeue
-  # without "B:" to the processes and not to the batch shell: it has to see how they ended
+  # Without "B:" SLURM signals the processes and not the batch shell, which must see how they end.
   --signal=TERM@"$LEAD"
   --nodes="$NODES" --ntasks-per-node="$((GPUS ? GPUS : 1))"
 )
-# Not --gpus-per-task: JAX takes the GPU with the process's local number, so every process must see all of the node's.
+# --gpus-per-task would be wrong: JAX uses the GPU with the process's local number, so every process must see all GPUs
+# of its node.
 ((GPUS == 0)) || options+=(--gpus-per-node="$GPUS")
 [[ -z ${TIME:-} ]] || options+=(--time="$TIME")
 [[ -z ${CPUS:-} ]] || options+=(--cpus-per-task="$CPUS")

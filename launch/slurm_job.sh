@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The batch script that slurm.sh submits: srun, then requeue when the run was stopped by a signal with its state saved,
-# or because another process was gone.
+# The batch script that slurm.sh submits: runs srun, then requeues the job if a signal stopped the run and its state is
+# saved, or if a process is gone.
 #
 #   launch/slurm_job.sh [--dry-run] ARGUMENTS of crate_jax.main
 #
 #   PYTHON     interpreter (python)
 #   RESTARTS   how often the job may be requeued (100)
 #
-# JAX finds its processes from SLURM's own variables. Status: srun's, the highest of all processes.
+# JAX finds its processes by SLURM's variables. The script ends with srun's status, the highest of all processes.
 
-# Sources nothing: SLURM runs a copy of this file from a folder of its own.
+# This file sources no other, since SLURM runs a copy of it in another folder.
 set -uo pipefail
 
 dry_run=
@@ -22,10 +22,10 @@ case ${1:-} in
 esac
 
 command=(
-  # One process that fails does not end the others at once: they may be saving, and a run whose peer died stops by itself
-  # and says which it was. After five minutes SLURM ends what is left.
+  # A process that fails does not end the others at once: they may be saving, and they notice by themselves that a
+  # process is gone, name it and stop. After five minutes SLURM ends the rest.
   srun --kill-on-bad-exit=0 --wait=300
-  # since SLURM 22.05 a step no longer takes this from its job
+  # Since SLURM 22.05 a step no longer inherits this from its job.
   ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
   "${PYTHON:-python}" -m crate_jax.main "$@"
 )
@@ -37,11 +37,12 @@ fi
 
 "${command[@]}"
 status=$?
-# 143 and 130: a signal (the coming limit, pre-emption), state saved. 75: a process is gone, or silent, with no status of
-# its own; of a node that SLURM lost, it requeues the job itself. Everything else would only fail again.
+# 143 and 130: a signal stopped the run (before the time limit or pre-emption), and its state is saved. 75: a process is
+# gone or silent, without a status. After the loss of a node SLURM itself requeues the job. Any other failure would only
+# repeat itself.
 if ((status == 143 || status == 130 || status == 75)); then
   case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) in
-    # scancel sends the same signal; who cancels a job does not want it back
+    # scancel sends the same signal, but a cancelled job must not come back.
     CANCELLED | COMPLETING) ;;
     *)
       if ((${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-100})); then

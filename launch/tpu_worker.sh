@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What tpu.sh runs on each worker of a slice, in the home folder, which holds the checkout crate_jax/.
+# tpu.sh runs this script on each worker of a slice, in the home folder, which holds the checkout crate_jax/.
 #
-#   setup [COMMAND]   runs COMMAND in a shell, makes crate_jax_env/ with a Python of its own, installs crate_jax[tpu]
-#   run ARGS          starts `python -m crate_jax.main ARGS` in the background; refuses while another one runs
-#   logs              the end of crate_jax.log and what comes, until the run ends
-#   stop              SIGTERM to the run
+#   setup [COMMAND]   runs COMMAND in a shell, makes crate_jax_env/ with its own Python, installs crate_jax[tpu]
+#   run ARGS          starts `python -m crate_jax.main ARGS` in the background; fails while another run is in progress
+#   logs              prints the end of crate_jax.log and follows it until the run ends
+#   stop              sends SIGTERM to the run
 #
 # --dry-run prints the commands.
 
@@ -17,19 +17,20 @@ ARGS=("${ARGS[@]:1}")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=$PWD
 
-# The lock is held as long as the run, or anything it started, lives: unlike a process id it cannot be another's.
+# The run, and all that it started, hold the lock as long as they live. Unlike a process id it cannot belong to another
+# process.
 is_running() { ! flock --nonblock "$HERE/crate_jax.lock" true; }
 
 setup() {
   if ((${#ARGS[@]})); then run bash -c "${ARGS[0]}"; fi
-  # The images' Python is older than ours; uv brings one.
+  # The Python of the machine images is too old; uv installs a newer one.
   run python3 -m pip install --quiet --user uv
   run python3 -m uv venv --quiet --allow-existing --python 3.12 "$HERE/crate_jax_env"
   run python3 -m uv pip install --quiet --python "$HERE/crate_jax_env/bin/python" --editable "$HERE/crate_jax[tpu]"
 }
 
 start() {
-  # The shell inside becomes the run, so the number it leaves is the run's own.
+  # The inner shell turns into the run, so the process id that it writes is the run's.
   local command=(
     flock --nonblock "$HERE/crate_jax.lock" bash -c 'echo $$ >crate_jax.pid; cd crate_jax; exec "$@"' bash
     "$HERE/crate_jax_env/bin/python" -u -m crate_jax.main "${ARGS[@]}"
@@ -38,9 +39,9 @@ start() {
     show setsid nohup "${command[@]}"
     return
   fi
-  ! is_running || fail "a run is going on here; stop it first"
+  ! is_running || fail "a run is in progress here; stop it first"
   rm -f crate_jax.pid
-  # setsid and nohup: the connection that started it may end
+  # setsid and nohup keep the run alive after the connection has ended.
   # shellcheck disable=SC2016
   setsid nohup bash -c 'status=0; "$@" || status=$?; echo "ended with status $status"' bash "${command[@]}" \
     </dev/null >>crate_jax.log 2>&1 &
@@ -48,13 +49,13 @@ start() {
     [[ ! -s crate_jax.pid ]] || return 0
     sleep 0.1
   done
-  fail "the run did not start; see $HERE/crate_jax.log"
+  fail "the run did not start; read $HERE/crate_jax.log"
 }
 
-# Sets PID to the process id of the run that was started last.
+# Sets PID to the process id of the last run that was started here.
 find_run() {
   PID=$(cat crate_jax.pid 2>/dev/null) || PID=''
-  [[ -n $PID || -n $DRY_RUN ]] || fail "nothing was started here"
+  [[ -n $PID || -n $DRY_RUN ]] || fail "no run was started here"
 }
 
 logs() {
@@ -65,7 +66,7 @@ logs() {
 stop() {
   find_run
   if [[ -z $DRY_RUN ]] && ! is_running; then
-    echo "nothing runs here any more"
+    echo "no run is in progress here"
   else
     run kill -s TERM "${PID:-PID}"
   fi

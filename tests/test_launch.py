@@ -287,10 +287,10 @@ def test_tpu_up_runs_on_the_workers(env, tmp_path):
 
     assert tpu("run", "--workdir=x").returncode == 0
     again = tpu("run", "--workdir=x")
-    assert again.stderr == "tpu_worker.sh: a run is going on here; stop it first\n"
+    assert again.stderr == "tpu_worker.sh: a run is in progress here; stop it first\n"
     assert tpu("stop").returncode == 0
     assert tpu("logs").stdout.endswith("ended with status 143\n")
-    assert tpu("stop").stdout == "nothing runs here any more\n"
+    assert tpu("stop").stdout == "no run is in progress here\n"
 
 
 def manifest(env, *args, **settings):
