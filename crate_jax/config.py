@@ -309,7 +309,11 @@ def parts(config: ConfigDict, params: Mapping[str, Any] | None = None) -> tuple[
 
 
 def is_read(config: ConfigDict, key: str, params: Mapping[str, Any] | None = None) -> bool:
-    """Whether a config reads the section of a key such as ``corruption.mask_ratio``; see :func:`parts`."""
+    """Whether a config's job reads the section of a key such as ``corruption.mask_ratio``; see :func:`parts`.
+
+    >>> is_read(base(), "corruption.mask_ratio"), is_read(base(), "segment.head")
+    (True, False)
+    """
     section = key.partition(".")[0]
     return section not in SOME_METHODS_READ or section in parts(config, params)
 

@@ -149,7 +149,7 @@ def _check_setting(setting: Setting, check: Callable[[ConfigDict], None]) -> Non
 def _check_parts(config: ConfigDict) -> None:
     """Checks what else a run would check only at its start: devices, schedule, patterns, micro-batches."""
     sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
-    make_recipe(config, train.method_of(config), images=1)  # so few that no warm-up in epochs seems too long
+    make_recipe(config, train.method_of(config), images=1)  # with one image no warm-up in epochs is too long
 
 
 def _is_finished(folder: Path, setting: Setting) -> bool:

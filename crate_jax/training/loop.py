@@ -188,7 +188,7 @@ class Loop:
         self.nonfinite = nonfinite.Watch(config, folder, source, **counted)
         self._signal: int | None = None  # a signal that came to any process; all processes know it
         self._train_step = make_train_step(config, method, self._recipe, mesh)
-        self._judged_names = self.state.judged_names(method)  # fails now, not at the first save, if `judged` computes
+        self._judged_names = self.state.judged_names(method)  # raises now, not at the first save, if `judged` computes
         self._log_layout()
 
     def _begin(
