@@ -101,27 +101,31 @@ DATA = Section(
     of_the_run=True,
     keys=dict(
         source=Key("digits", must(f"be one of {', '.join(SOURCES)}", _is_source), "where the images come from"),
-        data_dir=Key("", anything, "tfds: where the prepared (ArrayRecord) data sets lie"),
-        train_split=Key("train", anything, "folder: a sub-folder, or the whole tree if there is none"),
+        data_dir=Key("", anything, "tfds: the folder of the prepared (ArrayRecord) data sets"),
+        train_split=Key("train", anything, "folder: a sub-folder; the whole tree if there is no sub-folder train"),
         eval_split=Key("auto", anything, "auto: the first of test, val, validation that exists (tfds: with labels)"),
         image_size=Key((224, 224), anything, "height, width in pixels"),
         mean=Key(IMAGENET_MEAN, triple, "mean per channel, of pixels scaled to [0, 1]"),
         std=Key(
             IMAGENET_STD,
             must("be three numbers, one per channel, all positive", lambda v: len(v) == 3 and min(v) > 0),
-            "standard deviation, likewise",
+            "standard deviation per channel, of pixels scaled to [0, 1]",
         ),
-        crop_scale=Key((0.2, 1.0), increasing_pair(0.0, 1.0), "random resized crop: share of the area; 1, 1: no crop"),
-        crop_ratio=Key((3 / 4, 4 / 3), increasing_pair(0.0, math.inf), "width / height of the crop, log-uniform"),
+        crop_scale=Key(
+            (0.2, 1.0), increasing_pair(0.0, 1.0), "share of the area that a random crop covers; 1, 1: no crop"
+        ),
+        crop_ratio=Key(
+            (3 / 4, 4 / 3), increasing_pair(0.0, math.inf), "width / height of the crop, drawn log-uniformly"
+        ),
         flip=Key(0.5, within(0, 1), "probability of a horizontal flip"),
         interpolation=Key("bicubic", one_of("bicubic", "bilinear"), "how images are resized"),
-        randaugment_layers=Key(0, at_least(0), "operations per image (n); 0: off"),
-        randaugment_magnitude=Key(14, within(0, 30), "strength of each (m)"),
+        randaugment_layers=Key(0, at_least(0), "RandAugment's operations per image (n); 0: off"),
+        randaugment_magnitude=Key(14, within(0, 30), "strength of these operations (m)"),
         eval_crop=Key(0.875, within(0, 1, "(]"), "share of the shorter side in the central evaluation crop"),
-        workers=Key(0, within(0, 1024), "decoding processes; 0: threads of this process", effect=False),
+        workers=Key(0, within(0, 1024), "decoding processes; 0: threads of this process decode", effect=False),
         threads=Key(4, within(1, 1024), "reading threads per process", effect=False),
-        prefetch=Key(2, within(1, 1024), "batches held ready on the device", effect=False),
-        memory_mb=Key(1024, at_least(0), "a decoded set up to this size is held in memory, whole", effect=False),
+        prefetch=Key(2, within(1, 1024), "batches that are kept ready on the device", effect=False),
+        memory_mb=Key(1024, at_least(0), "decoded sets up to this size, in MiB, are kept in memory", effect=False),
         max_undecodable=Key(0.01, within(0, 1), "share of files that may fail to decode before the run stops"),
     ),
 )

@@ -103,9 +103,8 @@ class Checkpoints:
           CheckpointError: this save, or the one before it, could not be written; earlier checkpoints are intact.
         """
         self.wait()
-        if distributed.max_over_processes(
-            int(step in files.steps(self.folder))
-        ):  # one host may see the folder before another
+        # One host may see the folder before another.
+        if distributed.max_over_processes(int(step in files.steps(self.folder))):
             return
         arrays = {"params": _arrays(params), "rest": _arrays(rest)}
         leaves = [x for item in arrays.values() for x in item.values()]
