@@ -264,12 +264,12 @@ def test_what_one_process_cannot_use_is_damaged_for_all(
     """Process 0 and the first process that noticed log it. `other`: another process that has a problem too."""
     monkeypatch.setattr(distributed, "process", lambda: me)
     monkeypatch.setattr(distributed, "processes", lambda: 3)
-    monkeypatch.setattr(distributed, "largest", lambda value: max(value, -other))
+    monkeypatch.setattr(distributed, "max_over_processes", lambda value: max(value, -other))
     with pytest.raises(checkpoint_files.DamagedError) as error:
         checkpoint_files.agree(own)
     assert str(error.value) == (own or f"process {other} cannot read it, see its log")
     assert error.value.logged_here == (me == 0 or me == min(other, me if own else 3))
-    monkeypatch.setattr(distributed, "largest", lambda value: max(value, -3))
+    monkeypatch.setattr(distributed, "max_over_processes", lambda value: max(value, -3))
     checkpoint_files.agree("")
 
 
