@@ -137,7 +137,7 @@ def _source(subject: Subject) -> data.Source:
 
 
 def _batch_size(subject: Subject, images: int, per_image: int = 1) -> int:
-    """Images per batch: evaluation.batch_size by views, at most `images`, rounded up to a multiple of the devices."""
+    """Images per batch: batch_size / views, at most `images`, then rounded up to a multiple of the devices."""
     wanted = min(max(1, subject.config.evaluation.batch_size // per_image), images)
     return -(-wanted // subject.mesh.size) * subject.mesh.size
 
