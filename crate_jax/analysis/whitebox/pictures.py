@@ -112,7 +112,7 @@ def class_attention(
       ConfigError: the encoder has no class token.
     """
     if not prefix_tokens(config):
-        raise ConfigError(f"config.encoder.name={config.encoder.name!r}: has no class token, whose attention is shown")
+        raise ConfigError(f"config.encoder.name={config.encoder.name!r}: has no class token for attention maps")
     block = penultimate(config) if block is None else block
     grid = grid_shape(config.data.image_size, config.encoder.patch_size)
     query, key = queries_and_keys(config, params, images_uint8, block)
