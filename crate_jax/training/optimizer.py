@@ -1,7 +1,8 @@
 """The learning-rate schedule and the optimisers, as optax transformations.
 
-Weight decay acts on parameters with two axes or more, not counting the layer axis of stacked blocks. It does not act on
-parameters that ``config.optimizer.decay_exclude`` matches.
+Weight decay acts on parameters with two axes or more, not counting the layer axis of stacked blocks; with
+``config.optimizer.decay_vectors`` it acts on all. It does not act on parameters that ``config.optimizer.decay_exclude``
+matches.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from crate_jax.parallel import parameters
 from crate_jax.validation import Key, Section, anything, at_least, one_of, patterns, positive, within
 
 ADAM_EPS = 1e-8  # PyTorch's default, which the recipes do not change
+LARS_EPS = 1e-8  # solo-learn's default, which the recipes do not change
 Mask = Callable[[Any], Any]  # tree -> tree of booleans
 
 
@@ -29,6 +31,10 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
     The update number `step`, from 0, uses the rate of `step`: the first update uses warmup_lr, the rate is at its peak
     lr at step = warm-up steps, and a cosine or linear schedule ends with min_lr at `total_steps`. All rates are
     multiplied by batch_size / lr_batch unless lr_batch is 0.
+
+    With config.optimizer.warmup_peak="last" the warm-up's last update has the peak already, and the update after it has
+    the peak again, as in solo-learn (LinearWarmupCosineAnnealingLR). In solo-learn a warm-up of 7.5 steps rises above the
+    peak and the rate stays too high; here a warm-up is a whole number of steps.
 
     Args:
       config: the whole configuration.
@@ -57,10 +63,11 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
     start, peak, end = (scale * value for value in (options.warmup_lr, options.lr, options.min_lr))
     if options.schedule == "constant":
         end = peak
+    rises = warmup - (options.warmup_peak == "last")  # from the first rate to the peak
 
     def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:
         t = jnp.asarray(step, jnp.float32)
-        rising = start + (peak - start) * t / max(warmup, 1)
+        rising = start + (peak - start) * t / max(rises, 1)
         progress = jnp.clip((t - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
         remaining = 1 - progress if options.schedule == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
         falling = end + (peak - end) * remaining
@@ -79,8 +86,24 @@ def decayed(config: ConfigDict, params: Any) -> tuple[str, ...]:
     return tuple(
         name
         for name, leaf in parameters.names(params).items()
-        if parameters.unstacked_ndim(name, leaf) >= 2 and name not in excluded
+        if name not in excluded and (config.optimizer.decay_vectors or parameters.unstacked_ndim(name, leaf) >= 2)
     )
+
+
+def _by_layer(scale: Callable[[jax.Array, jax.Array], jax.Array], updates: Any, params: Any) -> Any:
+    """Applies (update, parameter) -> update to every parameter, and to a stacked one (L, ...) layer by layer.
+
+    Raises:
+      ValueError: `params` is None.
+    """
+    if params is None:
+        raise ValueError("the trust ratio needs the parameters: call update(updates, state, params)")
+
+    def leaf(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> jax.Array:
+        stacked = parameters.is_stacked(parameters.path_name(path))
+        return (jax.vmap(scale) if stacked else scale)(update, param)
+
+    return jax.tree_util.tree_map_with_path(leaf, updates, params)
 
 
 def scale_by_layer_trust_ratio(trust_coefficient: float) -> optax.GradientTransformation:
@@ -90,22 +113,62 @@ def scale_by_layer_trust_ratio(trust_coefficient: float) -> optax.GradientTransf
     def scale(update: jax.Array, param: jax.Array) -> jax.Array:
         return one.update(update, optax.EmptyState(), param)[0]
 
-    def leaf(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> jax.Array:
-        stacked = parameters.is_stacked(parameters.path_name(path))
-        return (jax.vmap(scale) if stacked else scale)(update, param)
-
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        if params is None:
-            raise ValueError("the trust ratio needs the parameters: call update(updates, state, params)")
-        return jax.tree_util.tree_map_with_path(leaf, updates, params), state
+        return _by_layer(scale, updates, params), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def scale_by_decayed_trust_ratio(
+    trust_coefficient: float, weight_decay: float, clip: optax.Schedule | None
+) -> optax.GradientTransformation:
+    """Replaces a gradient g by r (g + d w), r = c |w| / (|g| + d |w| + eps) with one r per layer: solo-learn's LARS.
+
+    :func:`scale_by_layer_trust_ratio` after optax.add_decayed_weights is not the same: it divides by |g + d w|, and it
+    decays a weight whose gradient is all 0. Here g stays as it is where w or g is all 0.
+
+    Args:
+      trust_coefficient: c.
+      weight_decay: d.
+      clip: the learning rate: r becomes min(r / rate, 1), so that r times the rate, which is applied later, is
+        min(r, rate). None: r is not clipped.
+    """
+
+    def update(
+        updates: Any, state: optax.ScaleByScheduleState, params: Any = None
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        def scale(g: jax.Array, w: jax.Array) -> jax.Array:
+            size, slope = optax.tree.norm(w), optax.tree.norm(g)
+            ratio = trust_coefficient * size / (slope + weight_decay * size + LARS_EPS)
+            if clip is not None:
+                ratio = jnp.minimum(ratio / clip(state.count), 1.0)  # a rate of 0 makes it 1
+            return jnp.where((size > 0) & (slope > 0), ratio.astype(g.dtype) * (g + weight_decay * w), g)
+
+        return _by_layer(scale, updates, params), optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
 
 
 def _adamw(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
     """AdamW as in torch.optim: the decay is decoupled from the gradient and multiplied by the learning rate."""
     return optax.adamw(
         learning_rate, options.b1, options.b2, eps=ADAM_EPS, weight_decay=options.weight_decay, mask=mask
+    )
+
+
+def _adam(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+    """Adam as in torch.optim: the decay is added to the gradient, and so enters both moments."""
+    return optax.chain(
+        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.adam(learning_rate, options.b1, options.b2, eps=ADAM_EPS),
+    )
+
+
+def _sgd(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+    """SGD as in torch.optim, without dampening: decay added to the gradient, learning rate applied after the momentum."""
+    return optax.chain(
+        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.sgd(learning_rate, options.momentum or None, options.nesterov),
     )
 
 
@@ -121,6 +184,18 @@ def _lars(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> opt
         optax.scale_by_learning_rate(learning_rate),
         optax.trace(options.momentum),
     )
+
+
+def _lars_torch(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+    """LARS as in solo-learn's PyTorch code (solo/utils/lars.py), for its joint-embedding recipes.
+
+    Three things differ from :func:`_lars`. The learning rate is applied after the momentum, as in torch.optim.SGD, so
+    that a new rate also acts on what the momentum holds; Nesterov's momentum is possible. The trust ratio is that of
+    :func:`scale_by_decayed_trust_ratio`, and a weight of zeros is not decayed. config.optimizer.clip_lr clips the ratio.
+    """
+    clip = learning_rate if options.clip_lr else None
+    ratio = scale_by_decayed_trust_ratio(options.trust_coefficient, options.weight_decay, clip)
+    return optax.chain(optax.masked(ratio, mask), optax.sgd(learning_rate, options.momentum or None, options.nesterov))
 
 
 def _lion(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
@@ -170,7 +245,14 @@ def updates_done(opt_state: Any) -> jax.Array:
     return next(x.count for x in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(x))
 
 
-OPTIMIZERS = {"adamw": _adamw, "lars": _lars, "lion": _lion}
+OPTIMIZERS = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "sgd": _sgd,
+    "lars": _lars,
+    "lars_torch": _lars_torch,
+    "lion": _lion,
+}
 
 
 def build(
@@ -205,9 +287,12 @@ def build(
 def _check_optimizer(c: ConfigDict) -> None:
     if c.optimizer.warmup_steps and c.optimizer.warmup_epochs:
         raise ConfigError("config.optimizer: set warmup_steps or warmup_epochs, not both")
+    if c.optimizer.nesterov and c.optimizer.name in NESTEROV and not c.optimizer.momentum:
+        raise ConfigError("config.optimizer.nesterov=True: needs config.optimizer.momentum above 0")
 
 
-BETAS, LARS = ("optimizer.name", "adamw", "lion"), ("optimizer.name", "lars")
+BETAS, LARS = ("optimizer.name", "adamw", "adam", "lion"), ("optimizer.name", "lars", "lars_torch")
+LARS_TORCH, NESTEROV = ("optimizer.name", "lars_torch"), ("optimizer.name", "sgd", "lars_torch")
 
 OPTIMIZER = Section(
     "optimizer",
@@ -224,23 +309,29 @@ OPTIMIZER = Section(
         warmup_steps=Key(0, at_least(0), "length of the linear warm-up in steps"),
         warmup_lr=Key(0.0, at_least(0), "rate at the start of the warm-up"),
         min_lr=Key(0.0, at_least(0), "rate at the end of the schedule"),
+        warmup_peak=Key("after", one_of("after", "last"), "first update at the peak: after the warm-up, or its last"),
         schedule=Key("cosine", one_of("cosine", "linear", "constant"), "how the rate falls after the warm-up"),
         b1=Key(0.9, within(0, 1, "[)"), "decay of the gradient's mean", read_by=BETAS),
         b2=Key(
             0.95,
             within(0, 1, "[)"),
-            "adamw: decay of the squared gradient's mean; lion: of the momentum",
+            "adamw, adam: decay of the squared gradient's mean; lion: of the momentum",
             read_by=BETAS,
         ),
-        momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of updates", read_by=LARS),
-        trust_coefficient=Key(0.001, anything, "norm of an update over the norm of its weight", read_by=LARS),
-        weight_decay=Key(0.05, at_least(0), "share of a weight taken off per update, times the learning rate"),
+        momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of updates", read_by=(*LARS, "sgd")),
+        nesterov=Key(False, anything, "the step adds the gradient to momentum times its sum", read_by=NESTEROV),
+        trust_coefficient=Key(0.001, positive, "norm of an update over the norm of its weight", read_by=LARS),
+        clip_lr=Key(False, anything, "trust ratio divided by the learning rate is at most 1", read_by=LARS_TORCH),
+        weight_decay=Key(
+            0.05, at_least(0), "share of a weight taken off per update, times the learning rate; adam: in the gradient"
+        ),
         layer_decay=Key(1.0, within(0, 1, "(]"), "factor on the learning rate per layer below the head"),
         decay_exclude=Key(
             (r".*(cls_token|mask_token|positions|relative_bias)",),
             patterns,
-            "names of weights without decay; 1-D weights never have it",
+            "names of weights without decay; see decay_vectors",
         ),
+        decay_vectors=Key(False, anything, "1-D weights have decay too, and with LARS a trust ratio"),
         clip_norm=Key(0.0, at_least(0), "largest norm of the whole gradient; 0: off"),
         ema=Key(0.0, within(0, 1, "[)"), "decay of the weights' moving average, which evaluations use; 0: off"),
     ),
