@@ -10,17 +10,21 @@ arrays: see tests/golden/README.md.
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from crate_jax import config as configs
 from crate_jax.analysis.alignment import closed_form, corrupted, moments
 from crate_jax.convert import import_state_dict
+from crate_jax.evals import knn
 from crate_jax.methods import reconstruction
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.corruption import Identity, Masking, Projection
@@ -28,8 +32,9 @@ from crate_jax.models.crate import CrateBlock, attend, ista
 from crate_jax.models.decoders import CrateDecoderBlock
 from crate_jax.models.layers import BLOCK_EPS, attention_weights, layer_norm
 from crate_jax.models.patches import grid_shape, patchify, unpatchify
+from crate_jax.parallel import parameters
 from crate_jax.parallel.parameters import names
-from crate_jax.training import orthogonality
+from crate_jax.training import optimizer, orthogonality
 
 OUTPUT_LIMIT, GRADIENT_LIMIT = 5e-5, 5e-4
 File = Mapping[str, np.ndarray]
@@ -222,12 +227,83 @@ def alignment(file: File) -> tuple[Errors, Errors]:
     return errors, {}
 
 
+def lars_run(file: File, case: str, dtype: jax.typing.DTypeLike) -> list[dict[str, jax.Array]]:
+    """The parameters after each of four updates of lars_torch with the options of a case of solo-learn's LARS.
+
+    The learning rate of update t is lr (t + 1) / 4, so that a clipped trust ratio depends on t.
+    """
+    options = json.loads(str(file[f"case/{case}"]))
+    c = configs.base()
+    c.optimizer.decay_exclude, c.optimizer.decay_vectors = (), not options["exclude_bias_n_norm"]
+    c.optimizer.trust_coefficient, c.optimizer.weight_decay = options["eta"], options["weight_decay"]
+    c.optimizer.clip_lr, c.optimizer.nesterov = options["clip_lr"], options.get("nesterov", False)
+    c.optimizer.momentum = float(options.get("momentum", 0))
+    inputs = {k: jnp.asarray(v, dtype) for k, v in strip(file, "in/").items()}
+    params = {k: v for k, v in inputs.items() if "/" not in k}
+    selected = optimizer.decayed(c, params)
+    tx = optimizer.OPTIMIZERS["lars_torch"](
+        c.optimizer, lambda t: options["lr"] * (t + 1) / 4, lambda tree: parameters.mask(tree, selected)
+    )
+    state, out = tx.init(params), []
+    for t in range(4):
+        updates, state = jax.jit(tx.update)({k: inputs[f"grad{t}/{k}"] for k in params}, state, params)
+        params = optax.apply_updates(params, updates)
+        out.append(params)
+    return out
+
+
+def schedule_rates(file: File, number: str) -> jax.Array:
+    """Our learning rates of solo-learn's warm-up and cosine with the settings of a schedule of a file."""
+    warmup, total, start, peak, end = (float(v) for v in file[f"schedule/{number}/settings"])
+    c = configs.base()
+    c.optimizer.update(dict(lr=peak, lr_batch=0, warmup_lr=start, min_lr=end, warmup_epochs=warmup, warmup_peak="last"))
+    return optimizer.schedule(c, int(total), 1.0)(jnp.arange(int(total)))
+
+
+def update_rules(file: File) -> tuple[Errors, Errors]:
+    """LARS and schedules of solo-learn; not its schedules of a warm-up of broken steps, which rise above the peak."""
+    errors = {}
+    for case in strip(file, "case/"):
+        for t, params in enumerate(lars_run(file, case, jnp.float32)):
+            errors |= {f"{case}/{t}/{k}": output_error(v, file[f"out/{case}/{t}/{k}"]) for k, v in params.items()}
+    for name, rates in strip(file, "schedule/").items():
+        number, kind = name.split("/")
+        if kind == "lr" and file[f"schedule/{number}/settings"][0] % 1 == 0:
+            errors[f"schedule/{number}"] = output_error(schedule_rates(file, number), rates)
+    return errors, {}
+
+
+def knn_classes(file: File, k: int, temperature: float) -> np.ndarray:
+    """The class that cosine neighbours vote for, of every test row."""
+    data = (file["in/train"], file["in/train_labels"], file["in/test"])
+    return knn.knn_sweep(*data, int(file["in/train_labels"].max()) + 1, [k], [temperature])[0, 0]
+
+
+def neighbours(file: File) -> tuple[Errors, Errors]:
+    """Top-1 of solo-learn's and lightly's k-NN (shares), and which class lightly's puts first (share that differs)."""
+    errors = {}
+    for name, theirs in strip(file, "out/").items():
+        found = re.fullmatch(r"(solo/cosine_|lightly/)k(\d+)_T([\d.]+)(/ranking)?", name)
+        if not found:  # by Euclidean distance, which ours has not
+            continue
+        ours = knn_classes(file, int(found[2]), float(found[3]))
+        if found[4]:
+            errors[name] = float(np.mean(ours != theirs[:, 0]))
+        else:
+            errors[name] = output_error(np.mean(ours == file["in/test_labels"]), theirs[0] / 100)
+    return errors, {}
+
+
 def recognise(file: File) -> Callable[[File], tuple[Errors, Errors]]:
     """Which comparison a file is for."""
     if "out/encoder_block" in file:
         return crate_blocks
     if "in/sketch" in file:
         return ropim
+    if any(name.startswith("case/") for name in file):
+        return update_rules
+    if "in/test_labels" in file:
+        return neighbours
     if "out/gaussian0.5" in file:
         return alignment
     if "out/0/spectral_in" in file:

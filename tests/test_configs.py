@@ -161,7 +161,7 @@ BAD = [
     ({"decoder.name": "unet"}, r"config.decoder.name='unet'"),
     ({"corruption.name": "blur"}, r"must be one of mask, rop, noise, none"),
     ({"penalty.name": "l2"}, r"must be one of none, so, srip"),
-    ({"optimizer.name": "sgd"}, r"must be one of adamw, lars, lion"),
+    ({"optimizer.name": "rmsprop"}, r"must be one of adamw, adam, sgd, lars, lars_torch, lion"),
     ({"data.source": "imagenet"}, r"digits, folder:PATH, tfds:NAME, synthetic"),
     ({"data.source": "folder:"}, r"config.data.source='folder:'"),
     ({"data.image_size": (30, 32)}, r"image_size=\(30, 32\).*multiples of config.encoder.patch_size=4"),

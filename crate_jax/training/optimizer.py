@@ -33,8 +33,8 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
     multiplied by batch_size / lr_batch unless lr_batch is 0.
 
     With config.optimizer.warmup_peak="last" the warm-up's last update has the peak already, and the update after it has
-    the peak again, as in solo-learn (LinearWarmupCosineAnnealingLR). In solo-learn a warm-up of 7.5 steps rises above the
-    peak and the rate stays too high; here a warm-up is a whole number of steps.
+    the peak again, as in solo-learn (LinearWarmupCosineAnnealingLR). There a warm-up of 7.5 steps rises above the peak,
+    and the rate stays too high; here a warm-up is a whole number of steps.
 
     Args:
       config: the whole configuration.
@@ -165,7 +165,7 @@ def _adam(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> opt
 
 
 def _sgd(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
-    """SGD as in torch.optim, without dampening: decay added to the gradient, learning rate applied after the momentum."""
+    """SGD as in torch.optim, without dampening: the decay is added to the gradient, the rate applied after momentum."""
     return optax.chain(
         optax.add_decayed_weights(options.weight_decay, mask),
         optax.sgd(learning_rate, options.momentum or None, options.nesterov),
@@ -191,7 +191,7 @@ def _lars_torch(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) 
 
     Three things differ from :func:`_lars`. The learning rate is applied after the momentum, as in torch.optim.SGD, so
     that a new rate also acts on what the momentum holds; Nesterov's momentum is possible. The trust ratio is that of
-    :func:`scale_by_decayed_trust_ratio`, and a weight of zeros is not decayed. config.optimizer.clip_lr clips the ratio.
+    :func:`scale_by_decayed_trust_ratio`, and a weight of zeros is not decayed. config.optimizer.clip_lr clips r.
     """
     clip = learning_rate if options.clip_lr else None
     ratio = scale_by_decayed_trust_ratio(options.trust_coefficient, options.weight_decay, clip)

@@ -18,6 +18,8 @@ from crate_jax.evals.frozen import FrozenEvaluation, pixel_rows
 from crate_jax.evals.knn import _top_k, knn_sweep, knn_top1
 from crate_jax.evals.probe import fit_all, probe_top1
 from crate_jax.parallel import sharding
+from tests import parity
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,27 @@ def test_knn_equals_scikit_learn(digits, k, temperature):
     ours = knn_sweep(train_x, train_y, test_x, 10, [k], [temperature])[0, 0]
     assert np.mean(ours == reference.predict(test_x)) > 0.995  # the rest: ties within rounding
     assert knn_top1(*digits, 10, k, temperature) == pytest.approx(reference.score(test_x, test_y), abs=0.005)
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """Features, and what solo-learn's and lightly's k-NN make of them."""
+    with np.load(ROOT / "tests" / "golden" / "knn.npz") as archive:
+        return {k: archive[k] for k in archive.files}
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (1, 0.07), (200, 0.1), (5, 0.5)])
+def test_knn_is_solo_learns(judged, k, temperature):
+    data = [judged[f"in/{name}"] for name in ("train", "train_labels", "test", "test_labels")]
+    percent = judged[f"out/solo/cosine_k{k}_T{temperature}"][0]
+    assert 100 * knn_top1(*data, 12, k, temperature) == pytest.approx(percent, abs=1e-9)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (1, 0.07), (200, 0.1)])
+def test_knn_is_lightlys(judged, k, temperature):
+    """Every image's class, not only how many are right."""
+    ranking = judged[f"out/lightly/k{k}_T{temperature}/ranking"]
+    np.testing.assert_array_equal(parity.knn_classes(judged, k, temperature), ranking[:, 0])
 
 
 def test_knn_chunks_change_nothing_and_k_is_clamped(digits):

@@ -21,7 +21,8 @@ def test_reference_numbers(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["crate_mae_lambda0.1", "vit_mae", "ropim", "orthogonality", "crate_blocks_lambda0.1", "alignment_digits"]
+    "name",
+    ["crate_mae_lambda0.1", "vit_mae", "ropim", "orthogonality", "crate_blocks_lambda0.1", "alignment_digits", "optim"],
 )
 def test_a_wrong_number_fails(name, tmp_path):
     """An input off by one per cent: status 1."""
@@ -29,6 +30,15 @@ def test_a_wrong_number_fails(name, tmp_path):
         file = {k: archive[k].copy() for k in archive.files}
     key = next(k for k in file if k.startswith("in/") and file[k].ndim >= 2 and "noise" not in k and "sketch" not in k)
     file[key] = file[key] * 1.01
+    np.savez(tmp_path / "wrong.npz", **file)
+    assert parity.main([str(tmp_path / "wrong.npz")]) == 1
+
+
+@pytest.mark.parametrize("key", ["in/train_labels", "in/test_labels", "out/lightly/k20_T0.07/ranking"])
+def test_a_wrong_class_fails(key, tmp_path):
+    with np.load(GOLDEN[0].with_name("knn.npz")) as archive:
+        file = {k: archive[k].copy() for k in archive.files}
+    file[key] = file[key][::-1]
     np.savez(tmp_path / "wrong.npz", **file)
     assert parity.main([str(tmp_path / "wrong.npz")]) == 1
 

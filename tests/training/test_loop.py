@@ -19,6 +19,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.methods import reconstruction
 from crate_jax.parallel import sharding
 from crate_jax.training import loop, step as train_step
+from crate_jax.training.optimizer import OPTIMIZERS
 
 
 def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none"):
@@ -78,7 +79,9 @@ def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, m
     chex.assert_trees_all_close(state_one.params, jax.device_get(state_eight.params), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lars", "lion"))])
+@pytest.mark.parametrize(
+    "name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*OPTIMIZERS} - {"adamw"}))]
+)
 def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
     """An eighth of every moment on each device, stays so after a step; the parameters whole on all."""
     monkeypatch.setattr(sharding, "MIN_SPLIT", 1)
