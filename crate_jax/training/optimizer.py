@@ -191,7 +191,8 @@ def _lars_torch(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) 
 
     Three things differ from :func:`_lars`. The learning rate is applied after the momentum, as in torch.optim.SGD, so
     that a new rate also acts on what the momentum holds; Nesterov's momentum is possible. The trust ratio is that of
-    :func:`scale_by_decayed_trust_ratio`, and a weight of zeros is not decayed. config.optimizer.clip_lr clips r.
+    :func:`scale_by_decayed_trust_ratio`, and a weight whose gradient is 0 is not decayed. config.optimizer.clip_lr
+    clips the ratio.
     """
     clip = learning_rate if options.clip_lr else None
     ratio = scale_by_decayed_trust_ratio(options.trust_coefficient, options.weight_decay, clip)
