@@ -257,7 +257,7 @@ def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
         method = reconstruction.build(config)
         recipe = train_step.make_recipe(config, method, 10 * config.batch_size)
         state = jax.eval_shape(functools.partial(train_step.init_state, config, method, recipe))
-        batch = {"image": jax.ShapeDtypeStruct((config.batch_size, 8, 8, 3), jnp.uint8)}
+        batch = {"image": jax.ShapeDtypeStruct((config.batch_size, *config.data.image_size, 3), jnp.uint8)}
         step = train_step.make_train_step(config, method, recipe, mesh).lower(state, batch).compile()
         sent[chips] = Program(step.as_text()).cost().collective_bytes
         assert set(sent[chips]) == {"all-reduce", "all-gather"}

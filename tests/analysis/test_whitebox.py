@@ -254,7 +254,8 @@ def test_training_is_the_same_with_telemetry(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "looked" / "metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line for line in lines if "whitebox/encoder/subspace_rate/01" in line}
     assert sorted(steps) == [2, 4]
-    assert steps[2]["whitebox/encoder/subspace_rate/01"] != steps[4]["whitebox/encoder/subspace_rate/01"]
+    measures = [name for name in steps[2] if name.startswith("whitebox/")]
+    assert any(steps[2][name] != steps[4][name] for name in measures)  # the layers changed in between
 
 
 def test_batches_add_up_to_the_whole():
