@@ -79,3 +79,10 @@ def test_training_knows_no_method():
         if name.split(".")[0] == "training" and other.startswith("methods")
     }
     assert from_methods and all(other.startswith("methods.method.") for other in from_methods)
+
+
+def test_methods_and_models_touch_no_folder_of_a_run():
+    """They are pure functions: what they draw is written by the loop."""
+    for name, path in FILES.items():
+        if name.split(".")[0] in ("methods", "models"):
+            assert not any(other.startswith("workdir") for other in imports(path)), name

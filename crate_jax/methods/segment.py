@@ -8,6 +8,7 @@ Shapes: B batch, H and W pixels, h and w patches per side, C classes.
 
 from __future__ import annotations
 
+import colorsys
 import functools
 
 import jax
@@ -25,7 +26,6 @@ from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, resize
 from crate_jax.models.patches import grid_shape
 from crate_jax.validation import Key, Section, anything, at_least, one_of
-from crate_jax.workdir import pictures
 
 # Depths of UPerNet's four maps as shares of the encoder's depth; in BEiT's code blocks 4, 6, 8, 12 of 12 and
 # 8, 12, 16, 24 of 24.
@@ -110,7 +110,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         return jnp.argmax(scores(params, images_uint8)[0], axis=-1).astype(jnp.int32)
 
     def draw(params: Params, batch: Batch, _: jax.Array) -> tuple[jax.Array, ...]:
-        colours = jnp.asarray(np.concatenate([pictures.class_colours(classes), np.zeros((1, 3), np.float32)]))
+        colours = jnp.asarray(np.concatenate([class_colours(classes), np.zeros((1, 3), np.float32)]))
         shown = batch["image"].astype(jnp.float32) / 255.0
         return shown, colours[batch["mask"]], colours[predict(params, batch["image"])]  # the last row is IGNORED's
 
@@ -125,6 +125,16 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         pictures=draw,
         pictures_name="segmentation",
     )
+
+
+def class_colours(classes: int) -> np.ndarray:
+    """Returns a colour per class, float32 (classes, 3) in 0..1.
+
+    Hues of neighbouring classes are a golden angle apart, so that the first few always differ clearly.
+    """
+    numbers = range(classes)
+    rows = [colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.5)[k // 8 % 2], (0.95, 0.65)[k // 4 % 2]) for k in numbers]
+    return np.array(rows, np.float32).reshape(classes, 3)
 
 
 def cross_entropy(scores_BHWC: jax.Array, mask_BHW: jax.Array) -> jax.Array:

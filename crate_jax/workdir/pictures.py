@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import os
 from collections.abc import Mapping
 
@@ -49,16 +48,6 @@ def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
             cell = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
             picture.paste(Image.fromarray(cell), (x, GAP + header + i * (height + GAP)))
     return np.asarray(picture)
-
-
-def class_colours(classes: int) -> np.ndarray:
-    """Returns a colour per class, float32 (classes, 3) in 0..1.
-
-    Hues of neighbouring classes are a golden angle apart, so that the first few always differ clearly.
-    """
-    numbers = range(classes)
-    rows = [colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.5)[k // 8 % 2], (0.95, 0.65)[k // 4 % 2]) for k in numbers]
-    return np.array(rows, np.float32).reshape(classes, 3)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

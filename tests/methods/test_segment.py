@@ -482,7 +482,7 @@ def test_a_linear_head_learns_shapes_and_a_frozen_encoder_stays_as_it_is(folder,
     chex.assert_trees_all_equal(before, after)
     with Image.open(record["pictures"]) as picture:
         shown = {tuple(rgb) for rgb in np.asarray(picture).reshape(-1, 3)}
-    assert {tuple(rgb) for rgb in pictures.to_uint8(pictures.class_colours(1))} <= shown
+    assert {tuple(rgb) for rgb in pictures.to_uint8(segment.class_colours(1))} <= shown
     c.protocol.name = "finetune_mae"
     with pytest.raises(ConfigError, match="segment_linear, segment_upernet"):
         finetune.run(c, str(tmp_path))
