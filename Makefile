@@ -8,7 +8,7 @@ ARGS =
 BIN = $(VENV)/bin
 # One worker for each core this process may use (xdist's `auto` counts those of the machine); more
 # than four only compete for memory.
-PYTEST = $(BIN)/python -m pytest -n $$(nproc 2>/dev/null || echo 2) --maxprocesses 4 --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n $$(nproc 2>/dev/null || echo 2) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Variables of the caller that would send the install elsewhere, import foreign code, or start JAX
 # on another backend than the installed one. The package index stays the caller's choice.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] = " ".join(QUICK_TO_COMPILE)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: a worker that gets one last would leave the others idle (xdist keeps this order)."""
+    items.sort(key=lambda item: item.get_closest_marker("one_python") is None)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Fails at once, not in the middle of a sharding test, if JAX was started before this file."""
     if jax.device_count() != DEVICES:
@@ -130,3 +136,21 @@ def run_cli(forks: subprocess.Popen[str], cli_env: dict[str, str]) -> Callable[.
         return subprocess.CompletedProcess(args, done["status"], done["stdout"], done["stderr"])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """Jobs that run in the tests' own process take the first device: compiling for eight takes longer than they do.
+
+    A mesh that a test makes of devices of its own is left as it is.
+    """
+    from crate_jax.parallel import sharding
+
+    make_mesh = sharding.make_mesh
+
+    def of_one(*args: Any, **options: Any) -> jax.sharding.Mesh:
+        return make_mesh(*args, **(options if len(args) > 2 else {"devices": jax.devices()[:1]} | options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", of_one)
+        yield

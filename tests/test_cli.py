@@ -73,7 +73,7 @@ def test_running_again_changes_nothing(finished, run_cli, tmp_path):
         assert before[key] == after[key], key
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path):
     """Exit status 128 + signal, one line, the step saved; the run is long, so it cannot end by itself."""
     workdir = tmp_path / "run"

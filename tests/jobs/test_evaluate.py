@@ -24,11 +24,11 @@ from crate_jax.models.layers import layer_norm
 from crate_jax.workdir import checkpoint
 from tests.test_cli import one_line_error
 
-pytestmark = pytest.mark.one_python
+pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.fixture(scope="module")
-def pretraining(tmp_path_factory) -> Path:
+def pretraining(tmp_path_factory, one_device) -> Path:
     """A finished pre-training run on digits."""
     c = quickstart.get_config("debug")
     c.steps, c.log.pictures = 30, 0
@@ -153,7 +153,7 @@ FINETUNE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", ["finetune_crate", "finetune_mae"])
+@pytest.mark.parametrize("recipe", [pytest.param("finetune_crate", marks=pytest.mark.slow), "finetune_mae"])
 def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretraining, tmp_path):
     c = configured(f"protocol={recipe}", pretraining, **FINETUNE)
     record = finetune.run(c, str(tmp_path))

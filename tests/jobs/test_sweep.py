@@ -23,7 +23,7 @@ from crate_jax.jobs import sweep, sweep_table
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.one_python
+pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
 
 TINY = {
     "steps": 4, "batch_size": 16, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2, "decoder.depth": 1,
@@ -53,7 +53,7 @@ TWO_BY_TWO = dict(sweep__key="encoder.lam", sweep__values=(0.1, 5.0), sweep__see
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     """A sweep of two values and two seeds; tests only read it, or run it again."""
     folder = tmp_path_factory.mktemp("sweep")
     return folder, sweep.run(tiny(**TWO_BY_TWO), str(folder))
@@ -245,7 +245,7 @@ def test_all_settings_are_checked_before_the_first_runs(tmp_path):
         (dict(sweep__key="optimizer.lr", sweep__values=(1e-3, 1e-9), optimizer__min_lr=1e-6), "must not exceed"),
         (dict(sweep__key="penalty.include", sweep__values=((".*kernel",), ("nothing",)), penalty__name="so",
               penalty__weight=1e-6), "penalty.include"),
-        (dict(sweep__key="batch_size", sweep__values=(16, 12)), "8 devices"),
+        (dict(sweep__key="mesh.data", sweep__values=(1, 3)), "mesh.data=3"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=f"seed=0: .*{message}"):
             sweep.run(tiny(**changes), str(tmp_path / "w"))

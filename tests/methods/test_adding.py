@@ -57,7 +57,8 @@ def test_the_page_has_a_method_that_trains_resumes_and_is_judged(checkout, cli_e
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "checkpoints" / "7")
     (tmp_path / "broken" / "summary.json").unlink()
-    out = command_line(checkout, cli_env, *args, f"--workdir={tmp_path / 'broken'}")
+    quiet = ("--config.whitebox.every=0", "--config.log.report=False")
+    out = command_line(checkout, cli_env, *args, *quiet, f"--workdir={tmp_path / 'broken'}")
     assert "continuing from step 4" in out
     broken = json.loads((tmp_path / "broken" / "summary.json").read_text())
     assert (broken["steps"], broken["params_sha256"]) == (7, whole["params_sha256"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import re
@@ -462,12 +461,6 @@ def checkpoint(tmp_path_factory, folder):
         return made[name]
 
     return make
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs of the loop on the first device: compiling for eight takes longer than these runs."""
-    monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
 
 
 def test_a_linear_head_learns_shapes_and_a_frozen_encoder_stays_as_it_is(folder, checkpoint, tmp_path, one_device):

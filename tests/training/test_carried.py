@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import chex
 import jax
@@ -21,6 +22,8 @@ from crate_jax.parallel.parameters import names
 from crate_jax.training import step as train_step
 from crate_jax.workdir import checkpoint
 from tests.training.test_loop import images, small
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 TAU = 0.9
 
@@ -141,7 +144,7 @@ def test_an_empty_carried_adds_nothing_to_a_checkpoint():
 
 
 def tiny(**changes):
-    c = small()
+    c = small(penalty="srip")
     c.data.source, c.steps, c.save.every, c.log.every, c.log.pictures = "synthetic", 4, 2, 2, 0
     c.log.report = c.log.tensorboard = False
     c.evaluation.train_images = c.evaluation.test_images = 16
@@ -149,60 +152,57 @@ def tiny(**changes):
     return c
 
 
-def test_a_run_resumes_with_what_it_carried(in_the_table, tmp_path):
-    """The same bits as in one go; the next step would differ if the target were fresh."""
-    whole = train.run(tiny(), str(tmp_path / "whole"))
-    half = tiny()
-    half.steps, half.optimizer.schedule = 2, "constant"
-    rest = half.copy_and_resolve_references()
-    rest.steps = 4
-    constant = train.run(rest, str(tmp_path / "constant"))
-    train.run(half, str(tmp_path / "half"))
-    resumed = train.run(rest, str(tmp_path / "half"))
-    assert resumed["params_sha256"] == constant["params_sha256"] != whole["params_sha256"]
-    one, two = (meta(tmp_path / name, 4) for name in ("half", "constant"))
-    assert one["arrays"] == two["arrays"]  # with checksums: also what the loss does not read
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, one_device):
+    """A run of four steps that carries a target; tests read it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "reconstruction", Row(with_target, METHODS["reconstruction"].parts))
+        train.run(tiny(), str(folder))
+    return folder
 
 
-def test_judged_is_what_others_read(in_the_table, tmp_path):
+def test_a_run_resumes_with_what_it_carried(in_the_table, trained, tmp_path):
+    """From the checkpoint before the last one, to the same bits, also of what the loss does not read."""
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert train.run(tiny(), str(tmp_path / "run"))["steps"] == 4
+    assert meta(tmp_path / "run", 4)["arrays"] == meta(trained, 4)["arrays"]  # with checksums
+
+
+def test_judged_is_what_others_read(trained):
     """Of a checkpoint: the target, not the encoder that gradients train. Its arrays have checksums."""
-    train.run(tiny(), str(tmp_path / "run"))
-    online = checkpoint.read_params(tmp_path / "run")[0]
-    judged, about = checkpoint.read_params(tmp_path / "run", judged=True)
-    loaded = pretrained.load(str(tmp_path / "run"), "config.init_from")
+    online = checkpoint.read_params(trained)[0]
+    judged, about = checkpoint.read_params(trained, judged=True)
+    loaded = pretrained.load(str(trained), "config.init_from")
     chex.assert_trees_all_equal(loaded.params, judged)
     chex.assert_trees_all_equal(judged["decoder"], online["decoder"])
-    kernel = ("encoder", "embedding", "patch_embed", "kernel")
-    a, b = online, judged
-    for key in kernel:
-        a, b = a[key], b[key]
-    assert not np.allclose(a, b)
-    assert about["judged"]["/".join(kernel)] == "rest/carried/target/embedding/patch_embed/kernel"
+    kernel = "encoder/embedding/patch_embed/kernel"
+    assert not np.allclose(names(online)[kernel], names(judged)[kernel])
+    assert about["judged"][kernel] == "rest/carried/target/embedding/patch_embed/kernel"
     assert any(name.startswith("carried/target/") and e["checksum"] for name, e in about["arrays"]["rest"].items())
 
 
-def test_a_run_that_starts_from_another_copies_its_encoder_to_the_target(in_the_table, tmp_path):
+def test_a_run_that_starts_from_another_copies_its_encoder_to_the_target(in_the_table, trained, tmp_path):
     """Through the whole job: after one step without effect the target is what the first run's was."""
-    train.run(tiny(), str(tmp_path / "first"))
-    c = tiny(init_from=str(tmp_path / "first"), seed=3, steps=1)
+    c = tiny(init_from=str(trained), seed=3, steps=1)
     c.optimizer.lr, c.optimizer.weight_decay = 1e-30, 0.0
     summary = train.run(c, str(tmp_path / "second"))
-    first, second = (checkpoint.read_params(tmp_path / name, judged=True)[0] for name in ("first", "second"))
+    first, second = (checkpoint.read_params(path, judged=True)[0] for path in (trained, tmp_path / "second"))
     chex.assert_trees_all_close(second["encoder"], first["encoder"], rtol=1e-6, atol=1e-8)
-    assert summary["checkpoint"] == f"step 4 of {tmp_path / 'first'}"
+    assert summary["checkpoint"] == f"step 4 of {trained}"
 
 
-def test_a_target_is_judged_by_the_jobs_that_take_an_encoder(in_the_table, tmp_path):
+def test_a_target_is_judged_by_the_jobs_that_take_an_encoder(trained, tmp_path):
     """An evaluation reads the target: the digest that it records is that of the judged parameters."""
-    train.run(tiny(), str(tmp_path / "run"))
-    c = tiny(job="evaluate", checkpoint=str(tmp_path / "run"))
+    c = tiny(job="evaluate", checkpoint=str(trained))
     c.data.source, c.protocol.name, c.evaluation.train_images = "digits", "knn", 200
     with c.unlocked():
         c.protocol.update({name: key.default for name, key in PROTOCOLS["knn"].keys.items()})
     record = evaluate.run(c, str(tmp_path / "judged"))
-    judged = checkpoint.read_params(tmp_path / "run", judged=True)[0]
+    judged = checkpoint.read_params(trained, judged=True)[0]
     assert record["checkpoint_sha256"] == checkpoint.params_sha256(judged)
-    assert record["checkpoint_sha256"] != checkpoint.params_sha256(checkpoint.read_params(tmp_path / "run")[0])
+    assert record["checkpoint_sha256"] != checkpoint.params_sha256(checkpoint.read_params(trained)[0])
 
 
 def test_carried_lies_as_the_parameters_do_on_a_model_axis(monkeypatch):
@@ -226,25 +226,21 @@ def test_carried_lies_as_the_parameters_do_on_a_model_axis(monkeypatch):
         state, _ = step(state, sharding.put_batch({"image": images(0, c.batch_size)}, mesh))
 
 
-def test_the_state_of_the_penalty_is_found_under_its_old_name(tmp_path, monkeypatch):
-    """Checkpoints of version 0.1 hold it as `objective`."""
-    c = tiny()
-    c.penalty.name, c.penalty.weight, c.steps = "srip", 1e-2, 2
-    c.optimizer.schedule = "constant"
+def test_the_state_of_the_penalty_is_found_under_its_old_name(in_the_table, trained, tmp_path, monkeypatch):
+    """Checkpoints of version 0.1 hold it as `objective`; such a run continues with the same bits."""
     as_now = checkpoint.Checkpoints.save
 
     def as_before(self, step, params, rest, meta):
         del meta["judged"]
         as_now(self, step, params, {"objective": rest.pop("penalty"), **rest}, meta)
 
-    longer = c.copy_and_resolve_references()
-    longer.steps = 4
-    whole = train.run(longer, str(tmp_path / "whole"))
     with monkeypatch.context() as old:
         old.setattr(checkpoint.Checkpoints, "save", as_before)
-        train.run(c, str(tmp_path / "old"))
+        train.run(tiny(), str(tmp_path / "old"))
     assert any(name.startswith("objective/") for name in meta(tmp_path / "old", 2)["arrays"]["rest"])
-    assert train.run(longer, str(tmp_path / "old"))["params_sha256"] == whole["params_sha256"]
+    shutil.rmtree(tmp_path / "old" / "checkpoints" / "4")
+    train.run(tiny(), str(tmp_path / "old"))
+    assert meta(tmp_path / "old", 4)["arrays"] == meta(trained, 4)["arrays"]
 
 
 def meta(workdir, step: int) -> dict:

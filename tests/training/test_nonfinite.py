@@ -22,7 +22,7 @@ from crate_jax.training import nonfinite, orthogonality, step as train_step
 from crate_jax.workdir import checkpoint, pictures
 from tests.training.test_loop import images, small
 
-pytestmark = pytest.mark.one_python
+pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
 
 
 def poisoned(method, where: str):
