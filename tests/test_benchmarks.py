@@ -28,6 +28,8 @@ def run(cli_env, *args: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_step_prints_speed_and_share_of_the_peak(cli_env):
     (out,) = run(
         cli_env, "benchmarks.step", "--config=configs/quickstart.py:debug", "--batch=8", "--steps=3"
@@ -90,6 +92,8 @@ def test_alignment_predicts_ranks_gains_against_accuracies(tmp_path, capsys):
         alignment_predicts.main([*arguments[:2], str(tmp_path / "images")])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_data_prints_a_line_per_setting(cli_env):
     out = run(cli_env, "benchmarks.data", "--settings", "memory", "--seconds", "0.3", "--repeats", "2")
     assert out and all(line["images_per_sec"] > 0 for line in out)

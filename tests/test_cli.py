@@ -73,7 +73,9 @@ def test_running_again_changes_nothing(finished, run_cli, tmp_path):
         assert before[key] == after[key], key
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=(pytest.mark.slow, pytest.mark.ci))]
+)
 def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path):
     """Exit status 128 + signal, one line, the step saved; the run is long, so it cannot end by itself."""
     workdir = tmp_path / "run"
@@ -146,6 +148,8 @@ def test_a_missing_platform_is_one_line(run_cli, tmp_path):
     assert "JAX has no device to run on" in line and "nonesuch" in line
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
     """Another corruption may continue from it; another width may not."""
     start = [QUICK, f"--config.init_from={finished[0]}", "--config.corruption.name=rop"]

@@ -208,7 +208,11 @@ LONG = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("processes", "kills", "steps"),
-    [(1, 2, 40), pytest.param(1, 24, 600, marks=LONG), pytest.param(2, 24, 600, marks=LONG)],
+    [
+        pytest.param(1, 2, 40, marks=(pytest.mark.slow, pytest.mark.ci)),
+        pytest.param(1, 24, 600, marks=LONG),
+        pytest.param(2, 24, 600, marks=LONG),
+    ],
 )
 def test_killed_again_and_again_a_run_ends_with_the_same_bits(processes, kills, steps, cli_env, tmp_path):
     folders = soak(cli_env, tmp_path, steps, kills, [(processes, 1)], seed=kills + processes)
