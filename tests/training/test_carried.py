@@ -76,6 +76,8 @@ def test_after_is_given_the_new_parameters_once_per_update():
     for before, now in ((first, second), (second, third)):
         expected = jax.tree.map(lambda a, b: TAU * a + (1 - TAU) * b, before.carried["target"], now.params["encoder"])
         chex.assert_trees_all_close(now.carried["target"], expected, rtol=1e-6, atol=1e-7)
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params["encoder"], now.params["encoder"])
+        assert any(jax.tree.leaves(moved))  # the update reaches the state through `after`
     assert [s.carried["seen"]["done"] for s in (first, second, third)] == [-1, 0, 1]
     assert (third.carried["seen"]["total"], third.carried["seen"]["per_epoch"]) == (c.steps, 10.0)
 
