@@ -32,6 +32,7 @@ from crate_jax.training.step import (
     SIGNAL,
     TrainState,
     all_finite,
+    drawn_params,
     init_params,
     make_init,
     make_recipe,
@@ -218,7 +219,8 @@ class Loop:
         if start is not None:
             encoder = start()
             self.origin = {"checkpoint": encoder.name, "checkpoint_sha256": encoder.sha256}
-            params = self.method.adopt(state.params, encoder.params, f"config.init_from={self.config.init_from}")
+            drawn = jax.jit(lambda: drawn_params(self.config, self.method))()
+            params = self.method.adopt(drawn, encoder.params, f"config.init_from={self.config.init_from}")
             log.info("encoder taken from %s", encoder.name)
             state = init(params)
         return state, 0, {}
@@ -292,7 +294,9 @@ class Loop:
 
         def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int, np.ndarray]:
             if "label" in self.method.inputs:
-                batch = {**batch, "label": np.asarray(self.source.labels_of(batch["index"]), np.int32)}
+                labels = self.source.labels_of(batch["index"])
+                unlabelled = np.full(len(batch["index"]), -1, np.int32)
+                batch = {**batch, "label": unlabelled if labels is None else np.asarray(labels, np.int32)}
             inputs = {name: batch[name] for name in self.method.inputs}
             if distributed.processes() > 1:
                 inputs[SIGNAL] = np.full(len(batch["index"]), self._interrupt.signal or 0, np.int32)

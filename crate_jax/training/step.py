@@ -120,6 +120,18 @@ def init_params(config: ConfigDict, method: Method, start: Params | None = None)
     return method.init(params_key, lambda drawn: drawn if start is None else start)
 
 
+def drawn_params(config: ConfigDict, method: Method) -> Params:
+    """The random parameters of config.seed that the method's `init` hands to `start`; they may hold statistics."""
+    drawn: list[Params] = []
+
+    def keep(params: Params) -> Params:
+        drawn.append(params)
+        return params
+
+    method.init(jax.random.split(jax.random.key(config.seed))[0], keep)
+    return drawn[0]
+
+
 def init_state(config: ConfigDict, method: Method, recipe: Recipe, start: Params | None = None) -> TrainState:
     """The state of step 0, a function of config.seed; `start` replaces the random parameters."""
     params, carried = init_params(config, method, start)
