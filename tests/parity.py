@@ -35,6 +35,7 @@ from crate_jax.models.patches import grid_shape, patchify, unpatchify
 from crate_jax.parallel import parameters
 from crate_jax.parallel.parameters import names
 from crate_jax.training import optimizer, orthogonality
+from tests.parity_joint import joint_steps
 
 OUTPUT_LIMIT, GRADIENT_LIMIT = 5e-5, 5e-4
 File = Mapping[str, np.ndarray]
@@ -296,6 +297,8 @@ def neighbours(file: File) -> tuple[Errors, Errors]:
 
 def recognise(file: File) -> Callable[[File], tuple[Errors, Errors]]:
     """Which comparison a file is for."""
+    if "in/0/view0" in file:
+        return joint_steps
     if "out/encoder_block" in file:
         return crate_blocks
     if "in/sketch" in file:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax.methods import classify, reconstruction, segment
+from crate_jax.methods import byol, classify, joint, online, reconstruction, segment, simclr
 from crate_jax.methods.method import Method
 from crate_jax.validation import Section
 
@@ -28,8 +28,12 @@ class Row:
     sections: tuple[Section, ...] = ()
 
 
+JOINT = ("encoder", "views", "joint", "online")
+
 METHODS: dict[str, Row] = {
     "reconstruction": Row(reconstruction.build, ("encoder", "corruption", "decoder", "loss"), reconstruction.SECTIONS),
+    "byol": Row(joint.method(byol.algorithm), JOINT, (joint.JOINT, online.ONLINE)),
+    "simclr": Row(joint.method(simclr.algorithm), JOINT),
     "classify": Row(classify.build, ("encoder", "finetune"), classify.SECTIONS),
     "segment": Row(segment.build, ("encoder", "finetune", "segment"), segment.SECTIONS),
 }

@@ -51,7 +51,8 @@ class Method:
 
     Attributes:
       inputs: the entries of a batch that the loss reads: ``image`` uint8 (b, H, W, 3), ``label`` int32 (b,), ``mask``
-        int16 (b, H, W), ``index`` int32 (b,), the image's place in the training set.
+        int16 (b, H, W), ``index`` int32 (b,), the image's place in the training set, ``views`` uint8 (b, V, H, W, 3)
+        and ``small_views`` uint8 (b, S, h, w, 3), crops of the image. An image without a label has the label -1.
       init: (key, start) -> (params, carried). `start` is a function that takes the random parameters and returns the
         parameters to begin with: the same, or others with the encoder of another run. `init` must copy a target network
         from what `start` returns.
@@ -70,6 +71,7 @@ class Method:
       features: (judged, images uint8 (b, H, W, 3)) -> what the job's evaluation reads: features or class scores
         (b, D) float32, or the class of each pixel, int32 (b, H, W). The images are not corrupted.
       frozen: whether the encoder gets no update.
+      held: (pattern, epochs) of parameters that get no update in the first epochs; a pattern must match a whole name.
       columns: the captions of the arrays that `pictures` returns, from left to right; empty: there are no pictures.
       pictures: (judged, batch, keys (b,)) -> one (b, H, W, 3) array in 0..1 per column. The batch holds `inputs` of
         some of the evaluation's images.
@@ -86,6 +88,7 @@ class Method:
     averaged: tuple[str, ...] = ()
     mean_over_images: bool = True
     frozen: bool = False
+    held: tuple[tuple[str, float], ...] = ()
     columns: tuple[str, ...] = ()
     pictures: Callable[[Params, Batch, jax.Array], tuple[jax.Array, ...]] | None = None
     pictures_name: str = "reconstruction"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
-from crate_jax.models import ENCODERS, blank_image, build_encoder, prefix_tokens
+from crate_jax.models import ENCODERS, batch_norm, blank_image, build_encoder, prefix_tokens
 from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.layers import block_points
 from crate_jax.models.patches import grid_shape
@@ -104,6 +104,30 @@ def build(config: ConfigDict) -> Callable[..., jax.Array]:
         return pooled(tokens).astype(jnp.float32)
 
     return represent
+
+
+def trained(config: ConfigDict) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]:
+    """The function (encoder's parameters, images, keys_B) -> (vectors (B, D), parameters with moved statistics).
+
+    The vectors are those of :func:`build` without ``config.evaluation.layer``, float32, from an encoder in training: it
+    has drop path, and batch norm normalises with the statistics of the batch.
+
+    Raises:
+      ConfigError: the pooling needs a class token, and the encoder has none.
+    """
+    encoder, pooled = build_encoder(config), pool(config)
+
+    def represent(tree: Any, images_BHWC: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, Any]:
+        tokens_BND, tree = batch_norm.train(encoder, tree, images_BHWC, CLEAN, keys_B)
+        return pooled(tokens_BND).astype(jnp.float32), tree
+
+    return represent
+
+
+def width(config: ConfigDict) -> int:
+    """The width D of the vectors that :func:`build` returns."""
+    shape = jax.eval_shape(lambda: build(config)(init_params(config, jax.random.key(0)), blank_image(config)))
+    return shape.shape[-1]
 
 
 def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> Callable[[jax.Array], dict[str, Any]]:

@@ -1,0 +1,305 @@
+"""Replays the first steps of the joint-embedding methods against solo-learn's own classes (tests/golden/README.md).
+
+A file of the kind ``steps_METHOD.npz`` holds images, weights before the first step and the whole state after each step
+of a run with a tiny encoder and plain SGD. Here the library's own method, optimiser and `after` make the same steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+import crate_jax.methods as methods
+from crate_jax import config as configs
+from crate_jax.methods import joint
+from crate_jax.methods.method import Method, Progress
+from crate_jax.models import batch_norm
+from crate_jax.models.batch_norm import BatchNorm
+from crate_jax.models.projector import MLP
+from crate_jax.training import optimizer
+
+File = Mapping[str, np.ndarray]
+Errors = dict[str, float]
+WIDTH, CLASSES = 16, 7
+
+
+class Tiny(nn.Module):
+    """The encoder of the files: two 3x3 convolutions of stride 2 with batch norm, then the mean over the map."""
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
+        for i, width in ((1, 8), (2, WIDTH)):
+            x_BHWC = nn.Conv(width, (3, 3), 2, 1, use_bias=False, name=f"conv{i}")(x_BHWC)
+            x_BHWC = nn.relu(BatchNorm(name=f"bn{i}")(x_BHWC, train))
+        return x_BHWC.mean((1, 2))
+
+
+def tiny_encoder() -> joint.Encoder:
+    net = Tiny()
+    return joint.Encoder(
+        lambda key: net.init(key, jnp.zeros((2, 8, 8, 3)), False)["params"],
+        lambda tree, images, keys: batch_norm.train(net, tree, images, True),
+        WIDTH,
+    )
+
+
+class Source:
+    """All that a method asks of the training images."""
+
+    class_names = tuple("abcdefg")
+
+    def __init__(self, images: int) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return self._images
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One array of a state_dict: where it lies in {student, target, online, own entries}, and how it is laid out."""
+
+    path: tuple[str, ...]
+    load: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    dump: Callable[[np.ndarray], np.ndarray] = lambda x: x
+
+
+def transposed(*path: str) -> Entry:
+    return Entry(path, np.transpose, np.transpose)
+
+
+def entry_of_leaf(path: tuple[str, ...], leaf: str) -> tuple[str, Entry]:
+    """(name in PyTorch, entry) of a parameter of a layer."""
+    kind = path[-1]
+    if kind.startswith("conv"):
+        return "weight", Entry((*path, leaf), lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+    if leaf == "kernel":
+        return "weight", transposed(*path, leaf)
+    return {"scale": "weight"}.get(leaf, leaf), Entry((*path, leaf))
+
+
+def mlp_places(module: MLP) -> dict[str, int]:
+    """The number of each layer of an MLP in a torch.nn.Sequential."""
+    places, n = {}, 0
+    for i in range(len(module.widths)):
+        places[f"layer{i}"], n = n, n + 1
+        hidden = i < len(module.widths) - 1
+        if module.norm if hidden else module.last != "none":
+            places[f"norm{i}"], n = n, n + 1
+        n += hidden
+    return places
+
+
+def network_entries(root: str, name: str, prefix: str, tree: Any, places: Mapping[str, Any]) -> dict[str, Entry]:
+    """The entries of a network whose parts are numbered or renamed by `places`; `prefix` ends without a dot."""
+    out = {}
+    for path in traverse_util.flatten_dict(tree):
+        part = ".".join(str(places.get(p, p)) for p in path[:-1])
+        leaf, entry = entry_of_leaf((root, name, *path[:-1]), path[-1])
+        out[".".join(filter(None, (prefix, part, leaf)))] = entry
+    return out
+
+
+def entries(algorithm: joint.Algorithm, state: Any) -> dict[str, Entry]:
+    """The entries of encoder, heads made of MLPs, their slow copies and the classifier."""
+    out = {"classifier.weight": transposed("online", "kernel"), "classifier.bias": Entry(("online", "bias"))}
+    for root, prefix in (("student", ""), ("target", "momentum_")):
+        for name, tree in state.get(root, {}).items():
+            if name == "encoder":
+                out |= network_entries(root, name, f"{prefix}backbone", tree, {})
+            elif isinstance(algorithm.heads[name][0], MLP):
+                out |= network_entries(root, name, prefix + name, tree, mlp_places(algorithm.heads[name][0]))
+    return out
+
+
+def joined(params: Any, carried: Any) -> dict[str, Any]:
+    """One tree of everything: {student, target, online, own entries}."""
+    rest = {k: v for k, v in carried.items() if k != joint.STATISTICS}
+    return {"student": batch_norm.merge(params, carried.get(joint.STATISTICS, {})), **rest}
+
+
+def parted(state: dict[str, Any]) -> tuple[Any, Any]:
+    """Inverts :func:`joined`."""
+    params, statistics = batch_norm.split(state["student"])
+    return params, {**{k: v for k, v in state.items() if k != "student"}, joint.STATISTICS: statistics}
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """What a method's files need beyond encoder, MLPs and classifier.
+
+    Attributes:
+      configure: (config, meta) -> sets the method's own keys.
+      entries: (state) -> entries of the method's own arrays.
+      ignored: beginnings of names in the state_dict that this library keeps otherwise or not at all.
+      start: (state, file) -> state; what the file holds in another form.
+      prepare: (file, step, params, carried) -> (params, carried) before each step.
+      check: (file, step, params, carried) -> errors of what is compared in another form.
+      patch: (file) -> a context manager around the whole replay, to hand over the file's random draws.
+    """
+
+    configure: Callable[[ConfigDict, dict], None] = lambda c, meta: None
+    entries: Callable[[Any], dict[str, Entry]] = lambda state: {}
+    ignored: tuple[str, ...] = ()
+    start: Callable[[Any, File], Any] = lambda state, file: state
+    prepare: Callable[..., tuple[Any, Any]] = lambda file, step, params, carried: (params, carried)
+    check: Callable[..., Errors] = lambda file, step, params, carried: {}
+
+
+SPECIAL: dict[str, Special] = {}
+# Names of scalars in the files, ours, and what ours are multiplied by.
+LOGGED = {
+    "train_class_loss": ("online_loss", 1.0),
+    "train_acc1": ("online_top1", 100.0),
+    "train_acc5": ("online_top5", 100.0),
+    "train_z_std": ("z_std", 1.0),
+    "train_nn_acc": ("nn_acc", 1.0),
+}
+
+
+def config_of(meta: dict, name: str, special: Special) -> ConfigDict:
+    """The config of a file's run."""
+    c, kw = configs.base(), meta["method_kwargs"]
+    c.method, c.batch_size, c.steps = name, meta["batch"], meta["steps"]
+    c.views.small = meta["small_views"]
+    c.joint.update({"tau": meta["tau"][0], "tau_final": meta["tau"][1]})
+    for ours, theirs in (
+        ("hidden", "proj_hidden_dim"),
+        ("out", "proj_output_dim"),
+        ("predictor_hidden", "pred_hidden_dim"),
+        ("temperature", "temperature"),
+        ("queue", "queue_size"),
+    ):
+        if theirs in kw:
+            c.joint[ours] = kw[theirs]
+    c.online.update({"lr": meta["lr"], "momentum": 0.0, "schedule": "constant"})
+    c.optimizer.update(
+        dict(name="sgd", lr=meta["lr"], lr_batch=0, momentum=0.0, weight_decay=0.0, schedule="constant", warmup_steps=0)
+    )
+    c.optimizer.decay_exclude = ()
+    special.configure(c, meta)
+    return c
+
+
+def joint_steps(file: File) -> tuple[Errors, Errors]:
+    """Losses (relative), scalars and states after each step, and the gradients of the first step."""
+    meta = json.loads(str(file["meta"]))
+    name = meta["method"]
+    for suffix in ("_multicrop", "_options", "_vit"):
+        name = name.removesuffix(suffix)
+    special = SPECIAL.get(meta["method"], SPECIAL.get(name, Special()))
+    c = config_of(meta, name, special)
+    source: Any = Source(meta["batch"] * meta["steps_per_epoch"])
+    algorithm = getattr(methods, name).algorithm(c, WIDTH, source)
+    method = joint.assemble(c, algorithm, tiny_encoder(), lambda batch, keys: batch["views"], source)
+    value_and_grad = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+    run = functools.partial(replay, file, meta, c, special, algorithm, method, value_and_grad)
+    outputs, gradients = run("")
+    if "cos/0/tau" in file:
+        c.joint.tau, c.joint.tau_final = 0.9, 1.0  # only `after` reads them
+        outputs |= {f"cos/{k}": v for k, v in run("cos/")[0].items()}
+    return outputs, gradients
+
+
+def replay(
+    file: File,
+    meta: dict,
+    c: ConfigDict,
+    special: Special,
+    algorithm: joint.Algorithm,
+    method: Method,
+    value_and_grad: Callable[..., Any],
+    run: str,
+) -> tuple[Errors, Errors]:
+    """The errors of one run of a file: the main run (""), or the one whose tau rises ("cos/")."""
+    state = joined(*method.init(jax.random.key(0), lambda drawn: drawn))
+    known = entries(algorithm, state) | special.entries(state)
+    ignored = ("num_batches_tracked", *special.ignored)
+    state = special.start(state, file)
+    flat = traverse_util.flatten_dict(state)
+    for theirs, value in under(file, "init/", ignored).items():
+        require(theirs, known)
+        before = flat[known[theirs].path]
+        flat[known[theirs].path] = jnp.asarray(known[theirs].load(value), before.dtype).reshape(before.shape)
+    params, carried = parted(traverse_util.unflatten_dict(flat))
+    tx, _ = optimizer.build(
+        c, params, meta["steps"], meta["steps_per_epoch"], **({"held": method.held} if method.held else {})
+    )
+    opt_state = tx.init(params)
+    total, per_epoch = meta["tau"][2], meta["steps_per_epoch"]
+    after = jax.jit(lambda params, carried, done: method.after(params, carried, Progress(done, total, per_epoch)))
+    keys = jax.random.split(jax.random.key(1), meta["batch"])
+    outputs, gradients = {}, {}
+    for t in range(meta["steps"]):
+        params, carried = special.prepare(file, t, params, carried)
+        views = meta["large_views"] + meta["small_views"]
+        batch = {
+            "views": [jnp.asarray(file[f"in/{t}/view{v}"]).transpose(0, 2, 3, 1) for v in range(views)],
+            "label": jnp.asarray(file[f"in/{t}/labels"], jnp.int32),
+            "index": jnp.asarray(file[f"in/{t}/indexes"], jnp.int32),
+        }
+        (value, (carried, scalars)), grads = value_and_grad(params, carried, batch, keys)
+        ours = float(value + scalars["online_loss"])
+        theirs = float(file[f"{run}{t}/total_loss"])
+        if np.isfinite(theirs):
+            outputs[f"{t}/total_loss"] = abs(ours - theirs) / abs(theirs)
+        if t == 0 and not run:
+            gradients = gradient_errors(file, known, grads)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        params, carried = after(params, carried, jnp.int32(t))
+        outputs |= special.check(file, t, params, carried)
+        flat = traverse_util.flatten_dict(joined(params, carried))
+        for theirs_name, expected in under(file, f"{run}{t}/state/", ignored).items():
+            require(theirs_name, known)
+            found = known[theirs_name].dump(np.asarray(flat[known[theirs_name].path]))
+            outputs[f"{t}/state/{theirs_name}"] = float(np.max(np.abs(found.reshape(expected.shape) - expected)))
+        for key, (ours_name, factor) in LOGGED.items():
+            if not run and ours_name in scalars and f"{t}/log/{key}" in file:
+                outputs[f"{t}/log/{key}"] = abs(float(scalars[ours_name]) * factor - float(file[f"{t}/log/{key}"]))
+    if not run:
+        view = jnp.asarray(file[f"in/{meta['steps'] - 1}/view0"]).transpose(0, 2, 3, 1)
+        features = Tiny().apply({"params": method.judged(params, carried)["encoder"]}, view, False)
+        outputs["eval/features"] = float(np.max(np.abs(np.asarray(features) - file["eval/features"])))
+    return outputs, gradients
+
+
+def under(file: File, prefix: str, ignored: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays under a prefix, without those whose names begin or end with an ignored one."""
+    found = {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}
+    return {k: v for k, v in found.items() if not (k.startswith(ignored) or k.endswith(ignored))}
+
+
+def require(name: str, known: Mapping[str, Entry]) -> None:
+    if name not in known:
+        raise SystemExit(f"the file's {name} is not compared: add it to the method's entries")
+
+
+def gradient_errors(file: File, known: Mapping[str, Entry], grads: Any) -> Errors:
+    """Per parameter, the largest difference over the largest entry of its layer's gradients.
+
+    A bias before batch norm has a gradient of rounding size, so its layer's weight is the measure.
+    """
+    flat = traverse_util.flatten_dict({"student": grads})
+    theirs = under(file, "grad/", ("classifier",))
+    largest: dict[str, float] = {}
+    for name, array in theirs.items():
+        layer = name.rpartition(".")[0]
+        largest[layer] = max(largest.get(layer, 1e-5), float(np.max(np.abs(array))))
+    out = {}
+    for name, array in theirs.items():
+        require(name, known)
+        ours = known[name].dump(np.asarray(flat[known[name].path])).reshape(array.shape)
+        out[name] = float(np.max(np.abs(ours - array))) / largest[name.rpartition(".")[0]]
+    return out
