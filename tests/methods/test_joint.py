@@ -1,0 +1,218 @@
+"""What every joint-embedding method keeps to, with a tiny encoder: devices, restarts, types, penalties, labels."""
+
+from __future__ import annotations
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import crate_jax.methods as methods
+from crate_jax import config as configs
+from crate_jax.errors import ConfigError
+from crate_jax.methods import METHODS, joint, online
+from crate_jax.methods.method import Progress
+from crate_jax.parallel import sharding
+from crate_jax.parallel.parameters import names
+from crate_jax.training import step as train_step
+from tests.parity_joint import WIDTH, Source, tiny_encoder
+
+JOINT = [name for name, row in METHODS.items() if "joint" in row.parts]
+BATCH, IMAGES = 16, 40  # an epoch is two steps and a half
+OWN = {  # keys without which a tiny run would not fit
+    "wmse": {"wmse.slice": 8, "joint.out": 5},
+    "deepclusterv2": {"deepclusterv2.prototypes": (5, 4)},
+    "swav": {"swav.prototypes": 10, "swav.queue": 32, "swav.queue_from": 1.0},
+    "dino": {"dino.prototypes": 20},
+    "all4one": {"joint.out": 16},
+}
+
+
+def config_of(name: str, **changes):
+    """A tiny run of a method."""
+    c = configs.base()
+    c.method, c.batch_size, c.steps = name, BATCH, 6
+    c.joint.update(dict(hidden=24, out=12, predictor_hidden=20, queue=48))
+    c.optimizer.update(dict(name="sgd", lr=0.05, lr_batch=0, weight_decay=1e-4, schedule="constant", decay_exclude=()))
+    c.penalty.update(dict(name="so", weight=0.01))
+    c.evaluation.pool = "mean"
+    c.update_from_flattened_dict(OWN.get(name, {}))
+    c.update_from_flattened_dict(changes)
+    configs.validate(c)
+    return c
+
+
+def build(c, labelled: bool = True):
+    """The method with the tiny encoder, on views as they are."""
+    source = Source(IMAGES)
+    if not labelled:
+        source.class_names = None
+    algorithm = getattr(methods, c.method).algorithm(c, WIDTH, source)
+    views = lambda batch, keys: list(jnp.moveaxis(batch["views"].astype(jnp.float32) / 64 - 2, 1, 0))  # noqa: E731
+    return joint.assemble(c, algorithm, tiny_encoder(), views, source)
+
+
+def batch_of(step: int, views: int = 2) -> dict[str, np.ndarray]:
+    """Noisy views of images that differ from each other; one image in four has no label."""
+    index = (step * BATCH + np.arange(BATCH)) % IMAGES
+    images = np.stack([np.random.default_rng(i).integers(40, 200, (8, 8, 3)) for i in index])
+    noise = np.random.default_rng(1000 + step).integers(-20, 20, (BATCH, views, 8, 8, 3))
+    label = np.where(index % 4 == 3, -1, index % 7).astype(np.int32)
+    return {"views": (images[:, None] + noise).astype(np.uint8), "label": label, "index": index.astype(np.int32)}
+
+
+def run(c, method, count: int, devices: int = 1, state=None, first: int = 0):
+    """The state after `count` steps, on the host, and the scalars of each; also checks that one program made them."""
+    mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
+    recipe = train_step.make_recipe(c, method, IMAGES)
+    step = train_step.make_train_step(c, method, recipe, mesh)
+    init = train_step.make_init(c, method, recipe, mesh)
+    state = init() if state is None else jax.device_put(state, jax.tree.map(lambda x: x.sharding, init()))
+    log = []
+    for i in range(first, first + count):
+        state, scalars = step(state, sharding.put_batch(batch_of(i), mesh))
+        log.append(jax.device_get(scalars))
+    assert step._cache_size() == 1, "the step was compiled again"
+    return jax.device_get(state), log
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_eight_devices_make_the_steps_of_one(name):
+    """Batch norm, negatives, queues, centres and assignments are those of the whole batch; SO composes."""
+    c = config_of(name)
+    method = build(c)
+    one, log = run(c, method, 4)
+    eight, other = run(c, method, 4, devices=8)
+    chex.assert_trees_all_close(log, other, rtol=2e-4, atol=2e-5)
+    chex.assert_trees_all_close(one.carried, eight.carried, rtol=2e-3, atol=2e-4)
+    assert all(math.isfinite(x) for scalars in log for x in scalars.values())
+    assert log[0]["penalty"] > 0 and "penalty" not in method_scalars(log[0])
+
+
+def method_scalars(scalars):
+    return {k: v for k, v in scalars.items() if not k.startswith(("penalty", "loss", "lr", "grad_norm", "online"))}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_a_run_that_stops_goes_on_with_the_same_bits(name):
+    """All that a step needs is in its state: also the place in a queue and what changes with the epoch."""
+    c = config_of(name)
+    method = build(c)
+    whole, log = run(c, method, 5)
+    half, _ = run(c, method, 3)
+    rest, end = run(c, method, 2, state=half, first=3)
+    chex.assert_trees_all_equal(whole, rest)
+    assert end[-1] == log[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("name", JOINT)
+def test_bfloat16_is_finite_and_unlabelled_images_work(name):
+    c = config_of(name, dtype="bfloat16")
+    method = build(c, labelled=False)
+    state, log = run(c, method, 3)
+    assert all(math.isfinite(x) for scalars in log for x in scalars.values())
+    assert joint.ONLINE not in state.carried and not any(key.startswith("online") for key in log[0])
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("name", JOINT)
+def test_the_loss_is_the_same_without_jit(name):
+    c = config_of(name)
+    method = build(c)
+    params, carried = method.init(jax.random.key(1), lambda drawn: drawn)
+    keys = jax.random.split(jax.random.key(2), BATCH)
+    args = (params, carried, batch_of(0), keys)
+    compiled = jax.jit(method.loss)(*args)
+    with jax.disable_jit():
+        eager = method.loss(*args)
+    chex.assert_trees_all_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_a_target_is_a_slow_copy_and_is_not_trained(name):
+    """It starts as the student, moves by 1 - tau towards the new weights, and its gradient is none."""
+    c = config_of(name, **{"joint.tau": 0.75, "joint.tau_final": 0.95})
+    method = build(c)
+    params, carried = jax.jit(lambda: method.init(jax.random.key(1), lambda drawn: drawn))()
+    if joint.TARGET not in carried:
+        assert "tau" not in read_keys(name)
+        return
+    assert "tau" in read_keys(name)
+    ours, slow = names(params), names(carried[joint.TARGET])
+    shared = [n for n in slow if n in ours]
+    assert shared and all((slow[n] == ours[n]).all() for n in shared)
+    moved = jax.tree.map(lambda x: x + 1.0, params)
+    tau = 0.95 - 0.2 * (math.cos(math.pi * 2 / 8) + 1) / 2
+    _, after = jax.jit(lambda p, c: method.after(p, c, Progress(jnp.int32(2), 8, 2.5)))(moved, carried)
+    for n in shared:
+        np.testing.assert_allclose(names(after[joint.TARGET])[n], ours[n] + 1 - tau, rtol=1e-5, atol=1e-6)
+
+
+def read_keys(name: str) -> set[str]:
+    """The keys of the section `joint` that a method reads."""
+    keys = joint.JOINT.keys
+    return {key for key, value in keys.items() if value.read_by is None or name in value.read_by[1:]}
+
+
+def test_small_views_are_refused_by_methods_of_two_views():
+    c = config_of("byol")
+    c.views.small = 2
+    assert build(c).inputs == ("views", "small_views", "label", "index")
+    c = config_of("barlow_twins")
+    c.views.small = 2
+    with pytest.raises(ConfigError, match=r"config\.views\.small=2: must be 0, since method 'barlow_twins' takes two"):
+        build(c)
+
+
+def test_pooled_batch_norm_has_the_statistics_of_all_views():
+    """Two views in one call: one move of the running statistics, by the mean of both views."""
+    found = {}
+    for how in ("view", "pooled"):
+        c = config_of("simclr", **{"joint.batch_norm": how})
+        method = build(c)
+        params, carried = method.init(jax.random.key(1), lambda drawn: drawn)
+        batch = batch_of(0)
+        batch["views"][:, 1] = 255 - batch["views"][:, 1]
+        _, (carried, _) = jax.jit(method.loss)(params, carried, batch, jax.random.split(jax.random.key(2), BATCH))
+        found[how] = carried[joint.STATISTICS]["encoder"]["bn1"]["running_mean"]
+    each = [0.0, 0.0]
+    for view in (0, 1):
+        alone = {**batch, "views": np.repeat(batch["views"][:, view : view + 1], 2, axis=1)}
+        _, (carried, _) = jax.jit(method.loss)(*method.init(jax.random.key(1), lambda drawn: drawn), alone, jax.random.split(jax.random.key(2), BATCH))  # fmt: skip  # noqa: E501
+        each[view] = carried[joint.STATISTICS]["encoder"]["bn1"]["running_mean"] / 0.1
+    np.testing.assert_allclose(found["pooled"], 0.1 * (each[0] + each[1]) / 2, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["view"], 0.9 * 0.1 * each[0] + 0.1 * each[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_online_classifier_leaves_out_images_without_a_label():
+    """By hand: the mean cross entropy over the labelled rows, and the share of them in the first and first five."""
+    rng = np.random.default_rng(3)
+    weights = {"kernel": jnp.asarray(rng.normal(size=(4, 9)), jnp.float32), "bias": jnp.asarray(rng.normal(size=9))}
+    x, label = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), np.array([2, -1, 7, 0, -1])
+    value, scalars = online.loss(weights, [x], jnp.asarray(label))
+    logits = np.asarray(x @ weights["kernel"] + weights["bias"], np.float64)
+    losses = [math.log(np.exp(logits[i]).sum()) - logits[i, label[i]] for i in (0, 2, 3)]
+    assert float(value) == pytest.approx(np.mean(losses), rel=1e-5)
+    ranks = [(logits[i] > logits[i, label[i]]).sum() for i in (0, 2, 3)]
+    assert float(scalars["online_top1"]) == pytest.approx(np.mean([r < 1 for r in ranks]))
+    assert float(scalars["online_top5"]) == pytest.approx(np.mean([r < 5 for r in ranks]))
+    value, grads = jax.value_and_grad(lambda w: online.loss(w, [x], jnp.full(5, -1))[0])(weights)
+    assert value == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_the_online_classifier_moves_neither_encoder_nor_clipping():
+    """The same encoder and the same norm of the gradient, whatever the classifier does."""
+    ends = []
+    for rate in (0.0, 0.3):
+        c = config_of("byol", **{"online.lr": rate})
+        ends.append(run(c, build(c), 2))
+    (one, log), (two, other) = ends
+    chex.assert_trees_all_equal(one.params, two.params)
+    assert [s["grad_norm"] for s in log] == [s["grad_norm"] for s in other]
+    assert other[1]["online_loss"] < other[0]["online_loss"] == pytest.approx(math.log(7), rel=1e-5)
