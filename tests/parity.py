@@ -236,14 +236,17 @@ def lars_run(file: File, case: str, dtype: jax.typing.DTypeLike) -> list[dict[st
     options = json.loads(str(file[f"case/{case}"]))
     c = configs.base()
     c.optimizer.decay_exclude, c.optimizer.decay_vectors = (), not options["exclude_bias_n_norm"]
-    c.optimizer.trust_coefficient, c.optimizer.weight_decay = options["eta"], options["weight_decay"]
+    c.optimizer.trust_coefficient = options["eta"]
     c.optimizer.clip_lr, c.optimizer.nesterov = options["clip_lr"], options.get("nesterov", False)
     c.optimizer.momentum = float(options.get("momentum", 0))
     inputs = {k: jnp.asarray(v, dtype) for k, v in strip(file, "in/").items()}
     params = {k: v for k, v in inputs.items() if "/" not in k}
     selected = optimizer.decayed(c, params)
     tx = optimizer.OPTIMIZERS["lars_torch"](
-        c.optimizer, lambda t: options["lr"] * (t + 1) / 4, lambda tree: parameters.mask(tree, selected)
+        c.optimizer,
+        lambda t: options["lr"] * (t + 1) / 4,
+        options["weight_decay"],
+        lambda tree: parameters.mask(tree, selected),
     )
     state, out = tx.init(params), []
     for t in range(4):

@@ -71,7 +71,9 @@ class Method:
       features: (judged, images uint8 (b, H, W, 3)) -> what the job's evaluation reads: features or class scores
         (b, D) float32, or the class of each pixel, int32 (b, H, W). The images are not corrupted.
       frozen: whether the encoder gets no update.
-      held: (pattern, epochs) of parameters that get no update in the first epochs; a pattern must match a whole name.
+      held: (pattern, epochs) of weights that stay still in the first `epochs` passes over the training images: they get
+        no update and no decay, and the optimiser's state of them does not move; math.inf: never. Patterns match whole
+        names.
       columns: the captions of the arrays that `pictures` returns, from left to right; empty: there are no pictures.
       pictures: (judged, batch, keys (b,)) -> one (b, H, W, 3) array in 0..1 per column. The batch holds `inputs` of
         some of the evaluation's images.

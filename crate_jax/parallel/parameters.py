@@ -106,7 +106,7 @@ def mask(params: Any, selected: Collection[str]) -> Any:
 
 
 def log_rules(
-    params: Any, decayed: Collection[str], penalised: Collection[str], layout: Mapping[str, str] | None = None
+    params: Any, decayed: Collection[str], penalised: Collection[str], notes: Mapping[str, str] | None = None
 ) -> None:
     """Logs one line per parameter (shape, weight decay, penalty, layout) and the totals, in one log record.
 
@@ -114,13 +114,13 @@ def log_rules(
       params: tree of arrays or of shapes.
       decayed: names under weight decay.
       penalised: names under the orthogonality penalty.
-      layout: {name: how the parameter is split over devices}; others are whole on every device.
+      notes: {name: what else there is to say}, such as how the parameter is split over devices.
     """
     leaves = names(params)
     width = max(map(len, leaves))
 
-    def row(name: str, shape: str, size: int, decay: str, penalty: str, layout: str) -> str:
-        return f"{name:<{width}}  {shape:<20} {size:>12,}  {decay:<5}  {penalty:<7}  {layout}".rstrip()
+    def row(name: str, shape: str, size: int, decay: str, penalty: str, note: str) -> str:
+        return f"{name:<{width}}  {shape:<20} {size:>12,}  {decay:<5}  {penalty:<7}  {note}".rstrip()
 
     rows = [
         row(
@@ -129,7 +129,7 @@ def log_rules(
             count(leaf),
             "decay" if name in decayed else "",
             "penalty" if name in penalised else "",
-            (layout or {}).get(name, ""),
+            (notes or {}).get(name, ""),
         )
         for name, leaf in leaves.items()
     ]

@@ -27,7 +27,7 @@ from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.methods.method import Batch, Method, Params, Scalars
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
-from crate_jax.training import nonfinite, optimizer
+from crate_jax.training import groups, nonfinite, optimizer
 from crate_jax.training.step import (
     SIGNAL,
     TrainState,
@@ -229,7 +229,10 @@ class Loop:
         """Logs each parameter's rules, and the memory on each device between two steps (without activations)."""
         shapes = self.state.params
         decayed, penalised = optimizer.decayed(self.config, shapes), self._recipe.penalty.names
-        parameters.log_rules(shapes, decayed, penalised, sharding.layouts(shapes, self.mesh))
+        of = groups.groups(self.config, shapes, self._recipe.per_epoch, self.method.held)
+        layouts = sharding.layouts(shapes, self.mesh)
+        notes = {name: ", ".join(filter(None, (str(group), layouts.get(name)))) for name, group in of.items()}
+        parameters.log_rules(shapes, decayed, penalised, notes)
         place = state_shardings(self.state, self.mesh)
         images = (self.config.batch_size, *self.config.data.image_size, 3)
         averages = (self.state.ema, self.state.ema_carried), (place.ema, place.ema_carried)

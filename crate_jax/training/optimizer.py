@@ -7,7 +7,7 @@ matches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -18,11 +18,14 @@ from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
+from crate_jax.training.groups import Group, by_group, groups, without_held
 from crate_jax.validation import Key, Section, anything, at_least, one_of, patterns, positive, within
 
 ADAM_EPS = 1e-8  # PyTorch's default, which the recipes do not change
 LARS_EPS = 1e-8  # solo-learn's default, which the recipes do not change
+CLIP_EPS = 1e-6  # added to a norm before the division, as in DINO's code
 Mask = Callable[[Any], Any]  # tree -> tree of booleans
+Decay = float | Callable[[Any], Any]  # a number, or a function of the step
 
 
 def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
@@ -59,7 +62,7 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
             raise ConfigError(
                 f"config.optimizer.{key}={options[key]}: must not exceed config.optimizer.lr={options.lr}"
             )
-    scale = config.batch_size / options.lr_batch if options.lr_batch else 1.0
+    scale = _batch_scale(config)
     start, peak, end = (scale * value for value in (options.warmup_lr, options.lr, options.min_lr))
     if options.schedule == "constant":
         end = peak
@@ -76,6 +79,24 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
     return learning_rate
 
 
+def _batch_scale(config: ConfigDict) -> float:
+    """What all rates are multiplied by."""
+    return config.batch_size / config.optimizer.lr_batch if config.optimizer.lr_batch else 1.0
+
+
+def decay_schedule(config: ConfigDict, total_steps: int) -> Decay:
+    """Weight decay over the run: config.optimizer.weight_decay, or a cosine from there to weight_decay_end."""
+    start, end = config.optimizer.weight_decay, config.optimizer.weight_decay_end
+    if not end:
+        return start
+
+    def decay(step: jax.typing.ArrayLike) -> jax.Array:
+        progress = jnp.minimum(jnp.asarray(step, jnp.float32) / total_steps, 1.0)
+        return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return decay
+
+
 def decayed(config: ConfigDict, params: Any) -> tuple[str, ...]:
     """Returns the names of the parameters under weight decay.
 
@@ -88,6 +109,21 @@ def decayed(config: ConfigDict, params: Any) -> tuple[str, ...]:
         for name, leaf in parameters.names(params).items()
         if name not in excluded and (config.optimizer.decay_vectors or parameters.unstacked_ndim(name, leaf) >= 2)
     )
+
+
+def clip_each_by_norm(largest: float, names: Collection[str]) -> optax.GradientTransformation:
+    """Scales each gradient g of the named weights by min(1, largest / (|g| + CLIP_EPS)), one norm per layer: DINO's."""
+
+    def clip(g: jax.Array) -> jax.Array:
+        return g * jnp.minimum(largest / (optax.tree.norm(g) + CLIP_EPS), 1.0)
+
+    def leaf(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
+        name = parameters.path_name(path)
+        if name not in names:
+            return g
+        return (jax.vmap(clip) if parameters.is_stacked(name) else clip)(g)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(leaf, updates))
 
 
 def _by_layer(scale: Callable[[jax.Array, jax.Array], jax.Array], updates: Any, params: Any) -> Any:
@@ -120,7 +156,7 @@ def scale_by_layer_trust_ratio(trust_coefficient: float) -> optax.GradientTransf
 
 
 def scale_by_decayed_trust_ratio(
-    trust_coefficient: float, weight_decay: float, clip: optax.Schedule | None
+    trust_coefficient: float, weight_decay: Decay, clip: optax.Schedule | None
 ) -> optax.GradientTransformation:
     """Replaces a gradient g by r (g + d w), r = c |w| / (|g| + d |w| + eps) with one r per layer: solo-learn's LARS.
 
@@ -137,56 +173,60 @@ def scale_by_decayed_trust_ratio(
     def update(
         updates: Any, state: optax.ScaleByScheduleState, params: Any = None
     ) -> tuple[Any, optax.ScaleByScheduleState]:
+        d = weight_decay(state.count) if callable(weight_decay) else weight_decay
+
         def scale(g: jax.Array, w: jax.Array) -> jax.Array:
             size, slope = optax.tree.norm(w), optax.tree.norm(g)
-            ratio = trust_coefficient * size / (slope + weight_decay * size + LARS_EPS)
+            ratio = trust_coefficient * size / (slope + d * size + LARS_EPS)
             if clip is not None:
                 ratio = jnp.minimum(ratio / clip(state.count), 1.0)  # a rate of 0 makes it 1
-            return jnp.where((size > 0) & (slope > 0), ratio.astype(g.dtype) * (g + weight_decay * w), g)
+            return jnp.where((size > 0) & (slope > 0), ratio.astype(g.dtype) * (g + d * w), g)
 
         return _by_layer(scale, updates, params), optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
 
 
-def _adamw(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+def _adamw(
+    options: ConfigDict, learning_rate: optax.Schedule, decay: Decay, mask: Mask
+) -> optax.GradientTransformation:
     """AdamW as in torch.optim: the decay is decoupled from the gradient and multiplied by the learning rate."""
-    return optax.adamw(
-        learning_rate, options.b1, options.b2, eps=ADAM_EPS, weight_decay=options.weight_decay, mask=mask
-    )
+    return optax.adamw(learning_rate, options.b1, options.b2, eps=ADAM_EPS, weight_decay=decay, mask=mask)
 
 
-def _adam(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+def _adam(options: ConfigDict, learning_rate: optax.Schedule, decay: Decay, mask: Mask) -> optax.GradientTransformation:
     """Adam as in torch.optim: the decay is added to the gradient, and so enters both moments."""
     return optax.chain(
-        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.add_decayed_weights(decay, mask),
         optax.adam(learning_rate, options.b1, options.b2, eps=ADAM_EPS),
     )
 
 
-def _sgd(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+def _sgd(options: ConfigDict, learning_rate: optax.Schedule, decay: Decay, mask: Mask) -> optax.GradientTransformation:
     """SGD as in torch.optim, without dampening: the decay is added to the gradient, the rate applied after momentum."""
     return optax.chain(
-        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.add_decayed_weights(decay, mask),
         optax.sgd(learning_rate, options.momentum or None, options.nesterov),
     )
 
 
-def _lars(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+def _lars(options: ConfigDict, learning_rate: optax.Schedule, decay: Decay, mask: Mask) -> optax.GradientTransformation:
     """LARS (You et al., arXiv 1708.03888) as in optax.lars, but with one trust ratio per layer.
 
     Parameters outside the mask have neither decay nor trust ratio: for them LARS is SGD with momentum. As in the paper,
     the momentum sums steps that are already multiplied by the learning rate.
     """
     return optax.chain(
-        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.add_decayed_weights(decay, mask),
         optax.masked(scale_by_layer_trust_ratio(options.trust_coefficient), mask),
         optax.scale_by_learning_rate(learning_rate),
         optax.trace(options.momentum),
     )
 
 
-def _lars_torch(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+def _lars_torch(
+    options: ConfigDict, learning_rate: optax.Schedule, decay: Decay, mask: Mask
+) -> optax.GradientTransformation:
     """LARS as in solo-learn's PyTorch code (solo/utils/lars.py), for its joint-embedding recipes.
 
     Three things differ from :func:`_lars`. The learning rate is applied after the momentum, as in torch.optim.SGD, so
@@ -195,13 +235,13 @@ def _lars_torch(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) 
     clips the ratio.
     """
     clip = learning_rate if options.clip_lr else None
-    ratio = scale_by_decayed_trust_ratio(options.trust_coefficient, options.weight_decay, clip)
+    ratio = scale_by_decayed_trust_ratio(options.trust_coefficient, decay, clip)
     return optax.chain(optax.masked(ratio, mask), optax.sgd(learning_rate, options.momentum or None, options.nesterov))
 
 
-def _lion(options: ConfigDict, learning_rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+def _lion(options: ConfigDict, learning_rate: optax.Schedule, decay: Decay, mask: Mask) -> optax.GradientTransformation:
     """Lion (Chen et al., arXiv 2302.06675)."""
-    return optax.lion(learning_rate, options.b1, options.b2, weight_decay=options.weight_decay, mask=mask)
+    return optax.lion(learning_rate, options.b1, options.b2, weight_decay=decay, mask=mask)
 
 
 def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTransformation:
@@ -240,12 +280,6 @@ def scale_by_layer(params: Any, decay: float, freeze: bool) -> optax.GradientTra
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
-def updates_done(opt_state: Any) -> jax.Array:
-    """The number of updates that the optimiser has made, int32 scalar: the schedule's present step."""
-    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
-    return next(x.count for x in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(x))
-
-
 OPTIMIZERS = {
     "adamw": _adamw,
     "adam": _adam,
@@ -257,7 +291,12 @@ OPTIMIZERS = {
 
 
 def build(
-    config: ConfigDict, params: Any, total_steps: int, steps_per_epoch: float, frozen: bool = False
+    config: ConfigDict,
+    params: Any,
+    total_steps: int,
+    steps_per_epoch: float,
+    frozen: bool = False,
+    held: Iterable[tuple[str, float]] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds gradient clipping, the optimiser and its schedule, as config.optimizer says.
 
@@ -267,22 +306,42 @@ def build(
       total_steps: optimiser steps of the run.
       steps_per_epoch: optimiser steps per pass over the data.
       frozen: whether the encoder gets no update.
+      held: weights without update, decay and state in the first epochs, as in `Method.held`.
 
     Returns:
       the transformation, whose state has the parameters' dtype (float32), and the schedule.
 
     Raises:
-      ConfigError: see :func:`schedule`, :func:`decayed` and :func:`scale_by_layer`.
+      ConfigError: see :func:`schedule`, :func:`decayed`, :func:`groups` and :func:`scale_by_layer`, or a pattern of
+        config.optimizer.clip_each_include matches no parameter.
     """
     options = config.optimizer
-    learning_rate = schedule(config, total_steps, steps_per_epoch)
+    learning_rate, decay = schedule(config, total_steps, steps_per_epoch), decay_schedule(config, total_steps)
+    peak = _batch_scale(config) * options.lr
     selected = frozenset(decayed(config, params))
-    optimizer = OPTIMIZERS[options.name](options, learning_rate, lambda tree: parameters.mask(tree, selected))
+    of = groups(config, params, steps_per_epoch, held)
+
+    def make(group: Group) -> optax.GradientTransformation:
+        rate = (lambda _: jnp.float32(peak)) if group.constant else _later(learning_rate, group.still)
+        mask = lambda tree: parameters.mask(tree, selected)  # noqa: E731
+        return OPTIMIZERS[options.name](options, rate, _later(decay, group.still), mask)
+
+    optimizer = by_group(of, make)
     if options.layer_decay < 1 or frozen:
         optimizer = optax.chain(optimizer, scale_by_layer(params, options.layer_decay, frozen))
     if options.clip_norm > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
+        if any(group.still for group in of.values()):
+            optimizer = without_held(optimizer, of)
+    if options.clip_each > 0:
+        clipped = frozenset(parameters.match(params, options.clip_each_include, "optimizer.clip_each_include"))
+        optimizer = optax.chain(clip_each_by_norm(options.clip_each, clipped), optimizer)
     return optimizer, learning_rate
+
+
+def _later(value: Any, steps: int) -> Any:
+    """A function of the step, as one that counts its steps from `steps` on sees it; a number stays as it is."""
+    return (lambda step: value(step + steps)) if steps and callable(value) else value
 
 
 def _check_optimizer(c: ConfigDict) -> None:
@@ -326,6 +385,12 @@ OPTIMIZER = Section(
         weight_decay=Key(
             0.05, at_least(0), "share of a weight taken off per update, times the learning rate; adam: in the gradient"
         ),
+        weight_decay_end=Key(
+            0.0, at_least(0), "weight_decay of the last update, to which it goes by a cosine; 0: it stays"
+        ),
+        constant_lr=Key(
+            (), patterns, "names of weights whose rate is always lr: without warm-up, decay of the rate", items=str
+        ),
         layer_decay=Key(1.0, within(0, 1, "(]"), "factor on the learning rate per layer below the head"),
         decay_exclude=Key(
             (r".*(cls_token|mask_token|positions|relative_bias)",),
@@ -334,6 +399,8 @@ OPTIMIZER = Section(
         ),
         decay_vectors=Key(False, anything, "1-D weights have decay too, and with LARS a trust ratio"),
         clip_norm=Key(0.0, at_least(0), "largest norm of the whole gradient; 0: off"),
+        clip_each=Key(0.0, at_least(0), "largest norm of each weight's gradient, before all else; 0: off"),
+        clip_each_include=Key((r".*",), patterns, "names of the weights that clip_each acts on"),
         ema=Key(0.0, within(0, 1, "[)"), "decay of the weights' moving average, which evaluations use; 0: off"),
     ),
 )

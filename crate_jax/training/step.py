@@ -20,7 +20,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Progress, Scalars
 from crate_jax.parallel import sharding, target
 from crate_jax.parallel.parameters import names, path_name
-from crate_jax.training import nonfinite, optimizer, orthogonality
+from crate_jax.training import groups, nonfinite, optimizer, orthogonality
 
 # With several processes, each row of a batch holds the signal that its process got (0: none); the step's scalars hold
 # the largest of them.
@@ -110,7 +110,7 @@ def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
         )
     shapes = jax.eval_shape(lambda: init_params(config, method)[0])
     total, per_epoch = total_steps(config, images)
-    tx, schedule = optimizer.build(config, shapes, total, per_epoch, method.frozen)
+    tx, schedule = optimizer.build(config, shapes, total, per_epoch, method.frozen, method.held)
     return Recipe(tx, schedule, orthogonality.build(config, shapes), total, per_epoch)
 
 
@@ -202,7 +202,7 @@ def make_train_step(
             **({SIGNAL: jnp.max(batch[SIGNAL])} if SIGNAL in batch else {}),
         }
         if config.nonfinite.skip:
-            scalars["lr"] = recipe.schedule(optimizer.updates_done(state.opt_state))
+            scalars["lr"] = recipe.schedule(groups.updates_done(state.opt_state))
             old = dataclasses.replace(state, step=new.step)
             new, scalars[nonfinite.SKIPPED] = nonfinite.revert_if_nonfinite(scalars, new, old)
         return new, scalars
