@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from crate_jax.parallel import parameters
 
-
 FOREVER = 2**31 - 1  # updates
 
 
