@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.models.crate import CrateEncoder
 from crate_jax.models.layers import remat_rule
 from crate_jax.models.patches import grid_shape
+from crate_jax.models.resnet import ARCHITECTURES, STEMS, ResNetEncoder, map_sizes
 from crate_jax.models.vit import ViTEncoder
 from crate_jax.validation import Key, Section, anything, at_least, one_of, positive, within
 
@@ -45,6 +46,20 @@ def _vit(config: ConfigDict) -> nn.Module:
     )
 
 
+def _resnet(config: ConfigDict) -> nn.Module:
+    e = config.encoder
+    return ResNetEncoder(
+        architecture=ARCHITECTURES[e.name],
+        width=e.stage_width,
+        stem=e.stem,
+        stem_padding=e.stem_padding,
+        patch_size=e.patch_size,
+        norm_groups=e.norm_groups,
+        remat=remat_rule(config),
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
 def _shared(config: ConfigDict) -> dict:
     e = config.encoder
     return dict(
@@ -62,28 +77,57 @@ def _shared(config: ConfigDict) -> dict:
     )
 
 
+def _same_widths(config: ConfigDict) -> tuple[int, ...]:
+    return (config.encoder.width,) * config.encoder.depth
+
+
+def _same_grids(config: ConfigDict, image_size: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return (grid_shape(image_size, config.encoder.patch_size),) * config.encoder.depth
+
+
+def _stage_widths(config: ConfigDict) -> tuple[int, ...]:
+    return ARCHITECTURES[config.encoder.name].widths(config.encoder.stage_width)
+
+
+def _stage_grids(config: ConfigDict, image_size: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return map_sizes(image_size, config.encoder.stem, config.encoder.stem_padding)
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """A row of ENCODERS.
 
     The module that `build` returns is called with images (B, H, W, 3), float32 and normalised
-    (:mod:`crate_jax.data.pixels`), a corruption (none: the identity) and one key per image (none: no drop path).
-    It returns the tokens (B, prefix + M, D). The images may have another size than the config's.
+    (:mod:`crate_jax.data.pixels`), a corruption (none: the identity) and one key per image (none: no drop path, and
+    batch norm with the running statistics). It returns the tokens (B, prefix + M, D). The images may have another size
+    than the config's.
 
     Attributes:
       build: the function whole config -> module.
       prefix: number of tokens before the patch tokens; the first of them is the class token.
-      output_point: the named point of a block that holds the block's output.
+      output_point: the named point that holds the tokens after each layer.
+      layer: what its layers are called, "block" or "stage".
+      widths: whole config -> the width of the tokens after each layer; the output has the last of them.
+      grids: (whole config, (height, width) of images in pixels) -> (h, w), the places of the patch tokens after each
+        layer.
+      patches: whether it cuts every image into patches of encoder.patch_size; otherwise only corruptions do.
     """
 
     build: Callable[[ConfigDict], nn.Module]
     prefix: int
     output_point: str
+    layer: str = "block"
+    widths: Callable[[ConfigDict], tuple[int, ...]] = _same_widths
+    grids: Callable[[ConfigDict, Sequence[int]], tuple[tuple[int, int], ...]] = _same_grids
+    patches: bool = True
 
+
+_RESNET = Encoder(_resnet, 0, "after_stage", "stage", _stage_widths, _stage_grids, patches=False)
 
 ENCODERS: dict[str, Encoder] = {
     "crate": Encoder(_crate, prefix=1, output_point="after_ista"),
     "vit": Encoder(_vit, prefix=1, output_point="after_mlp"),
+    **dict.fromkeys(ARCHITECTURES, _RESNET),
 }
 
 
@@ -97,6 +141,22 @@ def prefix_tokens(config: ConfigDict) -> int:
     return ENCODERS[config.encoder.name].prefix
 
 
+def widths(config: ConfigDict) -> tuple[int, ...]:
+    """The width of the tokens after each layer of the config's encoder; the output has the last of them."""
+    return ENCODERS[config.encoder.name].widths(config)
+
+
+def grids(config: ConfigDict, image_size: Sequence[int] | None = None) -> tuple[tuple[int, int], ...]:
+    """(h, w), the places of the patch tokens after each layer of the config's encoder.
+
+    Args:
+      config: the whole config.
+      image_size: (height, width) of the images in pixels; None: ``config.data.image_size``.
+    """
+    size = config.data.image_size if image_size is None else image_size
+    return ENCODERS[config.encoder.name].grids(config, size)
+
+
 def blank_image(config: ConfigDict) -> jax.Array:
     """One image of zeros (1, H, W, 3) of the config's size, the input with which parameters are initialised."""
     return jnp.zeros((1, *config.data.image_size, 3), jnp.float32)
@@ -105,10 +165,13 @@ def blank_image(config: ConfigDict) -> jax.Array:
 MAX_PATCHES = 2**20  # per image
 
 
-def _check_images(c: ConfigDict) -> None:
+def check_patches(c: ConfigDict) -> None:
+    """Checks that images can be cut into patches of encoder.patch_size.
+
+    Raises:
+      ConfigError: they cannot, or there are too many patches.
+    """
     size, patch = tuple(c.data.image_size), c.encoder.patch_size
-    if len(size) != 2 or min(size) < 1:
-        raise ConfigError(f"config.data.image_size={size!r}: must be (height, width)")
     if any(side % patch for side in size):
         raise ConfigError(
             f"config.data.image_size={size}: both sides must be multiples of config.encoder.patch_size={patch}"
@@ -120,8 +183,16 @@ def _check_images(c: ConfigDict) -> None:
 
 
 def _check_encoder(c: ConfigDict) -> None:
-    _check_images(c)
-    e = c.encoder
+    e, size = c.encoder, tuple(c.data.image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ConfigError(f"config.data.image_size={size!r}: must be (height, width)")
+    if not ENCODERS[e.name].patches:
+        if c.batch_size % e.norm_groups:
+            raise ConfigError(
+                f"config.encoder.norm_groups={e.norm_groups}: must divide config.batch_size={c.batch_size}"
+            )
+        return
+    check_patches(c)
     if e.width % e.heads:
         raise ConfigError(f"config.encoder.width={e.width}: must be a multiple of config.encoder.heads={e.heads}")
     if e.width % 4 and e.positions == "sincos":
@@ -133,6 +204,8 @@ def _check_encoder(c: ConfigDict) -> None:
 
 
 CRATE, VIT = ("encoder.name", "crate"), ("encoder.name", "vit")
+TOKENS = ("encoder.name", "crate", "vit")
+RESNET = ("encoder.name", *ARCHITECTURES)
 
 ENCODER = Section(
     "encoder",
@@ -141,14 +214,15 @@ ENCODER = Section(
     check=_check_encoder,
     keys=dict(
         name=Key("crate", one_of(*ENCODERS), "architecture"),
-        patch_size=Key(16, positive, "side of a square patch in pixels"),
-        width=Key(768, positive, "numbers per token"),
-        depth=Key(12, positive, "blocks"),
-        heads=Key(12, positive, "attention heads; the width must be a multiple of them"),
+        patch_size=Key(16, positive, "side of a square patch in pixels; in a resnet only corruptions act on patches"),
+        width=Key(768, positive, "numbers per token", read_by=TOKENS),
+        depth=Key(12, positive, "blocks", read_by=TOKENS),
+        heads=Key(12, positive, "attention heads; the width must be a multiple of them", read_by=TOKENS),
         positions=Key(
             "sincos",
             one_of("sincos", "learned", "relative", "relative_per_block", "none"),
             "sincos: a fixed table; relative: one bias for all blocks (vit); relative_per_block: one per block (vit)",
+            read_by=TOKENS,
         ),
         eta=Key(0.1, at_least(0), "step size of ISTA", read_by=CRATE),
         lam=Key(0.5, at_least(0), "sparsity weight lambda of ISTA", read_by=CRATE),
@@ -163,12 +237,26 @@ ENCODER = Section(
         qkv_bias=Key("qkv", one_of("qkv", "qv", "none"), "qkv: like MAE; qv: like BEiT, ROPIM", read_by=VIT),
         layer_scale=Key(0.0, at_least(0), "initial value of the factor on each branch; 0: no factor", read_by=VIT),
         drop_path=Key(0.0, within(0, 1, "[)"), "the last block's rate; it rises linearly from 0", read_by=VIT),
-        embed_norm=Key(False, anything, "layer norms before and after the patch projection, like supervised CRATE"),
-        final_norm=Key(True, anything, "normalise the last block's tokens"),
-        final_eps=Key(1e-6, positive, "added to the variance in the final norm; supervised CRATE: 1e-5"),
+        embed_norm=Key(
+            False, anything, "layer norms before and after the patch projection, like supervised CRATE", read_by=TOKENS
+        ),
+        final_norm=Key(True, anything, "normalise the last block's tokens", read_by=TOKENS),
+        final_eps=Key(1e-6, positive, "added to the variance in the final norm; supervised CRATE: 1e-5", read_by=TOKENS),
         init=Key(
             "xavier", one_of("xavier", "trunc_normal"),
             "initial weights of vit and of a linear decoder; xavier: like MAE; trunc_normal: like BEiT, ROPIM",
+        ),
+        stem=Key(
+            "imagenet", one_of(*STEMS),
+            "imagenet: 7 x 7 convolution and max-pool, 1/4 of the side; cifar: 3 x 3 convolution", read_by=RESNET,
+        ),
+        stem_padding=Key(
+            2, at_least(0), "padding of the 3 x 3 convolution: 2 in solo-learn (32 px become 34), else 1",
+            read_by=("encoder.stem", "cifar"),
+        ),
+        stage_width=Key(64, positive, "channels of the first stage, before a bottleneck's factor of 4", read_by=RESNET),
+        norm_groups=Key(
+            1, positive, "random groups of a batch whose batch norms have statistics of their own", read_by=RESNET
         ),
     ),
 )  # fmt: skip

@@ -62,7 +62,8 @@ def points(config: ConfigDict) -> Callable[..., tuple[jax.Array, dict[str, jax.A
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables = {"params": params["encoder"]}
         output, state = encoder.apply(variables, images_BHWC, corruption, keys_B, mutable=["intermediates"])
-        return output, block_points(state["intermediates"])
+        found = state["intermediates"]
+        return output, block_points(found) if "blocks" in found else dict(found)
 
     return read
 
