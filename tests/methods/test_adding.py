@@ -63,24 +63,24 @@ def test_the_page_has_a_method_that_trains_resumes_and_is_judged(checkout, cli_e
     broken = json.loads((tmp_path / "broken" / "summary.json").read_text())
     assert (broken["steps"], broken["params_sha256"]) == (7, whole["params_sha256"])
     one, two = (meta(tmp_path / name) for name in ("whole", "broken"))
-    assert any(name.startswith("carried/target/encoder/") for name in one["arrays"]["rest"])
+    assert "carried/online/kernel" in one["arrays"]["rest"]
     assert one["arrays"] == two["arrays"]  # shapes and checksums of all that is saved
 
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "byol" in line]
-    assert logged and all(line["z_std"] > 0 and line["penalty"] > 0 for line in logged)
+    logged = [line for line in lines if "uniformity" in line]
+    assert logged and all(line["z_std"] > 0 and line["penalty"] > 0 and line["uniform"] < 0 for line in logged)
     assert any(name.startswith("whitebox/encoder/") for line in lines for name in line)
-    assert 0 < whole["knn_top1"] <= 1 and whole["report"] and whole["pictures"] is None
+    assert 0 < whole["knn_top1"] <= 1 and whole["report"] 
 
 
 def test_micro_batches_are_refused(checkout, cli_env, tmp_path):
     """The page's method couples the images of a batch."""
     command = [sys.executable, "-m", "crate_jax.main", "--config=configs/quickstart.py:debug"]
-    command += ["--config.method=byol", "--config.accumulate=2", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.method=uniformity", "--config.accumulate=2", f"--workdir={tmp_path / 'run'}"]
     result = subprocess.run(command, cwd=checkout, env=cli_env, capture_output=True, text=True, timeout=400)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == 2 and len(errors) == 1
-    assert "config.accumulate=2: must be 1" in errors[0] and "'byol'" in errors[0]
+    assert "config.accumulate=2: must be 1" in errors[0] and "'uniformity'" in errors[0]
 
 
 def meta(workdir: Path) -> dict:

@@ -19,7 +19,9 @@ BATCH = {
     "label": np.arange(6, dtype=np.int32) % 5,
     "mask": np.random.default_rng(1).integers(0, 2, (6, 8, 12), np.int16),
     "index": np.arange(6, dtype=np.int32),
+    "views": np.random.default_rng(2).integers(0, 256, (6, 2, 8, 12, 3), np.uint8),
 }
+OWN = {"wmse": {"wmse.slice": 6}, "all4one": {"joint.out": 16}}  # keys without which so small a batch would not fit
 JOB_OF_METHOD = {"classify": "finetune", "segment": "segment"}
 
 
@@ -44,6 +46,8 @@ def method(request, pairs):
     c.data.image_size = (8, 12)
     c.encoder.update(dict(patch_size=4, width=16, depth=2, heads=2))
     c.decoder.update(dict(depth=1, heads=2))
+    c.joint.update(dict(hidden=8, out=4, predictor_hidden=8, queue=12))
+    c.update_from_flattened_dict(OWN.get(request.param, {}))
     configs.validate(c)
     return METHODS[request.param].build(c, data.open_split(c, "train"))
 
