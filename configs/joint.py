@@ -11,6 +11,8 @@ The config string has:
 * ``data``: cifar10, cifar100, imagenet100, imagenet; --config.data.source=folder:DIR reads other images of that kind;
 * ``penalty``: none, so, srip; --config.penalty.weight sets gamma, which the paper searched in 1e-5 .. 1e-7 for SO and
   1e-3 .. 1e-5 for SRIP;
+* ``scale``: full, or thin: a ResNet of 16 channels with the ImageNet stem on images of 32 px, small heads and queues, 20
+  epochs of batch 128, for minutes on a CPU (docs/results.md has all methods at this scale);
 * ``debug``: a run of seconds.
 
 Recipes: solo-learn, scripts/pretrain/cifar and imagenet-100; for data=imagenet its ImageNet files of BYOL, Barlow Twins
@@ -126,13 +128,14 @@ TRANSFORMERS = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 1
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config; `arg` may hold ``method``, ``encoder``, ``data``, ``penalty`` and ``debug``."""
+    """Returns the config; `arg` may hold ``method``, ``encoder``, ``data``, ``penalty``, ``scale``, ``debug``."""
     arg = parse_arg(
         arg,
         method=("byol", *sorted(set(RECIPES) - {"byol"})),
         encoder=(*RESNETS, *(f"{name}_{size}" for name in ("vit", "crate") for size in TRANSFORMERS)),
         data=tuple(DATA),
         penalty=("none", "so", "srip"),
+        scale=("full", "thin"),
         debug=False,
     )
     c = base()
@@ -177,9 +180,30 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.dtype = "bfloat16"
     c.evaluation.every = 0
     c.log.every = 100
+    if arg.scale == "thin":
+        _thin(c)
     if arg.debug:
         _shrink(c, arg.encoder in RESNETS)
     return c
+
+
+# The same for all methods but for what a method cannot do without; we chose these sizes.
+THIN: dict[str, dict[str, Any]] = {
+    "deepclusterv2": {"deepclusterv2.prototypes": (100, 100, 100)},
+    "dino": {"dino.prototypes": 512, "joint.tau": 0.99},
+    "swav": {"swav.prototypes": 100, "swav.queue": 1024, "swav.queue_from": 5.0},
+    "wmse": {"joint.out": 32, "wmse.slice": 64},
+}
+
+
+def _thin(c: ConfigDict) -> None:
+    """Makes a run of minutes on a CPU, with batches of half the size and so half the learning rate."""
+    c.epochs, c.batch_size, c.dtype, c.data.image_size = 20.0, 128, "float32", (32, 32)
+    c.encoder.stem, c.encoder.stage_width = "imagenet", 16
+    c.joint.update(dict(hidden=512, out=128, predictor_hidden=512, queue=2048))
+    c.optimizer.warmup_epochs = 1.0
+    c.update_from_flattened_dict(THIN.get(c.method, {}))
+    c.log.every, c.save.every = 50, 10_000
 
 
 def _shrink(c: ConfigDict, resnet: bool) -> None:
