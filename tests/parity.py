@@ -36,6 +36,7 @@ from crate_jax.parallel import parameters
 from crate_jax.parallel.parameters import names
 from crate_jax.training import optimizer, orthogonality
 from tests.parity_joint import joint_steps
+from tests.parity_resnet import resnet
 
 OUTPUT_LIMIT, GRADIENT_LIMIT = 5e-5, 5e-4
 File = Mapping[str, np.ndarray]
@@ -302,6 +303,8 @@ def recognise(file: File) -> Callable[[File], tuple[Errors, Errors]]:
     """Which comparison a file is for."""
     if "in/0/view0" in file:
         return joint_steps
+    if "out/layer4_shape" in file:
+        return resnet
     if "out/encoder_block" in file:
         return crate_blocks
     if "in/sketch" in file:

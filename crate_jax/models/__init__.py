@@ -241,7 +241,9 @@ ENCODER = Section(
             False, anything, "layer norms before and after the patch projection, like supervised CRATE", read_by=TOKENS
         ),
         final_norm=Key(True, anything, "normalise the last block's tokens", read_by=TOKENS),
-        final_eps=Key(1e-6, positive, "added to the variance in the final norm; supervised CRATE: 1e-5", read_by=TOKENS),
+        final_eps=Key(
+            1e-6, positive, "added to the variance in the final norm; supervised CRATE: 1e-5", read_by=TOKENS
+        ),
         init=Key(
             "xavier", one_of("xavier", "trunc_normal"),
             "initial weights of vit and of a linear decoder; xavier: like MAE; trunc_normal: like BEiT, ROPIM",

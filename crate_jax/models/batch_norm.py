@@ -21,6 +21,7 @@ EPS = 1e-5  # as in PyTorch
 MOMENTUM = 0.1  # share of the new statistics in the running ones, as in PyTorch
 MOVED = "moved"  # the collection in which modules return their new statistics
 PREFIX = "running_"
+HIGHEST = jax.lax.Precision.HIGHEST  # memberships times means: TF32 would round the means
 
 Tree = Mapping[str, Any]
 
@@ -53,32 +54,82 @@ class BatchNorm(nn.Module):
         C = x.shape[-1]
         running_mean = self.param("running_mean", nn.initializers.zeros, (C,))
         running_var = self.param("running_var", nn.initializers.ones, (C,))
-        wide = x.astype(jnp.float32)
-        if train:
-            count = x.size // C // (1 if groups_BG is None else groups_BG.shape[1])
-            mean = _mean(wide, groups_BG)
-            var = _mean(jnp.square(wide - mean), groups_BG)
-            unbiased = jnp.mean(var, tuple(range(x.ndim - 1))) * (count / max(count - 1, 1))
-            new_mean = jnp.mean(mean, tuple(range(x.ndim - 1)))
-            move(self, running_mean=(running_mean, new_mean), running_var=(running_var, unbiased))
-        else:
-            mean, var = running_mean, running_var
-        factor = jax.lax.rsqrt(var + EPS)
-        if not self.affine:
-            return ((wide - mean) * factor).astype(self.dtype)
-        scale = self.param("scale", nn.initializers.ones, (C,))
-        bias = self.param("bias", nn.initializers.zeros, (C,))
-        return ((wide - mean) * (factor * scale) + bias).astype(self.dtype)
+        scale = self.param("scale", nn.initializers.ones, (C,)) if self.affine else jnp.ones((C,), running_mean.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (C,)) if self.affine else jnp.zeros((C,), running_mean.dtype)
+        if not train:
+            factor = jax.lax.rsqrt(running_var + EPS) * scale
+            return ((_wide(x) - running_mean) * factor + bias).astype(self.dtype)
+        y, mean_GC, var_GC = normalise_batch(x, scale, bias, running_mean, groups_BG)
+        count = x.size // (C * len(mean_GC))
+        unbiased = jnp.mean(var_GC, 0) * (count / max(count - 1, 1))
+        move(self, running_mean=(running_mean, jnp.mean(mean_GC, 0)), running_var=(running_var, unbiased))
+        return y.astype(self.dtype)
 
 
-def _mean(x: jax.Array, groups_BG: jax.Array | None) -> jax.Array:
-    """Means over all axes but the last, of each image's group: (1 or B, 1, ..., C)."""
+@jax.custom_vjp
+def normalise_batch(
+    x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, near_C: jax.Array, groups_BG: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises with the statistics of the batch; returns (y (B, ..., C) in x's type, means (G, C), variances (G, C)).
+
+    Both statistics come from one pass over x, in float32, of the numbers minus `near_C`: where that is near the mean,
+    the difference of the mean square and the squared mean loses no digits. The backward pass is written by hand: it
+    keeps x and 2 G C numbers, where automatic differentiation keeps a float32 array of x's size, and it sums twice
+    over the batch, not three times. Gradients do not flow through the returned statistics.
+
+    Args:
+      x: the activations (B, ..., C).
+      scale_C: factor of each channel.
+      bias_C: summand of each channel.
+      near_C: a guess of the mean, such as the running mean.
+      groups_BG: see :class:`BatchNorm`; None: one group.
+    """
+    return _normalise_forward(x, scale_C, bias_C, near_C, groups_BG)[0]
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _group_means(x: jax.Array, groups_BG: jax.Array | None) -> jax.Array:
+    """The mean over all axes but the last, of each group, (G, C)."""
     if groups_BG is None:
-        return jnp.mean(x, tuple(range(x.ndim - 1)), keepdims=True)
+        return jnp.mean(x, tuple(range(x.ndim - 1)))[None]
     mean_BC = jnp.mean(x, tuple(range(1, x.ndim - 1)))
-    size = x.shape[0] // groups_BG.shape[1]
-    mean_BC = groups_BG @ (groups_BG.T @ mean_BC / size)
-    return mean_BC.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
+    return jnp.einsum("bg,bc->gc", groups_BG, mean_BC, precision=HIGHEST) * (groups_BG.shape[1] / len(x))
+
+
+def _of_image(values_GC: jax.Array, groups_BG: jax.Array | None, ndim: int) -> jax.Array:
+    """Gives each image the values of its group, (1 or B, 1, ..., C) with `ndim` axes."""
+    if groups_BG is not None:
+        values_GC = jnp.einsum("bg,gc->bc", groups_BG, values_GC, precision=HIGHEST)
+    return values_GC.reshape(len(values_GC), *[1] * (ndim - 2), -1)
+
+
+def _normalise_forward(
+    x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, near_C: jax.Array, groups_BG: jax.Array | None
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[Any, ...]]:
+    wide = _wide(x)
+    off_GC = _group_means(wide - near_C, groups_BG)
+    var_GC = jnp.maximum(_group_means(jnp.square(wide - near_C), groups_BG) - jnp.square(off_GC), 0)
+    mean_GC, inverse_GC = off_GC + near_C, jax.lax.rsqrt(var_GC + EPS)
+    mean, inverse = (_of_image(v, groups_BG, x.ndim) for v in (mean_GC, inverse_GC))
+    y = (wide - mean) * (inverse * scale_C) + bias_C
+    return (y.astype(x.dtype), mean_GC, var_GC), (x, mean_GC, inverse_GC, scale_C, groups_BG)
+
+
+def _normalise_backward(saved: tuple[Any, ...], cotangents: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    x, mean_GC, inverse_GC, scale_C, groups_BG = saved
+    mean, inverse = (_of_image(v, groups_BG, x.ndim) for v in (mean_GC, inverse_GC))
+    g, unit = _wide(cotangents[0]), (_wide(x) - mean) * inverse
+    bias_GC, scale_GC = _group_means(g, groups_BG), _group_means(g * unit, groups_BG)
+    taken, tilted = (_of_image(v, groups_BG, x.ndim) for v in (bias_GC, scale_GC))
+    dx = (g - taken - unit * tilted) * (inverse * scale_C)
+    count = x.size // (x.shape[-1] * len(mean_GC))
+    return dx.astype(x.dtype), count * jnp.sum(scale_GC, 0), count * jnp.sum(bias_GC, 0), None, None
+
+
+normalise_batch.defvjp(_normalise_forward, _normalise_backward)
 
 
 def move(module: nn.Module, **statistics: tuple[jax.Array, jax.Array]) -> None:

@@ -1,16 +1,17 @@
 """ResNets (He et al., arXiv 1512.03385) as encoders, with the weights and the arithmetic of torchvision's.
 
-Their tokens are the places of the last stage's map; there is no class token. Names of parameters:
-``stem/{conv,norm}`` and ``stage{1..4}/block{0..}/{conv1,norm1,conv2,norm2[,conv3,norm3][,shortcut_conv,shortcut_norm]}``,
-kernels (kh, kw, in, out), batch norms of :mod:`crate_jax.models.batch_norm`.
+Their tokens are the places of the last stage's map; there is no class token. Names of parameters: ``stem/{conv,norm}``
+and ``stage{1..4}/block{0..}/{conv1,norm1,conv2,norm2[,conv3,norm3][,shortcut_conv,shortcut_norm]}``, kernels
+(kh, kw, in, out), batch norms of :mod:`crate_jax.models.batch_norm`.
 
-Shapes: B batch, H and W pixels, h and w places of a map per side, C channels, D width of the last stage, P patch pixels,
-G groups of images.
+Shapes: B batch, H and W pixels, h and w places of a map per side, C channels, D width of the last stage, P patch
+pixels, G groups of images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,8 +70,8 @@ def map_sizes(image_size: Sequence[int], stem: str, stem_padding: int) -> tuple[
     """
 
     def sides(n: int) -> list[int]:
-        first = n + 2 * stem_padding - 2 if stem == "cifar" else -(-(-(-n // 2)) // 2)
-        return [-(-first // 2**i) for i in range(4)]
+        first = n + 2 * stem_padding - 2 if stem == "cifar" else math.ceil(n / 4)
+        return [math.ceil(first / 2**i) for i in range(4)]
 
     h, w = (sides(n) for n in image_size)
     return tuple(zip(h, w, strict=True))
