@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax.data import DATA
+from crate_jax.data import DATA, VIEWS
 from crate_jax.errors import ConfigError
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.methods import METHODS
@@ -265,7 +265,7 @@ LOG = Section(
 )
 
 SECTIONS = (
-    RUN, JOB, MESH, DATA, ENCODER, *(section for row in METHODS.values() for section in row.sections), PENALTY,
+    RUN, JOB, MESH, DATA, VIEWS, ENCODER, *(section for row in METHODS.values() for section in row.sections), PENALTY,
     OPTIMIZER, EVALUATION, PROTOCOL, SWEEP, ALIGN, REPORT, WHITEBOX, NONFINITE, SAVE, LOG,
 )  # fmt: skip
 KEYS: dict[str, Key] = {name: key for section in SECTIONS for name, key in section.flat().items()}

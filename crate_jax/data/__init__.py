@@ -7,11 +7,13 @@ import math
 from ml_collections import ConfigDict
 
 from crate_jax.data.decoding import DecodeError
+from crate_jax.data.device_augmentation import views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
 from crate_jax.data.pairs import IGNORED, PairSource, open_pairs
 from crate_jax.data.pipeline import TrainPipeline
 from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
+from crate_jax.data.recipes import VIEWS, preset
 from crate_jax.data.sources import Source, SyntheticSource, digits
 from crate_jax.data.tfds_source import open_tfds
 from crate_jax.errors import ConfigError, DataError
@@ -37,10 +39,13 @@ __all__ = [
     "PairSource",
     "Source",
     "TrainPipeline",
+    "VIEWS",
     "device_prefetch",
     "eval_batches",
     "eval_images",
     "open_split",
+    "preset",
+    "views_of",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

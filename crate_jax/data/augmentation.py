@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -94,3 +95,25 @@ class Augmentation:
     def flips(self, uniforms: np.ndarray) -> np.ndarray:
         """Returns which images are mirrored, bool (B,), from uniform numbers (B, DRAWS)."""
         return uniforms[:, _FLIP] < self.flip
+
+
+# For each entry of a training batch the crops that it holds of an image, such as {"image": (crop,)}. The entry has an
+# axis of crops, (b, crops, H, W, 3), unless it is "image".
+Layout = Mapping[str, tuple[Augmentation, ...]]
+
+
+def numbered(layout: Layout) -> Iterator[tuple[str, int, Augmentation]]:
+    """Yields the entry of the batch, the place in it and the augmentation of view 0, 1, ... of an image."""
+    for name, crops in layout.items():
+        for place, augmentation in enumerate(crops):
+            yield name, place, augmentation
+
+
+def empty(layout: Layout, count: int) -> dict[str, np.ndarray]:
+    """Zeros for the crops of `count` images: for each entry uint8 (count, crops, H, W, 3)."""
+    return {name: np.zeros((count, len(crops), *crops[0].size, 3), np.uint8) for name, crops in layout.items()}
+
+
+def packed(crops: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The entries of a batch, of arrays as :func:`empty` makes them."""
+    return {name: x[:, 0] if name == "image" else x for name, x in crops.items()}

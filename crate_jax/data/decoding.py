@@ -39,7 +39,7 @@ class DecodeError(Exception):
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Parses an encoded image's header; the pixels are decoded later, by :func:`decode` or :func:`crop_resize`.
+    """Parses an encoded image's header; the pixels are decoded later, by :func:`decode` or :func:`crops`.
 
     Raises:
       DecodeError: the bytes are not an image of one of FORMATS, or the header is damaged.
@@ -103,30 +103,45 @@ def decode(image: Image.Image) -> np.ndarray:
 def crop_resize(
     image: Image.Image, box: Sequence[float] | np.ndarray, size: Sequence[int], resample: Image.Resampling
 ) -> Image.Image:
-    """Cuts `box` out of an image and resizes it, antialiased, to `size`.
+    """Cuts `box` out of an image and resizes it, antialiased, to `size`; see :func:`crops`."""
+    return crops(image, [box], [size], resample)[0]
+
+
+def crops(
+    image: Image.Image,
+    boxes: Sequence[Sequence[float] | np.ndarray],
+    sizes: Sequence[Sequence[int]],
+    resample: Image.Resampling,
+) -> list[Image.Image]:
+    """Cuts boxes out of an image and resizes them, antialiased; the image is decoded once.
 
     Args:
       image: an opened image, whose pixels may not be decoded yet.
-      box: (top, left, height, width) in pixels of the displayed image; may be fractional.
-      size: (height, width) of the result in pixels.
+      boxes: (top, left, height, width) of each crop in pixels of the displayed image; may be fractional.
+      sizes: (height, width) of each result in pixels.
       resample: Pillow's filter.
 
     Returns:
-      An RGB image of `size`.
+      RGB images of `sizes`.
 
     Raises:
       DecodeError: the pixels cannot be decoded.
     """
-    top, left, height, width = (float(v) for v in box)
+    numbers = [tuple(float(v) for v in box) for box in boxes]
     try:
         shrink = 1
         if _orientation(image) == 1:
-            shrink = _draft(image, height / size[0], width / size[1])
+            reductions = [(h / size[0], w / size[1]) for (_, _, h, w), size in zip(numbers, sizes, strict=True)]
+            shrink = _draft(image, min(h for h, _ in reductions), min(w for _, w in reductions))
         else:
             image = _oriented(image)
         rgb = _to_rgb(image)
-        right, bottom = min((left + width) / shrink, rgb.width), min((top + height) / shrink, rgb.height)
-        return rgb.resize((size[1], size[0]), resample, box=(left / shrink, top / shrink, right, bottom))
+        out = []
+        for (top, left, height, width), size in zip(numbers, sizes, strict=True):
+            right, bottom = min((left + width) / shrink, rgb.width), min((top + height) / shrink, rgb.height)
+            box = (left / shrink, top / shrink, right, bottom)
+            out.append(rgb.resize((size[1], size[0]), resample, box=box))
+        return out
     except Exception as e:
         raise DecodeError(_reason(e)) from e
 
@@ -136,12 +151,12 @@ def _reason(error: Exception) -> str:
 
 
 def _draft(image: Image.Image, reduction_height: float, reduction_width: float) -> int:
-    """Lets the decoder shrink a JPEG if the crop allows it; returns the divisor of its sides.
+    """Lets the decoder shrink a JPEG if all crops allow it; returns the divisor of its sides.
 
     Args:
       image: an opened image; a JPEG is changed.
-      reduction_height: height of the crop / height of the output.
-      reduction_width: width of the crop / width of the output.
+      reduction_height: the smallest height of a crop / height of its output.
+      reduction_width: the smallest width of a crop / width of its output.
     """
     room = min(reduction_height, reduction_width) / DRAFT_MARGIN
     if not isinstance(image, JpegImageFile) or room < 2:

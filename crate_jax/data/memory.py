@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import time
 
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding, sampling
-from crate_jax.data.augmentation import DRAWS, Augmentation
+from crate_jax.data.augmentation import DRAWS, Augmentation, Layout, empty, numbered, packed
 from crate_jax.data.randaugment import randaugment
 from crate_jax.data.resampling import BatchResizer
 from crate_jax.data.sources import Source
@@ -105,20 +106,24 @@ def _common_size(source: Source) -> tuple[int, int] | None:
 class BatchAugmenter:
     """Makes training batches out of a decoded set, on a few threads."""
 
-    def __init__(self, data: DecodedSet, augmentation: Augmentation, seed: int, threads: int):
+    def __init__(self, data: DecodedSet, layout: Layout, seed: int, threads: int):
         self._data = data
-        self._augmentation = augmentation
+        self._layout = layout
         self._seed = seed
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         in_size = data.planar.shape[2:]
-        fits = BatchResizer.table_bytes(in_size, augmentation.size) <= MAX_TABLE_BYTES
-        self._resizer = BatchResizer(in_size, augmentation.size, augmentation.interpolation) if fits else None
+        self._resizers = {
+            a.size: BatchResizer(in_size, a.size, a.interpolation)
+            for a in (crops[0] for crops in layout.values())
+            if BatchResizer.table_bytes(in_size, a.size) <= MAX_TABLE_BYTES
+        }
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def batch(self, first: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
         """Makes the images of the positions first ... first + count - 1.
 
         Returns:
-          The images, uint8 (count, H, W, 3); their indices, int32 (count,); how many of them replace undecodable ones.
+          The entries of the layout, such as 'image', uint8 (count, H, W, 3); the images' indices, int32 (count,); how
+          many of them replace undecodable ones.
         """
         size = len(self._data.bad)
         indices = sampling.indices(self._seed, np.arange(first, first + count), size)
@@ -128,34 +133,45 @@ class BatchAugmenter:
             while self._data.bad[indices[row]]:
                 indices[row] = sampling.replacement(self._seed, first + int(row), attempt, size)
                 attempt += 1
-        images = np.empty((count, *self._augmentation.size, 3), np.uint8)
-        starts = range(0, count, CHUNK)
-        list(self._pool.map(lambda i: self._fill(images[i : i + CHUNK], indices[i : i + CHUNK], first + i), starts))
-        if self._augmentation.layers:
-            each = map if max(self._augmentation.size) <= MAX_ONE_THREAD_SIDE else self._pool.map
-            list(each(lambda row: self._randaugment(images, row, first + row), range(count)))
-        return images, indices, len(replaced)
+        crops = empty(self._layout, count)
+
+        def fill(i: int) -> None:
+            self._fill({k: x[i : i + CHUNK] for k, x in crops.items()}, indices[i : i + CHUNK], first + i)
+
+        list(self._pool.map(fill, range(0, count, CHUNK)))
+        for name, place, a in numbered(self._layout):
+            if a.layers:
+                each = map if max(a.size) <= MAX_ONE_THREAD_SIDE else self._pool.map
+                images = crops[name][:, place]
+                list(each(functools.partial(self._randaugment, a, images, first), range(count)))
+        return packed(crops), indices, len(replaced)
 
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown()
 
-    def _fill(self, out: np.ndarray, indices: np.ndarray, first: int) -> None:
-        a = self._augmentation
-        uniforms = sampling.uniforms(self._seed, first, len(out), DRAWS)
+    def _fill(self, out: dict[str, np.ndarray], indices: np.ndarray, first: int) -> None:
         planar = self._data.planar[indices]
-        sides = np.broadcast_to(planar.shape[2:], (len(out), 2))
-        boxes = a.boxes(uniforms, sides[:, 0], sides[:, 1])
-        if self._resizer is not None:
-            out[...] = self._resizer(planar, boxes)
-        else:
+        heights, widths = np.broadcast_to(planar.shape[2:], (len(planar), 2)).T
+        slow: list[tuple[np.ndarray, np.ndarray, Augmentation]] = []  # without a table of weights
+        for view, (name, place, a) in enumerate(numbered(self._layout)):
+            uniforms = sampling.uniforms(self._seed, first, len(planar), DRAWS, view)
+            boxes, images = a.boxes(uniforms, heights, widths), out[name][:, place]
+            if a.size in self._resizers:
+                images[...] = self._resizers[a.size](planar, boxes)
+            else:
+                slow.append((images, boxes, a))
+        if slow:
+            sizes, resample = [a.size for _, _, a in slow], slow[0][2].resample
             for row, image in enumerate(planar):
                 whole = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-                out[row] = np.asarray(decoding.crop_resize(whole, boxes[row], a.size, a.resample))
-        flips = a.flips(uniforms)
-        out[flips] = out[flips, :, ::-1]
+                cut = decoding.crops(whole, [boxes[row] for _, boxes, _ in slow], sizes, resample)
+                for (images, _, _), crop in zip(slow, cut, strict=True):
+                    images[row] = np.asarray(crop)
+        for view, (name, place, a) in enumerate(numbered(self._layout)):
+            flips = a.flips(sampling.uniforms(self._seed, first, len(planar), DRAWS, view))
+            out[name][flips, place] = out[name][flips, place, :, ::-1]
 
-    def _randaugment(self, images: np.ndarray, row: int, position: int) -> None:
-        a = self._augmentation
-        rng = sampling.randaugment_generator(self._seed, position)
+    def _randaugment(self, a: Augmentation, images: np.ndarray, first: int, row: int) -> None:
+        rng = sampling.randaugment_generator(self._seed, first + row)
         images[row] = np.asarray(randaugment(Image.fromarray(images[row]), a.layers, a.magnitude, rng))

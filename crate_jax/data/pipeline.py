@@ -8,7 +8,8 @@ from collections.abc import Generator
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax.data.augmentation import Augmentation
+from crate_jax.data import recipes
+from crate_jax.data.augmentation import Augmentation, Layout
 from crate_jax.data.memory import BatchAugmenter, decode_set
 from crate_jax.data.pairs import PairSource
 from crate_jax.data.sources import Source
@@ -33,8 +34,9 @@ class TrainPipeline:
     same images, crops and flips.
 
     Args:
-      config: the whole config; reads config.seed, config.batch_size and config.data.
+      config: the whole config; reads config.seed, config.batch_size, config.data and, for views, config.views.
       source: the training split.
+      views: whether a batch holds the views of config.views instead of one crop of each image.
       process_index: this host's number p, from 0.
       process_count: the number of hosts P.
 
@@ -43,7 +45,15 @@ class TrainPipeline:
       DataError: too many images cannot be decoded.
     """
 
-    def __init__(self, config: ConfigDict, source: Source, *, process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        config: ConfigDict,
+        source: Source,
+        *,
+        views: bool = False,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         if config.batch_size % process_count:
             raise ConfigError(
                 f"config.batch_size={config.batch_size}: must be a multiple of the {process_count} processes sharing it"
@@ -55,7 +65,7 @@ class TrainPipeline:
         self._rows = self._batch_size // process_count
         self._offset = process_index * self._rows
         self._workers, self._threads = int(data.workers), int(data.threads)
-        self._augmentation = Augmentation.from_config(config)
+        self._layout: Layout = recipes.layout(config) if views else {"image": (Augmentation.from_config(config),)}
         self.undecodable = Undecodable(source, data.max_undecodable)
         self._iterators: list[Generator[Batch, None, None]] = []
         self._augmenter: BatchAugmenter | None = None
@@ -65,7 +75,7 @@ class TrainPipeline:
         if decoded is not None:
             if decoded.bad.all():
                 raise DataError(f"none of the {len(source)} images can be decoded: {self.undecodable.named()}")
-            self._augmenter = BatchAugmenter(decoded, self._augmentation, self._seed, self._threads)
+            self._augmenter = BatchAugmenter(decoded, self._layout, self._seed, self._threads)
         else:
             log.info("streaming %d images, %d workers, %d threads", len(source), self._workers, self._threads)
 
@@ -73,8 +83,9 @@ class TrainPipeline:
         """Yields the batches of the steps start_step, start_step + 1, ... without end.
 
         Yields:
-          'image', uint8 (b, H, W, 3); 'mask', int16 (b, H, W), if the source has masks; 'index', int32 (b,), the
-          images' indices in the set; 'undecodable', int32 (), how many files could not be decoded for this batch.
+          'image', uint8 (b, H, W, 3), or 'views', uint8 (b, 2, H, W, 3), and 'small_views', uint8 (b, S, h, w, 3), if
+          there are small ones; 'mask', int16 (b, H, W), if the source has masks; 'index', int32 (b,), the images'
+          indices in the set; 'undecodable', int32 (), how many files could not be decoded for this batch.
 
         Raises:
           DataError: too many images cannot be decoded.
@@ -94,14 +105,14 @@ class TrainPipeline:
 
     def _from_memory(self, augmenter: BatchAugmenter, step: int) -> Generator[Batch, None, None]:
         while True:
-            images, indices, replaced = augmenter.batch(step * self._batch_size + self._offset, self._rows)
-            yield {"image": images, "index": indices, "undecodable": np.array(replaced, np.int32)}
+            crops, indices, replaced = augmenter.batch(step * self._batch_size + self._offset, self._rows)
+            yield {**crops, "index": indices, "undecodable": np.array(replaced, np.int32)}
             step += 1
 
     def _from_files(self, start_step: int) -> Generator[Batch, None, None]:
         chunks = ChunkSource(
             self._source,
-            self._augmentation,
+            self._layout,
             self._seed,
             self._batch_size,
             self._offset,

@@ -47,7 +47,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.argsort(words, kind="stable").astype(np.int32)
 
 
-def uniforms(seed: int, first: int, count: int, draws: int) -> np.ndarray:
+def uniforms(seed: int, first: int, count: int, draws: int, view: int = 0) -> np.ndarray:
     """Returns uniform numbers in [0, 1) for the positions first ... first + count - 1.
 
     Args:
@@ -55,12 +55,13 @@ def uniforms(seed: int, first: int, count: int, draws: int) -> np.ndarray:
       first: the first position.
       count: number of positions.
       draws: numbers per position, a multiple of 4.
+      view: number of the view, for an image of which several are cropped.
 
     Returns:
-      The numbers, float64 (count, draws); a row depends only on the seed and on its position.
+      The numbers, float64 (count, draws); a row depends only on the seed, on its position and on the view.
     """
     start = first * (draws // _WORDS_PER_COUNT)
-    words = np.random.Philox(key=[seed, _AUGMENTATION], counter=start).random_raw(count * draws)
+    words = np.random.Philox(key=[seed, _AUGMENTATION], counter=[start, view, 0, 0]).random_raw(count * draws)
     return ((words >> np.uint64(11)) * 2.0**-53).reshape(count, draws)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding, sampling
-from crate_jax.data.augmentation import DRAWS, Augmentation
+from crate_jax.data.augmentation import DRAWS, Augmentation, Layout, empty, numbered, packed
 from crate_jax.data.pairs import IGNORED, PairSource, crop_mask
 from crate_jax.data.randaugment import randaugment
 from crate_jax.data.sources import Source
@@ -34,7 +34,7 @@ class ChunkSource:
 
     Attributes:
       source: the images.
-      augmentation: crop, flip and RandAugment.
+      layout: the crops of each image.
       seed: the run's seed.
       batch_size: images per step over all hosts.
       offset: this host's first row in each batch.
@@ -43,7 +43,7 @@ class ChunkSource:
     """
 
     source: Source
-    augmentation: Augmentation
+    layout: Layout
     seed: int
     batch_size: int
     offset: int
@@ -70,37 +70,37 @@ class ChunkSource:
         A row whose file cannot be decoded is tried again with another file.
 
         Returns:
-          'image', uint8 (count, H, W, 3); 'mask', int16 (count, H, W), if the source has masks; 'index', int32
-          (count,), -1 where no attempt succeeded; 'bad', a list of (index, reason) of the undecodable files.
+          the entries of the layout, such as 'image', uint8 (count, H, W, 3); 'mask', int16 (count, H, W), if the source
+          has masks; 'index', int32 (count,), -1 where no attempt succeeded; 'bad', a list of (index, reason) of the
+          undecodable files.
         """
         indices = sampling.indices(self.seed, np.arange(first, first + count), len(self.source))
-        uniforms = sampling.uniforms(self.seed, first, count, DRAWS)
-        flips = self.augmentation.flips(uniforms)
-        out = {"image": np.zeros((count, *self.augmentation.size, 3), np.uint8), "index": indices}
-        if isinstance(self.source, PairSource):
-            out["mask"] = np.full((count, *self.augmentation.size), IGNORED, np.int16)
+        views = list(numbered(self.layout))
+        uniforms = np.stack([sampling.uniforms(self.seed, first, count, DRAWS, view) for view in range(len(views))])
+        crops = empty(self.layout, count)
+        masks = np.full((count, *views[0][2].size), IGNORED, np.int16) if isinstance(self.source, PairSource) else None
         bad: list[tuple[int, str]] = []
         rows = list(range(count))
         for attempt in range(MAX_ATTEMPTS):
-            rows = self._load_rows(rows, out, uniforms, flips, first, bad)
+            rows = self._load_rows(rows, indices, crops, masks, uniforms, first, bad)
             if not rows:
                 break
             for row in rows:
                 indices[row] = sampling.replacement(self.seed, first + row, attempt, len(self.source))
         indices[rows] = -1
-        return {**out, "bad": bad}
+        return {**packed(crops), **({} if masks is None else {"mask": masks}), "index": indices, "bad": bad}
 
     def _load_rows(
         self,
         rows: list[int],
-        out: dict[str, np.ndarray],
+        indices: np.ndarray,
+        crops: dict[str, np.ndarray],
+        masks: np.ndarray | None,
         uniforms: np.ndarray,
-        flips: np.ndarray,
         first: int,
         bad: list[tuple[int, str]],
     ) -> list[int]:
-        """Fills the given rows of `out`; adds the undecodable files to `bad` and returns their rows."""
-        indices = out["index"]
+        """Fills the given rows of `crops` and `masks`; adds undecodable files to `bad` and returns their rows."""
         opened, failed = [], []
         for row in rows:
             try:
@@ -111,22 +111,26 @@ class ChunkSource:
                 failed.append(row)
         if not opened:
             return failed
-        sizes = np.array([size for _, _, size in opened])
-        boxes = self.augmentation.boxes(uniforms[[row for row, _, _ in opened]], sizes[:, 0], sizes[:, 1])
-        for (row, image, _), box in zip(opened, boxes, strict=True):
+        heights, widths = np.array([size for _, _, size in opened]).T
+        views = list(numbered(self.layout))
+        drawn = uniforms[:, [row for row, _, _ in opened]]
+        boxes = [a.boxes(u, heights, widths) for (_, _, a), u in zip(views, drawn, strict=True)]
+        flips = [a.flips(u) for (_, _, a), u in zip(views, drawn, strict=True)]
+        for i, (row, image, _) in enumerate(opened):
             try:
-                out["image"][row] = self._augment(image, box, bool(flips[row]), first + row)
-                if isinstance(self.source, PairSource):
-                    mask = crop_mask(self.source.mask(int(indices[row])), box, self.augmentation.size)
-                    out["mask"][row] = mask[:, ::-1] if flips[row] else mask
+                resample = views[0][2].resample
+                cut = decoding.crops(image, [box[i] for box in boxes], [a.size for _, _, a in views], resample)
+                for (name, place, a), crop, flip in zip(views, cut, flips, strict=True):
+                    crops[name][row, place] = self._augment(a, crop, bool(flip[i]), first + row)
+                if masks is not None and isinstance(self.source, PairSource):
+                    mask = crop_mask(self.source.mask(int(indices[row])), boxes[0][i], views[0][2].size)
+                    masks[row] = mask[:, ::-1] if flips[0][i] else mask
             except decoding.DecodeError as e:
                 bad.append((int(indices[row]), str(e)))
                 failed.append(row)
         return failed
 
-    def _augment(self, image: Image.Image, box: np.ndarray, flip: bool, position: int) -> np.ndarray:
-        a = self.augmentation
-        crop = decoding.crop_resize(image, box, a.size, a.resample)
+    def _augment(self, a: Augmentation, crop: Image.Image, flip: bool, position: int) -> np.ndarray:
         if flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if a.layers:

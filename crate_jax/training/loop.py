@@ -292,7 +292,11 @@ class Loop:
     def _batches(self) -> Generator[tuple[Batch, int, np.ndarray], None, None]:
         """Yields batches on the device, the number of undecodable images in each, and this process's image indices."""
         pipeline = data.TrainPipeline(
-            self.config, self.source, process_index=jax.process_index(), process_count=jax.process_count()
+            self.config,
+            self.source,
+            views="views" in self.method.inputs,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
         def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int, np.ndarray]:
