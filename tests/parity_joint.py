@@ -157,7 +157,33 @@ class Special:
     check: Callable[..., Errors] = lambda file, step, params, carried: {}
 
 
+def queue_entries(queue: Entry = Entry(("queue",))) -> Callable[[Any], dict[str, Entry]]:
+    """The entries of a queue, of the classes of its rows, if it has them, and of its place."""
+    found = {"queue": queue, "queue_y": Entry(("queue_label",)), "queue_ptr": Entry(("queue_place",))}
+    return lambda state: {name: entry for name, entry in found.items() if entry.path[0] in state}
+
+
+def mocov3_heads(kind: str) -> Special:
+    return Special(lambda c, meta: c.mocov3.update({"heads": kind}))
+
+
+def ressl_temperatures(c: ConfigDict, meta: dict) -> None:
+    kw = meta["method_kwargs"]
+    c.ressl.update({"student_temperature": kw["temperature_q"], "target_temperature": kw["temperature_k"]})
+
+
 SPECIAL: dict[str, Special] = {}
+SPECIAL |= {
+    "mocov2plus": Special(
+        entries=queue_entries(Entry(("queue",), lambda x: x.transpose(0, 2, 1), lambda x: x.transpose(0, 2, 1)))
+    ),
+    "mocov3": mocov3_heads("resnet"),
+    "mocov3_vit": mocov3_heads("vit"),
+    "nnclr": Special(entries=queue_entries()),
+    "nnbyol": Special(entries=queue_entries()),
+    "nnsiam": Special(entries=queue_entries()),
+    "ressl": Special(ressl_temperatures, queue_entries()),
+}
 # Names of scalars in the files, ours, and what ours are multiplied by.
 LOGGED = {
     "train_class_loss": ("online_loss", 1.0),

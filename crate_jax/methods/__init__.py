@@ -8,7 +8,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax.methods import byol, classify, joint, online, reconstruction, segment, simclr
+from crate_jax.methods import (
+    byol,
+    classify,
+    joint,
+    mocov2plus,
+    mocov3,
+    nnbyol,
+    nnclr,
+    nnsiam,
+    online,
+    reconstruction,
+    ressl,
+    segment,
+    simclr,
+    simsiam,
+    supcon,
+)
 from crate_jax.methods.method import Method
 from crate_jax.validation import Section
 
@@ -34,6 +50,14 @@ METHODS: dict[str, Row] = {
     "reconstruction": Row(reconstruction.build, ("encoder", "corruption", "decoder", "loss"), reconstruction.SECTIONS),
     "byol": Row(joint.method(byol.algorithm), JOINT, (joint.JOINT, online.ONLINE)),
     "simclr": Row(joint.method(simclr.algorithm), JOINT),
+    "simsiam": Row(joint.method(simsiam.algorithm), (*JOINT, "simsiam"), (simsiam.SIMSIAM,)),
+    "supcon": Row(joint.method(supcon.algorithm), (*JOINT, "supcon"), (supcon.SUPCON,)),
+    "mocov2plus": Row(joint.method(mocov2plus.algorithm), (*JOINT, "mocov2plus"), (mocov2plus.MOCOV2PLUS,)),
+    "mocov3": Row(joint.method(mocov3.algorithm), (*JOINT, "mocov3"), (mocov3.MOCOV3,)),
+    "nnclr": Row(joint.method(nnclr.algorithm), (*JOINT, "nnclr"), (nnclr.NNCLR,)),
+    "nnbyol": Row(joint.method(nnbyol.algorithm), JOINT),
+    "nnsiam": Row(joint.method(nnsiam.algorithm), JOINT),
+    "ressl": Row(joint.method(ressl.algorithm), (*JOINT, "ressl"), (ressl.RESSL,)),
     "classify": Row(classify.build, ("encoder", "finetune"), classify.SECTIONS),
     "segment": Row(segment.build, ("encoder", "finetune", "segment"), segment.SECTIONS),
 }
