@@ -11,16 +11,16 @@ The config string has:
 * ``data``: cifar10, cifar100, imagenet100, imagenet; --config.data.source=folder:DIR reads other images of that kind;
 * ``penalty``: none, so, srip; --config.penalty.weight sets gamma, which the paper searched in 1e-5 .. 1e-7 for SO and
   1e-3 .. 1e-5 for SRIP;
-* ``scale``: full, or thin: a ResNet of 16 channels with the ImageNet stem on images of 32 px, small heads and queues, 20
-  epochs of batch 128, for minutes on a CPU (docs/results.md has all methods at this scale);
+* ``scale``: full, or thin: a ResNet of 16 channels with the ImageNet stem on images of 32 px, small heads and queues,
+  20 epochs of batch 128, for minutes on a CPU (docs/results.md has all methods at this scale);
 * ``debug``: a run of seconds.
 
 Recipes: solo-learn, scripts/pretrain/cifar and imagenet-100; for data=imagenet its ImageNet files of BYOL, Barlow Twins
 and MoCo v2+, and for other methods those of ImageNet-100. ResNets of 32 px images have a 3x3 stem of stride 1 with
 padding 2 and no max-pool. Batch 256, 1000 epochs on CIFAR, 400 on ImageNet-100, 100 on ImageNet.
 
-Numbers of solo-learn's README for ResNet18 after 1000 epochs: the top-1 of its online classifier, on which `online_top1`
-is modelled. Ours after the full recipe are not measured yet; docs/results.md has all methods at a small scale.
+Numbers of solo-learn's README for ResNet18 after 1000 epochs: the top-1 of its online classifier, on which
+`online_top1` is modelled. Ours after the full recipe are not measured yet; docs/results.md has all methods at a small scale.
 
 | method | CIFAR-10 | CIFAR-100 |
 |---|---|---|
@@ -68,7 +68,10 @@ RECIPES: dict[str, tuple[tuple[dict[str, Any], float, float], tuple[int, int, in
     "byol": ((LARS, 1.0, 1e-5), (4096, 256, 4096), "asymmetric_cifar", "asymmetric", {}),
     "deepclusterv2": (
         (LARS, 0.6, 1e-6), (2048, 128, 4096), "symmetric", "symmetric",
-        {"joint.temperature": 0.1, "optimizer.min_lr": 6e-4, "optimizer.warmup_epochs": 11.0, "optimizer.warmup_lr": 0.0},
+        {
+            "joint.temperature": 0.1, "optimizer.min_lr": 6e-4, "optimizer.warmup_epochs": 11.0,
+            "optimizer.warmup_lr": 0.0,
+        },
     ),
     "dino": ((LARS, 0.3, 1e-6), (2048, 256, 4096), "asymmetric_cifar", "asymmetric", {"joint.tau": 0.9995}),
     "mocov2plus": (

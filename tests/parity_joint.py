@@ -6,11 +6,13 @@ of a run with a tiny encoder and plain SGD. Here the library's own method, optim
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -155,6 +157,7 @@ class Special:
     start: Callable[[Any, File], Any] = lambda state, file: state
     prepare: Callable[..., tuple[Any, Any]] = lambda file, step, params, carried: (params, carried)
     check: Callable[..., Errors] = lambda file, step, params, carried: {}
+    patch: Callable[[File], contextlib.AbstractContextManager[Any]] = lambda file: contextlib.nullcontext()
 
 
 def queue_entries(queue: Entry = Entry(("queue",))) -> Callable[[Any], dict[str, Entry]]:
@@ -183,6 +186,168 @@ SPECIAL |= {
     "nnbyol": Special(entries=queue_entries()),
     "nnsiam": Special(entries=queue_entries()),
     "ressl": Special(ressl_temperatures, queue_entries()),
+}
+
+
+def own_keys(section: str, names: Mapping[str, str], **fixed: Any) -> Callable[[ConfigDict, dict], None]:
+    """The function that copies a file's settings, ours -> theirs, where it has them, and sets the fixed ones."""
+
+    def configure(c: ConfigDict, meta: dict) -> None:
+        kw = meta["method_kwargs"]
+        c[section].update({ours: kw[theirs] for ours, theirs in names.items() if theirs in kw} | fixed)
+
+    return configure
+
+
+def dino_keys(c: ConfigDict, meta: dict) -> None:
+    kw = meta["method_kwargs"]
+    c.dino.update(
+        prototypes=kw["num_prototypes"],
+        batch_norm=kw.get("use_bn_in_head", False),
+        norm_last_layer=kw.get("norm_last_layer", True),
+        warm_epochs=kw.get("warmup_teacher_temperature_epochs", 0),
+        hold_epochs=float(kw.get("freeze_last_layer", 1)),
+    )
+    c.optimizer.update(clip_each=kw.get("clip_grad", 0.0), clip_each_include=("encoder/.*",))
+
+
+def dino_entries(state: Any) -> dict[str, Entry]:
+    out = {"dino_loss_func.center": Entry(("centre",))}
+    for root, prefix in (("student", ""), ("target", "momentum_")):
+        tree, last = state[root]["projector"], f"{prefix}head.last_layer.weight_"
+        places = mlp_places(MLP((1, 1, 1), norm="norm0" in tree))
+        out |= network_entries(root, "projector", f"{prefix}head.mlp", tree, places)
+        out[f"{last}v"] = transposed(root, "prototypes", "kernel")
+        out[f"{last}g"] = transposed(root, "prototypes", "lengths")
+    return out
+
+
+def swav_keys(c: ConfigDict, meta: dict) -> None:
+    kw = meta["method_kwargs"]
+    starts, frozen = float(kw["epoch_queue_starts"]), float(kw["freeze_prototypes_epochs"])
+    c.swav.update(prototypes=kw["num_prototypes"], queue=kw["queue_size"], queue_from=starts, hold_epochs=frozen)
+
+
+def iter_norm_entries(state: Any) -> dict[str, Entry]:
+    ours = {"weight": "scale", "bias": "bias", "running_mean": "running_mean", "running_wm": "running_whitening"}
+    return {f"projector.7.{theirs}": Entry(("student", "whitening", name)) for theirs, name in ours.items()}
+
+
+def transformer_entries(state: Any) -> dict[str, Entry]:
+    places = {"queue": "queue", "queue_y": "queue_label", "queue_ptr": "queue_place"}
+    out = {theirs: Entry((ours,)) for theirs, ours in places.items()}
+    parts = {
+        "self_attn.out_proj.": "out{}",
+        "linear1.": "hidden{}",
+        "linear2.": "back{}",
+        "self_attn.in_proj_": "qkv{}",
+    }
+    for i in range(3):
+        for theirs, ours in parts.items():
+            path = ("student", "transformer", ours.format(i))
+            out[f"transformer_encoder.layers.{i}.{theirs}weight"] = transposed(*path, "kernel")
+            out[f"transformer_encoder.layers.{i}.{theirs}bias"] = Entry((*path, "bias"))
+        for n in (1, 2):
+            for theirs, ours in (("weight", "scale"), ("bias", "bias")):
+                path = ("student", "transformer", f"norm{i}_{n - 1}", ours)
+                out[f"transformer_encoder.layers.{i}.norm{n}.{theirs}"] = Entry(path)
+    return out
+
+
+@contextlib.contextmanager
+def given_slices(file: File) -> Any:
+    """W-MSE cuts the batch of each step, in turn, as the file says."""
+    steps = iter(range(1000))
+
+    def order(keys_B: jax.Array) -> jax.Array:
+        shape = jax.ShapeDtypeStruct(keys_B.shape, jnp.int32)
+        return jax.pure_callback(lambda: file[f"perm/{next(steps)}"].astype(np.int32), shape)
+
+    with mock.patch.object(methods.wmse, "order", order):
+        yield
+
+
+HEADS = 3  # of the files of DeepCluster
+
+
+def given_starts(file: File) -> Any:
+    """K-means of head h after epoch e starts at the rows of the images that the file's permutation 3 e + h names.
+
+    The file's memory lies by place in the epoch. `cluster_turn` sets the key to the number of the epoch.
+    """
+    meta = json.loads(str(file["meta"]))
+    turns = []
+    for e in range(meta["steps"] // meta["steps_per_epoch"] - 1):
+        steps = range(e * meta["steps_per_epoch"], (e + 1) * meta["steps_per_epoch"])
+        place = np.concatenate([file[f"in/{t}/indexes"] for t in steps])
+        turns.append([place[file[f"perm/{HEADS * e + h}"]] for h in range(HEADS)])
+    table = jnp.asarray(np.array(turns), jnp.int32)
+
+    def starts(own: Any, filled_N: jax.Array) -> Any:
+        e = own["cluster_key"][1]
+        rows = [table[e, h, : own["centres"][str(h)].shape[0]] for h in range(HEADS)]
+        return own["cluster_key"], rows
+
+    return mock.patch.object(methods.deepclusterv2, "starts", starts)
+
+
+def cluster_turn(file: File, step: int, params: Any, carried: Any) -> tuple[Any, Any]:
+    epoch = step // json.loads(str(file["meta"]))["steps_per_epoch"]
+    return params, {**carried, "cluster_key": jnp.array([0, epoch], jnp.uint32)}
+
+
+def cluster_errors(file: File, step: int, params: Any, carried: Any) -> Errors:
+    """The rows of memory that a step writes, and what a clustering returns: the file has it at the next step."""
+    index, per_epoch = file[f"in/{step}/indexes"], json.loads(str(file["meta"]))["steps_per_epoch"]
+    place = (step % per_epoch) * len(index) + np.arange(len(index))
+    rows = file[f"{step}/state/local_memory_embeddings"][:, place]
+    out = {f"{step}/memory": float(np.max(np.abs(np.asarray(carried["memory"])[:, index] - rows)))}
+    if f"{step + 1}/assignments" in file:
+        wrong = np.asarray(carried["assignments"]) != file[f"{step + 1}/assignments"]
+        out[f"{step + 1}/assignments"] = float(np.sum(wrong))
+        for h in range(HEADS):
+            difference = np.abs(np.asarray(carried["centres"][str(h)]) - file[f"{step + 1}/centroids{h}"])
+            out[f"{step + 1}/centroids{h}"] = float(np.max(difference))
+    return out
+
+
+WEIGHT_G = ("head.last_layer.weight_g", "momentum_head.last_layer.weight_g", "prototypes.weight_g")
+SPECIAL |= {
+    "barlow_twins": Special(own_keys("barlow_twins", {"lamb": "lamb", "scale": "scale_loss"})),
+    "vicreg": Special(
+        own_keys(
+            "vicreg",
+            {"similarity": "sim_loss_weight", "variance": "var_loss_weight", "covariance": "cov_loss_weight"},
+            variance_terms="sum",
+        )
+    ),
+    "vibcreg": Special(
+        own_keys(
+            "vibcreg",
+            {"similarity": "sim_loss_weight", "variance": "var_loss_weight", "covariance": "cov_loss_weight"},
+            whitening=True,
+        ),
+        iter_norm_entries,
+    ),
+    "dino": Special(dino_keys, dino_entries, ignored=WEIGHT_G),
+    "dino_options": Special(dino_keys, dino_entries),
+    "swav": Special(
+        swav_keys,
+        lambda state: {
+            "queue": Entry(("queue",)),
+            "prototypes.weight_v": transposed("student", "prototypes", "kernel"),
+        },
+        ignored=WEIGHT_G,
+    ),
+    "wmse": Special(own_keys("wmse", {"slice": "whitening_size"}, gradient="first"), patch=given_slices),
+    "deepclusterv2": Special(
+        lambda c, meta: c.deepclusterv2.update(prototypes=tuple(meta["method_kwargs"]["num_prototypes"])),
+        ignored=("prototypes.", "local_memory"),
+        prepare=cluster_turn,
+        check=cluster_errors,
+        patch=given_starts,
+    ),
+    "all4one": Special(own_keys("all4one", {}, dropout=0.0), transformer_entries, ignored=("queue_index", "pos_enc.")),
 }
 # Names of scalars in the files, ours, and what ours are multiplied by.
 LOGGED = {
@@ -231,10 +396,11 @@ def joint_steps(file: File) -> tuple[Errors, Errors]:
     method = joint.assemble(c, algorithm, tiny_encoder(), lambda batch, keys: batch["views"], source)
     value_and_grad = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
     run = functools.partial(replay, file, meta, c, special, algorithm, method, value_and_grad)
-    outputs, gradients = run("")
-    if "cos/0/tau" in file:
-        c.joint.tau, c.joint.tau_final = 0.9, 1.0  # only `after` reads them
-        outputs |= {f"cos/{k}": v for k, v in run("cos/")[0].items()}
+    with special.patch(file):
+        outputs, gradients = run("")
+        if "cos/0/tau" in file:
+            c.joint.tau, c.joint.tau_final = 0.9, 1.0  # only `after` reads them
+            outputs |= {f"cos/{k}": v for k, v in run("cos/")[0].items()}
     return outputs, gradients
 
 

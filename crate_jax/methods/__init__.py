@@ -9,8 +9,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from crate_jax.methods import (
+    all4one,
+    barlow_twins,
     byol,
     classify,
+    deepclusterv2,
+    dino,
     joint,
     mocov2plus,
     mocov3,
@@ -24,6 +28,10 @@ from crate_jax.methods import (
     simclr,
     simsiam,
     supcon,
+    swav,
+    vibcreg,
+    vicreg,
+    wmse,
 )
 from crate_jax.methods.method import Method
 from crate_jax.validation import Section
@@ -58,6 +66,16 @@ METHODS: dict[str, Row] = {
     "nnbyol": Row(joint.method(nnbyol.algorithm), JOINT),
     "nnsiam": Row(joint.method(nnsiam.algorithm), JOINT),
     "ressl": Row(joint.method(ressl.algorithm), (*JOINT, "ressl"), (ressl.RESSL,)),
+    "barlow_twins": Row(joint.method(barlow_twins.algorithm), (*JOINT, "barlow_twins"), (barlow_twins.BARLOW_TWINS,)),
+    "vicreg": Row(joint.method(vicreg.algorithm), (*JOINT, "vicreg"), (vicreg.VICREG,)),
+    "vibcreg": Row(joint.method(vibcreg.algorithm), (*JOINT, "vibcreg"), (vibcreg.VIBCREG,)),
+    "wmse": Row(joint.method(wmse.algorithm), (*JOINT, "wmse"), (wmse.WMSE,)),
+    "dino": Row(joint.method(dino.algorithm), (*JOINT, "dino"), (dino.DINO,)),
+    "swav": Row(joint.method(swav.algorithm), (*JOINT, "swav"), (swav.SWAV,)),
+    "deepclusterv2": Row(
+        joint.method(deepclusterv2.algorithm), (*JOINT, "deepclusterv2"), (deepclusterv2.DEEPCLUSTERV2,)
+    ),
+    "all4one": Row(joint.method(all4one.algorithm), (*JOINT, "all4one"), (all4one.ALL4ONE,)),
     "classify": Row(classify.build, ("encoder", "finetune"), classify.SECTIONS),
     "segment": Row(segment.build, ("encoder", "finetune", "segment"), segment.SECTIONS),
 }

@@ -323,6 +323,11 @@ def spread(projections: Sequence[jax.Array]) -> jax.Array:
     return jnp.mean(jnp.stack([jnp.std(unit(z), axis=0, ddof=1) for z in projections[:LARGE]]))
 
 
+def variance_hinge(z_BP: jax.Array) -> jax.Array:
+    """The mean over channels of max(0, 1 - deviation over the batch), where the variance has 1e-4 added: VICReg's."""
+    return jnp.mean(nn.relu(1 - jnp.sqrt(jnp.var(z_BP, axis=0, ddof=1) + 1e-4)))
+
+
 def push(queue_QP: jax.Array, place: jax.Array, rows_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Writes rows into a queue, from the place on; returns the queue and the next place, which wraps around.
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 Params = dict[str, Any]
 Carried = dict[str, Any]
@@ -28,6 +30,19 @@ class Progress:
     done: jax.Array
     total: int
     per_epoch: float
+
+    def epoch_ended(self) -> jax.Array:
+        """Whether the present update ended a pass over the training images, bool scalar."""
+        return self.epochs(self.done + 1) > self.epochs(self.done)
+
+    def epochs(self, updates: jax.Array) -> jax.Array:
+        """The number of whole passes in the first `updates` updates, int32 scalar.
+
+        The epoch of the next update is ``epochs(done + 1)``.
+        """
+        # In float32 a quotient near a whole number may fall on its other side; a table made in float64 does not.
+        ends = np.ceil(np.round(np.arange(1, int(self.total / self.per_epoch) + 2) * self.per_epoch, 6))
+        return jnp.searchsorted(jnp.asarray(ends, jnp.int32), updates, side="right").astype(jnp.int32)
 
 
 def nothing_after(params: Params, carried: Carried, progress: Progress) -> tuple[Params, Carried]:

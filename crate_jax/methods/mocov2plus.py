@@ -66,6 +66,8 @@ MOCOV2PLUS = Section(
     "The method mocov2plus.",
     of_the_run=True,
     keys=dict(
-        symmetric=Key(True, anything, "each view asks for the other's key (solo-learn); False: the first only (papers)"),
+        symmetric=Key(
+            True, anything, "each view asks for the other's key (solo-learn); False: the first only (papers)"
+        ),
     ),
 )

@@ -19,21 +19,30 @@ KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Linear(nn.Module):
-    """A dense layer that begins like torch.nn.Linear."""
+    """A dense layer that begins like torch.nn.Linear.
+
+    Attributes:
+      width: P.
+      bias: whether there are biases.
+      dtype: type of the result.
+      kernel_init: another start of the kernel; the biases then start at 0.
+    """
 
     width: int
     bias: bool = True
     dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x_BD: jax.Array) -> jax.Array:
         """(B, D) -> (B, P) in `dtype`."""
         bound = x_BD.shape[-1] ** -0.5
 
-        def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        kernel = self.param("kernel", KERNEL_INIT, (x_BD.shape[-1], self.width))
+        bias_init = nn.initializers.zeros if self.kernel_init else uniform
+        kernel = self.param("kernel", self.kernel_init or KERNEL_INIT, (x_BD.shape[-1], self.width))
         y_BP = x_BD.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.bias:
             y_BP = y_BP + self.param("bias", bias_init, (self.width,)).astype(self.dtype)
@@ -52,6 +61,7 @@ class MLP(nn.Module):
       bias: whether the linear layers have biases.
       activation: what follows each layer but the last.
       dtype: type of the activations.
+      kernel_init: as in :class:`Linear`.
     """
 
     widths: tuple[int, ...]
@@ -60,13 +70,14 @@ class MLP(nn.Module):
     bias: bool = True
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x_BD: jax.Array, train: bool) -> jax.Array:
         """(B, D) -> (B, P), float32; `train`: batch norm uses the statistics of the batch."""
         for i, width in enumerate(self.widths):
             hidden = i < len(self.widths) - 1
-            x_BD = Linear(width, self.bias, self.dtype, name=f"layer{i}")(x_BD)
+            x_BD = Linear(width, self.bias, self.dtype, self.kernel_init, name=f"layer{i}")(x_BD)
             if self.norm if hidden else self.last != "none":
                 x_BD = BatchNorm(hidden or self.last == "affine", self.dtype, name=f"norm{i}")(x_BD, train)
             if hidden:

@@ -70,7 +70,7 @@ def test_the_page_has_a_method_that_trains_resumes_and_is_judged(checkout, cli_e
     logged = [line for line in lines if "uniformity" in line]
     assert logged and all(line["z_std"] > 0 and line["penalty"] > 0 and line["uniform"] < 0 for line in logged)
     assert any(name.startswith("whitebox/encoder/") for line in lines for name in line)
-    assert 0 < whole["knn_top1"] <= 1 and whole["report"] 
+    assert 0 < whole["knn_top1"] <= 1 and whole["report"]
 
 
 def test_micro_batches_are_refused(checkout, cli_env, tmp_path):
