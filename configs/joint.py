@@ -11,6 +11,8 @@ The config string has:
 * ``data``: cifar10, cifar100, imagenet100, imagenet; --config.data.source=folder:DIR reads other images of that kind;
 * ``penalty``: none, so, srip; --config.penalty.weight sets gamma, which the paper searched in 1e-5 .. 1e-7 for SO and
   1e-3 .. 1e-5 for SRIP;
+* ``views``: a recipe of crate_jax/data/recipes.py instead of the method's own, such as multicrop_cifar (byol, simclr,
+  supcon and swav take small views);
 * ``scale``: full, or thin: a ResNet of 16 channels with the ImageNet stem on images of 32 px, small heads and queues,
   20 epochs of batch 128, for minutes on a CPU (docs/results.md has all methods at this scale);
 * ``debug``: a run of seconds.
@@ -20,7 +22,8 @@ and MoCo v2+, and for other methods those of ImageNet-100. ResNets of 32 px imag
 padding 2 and no max-pool. Batch 256, 1000 epochs on CIFAR, 400 on ImageNet-100, 100 on ImageNet.
 
 Numbers of solo-learn's README for ResNet18 after 1000 epochs: the top-1 of its online classifier, on which
-`online_top1` is modelled. Ours after the full recipe are not measured yet; docs/results.md has all methods at a small scale.
+`online_top1` is modelled. Ours after the full recipe are not measured yet; docs/results.md has all methods at a small
+scale.
 
 | method | CIFAR-10 | CIFAR-100 |
 |---|---|---|
@@ -48,7 +51,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
-from crate_jax.data.views import preset
+from crate_jax.data.recipes import PRESETS, preset
 
 LARS: dict[str, Any] = {
     "name": "lars_torch",
@@ -63,9 +66,11 @@ ADAMW: dict[str, Any] = {"name": "adamw", "b1": 0.9, "b2": 0.999}
 
 # method -> (optimiser, lr, weight decay), (hidden, out, predictor's hidden), views on CIFAR, on ImageNet, other keys.
 RECIPES: dict[str, tuple[tuple[dict[str, Any], float, float], tuple[int, int, int], str, str, dict[str, Any]]] = {
-    "all4one": ((LARS, 1.0, 1e-5), (2048, 256, 4096), "asymmetric_cifar", "asymmetric", {"joint.queue": 98304}),
-    "barlow_twins": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "asymmetric_cifar", "asymmetric", {}),
-    "byol": ((LARS, 1.0, 1e-5), (4096, 256, 4096), "asymmetric_cifar", "asymmetric", {}),
+    "all4one": (
+        (LARS, 1.0, 1e-5), (2048, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {"joint.queue": 98304},
+    ),
+    "barlow_twins": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
+    "byol": ((LARS, 1.0, 1e-5), (4096, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
     "deepclusterv2": (
         (LARS, 0.6, 1e-6), (2048, 128, 4096), "symmetric", "symmetric",
         {
@@ -73,33 +78,34 @@ RECIPES: dict[str, tuple[tuple[dict[str, Any], float, float], tuple[int, int, in
             "optimizer.warmup_lr": 0.0,
         },
     ),
-    "dino": ((LARS, 0.3, 1e-6), (2048, 256, 4096), "asymmetric_cifar", "asymmetric", {"joint.tau": 0.9995}),
+    "dino": ((LARS, 0.3, 1e-6), (2048, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {"joint.tau": 0.9995}),
     "mocov2plus": (
         (SGD, 0.3, 1e-4), (2048, 256, 4096), "weak", "weak",
         {"joint.queue": 32768, "joint.tau_final": 0.999},
     ),
-    "mocov3": ((LARS, 0.3, 1e-6), (4096, 256, 4096), "asymmetric_cifar", "asymmetric", {}),
-    "nnbyol": ((LARS, 1.0, 1e-5), (4096, 256, 4096), "asymmetric_cifar", "asymmetric", {}),
-    "nnclr": ((LARS, 0.4, 1e-5), (2048, 256, 4096), "asymmetric_cifar", "asymmetric", {}),
+    "mocov3": ((LARS, 0.3, 1e-6), (4096, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
+    "nnbyol": ((LARS, 1.0, 1e-5), (4096, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
+    "nnclr": ((LARS, 0.4, 1e-5), (2048, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
     "nnsiam": (
-        (SGD, 0.5, 1e-5), (2048, 2048, 4096), "asymmetric_cifar", "asymmetric",
+        (SGD, 0.5, 1e-5), (2048, 2048, 4096), "asymmetric_cifar", "asymmetric_imagenet",
         {"optimizer.constant_lr": ("predictor/.*",)},
     ),
     "ressl": ((SGD, 0.05, 1e-4), (4096, 256, 4096), "ressl", "ressl", {}),
     "simclr": ((LARS, 0.4, 1e-4), (2048, 256, 4096), "symmetric", "symmetric", {}),
     "simsiam": (
-        (SGD, 0.5, 1e-5), (2048, 2048, 512), "weak", "asymmetric",
+        (SGD, 0.5, 1e-5), (2048, 2048, 512), "weak", "asymmetric_imagenet",
         {"optimizer.constant_lr": ("predictor/.*",)},
     ),
     "supcon": ((SGD, 0.4, 1e-5), (2048, 256, 4096), "symmetric", "symmetric", {}),
     "swav": ((LARS, 0.6, 1e-6), (2048, 128, 4096), "symmetric", "symmetric", {"joint.temperature": 0.1}),
-    "vibcreg": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "vicreg_cifar", "vicreg", {}),
-    "vicreg": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "vicreg_cifar", "vicreg", {}),
-    "wmse": ((ADAM, 2e-3, 1e-6), (1024, 64, 4096), "wmse_cifar", "wmse", {"optimizer.warmup_lr": 0.0}),
+    "vibcreg": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "vicreg_cifar", "vicreg_imagenet100", {}),
+    "vicreg": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "vicreg_cifar", "vicreg_imagenet100", {}),
+    "wmse": ((ADAM, 2e-3, 1e-6), (1024, 64, 4096), "wmse_cifar", "wmse_imagenet100", {"optimizer.warmup_lr": 0.0}),
 }  # fmt: skip
 # What ImageNet-100 changes.
 IMAGENET100: dict[str, dict[str, Any]] = {
     "byol": {"optimizer.lr": 0.5, "optimizer.weight_decay": 1e-6, "joint.predictor_hidden": 8192},
+    "dino": {"dino.warm_epochs": 50},
     "mocov2plus": {"joint.queue": 65536},
     "ressl": {"optimizer.lr": 0.3},
     "simclr": {"optimizer.lr": 0.3, "joint.hidden": 4096, "joint.out": 512},
@@ -138,6 +144,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         encoder=(*RESNETS, *(f"{name}_{size}" for name in ("vit", "crate") for size in TRANSFORMERS)),
         data=tuple(DATA),
         penalty=("none", "so", "srip"),
+        views=("", *PRESETS),
         scale=("full", "thin"),
         debug=False,
     )
@@ -152,7 +159,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     cifar = side == 32
 
     (optimizer, lr, decay), (hidden, out, predictor), cifar_views, views, other = RECIPES[arg.method]
-    preset(c, cifar_views if cifar else views)
+    preset(c, arg.views or (cifar_views if cifar else views))
     c.joint.update(dict(hidden=hidden, out=out, predictor_hidden=predictor))
     c.optimizer.update({**optimizer, "lr": lr, "weight_decay": decay})
     c.optimizer.update(dict(warmup_epochs=10.0, warmup_lr=3e-5, warmup_peak="last", decay_exclude=()))
@@ -175,6 +182,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.optimizer.update({**ADAMW, "lr": lr, "weight_decay": decay, "decay_vectors": False})
         c.optimizer.update(dict(min_lr=0.0, warmup_lr=1e-5 if arg.method == "dino" else 3e-5))
         c.optimizer.decay_exclude = (r".*cls_token",)
+        if arg.method == "dino":
+            c.dino.update(dict(prototypes=65536, norm_last_layer=False))
     if c.optimizer.name == "adamw" and arg.method in ("simsiam", "nnsiam"):
         c.optimizer.constant_lr = ()  # a constant rate of the predictor belongs to their SGD recipe
 
@@ -218,5 +227,8 @@ def _shrink(c: ConfigDict, resnet: bool) -> None:
     else:
         c.encoder.width, c.encoder.depth, c.encoder.heads, c.encoder.patch_size = 32, 1, 2, 4
     c.joint.update(dict(hidden=32, out=16, predictor_hidden=32, queue=64))
+    c.update_from_flattened_dict(THIN.get(c.method, {}))
+    if c.method == "wmse":
+        c.joint.out, c.wmse.slice = 6, 16
     c.optimizer.warmup_epochs, c.log.every, c.save.every = 0.0, 2, 2
     c.evaluation.train_images = c.evaluation.test_images = 32

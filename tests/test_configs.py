@@ -15,10 +15,10 @@ from crate_jax.convert.pretrained import Pretrained
 from crate_jax.errors import ConfigError
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.jobs import evaluate, finetune
-from crate_jax.methods import reconstruction
-from crate_jax.models import autoencoder
+from crate_jax.methods import METHODS
 from crate_jax.training import optimizer, orthogonality
 from crate_jax.validation import changed_keys, check_types, check_values, flatten
+from tests.parity_joint import Source
 
 NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
 ARGUMENTS = {
@@ -28,6 +28,18 @@ ARGUMENTS = {
     "rop_vitb": ["", "variant=Ti", "variant=S", "encoder=crate", "variant=Ti,encoder=crate", "penalty=srip"],
     "cifar10": [f"encoder={e},corruption={k}" for e in ("crate", "vit") for k in ("mask", "rop", "noise", "none")]
     + ["penalty=so", "encoder=vit,penalty=srip"],
+    "joint": [
+        "",
+        *(f"method={name}" for name in ("dino", "mocov3", "swav", "wmse", "all4one", "deepclusterv2", "vibcreg")),
+        "method=mocov2plus,encoder=resnet50,data=imagenet,penalty=so",
+        "method=barlow_twins,data=imagenet",
+        "method=mocov3,encoder=vit_tiny,data=imagenet100",
+        "method=dino,encoder=vit_tiny,penalty=srip",
+        "method=byol,encoder=crate_tiny",
+        "method=swav,views=multicrop_cifar",
+        "method=simsiam,scale=thin",
+    ],
+    "joint_lightly": ["", "penalty=so"],
     "sweep": [
         "",
         "over=lam,base=crate_mae,variant=S",
@@ -61,9 +73,9 @@ def test_config_builds(name, arg):
     validate(c)
     assert flatten(c).keys() == flatten(configs.base()).keys()
     json.dumps(c.to_dict())
-    shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
-    optimizer.build(c, shapes, c.steps or 100_000, 100.0)
-    reconstruction.build(c)
+    method = METHODS[c.method].build(c, Source(100_000))
+    shapes = jax.eval_shape(lambda: method.init(jax.random.key(0), lambda drawn: drawn)[0])
+    optimizer.build(c, shapes, c.steps or 100_000, 100.0, held=method.held)
     assert bool(orthogonality.build(c, shapes).names) == (c.penalty.name != "none")
 
 

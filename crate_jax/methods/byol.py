@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax import data
@@ -30,4 +31,4 @@ def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
     terms = [
         (2 - 2 * joint.cosine(p, z)).mean() for a, z in enumerate(targets) for b, p in enumerate(predicted) if a != b
     ]
-    return sum(terms), {}, {"z_std": joint.spread(projected)}
+    return jnp.sum(jnp.stack(terms)), {}, {"z_std": joint.spread(projected)}

@@ -41,15 +41,15 @@ def loss(weights: State, features: Sequence[jax.Array], label_B: jax.Array) -> t
     """
     known_B = label_B >= 0
     count = jnp.maximum(jnp.sum(known_B), 1)
-    losses, hits = [], []
+    losses, hits = [], []  # per view
     for x_BD in features:
         logits_BC = jax.lax.stop_gradient(x_BD) @ weights["kernel"] + weights["bias"]
         own_B = jnp.take_along_axis(logits_BC, jnp.maximum(label_B, 0)[:, None], 1)
         losses.append(jnp.sum(jnp.where(known_B, jax.nn.logsumexp(logits_BC, axis=1) - own_B[:, 0], 0.0)) / count)
         rank_B = jnp.sum(logits_BC > own_B, axis=1)
-        hits.append([jnp.sum(known_B & (rank_B < k)) / count for k in (1, 5)])
-    value = sum(losses) / len(losses)
-    top1, top5 = (sum(hit[i] for hit in hits) / len(hits) for i in (0, 1))
+        hits.append(jnp.stack([jnp.sum(known_B & (rank_B < k)) / count for k in (1, 5)]))
+    value = jnp.mean(jnp.stack(losses))
+    top1, top5 = jnp.mean(jnp.stack(hits), axis=0)
     return value, {"online_loss": value, "online_top1": top1, "online_top5": top5}
 
 
