@@ -66,7 +66,8 @@ def after(state: State, options: ConfigDict, progress: Progress) -> State:
     """Sets the rate of the next update, as a share of config.online.lr."""
     if options.schedule == "constant":
         return state
-    return {**state, "rate": (1 + jnp.cos(jnp.pi * (progress.done + 1) / progress.total)) / 2}
+    rate = (1 + jnp.cos(jnp.pi * (progress.done + 1) / progress.total)) / 2
+    return {**state, "rate": rate.astype(jnp.float32)}
 
 
 ONLINE = Section(

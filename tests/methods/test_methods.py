@@ -21,7 +21,11 @@ BATCH = {
     "index": np.arange(6, dtype=np.int32),
     "views": np.random.default_rng(2).integers(0, 256, (6, 2, 8, 12, 3), np.uint8),
 }
-OWN = {"wmse": {"wmse.slice": 6}, "all4one": {"joint.out": 16}}  # keys without which so small a batch would not fit
+OWN = {  # keys without which so small a run would not fit
+    "wmse": {"wmse.slice": 6},
+    "all4one": {"joint.out": 16},
+    "deepclusterv2": {"deepclusterv2.prototypes": (5, 4)},
+}
 JOB_OF_METHOD = {"classify": "finetune", "segment": "segment"}
 
 
@@ -72,7 +76,10 @@ def test_init_begins_with_what_start_returns(method):
 
 
 def test_what_is_carried_keeps_its_arrays(method):
-    """Names, shapes and dtypes, through the loss and `after`: they are what a checkpoint and the compiled step have."""
+    """Names, shapes and types, through the loss and `after`: they are what a checkpoint and the compiled step have.
+
+    A weak type that only the later steps have would compile the step a second time.
+    """
     params, carried = initial(method)
     inputs = {name: BATCH[name] for name in method.inputs}
     keys = jax.random.split(jax.random.key(4), 6)
@@ -81,6 +88,7 @@ def test_what_is_carried_keeps_its_arrays(method):
     assert all(x.shape == () for x in scalars.values())
     moved = jax.eval_shape(lambda p, c: method.after(p, c, Progress(jnp.int32(0), 4, 2.0)), params, new)
     chex.assert_trees_all_equal_shapes_and_dtypes(moved, (params, carried))
+    assert not any(x.weak_type for x in jax.tree.leaves(moved))
     assert set(method.averaged) <= set(carried)
 
 
