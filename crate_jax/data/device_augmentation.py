@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from ml_collections import ConfigDict
 
 from crate_jax.data.recipes import LARGE, of_kind
 
 GREY = (0.2989, 0.587, 0.114)  # the weights of torchvision
-THRESHOLD = 128 / 255  # values from here on are inverted by solarisation
+THRESHOLD = (128 - 1e-2) / 255  # values from here on are inverted by solarisation; rounding must not move a 128
 BOXES = 3  # Pillow's Gaussian blur is so many box filters one after the other
 LEVELS = 256
+BITS = 10  # per colour, between two passes over the images
+STEPS = 2**BITS - 1
 
 Planes = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -52,25 +54,34 @@ class Options:
         return cls(**{name: float(of_kind(config, name, view)) for name in names}, sigma=tuple(config.views.sigma))
 
 
-@struct.dataclass
-class Draw:
+class Jitter(NamedTuple):
+    """The changes of colour of each image of a batch, each (B,).
+
+    Attributes:
+      rank: the places (0..3) of brightness, contrast, saturation and hue in the order of the four.
+      brightness, contrast, saturation: factors, 1 for no change.
+      hue: the turn as a share of the circle, 0 for no change.
+    """
+
+    rank: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    brightness: jax.Array
+    contrast: jax.Array
+    saturation: jax.Array
+    hue: jax.Array
+
+
+class Draw(NamedTuple):
     """What happens to each image of a batch, each (B,). None: the operation is not a part of the program.
 
     Attributes:
-      rank: the places (0..3) of brightness, contrast, saturation and hue in the order of the four, each int32.
-      brightness, contrast, saturation: factors, 1 for no change.
-      hue: the turn as a share of the circle, 0 for no change.
+      jitter: the changes of colour.
       grey: whether the image loses its colours.
       sigma: deviation of the blur in pixels, 0 for no blur.
       solarise: whether values from 128 on are inverted.
       equalise: whether the histograms are made flat.
     """
 
-    rank: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None
-    brightness: jax.Array | None = None
-    contrast: jax.Array | None = None
-    saturation: jax.Array | None = None
-    hue: jax.Array | None = None
+    jitter: Jitter | None = None
     grey: jax.Array | None = None
     sigma: jax.Array | None = None
     solarise: jax.Array | None = None
@@ -80,30 +91,28 @@ class Draw:
 def drawn(keys_B: jax.Array, options: Options) -> Draw:
     """Draws what happens to each image, from one key per image (B,)."""
     u = jax.vmap(lambda key: jax.random.uniform(key, (14,)))(keys_B).T
-    o = options
-    out: dict[str, object] = {}
 
     def between(low: float, high: float, uniform: jax.Array) -> jax.Array:
         return low + (high - low) * uniform
 
-    if o.jitter:
-        place = u[:4]
-        ties = [sum((place[j] < place[i]) | ((place[j] == place[i]) & (j < i)) for j in range(4)) for i in range(4)]
-        out["rank"] = tuple(jnp.asarray(r, jnp.int32) for r in ties)
-        on = u[4] < o.jitter
-        for name, uniform in zip(("brightness", "contrast", "saturation"), u[5:8], strict=True):
-            strength = getattr(o, name)
-            out[name] = jnp.where(on, between(max(0.0, 1.0 - strength), 1.0 + strength, uniform), 1.0)
-        out["hue"] = jnp.where(on, between(-o.hue, o.hue, u[8]), 0.0)
-    if o.grey:
-        out["grey"] = u[9] < o.grey
-    if o.blur:
-        out["sigma"] = jnp.where(u[10] < o.blur, between(*o.sigma, u[11]), 0.0)
-    if o.solarise:
-        out["solarise"] = u[12] < o.solarise
-    if o.equalise:
-        out["equalise"] = u[13] < o.equalise
-    return Draw(**out)
+    def jittered() -> Jitter:
+        on = u[4] < options.jitter
+        strengths = (options.brightness, options.contrast, options.saturation)
+        factors = [
+            jnp.where(on, between(max(0.0, 1.0 - x), 1.0 + x, uniform), 1.0)
+            for x, uniform in zip(strengths, u[5:8], strict=True)
+        ]
+        ranks = jnp.argsort(jnp.argsort(u[:4], axis=0), axis=0)
+        hue = jnp.where(on, between(-options.hue, options.hue, u[8]), 0.0)
+        return Jitter((ranks[0], ranks[1], ranks[2], ranks[3]), *factors, hue)
+
+    return Draw(
+        jittered() if options.jitter else None,
+        u[9] < options.grey if options.grey else None,
+        jnp.where(u[10] < options.blur, between(*options.sigma, u[11]), 0.0) if options.blur else None,
+        u[12] < options.solarise if options.solarise else None,
+        u[13] < options.equalise if options.equalise else None,
+    )
 
 
 def augmented(images_BHWC: jax.Array, draw: Draw) -> Planes:
@@ -117,26 +126,49 @@ def augmented(images_BHWC: jax.Array, draw: Draw) -> Planes:
       Red, green and blue, float32 (B, H, W) in 0..1.
     """
     planes = planes_of(images_BHWC)
-    if draw.rank is not None:
-        planes = jitter(planes, draw)
+    if draw.jitter is not None:
+        # Without the barrier XLA would keep all three planes from before the mean; it is faster to compute them again.
+        planes = jitter(planes, planes_of(jax.lax.optimization_barrier(images_BHWC)), draw.jitter)
     if draw.grey is not None:
         grey, on = luminance(planes), each(draw.grey)
-        planes = tuple(jnp.where(on, grey, x) for x in planes)
+        planes = _map(lambda x: jnp.where(on, grey, x), planes)
     if draw.sigma is not None:
-        planes = blur(planes, draw.sigma)
+        planes = blur(unpacked(packed(planes), 1), draw.sigma)
     if draw.solarise is not None:
-        on = each(draw.solarise)
-        planes = tuple(jnp.where(on & (x >= THRESHOLD), 1.0 - x, x) for x in planes)
+        inverted = each(draw.solarise)
+        planes = _map(lambda x: jnp.where(inverted & (x >= THRESHOLD), 1.0 - x, x), planes)
     if draw.equalise is not None:
-        on = each(draw.equalise)
-        planes = tuple(jnp.where(on, equalise(x), x) for x in planes)
+        flat = each(draw.equalise)
+        planes = _map(lambda x: jnp.where(flat, equalise(x), x), planes)
     return planes
 
 
 def planes_of(images_BHWC: jax.Array) -> Planes:
     """Bytes (B, H, W, 3) as red, green and blue, float32 (B, H, W) in 0..1."""
-    red, green, blue = (images_BHWC[..., c].astype(jnp.float32) / 255.0 for c in range(3))
+    red, green, blue = (images_BHWC[..., c].astype(jnp.float32) * np.float32(1 / 255) for c in range(3))
     return red, green, blue
+
+
+def _map(function: Callable[[jax.Array], jax.Array], planes: Planes) -> Planes:
+    red, green, blue = map(function, planes)
+    return red, green, blue
+
+
+def packed(planes: Planes) -> jax.Array:
+    """Three planes (B, H, W) in 0..1 as one plane of words, int32, 10 bits for each colour.
+
+    XLA computes each array of a program by itself. So three planes would mean three times the whole way to them.
+    """
+    red, green, blue = (jnp.clip(x * STEPS + 0.5, 0.0, STEPS).astype(jnp.int32) for x in planes)
+    return jax.lax.optimization_barrier(red | green << BITS | blue << 2 * BITS)
+
+
+def unpacked(words_BHW: jax.Array, axis: int) -> jax.Array:
+    """The colours of :func:`packed`, float32 in 0..1, along a new axis of length 3; wrong by at most 1 / 8 level."""
+    shift = np.arange(3, dtype=np.int32) * BITS
+    ndim = words_BHW.ndim + 1
+    words = jnp.expand_dims(words_BHW, axis) >> shift.reshape([3 if i == axis % ndim else 1 for i in range(ndim)])
+    return (words & STEPS).astype(jnp.float32) * np.float32(1 / STEPS)
 
 
 def each(x_B: jax.Array) -> jax.Array:
@@ -172,37 +204,54 @@ def turn_hue(planes: Planes, turn: jax.Array) -> Planes:
 
     def channel(start: float) -> jax.Array:
         k = hue + start
-        k = k - 6.0 * jnp.floor(k / 6.0)
+        k = k - 6.0 * jnp.floor(k * (1 / 6))
         return high - range_ * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
 
     return channel(5.0), channel(3.0), channel(1.0)
 
 
-def jitter(planes: Planes, draw: Draw) -> Planes:
-    """Changes brightness, contrast, saturation and hue of each image in the order of its ranks."""
-    assert draw.rank is not None
-    b, c, s, h = draw.rank
-    first_is_b = b < s
-    first = jnp.where(first_is_b, draw.brightness, draw.saturation), ~first_is_b, jnp.minimum(b, s)
-    second = jnp.where(first_is_b, draw.saturation, draw.brightness), first_is_b, jnp.maximum(b, s)
+def jitter(planes: Planes, again: Planes, draw: Jitter) -> Planes:
+    """Changes brightness, contrast, saturation and hue of each image in the order of its ranks.
+
+    Only the contrast needs the whole image, its mean grey value. So the program is: what comes before the contrast, the
+    mean, once more what comes before the contrast, the contrast, what comes after it; what an image does not do there
+    has the factor 1 or the turn 0.
+
+    Args:
+      planes: red, green and blue in 0..1, for the mean.
+      again: the same, for the result.
+      draw: orders and strengths.
+    """
+    brightness, contrast, saturation, hue = draw.rank
+    first_is_b = brightness < saturation
+    earlier = jnp.where(first_is_b, draw.brightness, draw.saturation), ~first_is_b, jnp.minimum(brightness, saturation)
+    later = jnp.where(first_is_b, draw.saturation, draw.brightness), first_is_b, jnp.maximum(brightness, saturation)
+
+    def blends(planes: Planes, here: Callable[[jax.Array], jax.Array]) -> Planes:
+        for factor, towards_grey, rank in (earlier, later):
+            other = each(towards_grey) * luminance(planes)
+            planes = blend(planes, other, each(jnp.where(here(rank), factor, 1.0)))
+        return planes
 
     def some(planes: Planes, part: Callable[[jax.Array], jax.Array]) -> Planes:
         """Those of brightness, saturation and hue whose ranks lie in a part, in their order."""
+        planes = blends(planes, lambda rank: part(rank) & (rank < hue))
+        planes = turn_hue(planes, each(jnp.where(part(hue), draw.hue, 0.0)))
+        return blends(planes, lambda rank: part(rank) & (rank > hue))
 
-        def blends(planes: Planes, here: Callable[[jax.Array], jax.Array]) -> Planes:
-            for factor, towards_grey, rank in (first, second):
-                f = each(jnp.where(part(rank) & here(rank), factor, 1.0))
-                planes = blend(planes, each(towards_grey) * luminance(planes), f)
-            return planes
+    grey = luminance(some(planes, lambda rank: rank < contrast))
+    planes = some(again, lambda rank: rank < contrast)
+    planes = blend(planes, grey.mean((1, 2), keepdims=True), each(draw.contrast))
+    return some(planes, lambda rank: rank > contrast)
 
-        planes = blends(planes, lambda rank: rank < h)
-        planes = turn_hue(planes, each(jnp.where(part(h), draw.hue, 0.0)))
-        return blends(planes, lambda rank: rank > h)
 
-    planes = some(planes, lambda rank: rank < c)
-    mean = luminance(planes).mean((1, 2), keepdims=True)
-    planes = blend(planes, mean, each(draw.contrast))
-    return some(planes, lambda rank: rank > c)
+def _box(radius_B: jax.Array, side: int) -> jax.Array:
+    """The weights of a box filter of width 2 R + 1 along an axis, with edge pixels repeated; (B, side, side)."""
+    radius = radius_B[:, None, None]
+    # What lies left of pixel j + 1/2 of a filter at pixel i; all that lies beyond an edge belongs to the edge's pixel.
+    distance = np.arange(side - 1)[None, :] - np.arange(side)[:, None]
+    left = jnp.clip((distance + radius + 1.0) / (2.0 * radius + 1.0), 0.0, 1.0)
+    return jnp.diff(left, axis=-1, prepend=0.0, append=1.0)
 
 
 def box_matrix(sigma_B: jax.Array, side: int) -> jax.Array:
@@ -215,19 +264,14 @@ def box_matrix(sigma_B: jax.Array, side: int) -> jax.Array:
     variance = jnp.square(sigma_B) / BOXES
     whole = jnp.floor((jnp.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
     share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - jnp.square(whole + 1)))
-    radius = (whole + share)[:, None, None]
-    # What lies left of pixel j + 1/2 of a filter at pixel i; all that lies beyond an edge belongs to the edge's pixel.
-    distance = np.arange(side - 1)[None, :] - np.arange(side)[:, None]
-    left = jnp.clip((distance + radius + 1.0) / (2.0 * radius + 1.0), 0.0, 1.0)
-    box = jnp.diff(left, axis=-1, prepend=0.0, append=1.0)
+    box = _box(whole + share, side)
     return jnp.einsum("bij,bjk,bkl->bil", box, box, box, precision=jax.lax.Precision.HIGHEST)
 
 
-def blur(planes: Planes, sigma_B: jax.Array) -> Planes:
+def blur(x_BCHW: jax.Array, sigma_B: jax.Array) -> Planes:
     """Pillow's Gaussian blur of a deviation (B,) in pixels, without its rounding."""
-    across, down = (box_matrix(sigma_B, side) for side in planes[0].shape[:0:-1])
-    x = jnp.stack(planes, 1)
-    x = jnp.einsum("bchw,bxw->bchx", x, across, precision=jax.lax.Precision.HIGH)
+    across, down = (box_matrix(sigma_B, side) for side in x_BCHW.shape[:1:-1])
+    x = jnp.einsum("bchw,bxw->bchx", x_BCHW, across, precision=jax.lax.Precision.HIGH)
     x = jnp.einsum("bchw,byh->bcyw", x, down, precision=jax.lax.Precision.HIGH)
     return x[:, 0], x[:, 1], x[:, 2]
 
@@ -245,10 +289,12 @@ def equalise(x_BHW: jax.Array) -> jax.Array:
     return (jnp.take_along_axis(table, levels, 1) / 255.0).reshape(x_BHW.shape).astype(jnp.float32)
 
 
-def normalised(planes: Planes, config: ConfigDict) -> jax.Array:
-    """Subtracts config.data.mean and divides by config.data.std: the encoder's input (B, H, W, 3) of config.dtype."""
+def view(images_BHWC: jax.Array, draw: Draw, config: ConfigDict) -> jax.Array:
+    """Changes cropped images, uint8 (B, H, W, 3), and normalises them, of config.dtype, by config.data.mean and std."""
     mean, std = np.float32(config.data.mean), np.float32(config.data.std)
-    return jnp.stack([(x - m) / s for x, m, s in zip(planes, mean, std, strict=True)], -1).astype(config.dtype)
+    planes = augmented(images_BHWC, draw)
+    x_BHWC = unpacked(packed(planes), -1)
+    return (x_BHWC * (1.0 / std) - mean / std).astype(config.dtype)
 
 
 def views_of(config: ConfigDict) -> Callable[[Mapping[str, jax.Array], jax.Array], Sequence[jax.Array]]:
@@ -261,8 +307,8 @@ def views_of(config: ConfigDict) -> Callable[[Mapping[str, jax.Array], jax.Array
       config: a validated config; reads config.views, config.data and config.dtype.
     """
 
-    def run(images_BHWC: jax.Array, keys_B: jax.Array, view: int) -> jax.Array:
-        return normalised(augmented(images_BHWC, drawn(keys_B, Options.of(config, view))), config)
+    def run(images_BHWC: jax.Array, keys_B: jax.Array, number: int) -> jax.Array:
+        return view(images_BHWC, drawn(keys_B, Options.of(config, number)), config)
 
     def views(batch: Mapping[str, jax.Array], keys_B: jax.Array) -> list[jax.Array]:
         large = [run(batch["views"][:, v], jax.vmap(jax.random.fold_in, (0, None))(keys_B, v), v) for v in range(LARGE)]
