@@ -12,7 +12,9 @@ Shapes: B images, H x W pixels. Colours lie on planes, (B, H, W) for each of red
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from crate_jax.data.pixels import normalise
 from crate_jax.data.recipes import LARGE, of_kind
 
 GREY = (0.2989, 0.587, 0.114)  # the weights of torchvision
@@ -98,13 +101,13 @@ def drawn(keys_B: jax.Array, options: Options) -> Draw:
     def jittered() -> Jitter:
         on = u[4] < options.jitter
         strengths = (options.brightness, options.contrast, options.saturation)
-        factors = [
+        brightness, contrast, saturation = (
             jnp.where(on, between(max(0.0, 1.0 - x), 1.0 + x, uniform), 1.0)
             for x, uniform in zip(strengths, u[5:8], strict=True)
-        ]
+        )
         ranks = jnp.argsort(jnp.argsort(u[:4], axis=0), axis=0)
         hue = jnp.where(on, between(-options.hue, options.hue, u[8]), 0.0)
-        return Jitter((ranks[0], ranks[1], ranks[2], ranks[3]), *factors, hue)
+        return Jitter((ranks[0], ranks[1], ranks[2], ranks[3]), brightness, contrast, saturation, hue)
 
     return Draw(
         jittered() if options.jitter else None,
@@ -115,12 +118,13 @@ def drawn(keys_B: jax.Array, options: Options) -> Draw:
     )
 
 
-def augmented(images_BHWC: jax.Array, draw: Draw) -> Planes:
+def augmented(images_BHWC: jax.Array, draw: Draw, largest: float = 2.0) -> Planes:
     """Changes cropped images.
 
     Args:
       images_BHWC: uint8 (B, H, W, 3).
       draw: what happens to each.
+      largest: no deviation of a blur is larger.
 
     Returns:
       Red, green and blue, float32 (B, H, W) in 0..1.
@@ -133,7 +137,7 @@ def augmented(images_BHWC: jax.Array, draw: Draw) -> Planes:
         grey, on = luminance(planes), each(draw.grey)
         planes = _map(lambda x: jnp.where(on, grey, x), planes)
     if draw.sigma is not None:
-        planes = blur(unpacked(packed(planes), 1), draw.sigma)
+        planes = blur(unpacked(packed(planes), 1), draw.sigma, largest)
     if draw.solarise is not None:
         inverted = each(draw.solarise)
         planes = _map(lambda x: jnp.where(inverted & (x >= THRESHOLD), 1.0 - x, x), planes)
@@ -178,14 +182,13 @@ def each(x_B: jax.Array) -> jax.Array:
 
 def luminance(planes: Planes) -> jax.Array:
     """The grey values of images, (B, H, W)."""
-    return sum(w * x for w, x in zip(GREY, planes, strict=True))
+    return sum_of(w * x for w, x in zip(GREY, planes, strict=True))
 
 
 def blend(planes: Planes, other: jax.Array, factor: jax.Array) -> Planes:
     """Moves images from `other` (B, H or 1, W or 1) by a factor (B, 1, 1), within 0..1."""
     shift = (1.0 - factor) * other
-    red, green, blue = (jnp.clip(factor * x + shift, 0.0, 1.0) for x in planes)
-    return red, green, blue
+    return _map(lambda x: jnp.clip(factor * x + shift, 0.0, 1.0), planes)
 
 
 def turn_hue(planes: Planes, turn: jax.Array) -> Planes:
@@ -239,60 +242,97 @@ def jitter(planes: Planes, again: Planes, draw: Jitter) -> Planes:
         planes = turn_hue(planes, each(jnp.where(part(hue), draw.hue, 0.0)))
         return blends(planes, lambda rank: part(rank) & (rank > hue))
 
-    grey = luminance(some(planes, lambda rank: rank < contrast))
+    mean = image_mean(luminance(some(planes, lambda rank: rank < contrast)))
     planes = some(again, lambda rank: rank < contrast)
-    planes = blend(planes, grey.mean((1, 2), keepdims=True), each(draw.contrast))
+    planes = blend(planes, each(mean), each(draw.contrast))
     return some(planes, lambda rank: rank > contrast)
 
 
-def _box(radius_B: jax.Array, side: int) -> jax.Array:
-    """The weights of a box filter of width 2 R + 1 along an axis, with edge pixels repeated; (B, side, side)."""
-    radius = radius_B[:, None, None]
-    # What lies left of pixel j + 1/2 of a filter at pixel i; all that lies beyond an edge belongs to the edge's pixel.
-    distance = np.arange(side - 1)[None, :] - np.arange(side)[:, None]
-    left = jnp.clip((distance + radius + 1.0) / (2.0 * radius + 1.0), 0.0, 1.0)
-    return jnp.diff(left, axis=-1, prepend=0.0, append=1.0)
+def image_mean(x_BHW: jax.Array) -> jax.Array:
+    """The mean of each image of values in 0..1, (B,).
+
+    Rows are summed as whole numbers, exactly in any order, so that XLA can sum them while it computes the values.
+    """
+    scale = 2.0 ** (30 - x_BHW.shape[2].bit_length())
+    rows = jnp.sum((x_BHW * scale).astype(jnp.int32), 2)
+    return jnp.mean(rows.astype(jnp.float32) * np.float32(1 / scale / x_BHW.shape[2]), 1)
 
 
-def box_matrix(sigma_B: jax.Array, side: int) -> jax.Array:
-    """The weights of Pillow's Gaussian blur along an axis of `side` pixels, float32 (B, side, side).
+def blur_weights(sigma_B: jax.Array, side: int, largest: float) -> jax.Array:
+    """The weights of Pillow's Gaussian blur along an axis: pixel i gets weight (., R + d, i) of pixel i + d.
 
-    Each of the three box filters has the width 2 R + 1 = sqrt(12 sigma^2 / 3 + 1), with a share of the pixels at both
-    ends that makes its variance sigma^2 / 3; beyond the image the pixels at its edge are repeated (Gwosdek et al.,
-    "Theoretical foundations of Gaussian convolution by extended box filtering", 2011). sigma = 0: no change.
+    Each of the three box filters has the width 2 r + 1 = sqrt(12 sigma^2 / 3 + 1), with a share of a pixel at both ends
+    that makes its variance sigma^2 / 3 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended
+    box filtering", 2011). Each filter repeats the pixels at the edges of what the one before has made.
+
+    Args:
+      sigma_B: deviations in pixels, up to `largest`; 0: no change.
+      side: pixels along the axis.
+      largest: it decides how many weights there are, 2 R + 1.
+
+    Returns:
+      float32 (B, 2 R + 1, side).
     """
     variance = jnp.square(sigma_B) / BOXES
     whole = jnp.floor((jnp.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
     share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - jnp.square(whole + 1)))
-    box = _box(whole + share, side)
-    return jnp.einsum("bij,bjk,bkl->bil", box, box, box, precision=jax.lax.Precision.HIGHEST)
+    radius = (whole + share)[:, None, None]
+    reach = math.floor((math.sqrt(12.0 * largest**2 / BOXES + 1.0) - 1.0) / 2.0) + 1
+    pixel = np.arange(side)[None, :]
+    neighbour = pixel + np.arange(-reach, reach + 1)[:, None]
+
+    def left_of(last: np.ndarray) -> jax.Array:
+        """What lies up to a pixel `last`; all that lies beyond an edge belongs to the edge's pixel."""
+        inside = jnp.clip((last - pixel + radius + 1.0) / (2.0 * radius + 1.0), 0.0, 1.0)
+        return jnp.where(last < 0, 0.0, jnp.where(last >= side - 1, 1.0, inside))
+
+    box = left_of(neighbour) - left_of(neighbour - 1)
+    weights = box
+    for _ in range(BOXES - 1):
+        before = jnp.pad(weights, ((0, 0), (0, 0), (reach, reach)))
+        weights = sum_of(
+            jnp.pad(box[:, d : d + 1] * before[..., d : d + side], ((0, 0), (d, 2 * reach - d), (0, 0)))
+            for d in range(2 * reach + 1)
+        )
+    return weights
 
 
-def blur(x_BCHW: jax.Array, sigma_B: jax.Array) -> Planes:
-    """Pillow's Gaussian blur of a deviation (B,) in pixels, without its rounding."""
-    across, down = (box_matrix(sigma_B, side) for side in x_BCHW.shape[:1:-1])
-    x = jnp.einsum("bchw,bxw->bchx", x_BCHW, across, precision=jax.lax.Precision.HIGH)
-    x = jnp.einsum("bchw,byh->bcyw", x, down, precision=jax.lax.Precision.HIGH)
+def sum_of(parts: Iterable[jax.Array]) -> jax.Array:
+    """The sum of one array or more."""
+    return functools.reduce(jnp.add, parts)
+
+
+def blur(x_BCHW: jax.Array, sigma_B: jax.Array, largest: float) -> Planes:
+    """Pillow's Gaussian blur of a deviation (B,) in pixels up to `largest`, without its rounding."""
+    _, _, H, W = x_BCHW.shape
+    across, down = blur_weights(sigma_B, W, largest), blur_weights(sigma_B, H, largest)
+    taps, reach = range(across.shape[1]), across.shape[1] // 2
+    # Along the rows a matrix product: it does not shift pixels within a row, and XLA computes what it reads only once.
+    distance = np.arange(W)[None, :] - np.arange(W)[:, None]
+    matrix = sum_of(jnp.where(distance == d - reach, across[:, d, :, None], 0.0) for d in taps)
+    x = jnp.einsum("bchw,bxw->bchx", x_BCHW, matrix, precision=jax.lax.Precision.HIGH)
+    x = jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0)))
+    x = sum_of(down[:, None, d, :, None] * x[:, :, d : d + H] for d in taps)
     return x[:, 0], x[:, 1], x[:, 2]
 
 
 def equalise(x_BHW: jax.Array) -> jax.Array:
     """Makes the histogram of each image of a channel flat, as Pillow does; rounds to bytes."""
     levels = jnp.clip(jnp.round(x_BHW * 255.0), 0, 255).astype(jnp.int32).reshape(len(x_BHW), -1)
-    pixels = levels.shape[1]
     below = jax.vmap(lambda t: jnp.sum(levels < t, -1), out_axes=1)(jnp.arange(LEVELS))  # (B, LEVELS)
     top = levels.max(-1)
     step = (jnp.take_along_axis(below, top[:, None], 1)[:, 0]) // 255  # all pixels but those of the highest value
     table = jnp.minimum((step[:, None] // 2 + below) // jnp.maximum(step, 1)[:, None], 255)
     table = jnp.where(step[:, None] > 0, table, jnp.arange(LEVELS))
-    assert pixels < 2**31
     return (jnp.take_along_axis(table, levels, 1) / 255.0).reshape(x_BHW.shape).astype(jnp.float32)
 
 
 def view(images_BHWC: jax.Array, draw: Draw, config: ConfigDict) -> jax.Array:
     """Changes cropped images, uint8 (B, H, W, 3), and normalises them, of config.dtype, by config.data.mean and std."""
+    if all(part is None for part in draw):
+        return normalise(images_BHWC, config).astype(config.dtype)
     mean, std = np.float32(config.data.mean), np.float32(config.data.std)
-    planes = augmented(images_BHWC, draw)
+    planes = augmented(images_BHWC, draw, config.views.sigma[1])
     x_BHWC = unpacked(packed(planes), -1)
     return (x_BHWC * (1.0 / std) - mean / std).astype(config.dtype)
 
