@@ -17,7 +17,7 @@ from crate_jax.data import DATA, VIEWS
 from crate_jax.errors import ConfigError
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.methods import METHODS
-from crate_jax.models import ENCODER
+from crate_jax.models import ENCODER, ENCODERS, widths
 from crate_jax.training.optimizer import OPTIMIZER
 from crate_jax.training.orthogonality import PENALTY
 from crate_jax.validation import (
@@ -115,9 +115,10 @@ MESH = Section(
 
 
 def _check_evaluation(c: ConfigDict) -> None:
-    if c.evaluation.layer > c.encoder.depth:
+    layers, what = len(widths(c)), ENCODERS[c.encoder.name].layer
+    if c.evaluation.layer > layers:
         raise ConfigError(
-            f"config.evaluation.layer={c.evaluation.layer}: the encoder has {c.encoder.depth} blocks (0: its output)"
+            f"config.evaluation.layer={c.evaluation.layer}: the encoder has {layers} {what}s (0: its output)"
         )
 
 
@@ -136,7 +137,7 @@ EVALUATION = Section(
             one_of("cls", "mean", "cls_mean"),
             "cls: the class token; mean: the mean of patch tokens; cls_mean: both, side by side",
         ),
-        layer=Key(0, at_least(0), "block whose output is read, 1..depth; 0: the output of the encoder's final norm"),
+        layer=Key(0, at_least(0), "block (resnet: stage) whose output is read, from 1; 0: the encoder's output"),
         knn_k=Key(20, positive, "number of neighbours"),
         knn_temperature=Key(0.07, positive, "temperature of the neighbours' weights"),
         probe_c=Key(1.0, positive, "inverse strength of the logistic regression's L2 penalty"),

@@ -22,7 +22,7 @@ from crate_jax import data
 from crate_jax.data.pixels import normalise
 from crate_jax.errors import DataError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
-from crate_jax.models import representation
+from crate_jax.models import batch_norm, has_statistics, representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.layers import Norm, dense
 from crate_jax.validation import Key, Section, anything, at_least, one_of, within
@@ -67,13 +67,15 @@ def build(config: ConfigDict, source: data.Source) -> Method:
     init_params = representation.with_head(config, head, represent)
 
     def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
-        return start(init_params(key)), {}
+        return batch_norm.carry(start(init_params(key)))
 
-    def logits(params: Params, images: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        x_BD = represent(params, images, keys_B)
+    def logits(params: Params, images: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, Params]:
+        """Class scores, and the parameters with moved statistics; a frozen encoder's statistics do not move."""
+        still = options.freeze and has_statistics(config)
+        x_BD, params = represent.train(params, images, None if still else keys_B)
         if options.freeze:
             x_BD = jax.lax.stop_gradient(x_BD)
-        return head.apply({"params": params["head"]}, x_BD)  # type: ignore[return-value]  # never mutable
+        return head.apply({"params": params["head"]}, x_BD), params  # type: ignore[return-value]  # never mutable
 
     def loss(
         params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
@@ -85,11 +87,12 @@ def build(config: ConfigDict, source: data.Source) -> Method:
             images = jax.vmap(lambda k, x: erase(k, x, options.erase))(erase_B, images)
         if options.mixup or options.cutmix:
             images, target_BC = mix(mix_B, images, target_BC, options.mixup, options.cutmix)
-        value = jnp.mean(optax.softmax_cross_entropy(logits(params, images, path_B), target_BC))
-        return value, (carried, {"cross_entropy": value})
+        scores_BC, moved = logits(batch_norm.whole(params, carried), images, path_B)
+        value = jnp.mean(optax.softmax_cross_entropy(scores_BC, target_BC))
+        return value, (batch_norm.carry(moved)[1], {"cross_entropy": value})
 
     def scores(params: Params, images_uint8: jax.Array) -> jax.Array:
-        return logits(params, normalise(images_uint8, config))
+        return logits(params, normalise(images_uint8, config))[0]
 
     return Method(
         inputs=("image", "label"),
@@ -97,6 +100,9 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         adopt=adopt_encoder,
         loss=loss,
         features=scores,
+        judged=batch_norm.whole,
+        averaged=(batch_norm.STATISTICS,) if has_statistics(config) else (),
+        mean_over_images=options.freeze or not has_statistics(config),
         frozen=options.freeze,
     )
 

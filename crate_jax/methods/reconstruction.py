@@ -12,7 +12,16 @@ from crate_jax import data
 from crate_jax.data.pixels import denormalise, normalise
 from crate_jax.errors import ConfigError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
-from crate_jax.models import autoencoder, corruption as corruptions, representation
+from crate_jax.models import (
+    ENCODERS,
+    autoencoder,
+    batch_norm,
+    check_patches,
+    corruption as corruptions,
+    has_statistics,
+    representation,
+    widths,
+)
 from crate_jax.models.adopt import init_encoder
 from crate_jax.models.corruption import CORRUPTIONS, Corruption, Identity
 from crate_jax.models.decoders import DECODERS
@@ -24,11 +33,12 @@ NORMS = {"l2": jnp.square, "l1": jnp.abs}
 
 def build(config: ConfigDict, source: data.Source | None = None) -> Method:
     """Builds the method of a validated config; it does not need `source`, the training images."""
-    apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
+    model = autoencoder.build(config)
+    apply: Callable[..., jax.Array] = model.apply  # type: ignore[assignment]  # never mutable
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
 
     def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
-        return start(autoencoder.init_params(config, key)), {}
+        return batch_norm.carry(start(autoencoder.init_params(config, key)))
 
     def loss_of_batch(
         params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
@@ -36,10 +46,11 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Method:
         images = normalise(batch["image"], config)
         draw_keys_B, path_keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
         corruption = sample(draw_keys_B)
-        predicted_BNP = apply({"params": params}, images, corruption, path_keys_B)
+        tree = batch_norm.whole(params, carried)
+        predicted_BNP, moved = batch_norm.train(model, tree, images, corruption, path_keys_B)
         x_BNP = patchify(images, config.encoder.patch_size)
         value = loss(predicted_BNP, target(x_BNP, config), corruption, config)
-        return value, (carried, {"reconstruction": value})
+        return value, (batch_norm.carry(moved)[1], {"reconstruction": value})
 
     represent = representation.build(config)
 
@@ -55,6 +66,9 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Method:
         adopt=init_encoder,
         loss=loss_of_batch,
         features=features,
+        judged=batch_norm.whole,
+        averaged=(batch_norm.STATISTICS,) if has_statistics(config) else (),
+        mean_over_images=not has_statistics(config),
         columns=COLUMNS,
         pictures=pictures,
     )
@@ -143,6 +157,12 @@ def reconstruct(
 
 
 def _check_corruption(c: ConfigDict) -> None:
+    check_patches(c)
+    if c.corruption.name == "mask" and c.corruption.mask_fill == "drop" and not ENCODERS[c.encoder.name].patches:
+        raise ConfigError(
+            f"config.corruption.mask_fill='drop': config.encoder.name={c.encoder.name!r} reads whole images; use token "
+            "or zero"
+        )
     tokens, ratio = autoencoder.patch_numbers(c)[0], c.corruption.mask_ratio
     if c.corruption.name == "mask" and not 0 < int(tokens * (1 - ratio)) < tokens:
         raise ConfigError(
@@ -188,7 +208,8 @@ CORRUPTION = Section(
 
 def _check_decoder(c: ConfigDict) -> None:
     decoder, corruption = c.decoder, c.corruption
-    width = decoder.width or c.encoder.width
+    encoder_width = widths(c)[-1]
+    width = decoder.width or encoder_width
     dropped = corruption.name == "mask" and corruption.mask_fill == "drop"
     if decoder.name != "linear" and width % decoder.heads:
         raise ConfigError(f"config.decoder.width={width}: must be a multiple of config.decoder.heads={decoder.heads}")
@@ -204,9 +225,9 @@ def _check_decoder(c: ConfigDict) -> None:
             "config.decoder.positions=False: with config.corruption.mask_fill='drop' a CRATE decoder needs positions "
             "to distinguish the filled patches; set it to True"
         )
-    if decoder.name == "crate" and decoder.width not in (0, c.encoder.width):
+    if decoder.name == "crate" and decoder.width not in (0, encoder_width):
         raise ConfigError(
-            f"config.decoder.width={decoder.width}: must be 0 or the encoder's width {c.encoder.width} "
+            f"config.decoder.width={decoder.width}: must be 0 or the encoder's width {encoder_width} "
             "for a CRATE decoder"
         )
 

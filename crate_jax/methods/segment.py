@@ -21,7 +21,7 @@ from crate_jax import data
 from crate_jax.data.pixels import normalise
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
-from crate_jax.models import representation
+from crate_jax.models import ENCODERS, batch_norm, has_statistics, representation, widths
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, resize
 from crate_jax.models.patches import grid_shape
@@ -34,22 +34,26 @@ COLUMNS = ("image", "truth", "prediction")
 
 
 def blocks(config: ConfigDict) -> tuple[int, ...]:
-    """The numbers of the blocks whose tokens the head reads, from 1.
+    """The numbers of the blocks (in a ResNet: the stages) whose tokens the head reads, from 1.
 
     Raises:
       ConfigError: the encoder does not have one of the blocks, or the head cannot read so many.
 
-    >>> blocks(ConfigDict({"encoder": {"depth": 12}, "segment": {"head": "upernet", "blocks": ()}}))
+    >>> encoder = {"name": "vit", "depth": 12, "width": 8}
+    >>> blocks(ConfigDict({"encoder": encoder, "segment": {"head": "upernet", "blocks": ()}}))
     (4, 6, 8, 12)
     """
-    depth, chosen = config.encoder.depth, tuple(int(block) for block in config.segment.blocks)
+    depth, chosen = len(widths(config)), tuple(int(block) for block in config.segment.blocks)
+    if not chosen and config.segment.head == "upernet" and not ENCODERS[config.encoder.name].patches:
+        return tuple(range(1, depth + 1))
     if not chosen:
         upernet = tuple(max(1, round(depth * share)) for share in BEIT_DEPTHS)
         return upernet if config.segment.head == "upernet" else (depth,)
     if config.segment.head == "upernet" and len(chosen) != len(BEIT_DEPTHS):
         raise ConfigError(f"config.segment.blocks={chosen}: must be four blocks for head=upernet, the lowest first")
     if min(chosen) < 1 or max(chosen) > depth:
-        raise ConfigError(f"config.segment.blocks={chosen}: the encoder has the blocks 1..{depth}")
+        what = ENCODERS[config.encoder.name].layer
+        raise ConfigError(f"config.segment.blocks={chosen}: the encoder has the {what}s 1..{depth}")
     return chosen
 
 
@@ -89,25 +93,29 @@ def build(config: ConfigDict, source: data.Source) -> Method:
     init_params = representation.with_head(config, head, maps_of)
 
     def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
-        return start(init_params(key)), {}
+        return batch_norm.carry(start(init_params(key)))
 
-    def scores(params: Params, images_uint8: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """The head's class scores (B, H, W, C), float32, and its auxiliary scores if it has any."""
-        maps = maps_of(params, normalise(images_uint8, config), keys_B)
+    def scores(
+        params: Params, images_uint8: jax.Array, keys_B: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, ...], Params]:
+        """The head's class scores (B, H, W, C), float32, and its auxiliary scores if it has any; moved statistics."""
+        still = config.finetune.freeze and has_statistics(config)
+        maps, params = maps_of.train(params, normalise(images_uint8, config), None if still else keys_B)
         if config.finetune.freeze:
             maps = jax.lax.stop_gradient(maps)
-        return tuple(resize(x, size) for x in head.apply({"params": params["head"]}, maps))
+        return tuple(resize(x, size) for x in head.apply({"params": params["head"]}, maps)), params
 
     def loss(
         params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
     ) -> tuple[jax.Array, tuple[Carried, Scalars]]:
-        values = [cross_entropy(x, batch["mask"]) for x in scores(params, batch["image"], keys_B)]
+        found, moved = scores(batch_norm.whole(params, carried), batch["image"], keys_B)
+        values = [cross_entropy(x, batch["mask"]) for x in found]
         scalars = dict(zip(("cross_entropy", "auxiliary"), values, strict=False))
-        return values[0] + config.segment.auxiliary * sum(values[1:]), (carried, scalars)
+        return values[0] + config.segment.auxiliary * sum(values[1:]), (batch_norm.carry(moved)[1], scalars)
 
     def predict(params: Params, images_uint8: jax.Array) -> jax.Array:
         """The class of each pixel, int32 (B, H, W)."""
-        return jnp.argmax(scores(params, images_uint8)[0], axis=-1).astype(jnp.int32)
+        return jnp.argmax(scores(params, images_uint8)[0][0], axis=-1).astype(jnp.int32)
 
     def draw(params: Params, batch: Batch, _: jax.Array) -> tuple[jax.Array, ...]:
         colours = jnp.asarray(np.concatenate([class_colours(classes), np.zeros((1, 3), np.float32)]))
@@ -120,6 +128,9 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         adopt=functools.partial(adopt_encoder, grid=grid_shape(size, config.encoder.patch_size)),
         loss=loss,
         features=predict,
+        judged=batch_norm.whole,
+        averaged=(batch_norm.STATISTICS,) if has_statistics(config) else (),
+        mean_over_images=config.finetune.freeze or not has_statistics(config),
         frozen=config.finetune.freeze,
         columns=COLUMNS,
         pictures=draw,
@@ -169,7 +180,7 @@ SEGMENT = Section(
         blocks=Key(
             (),
             anything,
-            "blocks, from 1, whose tokens the head reads; none: the last (linear), BEiT's four (upernet)",
+            "blocks or stages, from 1, that the head reads; none: the last (linear), BEiT's four or all (upernet)",
             items=int,
         ),
         channels=Key(0, at_least(0), "width of the head; 0: as in the encoder", read_by=UPERNET),

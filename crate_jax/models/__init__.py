@@ -111,6 +111,7 @@ class Encoder:
       grids: (whole config, (height, width) of images in pixels) -> (h, w), the places of the patch tokens after each
         layer.
       patches: whether it cuts every image into patches of encoder.patch_size; otherwise only corruptions do.
+      statistics: whether it keeps running statistics, which methods must carry (:mod:`crate_jax.models.batch_norm`).
     """
 
     build: Callable[[ConfigDict], nn.Module]
@@ -120,9 +121,10 @@ class Encoder:
     widths: Callable[[ConfigDict], tuple[int, ...]] = _same_widths
     grids: Callable[[ConfigDict, Sequence[int]], tuple[tuple[int, int], ...]] = _same_grids
     patches: bool = True
+    statistics: bool = False
 
 
-_RESNET = Encoder(_resnet, 0, "after_stage", "stage", _stage_widths, _stage_grids, patches=False)
+_RESNET = Encoder(_resnet, 0, "after_stage", "stage", _stage_widths, _stage_grids, patches=False, statistics=True)
 
 ENCODERS: dict[str, Encoder] = {
     "crate": Encoder(_crate, prefix=1, output_point="after_ista"),
@@ -139,6 +141,11 @@ def build_encoder(config: ConfigDict) -> nn.Module:
 def prefix_tokens(config: ConfigDict) -> int:
     """Number of tokens before the patch tokens in the output of the config's encoder."""
     return ENCODERS[config.encoder.name].prefix
+
+
+def has_statistics(config: ConfigDict) -> bool:
+    """Whether the config's encoder keeps running statistics."""
+    return ENCODERS[config.encoder.name].statistics
 
 
 def widths(config: ConfigDict) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def adopt_encoder(params: Params, source: Params, origin: str, grid: tuple[int, 
     encoder = dict(source["encoder"])
     if grid is not None:
         encoder = _resized(encoder, grid, origin)
-    blocks = params["encoder"]["blocks"]
+    blocks = params["encoder"].get("blocks", {})
     if "relative_bias" in blocks and "relative_bias" in encoder:
         table = np.asarray(encoder.pop("relative_bias"))
         depth = blocks["relative_bias"].shape[0]
@@ -98,7 +98,7 @@ def _resized(encoder: Params, grid: tuple[int, int], origin: str) -> Params:
                 resized = [np.roll(_resize_table(x, 3, tables, origin), -3, axis=0) for x in special_first]
                 table = np.stack(resized).reshape(*table.shape[:-2], -1, table.shape[-1])
             tree["relative_bias"] = table
-    return encoder | {"embedding": embedding, "blocks": stack}
+    return encoder | {name: tree for name, tree in (("embedding", embedding), ("blocks", stack)) if tree}
 
 
 def _placed_like(value: Any, leaf: Any) -> Any:

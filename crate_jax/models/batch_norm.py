@@ -21,6 +21,7 @@ EPS = 1e-5  # as in PyTorch
 MOMENTUM = 0.1  # share of the new statistics in the running ones, as in PyTorch
 MOVED = "moved"  # the collection in which modules return their new statistics
 PREFIX = "running_"
+STATISTICS = "statistics"  # the entry of a method's `carried` that holds them
 HIGHEST = jax.lax.Precision.HIGHEST  # memberships times means: TF32 would round the means
 
 Tree = Mapping[str, Any]
@@ -167,6 +168,17 @@ def split(tree: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     statistics = {path: x for path, x in flat.items() if path[-1].startswith(PREFIX)}
     weights = {path: x for path, x in flat.items() if path not in statistics}
     return traverse_util.unflatten_dict(weights), traverse_util.unflatten_dict(statistics)
+
+
+def carry(tree: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a tree into (what gradients train, what a method carries), the latter {} if there are no statistics."""
+    weights, statistics = split(tree)
+    return weights, {STATISTICS: statistics} if statistics else {}
+
+
+def whole(weights: Tree, carried: Tree) -> dict[str, Any]:
+    """Inverts :func:`carry`; `carried` may hold other entries too."""
+    return merge(weights, carried.get(STATISTICS, {}))
 
 
 def merge(weights: Tree, statistics: Tree) -> dict[str, Any]:

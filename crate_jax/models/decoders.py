@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crate_jax.models import prefix_tokens
+from crate_jax.models import prefix_tokens, widths
 from crate_jax.models.corruption import Corruption
 from crate_jax.models.crate import DICTIONARY_INIT, MSSA, Kernel
 from crate_jax.models.embedding import TOKEN_INIT
@@ -163,7 +163,7 @@ def _crate(config: ConfigDict) -> nn.Module:
 
 def _transformer(config: ConfigDict) -> nn.Module:
     d = config.decoder
-    return TransformerDecoder(**_shared(config), width=d.width or config.encoder.width, depth=d.depth, heads=d.heads)
+    return TransformerDecoder(**_shared(config), width=d.width or widths(config)[-1], depth=d.depth, heads=d.heads)
 
 
 def _linear(config: ConfigDict) -> nn.Module:

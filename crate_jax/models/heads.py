@@ -14,17 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from crate_jax.models import ENCODERS, widths
 from crate_jax.models.layers import Dtype, Norm, dense
+from crate_jax.models.patches import resize
 
 BINS = (1, 2, 3, 6)  # sides of the pooled maps in the pyramid pooling module
 AUXILIARY_CHANNELS = 256
 CLASSIFIER_INIT = nn.initializers.normal(0.01)
-
-
-def resize(x_BHWD: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """Resizes bilinearly between pixel centres (torch's align_corners=False), (B, H, W, D) -> (B, *size, D)."""
-    shape = (x_BHWD.shape[0], *size, x_BHWD.shape[-1])
-    return jax.image.resize(x_BHWD, shape, "bilinear", antialias=False)
 
 
 def pooling_matrix(side: int, bins: int) -> np.ndarray:
@@ -47,8 +43,10 @@ class LinearHead(nn.Module):
 
     @nn.compact
     def __call__(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Maps (B, h, w, D) -> one (B, h, w, C), float32."""
-        x = jnp.concatenate(maps, axis=-1).astype(jnp.float32)
+        """Maps (B, h, w, D) -> one (B, h, w, C), float32; maps of other sides are resized to the first."""
+        size = maps[0].shape[1:3]
+        same = (x if x.shape[1:3] == size else resize(x, size) for x in maps)
+        x = jnp.concatenate(list(same), axis=-1).astype(jnp.float32)
         return (dense(self.classes, "linear", jnp.float32, init=CLASSIFIER_INIT)(x),)
 
 
@@ -93,7 +91,7 @@ class Pyramid(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """UPerNet (Xiao et al. 2018, arXiv 1807.10221) on :class:`Pyramid`, as BEiT and MAE use it.
+    """UPerNet (Xiao et al. 2018, arXiv 1807.10221) on :class:`Pyramid`, as BEiT and MAE use it, or on ResNet stages.
 
     Pyramid pooling on the coarsest map, lateral 1 x 1 convolutions and a top-down sum on the other maps; then all
     are resized to the finest map, fused and classified. Every norm is a layer norm over the channels of one place;
@@ -106,17 +104,19 @@ class UPerHead(nn.Module):
       channels: the head's width.
       auxiliary: also classify the third map by one convolution, for a second loss in training.
       dtype: the dtype of everything but the class scores.
+      pyramid: whether the maps have one resolution, of which :class:`Pyramid` makes four.
     """
 
     classes: int
     channels: int
     auxiliary: bool
     dtype: Dtype
+    pyramid: bool = True
 
     @nn.compact
     def __call__(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Maps (B, h, w, D) -> (B, 4h, 4w, C) and, if `auxiliary`, (B, h, w, C), float32."""
-        levels = list(Pyramid(self.dtype, name="pyramid")(maps))
+        """Maps (B, h, w, D) -> the finest (B, 4h, 4w, C) and, if `auxiliary`, the third (B, h, w, C), float32."""
+        levels = list(Pyramid(self.dtype, name="pyramid")(maps) if self.pyramid else maps)
         top = self.pool(levels.pop())
         sums = [top]
         for i in reversed(range(len(levels))):
@@ -156,8 +156,8 @@ def _linear(config: ConfigDict, classes: int) -> nn.Module:
 
 def _upernet(config: ConfigDict, classes: int) -> nn.Module:
     options = config.segment
-    channels = options.channels or config.encoder.width
-    return UPerHead(classes, channels, options.auxiliary > 0, jnp.dtype(config.dtype))
+    channels, pyramid = options.channels or widths(config)[-1], ENCODERS[config.encoder.name].patches
+    return UPerHead(classes, channels, options.auxiliary > 0, jnp.dtype(config.dtype), pyramid)
 
 
 # Name -> (whole config, classes) -> module: maps of the encoder's blocks -> class scores, the main scores first.

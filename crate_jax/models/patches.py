@@ -101,6 +101,12 @@ def relative_table_rows(grid: tuple[int, int]) -> int:
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
+def resize(x_BHWD: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """Resizes bilinearly between pixel centres (torch's align_corners=False), (B, H, W, D) -> (B, *size, D)."""
+    shape = (x_BHWD.shape[0], *size, x_BHWD.shape[-1])
+    return jax.image.resize(x_BHWD, shape, "bilinear", antialias=False)
+
+
 def resize_table(table_ND: jax.Array, grid: tuple[int, int], new: tuple[int, int]) -> jax.Array:
     """Resizes a table with one row per place of a grid to another grid, (h w, D) -> (h' w', D).
 

@@ -3,11 +3,15 @@
 All images here are an encoder's input: float32, normalised (:func:`crate_jax.data.pixels.normalise`), of
 any size that the encoder takes.
 
-Shapes: B batch, H and W pixels, N = h * w patch tokens, M of them that the encoder sees, D width, L blocks.
+Layers are blocks or, in a ResNet, stages, whose tokens differ in number and width.
+
+Shapes: B batch, H and W pixels, N = h * w patch tokens, M of them that the encoder sees, D width, L layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +21,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
-from crate_jax.models import ENCODERS, batch_norm, blank_image, build_encoder, prefix_tokens
+from crate_jax.models import ENCODERS, batch_norm, blank_image, build_encoder, grids, prefix_tokens, widths
 from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.layers import block_points
-from crate_jax.models.patches import grid_shape
 
 
 def pool(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
@@ -50,61 +53,96 @@ def init_params(config: ConfigDict, key: jax.Array) -> dict[str, Any]:
     return {"encoder": build_encoder(config).init(key, blank_image(config))["params"]}
 
 
-def points(config: ConfigDict) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+Points = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The function ({"encoder": parameters}, images, keys_B=None) -> what `select` reads from the encoder.
+
+    The images are not corrupted. With `keys_B` the encoder is in training: it has drop path, and batch norm normalises
+    with the statistics of the batch.
+
+    Attributes:
+      encoder: the module.
+      select: the function (output (B, prefix + N, D), named points, (H, W)) -> any tree of arrays.
+      points: whether `select` reads the named points; without it they are {}.
+    """
+
+    encoder: nn.Module
+    select: Callable[[jax.Array, Points, tuple[int, int]], Any]
+    points: bool
+
+    def __call__(self, params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array | None = None) -> Any:
+        """What `select` reads."""
+        return self.train(params, images_BHWC, keys_B)[0]
+
+    def train(
+        self, params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """What `select` reads, and the parameters with the statistics that the encoder has moved."""
+        mutable = [batch_norm.MOVED, *(["intermediates"] if self.points else [])]
+        tree, (H, W) = params["encoder"], images_BHWC.shape[1:3]
+        output, state = self.encoder.apply({"params": tree}, images_BHWC, CLEAN, keys_B, mutable=mutable)
+        found = _points(state["intermediates"]) if self.points else {}
+        moved = batch_norm.merge(tree, state.get(batch_norm.MOVED, {}))
+        return self.select(output, found, (H, W)), {**params, "encoder": moved}
+
+
+def _points(intermediates: dict[str, Any]) -> Points:
+    return block_points(intermediates) if "blocks" in intermediates else dict(intermediates)
+
+
+def points(config: ConfigDict) -> Callable[..., tuple[jax.Array, Points]]:
     """The function ({"encoder": parameters}, images, corruption=none, keys_B=None) -> (output, named points).
 
-    The output is (B, prefix + M, D). The named points are the blocks' points, name -> (L, B, prefix + M, ...).
+    The output is (B, prefix + M, D). The named points are the blocks' points, name -> (L, B, prefix + M, ...), or in a
+    ResNet tuples of L arrays.
     """
     encoder = build_encoder(config)
 
     def read(
         params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, Points]:
         variables = {"params": params["encoder"]}
         output, state = encoder.apply(variables, images_BHWC, corruption, keys_B, mutable=["intermediates"])
-        found = state["intermediates"]
-        return output, block_points(found) if "blocks" in found else dict(found)
+        return output, _points(state["intermediates"])
 
     return read
 
 
-def layers(config: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def layers(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
     """The function ({"encoder": parameters}, images, corruption=none, keys_B=None) -> (output, tokens by layer).
 
-    It returns the encoder's output (B, prefix + M, D) and the tokens after each block (L, B, prefix + M, D). The tokens
-    after the last block are the output without the final norm. Drop path only with `keys_B`.
+    It returns the encoder's output (B, prefix + M, D) and the tokens after each layer: (L, B, prefix + M, D), or for a
+    ResNet a tuple of L arrays. The tokens after the last block are the output without the final norm. Drop path only
+    with `keys_B`.
     """
     read, name = points(config), ENCODERS[config.encoder.name].output_point
 
     def tokens(
         params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption = CLEAN, keys_B: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Any]:
         output_BND, found = read(params, images_BHWC, corruption, keys_B)
         return output_BND, found[name]
 
     return tokens
 
 
-def build(config: ConfigDict) -> Callable[..., jax.Array]:
+def build(config: ConfigDict) -> Reader:
     """The function ({"encoder": parameters}, images, keys_B=None) -> one vector per image, (B, D) float32.
 
     ``config.evaluation.layer`` and ``config.evaluation.pool`` choose the tokens; the images are not corrupted.
-    Drop path only with `keys_B`.
 
     Raises:
       ConfigError: the pooling needs a class token, and the encoder has none.
     """
-    encoder, tokens_of = build_encoder(config), layers(config)
-    layer, pooled = config.evaluation.layer, pool(config)
+    layer, pooled, name = config.evaluation.layer, pool(config), ENCODERS[config.encoder.name].output_point
 
-    def represent(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-        if layer:
-            tokens: Any = tokens_of(params, images_BHWC, CLEAN, keys_B)[1][layer - 1]
-        else:
-            tokens = encoder.apply({"params": params["encoder"]}, images_BHWC, CLEAN, keys_B)
-        return pooled(tokens).astype(jnp.float32)
+    def select(output_BND: jax.Array, found: Points, _: tuple[int, int]) -> jax.Array:
+        return pooled(found[name][layer - 1] if layer else output_BND).astype(jnp.float32)
 
-    return represent
+    return Reader(build_encoder(config), select, points=layer > 0)
 
 
 def trained(config: ConfigDict) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]:
@@ -148,39 +186,41 @@ def with_head(config: ConfigDict, head: nn.Module, read: Callable[..., Any]) -> 
     return init
 
 
-def block_maps(config: ConfigDict, blocks: Sequence[int]) -> Callable[..., tuple[jax.Array, ...]]:
-    """The function ({"encoder": parameters}, images, keys_B=None) -> one (B, h, w, D) map per block.
+def block_maps(config: ConfigDict, layers: Sequence[int]) -> Reader:
+    """The function ({"encoder": parameters}, images, keys_B=None) -> one (B, h, w, D) map per layer.
 
-    A map holds the patch tokens after one block, each where its patch lies. If the encoder has a final norm, the tokens
-    after the last block are normalised. The images are not corrupted. Drop path only with `keys_B`.
+    A map holds the patch tokens after one layer, each where its patch lies. If the encoder has a final norm, the tokens
+    after the last block are normalised. The images are not corrupted.
 
     Args:
       config: the whole config.
-      blocks: the numbers of the blocks; the first block is 1.
+      layers: the numbers of the layers (blocks or stages); the first is 1.
     """
-    tokens_of, prefix = layers(config), prefix_tokens(config)
-    last = config.encoder.depth
+    name, prefix, last = ENCODERS[config.encoder.name].output_point, prefix_tokens(config), len(widths(config))
 
-    def maps(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        h, w = grid_shape(images_BHWC.shape[1:3], config.encoder.patch_size)
-        output_BND, tokens_LBND = tokens_of(params, images_BHWC, CLEAN, keys_B)
-        chosen = (output_BND if block == last else tokens_LBND[block - 1] for block in blocks)
-        return tuple(x[:, prefix:].reshape(x.shape[0], h, w, -1) for x in chosen)
+    def select(output_BND: jax.Array, found: Points, image_size: tuple[int, int]) -> tuple[jax.Array, ...]:
+        places = grids(config, image_size)
+        chosen = ((n, output_BND if n == last else found[name][n - 1]) for n in layers)
+        return tuple(x[:, prefix:].reshape(x.shape[0], *places[n - 1], -1) for n, x in chosen)
 
-    return maps
+    return Reader(build_encoder(config), select, points=True)
 
 
-def tokens_by_block(config: ConfigDict) -> Callable[..., jax.Array]:
-    """The function ({"encoder": parameters}, images, corruption) -> tokens (L + 1, B, prefix + M, D).
+def tokens_by_layer(config: ConfigDict) -> Callable[..., tuple[jax.Array, ...]]:
+    """The function ({"encoder": parameters}, images, corruption) -> tokens (l, B, prefix + M, D), groups of l layers.
 
-    These are the tokens after each block, and then the tokens that :func:`build` pools: the encoder's output, or the
-    tokens of block ``config.evaluation.layer`` if it is not 0.
+    These are the tokens after each layer, and then the tokens that :func:`build` pools: the encoder's output, or the
+    tokens of layer ``config.evaluation.layer`` if it is not 0. Neighbours of one shape are a group: the L + 1 entries
+    of a transformer are one; in a ResNet only the last stage and the output share a shape.
     """
     tokens_of, layer = layers(config), config.evaluation.layer
 
-    def tokens(params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
-        output_BND, tokens_LBND = tokens_of(params, images_BHWC, corruption)
-        last_BND = tokens_LBND[layer - 1] if layer else output_BND
-        return jnp.concatenate([tokens_LBND, last_BND[None]])
+    def tokens(params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption) -> tuple[jax.Array, ...]:
+        output_BND, found = tokens_of(params, images_BHWC, corruption)
+        last_BND = found[layer - 1] if layer else output_BND
+        if isinstance(found, jax.Array):
+            return (jnp.concatenate([found, last_BND[None]]),)
+        groups = itertools.groupby([*found, last_BND], key=jnp.shape)
+        return tuple(jnp.stack(list(group)) for _, group in groups)
 
     return tokens

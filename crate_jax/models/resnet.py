@@ -261,4 +261,5 @@ class ResNetEncoder(nn.Module):
         fill_P = None
         if corruption.fills_encoder:
             fill_P = self.param("mask_token", TOKEN_INIT, (1, 1, x_BNP.shape[-1]), jnp.float32)[0, 0]
-        return unpatchify(corruption.corrupt_tokens(x_BNP, fill_P), images_BHWC.shape[1:3], self.patch_size)
+        H, W = images_BHWC.shape[1:3]
+        return unpatchify(corruption.corrupt_tokens(x_BNP, fill_P), (H, W), self.patch_size)

@@ -7,6 +7,7 @@ matches.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ from crate_jax.validation import Key, Section, anything, at_least, one_of, patte
 ADAM_EPS = 1e-8  # PyTorch's default, which the recipes do not change
 LARS_EPS = 1e-8  # solo-learn's default, which the recipes do not change
 CLIP_EPS = 1e-6  # added to a norm before the division, as in DINO's code
+DECAY_EXCLUDE = (r".*(cls_token|mask_token|positions|relative_bias)",)
 Mask = Callable[[Any], Any]  # tree -> tree of booleans
 Decay = float | Callable[[Any], Any]  # a number, or a function of the step
 
@@ -101,9 +103,12 @@ def decayed(config: ConfigDict, params: Any) -> tuple[str, ...]:
     """Returns the names of the parameters under weight decay.
 
     Raises:
-      ConfigError: a pattern of config.optimizer.decay_exclude matches no parameter.
+      ConfigError: a pattern of config.optimizer.decay_exclude matches no parameter, and is not the default, which an
+        encoder without tokens and tables of positions does not need.
     """
-    excluded = set(parameters.match(params, config.optimizer.decay_exclude, "optimizer.decay_exclude"))
+    given = tuple(config.optimizer.decay_exclude)
+    needless = given == DECAY_EXCLUDE and not any(re.fullmatch(given[0], name) for name in parameters.names(params))
+    excluded = set() if needless else set(parameters.match(params, given, "optimizer.decay_exclude"))
     return tuple(
         name
         for name, leaf in parameters.names(params).items()
@@ -392,11 +397,7 @@ OPTIMIZER = Section(
             (), patterns, "names of weights whose rate is always lr: without warm-up, decay of the rate", items=str
         ),
         layer_decay=Key(1.0, within(0, 1, "(]"), "factor on the learning rate per layer below the head"),
-        decay_exclude=Key(
-            (r".*(cls_token|mask_token|positions|relative_bias)",),
-            patterns,
-            "names of weights without decay; see decay_vectors",
-        ),
+        decay_exclude=Key(DECAY_EXCLUDE, patterns, "names of weights without decay; see decay_vectors"),
         decay_vectors=Key(False, anything, "1-D weights have decay too, and with LARS a trust ratio"),
         clip_norm=Key(0.0, at_least(0), "largest norm of the whole gradient; 0: off"),
         clip_each=Key(0.0, at_least(0), "largest norm of each weight's gradient, before all else; 0: off"),
