@@ -212,6 +212,11 @@ def _check_whitebox(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.whitebox.every={c.whitebox.every}: must be 0, since only pre-training logs its layers"
         )
+    if c.whitebox.every and not ENCODERS[c.encoder.name].patches:
+        raise ConfigError(
+            f"config.whitebox.every={c.whitebox.every}: must be 0, since config.encoder.name={c.encoder.name!r} has no "
+            "attention; config.evaluation.every shows RankMe instead"
+        )
 
 
 WHITEBOX = Section(

@@ -20,6 +20,7 @@ from PIL import Image
 
 from crate_jax.config import base, has_effect, is_read, parts
 from crate_jax.errors import DataError
+from crate_jax.models import widths
 from crate_jax.parallel import parameters
 from crate_jax.report.section import Figure, Section, Subject, Table
 from crate_jax.report.svg import escape
@@ -241,7 +242,7 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
     for s in subjects:
         summary, c = logged[s.name].summary, s.config
         steps = summary.get("steps") or max((m["step"] for m in logged[s.name].metrics), default=None)
-        size = f"{c.encoder.depth} x {c.encoder.width}"
+        size = f"{len(widths(c))} x {widths(c)[-1]}"
         corruption = c.corruption.name if "corruption" in parts(c, s.params) else "none"
         rows.append((
             s.name, c.encoder.name, size, corruption, c.penalty.name, steps, c.batch_size, summary.get("loss"),
@@ -249,7 +250,7 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
             c.job, c.data.source, summary.get("devices"),
         ))  # fmt: skip
     columns = (
-        "run", "encoder", "blocks x width", "corruption", "penalty", "steps", "batch", "loss", "images/s", "parameters",
+        "run", "encoder", "layers x width", "corruption", "penalty", "steps", "batch", "loss", "images/s", "parameters",
         "job", "images", "devices",
     )  # fmt: skip
     caption = "The runs. Losses under different corruptions or targets cannot be compared: they do not rank runs."

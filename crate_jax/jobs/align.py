@@ -21,6 +21,7 @@ from crate_jax.analysis.alignment.analyse import analyse, shrink_to_side
 from crate_jax.analysis.alignment.answer import Answer
 from crate_jax.config import validate
 from crate_jax.convert import pretrained
+from crate_jax.models import check_patches, widths
 from crate_jax.parallel import distributed, sharding
 from crate_jax.workdir import metrics
 from crate_jax.workdir.folder import lock
@@ -71,8 +72,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
         encoder = pretrained.load(config.checkpoint, "config.checkpoint")
         full.encoder.update(encoder.config["encoder"])
         full.data.image_size = tuple(encoder.config["data"]["image_size"])
+    check_patches(full)
     shrink_to_side(full)
-    full.align.width = full.align.width or full.encoder.width
+    full.align.width = full.align.width or widths(full)[-1]
     return full
 
 

@@ -16,7 +16,7 @@ from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import spectra
 from crate_jax.evals.frozen import FrozenEvaluation, collapse_scores
-from crate_jax.models import ENCODERS, autoencoder
+from crate_jax.models import autoencoder
 from crate_jax.parallel import sharding
 from crate_jax.report import Subject
 
@@ -266,6 +266,7 @@ def subject(devices: int = 8, corruption: str = "mask", encoder: str = "vit") ->
     c.data.source, c.data.image_size, c.data.eval_crop = "digits", (8, 8), 1.0
     c.encoder.name, c.encoder.patch_size, c.encoder.width = encoder, 2, 16
     c.encoder.depth, c.encoder.heads, c.decoder.depth, c.decoder.heads = 2, 2, 1, 2
+    c.encoder.stage_width, c.encoder.stem, c.encoder.stem_padding = 4, "cifar", 1
     c.corruption.name, c.evaluation.pool, c.evaluation.batch_size = corruption, "mean", 24
     c.data.crop_scale, c.data.randaugment_layers = (0.5, 1.0), 1
     params = jax.device_get(jax.jit(lambda: autoencoder.init_params(c, jax.random.key(0)))())
@@ -283,7 +284,7 @@ def test_sharded_equals_unsharded_and_numpy(rows):
     images = data.eval_images(s.config, s.train, indices)[0]
     from crate_jax.models.corruption import Identity
 
-    x = np.asarray(collapse_subject.features(s.config, rows)(s.params, images, Identity()))
+    x = np.asarray(collapse_subject.features(s.config, rows)(s.params, images, Identity())[0])
     assert list(eight) == ["block 1", "block 2", "representation"]
     for i, (place, found) in enumerate(eight.items()):
         assert found.rows == len(x[i]) == (50 if rows == "pooled" else 50 * 16)
@@ -327,11 +328,30 @@ def test_views_that_cannot_differ_are_refused():
 
 
 def test_every_encoder_has_places_and_weights():
-    for name in ENCODERS:
+    for name, places in (("crate", 3), ("vit", 3), ("resnet18", 5)):
         s = subject(encoder=name, corruption="none")
-        assert len(collapse_subject.measure(s, 24)) == 3
+        assert len(collapse_subject.measure(s, 24)) == places
         found = collapse_subject.weights(s)
-        assert all(n.startswith("encoder/") for n in found) and any(v.shape[0] == 2 for v in found.values())
+        assert all(n.startswith("encoder/") for n in found)
+        assert any(v.shape[0] == 2 for v in found.values()) or name == "resnet18"
+
+
+@pytest.mark.parametrize(("rows", "layer"), [("pooled", 0), ("tokens", 2)])
+def test_stages_of_different_width_are_measured_each(rows, layer):
+    """The representation is the last stage's, or that of config.evaluation.layer."""
+    one, eight = (subject(n, encoder="resnet18", corruption="none") for n in (1, 8))
+    one.config.evaluation.layer = eight.config.evaluation.layer = layer
+    alone, found = (collapse_subject.measure(s, 50, rows) for s in (one, eight))
+    assert list(found) == ["stage 1", "stage 2", "stage 3", "stage 4", "representation"]
+    sides = (8, 4, 2, 1)
+    for i, (place, m) in enumerate(found.items()):
+        n = i if i < 4 else (layer or 4) - 1
+        assert (m.width, m.rows) == (4 * 2**n, 50 * (1 if rows == "pooled" else sides[n] ** 2)), place
+        np.testing.assert_allclose(m.eigenvalues, alone[place].eigenvalues, rtol=1e-3, atol=1e-7)
+    np.testing.assert_array_equal(found["representation"].eigenvalues, found[f"stage {layer or 4}"].eigenvalues)
+    if rows == "pooled" and not layer:
+        lidar = collapse_subject.measure_lidar(eight, 30, 4)
+        assert list(lidar) == list(found) and all(1 <= x.value <= found[place].width for place, x in lidar.items())
 
 
 def test_the_section_shows_every_run():

@@ -22,7 +22,16 @@ def test_reference_numbers(path):
 
 @pytest.mark.parametrize(
     "name",
-    ["crate_mae_lambda0.1", "vit_mae", "ropim", "orthogonality", "crate_blocks_lambda0.1", "alignment_digits", "optim"],
+    [
+        "crate_mae_lambda0.1",
+        "vit_mae",
+        "ropim",
+        "orthogonality",
+        "crate_blocks_lambda0.1",
+        "alignment_digits",
+        "optim",
+        "resnet18_cifar",
+    ],
 )
 def test_a_wrong_number_fails(name, tmp_path):
     """An input off by one per cent: status 1."""

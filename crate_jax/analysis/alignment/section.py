@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from crate_jax.config import parts
 from crate_jax.data import eval_images
 from crate_jax.data.sampling import sample
 from crate_jax.errors import UserError
+from crate_jax.models import ENCODERS, widths
 from crate_jax.parallel import distributed
 from crate_jax.report.section import Figure, Section, Subject, Table
 from crate_jax.workdir import checkpoint, checkpoint_files
@@ -102,9 +104,11 @@ def _label(subjects: Sequence[Subject]) -> str:
 def aligned_config(subject: Subject) -> ConfigDict:
     """The config of a small grid around a run's own corruption, with its images shrunk as job `align` does."""
     full = subject.config.copy_and_resolve_references()
+    if not ENCODERS[full.encoder.name].patches and "corruption" not in parts(full, subject.params):
+        full.encoder.patch_size = math.gcd(*full.data.image_size, full.encoder.patch_size)  # nobody chose one that fits
     shrink_to_side(full)
     numbers = 3 * int(np.prod(full.data.image_size))
-    full.align.width = full.align.latents = min(full.encoder.width, MAX_WIDTH, numbers)
+    full.align.width = full.align.latents = min(widths(full)[-1], MAX_WIDTH, numbers)
     side = full.encoder.patch_size
     full.align.patch_sizes = tuple(sorted({1, 2, side}))
     full.align.mask_ratios = full.align.rop_ratios = RATIOS

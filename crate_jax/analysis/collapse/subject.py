@@ -1,10 +1,13 @@
 """Collapse measures of a run's encoder, for all layers in one pass over images.
 
-Shapes: L + 1 places (each block, then the representation), B images per batch, q views, N tokens, D width, X = 1 + D.
+Shapes: L + 1 places (each layer, then the representation), B images per batch, q views, N tokens, D width, X = 1 + D.
+Neighbouring places of one shape are a group of l places (:func:`representation.tokens_by_layer`): a transformer has one
+group, a ResNet four or five.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +27,7 @@ from crate_jax.data.sampling import sample
 from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals import spectra
-from crate_jax.models import corruption as corruptions, prefix_tokens, representation
+from crate_jax.models import ENCODERS, corruption as corruptions, prefix_tokens, representation, widths
 from crate_jax.models.autoencoder import patch_numbers
 from crate_jax.parallel import parameters, sharding
 from crate_jax.report import Subject
@@ -33,12 +36,13 @@ log = logging.getLogger(__name__)
 
 ROWS = ("pooled", "tokens")
 VIEWS = ("augmentation", "corruption")
-Features = Callable[[Any, jax.Array, corruptions.Corruption], jax.Array]
+Features = Callable[[Any, jax.Array, corruptions.Corruption], tuple[jax.Array, ...]]
 
 
 def places(config: ConfigDict) -> list[str]:
-    """Names of the places that are measured: ``block 1`` .. ``block L`` and ``representation``."""
-    return [*(f"block {i + 1}" for i in range(config.encoder.depth)), "representation"]
+    """Names of the places that are measured: ``block 1`` (or ``stage 1``) .. ``block L`` and ``representation``."""
+    layer = ENCODERS[config.encoder.name].layer
+    return [*(f"{layer} {i + 1}" for i in range(len(widths(config)))), "representation"]
 
 
 def features(config: ConfigDict, rows: str = "pooled") -> Features:
@@ -49,22 +53,29 @@ def features(config: ConfigDict, rows: str = "pooled") -> Features:
       rows: "pooled" for one row per image, pooled by ``config.evaluation.pool``; "tokens" for one row per patch token.
 
     Returns:
-      the function (params, images uint8 (B, H, W, 3), corruption) -> float32 (L + 1, B, D), or (L + 1, B * M, D) for M
-      patch tokens per image.
+      the function (params, images uint8 (B, H, W, 3), corruption) -> for each group of places, float32 (l, B, D), or
+      (l, B * M, D) for M patch tokens per image.
     """
-    tokens, pooled, prefix = representation.tokens_by_block(config), representation.pool(config), prefix_tokens(config)
+    tokens, pooled, prefix = representation.tokens_by_layer(config), representation.pool(config), prefix_tokens(config)
 
-    def apply(params: Any, images_uint8: jax.Array, corruption: corruptions.Corruption) -> jax.Array:
-        tokens_LBND = tokens(params, normalise(images_uint8, config), corruption).astype(jnp.float32)
+    def of_group(tokens_lBND: jax.Array) -> jax.Array:
         if rows == "tokens":
-            return tokens_LBND[:, :, prefix:].reshape(len(tokens_LBND), -1, tokens_LBND.shape[-1])
-        return jax.vmap(pooled)(tokens_LBND)
+            return tokens_lBND[:, :, prefix:].reshape(len(tokens_lBND), -1, tokens_lBND.shape[-1])
+        return jax.vmap(pooled)(tokens_lBND)
+
+    def apply(params: Any, images_uint8: jax.Array, corruption: corruptions.Corruption) -> tuple[jax.Array, ...]:
+        groups = tokens(params, normalise(images_uint8, config), corruption)
+        return tuple(of_group(tokens_lBND.astype(jnp.float32)) for tokens_lBND in groups)
 
     return apply
 
 
-def _width(config: ConfigDict, rows: str) -> int:
-    return config.encoder.width * (2 if rows == "pooled" and config.evaluation.pool == "cls_mean" else 1)
+def _groups(config: ConfigDict, apply: Features) -> list[tuple[int, int, int]]:
+    """(places, rows per image, width) of each group of places of features without a corruption."""
+    images = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), np.uint8)
+    params = jax.eval_shape(lambda: representation.init_params(config, jax.random.key(0)))
+    found = jax.eval_shape(lambda p, x: apply(p, x, corruptions.Identity()), params, images)
+    return [x.shape for x in found]
 
 
 def _padded(batch: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +91,7 @@ def _padded(batch: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _stream(
     subject: Subject,
-    encode: Callable[..., jax.Array],
+    encode: Callable[..., tuple[jax.Array, ...]],
     update: Callable[..., Any],
     state: Any,
     batches: Iterator[tuple[np.ndarray, np.ndarray]],
@@ -90,10 +101,11 @@ def _stream(
 
     Args:
       subject: the run with the encoder.
-      encode: the function (params, images (B, ...), one number per image (B,)) -> features (L + 1, B, ...).
+      encode: the function (params, images (B, ...), one number per image (B,)) -> for each group of places, features
+        (l, B, ...).
       update: the function (state, features, kept (B,)) -> state. It runs on one device at a time, so that its
         decomposition never waits for another device.
-      state: the state before any rows, a tuple of factors.
+      state: the state before any rows, a tree of factors.
       batches: images, and one number per image.
       size: images per call, a multiple of the number of devices.
 
@@ -118,8 +130,9 @@ def _stream(
             image, number, mask = (put(x) for x in (padded, _padded(numbers, size)[0], kept))
             rows = encode(params, image, number)
             masks = {shard.device: shard.data for shard in mask.addressable_shards}
-            for shard in rows.addressable_shards:
-                states[shard.device] = update(states[shard.device], shard.data, masks[shard.device])
+            for shards in zip(*(group.addressable_shards for group in rows), strict=True):
+                device = shards[0].device
+                states[device] = update(states[device], tuple(shard.data for shard in shards), masks[device])
             count += len(images)
         if count < 2:
             raise DataError(f"{subject.name}: {count} images can be decoded, but spectra need at least 2")
@@ -171,19 +184,23 @@ def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[
         raise ValueError(f"rows={rows!r}: must be one of {', '.join(ROWS)}")
     config, source = subject.config, _source(subject)
     apply, names = features(config, rows), places(config)
-    tokens = patch_numbers(config)[0] if rows == "tokens" else 1
+    groups = _groups(config, apply)
 
-    def encode(params: Any, images_uint8: jax.Array, _: jax.Array) -> jax.Array:
+    def encode(params: Any, images_uint8: jax.Array, _: jax.Array) -> tuple[jax.Array, ...]:
         return apply(params, images_uint8, corruptions.Identity())
 
-    def update(factor_LXX: jax.Array, x_LnD: jax.Array, kept_B: jax.Array) -> jax.Array:
-        return spectra.add_rows(factor_LXX, spectra.with_ones(x_LnD, jnp.repeat(kept_B, tokens)))
+    def update(state: tuple[jax.Array, ...], features: tuple[jax.Array, ...], kept_B: jax.Array) -> Any:
+        return tuple(
+            spectra.add_rows(factor_lXX, spectra.with_ones(x_lnD, jnp.repeat(kept_B, each)))
+            for factor_lXX, x_lnD, (_, each, _) in zip(state, features, groups, strict=True)
+        )
 
     indices = np.sort(sample(len(source), images, config.seed))
     size = _batch_size(subject, len(indices))
-    state = spectra.empty_factor(1 + _width(config, rows), len(names))
-    factor_LXX, count = _stream(subject, encode, update, state, _plain_batches(config, source, indices, size), size)
-    found = spectra.measures(factor_LXX, count * tokens)
+    state = tuple(spectra.empty_factor(1 + width, places) for places, _, width in groups)
+    factors, count = _stream(subject, encode, update, state, _plain_batches(config, source, indices, size), size)
+    measured = (spectra.measures(x, count * each) for x, (_, each, _) in zip(factors, groups, strict=True))
+    found = list(itertools.chain(*measured))
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
     return dict(zip(names, found, strict=True))
@@ -238,26 +255,32 @@ def measure_lidar(
         keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(index_B)
         return sampler(jax.vmap(lambda key: jax.random.split(key, views))(keys_B).reshape(-1))
 
-    def encode(params: Any, images_uint8: jax.Array, index_B: jax.Array) -> jax.Array:
+    def encode(params: Any, images_uint8: jax.Array, index_B: jax.Array) -> tuple[jax.Array, ...]:
         if draw == "corruption":
-            x_LnD = apply(params, jnp.repeat(images_uint8, views, axis=0), draw_corruption(index_B))
+            features = apply(params, jnp.repeat(images_uint8, views, axis=0), draw_corruption(index_B))
         else:
-            x_LnD = apply(params, images_uint8.reshape(-1, *images_uint8.shape[2:]), corruptions.Identity())
-        return x_LnD.reshape(len(x_LnD), -1, views, x_LnD.shape[-1])
+            features = apply(params, images_uint8.reshape(-1, *images_uint8.shape[2:]), corruptions.Identity())
+        return tuple(x_lnD.reshape(len(x_lnD), -1, views, x_lnD.shape[-1]) for x_lnD in features)
 
-    def update(state: tuple[jax.Array, jax.Array], x_LBqD: jax.Array, kept_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return spectra.add_classes(*state, x_LBqD, kept_B)
+    def update(state: tuple[Any, ...], features: tuple[jax.Array, ...], kept_B: jax.Array) -> tuple[Any, ...]:
+        return tuple(
+            spectra.add_classes(within_lDD, between_lXX, x_lBqD, kept_B)
+            for (within_lDD, between_lXX), x_lBqD in zip(state, features, strict=True)
+        )
 
     indices = np.sort(sample(len(source), images, config.seed))
     size = _batch_size(subject, len(indices), views)
-    width = _width(config, "pooled")
-    state = spectra.empty_factor(width, len(names)), spectra.empty_factor(1 + width, len(names))
+    state = tuple(
+        (spectra.empty_factor(width, places), spectra.empty_factor(1 + width, places))
+        for places, _, width in _groups(config, apply)
+    )
     if draw == "corruption":
         batches = _plain_batches(config, source, indices, size)
     else:
         batches = _view_batches(augmented_views(config, source, indices, views), size)
-    (within_LDD, between_LXX), count = _stream(subject, encode, update, state, batches, size)
-    found = spectra.lidar(within_LDD, between_LXX, count, views, delta)
+    factors, count = _stream(subject, encode, update, state, batches, size)
+    measured = (spectra.lidar(within, between, count, views, delta) for within, between in factors)
+    found = list(itertools.chain(*measured))
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
     return dict(zip(names, found, strict=True))

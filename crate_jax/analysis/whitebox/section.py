@@ -14,6 +14,8 @@ from crate_jax import data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, theory
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
+from crate_jax.errors import DataError
+from crate_jax.models import ENCODERS
 from crate_jax.report.section import Figure, Section, Subject, Table
 
 BATCH = 64
@@ -95,13 +97,29 @@ PLOT = (4.4, 3.0)  # inches; two plots fit side by side on a desktop
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 
 
+def _transformers(subjects: Sequence[Subject]) -> list[Subject]:
+    """The runs whose encoder is made of transformer blocks.
+
+    Raises:
+      DataError: there are none.
+    """
+    found = [s for s in subjects if ENCODERS[s.config.encoder.name].patches]
+    if not found:
+        raise DataError(f"an encoder {subjects[0].config.encoder.name!r} has no attention and no tokens of patches")
+    return found
+
+
 def section(subjects: Sequence[Subject]) -> Section:
-    """The section with the measures of all runs, by layer.
+    """The section with the measures of all runs of transformers, by layer.
 
     Args:
       subjects: the runs. Each is measured on `config.whitebox.images` images of its evaluation split, or of its
         training split if it has no evaluation split. A run without images has only the measures of its weights.
+
+    Raises:
+      DataError: no run has an encoder of transformer blocks.
     """
+    subjects = _transformers(subjects)
     images = subjects[0].config.whitebox.images  # a key of the report, so all runs have the same number
     measured = {subject.name: profile(subject, images) for subject in subjects}
     colours = {subject.name: COLOURS[i % len(COLOURS)] for i, subject in enumerate(subjects)}
@@ -221,7 +239,12 @@ def _plot(curves: Sequence[Curve], label: str, lines: Sequence[float]) -> Plot:
 
 
 def pictures_section(subjects: Sequence[Subject]) -> Section:
-    """The section with reconstructions at several ratios, attention maps and principal components of all runs."""
+    """The section with reconstructions at several ratios, attention maps and principal components of all transformers.
+
+    Raises:
+      DataError: no run has an encoder of transformer blocks.
+    """
+    subjects = _transformers(subjects)
     figures: list[Figure] = []
     for subject in subjects:
         source = subject.test or subject.train
