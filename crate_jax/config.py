@@ -141,6 +141,17 @@ EVALUATION = Section(
         knn_k=Key(20, positive, "number of neighbours"),
         knn_temperature=Key(0.07, positive, "temperature of the neighbours' weights"),
         probe_c=Key(1.0, positive, "inverse strength of the logistic regression's L2 penalty"),
+        lidar_images=Key(
+            0,
+            must("be 0 or at least 2", lambda value: value == 0 or value > 1),
+            "number of training images on whose augmented views LiDAR is measured; 0: none",
+        ),
+        lidar_views=Key(10, at_least(2), "number of views of each of these images"),
+        collapse_share=Key(
+            0.02,
+            within(0, 1, "[)"),
+            "a warning if RankMe falls below this share of the way from 1 to its limit, and to half; 0: off",
+        ),
     ),
 )
 

@@ -227,7 +227,7 @@ def test_images_without_labels_train_without_an_evaluation(run_cli, tmp_path):
     result = run_cli([*flags, f"--workdir={tmp_path / 'run'}"])
     assert result.returncode == 0, result.stderr[-2000:]
     written = summary(tmp_path / "run")
-    assert written["probe_top1"] is None and written["pictures"]
+    assert written["probe_top1"] is None and written["pictures"] and written["rankme"] > 1
 
 
 def test_the_status_is_right_also_where_the_message_has_no_room(cli_env, tmp_path):

@@ -33,6 +33,8 @@ CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "images_per_sec": ("images/s", "Training speed; the first point includes the compilation."),
     "probe_top1": ("probe accuracy (%)", "Top-1 accuracy of a logistic regression on frozen features during training."),
     "knn_top1": ("k-NN accuracy (%)", "Top-1 accuracy of nearest neighbours on frozen features during training."),
+    "rankme": ("RankMe", "RankMe of frozen features during training: how many dimensions they use."),
+    "lidar": ("LiDAR", "LiDAR of frozen features during training: in how many dimensions images differ."),
     "top1": ("top-1 accuracy (%)", "Accuracy on the evaluation split during training."),
     "miou": ("mIoU (%)", "Mean intersection over union on the evaluation split during training."),
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -15,9 +16,10 @@ from PIL import Image
 from crate_jax import data
 from crate_jax.data.evaluation import CHUNK
 from crate_jax.data.sampling import sample
+from crate_jax.data.views import augmented_views
 from crate_jax.errors import DataError
-from crate_jax.evals import evaluate, spectra
-from crate_jax.evals.features import encode_split
+from crate_jax.evals import collapse, evaluate, spectra
+from crate_jax.evals.features import encode_split, extract, images_per_process
 from crate_jax.parallel import distributed, sharding
 
 log = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def collapse_scores(features: np.ndarray) -> dict[str, float]:
 class FrozenEvaluation:
     """Classifiers on frozen features of a fixed, seeded sample of the labelled splits.
 
-    It also measures how many dimensions the training features use (:func:`collapse_scores`).
+    It also measures how many dimensions the training features use (:func:`collapse_scores`, and LiDAR on demand), with
+    or without labels, and says in the log when they collapse.
 
     Args:
       config: the whole config; reads config.data, config.evaluation and config.seed.
@@ -104,6 +107,8 @@ class FrozenEvaluation:
         self._features = jax.jit(sharding.on_mesh(mesh, features), out_shardings=sharding.split(mesh))
         test = data.open_split(config, "eval")
         self.shown = train if test is None else test
+        self._train = train
+        self._rank = collapse.Fall(config.evaluation.collapse_share)
         self._splits: tuple[data.Source, data.Source] | None = None
         self._classes = 0
         # We check the names of the classes, not the labels: to read the labels of a TFDS split is to read all of it.
@@ -120,11 +125,13 @@ class FrozenEvaluation:
 
         Args:
           read: the function (split, indices of images) -> (rows (n, D), labels (n,)).
-          with_collapse: whether to add :func:`collapse_scores` of the training rows.
+          with_collapse: whether to add :func:`collapse_scores` of the training rows, which need no labels.
         """
-        if self._splits is None:
-            return {}
         options, parts = self._config.evaluation, []
+        if self._splits is None:
+            if not with_collapse:
+                return {}
+            return collapse_scores(read(self._train, self._chosen(options.train_images))[0])
         for source, limit in zip(self._splits, (options.train_images, options.test_images), strict=True):
             parts.append(read(source, sample(len(source), limit, self._config.seed)))
         (train_x, train_y), (test_x, test_y) = parts
@@ -132,9 +139,10 @@ class FrozenEvaluation:
         return {**scores, **(collapse_scores(train_x) if with_collapse else {})}
 
     def scores(self, params: dict) -> dict[str, float]:
-        """Returns ``{"knn_top1": .., "probe_top1": .., "rankme": ..}`` of an encoder; {} if there are no labels.
+        """Returns ``{"knn_top1": .., "probe_top1": .., "rankme": ..}`` of an encoder.
 
-        The first two are shares in 0..1; for the others see :func:`collapse_scores`.
+        The first two are shares in 0..1, and absent if there are no labels; for the others see :func:`collapse_scores`
+        and :meth:`lidar`.
 
         Raises:
           DataError: too many images cannot be decoded, or none can.
@@ -145,18 +153,75 @@ class FrozenEvaluation:
         def read(source: data.Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return encode_split(encode, self._config, source, indices, self._mesh)
 
-        return self._score(read, with_collapse=True)
+        return {**self._score(read, with_collapse=True), **self.lidar(params)}
+
+    def lidar(self, params: dict) -> dict[str, float]:
+        """Returns ``lidar`` and its upper bound ``lidar_limit``, of augmented views of training images.
+
+        See :func:`crate_jax.evals.spectra.lidar`. {} if config.evaluation.lidar_images is 0, or fewer than two of them
+        can be decoded.
+
+        Raises:
+          DataError: too many images cannot be decoded.
+          NonFiniteError: a feature is NaN or infinite.
+        """
+        options = self._config.evaluation
+        if not options.lidar_images:
+            return {}
+        q, rows = options.lidar_views, images_per_process(self._config, self._mesh)
+        parts = np.array_split(self._chosen(options.lidar_images), distributed.processes())
+        views = augmented_views(self._config, self._train, parts[distributed.process()], q)
+        images = (view for views_q, _ in views for view in views_q)
+
+        def batches() -> Iterator[np.ndarray]:  # as many in every process
+            for _ in range(-(-len(parts[0]) * q // rows)):
+                batch = list(itertools.islice(images, rows))
+                yield np.stack(batch) if batch else np.zeros((0, *self._config.data.image_size, 3), np.uint8)
+
+        encode = functools.partial(self._features, params)
+        features = distributed.gather_rows(extract(encode, batches(), rows, sharding.split(self._mesh)))
+        count = len(features) // q
+        if count < 2:
+            return {}
+        found = spectra.lidar_of_views(features.reshape(count, q, -1))
+        for warning in found.warnings:
+            log.warning("lidar: %s (config.evaluation.lidar_images)", warning)
+        return {"lidar": found.value, "lidar_limit": float(min(count - 1, features.shape[1]))}
+
+    def _chosen(self, limit: int) -> np.ndarray:
+        return sample(len(self._train), limit, self._config.seed)
+
+    def watched_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float]:
+        """Returns :meth:`scores`, and says in the log if the rank of the features has fallen since the last call.
+
+        Args:
+          params: the encoder's parameters.
+          untrained: returns those of the untrained encoder, whose rank is measured if it matters.
+        """
+        scores = self.scores(params)
+        self._watch(scores, lambda: self.scores(untrained()))
+        return scores
+
+    def _watch(self, scores: dict[str, float], untrained: Callable[[], dict[str, float]]) -> None:
+        share = collapse.rank_share(scores)
+        if share is not None and self._rank.begins(share, lambda: collapse.rank_share(untrained()) or 0.0):
+            collapse.warn(
+                f"RankMe of its features is {scores['rankme']:.3g} of at most {scores['rankme_limit']:.0f}, it was "
+                f"{1 + self._rank.best * (scores['rankme_limit'] - 1):.3g} "
+                f"(config.evaluation.collapse_share={self._rank.bound:g})"
+            )
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float | None]:
         """Returns :meth:`scores` of the encoder, of the untrained encoder and of raw pixels.
 
-        Names of the latter two end in ``_untrained`` and ``_pixels``. If there are no labels, values are None.
+        Names of the latter two end in ``_untrained`` and ``_pixels``. If there are no labels, accuracies are None.
         """
-        if self._splits is None:
-            return dict.fromkeys(("knn_top1", "probe_top1", "probe_top1_untrained"))
+        unknown = dict.fromkeys(("knn_top1", "probe_top1", "probe_top1_untrained")) if self._splits is None else {}
         baselines = {"_untrained": self.scores(untrained()), "_pixels": self.pixel_scores()}
         named = {k + suffix: v for suffix, scores in baselines.items() for k, v in scores.items()}
-        return {**self.scores(params), **named}
+        scores = self.scores(params)
+        self._watch(scores, lambda: baselines["_untrained"])
+        return {**unknown, **scores, **named}
 
     def pixel_scores(self) -> dict[str, float]:
         """Returns the scores of k-NN and probe on raw pixels (:func:`pixel_rows`), a baseline for any encoder."""

@@ -391,6 +391,9 @@ def add_classes(
     return add_rows(within_DD, rows), add_rows(between_XX, with_ones(mean_cD, kept_c))
 
 
+_add_classes = jax.jit(add_classes, donate_argnums=(0, 1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Lidar:
     """LiDAR of one set of features.
@@ -457,3 +460,22 @@ def lidar(within_MDD: jax.Array, between_MXX: jax.Array, classes: int, views: in
             f"delta={delta:g} takes its place"
         )
     return [Lidar(float(v), classes, views, e, tuple(warnings)) for v, e in zip(values, eigenvalues_MD, strict=True)]
+
+
+def lidar_of_views(x_cqD: np.ndarray, delta: float = DELTA) -> Lidar:
+    """Returns LiDAR of features (c, q, D) of q views of each of c images, about CHUNK rows on the device at a time.
+
+    Raises:
+      ValueError, NonFiniteError: see :func:`lidar`.
+    """
+    c, q, D = x_cqD.shape
+    images = min(max(1, CHUNK // q), c)
+    within, between = empty_factor(D), empty_factor(1 + D)
+    with one_lapack_thread():
+        for start in range(0, c, images):
+            part = np.asarray(x_cqD[start : start + images], np.float32)
+            kept = jnp.arange(images) < len(part)  # zeros fill the last part up: one shape, one program
+            padded = np.pad(part, ((0, images - len(part)), (0, 0), (0, 0)))
+            within, between = _add_classes(within, between, jnp.asarray(padded), kept)
+        jax.block_until_ready((within, between))
+    return lidar(within[None], between[None], c, q, delta)[0]

@@ -99,6 +99,10 @@ def show(summary: Mapping[str, Any]) -> None:
         print(f"{'top-1 accuracy':<20}{'k-NN':>8}{'probe':>8}")
         for label, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
             print(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
+    for name, shown in (("rankme", "RankMe"), ("lidar", "LiDAR")):
+        if name in summary:
+            before = f"untrained {summary[name + '_untrained']:.1f}"
+            print(f"{shown:<20}{summary[name]:>8.1f} of {summary[name + '_limit']:.0f}, {before}")
     if summary["pictures"]:
         print(f"pictures: {summary['pictures']}")
     if summary["report"]:
@@ -124,11 +128,14 @@ def observers(
         batch = next(data.eval_batches(config, evaluation.shown, chosen, count))
         return {name: batch[name] for name in method.inputs}
 
+    look = evaluation.scores
+    if isinstance(evaluation, FrozenEvaluation):
+        look = functools.partial(evaluation.watched_scores, untrained=untrained)
     out = [
         Observer(
             "evaluation",
             config.evaluation.every,
-            evaluation.scores,
+            look,
             lambda judged: evaluation.final_scores(judged, untrained),
         )
     ]

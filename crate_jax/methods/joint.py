@@ -267,6 +267,7 @@ def assemble(
         judged=judged,
         averaged=(STATISTICS,) if STATISTICS in shapes else (),
         held=algorithm.held,
+        healthy={"z_std": config.joint.out**-0.5},
         mean_over_images=False,  # batch norm, negatives or statistics couple the images
     )
 

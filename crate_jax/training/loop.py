@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.errors import ConfigError, NonFiniteError
+from crate_jax.evals import collapse
 from crate_jax.methods.method import Batch, Method, Params, Scalars
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
@@ -168,6 +169,7 @@ class Loop:
     ) -> None:
         self.config, self.method, self.source, self.mesh, self.folder = config, method, source, mesh, folder
         self._interrupt = interrupt
+        self._falls = {name: collapse.Fall(collapse.SPREAD_SHARE) for name in method.healthy}
         self._recipe = make_recipe(config, method, len(source))
         self.total = self._recipe.total
         self._checkpoints = checkpoint.Checkpoints(folder, config.save.keep)
@@ -386,8 +388,14 @@ class Loop:
             "images_per_sec": self._speed.average(),
             nonfinite.SKIPPED: {"streak": self.nonfinite.streak, "total": self.nonfinite.total},
         }
+        self._watch_spread(means)
         progress.update(step, means, speed)
         self._writer.write(step, means | {"images_per_sec": speed, "undecodable": undecodable})
+
+    def _watch_spread(self, means: Mapping[str, float]) -> None:
+        for name, healthy in self.method.healthy.items():
+            if name in means and self._falls[name].begins(means[name] / healthy):
+                collapse.warn(f"{name} is {means[name]:.3g}, {healthy:.3g} would be an even spread")
 
     def _counts(self, step: int, scalars: Mapping[str, np.ndarray], indices: np.ndarray) -> bool:
         """Whether a step was finite; writes a file about a step that was not.

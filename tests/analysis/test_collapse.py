@@ -219,45 +219,44 @@ def clusters(between, within, classes: int = 60, views: int = 8, seed: int = 0) 
     return means[:, None] + flat.reshape(classes, views, width)
 
 
-def lidar_of(x_cqD: np.ndarray, delta: float = spectra.DELTA) -> spectra.Lidar:
-    c, q, D = x_cqD.shape
-    empty = spectra.empty_factor(D, 1), spectra.empty_factor(1 + D, 1)
-    state = spectra.add_classes(*empty, jnp.asarray(x_cqD, jnp.float32)[None])
-    return spectra.lidar(*state, classes=c, views=q, delta=delta)[0]
-
-
 def test_lidar_of_clusters_with_known_covariances():
     """The eigenvalues are between / (within + delta); its rank ignores what views change as much as images do."""
     between, within = [4.0, 1.0, 1.0, 0.0, 0.0], [1.0, 0.25, 1.0, 1.0, 0.01]
-    found = lidar_of(clusters(between, within), delta=1e-2)
+    found = spectra.lidar_of_views(clusters(between, within), delta=1e-2)
     expected = np.sort(np.array(between) / (np.array(within) + 1e-2))[::-1]
     np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-3, atol=1e-5)
     p = expected / expected.sum() + 1e-7
     assert found.value == pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-3)
     assert found.warnings == ()
-    assert lidar_of(clusters([1.0] * 6, [1.0] * 6)).value == pytest.approx(6, rel=1e-3)
-    assert lidar_of(clusters([1.0, 1.0, 0, 0, 0, 0], [1.0] * 6)).value == pytest.approx(2, rel=1e-3)
+    assert spectra.lidar_of_views(clusters([1.0] * 6, [1.0] * 6)).value == pytest.approx(6, rel=1e-3)
+    assert spectra.lidar_of_views(clusters([1.0, 1.0, 0, 0, 0, 0], [1.0] * 6)).value == pytest.approx(2, rel=1e-3)
 
 
 def test_lidar_follows_a_linear_map_of_the_features():
     """S_w^-1 S_b has the same eigenvalues in any basis, where the covariance's spectrum (RankMe) has not."""
     x = clusters([4.0, 2.0, 1.0, 0.5], [1.0, 0.5, 1.0, 2.0])
     turn = np.random.default_rng(3).normal(size=(4, 4))
-    assert lidar_of(x @ turn, 1e-9).value == pytest.approx(lidar_of(x, 1e-9).value, rel=1e-3)
+    assert spectra.lidar_of_views(x @ turn, 1e-9).value == pytest.approx(
+        spectra.lidar_of_views(x, 1e-9).value, rel=1e-3
+    )
 
 
-def test_lidar_equals_float64_on_rank_deficient_views():
+def test_lidar_equals_float64_on_rank_deficient_views(monkeypatch):
     x = np.random.default_rng(0).normal(size=(12, 3, 40)) + 2 * np.random.default_rng(1).normal(size=(12, 1, 40))
     mean = x.mean(1)
     within = np.einsum("cqd,cqe->de", x - mean[:, None], x - mean[:, None]) / (12 * 2) + 0.1 * np.eye(40)
     root = np.linalg.inv(np.linalg.cholesky(within))
     expected = np.linalg.eigvalsh(root @ np.cov(mean.T) @ root.T)[::-1]
-    found = lidar_of(x, delta=0.1)
+    found = spectra.lidar_of_views(x, delta=0.1)
     np.testing.assert_allclose(found.eigenvalues[:11], expected[:11], rtol=1e-3)
     assert "12 images for 40 features" in found.warnings[0] and "singular" in found.warnings[1]
+    monkeypatch.setattr(spectra, "CHUNK", 16)  # 5, 5 and 2 images at a time
+    np.testing.assert_allclose(
+        spectra.lidar_of_views(x, delta=0.1).eigenvalues, found.eigenvalues, rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(ValueError, match="at least 2"):
-        lidar_of(x[:, :1])
-    assert lidar_of(np.ones((5, 3, 2))).value == pytest.approx(1, abs=1e-3)
+        spectra.lidar_of_views(x[:, :1])
+    assert spectra.lidar_of_views(np.ones((5, 3, 2))).value == pytest.approx(1, abs=1e-3)
 
 
 def subject(devices: int = 8, corruption: str = "mask", encoder: str = "vit") -> Subject:
