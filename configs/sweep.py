@@ -8,8 +8,11 @@
 | mask_ratio | corruption.mask_ratio | 0.25, 0.5, 0.75, 0.9 | Table 5 of CRATE-MAE, arXiv 2404.02446 |
 | lam | encoder.lam | 0.1, 0.5, 5 | Table 6 of CRATE-MAE |
 | rop_ratio | corruption.rop_ratio | 1/14, 1/7, 1/4, 1/2 | chosen here, around ROPIM's 1/7, arXiv 2310.18737 |
-| penalty | penalty.weight | SO: 0, 1e-7, 1e-6, 1e-5 | the search of arXiv 2411.00392, and no penalty |
-| | | SRIP: 0, 1e-5, 1e-4, 1e-3 | the search of arXiv 2411.00392, and no penalty |
+| penalty | penalty | none, so:1e-6, srip:1e-4 | the middle of the search of arXiv 2411.00392 |
+| gamma | penalty | none, so:1e-7, so:1e-6, so:1e-5, srip:1e-5, srip:1e-4, srip:1e-3 | the whole search |
+
+With ``penalty=so`` or ``penalty=srip`` among the words, ``over=penalty`` varies penalty.weight over that search
+and 0, no penalty. Both also measure LiDAR.
 
 Expected, from the paper (probe on CIFAR-10 after ImageNet-1K, `base=crate_mae`): Table 5, with
 --config.encoder.lam=5: 69.78, 75.97, 75.99, 73.45; Table 6: 83.33, 80.87, 75.99. ROPIM ablates its ratio
@@ -18,13 +21,15 @@ cost, times values, times seeds.
 
 The config string has:
 
-* ``over``: a row of the table;
+* ``over``: a row of the table, by default mask_ratio;
 * ``base``: the config file whose run is varied, by default cifar10;
 * ``seeds``: number of runs per value;
-* the base's own words: ``over=lam,base=crate_mae,variant=S``, ``over=penalty,penalty=srip,debug``.
+* the base's own words: ``over=lam,base=crate_mae,variant=S``,
+  ``over=penalty,base=joint,method=byol,data=cifar100,seeds=3``.
 
-These flags vary any other key: --config.sweep.key=optimizer.lr --config.sweep.values=1e-4,1e-3. All other
-flags apply to every run. The same command continues a stopped sweep and skips the finished runs.
+These flags vary any other key: --config.sweep.key=optimizer.lr --config.sweep.values=1e-4,1e-3; these any
+penalties: --config.sweep.key=penalty --config.sweep.values=none,so:3e-6,srip:1e-3. All other flags apply to
+every run. The same command continues a stopped sweep and skips the finished runs.
 
 W holds table.md, sweep.png, sweep.svg, sweep.csv (one line per run), sweep.json, and one folder per run,
 such as ``encoder.lam=0.5,seed=0``.
@@ -32,20 +37,30 @@ such as ``encoder.lam=0.5,seed=0``.
 
 from ml_collections import ConfigDict
 
-from configs import cifar10, crate_mae, quickstart, rop_vitb, vit_mae
+from configs import cifar10, crate_mae, joint, joint_lightly, quickstart, rop_vitb, vit_mae
 from crate_jax.config import parse_arg
 from crate_jax.errors import ConfigError
 
-BASES = {"cifar10": cifar10, "quickstart": quickstart, "crate_mae": crate_mae, "rop_vitb": rop_vitb, "vit_mae": vit_mae}
+BASES = {
+    "cifar10": cifar10,
+    "quickstart": quickstart,
+    "crate_mae": crate_mae,
+    "rop_vitb": rop_vitb,
+    "vit_mae": vit_mae,
+    "joint": joint,
+    "joint_lightly": joint_lightly,
+}
 PENALTY_VALUES = {"so": (0.0, 1e-7, 1e-6, 1e-5), "srip": (0.0, 1e-5, 1e-4, 1e-3)}
 OVER = {  # over -> key, values
     "mask_ratio": ("corruption.mask_ratio", (0.25, 0.5, 0.75, 0.9)),
     "lam": ("encoder.lam", (0.1, 0.5, 5.0)),
     "rop_ratio": ("corruption.rop_ratio", (1 / 14, 1 / 7, 1 / 4, 1 / 2)),
-    "penalty": ("penalty.weight", PENALTY_VALUES["so"]),
+    "penalty": ("penalty", ("none", "so:1e-6", "srip:1e-4")),
+    "gamma": ("penalty", ("none", "so:1e-7", "so:1e-6", "so:1e-5", "srip:1e-5", "srip:1e-4", "srip:1e-3")),
 }
 # (over, base) -> what the base's config string gets if it does not set the same word.
-IMPLIED = {("rop_ratio", "cifar10"): "corruption=rop"} | {("penalty", base): "penalty=so" for base in BASES}
+IMPLIED = {("rop_ratio", "cifar10"): "corruption=rop"}
+LIDAR_IMAGES = 1000
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -62,7 +77,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     except ConfigError as e:
         raise ConfigError(f"{e} (in base={arg.base}; the sweep itself knows over, base, seeds)") from e
     c.job = "sweep"
-    c.sweep.key, values = OVER[arg.over]
-    c.sweep.values = PENALTY_VALUES.get(c.penalty.name, values) if arg.over == "penalty" else values
+    c.sweep.key, c.sweep.values = OVER[arg.over]
+    if arg.over == "penalty" and c.penalty.name in PENALTY_VALUES:
+        c.sweep.key, c.sweep.values = "penalty.weight", PENALTY_VALUES[c.penalty.name]
+    if arg.over in ("penalty", "gamma"):
+        c.evaluation.lidar_images = min(LIDAR_IMAGES, c.evaluation.train_images)
     c.sweep.seeds = arg.seeds
     return c

@@ -46,6 +46,7 @@ ARGUMENTS = {
         "over=rop_ratio",
         "over=rop_ratio,base=rop_vitb,encoder=crate",
         "over=penalty,base=vit_mae",
+        "over=gamma,base=joint,method=dino",
         "over=penalty,penalty=srip,seeds=2",
         "base=quickstart",
     ],

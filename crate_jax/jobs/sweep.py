@@ -19,9 +19,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax.config import KEYS, base, has_effect, is_read, validate
+from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.jobs import sweep_table, train
 from crate_jax.parallel import distributed, sharding
@@ -32,6 +33,7 @@ from crate_jax.workdir.folder import lock
 
 log = logging.getLogger(__name__)
 
+PENALTY = "penalty"  # sweeps penalty.name and penalty.weight together; a value is "none" or NAME:WEIGHT
 MAX_SEEDS = 10_000  # each seed is a run per value; a larger number is surely a typing error
 
 
@@ -63,11 +65,11 @@ def expand(config: ConfigDict) -> list[Setting]:
     if not 1 <= seeds <= MAX_SEEDS:
         raise ConfigError(f"config.sweep.seeds={seeds}: must lie in [1, {MAX_SEEDS}]")
     _check_key(config, key)
-    default = flatten(config)[key]
+    default = "none" if key == PENALTY else flatten(config)[key]
     given = config.sweep["values"]
     if any(isinstance(v, str) for v in given) and not isinstance(default, list):
         given = [part for v in given for part in (v.split(",") if isinstance(v, str) else [v])]
-    values = [_cast(key, v, default) for v in given]
+    values = [_penalty(v) if key == PENALTY else _cast(key, v, default) for v in given]
     labels = [sweep_table.label(v) for v in values]
     if not values:
         raise ConfigError(f"config.sweep.values is empty: give the values of config.{key}, separated by commas")
@@ -87,6 +89,8 @@ def expand(config: ConfigDict) -> list[Setting]:
 def _check_key(config: ConfigDict, key: str) -> None:
     flat = flatten(config)
     allowed = [k for k in flat if k not in ("job", "seed") and not k.startswith("sweep.")]
+    if key == PENALTY:
+        return
     if key == "seed":
         raise ConfigError("config.sweep.key='seed': seeds go into config.sweep.seeds")
     if key not in allowed:
@@ -126,11 +130,35 @@ def _cast(key: str, value: Any, default: Any) -> Any:
     raise ConfigError(f"config.sweep.values: {value!r} is not a valid {shown}, which config.{key} is (now {default!r})")
 
 
+def _penalty(value: Any) -> str:
+    """Checks a value of PENALTY and returns it with its weight, for which so and srip have a default.
+
+    >>> _penalty("so:0.0000010"), _penalty("srip"), _penalty("none")
+    ('so:1e-6', 'srip:1e-4', 'none')
+    """
+    name, _, weight = str(value).strip().partition(":")
+    try:
+        number = _cast(f"{PENALTY}.weight", weight, 0.0) if weight else PENALTY_WEIGHTS[name]
+        if (name == "none") == (number == 0) and name in PENALTY_WEIGHTS:
+            short = np.format_float_scientific(number, trim="-", exp_digits=1)
+            return name if name == "none" else f"{name}:{short}"
+    except (ConfigError, KeyError):
+        pass
+    raise ConfigError(
+        f"config.sweep.values: {value!r} is not a penalty; write none, NAME or NAME:WEIGHT with a weight above 0, "
+        f"where NAME is one of {', '.join(sorted(set(PENALTY_WEIGHTS) - {'none'}))}"
+    )
+
+
 def _run_config(config: ConfigDict, key: str, value: Any, seed: int) -> ConfigDict:
     """The config of one run. It does not mention the sweep, so it stays the same when the sweep gets more values."""
     child = config.copy_and_resolve_references()
     child.job, child.seed = "pretrain", seed
     child.sweep.key, child.sweep.values, child.sweep.seeds = "", (), 1
+    if key == PENALTY:
+        name, _, weight = value.partition(":")
+        child.penalty.name, child.penalty.weight = name, float(weight or 0)
+        return child
     *section, leaf = key.split(".")
     (child[section[0]] if section else child)[leaf] = value
     if key == "penalty.weight" and value == 0:

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from crate_jax.config import is_read
 from crate_jax.parallel import distributed
 from crate_jax.workdir import metrics
 
 Record = Mapping[str, Any]
 
 SCORES = {"probe_top1": "probe", "knn_top1": "k-NN"}
+RANKS = {"rankme": "RankMe", "lidar": "LiDAR"}
+RANKS_TEXT = "RankMe and LiDAR say how many dimensions the features use; more is not better by itself."
 BASELINES = {"_untrained": "untrained", "_pixels": "pixels"}
 LOG_SPAN = 20  # the axis is logarithmic if the largest value / the smallest value is above this
 
@@ -94,6 +97,8 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
     columns = {"loss": "loss"}
     for suffix, name in {"": "", **BASELINES}.items():
         columns |= {score + suffix: f"{name} {shown} %".strip() for score, shown in SCORES.items()}
+    for suffix, name in {"": "", "_untrained": "untrained"}.items():
+        columns |= {rank + suffix: f"{name} {shown}".strip() for rank, shown in RANKS.items()}
     columns = {c: shown for c, shown in columns.items() if any(mean_std(done, c) for _, done, _ in rows)}
     best = {c: max(_means(rows, c), default=None) for c in SCORES}
     cells = [[key, "seeds", *columns.values()]]
@@ -102,7 +107,7 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
         cells.append([label(value), seeds])
         for column in columns:
             entry = mean_std(done, column)
-            text = _entry(entry, len(done), column != "loss")
+            text = _entry(entry, len(done), column.startswith(tuple(SCORES)))
             is_best = len(rows) > 1 and entry is not None and entry[0] == best.get(column)
             cells[-1].append(f"**{text}**" if is_best else text)
     done_count = sum(r["status"] == "done" for r in records)
@@ -118,6 +123,7 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
         "neighbours (k-NN) on the trained encoder, on the same encoder untrained, and on raw pixels. "
         "± is the standard deviation over seeds. Bold: the best accuracy. The loss is that of the training "
         "objective, which the swept key may change: it does not rank the rows.",
+        *(["", RANKS_TEXT] if RANKS.keys() & columns.keys() else []),
         *(["", *failures] if failures else []),
     ]
     return "\n".join(lines) + "\n"
@@ -167,9 +173,10 @@ def _title(config: ConfigDict, rows: Sequence[tuple[Any, list[Record], int]]) ->
     kind, _, rest = config.data.source.partition(":")
     steps = next(r["steps"] for _, done, _ in rows for r in done)
     parts = {
+        "method": config.method,
         "encoder.name": f"{config.encoder.name} encoder",
-        "corruption.name": f"{config.corruption.name} corruption",
-        "penalty.name": f"{config.penalty.name} penalty" if config.penalty.name != "none" else "",
+        "corruption.name": f"{config.corruption.name} corruption" if is_read(config, "corruption.name") else "",
+        "penalty": f"{config.penalty.name} penalty" if config.penalty.name != "none" else "",
         "data.source": Path(rest).name if kind == "folder" else rest or kind,
         "steps": f"{steps} steps",
     }

@@ -268,10 +268,57 @@ def test_values_take_the_type_of_their_key():
     assert values("optimizer.schedule", "cosine", "constant") == ["cosine", "constant"]
     assert values("data.crop_scale", (0.2, 1.0), (0.5, 1.0)) == [(0.2, 1.0), (0.5, 1.0)]
     assert values("save.keep", "1,2") == [1, 2]
-    settings = sweep.expand(sweep_config.get_config("over=penalty,base=quickstart"))
-    assert [(s.config.penalty.name, s.config.penalty.weight) for s in settings] == [
+    assert penalties("over=penalty,penalty=so,base=quickstart") == [
         ("none", 0.0), ("so", 1e-7), ("so", 1e-6), ("so", 1e-5),
     ]  # fmt: skip
+
+
+def penalties(arg, **changes):
+    settings = sweep.expand(tiny(arg, **changes))
+    assert len({s.name for s in settings}) == len(settings)
+    return [(s.config.penalty.name, s.config.penalty.weight) for s in settings]
+
+
+def test_penalties_and_their_weights_are_swept_together():
+    assert penalties("over=penalty,base=quickstart") == [("none", 0.0), ("so", 1e-6), ("srip", 1e-4)]
+    whole = [("none", 0.0), *(("so", g) for g in (1e-7, 1e-6, 1e-5)), *(("srip", g) for g in (1e-5, 1e-4, 1e-3))]
+    assert penalties("over=gamma,base=quickstart") == whole
+    own = dict(sweep__key="penalty", sweep__values=("none,so, so:3e-6,srip:1.23456e-3",))
+    assert penalties("base=quickstart", **own) == [("none", 0), ("so", 1e-6), ("so", 3e-6), ("srip", 1.23456e-3)]
+    settings = sweep.expand(tiny("over=penalty,base=quickstart,seeds=2"))
+    assert [s.name for s in settings][1:3] == ["penalty=none,seed=1", "penalty=so_1e-6,seed=0"]
+
+
+@pytest.mark.parametrize("value", ["l2:1e-3", "so:0", "none:1e-6", "so:much", "so:", ":1e-6", ""])
+def test_a_value_that_is_no_penalty_is_named(value):
+    if value == "so:":
+        assert penalties("base=quickstart", sweep__key="penalty", sweep__values=(value,)) == [("so", 1e-6)]
+        return
+    with pytest.raises(ConfigError, match=f"sweep.values: '{value}' is not a penalty.*NAME is one of so, srip"):
+        penalties("base=quickstart", sweep__key="penalty", sweep__values=(value,))
+
+
+def test_a_sweep_of_penalties_has_a_table_of_accuracies_and_ranks(tmp_path):
+    c = tiny("over=penalty,base=quickstart,debug", steps=2, sweep__values=("none,so:2e-6",))
+    header, none, so = table_rows(sweep.run(c, str(tmp_path))["table"])
+    assert [row[0] for row in (header, none, so)] == ["penalty", "none", "so:2e-6"]
+    assert {"k-NN %", "probe %", "RankMe", "LiDAR", "untrained RankMe", "untrained LiDAR"} <= set(header)
+    for row, name in ((none, "penalty=none,seed=0"), (so, "penalty=so_2e-6,seed=0")):
+        written = summaries(tmp_path)[name]
+        assert row[header.index("LiDAR")] == sweep_table.label(written["lidar"]) and written["lidar"] > 1
+    assert json.loads((tmp_path / "penalty=so_2e-6,seed=0" / "config.json").read_text())["penalty"]["name"] == "so"
+
+
+def test_penalties_are_swept_for_a_joint_method():
+    assert penalties("over=penalty,base=joint,method=byol,debug") == [("none", 0.0), ("so", 1e-6), ("srip", 1e-4)]
+
+
+@pytest.mark.slow
+def test_penalties_of_a_joint_method_are_run(tmp_path):
+    c = sweep_config.get_config("over=penalty,base=joint,method=simclr,debug")
+    c.steps, c.data.source, c.data.image_size, c.log.report, c.log.tensorboard = 2, "digits", (8, 8), False, False
+    header, *rows = table_rows(sweep.run(c, str(tmp_path))["table"])
+    assert [row[0] for row in rows] == ["none", "so:1e-6", "srip:1e-4"] and "LiDAR" in header
 
 
 def test_the_config_string_goes_to_the_base():
@@ -284,7 +331,7 @@ def test_the_config_string_goes_to_the_base():
         ConfigError, match="unknown key 'variant'.*in base=cifar10; the sweep itself knows over, base, seeds"
     ):
         sweep_config.get_config("variant=S")
-    with pytest.raises(ConfigError, match="over=colour is not one of mask_ratio, lam, rop_ratio, penalty"):
+    with pytest.raises(ConfigError, match="over=colour is not one of mask_ratio, lam, rop_ratio, penalty, gamma"):
         sweep_config.get_config("over=colour")
 
 
