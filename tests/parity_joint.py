@@ -416,7 +416,8 @@ def replay(
 ) -> tuple[Errors, Errors]:
     """The errors of one run of a file: the main run (""), or the one whose tau rises ("cos/")."""
     state = joined(*method.init(jax.random.key(0), lambda drawn: drawn))
-    known = entries(algorithm, state) | special.entries(state)
+    networks = entries(algorithm, state)
+    known = networks | special.entries(state)
     ignored = ("num_batches_tracked", *special.ignored)
     state = special.start(state, file)
     flat = traverse_util.flatten_dict(state)
@@ -424,6 +425,9 @@ def replay(
         require(theirs, known)
         before = flat[known[theirs].path]
         flat[known[theirs].path] = jnp.asarray(known[theirs].load(value), before.dtype).reshape(before.shape)
+    missing = [name for name in networks if f"init/{name}" not in file and not name.startswith(ignored)]
+    if missing:
+        raise SystemExit(f"the file begins without {missing}, which ours has")
     params, carried = parted(traverse_util.unflatten_dict(flat))
     tx, _ = optimizer.build(
         c, params, meta["steps"], meta["steps_per_epoch"], **({"held": method.held} if method.held else {})
@@ -460,7 +464,7 @@ def replay(
         for key, (ours_name, factor) in LOGGED.items():
             if not run and ours_name in scalars and f"{t}/log/{key}" in file:
                 outputs[f"{t}/log/{key}"] = abs(float(scalars[ours_name]) * factor - float(file[f"{t}/log/{key}"]))
-    if not run:
+    if not run and "eval/features" in file:
         view = jnp.asarray(file[f"in/{meta['steps'] - 1}/view0"]).transpose(0, 2, 3, 1)
         features = Tiny().apply({"params": method.judged(params, carried)["encoder"]}, view, False)
         outputs["eval/features"] = float(np.max(np.abs(np.asarray(features) - file["eval/features"])))

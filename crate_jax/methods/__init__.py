@@ -58,7 +58,7 @@ METHODS: dict[str, Row] = {
     "reconstruction": Row(reconstruction.build, ("encoder", "corruption", "decoder", "loss"), reconstruction.SECTIONS),
     "byol": Row(joint.method(byol.algorithm), JOINT, (joint.JOINT, online.ONLINE)),
     "simclr": Row(joint.method(simclr.algorithm), JOINT),
-    "simsiam": Row(joint.method(simsiam.algorithm), (*JOINT, "simsiam"), (simsiam.SIMSIAM,)),
+    "simsiam": Row(joint.method(simsiam.algorithm), JOINT),
     "supcon": Row(joint.method(supcon.algorithm), (*JOINT, "supcon"), (supcon.SUPCON,)),
     "mocov2plus": Row(joint.method(mocov2plus.algorithm), (*JOINT, "mocov2plus"), (mocov2plus.MOCOV2PLUS,)),
     "mocov3": Row(joint.method(mocov3.algorithm), (*JOINT, "mocov3"), (mocov3.MOCOV3,)),

@@ -3,8 +3,8 @@
     L = -(cos(p_0, n_1) + cos(p_1, n_0)) / 2
 
 with p = predictor(z), z = projector(features) and n_v the row of the queue nearest to u(z_v). Then u(z_0) of the batch
-enters the queue, so that neighbours never come from the batch itself. As in SimSiam the bias of the projector's last
-linear layer keeps its first value, and the predictor's rate is constant (config.optimizer.constant_lr).
+enters the queue, so that neighbours never come from the batch itself. Heads and rates are SimSiam's: the bias of the
+projector's last linear layer keeps its first value, and the predictor's rate is constant (config.optimizer.constant_lr).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     """
     o, dtype = config.joint, config.dtype
     heads = {
-        "projector": (MLP((o.hidden, o.hidden, o.out), last="affine", dtype=dtype), width),
-        "predictor": (MLP((o.predictor_hidden, o.out), dtype=dtype), o.out),
+        "projector": (MLP((o.hidden, o.hidden, o.out), last="plain", hidden_bias=False, dtype=dtype), width),
+        "predictor": (MLP((o.predictor_hidden, o.out), hidden_bias=False, dtype=dtype), o.out),
     }
     state = neighbours.start(joint.require_queue(config), o.out)
     return Algorithm(heads, loss, state=state, held=((r"projector/layer2/bias", math.inf),))

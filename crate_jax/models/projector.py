@@ -59,6 +59,7 @@ class MLP(nn.Module):
       norm: whether there is batch norm after each layer but the last.
       last: batch norm after the last layer: "none", "affine", or "plain" (without scale and bias).
       bias: whether the linear layers have biases.
+      hidden_bias: whether those before the last have them too.
       activation: what follows each layer but the last.
       dtype: type of the activations.
       kernel_init: as in :class:`Linear`.
@@ -68,6 +69,7 @@ class MLP(nn.Module):
     norm: bool = True
     last: str = "none"
     bias: bool = True
+    hidden_bias: bool = True
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer | None = None
@@ -77,7 +79,8 @@ class MLP(nn.Module):
         """(B, D) -> (B, P), float32; `train`: batch norm uses the statistics of the batch."""
         for i, width in enumerate(self.widths):
             hidden = i < len(self.widths) - 1
-            x_BD = Linear(width, self.bias, self.dtype, self.kernel_init, name=f"layer{i}")(x_BD)
+            bias = self.bias and (self.hidden_bias or not hidden)
+            x_BD = Linear(width, bias, self.dtype, self.kernel_init, name=f"layer{i}")(x_BD)
             if self.norm if hidden else self.last != "none":
                 x_BD = BatchNorm(hidden or self.last == "affine", self.dtype, name=f"norm{i}")(x_BD, train)
             if hidden:
