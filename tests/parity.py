@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from crate_jax.models.patches import grid_shape, patchify, unpatchify
 from crate_jax.parallel import parameters
 from crate_jax.parallel.parameters import names
 from crate_jax.training import optimizer, orthogonality
-from tests.parity_joint import joint_steps
+from tests.parity_joint import joint_steps, load
 from tests.parity_resnet import resnet
 
 OUTPUT_LIMIT, GRADIENT_LIMIT = 5e-5, 5e-4
@@ -326,8 +327,7 @@ def recognise(file: File) -> Callable[[File], tuple[Errors, Errors]]:
 
 def check(path: str) -> tuple[float, float]:
     """Prints one line for a file; returns (largest output error, largest gradient error)."""
-    with np.load(path) as archive:
-        file = {k: archive[k] for k in archive.files}
+    file = load(Path(path))
     compare = recognise(file)
     with jax.default_matmul_precision("highest"):
         outputs, gradients = compare(file)

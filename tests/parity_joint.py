@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -359,6 +360,16 @@ LOGGED = {
 }
 
 
+def load(path: Path) -> File:
+    """The arrays of a file, and those of ``inputs``, a file beside it, if it names one: ``in/...`` of both."""
+    with np.load(path) as archive:
+        file = {name: archive[name] for name in archive.files}
+    if "inputs" not in file:
+        return file
+    others = load(path.with_name(str(file["inputs"])))
+    return {name: x for name, x in others.items() if name.startswith("in/")} | file
+
+
 def config_of(meta: dict, name: str, special: Special) -> ConfigDict:
     """The config of a file's run."""
     c, kw = configs.base(), meta["method_kwargs"]
@@ -429,9 +440,7 @@ def replay(
     if missing:
         raise SystemExit(f"the file begins without {missing}, which ours has")
     params, carried = parted(traverse_util.unflatten_dict(flat))
-    tx, _ = optimizer.build(
-        c, params, meta["steps"], meta["steps_per_epoch"], **({"held": method.held} if method.held else {})
-    )
+    tx, _ = optimizer.build(c, params, meta["steps"], meta["steps_per_epoch"], held=method.held)
     opt_state = tx.init(params)
     total, per_epoch = meta["tau"][2], meta["steps_per_epoch"]
     after = jax.jit(lambda params, carried, done: method.after(params, carried, Progress(done, total, per_epoch)))
