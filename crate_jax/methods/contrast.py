@@ -1,5 +1,6 @@
-"""Losses that compare each projection with those of other images; log-sum-exp in float32, so that small temperatures
-neither overflow nor give NaN.
+"""Losses that tell an image's projection from those of other images.
+
+Sums of exponentials are taken as log-sum-exp in float32: a temperature of 0.01 neither overflows nor gives NaN.
 
 Shapes: B batch, N rows of all views, P width of the projections.
 """

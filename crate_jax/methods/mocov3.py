@@ -20,6 +20,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.methods import contrast, joint
 from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
+from crate_jax.models import ENCODERS
 from crate_jax.models.projector import MLP
 from crate_jax.validation import Key, Section, anything, one_of
 
@@ -55,7 +56,7 @@ def heads(config: ConfigDict, width: int) -> dict[str, tuple[MLP, int]]:
 
 
 def _is_resnet(config: ConfigDict) -> bool:
-    return "resnet" in config.encoder.name
+    return not ENCODERS[config.encoder.name].patches
 
 
 def _check(c: ConfigDict) -> None:

@@ -4,7 +4,7 @@
 
 with p = predictor(z), z = projector(features) and n_v the row of the queue nearest to u(z_v). Then u(z_0) of the batch
 enters the queue, so that neighbours never come from the batch itself. Heads and rates are SimSiam's: the bias of the
-projector's last linear layer keeps its first value, and the predictor's rate is constant (config.optimizer.constant_lr).
+projector's last linear layer keeps its first value, the predictor's rate is constant (config.optimizer.constant_lr).
 """
 
 from __future__ import annotations

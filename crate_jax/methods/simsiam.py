@@ -1,4 +1,4 @@
-"""SimSiam (Chen and He, arXiv 2011.10566), eq. 4: each view predicts the other's projection; no slow copy, no negatives.
+"""SimSiam (Chen and He, arXiv 2011.10566), eq. 4: each view predicts the other's projection, without a slow copy.
 
     L = -(cos(p_0, sg z_1) + cos(p_1, sg z_0)) / 2 with z = projector(features), p = predictor(z), sg: stop gradient.
 

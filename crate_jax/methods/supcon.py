@@ -2,9 +2,9 @@
 
     L = - mean over rows i of log(sum_{p in P(i)} exp(cos_ip / T) / sum_{a != i} exp(cos_ia / T))
 
-is solo-learn's: L_in of the paper (eq. 3) less log |P(i)|, so with its gradient. config.supcon.positives="mean" is L_out
-(eq. 2), which the paper recommends: the mean over P(i) stands outside the logarithm. Both are means over rows, where
-the paper has sums. An image without a label is a class by itself.
+is solo-learn's: L_in of the paper (eq. 3) less log |P(i)|, with the same gradient. config.supcon.positives="mean" is
+L_out (eq. 2), which the paper recommends: the mean over P(i) stands outside the logarithm. Both are means over rows,
+where the paper has sums. An image without a label is a class by itself.
 """
 
 from __future__ import annotations
