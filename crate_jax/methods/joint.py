@@ -160,6 +160,7 @@ def method(
         encoder = config_encoder(config)
         return assemble(config, algorithm(config, encoder.width, source), encoder, data.views_of(config), source)
 
+    build.__module__ = algorithm.__module__  # the row's function counts as the method's own
     return build
 
 

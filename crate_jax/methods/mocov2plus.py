@@ -48,7 +48,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         terms = [term(queries[a], keys[b], queue[i], o.temperature) for i, (a, b) in enumerate(pairs)]
         new = [joint.push(queue[i], place, keys[b]) for i, (_, b) in enumerate(pairs)]
         own = {"queue": jnp.stack([rows for rows, _ in new]), "queue_place": new[0][1]}
-        return sum(terms) / len(terms), own, {"z_std": joint.spread(projected)}
+        return jnp.mean(jnp.stack(terms)), own, {"z_std": joint.spread(projected)}
 
     heads = {"projector": (MLP((o.hidden, o.out), norm=False, dtype=config.dtype), width)}
     return Algorithm(heads, loss, target=("encoder", "projector"), state=state)

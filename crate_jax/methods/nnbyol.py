@@ -37,7 +37,7 @@ def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
     """A sum of two batch means, in 0..8."""
     projected = step.student("projector", step.features)
     p_0, p_1 = step.student("predictor", projected)
-    z_0, z_1 = (joint.unit(z) for z in step.target("projector", step.target_features))
+    z_0, z_1 = map(joint.unit, step.target("projector", step.target_features))
     row_0, row_1 = (neighbours.nearest(step.own, z) for z in (z_0, z_1))
     n_0, n_1 = step.own["queue"][row_0], step.own["queue"][row_1]
     value = (2 - 2 * joint.cosine(p_0, n_1)).mean() + (2 - 2 * joint.cosine(p_1, n_0)).mean()

@@ -37,7 +37,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
         projected = step.student("projector", step.features)
         p_0, p_1 = step.student("predictor", projected)
-        z_0, z_1 = (jax.lax.stop_gradient(joint.unit(z)) for z in projected)
+        z_0, z_1 = map(joint.unit, projected)
         row_0, row_1 = (neighbours.nearest(step.own, z) for z in (z_0, z_1))
         queue_QP = step.own["queue"]
         value = (term(queue_QP[row_0], p_1) + term(queue_QP[row_1], p_0)) / 2

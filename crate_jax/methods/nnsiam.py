@@ -40,7 +40,7 @@ def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
     """A mean over views and images, in -1..1."""
     projected = step.student("projector", step.features)
     p_0, p_1 = step.student("predictor", projected)
-    z_0, z_1 = (jax.lax.stop_gradient(joint.unit(z)) for z in projected)
+    z_0, z_1 = map(joint.unit, projected)
     row_0, row_1 = (neighbours.nearest(step.own, z) for z in (z_0, z_1))
     n_0, n_1 = step.own["queue"][row_0], step.own["queue"][row_1]
     value = -(joint.cosine(p_0, n_1).mean() + joint.cosine(p_1, n_0).mean()) / 2
