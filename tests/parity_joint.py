@@ -235,8 +235,7 @@ def iter_norm_entries(state: Any) -> dict[str, Entry]:
 
 
 def transformer_entries(state: Any) -> dict[str, Entry]:
-    places = {"queue": "queue", "queue_y": "queue_label", "queue_ptr": "queue_place"}
-    out = {theirs: Entry((ours,)) for theirs, ours in places.items()}
+    out = queue_entries()(state)
     parts = {
         "self_attn.out_proj.": "out{}",
         "linear1.": "hidden{}",

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.errors import ConfigError
-from crate_jax.methods import joint
+from crate_jax.methods import contrast, joint, neighbours
 from crate_jax.methods.joint import LARGE, Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.post_norm import PostNorm
@@ -46,12 +46,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     Raises:
       ConfigError: the queue is not a multiple of the batch size.
     """
-    o, options, rows = config.joint, config.all4one, joint.require_queue(config)
+    o, options, queue = config.joint, config.all4one, joint.require_queue(config)
     place_NP = jnp.asarray(positions(NEIGHBOURS, o.out), jnp.float32)
-
-    def state(key: jax.Array) -> Own:
-        queue_QP = joint.unit(jax.random.normal(key, (rows, o.out)))
-        return {"queue": queue_QP, "queue_label": jnp.full(rows, -1), "queue_place": jnp.int32(0)}
 
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
         step.student("predictor", step.student("projector", step.features))  # moves the statistics, see above
@@ -59,33 +55,25 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         predicted = step.student("predictor", projected)
         odd = step.student("predictor2", projected)
         slow = list(map(joint.unit, step.target("projector", step.target_features)))
-        nearest = [jax.lax.top_k(z_BP @ step.own["queue"].T, NEIGHBOURS)[1] for z_BP in slow]
-        neighbours = [step.own["queue"][i_BN] for i_BN in nearest]
-        first = [n_BNP[:, 0] for n_BNP in neighbours]
+        rows = [jax.lax.top_k(z_BP @ step.own["queue"].T, NEIGHBOURS)[1] for z_BP in slow]
+        near = [step.own["queue"][row_BN] for row_BN in rows]
         keys = [jax.vmap(jax.random.fold_in, (0, None))(step.keys, i) for i in range(2 * LARGE)]
-        mixed = step.student("transformer", [n_BNP + place_NP for n_BNP in neighbours], keys[:LARGE])
-        odd = [jnp.concatenate([o[:, None], n[:, :-1]], 1) + place_NP for o, n in zip(odd, neighbours, strict=True)]
+        mixed = step.student("transformer", [n_BNP + place_NP for n_BNP in near], keys[:LARGE])
+        odd = [jnp.concatenate([o[:, None], n[:, :-1]], 1) + place_NP for o, n in zip(odd, near, strict=True)]
         seen = step.student("transformer", odd, keys[LARGE:])
 
-        attention = contrast(mixed, seen, options.attention_temperature)
-        contrasted = contrast(first, predicted, o.temperature)
+        attention = crossed(mixed, seen, options.attention_temperature)
+        neighbour = crossed([n_BNP[:, 0] for n_BNP in near], predicted, o.temperature)
         feature = redundancy(slow, projected)
-        queue, place = joint.push(step.own["queue"], step.own["queue_place"], slow[0])
-        labels, _ = joint.push(step.own["queue_label"], step.own["queue_place"], step.label)
-        own = {"queue": queue, "queue_label": labels, "queue_place": place}
-        known_B = step.label >= 0
-        agree = [known_B & (step.own["queue_label"][i_BN[:, 0]] == step.label) for i_BN in nearest]
-        return (
-            (attention + contrasted + options.feature * feature) / 2,
-            own,
-            {
-                "attention": attention,
-                "neighbours": contrasted,
-                "feature": feature,
-                "nn_acc": jnp.sum(jnp.stack(agree)) / jnp.maximum(LARGE * jnp.sum(known_B), 1),
-                "z_std": joint.spread(projected),
-            },
-        )
+        scalars = {
+            "attention": attention,
+            "neighbour": neighbour,
+            "feature": feature,
+            "nn_acc": neighbours.same_class(step.own, rows[0][:, 0], step.label),
+            "z_std": joint.spread(projected),
+        }
+        value = (attention + neighbour + options.feature * feature) / 2
+        return value, neighbours.pushed(step.own, slow[0], step.label), scalars
 
     heads = {
         "projector": (MLP((o.hidden, o.hidden, o.out), last="affine", dtype=config.dtype), width),
@@ -96,7 +84,9 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
             (NEIGHBOURS, o.out),
         ),
     }
-    return Algorithm(heads, loss, target=("encoder", "projector"), state=state, keyed=("transformer",))
+    return Algorithm(
+        heads, loss, target=("encoder", "projector"), state=neighbours.start(queue, o.out), keyed=("transformer",)
+    )
 
 
 def positions(tokens: int, width: int) -> np.ndarray:
@@ -110,14 +100,9 @@ def positions(tokens: int, width: int) -> np.ndarray:
     return np.where(np.arange(tokens)[:, None] % 2, np.cos(angle), np.sin(angle))
 
 
-def contrast(a: Sequence[jax.Array], b: Sequence[jax.Array], temperature: float) -> jax.Array:
+def crossed(a: Sequence[jax.Array], b: Sequence[jax.Array], temperature: float) -> jax.Array:
     """(nce(a_0, b_1) + nce(a_1, b_0)) / 2 of vectors (B, P) of two views."""
-    same_B = jnp.arange(a[0].shape[0])
-    terms = [
-        joint.cross_entropy(joint.unit(x) @ joint.unit(y).T / temperature, same_B)
-        for x, y in zip(a, b[::-1], strict=True)
-    ]
-    return sum(terms) / len(terms)
+    return (contrast.info_nce(a[0], b[1], temperature) + contrast.info_nce(a[1], b[0], temperature)) / 2
 
 
 def redundancy(slow: Sequence[jax.Array], projected: Sequence[jax.Array]) -> jax.Array:

@@ -18,6 +18,8 @@ Shapes: B batch, P width of the projections, N training images, K clusters of a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -65,7 +67,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
             terms.append(cross_entropy(jnp.concatenate(scores), jnp.tile(cluster_B, len(scores))))
         row_B = jnp.where(latest(step.index, step.keys), step.index, images)
         memory = step.own["memory"].at[:, row_B].set(jnp.stack(units), mode="drop")
-        return sum(terms) / len(terms), {**step.own, "memory": memory}, {"z_std": joint.spread(projected)}
+        return jnp.mean(jnp.stack(terms)), {**step.own, "memory": memory}, {"z_std": joint.spread(projected)}
 
     def after(params: Params, own: Own, progress: Progress) -> tuple[Params, Own]:
         return params, jax.lax.cond(progress.epoch_ended(), lambda own: clustered(own, options.rounds), dict, own)
@@ -139,7 +141,7 @@ def k_means(
         return jnp.where(filled_n, jnp.argmax(rows_nP @ centres_KP.T, axis=1).astype(jnp.int32), NONE)
 
     def move(_: int, centres_KP: jax.Array) -> jax.Array:
-        def add(sums_KP: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def add(sums_KP: jax.Array, part: Any) -> tuple[jax.Array, Any]:
             rows_nP, filled_n = part
             # A product and no scatter, whose order of sums is not fixed on a GPU. A row without cluster is all 0.
             one_nK = jax.nn.one_hot(piece(centres_KP, rows_nP, filled_n), K)

@@ -57,7 +57,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         mean_K = jnp.mean(jnp.stack([jnp.mean(t, 0) for t in teachers]), 0)
         own = {**step.own, "centre": options.centre * centre_K + (1 - options.centre) * mean_K}
         entropy = jnp.mean(jnp.stack([jnp.mean(jnp.sum(jax.scipy.special.entr(q), -1)) for q in targets]))
-        return sum(terms) / len(terms), own, {"teacher_entropy": entropy, "z_std": joint.spread(projected)}
+        return jnp.mean(jnp.stack(terms)), own, {"teacher_entropy": entropy, "z_std": joint.spread(projected)}
 
     def after(params: Params, own: Own, progress: Progress) -> tuple[Params, Own]:
         return params, {**own, "temperature": teacher_temperature(options, progress.epochs(progress.done + 1))}

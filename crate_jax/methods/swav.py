@@ -54,7 +54,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         if options.queue:
             kept = options.queue - step.index.shape[0]
             own["queue"] = jnp.concatenate([jnp.stack(units[:LARGE]), own["queue"][:, :kept]], 1)
-        return sum(terms) / len(terms), own, {"z_std": joint.spread(projected)}
+        return jnp.mean(jnp.stack(terms)), own, {"z_std": joint.spread(projected)}
 
     def assign(scores_BK: jax.Array, view: int, step: Step) -> jax.Array:
         scores_BK = jax.lax.stop_gradient(scores_BK)

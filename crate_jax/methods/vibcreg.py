@@ -42,8 +42,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         if options.whitening:
             projected = step.student("whitening", projected)
         similarity = jnp.mean(jnp.square(projected[0] - projected[1]))
-        variance = sum(map(joint.variance_hinge, projected))
-        covariance = sum(map(correlation, projected))
+        variance = joint.variance_hinge(projected[0]) + joint.variance_hinge(projected[1])
+        covariance = correlation(projected[0]) + correlation(projected[1])
         value = options.similarity * similarity + options.variance * variance + options.covariance * covariance
         terms = {"similarity": similarity, "variance": variance, "covariance": covariance}
         return value, {}, {**terms, "z_std": joint.spread(projected)}

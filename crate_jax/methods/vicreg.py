@@ -31,8 +31,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
         projected = step.student("projector", step.features)
         similarity = jnp.mean(jnp.square(projected[0] - projected[1]))
-        variance = share * sum(map(joint.variance_hinge, projected))
-        covariance = sum(map(off_diagonal, projected))
+        variance = share * (joint.variance_hinge(projected[0]) + joint.variance_hinge(projected[1]))
+        covariance = off_diagonal(projected[0]) + off_diagonal(projected[1])
         value = options.similarity * similarity + options.variance * variance + options.covariance * covariance
         terms = {"similarity": similarity, "variance": variance, "covariance": covariance}
         return value, {}, {**terms, "z_std": joint.spread(projected)}

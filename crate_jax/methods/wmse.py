@@ -40,7 +40,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
             z_SnP, y_SnP = (whitened(x[order_B].reshape(-1, options.slice, o.out), options.eps) for x in (z_BP, y_BP))
             y_SnP = jax.lax.stop_gradient(y_SnP) if first_only else y_SnP
             terms.append(jnp.mean(2 - 2 * joint.cosine(z_SnP, y_SnP)))
-        return sum(terms) / len(terms), {}, {"z_std": joint.spread(projected)}
+        return jnp.mean(jnp.stack(terms)), {}, {"z_std": joint.spread(projected)}
 
     return Algorithm({"projector": (MLP((o.hidden, o.out), dtype=config.dtype), width)}, loss)
 
