@@ -298,10 +298,12 @@ def cluster_turn(file: File, step: int, params: Any, carried: Any) -> tuple[Any,
 
 def cluster_errors(file: File, step: int, params: Any, carried: Any) -> Errors:
     """The rows of memory that a step writes, and what a clustering returns: the file has it at the next step."""
+    out = {}
     index, per_epoch = file[f"in/{step}/indexes"], json.loads(str(file["meta"]))["steps_per_epoch"]
     place = (step % per_epoch) * len(index) + np.arange(len(index))
-    rows = file[f"{step}/state/local_memory_embeddings"][:, place]
-    out = {f"{step}/memory": float(np.max(np.abs(np.asarray(carried["memory"])[:, index] - rows)))}
+    if f"{step}/state/local_memory_embeddings" in file:
+        rows = file[f"{step}/state/local_memory_embeddings"][:, place]
+        out[f"{step}/memory"] = float(np.max(np.abs(np.asarray(carried["memory"])[:, index] - rows)))
     if f"{step + 1}/assignments" in file:
         wrong = np.asarray(carried["assignments"]) != file[f"{step + 1}/assignments"]
         out[f"{step + 1}/assignments"] = float(np.sum(wrong))
@@ -311,6 +313,7 @@ def cluster_errors(file: File, step: int, params: Any, carried: Any) -> Errors:
     return out
 
 
+DINO_HEADS = ("projector.", "momentum_projector.")  # the file has them under head.
 WEIGHT_G = ("head.last_layer.weight_g", "momentum_head.last_layer.weight_g", "prototypes.weight_g")
 SPECIAL |= {
     "barlow_twins": Special(own_keys("barlow_twins", {"lamb": "lamb", "scale": "scale_loss"})),
@@ -329,8 +332,8 @@ SPECIAL |= {
         ),
         iter_norm_entries,
     ),
-    "dino": Special(dino_keys, dino_entries, ignored=WEIGHT_G),
-    "dino_options": Special(dino_keys, dino_entries),
+    "dino": Special(dino_keys, dino_entries, ignored=(*WEIGHT_G, *DINO_HEADS)),
+    "dino_options": Special(dino_keys, dino_entries, ignored=DINO_HEADS),
     "swav": Special(
         swav_keys,
         lambda state: {
