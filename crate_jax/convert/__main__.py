@@ -12,9 +12,9 @@ from crate_jax.config import base, parts
 from crate_jax.convert import files, pretrained, weights
 from crate_jax.convert.describe import Hints
 from crate_jax.convert.export import FORMATS, export
-from crate_jax.convert.families import FAMILIES, detect
-from crate_jax.convert.rules import Match, canonical_name, match
-from crate_jax.errors import ConfigError, UserError
+from crate_jax.convert.families import FAMILIES
+from crate_jax.convert.rules import Match
+from crate_jax.errors import ConfigError, UserError, some
 from crate_jax.parallel.parameters import count
 from crate_jax.validation import changed_keys
 
@@ -33,11 +33,8 @@ def inspect(args: argparse.Namespace) -> None:
     where = "".join(f", under '{key}'" for key in about["nested"])
     print(f"{args.path}: {about['format']}{where}, {len(state)} tensors")
     if weights.METADATA_KEY not in about["metadata"]:
-        name = args.family or detect(state)
-        if name not in FAMILIES:
-            raise ConfigError(f"unknown model family '{name}'; valid: {', '.join(FAMILIES)}")
-        _show_match(match(FAMILIES[name], [canonical_name(FAMILIES[name], n) for n in state]))
-    loaded = weights.load(args.path, args.family, _hints(args))
+        _show_match(weights.choose(state, about, args.family, args.prefix)[1])
+    loaded = weights.load(args.path, args.family, _hints(args), args.prefix)
     _show(f"family {loaded.family}", loaded.config, loaded.params)
 
 
@@ -56,8 +53,8 @@ def _show_match(found: Match) -> None:
         print(f"  missing: {name}")
     for name in found.unknown:
         print(f"  not known: {name}")
-    for name, why in sorted(found.ignored.items()):
-        print(f"  not needed: {name} ({why})")
+    for why in sorted(set(found.ignored.values())):
+        print(f"  not needed: {some(sorted(n for n, w in found.ignored.items() if w == why), ', ')} ({why})")
     for part in found.absent:
         print(f"  without: {part}")
 
@@ -68,7 +65,7 @@ def import_(args: argparse.Namespace) -> None:
     Raises:
       UserError: the file cannot be read or written, or its weights do not fit a model.
     """
-    loaded = weights.load(args.path, args.family, _hints(args))
+    loaded = weights.load(args.path, args.family, _hints(args), args.prefix)
     weights.save(args.out, loaded.config, loaded.params)
     if loaded.match is not None:
         _show_match(loaded.match)
@@ -104,6 +101,7 @@ def _hints(args: argparse.Namespace) -> Hints:
         std=_three("std", args.std),
         target=args.target,
         lam=args.lam,
+        stem_padding=args.stem_padding,
     )
 
 
@@ -140,6 +138,12 @@ def parser() -> Parser:
         command.set_defaults(run=run)
         command.add_argument("path", metavar=path)
         command.add_argument("--family", default="", help=f"one of {', '.join(FAMILIES)}; default: detected")
+        command.add_argument(
+            "--prefix", default="", help="what the names of the network to read begin with, if the file holds several"
+        )
+        command.add_argument(
+            "--stem-padding", type=int, choices=(1, 2), help="of a ResNet's 3x3 stem, if the names do not show it"
+        )
         command.add_argument("--heads", type=int, help="the encoder's heads, if its width was never published")
         command.add_argument("--decoder-heads", type=int, help="the decoder's heads, if its width was never published")
         command.add_argument("--image-size", metavar="N|HxW", help="pixels, if there is no square position table")

@@ -20,6 +20,7 @@ from crate_jax.convert.rules import Grid, canonical_name
 from crate_jax.data import IMAGENET_MEAN, IMAGENET_STD
 from crate_jax.errors import ConfigError
 from crate_jax.models.patches import relative_table_rows
+from crate_jax.models.resnet import ARCHITECTURES
 from crate_jax.parallel.parameters import names
 
 VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -53,6 +54,8 @@ class Hints:
       target: the decoder's target, ``pixel`` or ``patch_normalised``.
       mask_ratio: share of the patches that pre-training removes.
       lam: CRATE's sparsity weight.
+      stem_padding: padding of a ResNet's 3 x 3 stem.
+      architecture: timm's name of the model, which may say what no tensor shows.
     """
 
     heads: int | None = None
@@ -63,6 +66,8 @@ class Hints:
     target: str | None = None
     mask_ratio: float | None = None
     lam: float | None = None
+    stem_padding: int | None = None
+    architecture: str | None = None
 
     def or_else(self, other: Hints) -> Hints:
         """These hints, and those of `other` where these are None.
@@ -107,9 +112,13 @@ def patch_size(name: str, state: Mapping[str, np.ndarray]) -> int:
 def grid_of(name: str, state: Mapping[str, np.ndarray], image_size: tuple[int, int] | None) -> Grid:
     """(h, w) patches of images of `image_size` pixels; if it is None, of the square that the position table covers.
 
+    A ResNet has no patches, and its result is (0, 0).
+
     Raises:
       ConfigError: there is neither a size nor a table, the table is not one of a square, or the two do not agree.
     """
+    if name == "resnet":
+        return 0, 0
     side = patch_size(name, state)
     found = {canonical_name(family(name), n): np.shape(a) for n, a in state.items()}
     patches = next((found[t][1] - 1 for t in TABLES if t in found and len(found[t]) == 3), None)
@@ -140,10 +149,14 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) ->
     """The config of a model with these parameters.
 
     Raises:
-      ConfigError: the number of heads is unknown or does not divide the width; or there are two kinds of positions.
+      ConfigError: the number of heads is unknown or does not divide the width; there are two kinds of positions; or
+        no ResNet has these shapes.
     """
     ours = {n: np.shape(a) for n, a in names(params).items()}
     c = base()
+    if name == "resnet":
+        _resnet(c, ours, hints)
+        return c
     crate = "encoder/blocks/dictionary/kernel" in ours
     kernel = ours["encoder/embedding/patch_embed/kernel"]
     c.encoder.name = "crate" if crate else "vit"
@@ -171,6 +184,56 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) ->
     _corruption(c, name, ours, hints)
     _decoder(c, ours, hints)
     return c
+
+
+IMAGENET_SIZE, CIFAR_SIZE = (224, 224), (32, 32)  # pixels
+TIMM_RESNETS = (*ARCHITECTURES, "tv_resnet34", "tv_resnet50")
+
+
+def _resnet(c: ConfigDict, ours: Mapping[str, Any], hints: Hints) -> None:
+    """Sets the architecture, width and stem of a ResNet, from its shapes (kh, kw, in, out) of kernels."""
+    e, stem = c.encoder, ours["encoder/stem/conv/kernel"]
+    e.name, e.stage_width, side = _architecture(ours), stem[3], stem[0]
+    if hints.architecture and hints.architecture not in TIMM_RESNETS:
+        raise ConfigError(
+            f"the config.json beside the file names timm's {hints.architecture}, which computes something else than "
+            f"its tensors show; known: {', '.join(TIMM_RESNETS)}"
+        )
+    if side not in (3, 7) or stem[:3] != (side, side, 3):
+        raise ConfigError(
+            f"'conv1.weight' has {stem[0]} x {stem[1]} pixels and {stem[2]} channels; expected 7 x 7 or 3 x 3 and 3"
+        )
+    e.stem = "imagenet" if side == 7 else "cifar"
+    if e.stem == "cifar":
+        if hints.stem_padding not in (1, 2):
+            raise ConfigError(
+                "the padding of a 3 x 3 stem is not in the weights (solo-learn: 2, most others: 1); give it to "
+                "`python -m crate_jax.convert import` (--stem-padding)"
+            )
+        e.stem_padding = hints.stem_padding
+    c.data.image_size = hints.image_size or (IMAGENET_SIZE if side == 7 else CIFAR_SIZE)
+    c.data.mean, c.data.std = hints.mean or IMAGENET_MEAN, hints.std or IMAGENET_STD
+
+
+def _architecture(ours: Mapping[str, Any]) -> str:
+    """The name of the ResNet with these arrays."""
+    blocks = tuple(
+        sum(n.startswith(f"encoder/stage{k}/") and n.endswith("/conv1/kernel") for n in ours) for k in (1, 2, 3, 4)
+    )
+    first = "encoder/stage1/block0"
+    bottleneck = f"{first}/conv3/kernel" in ours
+    inner, second = ours[f"{first}/conv1/kernel"][3], ours[f"{first}/conv2/kernel"]
+    if second[2] != inner:
+        raise ConfigError(f"'layer1.0.conv2.weight' has {inner // second[2]} groups (ResNeXt), which is not supported")
+    factor = inner / ours["encoder/stem/conv/kernel"][3]
+    for name, known in ARCHITECTURES.items():
+        if (known.blocks, known.bottleneck, known.inner) == (blocks, bottleneck, factor):
+            return name
+    kind = "bottleneck" if bottleneck else "basic"
+    raise ConfigError(
+        f"not a known ResNet: {blocks} {kind} blocks with {factor:g} times the stem's width; known: "
+        f"{', '.join(ARCHITECTURES)}"
+    )
 
 
 def _positions(name: str, ours: Mapping[str, Any]) -> str:

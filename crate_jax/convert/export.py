@@ -12,15 +12,17 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from crate_jax.config import base
 from crate_jax.convert import files
 from crate_jax.convert.families import export_state_dict
 from crate_jax.convert.rules import Array
-from crate_jax.convert.weights import metadata, model_config
+from crate_jax.convert.weights import MASK_TOKENS, metadata, model_config
 from crate_jax.errors import ConfigError
 from crate_jax.models.patches import grid_shape, sincos_positions
+from crate_jax.models.resnet import ARCHITECTURES
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir.folder import expanduser
 from crate_jax.workdir.metrics import write_json
@@ -95,6 +97,8 @@ def _require(section: ConfigDict, name: str, needed: Mapping[str, Any], target: 
 
 
 def _require_vit(c: ConfigDict, library: str) -> None:
+    if c.encoder.name in ARCHITECTURES:
+        raise ConfigError(f"{library} has no {c.encoder.name}; --format=torchvision or timm writes it")
     if c.encoder.name != "vit":
         raise ConfigError(f"{library} has no {c.encoder.name} encoder; --format=authors writes CRATE's own names")
     if c.encoder.embed_norm:
@@ -102,11 +106,13 @@ def _require_vit(c: ConfigDict, library: str) -> None:
 
 
 def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
-    """The encoder as timm's VisionTransformer, or as its Beit if it has relative positions or biases of q and v only.
+    """The encoder as timm's ResNet, VisionTransformer, or Beit if it has relative positions or biases of q and v only.
 
     Raises:
       ConfigError: timm has no such encoder.
     """
+    if c.encoder.name in ARCHITECTURES:
+        return _to_timm_resnet(c, params)
     _require_vit(c, "timm")
     params, left_out = _only(params, "encoder")
     beit = c.encoder.positions.startswith("relative") or c.encoder.qkv_bias == "qv"
@@ -146,22 +152,15 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
         args["final_norm"] = c.encoder.final_norm
     state = export_state_dict(family, params, grid)
     state = {n: a for n, a in state.items() if not n.endswith("relative_position_index")}  # timm computes it
-    height, width = c.data.image_size
     about = {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": c.encoder.width,
         "global_pool": "token",
         "model_args": args,
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [3, height, width],
+        "pretrained_cfg": _timm_images(c)
+        | {
             "fixed_input_size": True,
-            "interpolation": c.data.interpolation,
-            "crop_pct": c.data.eval_crop,
-            "crop_mode": "center",
-            "mean": list(c.data.mean),
-            "std": list(c.data.std),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
@@ -169,12 +168,55 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
     return Export(family, state, {"config.json": about}, left_out)
 
 
+def _timm_images(c: ConfigDict) -> dict[str, Any]:
+    """What timm's ``pretrained_cfg`` says about images."""
+    height, width = c.data.image_size
+    return {
+        "num_classes": 0,
+        "input_size": [3, height, width],
+        "interpolation": c.data.interpolation,
+        "crop_pct": c.data.eval_crop,
+        "crop_mode": "center",
+        "mean": list(c.data.mean),
+        "std": list(c.data.std),
+    }
+
+
+def _to_timm_resnet(c: ConfigDict, params: Mapping[str, Any]) -> Export:
+    if c.encoder.stem != "imagenet" or c.encoder.stage_width != 64:
+        raise ConfigError(
+            f"timm's {c.encoder.name} supports only config.encoder.stem='imagenet' and stage_width=64, not "
+            f"{c.encoder.stem!r} and {c.encoder.stage_width}; --format=torchvision writes any"
+        )
+    made = to_torchvision(c, params)
+    about = {
+        "architecture": c.encoder.name,
+        "num_classes": 0,
+        "num_features": ARCHITECTURES[c.encoder.name].widths(c.encoder.stage_width)[-1],
+        "global_pool": "avg",
+        "pretrained_cfg": _timm_images(c) | {"fixed_input_size": False, "first_conv": "conv1", "classifier": "fc"},
+    }
+    return dataclasses.replace(made, json_files={"config.json": about})
+
+
+def to_torchvision(c: ConfigDict, params: Mapping[str, Any]) -> Export:
+    """A ResNet under torchvision's names, without ``fc``.
+
+    Raises:
+      ConfigError: the encoder is no ResNet.
+    """
+    if c.encoder.name not in ARCHITECTURES:
+        raise ConfigError(f"--format=torchvision writes only {', '.join(ARCHITECTURES)}, not {c.encoder.name}")
+    params, left_out = _only(params, "encoder")
+    params, dropped = _without_mask_token(params)
+    return Export("resnet", export_state_dict("resnet", params, (0, 0)), {}, left_out + dropped)
+
+
 def _without_mask_token(params: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The encoder without the mask token of pre-training, and the names of the arrays that are left out."""
-    embedding = dict(params["encoder"]["embedding"])
-    if embedding.pop("mask_token", None) is None:
-        return params, ()
-    return {"encoder": {**params["encoder"], "embedding": embedding}}, ("encoder/embedding/mask_token",)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    dropped = tuple(name for name in MASK_TOKENS if flat.pop(name, None) is not None)
+    return traverse_util.unflatten_dict(flat, sep="/"), dropped
 
 
 def _with_table(params: dict[str, Any], grid: tuple[int, int], width: int) -> dict[str, Any]:
@@ -261,6 +303,8 @@ def to_authors(c: ConfigDict, params: Mapping[str, Any]) -> Export:
     Raises:
       ConfigError: that code cannot hold this model.
     """
+    if c.encoder.name in ARCHITECTURES:
+        raise ConfigError(f"the authors of {c.encoder.name} use torchvision's names; --format=torchvision writes them")
     params, left_out = _only(params, "encoder", "decoder")
     e = c.encoder
     if e.name == "crate":
@@ -284,5 +328,6 @@ def to_authors(c: ConfigDict, params: Mapping[str, Any]) -> Export:
 FORMATS: dict[str, Callable[[ConfigDict, Mapping[str, Any]], Export]] = {
     "timm": to_timm,
     "hf": to_transformers,
+    "torchvision": to_torchvision,
     "authors": to_authors,
 }

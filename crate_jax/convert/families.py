@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from crate_jax.convert.layouts import (
+    CONV,
     LINEAR,
     PATCH_CONV,
     QKV_BIAS,
@@ -176,6 +177,59 @@ def _beit(prefix: str, mask_token: bool, decoder: bool) -> Family:
     )
 
 
+def _resnet() -> Family:
+    """A ResNet of torchvision; the stages are unrolled because their blocks differ in shape."""
+    norms = []
+
+    def convolutions(ours: str, theirs: str, numbers: tuple[int, ...]) -> tuple[Rule, ...]:
+        return tuple(
+            rule
+            for n in numbers
+            for rule in layer(f"{ours}/conv{n}", f"{ours}/norm{n}", f"{theirs}.conv{n}", f"{theirs}.bn{n}")
+        )
+
+    def layer(conv: str, norm: str, their_conv: str, their_norm: str) -> tuple[Rule, ...]:
+        norms.append((norm, their_norm))
+        statistics = (Rule(f"{norm}/{x}", (f"{their_norm}.{x}",)) for x in ("running_mean", "running_var"))
+        return *_weight(conv, their_conv, CONV), *_norm(norm, their_norm), *statistics
+
+    def shortcut(k: int) -> tuple[Rule, ...]:
+        ours, theirs = f"encoder/stage{k}/block0/shortcut", f"layer{k}.0.downsample"
+        return layer(f"{ours}_conv", f"{ours}_norm", f"{theirs}.0", f"{theirs}.1")
+
+    stages = [(f"encoder/stage{k}/block{{i}}", f"layer{k}.{{i}}") for k in (1, 2, 3, 4)]
+    return Family(
+        groups=(
+            Group("stem", layer("encoder/stem/conv", "encoder/stem/norm", "conv1", "bn1")),
+            *(Group(f"stage {k}", convolutions(*stage, (1, 2))) for k, stage in enumerate(stages, 1)),
+            Group(
+                "third convolutions", tuple(r for stage in stages for r in convolutions(*stage, (3,))), optional=True
+            ),
+            *(Group(f"shortcut of stage {k}", shortcut(k), optional=True) for k in (1, 2, 3, 4)),
+        ),
+        constants=tuple(
+            Constant(
+                f"{theirs}.num_batches_tracked",
+                f"{ours}/running_var",
+                lambda grid, a: np.zeros((), np.int64),
+                "a count of batches (written as 0)",
+                checked=False,
+            )
+            for ours, theirs in norms
+        ),
+        unused={
+            r"(fc|linear)\..*": "a classifier's last layer, or a projector",
+            r"(projection_head|prototypes)\..*": "SwAV's projector and prototypes",
+        },
+        rename=((r"\.shortcut\.", ".downsample."),),
+        variants={
+            r"conv1\.\d+\..*": "part of a stem of several convolutions (timm's resnet50d and others)",
+            r"layer\d\.\d+\.(se|attn)\..*": "a block's attention over channels (SE-ResNet and others)",
+            r"attnpool\..*": "an attention pooling (CLIP)",
+        },
+    )
+
+
 FAMILIES: dict[str, Family] = {
     # One encoder and one decoder block of CRATE-MAE, as in the files of reference numbers.
     "crate_blocks": Family(
@@ -306,6 +360,7 @@ FAMILIES: dict[str, Family] = {
             (r"\.mlp\.fc2\.", ".output.dense."),
         ),
     ),
+    "resnet": _resnet(),
 }
 
 
@@ -359,7 +414,9 @@ SIGNATURES = (
     ("beit", "blocks.0.attn.relative_position_bias_table"),
     ("beit", "blocks.0.attn.q_bias"),
     ("vit_mae", "decoder_blocks.0.attn.qkv.weight"),
+    ("resnet", "layer1.0.conv1.weight"),
 )
+ENCODER_OF_TIMM = "blocks.0.attn.qkv.weight"
 
 
 def detect(state: Mapping[str, Array]) -> str:
@@ -374,7 +431,7 @@ def detect(state: Mapping[str, Array]) -> str:
     for name, tensor in SIGNATURES:
         if tensor in (hf_names if name == "hf_vit_mae" else state):
             return name
-    if "blocks.0.attn.qkv.weight" in state:
+    if ENCODER_OF_TIMM in state:
         return "vit_mae" if _is_sincos(state.get("pos_embed")) else "timm_vit"
     some = ", ".join(sorted(state)[:4])
     raise ConfigError(

@@ -20,7 +20,10 @@ from crate_jax.workdir.folder import check_free_space, expanduser
 Arrays = dict[str, np.ndarray]
 
 # Keys under which training scripts save the weights; the first key that is present counts.
-NESTED = ("model", "state_dict", "model_state_dict", "model_state", "net", "module", "teacher", "encoder", "params")
+NESTED = (
+    "model", "state_dict", "model_state_dict", "model_state", "net", "module", "teacher", "encoder", "params",
+    "online_network_state_dict",
+)  # fmt: skip
 # Prefixes of wrappers; a prefix is removed if all names have it.
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 

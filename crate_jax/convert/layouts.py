@@ -63,6 +63,7 @@ def _conv_of_kernel(a_PD: Array) -> Array:
 
 AS_IS = single(lambda a: a, lambda a: a)
 LINEAR = single(lambda a: a.T, lambda a: a.T)  # (out, in) <-> (in, out)
+CONV = single(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
 PATCH_CONV = single(lambda a: a.transpose(2, 3, 1, 0).reshape(-1, len(a)), _conv_of_kernel)  # (D, 3, p, p) <-> (P, D)
 SHUFFLE_CONV = single(  # 1x1 convolution before a pixel shuffle, (P, D, 1, 1) <-> (D, P)
     lambda a: _from_channels_first(a[:, :, 0, 0]).T, lambda a: _to_channels_first(a.T)[:, :, None, None]

@@ -1,8 +1,9 @@
 """Rules between our parameters and other people's state dicts, applied both ways and strictly.
 
 A rule says which of their tensors correspond to which of our arrays, and in which layout. ``{l}`` in a name runs over
-the layers, which we stack on a leading axis. Rules form groups; a model has all arrays of a group or none. A rule must
-use every tensor and every array, unless a tensor is listed as unused or constant; the error names what is left over.
+the layers, which we stack on a leading axis; ``{i}`` runs over blocks of different shapes, which have names of their
+own here too. Rules form groups; a model has all arrays of a group or none. A rule must use every tensor and every
+array, unless a tensor is listed as unused or constant; the error names what is left over.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class Rule:
     ours: str
     theirs: tuple[str, ...]
     layout: Layout = AS_IS
+
+    def at(self, i: int) -> Rule:
+        """The rule of block `i`."""
+        return Rule(_at(self.ours, i), tuple(_at(name, i) for name in self.theirs), self.layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,10 @@ class Constant:
     why: str
     checked: bool = True
 
+    def at(self, i: int) -> Constant:
+        """The constant of block `i`."""
+        return dataclasses.replace(self, theirs=_at(self.theirs, i), array=_at(self.array, i))
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -75,12 +84,14 @@ class Family:
       constants: tensors that are not parameters and have a known value.
       unused: pattern of whole names -> the reason why these tensors are not needed here.
       rename: (pattern, replacement) pairs that turn other spellings of the names into the rules' spelling.
+      variants: pattern of whole names -> the model that has such tensors and that we do not have.
     """
 
     groups: tuple[Group, ...]
     constants: tuple[Constant, ...] = ()
     unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rename: tuple[tuple[str, str], ...] = ()
+    variants: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +104,7 @@ class Match:
       missing: names of the tensors that are absent and must not be.
       unknown: names of the tensors that no rule mentions.
       ignored: names of the tensors that are not needed -> the reason.
+      variant: a tensor that shows a model we do not have, and which one; empty if there is none.
     """
 
     groups: tuple[Group, ...]
@@ -100,9 +112,12 @@ class Match:
     missing: tuple[str, ...]
     unknown: tuple[str, ...]
     ignored: Mapping[str, str]
+    variant: str = ""
 
     def problem(self) -> str:
         """What does not fit, in one line; empty if everything fits."""
+        if self.variant:
+            return f"{self.variant}, which is not supported"
         if not self.missing and not self.unknown:
             return ""
         return f"missing {list(self.missing) or 'none'}; not used {list(self.unknown) or 'none'}"
@@ -110,6 +125,7 @@ class Match:
 
 def match(family: Family, state: Collection[str]) -> Match:
     """Compares names with a family's rules; `state` holds names in the rules' spelling (:func:`canonical_name`)."""
+    family = unrolled(family, state)
     used: set[str] = set()
     groups, absent, missing = [], [], []
     for group in family.groups:
@@ -125,7 +141,8 @@ def match(family: Family, state: Collection[str]) -> Match:
     for pattern, why in family.unused.items():
         ignored |= {name: why for name in state if re.fullmatch(pattern, name) and name not in used}
     unknown = sorted(name for name in state if name not in used and name not in ignored)
-    return Match(tuple(groups), tuple(absent), tuple(sorted(set(missing))), tuple(unknown), ignored)
+    shown = (f"'{name}' is {what}" for p, what in family.variants.items() for name in state if re.fullmatch(p, name))
+    return Match(tuple(groups), tuple(absent), tuple(sorted(set(missing))), tuple(unknown), ignored, next(shown, ""))
 
 
 def canonical_name(family: Family, name: str) -> str:
@@ -145,11 +162,52 @@ def expand(template: str, state: Collection[str]) -> list[str]:
     >>> expand("blocks.{l}.norm.bias", ["blocks.0.norm.bias", "blocks.1.norm.bias"])
     ['blocks.0.norm.bias', 'blocks.1.norm.bias']
     """
-    if "{l}" not in template:
-        return [template]
-    stem = re.escape(template.split("{l}")[0])
-    layers = [int(m[1]) for name in state if (m := re.match(rf"{stem}(\d+)\.", name))]
-    return [template.format(l=i) for i in range(max(layers, default=0) + 1)]
+    return [template.format(l=i) for i in range(_count(template, "{l}", state))] if "{l}" in template else [template]
+
+
+def unrolled(family: Family, state: Collection[str]) -> Family:
+    """The family with one rule per block in place of each rule with ``{i}``.
+
+    Args:
+      family: the rules.
+      state: the names that say how many blocks there are, theirs or ours.
+
+    >>> rule = Rule("stage/block{i}/kernel", ("layer.{i}.weight",))
+    >>> [r.ours for r in unrolled(Family((Group("g", (rule,)),)), ["layer.0.weight", "layer.1.weight"]).groups[0].rules]
+    ['stage/block0/kernel', 'stage/block1/kernel']
+    """
+
+    def blocks(*templates: str) -> range:
+        return range(max(_count(template, "{i}", state) for template in templates))
+
+    groups = (
+        dataclasses.replace(
+            group,
+            rules=tuple(
+                x
+                for r in group.rules
+                for x in ([r.at(i) for i in blocks(r.ours, *r.theirs)] if "{i}" in r.ours else [r])
+            ),
+        )
+        for group in family.groups
+    )
+    constants = (
+        x
+        for c in family.constants
+        for x in ([c.at(i) for i in blocks(c.theirs, c.array)] if "{i}" in c.theirs else [c])
+    )
+    return dataclasses.replace(family, groups=tuple(groups), constants=tuple(constants))
+
+
+def _count(template: str, number: str, state: Collection[str]) -> int:
+    """One more than the highest number in the place of `number`, but no more than one beyond the number of names."""
+    stem = re.escape(template.split(number)[0])
+    found = [int(m[1]) for name in state if (m := re.match(rf"{stem}(\d{{1,9}})[./]", name))]
+    return min(max(found, default=0), len(state)) + 1
+
+
+def _at(template: str, i: int) -> str:
+    return template.replace("{i}", str(i))
 
 
 def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: Grid, check_constants: bool) -> dict:
@@ -167,6 +225,7 @@ def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: 
         from ours.
     """
     state = {canonical_name(family, n): a for n, a in state.items()}
+    family = unrolled(family, state)
     found = match(family, state)
     if found.problem():
         raise ConfigError(f"{name} weights do not fit: {found.problem()}")
@@ -206,6 +265,7 @@ def export_tensors(family: Family, name: str, params: Mapping, grid: Grid) -> di
       ConfigError: arrays that no rule uses, or that a rule needs and `params` does not have (all listed).
     """
     ours = {n: np.asarray(a) for n, a in names(params).items()}
+    family = unrolled(family, ours)
     state: dict[str, Array] = {}
     used, missing = set(), []
     for group in family.groups:

@@ -134,7 +134,27 @@ ALLOWED: dict[str, Any] = {
     **{f"numpy.{core}.multiarray.{name}": Inert for core in ("core", "_core") for name in ("scalar", "_reconstruct")},
     "_codecs.encode": Inert,
     **{f"{builtins}.set": Inert for builtins in ("builtins", "__builtin__")},
-}
+    # Lightning's checkpoints: hyperparameters, whose type is omegaconf's in many scripts, and the state of callbacks.
+    **{f"builtins.{name}": Inert for name in ("dict", "list", "tuple", "int", "float", "str", "bool")},
+    "collections.defaultdict": Inert,
+    "typing.Any": Inert,
+    **{
+        f"omegaconf.{name}": Inert
+        for name in (
+            "dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata",
+            "nodes.AnyNode", "nodes.StringNode", "nodes.IntegerNode", "nodes.FloatNode", "nodes.BooleanNode",
+        )
+    },
+    **{
+        f"{package}.{name}": Inert
+        for package in ("pytorch_lightning", "lightning.pytorch")
+        for name in (
+            "utilities.parsing.AttributeDict", "callbacks.model_checkpoint.ModelCheckpoint",
+            "callbacks.early_stopping.EarlyStopping",
+        )
+    },
+    **{f"{package}.utilities.data.AttributeDict": Inert for package in ("lightning_fabric", "lightning.fabric")},
+}  # fmt: skip
 
 
 # The unpickler in Python: the one in C allocates memory by numbers in the file (memo indices), so a few damaged

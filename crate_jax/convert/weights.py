@@ -20,9 +20,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax.config import base, parts, validate
-from crate_jax.convert import files
+from crate_jax.convert import branches, files
 from crate_jax.convert.describe import Hints, config_of, grid_of
-from crate_jax.convert.families import FAMILIES, detect, import_state_dict
+from crate_jax.convert.families import FAMILIES, import_state_dict
 from crate_jax.convert.rules import Match, canonical_name, match
 from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.models import autoencoder, representation
@@ -31,6 +31,7 @@ from crate_jax.parallel.parameters import names
 from crate_jax.workdir.checkpoint_files import nest
 
 METADATA_KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
+MASK_TOKENS = ("encoder/embedding/mask_token", "encoder/mask_token")  # of patches; of a ResNet's pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Weights:
     match: Match | None
 
 
-def load(path: str | os.PathLike[str], name: str = "", hints: Hints | None = None) -> Weights:
+def load(path: str | os.PathLike[str], name: str = "", hints: Hints | None = None, prefix: str = "") -> Weights:
     """Reads a file of weights of any known model.
 
     If our own metadata is in the file, it gives the config. Otherwise what `hints` leave open comes from a
@@ -61,18 +62,32 @@ def load(path: str | os.PathLike[str], name: str = "", hints: Hints | None = Non
       path: see :func:`crate_jax.convert.files.read`.
       name: a key of FAMILIES; empty: the tensors' names decide.
       hints: what is known about the model besides its tensors.
+      prefix: what the names of the network begin with, if the file holds several; empty: `branches.PREFERRED` decides.
 
     Raises:
       CheckpointError: the file cannot be read, or does not fit a model; the message names the file.
     """
     state, about = files.read(path)
     try:
-        return _load(Path(path), state, about, name, hints or Hints())
+        return _load(Path(path), state, about, name, hints or Hints(), prefix)
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e}") from None
 
 
-def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, hints: Hints) -> Weights:
+def choose(state: files.Arrays, about: Mapping[str, Any], name: str, prefix: str) -> tuple[branches.Branch, Match]:
+    """The network to read among all tensors of a file, and how its names fit its family; arguments as in :func:`load`.
+
+    Raises:
+      ConfigError: there is no known model, or several and none is preferred.
+    """
+    branch = branches.find(state, prefix.removeprefix(about["prefix"]), name)
+    found = match(FAMILIES[branch.family], [canonical_name(FAMILIES[branch.family], n) for n in branch.state])
+    why = f"outside of the encoder '{branch.prefix}'"
+    outside = {part if n == 1 else f"{part} ({n} tensors)": why for part, n in branch.outside.items()}
+    return branch, dataclasses.replace(found, ignored={**found.ignored, **outside})
+
+
+def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, hints: Hints, prefix: str) -> Weights:
     own = _own_metadata(about["metadata"])
     if own and own["family"] == OURS:
         config, found = own["config"], None
@@ -82,15 +97,16 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
             raise ConfigError("one name stands for a tensor and for a group of tensors") from None
         require_fit(config, params)
         return Weights(OURS, config, params, found)
-    name = name or (own["family"] if own else detect(state))
-    found = match(FAMILIES[name], [canonical_name(FAMILIES[name], n) for n in state]) if name in FAMILIES else None
+    branch, found = choose(state, about, name or (own["family"] if own else ""), prefix)
+    name, state = branch.family, branch.state
     if own:
         config, c = own["config"], model_config(own["config"], {})
-        grid = grid_shape(c.data.image_size, c.encoder.patch_size)
+        grid = (0, 0) if name == "resnet" else grid_shape(c.data.image_size, c.encoder.patch_size)
         params = import_state_dict(name, state, grid)
     else:
         hints = hints.or_else(_hints_beside(path)).or_else(_hints_of_script(about["args"]))
-        if found is not None and found.problem():  # before grid_of, which needs some of these tensors
+        hints = hints.or_else(_hints_of_names(branch))
+        if found.problem():  # before grid_of, which needs some of these tensors
             raise ConfigError(f"{name} weights do not fit: {found.problem()}")
         grid = grid_of(name, state, hints.image_size)
         params = import_state_dict(name, state, grid)
@@ -160,7 +176,7 @@ def require_fit(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     wanted = {n: tuple(s.shape) for n, s in names(shapes).items()}
     given = {n: np.shape(a) for n, a in names({part: params.get(part, {}) for part in shapes}).items()}
     if "decoder" not in params:  # an encoder alone does not need the mask token, and may have it
-        given.pop("encoder/embedding/mask_token", None)
+        given = {n: shape for n, shape in given.items() if n not in MASK_TOKENS}
     wrong = [
         f"{n}: {list(given[n]) if n in given else 'missing'}, not {list(wanted[n]) if n in wanted else 'expected'}"
         for n in sorted(wanted.keys() | given.keys())
@@ -168,6 +184,13 @@ def require_fit(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ConfigError(f"the weights do not fit together: {some(wrong, '; ')}")
+
+
+def _hints_of_names(branch: branches.Branch) -> Hints:
+    """The padding of a 3 x 3 stem where the names show whose code made the ResNet."""
+    theirs = {"classifier."} <= branch.outside.keys() and branch.prefix in ("backbone.", "encoder.")  # solo-learn
+    no_pool = branch.numbered == 2 or any(".shortcut." in name for name in branch.state)  # lightly's ResNetGenerator
+    return Hints(stem_padding=1 if no_pool else 2 if theirs else None)
 
 
 def _hints_of_script(args: Mapping[str, Any]) -> Hints:
@@ -194,6 +217,7 @@ def _hints_beside(path: Path) -> Hints:
         size = image.get("input_size")
         return Hints(
             heads=about.get("model_args", {}).get("num_heads"),
+            architecture=about["architecture"],
             image_size=(size[1], size[2]) if size else None,
             mean=_triple(image.get("mean")),
             std=_triple(image.get("std")),

@@ -32,6 +32,7 @@ from crate_jax.models import adopt, autoencoder, representation
 from crate_jax.models.corruption import Identity, Masking
 from crate_jax.models.patches import relative_position_index, sincos_positions, unpatchify
 from crate_jax.parallel.parameters import count, names
+from crate_jax.workdir.checkpoint_files import nest
 
 # --- The names and shapes of published models, written down from their code and not from our rules.
 
@@ -145,6 +146,34 @@ def hf(d: int, depth: int, p: int, n: int, decoder: int = 512, decoder_depth: in
     return shapes | norm("decoder.decoder_norm", decoder)
 
 
+def batch_norm(name: str, d: int) -> Shapes:
+    return norm(name, d) | {
+        f"{name}.running_mean": (d,),
+        f"{name}.running_var": (d,),
+        f"{name}.num_batches_tracked": (),
+    }
+
+
+def resnet(blocks: tuple[int, ...], width: int, factor: int = 1, inner: int = 1, side: int = 7) -> Shapes:
+    """torchvision's, without fc; `factor` 4: bottlenecks, `inner` times as wide inside."""
+    shapes = {"conv1.weight": (width, 3, side, side), **batch_norm("bn1", width)}
+    before = width
+    for stage, depth in enumerate(blocks):
+        d = width * 2**stage * inner
+        after = width * 2**stage * factor
+        for i in range(depth):
+            block = f"layer{stage + 1}.{i}"
+            sides = {1: 1, 2: 3, 3: 1} if factor > 1 else {1: 3, 2: 3}
+            ins, outs = {1: before, 2: d, 3: d}, {1: d, 2: d, 3: after}
+            for n, k in sides.items():
+                shapes |= {f"{block}.conv{n}.weight": (outs[n], ins[n], k, k), **batch_norm(f"{block}.bn{n}", outs[n])}
+            if i == 0 and (stage > 0 or before != after):
+                shapes |= {f"{block}.downsample.0.weight": (after, before, 1, 1)}
+                shapes |= batch_norm(f"{block}.downsample.1", after)
+            before = after
+    return shapes
+
+
 LEARNED = ("timm_vit", "crate")  # families whose position table is a parameter
 
 
@@ -160,6 +189,8 @@ def filled(family: str, shapes: Shapes, fill) -> dict[str, np.ndarray]:
             state[name] = sincos_positions((side, side), shape[2])[None]
         elif name.startswith("decoder_embed.") and family == "crate_mae":
             state[name] = np.zeros(shape, np.float32)
+        elif name.endswith("num_batches_tracked"):
+            state[name] = np.zeros(shape, np.int64)
         else:
             state[name] = fill(shape)
     return state
@@ -182,6 +213,8 @@ TINY = {  # family and kind -> names and shapes of a small model; 16 px images, 
     "crate": {n: s for n, s in crate(8, 3, 4, 16).items() if not n.startswith("mlp_head.1")},
     "crate_mae": crate_mae(8, 3, 4, 16),
     "hf_vit_mae": hf(8, 3, 4, 16, decoder=4, decoder_depth=2),
+    "resnet": resnet((2, 2, 2, 2), 4),
+    "resnet bottleneck": resnet((3, 4, 6, 3), 2, factor=4, inner=2),
 }
 HEADS = Hints(heads=2, decoder_heads=2)
 
@@ -220,9 +253,10 @@ def test_every_family_is_tested_there_and_back():
 def test_the_described_model_has_these_parameters(kind):
     c, params = imported(kind)
     weights.require_fit(c, params)  # names and shapes
-    params["encoder"]["embedding"]["patch_embed"]["bias"] = np.zeros(9)
-    with pytest.raises(ConfigError, match=r"encoder/embedding/patch_embed/bias: \[9\], not \[8\]"):
-        weights.require_fit(c, params)
+    flat = names(params)
+    bias = next(n for n, a in flat.items() if n.endswith("bias") and a.ndim == 1)
+    with pytest.raises(ConfigError, match=rf"{bias}: \[9\], not \[{flat[bias].size}\]"):
+        weights.require_fit(c, nest({**flat, bias: np.zeros(9)}))
 
 
 PUBLISHED = [  # family, names and shapes, trained parameters, heads
@@ -320,8 +354,8 @@ def test_what_does_not_fit_is_named():
         export_state_dict(
             "vit_mae", {"encoder": imported("vit_mae")[1]["encoder"] | {"relative_bias": np.ones(3)}}, (4, 4)
         )
-    with pytest.raises(ConfigError, match="unknown model family 'resnet'; valid: crate_blocks, crate_mae"):
-        import_state_dict("resnet", state, (4, 4))
+    with pytest.raises(ConfigError, match="unknown model family 'gpt'; valid: crate_blocks, crate_mae"):
+        import_state_dict("gpt", state, (4, 4))
 
 
 # --- The supervised CRATE's embedding, which no reference file covers.
@@ -569,9 +603,9 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
-    resnet = {"conv1.weight": np.ones((64, 3, 7, 7), np.float32), "layer1.0.bn1.weight": np.ones(64, np.float32)}
-    path = write_zip(tmp_path / "resnet50.pth", {"state_dict": resnet})
-    with pytest.raises(CheckpointError, match=r"resnet50.pth: not a known model.*conv1.weight") as e:
+    vgg = {"features.0.weight": np.ones((64, 3, 3, 3), np.float32), "features.0.bias": np.ones(64, np.float32)}
+    path = write_zip(tmp_path / "vgg16.pth", {"state_dict": vgg})
+    with pytest.raises(CheckpointError, match=r"vgg16.pth: not a known model.*features.0.bias") as e:
         pretrained.load(str(path), "config.checkpoint")
     assert "\n" not in str(e.value)
     assert command.main(["inspect", str(path)]) == 2
@@ -593,7 +627,7 @@ def test_import_inspect_load_and_start_from_a_file(tmp_path, capsys):
     assert command.main(["inspect", str(path), *flags[:2]]) == 0
     shown = capsys.readouterr().out
     assert "zip, under 'model', 74 tensors" in shown
-    assert "not needed: pos_embed (the fixed sine-cosine table)" in shown
+    assert "not needed: decoder_pos_embed, pos_embed (the fixed sine-cosine table)" in shown
     assert command.main(["import", str(path), f"--out={out}", *flags]) == 0
     ours = pretrained.load(str(out), "config.checkpoint")
     expected = names(import_state_dict("vit_mae", random_state("vit_mae", TINY["vit_mae"]), (4, 4)))
@@ -629,7 +663,8 @@ def test_flags_and_metadata_that_are_wrong(tmp_path, capsys):
         ("--image-size=16x16x3", "must be a number of pixels, or HEIGHTxWIDTH"),
         ("--mean=1,2", "must be three numbers"),
         ("--std=0,1,1", "must be three numbers"),
-        ("--family=resnet", "unknown model family 'resnet'"),
+        ("--family=gpt", "unknown model family 'gpt'"),
+        ("--prefix=backbone.", "--prefix=backbone.: no tensor's name begins with it; the parts are blocks., cls_token"),
         ("--family=crate", "missing"),
     ):
         assert (
@@ -678,6 +713,7 @@ EXPORTS = [  # kind, format, family of the names, parts that come back
     ("crate", "authors", "crate", ("encoder",)),
     ("ropim", "authors", "ropim", ("encoder", "decoder")),
     ("simmim", "authors", "simmim", ("encoder", "decoder")),
+    ("resnet", "torchvision", "resnet", ("encoder",)),
 ]
 
 
@@ -729,7 +765,12 @@ REFUSED = [  # kind, changes to the config, format, message
     ("ropim", {"encoder.qkv_bias": "qkv"}, "timm", "no key bias"),
     ("crate_mae", {"decoder.residual": "normalised"}, "authors", "only config.decoder.residual='stream'"),
     ("crate_mae", {"encoder.tied_output": True}, "authors", "only config.encoder.tied_output=False"),
-    ("vit_mae", {}, "onnx", "must be one of timm, hf, authors"),
+    ("resnet", {}, "timm", "only config.encoder.stem='imagenet' and stage_width=64, not 'imagenet' and 4"),
+    ("resnet", {"encoder.stem": "cifar", "encoder.stage_width": 64}, "timm", "not 'cifar' and 64"),
+    ("resnet", {}, "hf", "ViTMAE has no resnet18; --format=torchvision or timm"),
+    ("resnet", {}, "authors", "resnet18 use torchvision's names; --format=torchvision"),
+    ("crate_mae", {}, "torchvision", "writes only resnet18, .*, not crate"),
+    ("vit_mae", {}, "onnx", "must be one of timm, hf, torchvision, authors"),
 ]
 
 
