@@ -131,7 +131,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
       CheckpointError: the file cannot be written, or the disk is full.
     """
     path = expanduser(path).absolute()
-    dense = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    dense = {name: np.asarray(a, order="C") for name, a in arrays.items()}  # ascontiguousarray makes scalars vectors
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_free_space(path.parent, sum(a.nbytes for a in dense.values()) + 2**20)

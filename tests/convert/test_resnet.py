@@ -349,6 +349,7 @@ def test_an_export_has_torchvisions_names_and_says_what_is_left_out(tmp_path):
     assert back.keys() == state.keys()
     for name, a in back.items():
         np.testing.assert_array_equal(a, state[name])
+        assert a.shape == state[name].shape
         assert a.dtype == (np.int64 if name.endswith("num_batches_tracked") else np.float32)
     assert json.loads(about["metadata"]["crate_jax"])["family"] == "resnet"
 
