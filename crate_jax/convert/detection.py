@@ -335,7 +335,7 @@ def train(model: Any, data: Data, args: argparse.Namespace, log: Callable[[str],
     for step, (images, targets) in zip(range(args.steps), _for_ever(loader), strict=False):
         parts = model([x.to(args.device) for x in images], [_to(t, args.device) for t in targets])
         loss = sum(parts.values())
-        losses.append(float(loss))
+        losses.append(loss.item())
         if losses[-1] != losses[-1] or losses[-1] == float("inf"):
             raise InputError(f"the loss is {losses[-1]} at step {step + 1}; try a smaller --lr than {base:g}")
         optimizer.zero_grad()

@@ -105,6 +105,16 @@ def test_pictures_without_objects_are_tested_and_not_trained(tmp_path):
     assert [len(p.boxes) for p in data.test] == [2, 2, 0]
 
 
+def test_classes_that_the_test_split_lacks_keep_their_numbers(tmp_path):
+    """VOC lists no classes: those of the training split count."""
+    folder_of(tmp_path, "VOC")
+    for path in (tmp_path / "Annotations").glob("10?.xml"):
+        path.write_text(path.read_text().replace("blue", "red"))
+    data = read_data(tmp_path)
+    assert data.classes == ("blue", "red")
+    assert {label for picture in data.test for label in picture.labels} == {2}
+
+
 def changed_json(change):
     def apply(folder: Path) -> None:
         path = folder / "annotations" / "instances_train2017.json"
@@ -232,6 +242,21 @@ def test_the_exported_backbone_is_in_the_detector(tmp_path, backbone, kind):
             continue
         same = torch.equal(trained[f"backbone.body.{name}"], tensor)
         assert same != (name.startswith("layer4") and tensor.ndim == 4), name
+
+
+def test_a_flipped_picture_takes_its_boxes_along(tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    data = read_data(folder_of(tmp_path, "COCO", train=1))
+    torch.manual_seed(0)
+    pictures, lefts = detection.Pictures(data.train, flip=True), set()
+    for _ in range(8):
+        image, target = pictures[0]
+        for box, label in zip(target["boxes"].int().tolist(), target["labels"].tolist(), strict=True):
+            inside = 255 * image[:, box[1] : box[3], box[0] : box[2]].mean((1, 2))
+            np.testing.assert_allclose(inside, COLOURS[data.classes[label - 1]], atol=1)
+            lefts.add((label, box[0]))
+    assert len(lefts) == 4  # both classes, as they are and flipped
 
 
 def alone(*flags: str) -> subprocess.CompletedProcess[str]:

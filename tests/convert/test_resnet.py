@@ -24,6 +24,12 @@ BLOCKS = (2, 2, 2, 2)
 IMAGENET, CIFAR = resnet(BLOCKS, 4), resnet(BLOCKS, 4, side=3)
 VIT = vit(8, 2, 4, 16)
 
+
+def a_state(shapes: Shapes, scale: float = 1.0) -> Arrays:
+    family = "resnet" if "conv1.weight" in shapes else "timm_vit"
+    return {n: np.asarray(a * scale, a.dtype) for n, a in random_state(family, shapes).items()}
+
+
 PUBLISHED = [  # name, shapes, trained parameters of torchvision's model without fc
     ("resnet18", resnet((2, 2, 2, 2), 64), 11_176_512),
     ("resnet18", resnet((2, 2, 2, 2), 64, side=3), 11_168_832),
@@ -47,6 +53,28 @@ def test_published_resnets_fit(name, shapes, trained):
     weights.require_fit(c.to_dict(), params)
     assert count(batch_norm.split(params)[0]) == trained
     assert count(params) == count(jax.eval_shape(lambda: representation.init_params(c, jax.random.key(0))))
+
+
+def ours_of(name: str) -> str:
+    """Our name of a tensor of torchvision's."""
+    parts = name.split(".")
+    leaf = {"weight": "scale", "bias": "bias"}.get(parts[-1], parts[-1])
+    if parts[0] in ("conv1", "bn1"):
+        return "encoder/stem/conv/kernel" if parts[0] == "conv1" else f"encoder/stem/norm/{leaf}"
+    block = f"encoder/stage{parts[0][-1]}/block{parts[1]}"
+    if parts[2] == "downsample":
+        return f"{block}/shortcut_conv/kernel" if parts[3] == "0" else f"{block}/shortcut_norm/{leaf}"
+    return f"{block}/{parts[2]}/kernel" if parts[2][:4] == "conv" else f"{block}/norm{parts[2][2:]}/{leaf}"
+
+
+@pytest.mark.parametrize("shapes", [IMAGENET, resnet((3, 4, 6, 3), 2, factor=4)], ids=["basic", "bottleneck"])
+def test_each_tensor_lands_where_its_name_says(shapes):
+    state = {n: a for n, a in a_state(shapes).items() if not n.endswith("num_batches_tracked")}
+    arrays = names(import_state_dict("resnet", state, (0, 0)))
+    assert arrays.keys() == {ours_of(name) for name in state}
+    for name, tensor in state.items():
+        expected = np.moveaxis(np.moveaxis(tensor, 1, -1), 0, -1) if tensor.ndim == 4 else tensor
+        np.testing.assert_array_equal(arrays[ours_of(name)], expected, err_msg=name)
 
 
 # --- Training scripts' checkpoints: from the tensors of the encoder that counts, and of another, to the saved object.
@@ -157,11 +185,6 @@ LAYOUTS = {  # kind -> (names and shapes, (encoder, another encoder) -> saved ob
     "solo-learn, vit": (VIT, lambda a, b: lightning(under("backbone.", a) | HEADS), "backbone.", None),
     "any other name": (IMAGENET, lambda a, b: under("net.trunk.", a) | dense("net.neck"), "net.trunk.", None),
 }  # fmt: skip
-
-
-def a_state(shapes: Shapes, scale: float = 1.0) -> Arrays:
-    family = "resnet" if "conv1.weight" in shapes else "timm_vit"
-    return {n: np.asarray(a * scale, a.dtype) for n, a in random_state(family, shapes).items()}
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
