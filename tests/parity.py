@@ -38,6 +38,7 @@ from crate_jax.parallel.parameters import names
 from crate_jax.training import optimizer, orthogonality
 from tests.parity_joint import joint_steps, load
 from tests.parity_resnet import resnet
+from tests.parity_views import views
 
 OUTPUT_LIMIT, GRADIENT_LIMIT = 5e-5, 5e-4
 File = Mapping[str, np.ndarray]
@@ -306,6 +307,8 @@ def recognise(file: File) -> Callable[[File], tuple[Errors, Errors]]:
         return joint_steps
     if "out/layer4_shape" in file:
         return resnet
+    if "crop/boxes" in file:
+        return views
     if "out/encoder_block" in file:
         return crate_blocks
     if "in/sketch" in file:

@@ -29,6 +29,8 @@ class Augmentation:
       interpolation: 'bicubic' or 'bilinear', both antialiased.
       layers: RandAugment operations per image.
       magnitude: strength of these operations, 0..30.
+      alone: whether a crop is cut out before it is resized, as torchvision does, so that the filter does not see the
+        pixels around it; otherwise it sees them, as in Pillow's `resize(box=...)`.
     """
 
     size: tuple[int, int]
@@ -38,6 +40,7 @@ class Augmentation:
     interpolation: str
     layers: int
     magnitude: float
+    alone: bool = False
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Augmentation:

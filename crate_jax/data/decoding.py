@@ -16,6 +16,7 @@ Images of more than Pillow's limit (2 * `PIL.Image.MAX_IMAGE_PIXELS`, 179 millio
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -112,6 +113,7 @@ def crops(
     boxes: Sequence[Sequence[float] | np.ndarray],
     sizes: Sequence[Sequence[int]],
     resample: Image.Resampling,
+    alone: bool = False,
 ) -> list[Image.Image]:
     """Cuts boxes out of an image and resizes them, antialiased; the image is decoded once.
 
@@ -120,6 +122,7 @@ def crops(
       boxes: (top, left, height, width) of each crop in pixels of the displayed image; may be fractional.
       sizes: (height, width) of each result in pixels.
       resample: Pillow's filter.
+      alone: whether the filter does not see the pixels around a box.
 
     Returns:
       RGB images of `sizes`.
@@ -139,8 +142,13 @@ def crops(
         out = []
         for (top, left, height, width), size in zip(numbers, sizes, strict=True):
             right, bottom = min((left + width) / shrink, rgb.width), min((top + height) / shrink, rgb.height)
-            box = (left / shrink, top / shrink, right, bottom)
-            out.append(rgb.resize((size[1], size[0]), resample, box=box))
+            left, top = left / shrink, top / shrink
+            source = rgb
+            if alone:
+                x, y = math.floor(left), math.floor(top)
+                source = rgb.crop((x, y, math.ceil(right), math.ceil(bottom)))
+                left, top, right, bottom = left - x, top - y, right - x, bottom - y
+            out.append(source.resize((size[1], size[0]), resample, box=(left, top, right, bottom)))
         return out
     except Exception as e:
         raise DecodeError(_reason(e)) from e

@@ -113,7 +113,7 @@ class BatchAugmenter:
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         in_size = data.planar.shape[2:]
         self._resizers = {
-            a.size: BatchResizer(in_size, a.size, a.interpolation)
+            a.size: BatchResizer(in_size, a.size, a.interpolation, a.alone)
             for a in (crops[0] for crops in layout.values())
             if BatchResizer.table_bytes(in_size, a.size) <= MAX_TABLE_BYTES
         }
@@ -162,10 +162,10 @@ class BatchAugmenter:
             else:
                 slow.append((images, boxes, a))
         if slow:
-            sizes, resample = [a.size for _, _, a in slow], slow[0][2].resample
+            sizes, a = [a.size for _, _, a in slow], slow[0][2]
             for row, image in enumerate(planar):
                 whole = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-                cut = decoding.crops(whole, [boxes[row] for _, boxes, _ in slow], sizes, resample)
+                cut = decoding.crops(whole, [boxes[row] for _, boxes, _ in slow], sizes, a.resample, a.alone)
                 for (images, _, _), crop in zip(slow, cut, strict=True):
                     images[row] = np.asarray(crop)
         for view, (name, place, a) in enumerate(numbered(self._layout)):

@@ -87,6 +87,7 @@ def layout(config: ConfigDict) -> dict[str, tuple[Augmentation, ...]]:
             scale=(float(of_kind(config, "scale_min", view)), float(of_kind(config, "scale_max", view))),
             flip=float(of_kind(config, "flip", view)),
             layers=0,
+            alone=True,
         )
 
     small = {"small_views": (crop(LARGE),) * config.views.small} if config.views.small else {}

@@ -24,12 +24,13 @@ class BatchResizer:
       in_size: (height, width) of the images in pixels.
       out_size: (height, width) of the results in pixels.
       interpolation: 'bicubic' or 'bilinear'.
+      alone: whether the filter does not see the pixels around a box.
     """
 
-    def __init__(self, in_size: tuple[int, int], out_size: tuple[int, int], interpolation: str):
-        self._rows = _table(in_size[0], out_size[0], interpolation)
+    def __init__(self, in_size: tuple[int, int], out_size: tuple[int, int], interpolation: str, alone: bool = False):
+        self._rows = _table(in_size[0], out_size[0], interpolation, alone)
         same = (in_size[0], out_size[0]) == (in_size[1], out_size[1])
-        self._columns = self._rows if same else _table(in_size[1], out_size[1], interpolation)
+        self._columns = self._rows if same else _table(in_size[1], out_size[1], interpolation, alone)
         self._in_size = in_size
 
     @staticmethod
@@ -72,7 +73,7 @@ def _box_number(start: np.ndarray, length: np.ndarray, side: int) -> np.ndarray:
     return shorter * side - shorter * (shorter - 1) // 2 + start
 
 
-def _table(side: int, out: int, interpolation: str) -> np.ndarray:
+def _table(side: int, out: int, interpolation: str, alone: bool = False) -> np.ndarray:
     """Returns the weights of all boxes along one axis, float32 (side * (side + 1) / 2, out, side)."""
     lengths = np.concatenate([np.full(side - n + 1, n) for n in range(1, side + 1)])
     starts = np.concatenate([np.arange(side - n + 1) for n in range(1, side + 1)])
@@ -81,8 +82,9 @@ def _table(side: int, out: int, interpolation: str) -> np.ndarray:
     support = SUPPORT[interpolation] * stretch
     center = starts[:, None] + (np.arange(out) + 0.5) * scale[:, None]
     # Pillow's bounds: the pixels whose centres the filter reaches, also those outside the box but inside the image.
-    low = np.maximum((center - support + 0.5).astype(int), 0)
-    high = np.minimum((center + support + 0.5).astype(int), side)
+    first, end = (starts[:, None], (starts + lengths)[:, None]) if alone else (0, side)
+    low = np.maximum((center - support + 0.5).astype(int), first)
+    high = np.minimum((center + support + 0.5).astype(int), end)
     pixel = np.arange(side)
     distance = np.abs((pixel + 0.5 - center[..., None]) / stretch[..., None])
     weights = _FILTERS[interpolation](distance)

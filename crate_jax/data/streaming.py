@@ -118,12 +118,14 @@ class ChunkSource:
         flips = [a.flips(u) for (_, _, a), u in zip(views, drawn, strict=True)]
         for i, (row, image, _) in enumerate(opened):
             try:
-                resample = views[0][2].resample
-                cut = decoding.crops(image, [box[i] for box in boxes], [a.size for _, _, a in views], resample)
+                first_view, sizes = views[0][2], [a.size for _, _, a in views]
+                cut = decoding.crops(
+                    image, [box[i] for box in boxes], sizes, first_view.resample, alone=first_view.alone
+                )
                 for (name, place, a), crop, flip in zip(views, cut, flips, strict=True):
                     crops[name][row, place] = self._augment(a, crop, bool(flip[i]), first + row)
                 if masks is not None and isinstance(self.source, PairSource):
-                    mask = crop_mask(self.source.mask(int(indices[row])), boxes[0][i], views[0][2].size)
+                    mask = crop_mask(self.source.mask(int(indices[row])), boxes[0][i], first_view.size)
                     masks[row] = mask[:, ::-1] if flips[0][i] else mask
             except decoding.DecodeError as e:
                 bad.append((int(indices[row]), str(e)))
