@@ -7,7 +7,7 @@ import math
 from ml_collections import ConfigDict
 
 from crate_jax.data.decoding import DecodeError
-from crate_jax.data.device_augmentation import views_of
+from crate_jax.data.device_augmentation import pictures_of, views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
 from crate_jax.data.pairs import IGNORED, PairSource, open_pairs
@@ -16,6 +16,7 @@ from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
 from crate_jax.data.recipes import VIEWS, preset
 from crate_jax.data.sources import Source, SyntheticSource, digits
 from crate_jax.data.tfds_source import open_tfds
+from crate_jax.data.views import shown_views
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.validation import (
     Key,
@@ -44,7 +45,9 @@ __all__ = [
     "eval_batches",
     "eval_images",
     "open_split",
+    "pictures_of",
     "preset",
+    "shown_views",
     "views_of",
 ]
 

@@ -15,14 +15,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax.data.pixels import normalise
+from crate_jax.data.pixels import denormalise, normalise
 from crate_jax.data.recipes import LARGE, of_kind
 
 GREY = (0.2989, 0.587, 0.114)  # the weights of torchvision
@@ -362,3 +362,26 @@ def views_of(config: ConfigDict) -> Callable[[Mapping[str, jax.Array], jax.Array
         return large + [out[:, v] for v in range(config.views.small)]
 
     return views
+
+
+def pictures_of(
+    config: ConfigDict,
+) -> tuple[tuple[str, ...], Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, ...]]]:
+    """Pictures of an image and of its views, for people.
+
+    Args:
+      config: a validated config; see :func:`views_of`.
+
+    Returns:
+      The captions, and the function (anything, batch, keys (B,)) -> for each caption pixels (B, H, W, 3) in 0..1. The
+      batch holds `image`, uint8 (B, H, W, 3), besides what :func:`views_of` reads. Small views are enlarged.
+    """
+    views = views_of(config)
+    small = tuple(f"small view {v}" for v in range(config.views.small))
+
+    def pictures(judged: Any, batch: Mapping[str, jax.Array], keys_B: jax.Array) -> tuple[jax.Array, ...]:
+        image = batch["image"].astype(jnp.float32) / 255.0
+        pixels = [denormalise(x.astype(jnp.float32), config) for x in views(batch, keys_B)]
+        return image, *(x if x.shape == image.shape else jax.image.resize(x, image.shape, "nearest") for x in pixels)
+
+    return ("image", "view 0", "view 1", *small), pictures

@@ -1,4 +1,4 @@
-"""Several augmented views of one image."""
+"""Several augmented views of one image, outside of training batches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from crate_jax.data import decoding, sampling
-from crate_jax.data.augmentation import DRAWS, Augmentation
+from crate_jax.data import decoding, recipes, sampling
+from crate_jax.data.augmentation import DRAWS, Augmentation, empty, numbered
 from crate_jax.data.randaugment import randaugment
 from crate_jax.data.sources import Source
 from crate_jax.data.undecodable import Undecodable
@@ -57,3 +57,31 @@ def augmented_views(
                 pixels = np.asarray(randaugment(whole, augmentation.layers, augmentation.magnitude, rng))
             out[view] = pixels
         yield out, index
+
+
+def shown_views(config: ConfigDict, source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Crops views of some images, as training crops them, to be shown to people.
+
+    A view is a function of config.seed, the image and the number of the view.
+
+    Args:
+      config: the whole config; reads config.seed, config.data and config.views.
+      source: the images.
+      indices: the indices of images that can be decoded.
+
+    Returns:
+      'views', uint8 (b, 2, H, W, 3), and 'small_views', uint8 (b, S, h, w, 3), if config.views.small is above 0.
+
+    Raises:
+      DecodeError: an image cannot be decoded.
+    """
+    layout = recipes.layout(config)
+    out = empty(layout, len(indices))
+    for row, index in enumerate(map(int, indices)):
+        image = Image.fromarray(source.read(index))
+        for view, (name, place, a) in enumerate(numbered(layout)):
+            uniforms = sampling.uniforms(config.seed, index, 1, DRAWS, view)
+            (box,) = a.boxes(uniforms, np.array([image.height]), np.array([image.width]))
+            (crop,) = decoding.crops(image, [box], [a.size], a.resample, a.alone)
+            out[name][row, place] = np.asarray(crop)[:, :: -1 if a.flips(uniforms)[0] else 1]
+    return out

@@ -123,10 +123,13 @@ def observers(
     """
 
     def shown(count: int) -> dict[str, np.ndarray]:
-        """The method's inputs for `count` of the evaluation's images, the same each time."""
+        """`count` of the evaluation's images with the method's inputs, the same each time."""
         chosen = sample(len(evaluation.shown), count, config.seed)
         batch = next(data.eval_batches(config, evaluation.shown, chosen, count))
-        return {name: batch[name] for name in method.inputs}
+        if "views" in method.inputs:
+            batch |= data.shown_views(config, evaluation.shown, batch["index"])
+        unlabelled = {"label": np.full(len(batch["index"]), -1, np.int32)}
+        return {name: x for name, x in (unlabelled | batch).items() if name in ("image", *method.inputs)}
 
     look = evaluation.scores
     if isinstance(evaluation, FrozenEvaluation):
