@@ -28,12 +28,13 @@ from crate_jax.parallel.parameters import is_stacked, names, path_name
 DATA, MODEL = "data", "model"
 BATCH = (DATA, MODEL)
 WHOLE, LARGEST_AXIS = "whole", "largest axis"
-# How a parameter lies over the axis `model`: the first row whose pattern matches its whole name counts. LARGEST_AXIS:
-# the parameter is split along its largest axis that `model` divides (the first of equal axes), if the array has at
-# least MIN_SPLIT elements. The layer axis is never split, since the scan walks along it.
+# How a parameter, or what a method carries, lies over the axis `model`: the first row whose pattern matches its whole
+# name counts. LARGEST_AXIS: the array is split along its largest axis that `model` divides (the first of equal axes),
+# if it has at least MIN_SPLIT elements. The layer axis is never split, since the scan walks along it.
 RULES: tuple[tuple[str, str], ...] = (
     (r".*(cls_token|mask_token|positions|relative_bias)", WHOLE),
     (r".*kernel", LARGEST_AXIS),
+    (r"carried/(queue|memory)", LARGEST_AXIS),  # rows of past batches, of all images
     (r".*", WHOLE),  # biases, scales: vectors
 )
 MIN_SPLIT = 2**14  # elements; splitting a smaller array is not worth its messages

@@ -7,11 +7,12 @@ import importlib
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from crate_jax.errors import ConfigError
-from crate_jax.methods import reconstruction
+from crate_jax.methods import joint, reconstruction
 from crate_jax.models import autoencoder
 from crate_jax.parallel import parameters, sharding
 from crate_jax.training import step as train_step
@@ -95,6 +96,45 @@ def test_the_first_rule_that_matches_counts():
     assert place("decoder/head/kernel", 64, 64) == ()  # too small
     assert place("encoder/embedding/positions", 200, 768) == ()
     assert place("encoder/blocks/mlp_in/bias", 1600, 3072) == ()
+    assert place("carried/queue", 2, 65536, 256) == place("carried/memory", 2, 50000, 128) == (None, "model")
+    assert place("carried/queue_label", 65536) == place("carried/memory", 2, 50001, 129) == ()
+
+
+@pytest.mark.parametrize("mesh", list(MESHES.values()))
+def test_rows_are_pushed_into_a_split_queue_exactly(mesh, monkeypatch):
+    """Two views' queues, written at a place that wraps around, and a memory, written by image number."""
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 2)
+    mesh = sharding.make_mesh(16, 1, jax.devices(), *mesh)
+    rng = np.random.default_rng(0)
+    carried = {
+        "queue": rng.normal(size=(2, 48, 6)).astype(np.float32),
+        "memory": rng.normal(size=(2, 72, 6)).astype(np.float32),
+        "queue_place": np.int32(0),
+    }
+    place = sharding.parameter_shardings({"carried": carried}, mesh)["carried"]
+    by_batch = sharding.split(mesh)
+
+    def step(carried, rows_B2P, index_B):
+        rows_2BP = rows_B2P.swapaxes(0, 1)
+        pushed = [
+            joint.push(queue, carried["queue_place"], rows)
+            for queue, rows in zip(carried["queue"], rows_2BP, strict=True)
+        ]
+        memory = carried["memory"].at[:, index_B].set(rows_2BP)
+        return {"queue": jnp.stack([q for q, _ in pushed]), "memory": memory, "queue_place": pushed[0][1]}
+
+    push = jax.jit(sharding.on_mesh(mesh, step), in_shardings=(place, by_batch, by_batch), out_shardings=place)
+    now, expected = jax.device_put(carried, place), jax.tree.map(np.copy, carried)
+    for t in range(5):  # three steps fill the queue
+        rows_B2P, index_B = rng.normal(size=(16, 2, 6)).astype(np.float32), rng.permutation(72)[:16]
+        now = push(now, jax.device_put(rows_B2P, by_batch), jax.device_put(index_B, by_batch))
+        expected["queue"][:, 16 * (t % 3) : 16 * (t % 3) + 16] = rows_B2P.swapaxes(0, 1)
+        expected["memory"][:, index_B] = rows_B2P.swapaxes(0, 1)
+        np.testing.assert_array_equal(now["queue"], expected["queue"])
+        np.testing.assert_array_equal(now["memory"], expected["memory"])
+    parts = mesh.shape[sharding.MODEL]
+    for name in ("queue", "memory"):
+        assert {s.data.size for s in now[name].addressable_shards} == {carried[name].size // parts}
 
 
 def devices(slices: int, each: int, per_process: int = 1) -> list:
