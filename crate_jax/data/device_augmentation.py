@@ -200,9 +200,10 @@ def turn_hue(planes: Planes, turn: jax.Array) -> Planes:
     high, low = jnp.maximum(jnp.maximum(red, green), blue), jnp.minimum(jnp.minimum(red, green), blue)
     range_ = high - low
     per = 1.0 / jnp.where(range_ > 0, range_, 1.0)
-    hue = jnp.where(
-        red == high, (green - blue) * per, jnp.where(green == high, 2.0 + (blue - red) * per, 4.0 + (red - green) * per)
-    )  # in -1..5
+    # Two of these values agree where two colours are equally large. Not `red == high`: XLA may compute both with
+    # different roundings, in two places of the program.
+    hue = jnp.where(green >= blue, 2.0 + (blue - red) * per, 4.0 + (red - green) * per)
+    hue = jnp.where((red >= green) & (red >= blue), (green - blue) * per, hue)  # in -1..5
     hue = hue + 6.0 * turn
 
     def channel(start: float) -> jax.Array:
