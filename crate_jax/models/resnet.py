@@ -201,6 +201,17 @@ def split_by_batch(x_BHWC: jax.Array) -> jax.Array:
     return keep_split_by_batch(x_BHWC.reshape(x_BHWC.shape[0], -1, x_BHWC.shape[-1])).reshape(x_BHWC.shape)
 
 
+def corrupt_image(
+    images_BHWC: jax.Array, corruption: Corruption, patch_size: int, fill_P: jax.Array | None
+) -> jax.Array:
+    """The images that corrupted patches form, (B, H, W, 3) -> (B, H, W, 3); `fill_P` replaces removed patches."""
+    if isinstance(corruption, Identity):
+        return images_BHWC
+    x_BNP = corruption.corrupt_pixels(patchify(images_BHWC, patch_size))
+    H, W = images_BHWC.shape[1:3]
+    return unpatchify(corruption.corrupt_tokens(x_BNP, fill_P), (H, W), patch_size)
+
+
 class ResNetEncoder(nn.Module):
     """Stem and four stages; the tokens are the places of the last map, in raster order.
 
@@ -239,7 +250,10 @@ class ResNetEncoder(nn.Module):
         """
         train = keys_B is not None
         groups_BG = draw_groups(keys_B, self.norm_groups) if keys_B is not None and self.norm_groups > 1 else None
-        x = self.corrupted(images_BHWC, corruption)
+        fill_P = None
+        if corruption.fills_encoder:
+            fill_P = self.param("mask_token", TOKEN_INIT, (1, 1, 3 * self.patch_size**2), jnp.float32)[0, 0]
+        x = corrupt_image(images_BHWC, corruption, self.patch_size, fill_P)
         x = Stem(self.width, self.stem, self.stem_padding, train, self.dtype, name="stem")(x, groups_BG)
         widths = self.architecture.widths(self.width)
         tokens = x
@@ -252,14 +266,3 @@ class ResNetEncoder(nn.Module):
             tokens = x.reshape(x.shape[0], -1, width)
             self.sow("intermediates", "after_stage", tokens)
         return tokens
-
-    def corrupted(self, images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
-        """The image that the corrupted patches form, (B, H, W, 3) -> (B, H, W, 3)."""
-        if isinstance(corruption, Identity):
-            return images_BHWC
-        x_BNP = corruption.corrupt_pixels(patchify(images_BHWC, self.patch_size))
-        fill_P = None
-        if corruption.fills_encoder:
-            fill_P = self.param("mask_token", TOKEN_INIT, (1, 1, x_BNP.shape[-1]), jnp.float32)[0, 0]
-        H, W = images_BHWC.shape[1:3]
-        return unpatchify(corruption.corrupt_tokens(x_BNP, fill_P), (H, W), self.patch_size)
