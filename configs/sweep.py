@@ -28,7 +28,7 @@ The config string has:
   ``over=penalty,base=joint,method=byol,data=cifar100,seeds=3``.
 
 These flags vary any other key: --config.sweep.key=optimizer.lr --config.sweep.values=1e-4,1e-3; these any
-penalties: --config.sweep.key=penalty --config.sweep.values=none,so:3e-6,srip:1e-3. All other flags apply to
+penalties: --config.sweep.key=penalty --config.sweep.values="'none','so:3e-6','srip:1e-3'". All other flags apply to
 every run. The same command continues a stopped sweep and skips the finished runs.
 
 W holds table.md, sweep.png, sweep.svg, sweep.csv (one line per run), sweep.json, and one folder per run,
