@@ -55,7 +55,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         predicted = step.student("predictor", projected)
         odd = step.student("predictor2", projected)
         slow = list(map(joint.unit, step.target("projector", step.target_features)))
-        rows = [jax.lax.top_k(z_BP @ step.own["queue"].T, NEIGHBOURS)[1] for z_BP in slow]
+        rows = [jax.lax.top_k(joint.similarities(z_BP, step.own["queue"]), NEIGHBOURS)[1] for z_BP in slow]
         near = [step.own["queue"][row_BN] for row_BN in rows]
         keys = [jax.vmap(jax.random.fold_in, (0, None))(step.keys, i) for i in range(2 * LARGE)]
         mixed = step.student("transformer", [n_BNP + place_NP for n_BNP in near], keys[:LARGE])

@@ -26,7 +26,7 @@ def nt_xent(projections_NP: jax.Array, id_N: jax.Array, temperature: float, outs
       outside: each row takes the mean over its positives outside the logarithm (arXiv 2004.11362, eq. 2).
     """
     z_NP = joint.unit(projections_NP)
-    logits_NN = z_NP @ z_NP.T / temperature
+    logits_NN = joint.similarities(z_NP, z_NP) / temperature
     itself_NN = jnp.eye(len(id_N), dtype=bool)
     positive_NN = (id_N[:, None] == id_N[None]) & ~itself_NN
     all_N = jax.nn.logsumexp(jnp.where(itself_NN, -jnp.inf, logits_NN), axis=1)
@@ -45,5 +45,5 @@ def info_nce(query_BP: jax.Array, key_BP: jax.Array, temperature: float) -> jax.
       key_BP: (B, P), of any length.
       temperature: T.
     """
-    logits_BB = joint.unit(query_BP) @ joint.unit(key_BP).T / temperature
+    logits_BB = joint.similarities(joint.unit(query_BP), joint.unit(key_BP)) / temperature
     return joint.cross_entropy(logits_BB, jnp.arange(len(logits_BB)))

@@ -311,6 +311,14 @@ def cosine(a_BP: jax.Array, b_BP: jax.Array) -> jax.Array:
     return jnp.sum(unit(a_BP) * unit(b_BP), -1)
 
 
+def similarities(a_NP: jax.Array, b_MP: jax.Array) -> jax.Array:
+    """The inner products of all rows of two arrays (N, P) and (M, P), (N, M), in float32 on every kind of device.
+
+    A small temperature makes the errors of faster products large: 0.004 in bfloat16 is 0.1 after a division by 0.04.
+    """
+    return jnp.matmul(a_NP, b_MP.T, precision="highest")
+
+
 def cross_entropy(logits_BC: jax.Array, class_B: jax.Array) -> jax.Array:
     """The mean cross entropy of logits (B, C) and classes (B,), float32 scalar."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BC.astype(jnp.float32), class_B))

@@ -57,7 +57,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
 def term(query_BP: jax.Array, key_BP: jax.Array, queue_QP: jax.Array, temperature: float) -> jax.Array:
     """The mean cross entropy of a query's own key against all rows of a queue; all rows are of length 1."""
     own_B1 = jnp.sum(query_BP * key_BP, axis=1, keepdims=True)
-    logits = jnp.concatenate([own_B1, query_BP @ queue_QP.T], axis=1) / temperature
+    logits = jnp.concatenate([own_B1, joint.similarities(query_BP, queue_QP)], axis=1) / temperature
     return joint.cross_entropy(logits, jnp.zeros(len(logits), jnp.int32))
 
 

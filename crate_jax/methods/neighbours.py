@@ -37,7 +37,7 @@ def nearest(own: Own, direction_BP: jax.Array) -> jax.Array:
       own: the queue.
       direction_BP: (B, P), rows of length 1.
     """
-    return jnp.argmax(direction_BP @ own["queue"].T, axis=1).astype(jnp.int32)
+    return jnp.argmax(joint.similarities(direction_BP, own["queue"]), axis=1).astype(jnp.int32)
 
 
 def same_class(own: Own, row_B: jax.Array, label_B: jax.Array) -> jax.Array:

@@ -47,8 +47,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         query_BP = joint.unit(projected[0])
         key_BP = joint.unit(step.target("projector", step.target_features)[1])
         queue_QP = step.own["queue"]
-        relation_BQ = jax.nn.softmax(key_BP @ queue_QP.T / own.target_temperature)
-        logits_BQ = query_BP @ queue_QP.T / own.student_temperature
+        relation_BQ = jax.nn.softmax(joint.similarities(key_BP, queue_QP) / own.target_temperature)
+        logits_BQ = joint.similarities(query_BP, queue_QP) / own.student_temperature
         queue_QP, place = joint.push(queue_QP, step.own["queue_place"], key_BP)
         value = jnp.mean(optax.softmax_cross_entropy(logits_BQ, relation_BQ))
         return value, {"queue": queue_QP, "queue_place": place}, {"z_std": joint.spread(projected)}

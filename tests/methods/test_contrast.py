@@ -45,7 +45,7 @@ def algorithm(c, width: int = P) -> joint.Algorithm:
 MATRIX = jnp.asarray(np.random.default_rng(5).normal(size=(P, P)), jnp.float32)
 HEADS = {
     "projector": lambda tree, x, keys: (x, tree),
-    "predictor": lambda tree, x, keys: (x @ MATRIX, tree),
+    "predictor": lambda tree, x, keys: (jnp.matmul(x, MATRIX, precision="highest"), tree),
 }
 
 
@@ -96,6 +96,14 @@ def test_gradients_are_finite_where_vectors_are_zero_or_all_the_same(name, value
     same = [jnp.full((B, P), value)] * 2
     found, grads = jax.value_and_grad(lambda z: loss_of(c, z, same, start(c))[0])(same)
     assert math.isfinite(found) and all(jnp.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name != "simsiam"])
+def test_no_accelerator_rounds_similarities(name):
+    """Every product of a loss asks for float32; GPUs and TPUs would take fewer bits."""
+    c = config_of(name)
+    text = str(jax.make_jaxpr(lambda z: loss_of(c, z, z, start(c)))(vectors(1)))
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
 def test_positives_are_the_rows_of_equal_index():
