@@ -70,7 +70,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
 
     def after(params: Params, own: Own, progress: Progress) -> tuple[Params, Own]:
         if options.queue:
-            own = {**own, "queue_enters": progress.epochs(progress.done + 1) >= options.queue_from}
+            epoch = progress.epochs(progress.done + 1)
+            own = {**own, "queue_enters": epoch >= jnp.float32(options.queue_from)}  # a weak type would compile twice
         if renormalised:
             kernel_PK = unit_columns(params["prototypes"]["kernel"])
             params = {**params, "prototypes": {**params["prototypes"], "kernel": kernel_PK}}
