@@ -8,10 +8,10 @@ clustered by spherical k-means, once per head: head h takes the memory of view h
 where c_h are the head's K_h centres. They are no parameters. The first epoch only fills the memory: its loss is 0,
 where solo-learn's is not a number. Images that no epoch has reached yet have no cluster (-1) and are left out.
 
-Memory: 8 N P bytes for the projections, 4 H N for the clusters and 4 sum(K) P for the centres, whole on every device:
-51 MB + 0.6 MB + 4.6 MB for N = 50,000, P = 128 and three heads of 3000; 1.3 GB for ImageNet. One clustering costs
-4 (rounds + 1) N sum(K) P operations, less than 1 % of an epoch of a ResNet18 at 32 pixels; it goes through the rows in
-pieces, so that no N x K array exists.
+Memory: 8 N P bytes for the projections (split over the mesh's axis `model`), 4 H N for the clusters and 4 sum(K) P for
+the centres (whole on every device): 51 MB + 0.6 MB + 4.6 MB for N = 50,000, P = 128 and three heads of 3000; for
+ImageNet 1.3 GB of projections. One clustering costs 4 (rounds + 1) N sum(K) P operations, less than 1 % of an epoch of
+a ResNet18 at 32 pixels; it goes through the rows in pieces, so that no N x K array exists.
 
 Shapes: B batch, P width of the projections, N training images, K clusters of a head, H heads, n rows of a piece.
 """
