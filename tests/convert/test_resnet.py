@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crate_jax.config import base
 from crate_jax.convert import __main__ as command, files, pretrained, weights
 from crate_jax.convert.describe import Hints, config_of
 from crate_jax.convert.export import export
 from crate_jax.convert.families import detect, import_state_dict
 from crate_jax.errors import CheckpointError
+from crate_jax.methods import METHODS
 from crate_jax.models import batch_norm, build_encoder, representation
 from crate_jax.parallel.parameters import count, names
+from crate_jax.training.step import TrainState
+from crate_jax.workdir import checkpoint
 from tests.convert.test_convert import Pickled, Shapes, filled, linear, norm, random_state, resnet, vit, write_zip
+from tests.parity_joint import Source
 
 Arrays = dict[str, np.ndarray]
 BLOCKS = (2, 2, 2, 2)
@@ -375,6 +380,33 @@ def test_an_export_has_torchvisions_names_and_says_what_is_left_out(tmp_path):
         assert a.shape == state[name].shape
         assert a.dtype == (np.int64 if name.endswith("num_batches_tracked") else np.float32)
     assert json.loads(about["metadata"]["crate_jax"])["family"] == "resnet"
+
+
+def test_a_joint_run_exports_the_encoder_with_its_statistics(tmp_path, capsys):
+    """Those that the method carries, and not the target's; projector and predictor are left out and named."""
+    c = base()
+    c.method, c.evaluation.pool, c.data.image_size = "byol", "mean", (16, 16)
+    c.encoder.update(dict(name="resnet18", stage_width=4, stem="cifar", stem_padding=1))
+    c.joint.update(dict(hidden=8, out=4, predictor_hidden=8))
+    method = METHODS["byol"].build(c, Source(40))
+    params, carried = jax.jit(lambda key: method.init(key, lambda drawn: drawn))(jax.random.key(0))
+    moved = jax.tree.map(lambda x: x + np.arange(x.size), carried["statistics"])
+    state = TrainState(0, params, {**carried, "statistics": moved}, {}, {}, None, {})
+    saved = checkpoint.Checkpoints(tmp_path / "run", keep=1)
+    saved.save(3, params, state.rest(), {"config": c.to_dict(), "judged": state.judged_names(method)})
+    saved.close()
+    assert command.main(["export", str(tmp_path / "run"), "--format=torchvision", f"--out={tmp_path / 'out'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "left out: projector" in shown and "left out: predictor" in shown
+    tensors, _ = files.read(tmp_path / "out" / "model.safetensors")
+    assert tensors.keys() == CIFAR.keys()
+    np.testing.assert_array_equal(tensors["layer2.0.downsample.1.running_mean"], np.arange(8))
+    np.testing.assert_array_equal(tensors["bn1.running_var"], 1 + np.arange(4))
+    back = weights.load(tmp_path / "out" / "model.safetensors")
+    assert (back.config["encoder"]["stem"], back.config["encoder"]["stem_padding"]) == ("cifar", 1)
+    expected = names(jax.device_get(state.judged(method)["encoder"]))
+    for name, array in names(back.params["encoder"]).items():
+        np.testing.assert_array_equal(array, expected[name])
 
 
 def read(path: Path, **hints) -> tuple[dict, dict]:
