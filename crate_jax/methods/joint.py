@@ -158,7 +158,9 @@ def method(
 
     def build(config: ConfigDict, source: data.Source) -> Method:
         encoder = config_encoder(config)
-        return assemble(config, algorithm(config, encoder.width, source), encoder, data.views_of(config), source)
+        built = assemble(config, algorithm(config, encoder.width, source), encoder, data.views_of(config), source)
+        columns, pictures = data.pictures_of(config)
+        return dataclasses.replace(built, columns=columns, pictures=pictures, pictures_name="views")
 
     build.__module__ = algorithm.__module__  # the row's function counts as the method's own
     return build
