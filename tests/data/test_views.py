@@ -88,9 +88,9 @@ def test_held_and_streamed_views_are_the_same(equal):
     held, streamed = take(configured(equal), 3), take(configured(equal, memory_mb=0), 3)
     for a, b in zip(held, streamed, strict=True):
         np.testing.assert_array_equal(a["index"], b["index"])
-        for name in ("views", "small_views"):  # they may differ in rounding
+        for name in ("views", "small_views"):  # they may differ in rounding: Pillow may resize columns before rows
             off = np.abs(a[name].astype(int) - b[name])
-            assert off.max() <= 2 and off.mean() < 0.08
+            assert off.max() <= 2 and off.mean() < 0.2
 
 
 def test_large_held_views_have_no_tables_and_the_same_bits(tmp_path):
@@ -201,8 +201,9 @@ def test_what_does_nothing_changes_nothing():
     off = jnp.zeros(3)
     nothing = still._replace(grey=off > 0, sigma=off, solarise=off > 0, equalise=off > 0)
     c = configs.base()
-    assert np.abs(levels(device.augmented(x, still)) - x).max() < 1e-3
-    assert np.abs(np.asarray(device.view(x, nothing, c)) - normalise(x, c)).max() * 0.229 * 255 < 0.26
+    assert np.abs(levels(jax.jit(device.augmented)(x, still)) - x).max() < 1e-3
+    view = jax.jit(lambda x, draw: device.view(x, draw, c))
+    assert np.abs(np.asarray(view(x, nothing)) - normalise(x, c)).max() * 0.229 * 255 < 0.26
     np.testing.assert_array_equal(device.view(x, Draw(), c), normalise(x, c))
 
 
@@ -313,18 +314,26 @@ def keys(count, seed=0):
 def test_views_of_a_batch():
     c, batch = view_config("multicrop_cifar", small=3), batch_of(4, small=3)
     c.views.blur = (0.4, 0.0, 1.0)
-    run = data.views_of(c)
-    compiled, plain = jax.jit(run)(batch, keys(4)), run(batch, keys(4))
-    assert [x.shape for x in compiled] == [(4, 9, 11, 3)] * 2 + [(4, 5, 6, 3)] * 3
-    for a, b in zip(compiled, plain, strict=True):  # one step of ten bits
-        assert a.dtype == jnp.float32 and np.abs(a - b).max() <= 1 / 1023 / 0.224 + 1e-6
-    # An image does not depend on the others, and each has the draws of its own key.
-    for a, b in zip(compiled, jax.jit(run)({k: x[2:3] for k, x in batch.items()}, keys(4)[2:3]), strict=True):
-        assert np.abs(a[2:3] - b).max() <= 1 / 1023 / 0.224 + 1e-6
-    for a, b in zip(compiled, jax.jit(run)(batch, keys(4, seed=1)), strict=True):
-        assert np.abs(a - b).max() > 0.1
-    in_bf16 = jax.jit(data.views_of(view_config("symmetric", dtype="bfloat16")))(batch_of(2), keys(2))
-    assert all(x.dtype == jnp.bfloat16 and jnp.isfinite(x).all() for x in in_bf16)
+    run = jax.jit(data.views_of(c))
+    out = run(batch, keys(4))
+    assert [x.shape for x in out] == [(4, 9, 11, 3)] * 2 + [(4, 5, 6, 3)] * 3
+    assert all(x.dtype == jnp.float32 for x in out)
+    # An image does not depend on the others, and has the draws of its own key; ten bits may be rounded differently.
+    turned = run({name: x[::-1] for name, x in batch.items()}, keys(4)[::-1])
+    for a, b, other in zip(out, turned, run(batch, keys(4, seed=1)), strict=True):
+        assert np.abs(a - b[::-1]).max() <= 1 / 1023 / 0.224 + 1e-6 and np.abs(a - other).max() > 0.1
+
+
+def test_a_view_is_the_same_without_jit_and_in_bfloat16():
+    c = view_config("weak")
+    c.views.solarise = (0.5,)
+    x, draw = images(3), device.drawn(keys(3), Options.of(c, 0))
+    plain, compiled = device.view(x, draw, c), jax.jit(lambda x, draw: device.view(x, draw, c))(x, draw)
+    assert np.abs(plain - compiled).max() <= 1 / 1023 / 0.224 + 1e-6
+    c.dtype = "bfloat16"
+    rounded = jax.jit(lambda x, draw: device.view(x, draw, c))(x, draw)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(jnp.float32), compiled, atol=0.02)
 
 
 def test_every_view_has_draws_of_its_own():
