@@ -364,6 +364,8 @@ def test_the_section_shows_every_run():
         axes = figure.content.axes
         assert axes and all(ax.get_lines() and ax.get_xscale() == ax.get_yscale() == "log" for ax in axes)
         figure.content.canvas.draw()
+    runs = made.figures[1].content.axes
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in runs}) == 1  # panels of runs can be compared by eye
     assert "12 rows for 16 features" in made.text and {row[-1] for row in features.rows} == {"yes"}
     json.dumps(made.numbers, allow_nan=False)
     assert made.numbers["vit on 8"]["features"]["block 1"]["rankme"] == features.rows[0][3]

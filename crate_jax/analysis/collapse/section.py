@@ -186,13 +186,15 @@ def _log_log(ax: Axes, title: str) -> None:
     ax.tick_params(which="both", labelsize=7)
 
 
-def _grid(count: int) -> tuple[Plot, list[Axes]]:
+def _grid(count: int, shared: bool = False) -> tuple[Plot, list[Axes]]:
     columns = min(3, count)
     rows = -(-count // columns)
     plot = Plot(figsize=(3.2 * columns, 2.7 * rows + 0.4), layout="constrained")
-    axes = list(plot.subplots(rows, columns, squeeze=False).flat)
+    axes = list(plot.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).flat)
     for ax in axes[count:]:
         ax.remove()
+    for ax in axes[:count]:
+        ax.tick_params(labelbottom=True)  # also above a place that is empty
     return plot, axes[:count]
 
 
@@ -218,7 +220,7 @@ def weight_plot(weights: Weights) -> Plot:
 
 def layer_plot(features: Features) -> Plot:
     """Log-log spectra of hidden features: one panel per run, one line per block."""
-    plot, axes = _grid(len(features))
+    plot, axes = _grid(len(features), shared=True)  # so that runs can be compared by eye
     for ax, (run, found) in zip(axes, features.items(), strict=True):
         blocks = [(place, m) for place, m in found.items() if place != "representation"]
         shades = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.85, len(blocks)))  # visible on black and on white
