@@ -1,6 +1,7 @@
 """Weights with a constant rate and weights that are held still, against NumPy and against optimisers of their own."""
 
 import dataclasses
+import math
 
 import chex
 import jax
@@ -184,6 +185,13 @@ def test_a_weight_that_several_patterns_hold_is_held_for_the_longest_time():
         "encoder/bias": 8,
         "predictor/bias": 8,
     }
+
+
+def test_a_weight_that_is_held_for_ever_never_moves():
+    held = (("last/kernel_g", math.inf),)
+    (*_, last), others = trained(config_of("adam"), held), trained(config_of("adam"))
+    np.testing.assert_array_equal(last["last/kernel_g"], toy()["last"]["kernel_g"])
+    np.testing.assert_allclose(last["last/kernel_v"], others[-1]["last/kernel_v"], rtol=1e-5, atol=1e-6)
 
 
 def test_whole_epochs_are_whole_steps_in_spite_of_rounding():
