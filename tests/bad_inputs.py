@@ -237,8 +237,18 @@ file("weights_malicious x.pth", pickle.dumps(print))
 file("weights_cut_zip x.pth", b"PK\x03\x04" + bytes(50))
 file("weights_cut x.safetensors", safetensors.numpy.save({"a": np.zeros((9, 9), np.float32)})[:-20])
 file("weights_foreign x.safetensors", safetensors.numpy.save({"conv1.weight": np.zeros((9, 9), np.float32)}))
+TWO = {f"{part}.layer1.0.conv1.weight": np.zeros((3, 3, 3, 3), np.float32) for part in ("left", "right")}
+file("weights_two_networks x.safetensors", safetensors.numpy.save(TWO))
 LATER = {"crate_jax": json.dumps({"version": 99, "family": "crate_jax", "config": {}})}
 file("weights_later x.safetensors", safetensors.numpy.save({"encoder/x": np.zeros(3, np.float32)}, LATER))
+
+
+@maker
+def weights_small_stem(folder: Path) -> None:
+    """A thin ResNet18 under torchvision's names, with a 3 x 3 stem."""
+    from tests.convert.test_convert import random_state, resnet
+
+    safetensors.numpy.save_file(random_state("resnet", resnet((2, 2, 2, 2), 4, side=3)), folder / "x.safetensors")
 
 
 @maker
