@@ -190,7 +190,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.penalty.name, c.penalty.weight = arg.penalty, PENALTY_WEIGHTS[arg.penalty]
     if not cifar:
         c.dtype = "bfloat16"
-    c.evaluation.every = 0
+    c.evaluation.every = 10_000  # also says when the representation collapses
     c.log.every = 100
     if arg.scale == "thin":
         _thin(c)
@@ -215,7 +215,7 @@ def _thin(c: ConfigDict) -> None:
     c.joint.update(dict(hidden=512, out=128, predictor_hidden=512, queue=2048))
     c.optimizer.warmup_epochs = 1.0
     c.update_from_flattened_dict(THIN.get(c.method, {}))
-    c.log.every, c.save.every = 50, 10_000
+    c.evaluation.every, c.log.every, c.save.every = 0, 50, 10_000
 
 
 def _shrink(c: ConfigDict, resnet: bool) -> None:

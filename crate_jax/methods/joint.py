@@ -300,8 +300,8 @@ def tau(config: ConfigDict, progress: Progress) -> jax.Array:
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     """Vectors of length 1 along an axis, float32; a zero vector stays zero.
 
-    >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(2).tolist()
-    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    >>> unit(jnp.array([[0.0, -4.0], [0.0, 0.0]])).tolist()
+    [[0.0, -1.0], [0.0, 0.0]]
     """
     x = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis, keepdims=True)
