@@ -99,11 +99,23 @@ def test_every_view_predicts_the_large_ones(views):
     np.testing.assert_allclose(new["centre"], 0.8 * centre + 0.2 * mean, rtol=1e-5, atol=1e-7)
 
 
-def test_tiny_temperatures_are_finite():
-    loss = algorithm("dino", **{"dino.student_temperature": 1e-6}).loss
-    own = {"centre": jnp.zeros(20), "temperature": jnp.float32(1e-8)}
-    views = [random(4, 20), random(4, 20, seed=1)]
-    assert finite(jax.value_and_grad(lambda z: loss(bare_step([z, views[1]], own, views))[0])(views[0]))
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("dino", {"dino.student_temperature": 1e-6, "dino.temperature": 1e-8}),
+        ("swav", {"joint.temperature": 1e-6, "swav.epsilon": 1e-6, "swav.queue": 0}),
+        ("deepclusterv2", {"joint.temperature": 1e-6}),
+    ],
+)
+def test_tiny_temperatures_are_finite(name, changes):
+    made = algorithm(name, **changes)
+    own = made.state(jax.random.key(0))
+    if name == "deepclusterv2":
+        centres = {head: joint.unit(random(*c.shape, seed=8)) for head, c in own["centres"].items()}
+        own |= {"assignments": own["assignments"] + 3, "centres": centres}
+    views = [random(16, 20 if name == "dino" else 12, seed=v) for v in range(2)]
+    value, grads = jax.value_and_grad(lambda z: made.loss(bare_step([z, views[1]], own, views))[0])(views[0])
+    assert value > 0 and finite((value, grads))
 
 
 @pytest.mark.parametrize(("warm", "expected"), [(0, [0.07]), (1, [0.04, 0.07]), (3, [0.04, 0.055, 0.07, 0.07])])
