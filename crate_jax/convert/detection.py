@@ -353,7 +353,7 @@ def _loader(pictures: Sequence[Picture], args: argparse.Namespace, training: boo
     import torch
 
     return torch.utils.data.DataLoader(
-        Pictures(pictures, flip=training),  # type: ignore[arg-type]  # it has what a loader asks for
+        Pictures(pictures, flip=training),
         batch_size=args.batch_size if training else 1,
         shuffle=training,
         drop_last=training,
@@ -495,22 +495,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.backbone == "none":
         if args.norm == "frozen":
             raise InputError("--backbone=none: a random backbone has no statistics to freeze; give --norm=batch")
-        backbone: Any = ("resnet50", {}, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        name, state, mean, std = "resnet50", dict[str, Any](), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     else:
-        backbone = read_backbone(Path(args.backbone))
+        name, state, mean, std = read_backbone(Path(args.backbone))
     print(
         f"{data.format}: {len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes; "
-        f"{backbone[0]} on {args.device}"
+        f"{name} on {args.device}"
     )
     try:
-        model = build(*backbone, len(data.classes), args).to(args.device)
+        model = build(name, state, mean, std, len(data.classes), args).to(args.device)
     except RuntimeError as e:
         raise InputError(f"--device={args.device}: {str(e).splitlines()[0]}") from None
     loss = train(model, data, args)
     scores = evaluate(model, data, args)
     if scores is None:
         print("AP is not computed: pycocotools is not installed (pip install pycocotools)")
-    result = {"model": backbone[0], "backbone": args.backbone, "steps": args.steps, "loss": loss, **(scores or {})}
+    result = {"model": name, "backbone": args.backbone, "steps": args.steps, "loss": loss, **(scores or {})}
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), args.out / "detector.pth")
