@@ -100,7 +100,10 @@ RECIPES: dict[str, tuple[tuple[dict[str, Any], float, float], tuple[int, int, in
     "swav": ((LARS, 0.6, 1e-6), (2048, 128, 4096), "symmetric", "symmetric", {"joint.temperature": 0.1}),
     "vibcreg": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "vicreg_cifar", "vicreg_imagenet100", {}),
     "vicreg": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "vicreg_cifar", "vicreg_imagenet100", {}),
-    "wmse": ((ADAM, 2e-3, 1e-6), (1024, 64, 4096), "wmse_cifar", "wmse_imagenet100", {"optimizer.warmup_lr": 0.0, "wmse.gradient": "first"}),
+    "wmse": (
+        (ADAM, 2e-3, 1e-6), (1024, 64, 4096), "wmse_cifar", "wmse_imagenet100",
+        {"optimizer.warmup_lr": 0.0, "wmse.gradient": "first"},
+    ),
 }  # fmt: skip
 # What ImageNet-100 changes.
 IMAGENET100: dict[str, dict[str, Any]] = {
