@@ -231,6 +231,9 @@ class WeightsTarget:
         shapes = test_convert.vit(192, 1, 4, 4)
         state = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
         self.seeds = [safetensors.numpy.save(state), safetensors.numpy.save(state, {"crate_jax": '{"version": 1}'})]
+        joint = test_convert.random_state("resnet", test_convert.resnet((2, 2, 2, 2), 4, side=3))
+        joint = {f"backbone.{name}": a for name, a in joint.items()}
+        self.seeds.append(safetensors.numpy.save(joint | {"classifier.weight": np.ones((3, 4), np.float32)}))
         for write in (test_convert.write_zip, test_convert.write_legacy):
             self.seeds.append(write(self.path, {"model": state}).read_bytes())
         loaded = weights.load(self.path)

@@ -298,6 +298,10 @@ REFUSED = {  # kind -> (tensors, a pattern of the line)
         lambda: without(a_state(IMAGENET), ".running_mean", ".running_var", ".num_batches_tracked"),
         r"missing \['bn1.running_mean', 'bn1.running_var'",
     ),
+    "no channels": (
+        lambda: a_state(IMAGENET) | {"layer1.0.conv2.weight": np.ones((4, 0, 3, 3), np.float32)},
+        "arrays without numbers, encoder/stage1/block0/conv2/kernel",
+    ),
     "four channels": (lambda: wider(a_state(IMAGENET), "conv1.weight", 1), r"'conv1.weight' has 7 x 7 pixels and 6"),
     "a stem of 5 x 5": (lambda: a_state(resnet(BLOCKS, 4, side=5)), r"'conv1.weight' has 5 x 5 pixels and 3"),
     "a 3 x 3 stem of unknown padding": (lambda: a_state(CIFAR), r"padding of a 3 x 3 stem.*--stem-padding"),
