@@ -11,10 +11,11 @@ import pytest
 from crate_jax import config as configs
 from crate_jax.config import validate
 from crate_jax.errors import CheckpointError, ConfigError
-from crate_jax.methods import reconstruction
+from crate_jax.methods import classify, reconstruction, segment
 from crate_jax.models import autoencoder, batch_norm, build_encoder, grids, representation, widths
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.corruption import Masking
+from crate_jax.models.heads import HEADS
 from crate_jax.models.patches import patchify
 from crate_jax.models.resnet import ARCHITECTURES, Architecture, corrupt_image, draw_groups
 from crate_jax.parallel import parameters, sharding
@@ -319,3 +320,64 @@ def test_an_encoder_is_adopted_with_its_statistics():
     del theirs["encoder"]["stem"]["norm"]["running_var"]
     with pytest.raises(CheckpointError, match="encoder/stem/norm/running_var: not in the checkpoint"):
         adopt_encoder(ours, theirs, "test")
+
+
+@pytest.mark.usefixtures("short")
+def test_a_resnet_learns_to_reconstruct_and_draws_it():
+    """One batch of stripes, masked anew at each step."""
+    c = thin(stage_width=4)
+    c.steps, c.optimizer.lr = 30, 2e-2
+    method, mesh = reconstruction.build(c), sharding.make_mesh(c.batch_size, 1, jax.devices()[:1])
+    recipe = train_step.make_recipe(c, method, 16)
+    state, step = train_step.make_init(c, method, recipe, mesh)(), train_step.make_train_step(c, method, recipe, mesh)
+    stripes = np.where(np.arange(12)[:, None] % 8 < 4, 40, 200) * np.linspace(0.5, 1, 16)[:, None, None]
+    x = np.broadcast_to(stripes[..., None], (16, 12, 8, 3)).astype(np.uint8)
+    losses = []
+    for _ in range(30):
+        state, scalars = step(state, sharding.put_batch({"image": x}, mesh))
+        losses.append(float(scalars["loss"]))
+    assert losses[-1] < 0.3 * losses[0], losses
+    drawn = method.pictures(state.judged(method), {"image": x[:2]}, keys(2))
+    assert len(drawn) == len(method.columns) and all(p.shape == (2, 12, 8, 3) for p in drawn)
+
+
+class Labelled:
+    """All that fine-tuning asks of the training images."""
+
+    class_names = ("a", "b", "c")
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("freeze", [False, True])
+def test_fine_tuning_moves_the_statistics_of_an_encoder_that_it_trains(freeze):
+    """A frozen one keeps them, and reads features in evaluation mode; only then is the loss a mean over images."""
+    c = thin()
+    c.job, c.finetune.freeze = "finetune", freeze
+    method = classify.build(c, Labelled())
+    params, carried = method.init(jax.random.key(0), lambda drawn: drawn)
+    batch = {"image": pixels_of(c), "label": jnp.arange(16) % 3}
+    grads, (after, _) = jax.jit(jax.grad(method.loss, has_aux=True))(params, carried, batch, keys())
+    trains = {name: bool(np.any(g)) for name, g in parameters.names(grads["encoder"]).items()}
+    assert set(trains.values()) == {not freeze} and method.mean_over_images == freeze
+    same = jax.tree.map(lambda a, b: bool(np.all(a == b)), carried, after)
+    assert set(jax.tree.leaves(same)) == {freeze} and set(after) == {"statistics"}
+    judged = method.judged(params, after)
+    assert method.features(judged, batch["image"]).shape == (16, 3)
+    chex.assert_trees_all_equal(batch_norm.split(judged)[1], after["statistics"])
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_segmentation_read_the_stages(head):
+    """UPerNet reads all four and predicts at the finest; several maps of the linear head are resized to the first."""
+    c = thin(size=(40, 56), stem="imagenet")
+    c.segment.head, c.segment.channels, c.segment.blocks = head, 8, () if head == "upernet" else (2, 4)
+    read, module = representation.block_maps(c, segment.blocks(c)), HEADS[head](c, 3)
+    params = representation.with_head(c, module, read)(jax.random.key(0))
+    maps = read(params, images(c, 2))
+    sides = [(10, 14), (5, 7), (3, 4), (2, 2)]
+    assert [x.shape[1:3] for x in maps] == [sides[n - 1] for n in segment.blocks(c)]
+    scores = module.apply({"params": params["head"]}, maps)[0]
+    assert scores.shape == (2, *maps[0].shape[1:3], 3) and "pyramid" not in params["head"]
+    moved = read.train(params, images(c, 2), keys(2))[1]
+    assert np.any(moved["encoder"]["stem"]["norm"]["running_mean"])
