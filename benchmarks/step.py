@@ -2,17 +2,20 @@
 
     python -m benchmarks.step --config=configs/crate_mae.py:variant=Ti --batch=16 [--config.KEY=VALUE ...]
 
-Prints one JSON object. `model_flops_per_image` counts the matrix products of encoder and decoder in the traced program,
-forward and backward, without recomputation by remat. `matmul_peak_flops` is measured on this device, with a large
-square product of the same type. With `--telemetry`, `telemetry_ms` is the time of one call on config.whitebox.images
-images, and `telemetry_share` is its average share of a step, as it runs once in config.whitebox.every steps.
+Prints one JSON object. `model_flops_per_image` counts the matrix products and convolutions of the loss in the traced
+program, forward and backward, for all views of an image, without recomputation by remat. `matmul_peak_flops` is
+measured on this device, with a large square product of the same type. With `--telemetry`, `telemetry_ms` is the time of
+one call on config.whitebox.images images, and `telemetry_share` is its average share of a step, as it runs once in
+config.whitebox.every steps.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,6 +25,8 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from benchmarks.stand_in import training_set
+from crate_jax import data
 from crate_jax.config import validate
 from crate_jax.jobs import train
 from crate_jax.parallel import sharding
@@ -51,19 +56,42 @@ def matmul_peak(dtype: str, mesh: Mesh) -> float:
 
 
 def matmul_flops(jaxpr: Any) -> int:
-    """FLOPs of all matrix products in a traced program; each run of a loop counts."""
+    """FLOPs of all matrix products and convolutions in a traced program; each run of a loop counts.
+
+    A convolution's products with padding count; those with the zeros between the entries of a dilated input do not.
+    """
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             inner = np.prod([eqn.invars[0].aval.shape[d] for d in contracted], dtype=np.int64)
             total += 2 * int(np.prod(eqn.outvars[0].aval.shape, dtype=np.int64) * inner)
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            per_output = kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * eqn.outvars[0].aval.size * per_output // math.prod(eqn.params["lhs_dilation"])
         repeats = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 total += repeats * matmul_flops(inner)
     return total
+
+
+def random_batch(config: ConfigDict, inputs: Iterable[str], classes: int) -> dict[str, np.ndarray]:
+    """A batch of random pixels, with random labels and the indices 0, 1, ...
+
+    Args:
+      config: a validated config.
+      inputs: the names of the entries, as in `Method.inputs`.
+      classes: number of classes.
+    """
+    rng = np.random.default_rng(0)
+    batch = {}
+    for name, x in data.batch_shapes(config, inputs).items():
+        below = classes if name in ("label", "mask") else 256
+        batch[name] = rng.integers(0, below, x.shape, x.dtype)
+    return batch | ({"index": np.arange(config.batch_size, dtype=np.int32)} if "index" in batch else {})
 
 
 def telemetry_cost(config: ConfigDict, params: Any, mesh: Mesh, step_seconds: float) -> dict[str, Any]:
@@ -95,16 +123,17 @@ def main(_: list[str]) -> None:
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate)
     mesh = sharding.make_mesh(config.batch_size, config.accumulate)
-    method = train.method_of(config)
-    recipe = train_step.make_recipe(config, method, 100 * config.batch_size)
+    source = training_set(config)
+    method = train.method_of(config, source)
+    recipe = train_step.make_recipe(config, method, len(source))
     step = train_step.make_train_step(config, method, recipe, mesh)
     state = train_step.make_init(config, method, recipe, mesh)()
-    images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *config.data.image_size, 3), np.uint8)
-    batch = sharding.put_batch({"image": images}, mesh)
+    classes = len(source.class_names or ())
+    batch = sharding.put_batch(random_batch(config, method.inputs, classes), mesh)
     keys = jax.random.split(jax.random.key(0), config.batch_size)
     plain = config.copy_and_resolve_references()
     plain.remat = False
-    loss_and_grad = jax.value_and_grad(train.method_of(plain).loss, has_aux=True)
+    loss_and_grad = jax.value_and_grad(train.method_of(plain, source).loss, has_aux=True)
     program = jax.make_jaxpr(loss_and_grad)(state.params, state.carried, batch, keys)
     flops = matmul_flops(program.jaxpr) / config.batch_size
 

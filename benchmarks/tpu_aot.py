@@ -39,13 +39,14 @@ os.environ.update(
 )
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks import hlo_cost
 from benchmarks.roofline import Chip, chip_of, roofline
+from benchmarks.stand_in import training_set
+from crate_jax import data
 from crate_jax.config import validate
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.flags import fail
@@ -86,12 +87,12 @@ def topology_devices(topology: str) -> list[Any]:
 def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
     """The train step of a validated config, traced for these devices without making an array."""
     mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices, config.mesh.data, config.mesh.model)
-    method = method_of(config)
-    recipe = train_step.make_recipe(config, method, 100 * config.batch_size)
+    source = training_set(config)
+    method = method_of(config, source)
+    recipe = train_step.make_recipe(config, method, len(source))
     step = train_step.make_train_step(config, method, recipe, mesh)
     state = jax.eval_shape(functools.partial(train_step.init_state, config, method, recipe))
-    images = jax.ShapeDtypeStruct((config.batch_size, *config.data.image_size, 3), jnp.uint8)
-    return step.lower(state, {"image": images})
+    return step.lower(state, data.batch_shapes(config, method.inputs))
 
 
 def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import alignment_predicts
-from benchmarks.step import matmul_flops
+from benchmarks.stand_in import training_set
+from benchmarks.step import matmul_flops, random_batch
 from crate_jax import config
 from tests.conftest import ROOT
 
@@ -49,6 +50,45 @@ def test_flops_count_loops_and_gradients():
     forward = 3 * 2 * 4 * 5 * 5
     assert matmul_flops(jax.make_jaxpr(run)(x, w).jaxpr) == forward
     assert matmul_flops(jax.make_jaxpr(jax.grad(run, (0, 1)))(x, w).jaxpr) == 3 * forward
+
+
+def test_flops_count_convolutions_and_their_gradients():
+    """5 x 7 maps of 3 to 4 channels by 3 x 3 kernels, and with stride 2; each gradient has as many products."""
+
+    def run(x, w, stride):
+        y = jax.lax.conv_general_dilated(x, w, (stride,) * 2, [(0, 0)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(jnp.square(y))
+
+    x, w = jnp.ones((2, 7, 9, 3)), jnp.ones((3, 3, 3, 4))
+    for stride, places in ((1, 5 * 7), (2, 3 * 4)):
+        forward = 2 * 2 * places * 4 * 9 * 3
+        assert matmul_flops(jax.make_jaxpr(run, 2)(x, w, stride).jaxpr) == forward
+        weights = jax.make_jaxpr(jax.grad(run, 1), 2)(x, w, stride)
+        assert matmul_flops(weights.jaxpr) == 2 * forward
+        # The gradient of x is counted with the padding that it needs around its 5 x 7 or 3 x 4 (dilated 5 x 7) places.
+        both = matmul_flops(jax.make_jaxpr(jax.grad(run, (0, 1)), 2)(x, w, stride).jaxpr)
+        assert both == 2 * forward + 2 * 2 * 7 * 9 * 3 * 9 * 4 // stride**2
+
+
+def test_a_stand_in_has_the_size_of_the_set_that_the_config_names():
+    c = config.base()
+    for source, images, classes in (
+        ("tfds:cifar100", 50_000, 100), ("folder:imagenet100", 126_689, 100), ("folder:elsewhere", 1_281_167, 1000),
+        ("digits", 1437, 10),
+    ):  # fmt: skip
+        c.data.source = source
+        stand_in = training_set(c)
+        assert (len(stand_in), len(stand_in.class_names)) == (images, classes)
+        assert (len(stand_in.labels), stand_in.labels.max() + 1) == (images, classes)
+
+
+def test_a_random_batch_has_labels_of_the_set_and_an_index_per_image():
+    c = config.base()
+    c.method, c.batch_size, c.data.image_size, c.views.small = "swav", 97, (5, 7), 3
+    batch = random_batch(c, ("views", "small_views", "label", "index"), classes=4)
+    assert batch["views"].shape == (97, 2, 5, 7, 3) and batch["views"].max() > 250
+    assert batch["small_views"].shape == (97, 3, 96, 96, 3)
+    assert set(batch["label"]) == {0, 1, 2, 3} and list(batch["index"]) == list(range(97))
 
 
 def fake_run(folder, ratio: float, seed: int, probe: float, **encoder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 
 from benchmarks.hlo_cost import Program
 from benchmarks.roofline import CHIPS, chip_of, roofline
+from configs import joint
+from crate_jax.config import validate
 from crate_jax.errors import UserError
 from crate_jax.methods import reconstruction
 from crate_jax.models import layers, mssa_kernel
@@ -265,6 +268,25 @@ def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
         assert weights < sent[chips]["all-reduce"] < 1.25 * weights  # and sums of the penalty, the loss and metrics
         assert chips * sent[chips]["all-gather"] == pytest.approx(weights, rel=0.01)
     assert sent[2]["all-reduce"] == pytest.approx(sent[8]["all-reduce"], rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["deepclusterv2", "simclr"])
+def test_the_step_of_views_lowers_without_the_set(monkeypatch, method):
+    """The memory of DeepCluster v2 has a row per image of CIFAR-10, and the online classifier a column per class."""
+    monkeypatch.setattr(os, "environ", {**os.environ})  # the module sets variables for libtpu
+    from benchmarks.tpu_aot import lower_step
+
+    config = joint.get_config(f"method={method},encoder=vit_tiny,debug")
+    config.data.source = "tfds:cifar10"
+    config.views.update(dict(small=2, small_size=(12, 8)) if method == "simclr" else {})
+    validate(config)
+    (state, batch), _ = lower_step(config, jax.devices()[:2]).args_info
+    small = {"small_views": (16, 2, 12, 8, 3)} if method == "simclr" else {}
+    expected = {"views": (16, 2, 16, 16, 3), **small, "label": (16,), "index": (16,)}
+    assert {name: x.shape for name, x in batch.items()} == expected
+    assert state.carried["online"]["kernel"].shape == (32, 10)
+    if method == "deepclusterv2":
+        assert state.carried["memory"].shape == (2, 50_000, 16)
 
 
 def command(cli_env, *args: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from crate_jax.data.device_augmentation import pictures_of, views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
 from crate_jax.data.pairs import IGNORED, PairSource, open_pairs
-from crate_jax.data.pipeline import TrainPipeline
+from crate_jax.data.pipeline import TrainPipeline, batch_shapes
 from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
 from crate_jax.data.recipes import VIEWS, preset
 from crate_jax.data.sources import Source, SyntheticSource, digits
@@ -41,6 +41,7 @@ __all__ = [
     "Source",
     "TrainPipeline",
     "VIEWS",
+    "batch_shapes",
     "device_prefetch",
     "eval_batches",
     "eval_images",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -135,3 +136,23 @@ class TrainPipeline:
                 yield {**arrays, "index": indices, "undecodable": np.array(len(bad), np.int32)}
         finally:
             reader.close()
+
+
+def batch_shapes(config: ConfigDict, inputs: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a training batch's entries, of all hosts together, without opening the images.
+
+    Args:
+      config: a validated config.
+      inputs: the names of the entries, as in `Method.inputs`.
+    """
+    B, size = int(config.batch_size), tuple(config.data.image_size)
+    shapes = {
+        "image": ((*size, 3), np.uint8),
+        "mask": (size, np.int16),
+        "label": ((), np.int32),
+        "index": ((), np.int32),
+    }
+    if "views" in (names := tuple(inputs)):
+        crops = recipes.layout(config)
+        shapes |= {name: ((len(views), *views[0].size, 3), np.uint8) for name, views in crops.items()}
+    return {name: jax.ShapeDtypeStruct((B, *shapes[name][0]), shapes[name][1]) for name in names}

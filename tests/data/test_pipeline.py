@@ -84,6 +84,19 @@ def test_shapes_and_types(root):
     assert batch["undecodable"].shape == () and batch["undecodable"].dtype == np.int32
 
 
+@pytest.mark.parametrize("small", [0, 3])
+def test_shapes_are_told_without_the_images(equal, small):
+    config = configured(equal)
+    config.method, config.views.small, config.views.small_size = "byol", small, (8, 6)
+    for views in (False, True):
+        (batch,) = take(config, 1, views=views)
+        names = batch.keys() - {"undecodable"}
+        shapes = data.batch_shapes(config, (*names, "label"))
+        assert {name: (x.shape, x.dtype) for name, x in shapes.items()} == {
+            **{name: (batch[name].shape, batch[name].dtype) for name in names}, "label": ((BATCH,), np.int32)
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_hosts_share_the_batch(root, processes):
     config = configured(root, randaugment_layers=2)
