@@ -73,8 +73,9 @@ def normalise_batch(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises with the statistics of the batch; returns (y (B, ..., C) in x's type, means (G, C), variances (G, C)).
 
-    Both statistics come from one pass over x, in float32, of the numbers minus `near_C`: where that is near the mean,
-    the difference of the mean square and the squared mean loses no digits. The backward pass is written by hand: it
+    In bfloat16 both statistics come from one pass over x, in float32, of the numbers minus `near_C`: where that is near
+    the mean, the difference of the mean square and the squared mean loses no digits. Otherwise the mean has a pass of
+    its own. The backward pass is written by hand: it
     keeps x and 2 G C numbers, where automatic differentiation keeps a float32 array of x's size, and it sums twice
     over the batch, not three times. Gradients do not flow through the returned statistics.
 
@@ -111,6 +112,8 @@ def _normalise_forward(
     x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, near_C: jax.Array, groups_BG: jax.Array | None
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[Any, ...]]:
     wide = _wide(x)
+    if x.dtype != jnp.bfloat16:  # in bfloat16 the digits that a second pass keeps were never there
+        near_C = jnp.mean(wide, tuple(range(x.ndim - 1)))
     off_GC = _group_means(wide - near_C, groups_BG)
     var_GC = jnp.maximum(_group_means(jnp.square(wide - near_C), groups_BG) - jnp.square(off_GC), 0)
     mean_GC, inverse_GC = off_GC + near_C, jax.lax.rsqrt(var_GC + EPS)
