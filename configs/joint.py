@@ -11,8 +11,8 @@ The config string has:
 * ``data``: cifar10, cifar100, imagenet100, imagenet; --config.data.source=folder:DIR reads other images of that kind;
 * ``penalty``: none, so, srip; --config.penalty.weight sets gamma, which the paper searched in 1e-5 .. 1e-7 for SO and
   1e-3 .. 1e-5 for SRIP;
-* ``views``: a recipe of crate_jax/data/recipes.py instead of the method's own, such as multicrop_cifar (byol, simclr,
-  supcon and swav take small views);
+* ``views``: a recipe of crate_jax/data/recipes.py instead of the method's own, such as multicrop_cifar (byol, dino,
+  simclr, supcon and swav take small views);
 * ``scale``: full, or thin: a ResNet of 16 channels with the ImageNet stem on images of 32 px, small heads and queues,
   20 epochs of batch 128, for minutes on a CPU (docs/results.md has all methods at this scale);
 * ``debug``: a run of seconds.
