@@ -30,7 +30,8 @@ from crate_jax.errors import ConfigError, DataError
 from crate_jax.evals.features import encode_split
 from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
-from crate_jax.models import representation
+from crate_jax.methods import METHODS
+from crate_jax.models import ENCODERS, representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.parallel import distributed, sharding
 from crate_jax.validation import check_values, flatten
@@ -48,7 +49,8 @@ VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-lear
 def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
     """The config of an evaluation, with the checkpoint's encoder, image size and pixel statistics.
 
-    An image size of (0, 0) is replaced by the checkpoint's, a standard deviation of 0 by the checkpoint's mean and
+    The default pooling is replaced by that of a joint-embedding run, and by the mean where there is no class token. An
+    image size of (0, 0) is replaced by the checkpoint's, a standard deviation of 0 by the checkpoint's mean and
     standard deviation.
 
     Raises:
@@ -60,6 +62,8 @@ def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
         if value != defaults[key] and value != theirs.get(key, defaults[key]):
             raise ConfigError(f"config.encoder.{key}={value!r}: the encoder is that of {encoder.name}; leave it unset")
     full.encoder.update(theirs)
+    full.encoder.norm_groups = 1  # of the run's batches
+    full.evaluation.pool = _pool(config, encoder)
     if not any(full.data.image_size):
         full.data.image_size = tuple(encoder.config["data"]["image_size"])
     if not any(full.data.std):
@@ -67,6 +71,23 @@ def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
         if not any(full.data.mean):
             full.data.mean = tuple(encoder.config["data"]["mean"])
     return full
+
+
+def _pool(config: ConfigDict, encoder: pretrained.Pretrained) -> str:
+    """The pooling: config.evaluation.pool or, where it is left at its default, what fits the encoder.
+
+    That is the pooling that a joint-embedding run trained, and the mean if there is no class token.
+    """
+    asked, theirs = config.evaluation.pool, encoder.config
+    if asked != base().evaluation.pool:
+        return asked
+    if "joint" in METHODS.get(theirs.get("method", ""), METHODS["reconstruction"]).parts:
+        asked = theirs["evaluation"]["pool"]
+    elif not ENCODERS[theirs["encoder"]["name"]].prefix:
+        asked = "mean"
+    if asked != config.evaluation.pool:
+        log.info("features are pooled by %s, as in the run of %s", asked, encoder.name)
+    return asked
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:

@@ -44,9 +44,11 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     """All4One of a validated config, for features of this width.
 
     Raises:
-      ConfigError: the queue is not a multiple of the batch size.
+      ConfigError: the queue is not a multiple of the batch size, or has too few rows.
     """
     o, options, queue = config.joint, config.all4one, joint.require_queue(config)
+    if queue < NEIGHBOURS:
+        raise ConfigError(f"config.joint.queue={queue}: must be at least {NEIGHBOURS}, the neighbours of an image")
     place_NP = jnp.asarray(positions(NEIGHBOURS, o.out), jnp.float32)
 
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:

@@ -18,6 +18,7 @@ Shapes: B batch, P width of the projections, N training images, K clusters of a 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
@@ -32,6 +33,8 @@ from crate_jax.methods.method import Params, Progress, Scalars
 from crate_jax.models.projector import MLP
 from crate_jax.validation import Key, Section, positive, several
 
+log = logging.getLogger(__name__)
+
 PIECE = 2**24  # entries of the array of similarities, at most
 NONE = -1  # the cluster of an image that has none
 
@@ -44,6 +47,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     """
     o, options, images = config.joint, config.deepclusterv2, len(source)
     sizes = tuple(options.prototypes)
+    if 0 < config.epochs <= 1 or 0 < config.steps * config.batch_size <= images:
+        log.warning("the run ends in its first epoch, in which deepclusterv2 only fills its memory and trains nothing")
     if max(sizes) > images:
         raise ConfigError(
             f"config.deepclusterv2.prototypes={sizes}: must not exceed the number of training images, {images}"
@@ -62,7 +67,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         units = list(map(joint.unit, projected))
         terms = []
         for h in range(len(sizes)):
-            scores = [z_BP @ step.own["centres"][str(h)].T / o.temperature for z_BP in units]
+            scores = [joint.similarities(z_BP, step.own["centres"][str(h)]) / o.temperature for z_BP in units]
             cluster_B = step.own["assignments"][h, step.index]
             terms.append(cross_entropy(jnp.concatenate(scores), jnp.tile(cluster_B, len(scores))))
         row_B = jnp.where(latest(step.index, step.keys), step.index, images)
@@ -138,7 +143,7 @@ def k_means(
     filled_mn = jnp.pad(filled_N, (0, -N % n)).reshape(-1, n)
 
     def piece(centres_KP: jax.Array, rows_nP: jax.Array, filled_n: jax.Array) -> jax.Array:
-        return jnp.where(filled_n, jnp.argmax(rows_nP @ centres_KP.T, axis=1).astype(jnp.int32), NONE)
+        return jnp.where(filled_n, jnp.argmax(joint.similarities(rows_nP, centres_KP), axis=1).astype(jnp.int32), NONE)
 
     def move(_: int, centres_KP: jax.Array) -> jax.Array:
         def add(sums_KP: jax.Array, part: Any) -> tuple[jax.Array, Any]:

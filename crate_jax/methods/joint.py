@@ -22,15 +22,16 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.data.pixels import normalise
+from crate_jax.data.recipes import LARGE
 from crate_jax.errors import ConfigError
 from crate_jax.methods import online
 from crate_jax.methods.method import Batch, Carried, Method, Params, Progress, Scalars, Start
-from crate_jax.models import batch_norm, representation
+from crate_jax.models import ENCODERS, batch_norm, representation
 from crate_jax.models.adopt import init_encoder
+from crate_jax.models.batch_norm import STATISTICS
 from crate_jax.validation import Key, Section, at_least, one_of, positive, within
 
-LARGE = 2  # views of data.image_size
-STATISTICS, TARGET, ONLINE = "statistics", "target", "online"
+TARGET, ONLINE = "target", "online"
 Own = dict[str, Any]
 Apply = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 ViewsOf = Callable[[Batch, jax.Array], Sequence[jax.Array]]
@@ -59,14 +60,15 @@ class Networks:
           for each view (B, ...).
         """
         keys = [None] * len(inputs) if keys is None else keys
-        if self._pooled and len({x.shape[1:] for x in inputs}) == 1:
-            whole = None if keys[0] is None else jnp.concatenate(list(keys))
-            y, self.trees[name] = self._apply[name](self.trees[name], jnp.concatenate(list(inputs)), whole)
-            return jnp.split(y, len(inputs))
-        outputs = []
-        for x, key in zip(inputs, keys, strict=True):
+        calls = [[i] for i in range(len(inputs))]
+        if self._pooled:  # large views together, and small ones
+            calls = [list(range(len(inputs))[:LARGE]), list(range(len(inputs))[LARGE:])]
+        outputs: list[jax.Array] = []
+        for views in filter(None, calls):
+            x = jnp.concatenate([inputs[i] for i in views])
+            key = None if keys[0] is None else jnp.concatenate([keys[i] for i in views])
             y, self.trees[name] = self._apply[name](self.trees[name], x, key)
-            outputs.append(y)
+            outputs += jnp.split(y, len(views))
         return outputs
 
 
@@ -167,11 +169,13 @@ def method(
 
 
 def config_encoder(config: ConfigDict) -> Encoder:
-    """The encoder of a validated config, with the pooling of config.evaluation.pool."""
+    """The encoder of a validated config, with the pooling of config.evaluation.pool; it is trained at its output."""
+    output = config.copy_and_resolve_references()
+    output.evaluation.layer = 0
     return Encoder(
         lambda key: representation.init_params(config, key)["encoder"],
         representation.trained(config),
-        representation.width(config),
+        representation.width(output),
     )
 
 
@@ -220,7 +224,7 @@ def assemble(
         view_keys_B, path_keys_B, own_keys_B = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys_B), 1, 0)
         views = list(views_of(batch, view_keys_B))
         path_keys = [jax.vmap(jax.random.fold_in, (0, None))(path_keys_B, v) for v in range(2 * len(views))]
-        student = Networks(apply, batch_norm.merge(params, carried.get(STATISTICS, {})), pooled)
+        student = Networks(apply, batch_norm.whole(params, carried), pooled)
         target = Networks(apply, carried.get(TARGET, {}), pooled)
         features = student("encoder", views, path_keys[: len(views)])
         slow = "encoder" in algorithm.target
@@ -252,7 +256,7 @@ def assemble(
         return params, carried
 
     def judged(params: Params, carried: Carried) -> Params:
-        return batch_norm.merge(params, carried.get(STATISTICS, {}))
+        return batch_norm.whole(params, carried)
 
     represent = representation.build(config)
 
@@ -361,8 +365,8 @@ def require_queue(config: ConfigDict) -> int:
     size = config.joint.queue
     if size % config.batch_size or not size:
         raise ConfigError(
-            f"config.joint.queue={size}: must be a multiple of config.batch_size={config.batch_size}, which enters it "
-            "at each step"
+            f"config.joint.queue={size}: must be above 0 and a multiple of config.batch_size={config.batch_size}, "
+            "which enters it at each step"
         )
     return size
 
@@ -373,10 +377,21 @@ SLOW = ("byol", "nnbyol", "mocov2plus", "mocov3", "dino", "ressl", "all4one")
 SCALED = ("mocov2plus", "mocov3", "simclr", "supcon", "nnclr", "swav", "deepclusterv2", "all4one")
 QUEUED = ("mocov2plus", "nnclr", "nnbyol", "nnsiam", "ressl", "all4one")
 
+
+def _check(c: ConfigDict) -> None:
+    patch = c.encoder.patch_size
+    if c.views.small and ENCODERS[c.encoder.name].patches and any(side % patch for side in c.views.small_size):
+        raise ConfigError(
+            f"config.views.small_size={tuple(c.views.small_size)}: both sides must be multiples of "
+            f"config.encoder.patch_size={patch}"
+        )
+
+
 JOINT = Section(
     "joint",
     "What joint-embedding methods share.",
     of_the_run=True,
+    check=_check,
     keys=dict(
         hidden=Key(2048, positive, "width of the projector's hidden layers"),
         out=Key(256, positive, "width of the projections"),
@@ -385,6 +400,6 @@ JOINT = Section(
         tau_final=Key(1.0, within(0, 1), "this share at the end; it rises along a cosine", read_by=("method", *SLOW)),
         temperature=Key(0.2, positive, "what similarities are divided by", read_by=("method", *SCALED)),
         queue=Key(65536, at_least(0), "rows of the queue, a multiple of batch_size", read_by=("method", *QUEUED)),
-        batch_norm=Key("view", one_of("view", "pooled"), "statistics of each view by itself or of all at once"),
+        batch_norm=Key("view", one_of("view", "pooled"), "statistics of each view alone, or of all of one size"),
     ),
 )  # fmt: skip

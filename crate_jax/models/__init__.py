@@ -194,10 +194,6 @@ def _check_encoder(c: ConfigDict) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ConfigError(f"config.data.image_size={size!r}: must be (height, width)")
     if not ENCODERS[e.name].patches:
-        if c.batch_size % e.norm_groups:
-            raise ConfigError(
-                f"config.encoder.norm_groups={e.norm_groups}: must divide config.batch_size={c.batch_size}"
-            )
         return
     check_patches(c)
     if e.width % e.heads:

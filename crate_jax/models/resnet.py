@@ -86,8 +86,7 @@ def draw_groups(keys_B: jax.Array, groups: int) -> jax.Array:
     B = keys_B.shape[0]
     if B % groups:
         raise ValueError(f"{B} images cannot be cut into {groups} groups of equal size")
-    uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-    rank_B = jnp.argsort(jnp.argsort(uniform_B))
+    rank_B = jnp.argsort(jnp.argsort(jax.vmap(jax.random.bits)(keys_B)))
     return jax.nn.one_hot(rank_B // (B // groups), groups)
 
 

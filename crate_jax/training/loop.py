@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -236,7 +235,7 @@ class Loop:
         notes = {name: ", ".join(filter(None, (str(group), layouts.get(name)))) for name, group in of.items()}
         parameters.log_rules(shapes, decayed, penalised, notes)
         place = state_shardings(self.state, self.mesh)
-        images = (self.config.batch_size, *self.config.data.image_size, 3)
+        batch = data.batch_shapes(self.config, self.method.inputs)
         averages = (self.state.ema, self.state.ema_carried), (place.ema, place.ema_carried)
         parts = {
             "parameters": (shapes, place.params),
@@ -244,7 +243,7 @@ class Loop:
             "carried": (self.state.carried, place.carried),
             "optimizer": (self.state.opt_state, place.opt_state),
             "moving average": averages,
-            "images": (jax.ShapeDtypeStruct(images, jnp.uint8), sharding.split(self.mesh)),
+            "batch": (batch, jax.tree.map(lambda _: sharding.split(self.mesh), batch)),
         }
         each = {name: sharding.bytes_per_device(*part) / 1e6 for name, part in parts.items()}
         log.info(

@@ -100,13 +100,18 @@ def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
 
     Raises:
       ConfigError: the schedule does not fit the run, a pattern matches no parameter, or config.accumulate is above 1
-        and the method's loss is not a mean over images.
+        and the method's loss is not a mean over images, or config.encoder.norm_groups does not divide the batch.
     """
     if config.accumulate > 1 and not method.mean_over_images:
         raise ConfigError(
             f"config.accumulate={config.accumulate}: must be 1, since the loss of config.method={config.method!r} is "
             "not a mean over the images of a batch, and micro-batches would give another one; use more devices or a "
             "smaller config.batch_size"
+        )
+    if config.batch_size // config.accumulate % config.encoder.norm_groups:
+        raise ConfigError(
+            f"config.encoder.norm_groups={config.encoder.norm_groups}: must divide "
+            f"config.batch_size={config.batch_size}"
         )
     shapes = jax.eval_shape(lambda: init_params(config, method)[0])
     total, per_epoch = total_steps(config, images)

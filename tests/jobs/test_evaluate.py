@@ -137,6 +137,23 @@ def test_statistics_are_the_checkpoints_unless_set(pretraining):
         assert {key: full.data[key] for key in theirs} == expected
 
 
+def test_the_default_pooling_is_what_a_joint_embedding_run_trained(pretraining):
+    """Nothing trained the class token of such a run; a ResNet has none. A pooling that is asked for stays."""
+    encoder = pretrained.load(str(pretraining), "")
+    trained = {**encoder.config, "evaluation": {**encoder.config["evaluation"], "pool": "mean"}}
+    joint = dataclasses.replace(encoder, config={**trained, "method": "simclr"})
+    resnet = dataclasses.replace(
+        encoder, config={**encoder.config, "encoder": {**encoder.config["encoder"], "name": "resnet18"}}
+    )
+    c = configured("", pretraining)
+    c.evaluation.pool = "cls"
+    pools = [job.inherit(c, x).evaluation.pool for x in (encoder, dataclasses.replace(encoder, config=trained))]
+    assert pools == ["cls", "cls"]  # reconstruction trains all tokens
+    assert [job.inherit(c, x).evaluation.pool for x in (joint, resnet)] == ["mean", "mean"]
+    c.evaluation.pool = "cls_mean"
+    assert job.inherit(c, joint).evaluation.pool == "cls_mean"
+
+
 def test_a_checkpoint_with_averaged_weights_is_judged_by_them(tmp_path):
     c = quickstart.get_config("debug")
     c.optimizer.ema, c.log.pictures = 0.9, 0

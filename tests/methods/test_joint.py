@@ -31,6 +31,12 @@ OWN = {  # keys without which a tiny run would not fit
 }
 
 
+LEARNS = {  # what a method needs to learn in a few steps, from noise that a random encoder hardly tells apart
+    "dino": {"dino.batch_norm": True, "dino.temperature": 0.04, "optimizer.lr": 0.03},
+    "vicreg": {"optimizer.lr": 0.01},
+}
+
+
 def config_of(name: str, **changes):
     """A tiny run of a method."""
     c = configs.base()
@@ -157,7 +163,7 @@ def test_a_target_is_a_slow_copy_and_is_not_trained(name):
 def read_keys(name: str) -> set[str]:
     """The keys of the section `joint` that a method reads."""
     keys = joint.JOINT.keys
-    return {key for key, value in keys.items() if value.read_by is None or name in value.read_by[1:]}
+    return {key for key, value in keys.items() if not value.read_by or name in value.read_by[1:]}
 
 
 def test_small_views_are_refused_by_methods_of_two_views():
@@ -168,6 +174,42 @@ def test_small_views_are_refused_by_methods_of_two_views():
     c.views.small = 2
     with pytest.raises(ConfigError, match=r"config\.views\.small=2: must be 0, since method 'barlow_twins' takes two"):
         build(c)
+
+
+def test_features_are_trained_at_the_output_whatever_layer_is_judged():
+    """Stages of a ResNet differ in width; the heads have that of the last one."""
+    c = config_of("simclr", **{"encoder.name": "resnet18", "encoder.stage_width": 3, "evaluation.layer": 2})
+    method = METHODS["simclr"].build(c, Source(IMAGES))
+    params, _ = jax.eval_shape(lambda: method.init(jax.random.key(0), lambda drawn: drawn))
+    assert params["projector"]["layer0"]["kernel"].shape == (24, 24)
+    judged = jax.eval_shape(lambda: method.judged(*method.init(jax.random.key(0), lambda drawn: drawn)))
+    assert jax.eval_shape(method.features, judged, np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 6)
+
+
+def test_small_views_are_pooled_apart_from_large_ones():
+    """Else a network would see images of two sizes in one call, or its heads other groups than its encoder."""
+    calls = []
+
+    def apply(tree, x, key):
+        calls.append(x.shape)
+        return x.sum(-1), tree
+
+    views = [jnp.full((3, n), float(v)) for v, n in enumerate((7, 7, 5, 5, 5))]
+    out = joint.Networks({"encoder": apply}, {"encoder": {}}, pooled=True)("encoder", views)
+    assert calls == [(6, 7), (9, 5)]
+    assert [x.tolist() for x in out] == [[0.0] * 3, [7.0] * 3, [10.0] * 3, [15.0] * 3, [20.0] * 3]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("name", JOINT)
+def test_the_loss_falls_on_a_few_images(name):
+    """64 updates; the first ones are left out, in which queues fill with harder rows and a memory fills at all."""
+    plain = {"penalty.name": "none", "penalty.weight": 0.0, "optimizer.momentum": 0.9}
+    c = config_of(name, steps=64, **plain, **LEARNS.get(name, {}))
+    _, log = run(c, build(c), 64)
+    values = [scalars[name] for scalars in log]
+    assert np.mean(values[-8:]) < np.mean(values[8:16]), values
 
 
 def test_pooled_batch_norm_has_the_statistics_of_all_views():
