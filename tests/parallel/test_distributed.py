@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
+from crate_jax.methods import METHODS
 from crate_jax.parallel import distributed, watch
 from crate_jax.parallel.distributed import Cluster
 from crate_jax.workdir import checkpoint, pictures
@@ -221,6 +223,39 @@ def test_any_number_of_processes_gives_the_losses_of_one(encoder, count, mesh, c
         ended = ends(processes, 500)
     assert [status for status, _, _ in ended] == [0] * count, ended[0][2][-3000:]
     check_equal(workdir, reference)
+
+
+CARRYING = [name for name, row in METHODS.items() if "joint" in row.parts]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.ci if name == "mocov2plus" else ()) for name in CARRYING]
+)
+@pytest.mark.slow
+def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
+    """Queues, centres, memories, targets and statistics: after 3 steps and a restart with one process, 6 steps.
+
+    The tolerance is that of float32 over six steps whose rate is large; bits differ, since sums have other orders.
+    """
+    for i in range(48):  # without labels, so that no classifier is fitted on them
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
+        pictures.save_png(tmp_path / "images" / f"{i}.png", pixels)
+    flags = [f"--config=configs/joint.py:method={name},debug", f"--config.data.source=folder:{tmp_path / 'images'}"]
+    flags += ["--config.log.every=1", "--config.log.report=False", "--config.log.pictures=0", "--config.save.every=3"]
+    flags += ["--config.deepclusterv2.prototypes=6,5", "--config.optimizer.schedule=constant"]
+    flags += ["--config.joint.tau_final=0.99"]  # as at the start: the first of the two runs knows of three steps only
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = [sys.executable, "-m", "crate_jax.main", *flags, "--config.steps=6"]
+    with spawned([[*command, f"--workdir={one}"]], cli_env | {"JAX_NUM_CPU_DEVICES": "4"}) as processes:
+        with started(cli_env, 2, [*flags, "--config.steps=3", f"--workdir={two}"]) as several:
+            assert [status for status, _, _ in ends(several, 500)] == [0, 0]
+        assert [status for status, _, _ in ends(processes, 500)] == [0]
+    assert (
+        subprocess.run([*command, f"--workdir={two}"], cwd=ROOT, env=cli_env, timeout=500, check=False).returncode == 0
+    )
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-3)
+    states = [checkpoint.read_params(workdir)[0] for workdir in (two, one)]
+    chex.assert_trees_all_close(*states, rtol=2e-2, atol=2e-3)
 
 
 def steps_done(workdir: Path) -> int:
