@@ -18,10 +18,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from benchmarks.hlo_cost import Program
 from benchmarks.roofline import CHIPS, chip_of, roofline
 from configs import joint
+from crate_jax import data
 from crate_jax.config import validate
 from crate_jax.errors import UserError
-from crate_jax.methods import reconstruction
-from crate_jax.models import layers, mssa_kernel
+from crate_jax.methods import byol, joint as joint_methods, reconstruction
+from crate_jax.models import batch_norm, layers, mssa_kernel, resnet
 from crate_jax.models.crate import attend
 from crate_jax.parallel import parameters, sharding, target
 from crate_jax.parallel.sharding import BATCH, DATA
@@ -268,6 +269,33 @@ def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
         assert weights < sent[chips]["all-reduce"] < 1.25 * weights  # and sums of the penalty, the loss and metrics
         assert chips * sent[chips]["all-gather"] == pytest.approx(weights, rel=0.01)
     assert sent[2]["all-reduce"] == pytest.approx(sent[8]["all-reduce"], rel=0.01)
+
+
+def test_each_chip_convolves_its_own_images_whatever_the_layout_of_the_optimiser(monkeypatch):
+    """The optimiser splits kernels over the chips by channels; what is sent are weights and their sums, and no maps."""
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 2)
+    config = joint.get_config("method=byol,data=cifar10,debug")
+    validate(config)
+    block = resnet.Block(8, 8, False, 1, True, jnp.float32)
+
+    def apply(tree, x, keys):
+        y, tree = batch_norm.train(block, tree, x, None)
+        return jnp.mean(y, (1, 2)), tree
+
+    init = lambda key: block.init(key, jnp.zeros((2, 16, 16, 3)), None)["params"]  # noqa: E731
+    encoder = joint_methods.Encoder(init, apply, 8)
+    algorithm, views = byol.algorithm(config, 8, None), data.views_of(config)
+    method = joint_methods.assemble(config, algorithm, encoder, views, None)
+    mesh = sharding.make_mesh(16, 1, jax.devices()[:4])
+    recipe = train_step.make_recipe(config, method, 160)
+    state = jax.eval_shape(functools.partial(train_step.init_state, config, method, recipe))
+    step = train_step.make_train_step(config, method, recipe, mesh).lower(
+        state, data.batch_shapes(config, method.inputs)
+    )
+    lines = Program(step.compile().as_text()).cost().lines
+    gathers = [line.instruction for line in lines if line.instruction.opcode in ("all-gather", "all-to-all")]
+    assert any(g.arrays[0].sides == (3, 3, 8, 8) for g in gathers)
+    assert not any("conv" in g.origin for g in gathers)
 
 
 @pytest.mark.parametrize("method", ["deepclusterv2", "simclr"])

@@ -29,6 +29,7 @@ from crate_jax.methods.method import Batch, Carried, Method, Params, Progress, S
 from crate_jax.models import ENCODERS, batch_norm, representation
 from crate_jax.models.adopt import init_encoder
 from crate_jax.models.batch_norm import STATISTICS
+from crate_jax.parallel.sharding import keep_rows_split
 from crate_jax.validation import Key, Section, at_least, one_of, positive, within
 
 TARGET, ONLINE = "target", "online"
@@ -222,7 +223,7 @@ def assemble(
         params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
     ) -> tuple[jax.Array, tuple[Carried, Scalars]]:
         view_keys_B, path_keys_B, own_keys_B = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys_B), 1, 0)
-        views = list(views_of(batch, view_keys_B))
+        views = [keep_rows_split(x) for x in views_of(batch, view_keys_B)]
         path_keys = [jax.vmap(jax.random.fold_in, (0, None))(path_keys_B, v) for v in range(2 * len(views))]
         student = Networks(apply, batch_norm.whole(params, carried), pooled)
         target = Networks(apply, carried.get(TARGET, {}), pooled)

@@ -257,6 +257,18 @@ def keep_split_by_batch(x_BND: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x_BND, PartitionSpec(*[None] * (x_BND.ndim - 3), BATCH))
 
 
+def keep_rows_split(x: jax.Array) -> jax.Array:
+    """Keeps an array (B, ...) of a row per image, and its gradient, split over the batch on every mesh.
+
+    XLA does not look through an optimization barrier to see how an array is split. Without this, what comes behind one
+    is laid out as the optimiser's state is, over the channels, and each device gathers the whole batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if MODEL not in mesh.axis_names or mesh.size == 1 or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch, host arrays (b, ...), on the mesh as parts of global arrays (B, ...)."""
     sharding = split(mesh)
