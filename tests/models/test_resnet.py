@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.corruption import Masking
 from crate_jax.models.heads import HEADS
 from crate_jax.models.patches import patchify
-from crate_jax.models.resnet import ARCHITECTURES, Architecture, corrupt_image, draw_groups
+from crate_jax.models.resnet import ARCHITECTURES, Architecture, corrupt_image, draw_groups, max_pool
 from crate_jax.parallel import parameters, sharding
 from crate_jax.training import step as train_step
 
@@ -381,3 +382,25 @@ def test_heads_of_segmentation_read_the_stages(head):
     assert scores.shape == (2, *maps[0].shape[1:3], 3) and "pyramid" not in params["head"]
     moved = read.train(params, images(c, 2), keys(2))[1]
     assert np.any(moved["encoder"]["stem"]["norm"]["running_mean"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [(6, 7), (5, 8), (1, 2)])
+def test_the_max_pool_is_xlas_with_its_gradient(size, dtype):
+    """Many places are equal, as after a ReLU or in bfloat16: the gradient goes to the first of them."""
+    x = (jnp.round(4 * jax.random.normal(jax.random.key(0), (3, *size, 5))) / 4).astype(dtype)
+    expected, expected_pull = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))), x)
+    y, pull = jax.vjp(max_pool, x)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(max_pool(x), expected)
+    g = jax.random.normal(jax.random.key(1), y.shape).astype(dtype)
+    (dx,), (expected_dx,) = pull(g), expected_pull(g)
+    assert dx.dtype == dtype
+    error = np.abs(dx.astype(jnp.float32) - expected_dx.astype(jnp.float32))
+    assert error.max() <= 8 * jnp.finfo(dtype).eps
+
+
+def test_the_max_pool_keeps_what_is_not_a_number():
+    x = jnp.zeros((1, 5, 5, 1)).at[0, 4, 2, 0].set(jnp.nan)
+    y, _ = jax.vjp(max_pool, x)
+    np.testing.assert_array_equal(jnp.isnan(y[0, :, :, 0]), [[0, 0, 0], [0, 0, 0], [0, 1, 0]])
