@@ -30,7 +30,7 @@ def checkout(tmp_path_factory) -> Path:
     (folder / file[1]).write_text(code)
     table = folder / "crate_jax" / "methods" / "__init__.py"
     text = table.read_text()
-    new = text.replace("from crate_jax.methods import ", f"from crate_jax.methods import {file[2]}, ", 1)
+    new = text.replace("from crate_jax.methods import (\n", f"from crate_jax.methods import (\n    {file[2]},\n", 1)
     head, rows = new.split("METHODS: dict[str, Row] = {\n")
     table.write_text(f"{head}METHODS: dict[str, Row] = {{\n{row}{rows}")
     return folder
