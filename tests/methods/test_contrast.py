@@ -284,7 +284,7 @@ def test_neighbours_are_older_than_the_batch(name):
 @pytest.mark.parametrize("rows", [0, 12])
 def test_a_queue_holds_whole_batches(name, rows):
     with pytest.raises(
-        ConfigError, match=rf"^config\.joint\.queue={rows}: must be a multiple of config\.batch_size=5, "
+        ConfigError, match=rf"^config\.joint\.queue={rows}: must be above 0 and a multiple of config\.batch_size=5, "
     ):
         algorithm(config_of(name, **{"joint.queue": rows}))
 
