@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -93,6 +94,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Fails at once, not in the middle of a sharding test, if JAX was started before this file."""
     if jax.device_count() != DEVICES:
         raise pytest.UsageError(f"the tests need {DEVICES} virtual CPU devices, JAX has {jax.device_count()}")
+
+
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forgets the compiled programs of earlier modules once there are many.
+
+    Each one takes a few memory maps, of which Linux gives a process 65,530; a worker that has none left is killed by a
+    segmentation fault in the next test that compiles.
+    """
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
+    yield
 
 
 @pytest.fixture(scope="session")
