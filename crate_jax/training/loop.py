@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -220,7 +221,9 @@ class Loop:
         if start is not None:
             encoder = start()
             self.origin = {"checkpoint": encoder.name, "checkpoint_sha256": encoder.sha256}
-            drawn = jax.jit(lambda: drawn_params(self.config, self.method))()
+            draw = functools.partial(drawn_params, self.config, self.method)
+            places = sharding.parameter_shardings(jax.eval_shape(draw), self.mesh)
+            drawn = jax.jit(draw, out_shardings=places)()
             params = self.method.adopt(drawn, encoder.params, f"config.init_from={self.config.init_from}")
             log.info("encoder taken from %s", encoder.name)
             state = init(params)

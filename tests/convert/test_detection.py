@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 from tests.convert.test_convert import resnet, write_zip
 from tests.convert.test_resnet import a_state
 
+pytestmark = pytest.mark.one_python
+
 SIZE = (80, 112)  # height, width
 COLOURS = {"red": (220, 30, 30), "blue": (20, 40, 230)}
 Boxes = list[tuple[str, tuple[int, int, int, int]]]

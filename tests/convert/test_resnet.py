@@ -24,6 +24,8 @@ from crate_jax.workdir import checkpoint
 from tests.convert.test_convert import Pickled, Shapes, filled, linear, norm, random_state, resnet, vit, write_zip
 from tests.parity_joint import Source
 
+pytestmark = pytest.mark.one_python
+
 Arrays = dict[str, np.ndarray]
 BLOCKS = (2, 2, 2, 2)
 IMAGENET, CIFAR = resnet(BLOCKS, 4), resnet(BLOCKS, 4, side=3)

@@ -17,6 +17,8 @@ from crate_jax.data.pixels import normalise
 from crate_jax.errors import ConfigError
 from tests.data.test_pipeline import assert_same, photo, write_set
 
+pytestmark = pytest.mark.one_python
+
 BATCH = 10
 
 

@@ -13,6 +13,8 @@ from crate_jax.models.post_norm import PostNorm
 from tests.methods.test_batch_statistics import algorithm, bare_step, finite, random
 from tests.methods.test_joint import config_of
 
+pytestmark = pytest.mark.one_python
+
 
 def test_the_table_of_sines():
     table = all4one.positions(5, 7)

@@ -17,6 +17,8 @@ from crate_jax.models.iter_norm import IterNorm
 from tests.methods.test_joint import BATCH, batch_of, build, config_of
 from tests.parity_joint import Source
 
+pytestmark = pytest.mark.one_python
+
 OURS = ("barlow_twins", "vicreg", "vibcreg", "wmse", "dino", "swav", "deepclusterv2", "all4one")
 
 

@@ -21,6 +21,8 @@ from crate_jax.models.resnet import draw_groups
 from crate_jax.training.groups import FOREVER, groups
 from tests.parity_joint import Source
 
+pytestmark = pytest.mark.one_python
+
 B, P, ROWS = 5, 7, 15
 COMPARING = ("simclr", "supcon", "mocov2plus", "mocov3", "nnclr")  # by joint.temperature
 QUEUED = ("mocov2plus", "nnclr", "nnbyol", "nnsiam", "ressl")

@@ -20,6 +20,8 @@ from crate_jax.parallel.parameters import names
 from crate_jax.training import step as train_step
 from tests.parity_joint import WIDTH, Source, tiny_encoder
 
+pytestmark = pytest.mark.one_python
+
 JOINT = [name for name, row in METHODS.items() if "joint" in row.parts]
 # Every change runs the slow tests of these: a target, a queue, assignments, a memory.
 IN_CI = [

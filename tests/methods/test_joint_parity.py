@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.parity_joint import joint_steps, load
 
+pytestmark = pytest.mark.one_python
+
 FILES = sorted((ROOT / "tests" / "golden").glob("steps_*.npz"))
 LIMIT, GRADIENT_LIMIT = 2e-5, 1e-4
 

@@ -16,6 +16,8 @@ from crate_jax.models.prototypes import Prototypes
 from tests.methods.test_batch_statistics import algorithm, bare_step, finite, random
 from tests.methods.test_joint import config_of
 
+pytestmark = pytest.mark.one_python
+
 PER_EPOCH = 2.5  # updates: 40 images, 16 a batch
 
 

@@ -22,6 +22,8 @@ from crate_jax.models.resnet import ARCHITECTURES, Architecture, corrupt_image, 
 from crate_jax.parallel import parameters, sharding
 from crate_jax.training import step as train_step
 
+pytestmark = pytest.mark.one_python
+
 
 @pytest.fixture
 def short(monkeypatch):

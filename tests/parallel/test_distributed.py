@@ -228,9 +228,7 @@ def test_any_number_of_processes_gives_the_losses_of_one(encoder, count, mesh, c
 CARRYING = [name for name, row in METHODS.items() if "joint" in row.parts]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.ci if name == "mocov2plus" else ()) for name in CARRYING]
-)
+@pytest.mark.parametrize("name", CARRYING)
 @pytest.mark.slow
 def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
     """Queues, centres, memories, targets and statistics: after 3 steps and a restart with one process, 6 steps.

@@ -16,6 +16,8 @@ from crate_jax.training import groups, optimizer, step
 from tests.training.test_loop import small
 from tests.training.test_optimizer import configured, draw
 
+pytestmark = pytest.mark.one_python
+
 TOTAL, PER_EPOCH, BATCH = 12, 3.7, 320
 HELD = (("last/.*", 0.9), (".*/kernel_v", 0.3))  # 0.9 epochs are 3.33 steps: updates 0 to 3; 0.3 epochs are 1.11
 STILL = {"last/kernel_v": 4, "last/kernel_g": 4, "head/kernel_v": 2}
