@@ -23,7 +23,10 @@ from tests.parity_joint import WIDTH, Source, tiny_encoder
 pytestmark = pytest.mark.one_python
 
 JOINT = [name for name, row in METHODS.items() if "joint" in row.parts]
-# Every change runs the slow tests of these: a target, a queue, assignments, a memory.
+CARRYING = ("byol", "mocov2plus", "dino", "swav", "deepclusterv2", "vibcreg")  # whatever a method carries, one of these
+# Every change runs the tests of these; the others are slow.
+QUICK = [pytest.param(name, marks=() if name in CARRYING else pytest.mark.slow) for name in JOINT]
+# Every change runs the slow tests of the first, the second, and two whose state depends on the epoch.
 IN_CI = [
     pytest.param(name, marks=pytest.mark.ci if name in ("byol", "mocov2plus", "swav", "deepclusterv2") else ())
     for name in JOINT
@@ -92,7 +95,7 @@ def run(c, method, count: int, devices: int = 1, state=None, first: int = 0):
     return jax.device_get(state), log
 
 
-@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("name", QUICK)
 def test_eight_devices_make_the_steps_of_one(name):
     """Batch norm, negatives, queues, centres and assignments are those of the whole batch; SO composes."""
     c = config_of(name)
@@ -110,7 +113,7 @@ def method_scalars(scalars):
     return {k: v for k, v in scalars.items() if not k.startswith(("penalty", "loss", "lr", "grad_norm", "online"))}
 
 
-@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("name", QUICK)
 def test_a_run_that_stops_goes_on_with_the_same_bits(name):
     """All that a step needs is in its state: also the place in a queue and what changes with the epoch."""
     c = config_of(name)
