@@ -9,6 +9,8 @@ import pytest
 from tests import mutate
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.one_python
+
 ROWS = mutate.mutations()
 
 

@@ -14,6 +14,8 @@ from crate_jax.methods.method import Progress
 from crate_jax.parallel.parameters import names
 from tests.methods.test_segment import write
 
+pytestmark = pytest.mark.one_python
+
 BATCH = {
     "image": np.random.default_rng(0).integers(0, 256, (6, 8, 12, 3), np.uint8),
     "label": np.arange(6, dtype=np.int32) % 5,
