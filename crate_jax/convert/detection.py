@@ -80,7 +80,7 @@ def read_data(folder: Path, train: str = "", test: str = "") -> Data:
     """Reads a folder in the format of COCO (``annotations/instances_SPLIT.json``) or of VOC (``Annotations/ID.xml``).
 
     Args:
-      folder: of the data set; for VOC that of one year, such as ``VOCdevkit/VOC2007``.
+      folder: the data set's folder; a VOC data set has one per year, such as ``VOCdevkit/VOC2007``.
       train: name of the training split; empty: the usual one.
       test: name of the test split; empty: the usual one.
 

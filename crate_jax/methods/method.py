@@ -89,8 +89,8 @@ class Method:
       held: (pattern, epochs) of weights that stay still in the first `epochs` passes over the training images: they get
         no update and no decay, and the optimiser's state of them does not move; math.inf: never. Patterns match whole
         names.
-      healthy: of scalars that a collapse makes small, their value if the projections of the images point into all
-        directions alike; the loop says in the log when one falls far below it.
+      healthy: name of a logged scalar -> its value when the projections are spread evenly over all directions. A
+        collapse makes such a scalar small; the loop warns when it falls far below this value.
       columns: the captions of the arrays that `pictures` returns, from left to right; empty: there are no pictures.
       pictures: (judged, batch, keys (b,)) -> one (b, H, W, 3) array in 0..1 per column. The batch holds `inputs` of
         some of the evaluation's images.

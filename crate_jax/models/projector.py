@@ -62,7 +62,7 @@ class MLP(nn.Module):
       hidden_bias: whether those before the last have them too.
       activation: what follows each layer but the last.
       dtype: type of the activations.
-      kernel_init: as in :class:`Linear`.
+      kernel_init: the initial kernels of all layers; see :class:`Linear`.
     """
 
     widths: tuple[int, ...]
