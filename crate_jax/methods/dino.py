@@ -41,7 +41,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         dtype=config.dtype,
         kernel_init=nn.initializers.truncated_normal(0.02),
     )
-    last = Prototypes(options.prototypes, lengths=not options.norm_last_layer, dtype=config.dtype)
+    last = Prototypes(options.prototypes, lengths=not options.norm_last_layer)
 
     def state(key: jax.Array) -> Own:
         return {"centre": jnp.zeros(options.prototypes), "temperature": teacher_temperature(options, jnp.int32(0))}

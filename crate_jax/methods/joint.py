@@ -240,7 +240,7 @@ def assemble(
         if TARGET in carried:
             carried[TARGET] = target.trees
         if ONLINE in carried:
-            carried[ONLINE], probe = online.step(carried[ONLINE], features[:LARGE], batch["label"], config.online)
+            carried[ONLINE], probe = online.step(carried[ONLINE], features[:LARGE], batch["label"], config)
             scalars = {**scalars, **probe}
         return value, (carried, {config.method: value, **scalars})
 

@@ -53,12 +53,17 @@ def loss(weights: State, features: Sequence[jax.Array], label_B: jax.Array) -> t
     return value, {"online_loss": value, "online_top1": top1, "online_top5": top5}
 
 
-def step(state: State, features: Sequence[jax.Array], label_B: jax.Array, options: ConfigDict) -> tuple[State, Scalars]:
-    """One update of the classifier; arguments as in :func:`loss`, `options` is config.online."""
+def step(state: State, features: Sequence[jax.Array], label_B: jax.Array, config: ConfigDict) -> tuple[State, Scalars]:
+    """One update of the classifier; arguments as in :func:`loss`, `config` is the whole configuration.
+
+    The rate is multiplied as the method's own is, by batch_size / optimizer.lr_batch.
+    """
+    options = config.online
+    lr = options.lr * (config.batch_size / config.optimizer.lr_batch if config.optimizer.lr_batch else 1.0)
     weights = {name: state[name] for name in ("kernel", "bias")}
     grads, scalars = jax.grad(loss, has_aux=True)(weights, features, label_B)
     trace = jax.tree.map(lambda b, g: options.momentum * b + g, state["trace"], grads)
-    weights = optax.apply_updates(weights, jax.tree.map(lambda b: -options.lr * state["rate"] * b, trace))
+    weights = optax.apply_updates(weights, jax.tree.map(lambda b: -lr * state["rate"] * b, trace))
     return {**weights, "trace": trace, "rate": state["rate"]}, scalars
 
 
@@ -75,7 +80,7 @@ ONLINE = Section(
     "A linear classifier that joint-embedding methods train on features without touching the encoder.",
     of_the_run=True,
     keys=dict(
-        lr=Key(0.1, at_least(0), "learning rate of SGD; 0: no classifier"),
+        lr=Key(0.1, at_least(0), "learning rate of SGD, per `optimizer.lr_batch` images; 0: no classifier"),
         momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of its gradients"),
         schedule=Key("cosine", one_of("cosine", "constant"), "how its rate falls over the run"),
     ),

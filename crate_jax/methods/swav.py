@@ -33,7 +33,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     """SwAV of a validated config, for features of this width."""
     o, options = config.joint, config.swav
     renormalised = options.prototype_norm == "after"
-    prototypes = Prototypes(options.prototypes, weight_norm=not renormalised, dtype=config.dtype)
+    prototypes = Prototypes(options.prototypes, weight_norm=not renormalised)
 
     def state(key: jax.Array) -> Own:
         if not options.queue:

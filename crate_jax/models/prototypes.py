@@ -29,20 +29,19 @@ def unit_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) 
 class Prototypes(nn.Module):
     """The dot products of projections with prototypes.
 
-    With weight norm (Salimans and Kingma, arXiv 1602.07868) only the direction of a column of the kernel counts. The
-    norm and the sums are float32.
+    With weight norm (Salimans and Kingma, arXiv 1602.07868) only the direction of a column of the kernel counts. All is
+    float32 on every kind of device, since the products are divided by small temperatures: an error of 0.004, as of
+    bfloat16, becomes 0.1 at 0.04.
 
     Attributes:
       count: K.
       weight_norm: whether the prototypes are the directions of the kernel's columns, not the columns themselves.
       lengths: whether each prototype has a length that is trained too, 1 at first.
-      dtype: type of the factors.
     """
 
     count: int
     weight_norm: bool = True
     lengths: bool = False
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, z_BP: jax.Array, train: bool) -> jax.Array:
@@ -53,5 +52,4 @@ class Prototypes(nn.Module):
         if self.lengths:
             # A matrix of one row, as in PyTorch, so that optimisers that treat vectors otherwise do not here.
             kernel_PK = kernel_PK * self.param("lengths", nn.initializers.ones, (1, self.count))
-        z_BP, kernel_PK = z_BP.astype(self.dtype), kernel_PK.astype(self.dtype)
-        return jnp.matmul(z_BP, kernel_PK, preferred_element_type=jnp.float32)
+        return jnp.matmul(z_BP.astype(jnp.float32), kernel_PK, precision="highest")

@@ -1,7 +1,8 @@
 """Groups of weights whose rate differs from the schedule's, or that are held still at the start of a run.
 
-Most weights follow the schedule. Those that ``config.optimizer.constant_lr`` matches have the peak rate all the time. A
-method may hold weights still in its first epochs (`Method.held`). Each group is updated as if it were alone.
+Most weights follow the schedule. Those that ``config.optimizer.constant_lr`` matches have the peak rate all the time,
+those of ``config.optimizer.scaled_lr`` a multiple of the rate. A method may hold weights still in its first epochs
+(`Method.held`). Each group is updated as if it were alone.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ class Group:
     Attributes:
       constant: whether its rate is the peak rate in every update.
       still: the number of updates at the start of the run in which it does not move; FOREVER: it never moves.
+      scale: the factor on its rate.
     """
 
     constant: bool = False
     still: int = 0
+    scale: float = 1.0
 
     def __str__(self) -> str:
         still = "still" if self.still == FOREVER else f"still for {self.still} steps" if self.still else ""
-        return ", ".join(filter(None, ("constant rate" if self.constant else "", still)))
+        scale = f"rate x {self.scale:g}" if self.scale != 1 else ""
+        return ", ".join(filter(None, ("constant rate" if self.constant else "", scale, still)))
 
 
 def groups(
@@ -54,14 +58,16 @@ def groups(
     Raises:
       ConfigError: a pattern matches no parameter.
     """
-    constant = set(parameters.match(params, config.optimizer.constant_lr, "optimizer.constant_lr"))
+    options = config.optimizer
+    constant = set(parameters.match(params, options.constant_lr, "optimizer.constant_lr"))
+    scaled = dict.fromkeys(parameters.match(params, options.scaled_lr, "optimizer.scaled_lr"), options.scaled_lr_by)
     still = dict.fromkeys(parameters.names(params), 0)
     for pattern, epochs in held:
         # Updates 0, 1, ... below epochs * steps_per_epoch.
         steps = FOREVER if math.isinf(epochs) else math.ceil(round(epochs * steps_per_epoch, 6))
         for name in parameters.match(params, [pattern], "method"):
             still[name] = max(still[name], steps)
-    return {name: Group(name in constant, steps) for name, steps in still.items()}
+    return {name: Group(name in constant, steps, scaled.get(name, 1.0)) for name, steps in still.items()}
 
 
 def by_group(
@@ -72,7 +78,7 @@ def by_group(
     A group that is held counts its updates from 0 when it is let go, as an optimiser of PyTorch does for a weight that
     had no gradient before.
     """
-    different = sorted({group for group in of.values() if group != Group()}, key=lambda g: (g.constant, g.still))
+    different = sorted({group for group in of.values() if group != Group()}, key=dataclasses.astuple)
     if not different:
         return make(Group())
     label = {group: str(i) for i, group in enumerate([Group(), *different])}

@@ -328,6 +328,7 @@ def build(
 
     def make(group: Group) -> optax.GradientTransformation:
         rate = (lambda _: jnp.float32(peak)) if group.constant else _later(learning_rate, group.still)
+        rate = rate if group.scale == 1 else _times(group.scale, rate)
         mask = lambda tree: parameters.mask(tree, selected)  # noqa: E731
         return OPTIMIZERS[options.name](options, rate, _later(decay, group.still), mask)
 
@@ -342,6 +343,10 @@ def build(
         clipped = frozenset(parameters.match(params, options.clip_each_include, "optimizer.clip_each_include"))
         optimizer = optax.chain(clip_each_by_norm(options.clip_each, clipped), optimizer)
     return optimizer, learning_rate
+
+
+def _times(factor: float, rate: optax.Schedule) -> optax.Schedule:
+    return lambda step: factor * rate(step)
 
 
 def _later(value: Any, steps: int) -> Any:
@@ -396,6 +401,8 @@ OPTIMIZER = Section(
         constant_lr=Key(
             (), patterns, "names of weights whose rate is always lr: without warm-up, decay of the rate", items=str
         ),
+        scaled_lr=Key((), patterns, "names of weights whose rate is multiplied by scaled_lr_by", items=str),
+        scaled_lr_by=Key(0.1, positive, "the factor on the rate of the weights of scaled_lr"),
         layer_decay=Key(1.0, within(0, 1, "(]"), "factor on the learning rate per layer below the head"),
         decay_exclude=Key(DECAY_EXCLUDE, patterns, "names of weights without decay; see decay_vectors"),
         decay_vectors=Key(False, anything, "1-D weights have decay too, and with LARS a trust ratio"),

@@ -253,6 +253,16 @@ def test_the_online_classifier_leaves_out_images_without_a_label():
     assert value == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
+def test_the_rate_of_the_online_classifier_grows_with_the_batch_as_the_methods_does():
+    x, label = jnp.asarray(np.random.default_rng(4).normal(size=(5, 4)), jnp.float32), jnp.arange(5)
+
+    def moved(**options):
+        c = config_of("byol", **{"online.lr": 0.3, "batch_size": 640, "optimizer.lr_batch": 256, **options})
+        return online.step(online.init(4, 9), [x], label, c)[0]["kernel"]
+
+    np.testing.assert_allclose(moved(), 2.5 * moved(**{"optimizer.lr_batch": 0}), rtol=1e-6)
+
+
 def test_the_online_classifier_moves_neither_encoder_nor_clipping():
     """The same encoder and the same norm of the gradient, whatever the classifier does."""
     ends = []

@@ -141,6 +141,22 @@ def test_a_group_moves_as_if_it_were_alone_under_its_own_schedule(name):
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_a_scaled_rate_is_that_of_a_run_with_this_rate(name):
+    """With every optimiser, also for a weight whose rate is constant."""
+    options = dict(constant_lr=("last/.*",), scaled_lr=("predictor/.*", "last/kernel_v"), scaled_lr_by=0.3)
+    mixed = trained(config_of(name, **options), steps=5)
+    slower = dict(lr=0.09, warmup_lr=0.018, min_lr=0.009)
+    plain, slow = trained(config_of(name), steps=5), trained(config_of(name, **slower), steps=5)
+    steady = trained(config_of(name, **NO_SCHEDULE | dict(lr=0.09)), steps=5)
+    for t in range(5):
+        for key, value in mixed[t].items():
+            alone = steady if key == "last/kernel_v" else slow if key.startswith("predictor/") else plain
+            if key != "last/kernel_g":  # constant and not scaled: the test above
+                np.testing.assert_allclose(value, alone[t][key], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(plain[-1]["predictor/bias"], slow[-1]["predictor/bias"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_a_held_weight_neither_moves_nor_moves_its_state(name):
     params = toy()
     tx, rate = optimizer.build(config_of(name, warmup_steps=0), params, TOTAL, PER_EPOCH, held=HELD)
@@ -204,6 +220,7 @@ def test_whole_epochs_are_whole_steps_in_spite_of_rounding():
     ("options", "held", "line"),
     [
         (dict(constant_lr=("predicter/.*",)), (), r"config\.optimizer\.constant_lr: pattern 'predicter"),
+        (dict(scaled_lr=("transformr/.*",)), (), r"config\.optimizer\.scaled_lr: pattern 'transformr"),
         (dict(clip_each=0.1, clip_each_include=("x",)), (), r"config\.optimizer\.clip_each_include: pattern 'x'"),
         ({}, (("prototypes/.*", 1.0),), r"config\.method: pattern 'prototypes"),
         ({}, (("prototypes/.*", 0.0),), r"config\.method: pattern 'prototypes"),
