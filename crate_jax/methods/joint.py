@@ -198,86 +198,102 @@ def assemble(
     small = config.views.small
     if small and not algorithm.small_views:
         raise ConfigError(f"config.views.small={small}: must be 0, since method {config.method!r} takes two views only")
-    apply: dict[str, Apply] = {"encoder": encoder.apply}
-    apply |= {name: _head(module, name in algorithm.keyed) for name, (module, _) in algorithm.heads.items()}
-    pooled = config.joint.batch_norm == "pooled"
     classes = len(source.class_names) if source is not None and source.class_names is not None else 0
-    probed = classes > 0 and config.online.lr > 0
+    parts = _Parts(config, algorithm, encoder, views_of, classes if config.online.lr > 0 else 0)
+    represent = representation.build(config)
 
-    def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
-        encoder_key, own_key, *keys = jax.random.split(key, 2 + len(algorithm.heads))
-        heads = algorithm.heads.items()
+    def features_of(judged: Params, images_uint8: jax.Array) -> jax.Array:
+        return represent(judged, normalise(images_uint8, config))
+
+    carried = jax.eval_shape(lambda: parts.init(jax.random.key(0), lambda drawn: drawn)[1])
+    return Method(
+        inputs=("views", *(("small_views",) if small else ()), "label", "index"),
+        init=parts.init,
+        adopt=init_encoder,
+        loss=parts.loss,
+        features=features_of,
+        after=parts.after,
+        judged=batch_norm.whole,
+        averaged=(STATISTICS,) if STATISTICS in carried else (),
+        held=algorithm.held,
+        healthy={"z_std": config.joint.out**-0.5},
+        mean_over_images=False,  # batch norm, negatives or statistics couple the images
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # its methods are hashed by jax.jit, a config cannot be
+class _Parts:
+    """The functions of a method, with what they are made of.
+
+    Attributes:
+      config, algorithm, encoder, views_of: as in :func:`assemble`.
+      classes: of the online classifier; 0: none.
+    """
+
+    config: ConfigDict
+    algorithm: Algorithm
+    encoder: Encoder
+    views_of: ViewsOf
+    classes: int
+
+    def init(self, key: jax.Array, start: Start) -> tuple[Params, Carried]:
+        """`Method.init`."""
+        encoder_key, own_key, *keys = jax.random.split(key, 2 + len(self.algorithm.heads))
+        heads = self.algorithm.heads.items()
         drawn = {name: _init_head(module, k, width) for k, (name, (module, width)) in zip(keys, heads, strict=True)}
-        whole = start({"encoder": encoder.init(encoder_key), **drawn})
+        whole = start({"encoder": self.encoder.init(encoder_key), **drawn})
         params, statistics = batch_norm.split(whole)
-        carried = dict(algorithm.state(own_key))
+        carried = dict(self.algorithm.state(own_key))
         if statistics:
             carried[STATISTICS] = statistics
-        if algorithm.target:
-            carried[TARGET] = jax.tree.map(jnp.copy, {name: whole[name] for name in algorithm.target})
-        if probed:
-            carried[ONLINE] = online.init(encoder.width, classes)
+        if self.algorithm.target:
+            carried[TARGET] = jax.tree.map(jnp.copy, {name: whole[name] for name in self.algorithm.target})
+        if self.classes:
+            carried[ONLINE] = online.init(self.encoder.width, self.classes)
         return params, carried
 
     def loss(
-        params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
+        self, params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
     ) -> tuple[jax.Array, tuple[Carried, Scalars]]:
+        """`Method.loss`."""
         view_keys_B, path_keys_B, own_keys_B = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys_B), 1, 0)
-        views = [keep_rows_split(x) for x in views_of(batch, view_keys_B)]
+        views = [keep_rows_split(x) for x in self.views_of(batch, view_keys_B)]
+        student, target = self._networks(batch_norm.whole(params, carried)), self._networks(carried.get(TARGET, {}))
         path_keys = [jax.vmap(jax.random.fold_in, (0, None))(path_keys_B, v) for v in range(2 * len(views))]
-        student = Networks(apply, batch_norm.whole(params, carried), pooled)
-        target = Networks(apply, carried.get(TARGET, {}), pooled)
         features = student("encoder", views, path_keys[: len(views)])
-        slow = "encoder" in algorithm.target
+        slow = "encoder" in self.algorithm.target
         target_features = target("encoder", views[:LARGE], path_keys[len(views) :][:LARGE]) if slow else []
         step = Step(
             student, target, features, target_features, batch["label"], batch["index"], _own(carried), own_keys_B
         )
-        value, own, scalars = algorithm.loss(step)
+        value, own, scalars = self.algorithm.loss(step)
         carried = {**carried, **jax.lax.stop_gradient(own)}
         if STATISTICS in carried:
             carried[STATISTICS] = batch_norm.split(student.trees)[1]
         if TARGET in carried:
             carried[TARGET] = target.trees
         if ONLINE in carried:
-            carried[ONLINE], probe = online.step(carried[ONLINE], features[:LARGE], batch["label"], config)
+            carried[ONLINE], probe = online.step(carried[ONLINE], features[:LARGE], batch["label"], self.config)
             scalars = {**scalars, **probe}
-        return value, (carried, {config.method: value, **scalars})
+        return value, (carried, {self.config.method: value, **scalars})
 
-    def after(params: Params, carried: Carried, progress: Progress) -> tuple[Params, Carried]:
-        params, own = algorithm.after(params, _own(carried), progress)
+    def after(self, params: Params, carried: Carried, progress: Progress) -> tuple[Params, Carried]:
+        """`Method.after`."""
+        params, own = self.algorithm.after(params, _own(carried), progress)
         carried = {**carried, **own}
         if TARGET in carried:
             slow, statistics = batch_norm.split(carried[TARGET])
             new = {name: params[name] for name in slow}
-            moved = optax.incremental_update(new, slow, 1.0 - tau(config, progress))
+            moved = optax.incremental_update(new, slow, 1.0 - tau(self.config, progress))
             carried[TARGET] = batch_norm.merge(moved, statistics)
         if ONLINE in carried:
-            carried[ONLINE] = online.after(carried[ONLINE], config.online, progress)
+            carried[ONLINE] = online.after(carried[ONLINE], self.config.online, progress)
         return params, carried
 
-    def judged(params: Params, carried: Carried) -> Params:
-        return batch_norm.whole(params, carried)
-
-    represent = representation.build(config)
-
-    def features_of(judged: Params, images_uint8: jax.Array) -> jax.Array:
-        return represent(judged, normalise(images_uint8, config))
-
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0), lambda drawn: drawn)[1])
-    return Method(
-        inputs=("views", *(("small_views",) if small else ()), "label", "index"),
-        init=init,
-        adopt=init_encoder,
-        loss=loss,
-        features=features_of,
-        after=after,
-        judged=judged,
-        averaged=(STATISTICS,) if STATISTICS in shapes else (),
-        held=algorithm.held,
-        healthy={"z_std": config.joint.out**-0.5},
-        mean_over_images=False,  # batch norm, negatives or statistics couple the images
-    )
+    def _networks(self, trees: Mapping[str, Any]) -> Networks:
+        keyed, heads = self.algorithm.keyed, self.algorithm.heads.items()
+        apply = {"encoder": self.encoder.apply} | {name: _head(module, name in keyed) for name, (module, _) in heads}
+        return Networks(apply, trees, self.config.joint.batch_norm == "pooled")
 
 
 def _head(module: nn.Module, keyed: bool) -> Apply:
@@ -338,11 +354,6 @@ def spread(projections: Sequence[jax.Array]) -> jax.Array:
       projections: for each large view (B, P).
     """
     return jnp.mean(jnp.stack([jnp.std(unit(z), axis=0, ddof=1) for z in projections[:LARGE]]))
-
-
-def variance_hinge(z_BP: jax.Array) -> jax.Array:
-    """The mean over channels of max(0, 1 - deviation over the batch), where the variance has 1e-4 added: VICReg's."""
-    return jnp.mean(nn.relu(1 - jnp.sqrt(jnp.var(z_BP, axis=0, ddof=1) + 1e-4)))
 
 
 def push(queue_QP: jax.Array, place: jax.Array, rows_BP: jax.Array) -> tuple[jax.Array, jax.Array]:

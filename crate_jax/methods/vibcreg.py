@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax import data
-from crate_jax.methods import joint
+from crate_jax.methods import joint, three_terms
 from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.iter_norm import IterNorm
@@ -41,12 +41,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         projected = step.student("projector", step.features)
         if options.whitening:
             projected = step.student("whitening", projected)
-        similarity = jnp.mean(jnp.square(projected[0] - projected[1]))
-        variance = joint.variance_hinge(projected[0]) + joint.variance_hinge(projected[1])
-        covariance = correlation(projected[0]) + correlation(projected[1])
-        value = options.similarity * similarity + options.variance * variance + options.covariance * covariance
-        terms = {"similarity": similarity, "variance": variance, "covariance": covariance}
-        return value, {}, {**terms, "z_std": joint.spread(projected)}
+        value, scalars = three_terms.loss(projected, correlation, options)
+        return value, {}, scalars
 
     return Algorithm(heads, loss)
 

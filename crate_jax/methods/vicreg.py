@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax import data
-from crate_jax.methods import joint
+from crate_jax.methods import three_terms
 from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.projector import MLP
@@ -30,12 +30,8 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
 
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
         projected = step.student("projector", step.features)
-        similarity = jnp.mean(jnp.square(projected[0] - projected[1]))
-        variance = share * (joint.variance_hinge(projected[0]) + joint.variance_hinge(projected[1]))
-        covariance = off_diagonal(projected[0]) + off_diagonal(projected[1])
-        value = options.similarity * similarity + options.variance * variance + options.covariance * covariance
-        terms = {"similarity": similarity, "variance": variance, "covariance": covariance}
-        return value, {}, {**terms, "z_std": joint.spread(projected)}
+        value, scalars = three_terms.loss(projected, off_diagonal, options, share)
+        return value, {}, scalars
 
     return Algorithm({"projector": (MLP((o.hidden, o.hidden, o.out), dtype=config.dtype), width)}, loss)
 
