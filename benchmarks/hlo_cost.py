@@ -3,10 +3,12 @@
 XLA's own `cost_analysis()` counts the body of a loop once, however often it runs; for a model with twelve scanned
 layers it gives a twelfth. This module counts the text of the compiled program by XLA's rules (`HloCostAnalysis`): every
 instruction reads its operands and writes its result, and a fusion is one instruction; a slice reads only the part that
-it takes, and an update in place writes only the part that it changes; a Pallas kernel costs what its `CostEstimate`
-says. With `loops=False` each body is counted once, as XLA does, and a test compares both counts. One rule differs: for
-a slice that is fetched ahead of its use (`slice-start`) XLA adds twice the whole array; this module adds the slice,
-read and written.
+it takes, and an update in place writes only the part that it changes; a Pallas kernel for TPUs costs what its
+`CostEstimate` says. A custom call of another kind reads its operands and writes its results, and
+:mod:`benchmarks.hlo_products` tells the FLOPs of the libraries' calls; calls whose FLOPs it cannot tell are named in
+`Cost.not_counted`. With `loops=False` each body is counted once, as XLA does, and a test compares both counts. One rule
+differs: for a slice that is fetched ahead of its use (`slice-start`) XLA adds twice the whole array; this module adds
+the slice, read and written.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from benchmarks import hlo_products
+
 ELEMENT_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
@@ -27,6 +31,7 @@ FREE = {  # opcodes without cost
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "optimization-barrier", "domain", "add-dependency", "copy-done", "send", "send-done", "recv-done",
     "recv", "slice-done", "all-reduce-done", "all-gather-done", "collective-permute-done", "async-done", "async-update",
+    "reduce-scatter-done", "all-to-all-done",
 }  # fmt: skip
 ELEMENTWISE = {  # opcodes with one operation per element of the result
     "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "power", "remainder", "compare",
@@ -84,6 +89,12 @@ class Instruction:
         return found.group(1)
 
     @property
+    def call(self) -> str:
+        """What a custom call calls: its target, and for a kernel of Pallas also its name."""
+        named = re.search(r' name = "(\w+)"', self.rest) or re.search(r"/([\w.\-]+)/pallas_call$", self.origin)
+        return hlo_products.call_target(self.rest) + (f" {named.group(1)}" if named else "")
+
+    @property
     def origin(self) -> str:
         """The operation of the traced program from which the instruction comes."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
@@ -111,6 +122,7 @@ class Cost:
     hbm_bytes: float
     collective_bytes: dict[str, float]  # kind -> bytes of each chip's operands
     collectives: dict[str, int]  # kind -> number of operations
+    not_counted: dict[str, int]  # custom calls whose FLOPs are unknown and count as 0 -> number of runs
     lines: list[Line]
 
 
@@ -224,6 +236,10 @@ class Program:
         for kind, size, runs in hidden.values():
             sent[kind] += runs * size
             number[kind] += runs
+        unknown: Counter[str] = Counter()
+        for line in lines:
+            if self._call_flops(line.instruction, self.computations[line.computation]) is None:
+                unknown[line.instruction.call] += line.runs
         total = functools.partial(math.fsum)
         return Cost(
             total(line.flops for line in lines),
@@ -231,6 +247,7 @@ class Program:
             total(line.hbm_bytes for line in lines),
             dict(sent),
             dict(number),
+            dict(unknown),
             lines,
         )
 
@@ -254,13 +271,17 @@ class Program:
 
     def _bytes(self, i: Instruction, computation: dict[str, Instruction]) -> tuple[float, float]:
         """The bytes that an instruction reads and writes, and how many of them are in HBM."""
-        estimate = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)', i.rest)
-        if i.opcode == "custom-call":
-            if estimate:
-                return float(estimate.group(1)), float(estimate.group(1))
-            if 'custom_call_target="tpu_custom_call"' not in i.rest:  # buffers, bitcasts
-                return 0.0, 0.0
         reads = [(computation[o].arrays, o) for o in i.operands]
+        results = i.arrays
+        if i.opcode == "custom-call":
+            target = hlo_products.call_target(i.rest)
+            estimate = hlo_products.kernel_numbers(i.rest).get("bytes_accessed")
+            if target in hlo_products.FREE_CALLS:
+                return 0.0, 0.0
+            if estimate is not None:
+                return estimate, estimate
+            if hlo_products.has_workspace(target) and len(results) > 1:
+                results = results[:-1]
         if i.opcode == "fusion":
             parts = self._fusion(i, computation)
         elif i.opcode in ("dynamic-slice", "slice", "gather"):
@@ -278,7 +299,7 @@ class Program:
             results = i.arrays[len(operands) :] or i.arrays
             parts = [(a, a.bytes) for a in (*operands, *results) if a.sides]
         else:
-            parts = [(a, a.bytes) for a in i.arrays]
+            parts = [(a, a.bytes) for a in results]
             parts += [(a, a.bytes) for arrays, _ in reads for a in arrays]
         return sum(b for _, b in parts), sum(b for a, b in parts if not a.on_chip)
 
@@ -342,8 +363,7 @@ class Program:
             inner = self.computations[i.called("calls")]
             return sum(self._flops(j, inner) for j in inner.values())
         if i.opcode == "custom-call":
-            estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', i.rest)
-            return float(estimate.group(1)) if estimate else 0.0
+            return self._call_flops(i, computation) or 0.0
         if i.opcode in ELEMENTWISE:
             return i.arrays[0].elements
         if i.opcode in ("reduce", "reduce-window", "all-reduce"):
@@ -351,47 +371,19 @@ class Program:
         if i.opcode == "dot":
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
             lhs = computation[i.operands[0]].arrays[0].sides
-            inner_size = math.prod(lhs[int(d)] for d in contracted.group(1).split(",") if d) if contracted else 1
-            return 2.0 * i.arrays[0].elements * inner_size
+            return hlo_products.product_flops(lhs, i.arrays[0].sides, contracted.group(1) if contracted else "")
         if i.opcode == "convolution":
             lhs, rhs = (computation[o].arrays[0] for o in i.operands[:2])
-            return convolution_flops(lhs.sides, rhs.sides, i.arrays[0].sides, i.rest)
+            return hlo_products.convolution_flops(lhs.sides, rhs.sides, i.arrays[0].sides, i.rest)
         return 0.0
 
-
-def convolution_flops(lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], attributes: str) -> float:
-    """FLOPs of a convolution without products with padding. On a TPU, matrix products become convolutions.
-
-    Args:
-      lhs: the sides of the input.
-      rhs: the sides of the kernel.
-      out: the sides of the result.
-      attributes: the attributes, with dim_labels and window.
-
-    Raises:
-      ValueError: there are no dim_labels.
-
-    >>> convolution_flops((5, 3), (3, 7), (5, 7), "dim_labels=bf_io->bf")  # 2 * 5 * 3 * 7
-    210.0
-    """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    if labels is None:
-        raise ValueError(f"a convolution without dim_labels: {attributes[:80]}")
-    lhs_labels, rhs_labels, out_labels = labels.groups()
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", attributes) or [""])[0]))
-    spatial = [c for c in out_labels if c.isdigit()]
-
-    def option(key: str, default: str) -> list[str]:
-        return window[key].split("x") if key in window else [default] * len(spatial)
-
-    options = zip(
-        option("stride", "1"), option("pad", "0_0"), option("lhs_dilate", "1"), option("rhs_dilate", "1"), strict=True
-    )
-    total = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")] * rhs[rhs_labels.index("i")]
-    for c, (stride, pad, lhs_dilate, rhs_dilate) in zip(spatial, options, strict=True):
-        inputs, kernel, outputs = lhs[lhs_labels.index(c)], rhs[rhs_labels.index(c)], out[out_labels.index(c)]
-        low, dilate = int(pad.split("_")[0]), int(lhs_dilate)
-        end = (inputs - 1) * dilate + 1
-        at = (o * int(stride) - low + k * int(rhs_dilate) for o in range(outputs) for k in range(kernel))
-        total *= sum(0 <= position < end and position % dilate == 0 for position in at)
-    return total
+    def _call_flops(self, i: Instruction, computation: dict[str, Instruction]) -> float | None:
+        """FLOPs of a custom call; None if nothing tells them. Other instructions have 0 here."""
+        target = hlo_products.call_target(i.rest) if i.opcode == "custom-call" else ""
+        if not target or target in hlo_products.FREE_CALLS:
+            return 0.0
+        estimate = hlo_products.kernel_numbers(i.rest).get("flops")
+        if estimate is not None:
+            return estimate
+        operands = [computation[o].arrays[0].sides for o in i.operands]
+        return hlo_products.call_flops(target, operands, [a.sides for a in i.arrays], i.rest)

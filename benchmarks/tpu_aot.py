@@ -3,27 +3,15 @@
     pip install "crate-jax[tpu]"
     python -m benchmarks.tpu_aot --topology=v5e:16x16 --config=configs/crate_mae.py:variant=B [--config.KEY=VALUE ...]
 
-The step is the one that training runs; libtpu's compiler runs on this machine's CPU. Prints one JSON object.
-`flops_per_chip` and `bytes_per_chip` follow XLA's rules, with each run of a loop counted (:mod:`benchmarks.hlo_cost`):
-the bytes are those that the instructions read and write, also where the compiler keeps an array in the chip's scratch
-memory (VMEM). `hbm_traffic_per_chip` leaves scratch memory out. `hbm_bytes_per_chip` is the memory for arguments and
-temporaries. The roofline is the larger of FLOPs / peak and bytes / bandwidth. It is a bound, not a measurement, and it
-does not include the links between chips, whose bytes are in `collective_bytes_per_chip`. `--hlo=FILE` writes the
-compiled program; `--top=N` prints the N instructions that move the most bytes on stderr.
+libtpu's compiler runs on this machine's CPU. Prints one JSON object; :mod:`benchmarks.aot` tells its keys and flags.
+The bytes are those that the instructions read and write, also where the compiler keeps an array in the chip's scratch
+memory (VMEM). `hbm_traffic_per_chip` leaves scratch memory out.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import importlib.util
-import json
 import os
-import re
-import sys
-import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Set before jax is imported: libtpu must not look for a metadata server or for chips, and JAX must not use chips.
@@ -39,34 +27,11 @@ os.environ.update(
 )
 
 import jax
-from absl import app, flags
 from jax.experimental import topologies
-from ml_collections import ConfigDict, config_flags
 
-from benchmarks import hlo_cost
-from benchmarks.roofline import Chip, chip_of, roofline
-from benchmarks.stand_in import training_set
-from crate_jax import data
-from crate_jax.config import validate
-from crate_jax.errors import ConfigError, UserError
-from crate_jax.flags import fail
-from crate_jax.jobs.train import method_of
-from crate_jax.parallel import sharding
-from crate_jax.training import step as train_step
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides libtpu's messages about missing chips from stderr."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+from benchmarks import aot
+from benchmarks.roofline import TPUS
+from crate_jax.errors import UserError
 
 
 def topology_devices(topology: str) -> list[Any]:
@@ -78,134 +43,11 @@ def topology_devices(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed, and it holds the compiler for TPUs: pip install 'crate-jax[tpu]'")
     try:
-        with _quiet():
+        with aot.quiet():
             return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except jax.errors.JaxRuntimeError as e:
         raise UserError(f"--topology={topology}: libtpu does not know this slice: {str(e).splitlines()[0]}") from None
 
 
-def lower_step(config: ConfigDict, devices: list[Any]) -> jax.stages.Lowered:
-    """The train step of a validated config, traced for these devices without making an array."""
-    mesh = sharding.make_mesh(config.batch_size, config.accumulate, devices, config.mesh.data, config.mesh.model)
-    source = training_set(config)
-    method = method_of(config, source)
-    recipe = train_step.make_recipe(config, method, len(source))
-    step = train_step.make_train_step(config, method, recipe, mesh)
-    state = jax.eval_shape(functools.partial(train_step.init_state, config, method, recipe))
-    return step.lower(state, data.batch_shapes(config, method.inputs))
-
-
-def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles the step.
-
-    Raises:
-      UserError: the chip has too little memory for the step.
-    """
-    try:
-        with _quiet():
-            return lowered.compile()
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        reason = re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(e).splitlines()[0])
-        raise UserError(f"{reason}; lower --batch_per_chip, or set --config.remat=True") from None
-
-
-def report(compiled: jax.stages.Compiled, chip: Chip, images: int) -> tuple[dict[str, Any], hlo_cost.Cost]:
-    """The cost of a compiled step per chip, and the roofline; `images` is the number of images on each chip."""
-    memory = compiled.memory_analysis()
-    cost = hlo_cost.Program(compiled.as_text()).cost()
-    hbm = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    hbm += memory.output_size_in_bytes - memory.alias_size_in_bytes  # the state is updated in place
-    return {
-        "flops_per_chip": cost.flops,
-        "bytes_per_chip": cost.bytes,
-        "hbm_traffic_per_chip": cost.hbm_bytes,
-        "hbm_bytes_per_chip": hbm,
-        "hbm_arguments_per_chip": memory.argument_size_in_bytes,
-        "hbm_temporaries_per_chip": memory.temp_size_in_bytes,
-        "hbm_share": hbm / chip.hbm,
-        "collective_bytes_per_chip": sum(cost.collective_bytes.values()),
-        "collective_bytes_by_kind": cost.collective_bytes,
-        "collectives": cost.collectives,
-        **roofline(chip, cost.flops, cost.bytes, images),
-        "hbm_traffic_time_over_flop_time": (cost.hbm_bytes / chip.bandwidth) / (cost.flops / chip.flops),
-    }, cost
-
-
-def show_top(cost: hlo_cost.Cost, count: int) -> None:
-    """Prints the `count` instructions that move the most bytes on stderr, one line each."""
-    for line in sorted(cost.lines, key=lambda line: -line.bytes)[:count]:
-        arrays = ", ".join(f"{a.dtype}{list(a.sides)}" for a in line.instruction.arrays[:3])
-        print(
-            f"{line.bytes / 1e9:7.2f} GB {line.hbm_bytes / 1e9:7.2f} in HBM  x{line.runs:<4} {line.instruction.opcode} "
-            f"{arrays}  {line.instruction.origin}",
-            file=sys.stderr,
-        )
-
-
-def define_flags() -> None:
-    """Defines the flags of the command line."""
-    config_flags.DEFINE_config_file("config", None, "A file of configs/ that pre-trains.")
-    flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, such as v5e:16x16 or v5p:2x2x2.")
-    flags.DEFINE_integer("batch_per_chip", 128, "Images per step on each chip.", lower_bound=1)
-    flags.DEFINE_string("hlo", "", "File for the text of the compiled program.")
-    flags.DEFINE_integer("top", 0, "How many instructions to list, those that move the most bytes.", lower_bound=0)
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses flags as absl does, but a bad flag, config file or key gives one line and status 2."""
-    try:
-        rest = flags.FLAGS(list(argv))
-        if flags.FLAGS.config is None:
-            raise ConfigError("--config is missing, such as --config=configs/crate_mae.py:variant=B")
-        if len(rest) > 1:
-            raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
-        return rest
-    except Exception as e:  # errors of a config file or an override are the user's errors
-        fail(e)
-
-
-def main(_: list[str]) -> None:
-    """Compiles the step of the config and prints its cost."""
-    given = flags.FLAGS
-    config = given.config
-    try:
-        chip, chips = chip_of(given.topology)
-        if config.job != "pretrain":
-            raise ConfigError(f"config.job={config.job!r}: only the step of pretrain is compiled here")
-        config.batch_size = given.batch_per_chip * chips
-        config.steps, config.epochs = config.steps or 10_000, 0.0
-        config.optimizer.warmup_epochs = 0.0
-        validate(config)
-        devices = topology_devices(given.topology)
-        lowered = lower_step(config, devices)
-        with open(
-            given.hlo or os.devnull, "w", encoding="utf-8"
-        ) as file:  # opened before compiling, which takes minutes
-            start = time.perf_counter()
-            compiled = compile_step(lowered)
-            seconds = time.perf_counter() - start
-            file.write(compiled.as_text() if given.hlo else "")
-    except (UserError, OSError) as e:
-        fail(e)
-    numbers, cost = report(compiled, chip, given.batch_per_chip)
-    show_top(cost, given.top)
-    print(
-        json.dumps(
-            {
-                "topology": given.topology,
-                "chips": chips,
-                "chip": dataclasses.asdict(chip),
-                "batch_per_chip": given.batch_per_chip,
-                "dtype": config.dtype,
-                "compile_seconds": round(seconds, 1),
-                **numbers,
-            }
-        )
-    )
-
-
 if __name__ == "__main__":
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    aot.start("v5e:4x4", "Chip and shape of the slice, such as v5e:16x16 or v5p:2x2x2.", TPUS, topology_devices)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
@@ -15,8 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.aot import lower_step
 from benchmarks.hlo_cost import Program
-from benchmarks.roofline import CHIPS, chip_of, roofline
+from benchmarks.roofline import TPUS, chip_of, roofline
 from configs import joint
 from crate_jax import data
 from crate_jax.config import validate
@@ -129,7 +129,7 @@ def test_text_that_is_no_program_is_refused():
 
 
 def test_the_roofline_takes_the_larger_time():
-    chip = CHIPS["v5e"]
+    chip = TPUS.chips["v5e"]
     by_bytes = roofline(chip, flops=197e9, moved=1638e6, images=128)  # 1 ms of FLOPs, 2 ms of bytes
     assert by_bytes["bytes_time_over_flop_time"] == pytest.approx(2)
     assert by_bytes["roofline_images_per_sec"] == pytest.approx(128 / 2e-3)
@@ -140,11 +140,11 @@ def test_the_roofline_takes_the_larger_time():
 
 
 def test_topologies_name_a_chip_and_a_shape():
-    assert chip_of("v5e:16x16") == (CHIPS["v5e"], 256)
-    assert chip_of("v5p:2x2x2") == (CHIPS["v5p"], 8)
+    assert chip_of("v5e:16x16", TPUS) == (TPUS.chips["v5e"], 256)
+    assert chip_of("v5p:2x2x2", TPUS) == (TPUS.chips["v5p"], 8)
     for bad in ("v5e", "v9:2x2", "v5e:4", "v5e:4xx4", "v5e:0x4"):
         with pytest.raises(UserError, match=bad):
-            chip_of(bad)
+            chip_of(bad, TPUS)
 
 
 @pytest.mark.parametrize("heads, images, width", [(4, 3, 128), (4, 24, 256)])  # four heads a lane block, and two
@@ -299,11 +299,8 @@ def test_each_chip_convolves_its_own_images_whatever_the_layout_of_the_optimiser
 
 
 @pytest.mark.parametrize("method", ["deepclusterv2", "simclr"])
-def test_the_step_of_views_lowers_without_the_set(monkeypatch, method):
+def test_the_step_of_views_lowers_without_the_set(method):
     """The memory of DeepCluster v2 has a row per image of CIFAR-10, and the online classifier a column per class."""
-    monkeypatch.setattr(os, "environ", {**os.environ})  # the module sets variables for libtpu
-    from benchmarks.tpu_aot import lower_step
-
     config = joint.get_config(f"method={method},encoder=vit_tiny,debug")
     config.data.source = "tfds:cifar10"
     config.views.update(dict(small=2, small_size=(12, 8)) if method == "simclr" else {})
@@ -388,7 +385,7 @@ def test_a_real_step_compiles(cli_env, config, topology):
     result = command(cli_env, f"--config=configs/{config}", f"--topology={topology}", "--batch_per_chip=16")
     assert result.returncode == 0, result.stderr[-2000:]
     out = json.loads(result.stdout)
-    chip = CHIPS[topology[:3]]
+    chip = TPUS.chips[topology[:3]]
     assert out["chips"] == 4
     assert 0 < out["hbm_bytes_per_chip"] < chip.hbm
     assert out["collective_bytes_by_kind"]["all-reduce"] > 1e6
