@@ -23,8 +23,8 @@ from typing import Any
 
 # Set before jax is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU that is there must not be used
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+os.environ["XLA_FLAGS"] = (  # those that are given come last and win
+    f"--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
 )
 
 import jax

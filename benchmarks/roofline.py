@@ -48,7 +48,7 @@ GPUS = Family(
             2250e12,
             8000e9,
             180e9,
-            "https://www.nvidia.com/en-us/data-center/dgx-b200, 8 GPUs: 1440 GB, 64 TB/s; half of 36 PFLOPS",
+            "https://www.nvidia.com/en-us/data-center, of 8: hgx, half of 36 PFLOPS; dgx-b200, 64 TB/s, 1440 GB",
         ),
     },
     (3,),
