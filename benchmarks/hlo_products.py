@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import re
 
-# Custom calls that move and compute nothing. All others cost their operands and results.
+# Custom calls of XLA for TPUs that move and compute nothing. All others cost their operands and results.
 FREE_CALLS = {
-    "AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "SliceBitcast", "Sharding",
-    "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "annotate_device_placement", "X64Combine",
-    "X64SplitHigh", "X64SplitLow",
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
 }  # fmt: skip
 
 Sides = tuple[int, ...]
