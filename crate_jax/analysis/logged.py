@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Plot
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from crate_jax.config import base, has_effect, is_read, parts
+from crate_jax.config import WITHOUT_METHOD, base, has_effect, is_read, method_name, parts
 from crate_jax.errors import DataError
 from crate_jax.models import widths
 from crate_jax.parallel import parameters
@@ -247,13 +247,13 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
         size = f"{len(widths(c))} x {widths(c)[-1]}"
         corruption = c.corruption.name if "corruption" in parts(c, s.params) else "none"
         rows.append((
-            s.name, c.encoder.name, size, corruption, c.penalty.name, steps, c.batch_size, summary.get("loss"),
+            s.name, None if c.job in WITHOUT_METHOD else method_name(c), c.encoder.name, size, corruption, c.penalty.name, steps, c.batch_size, summary.get("loss"),
             summary.get("images_per_sec"), summary.get("params") or (parameters.count(s.params) if s.params else None),
             c.job, c.data.source, summary.get("devices"),
         ))  # fmt: skip
     columns = (
-        "run", "encoder", "layers x width", "corruption", "penalty", "steps", "batch", "loss", "images/s", "parameters",
-        "job", "images", "devices",
+        "run", "method", "encoder", "layers x width", "corruption", "penalty", "steps", "batch", "loss", "images/s",
+        "parameters", "job", "images", "devices",
     )  # fmt: skip
     caption = "The runs. Losses under different corruptions or targets cannot be compared: they do not rank runs."
     return Table(caption, columns, tuple(rows))

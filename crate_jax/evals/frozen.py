@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -109,6 +109,7 @@ class FrozenEvaluation:
         self.shown = train if test is None else test
         self._train = train
         self._rank = collapse.Fall(config.evaluation.collapse_share)
+        self._earlier: Sequence[dict[str, float]] = ()
         self._splits: tuple[data.Source, data.Source] | None = None
         self._classes = 0
         # We check the names of the classes, not the labels: to read the labels of a TFDS split is to read all of it.
@@ -191,6 +192,13 @@ class FrozenEvaluation:
     def _chosen(self, limit: int) -> np.ndarray:
         return sample(len(self._train), limit, self._config.seed)
 
+    def remember(self, earlier: Sequence[dict[str, float]]) -> None:
+        """Takes ``rankme`` and ``rankme_limit`` of the evaluations before the run was stopped.
+
+        A fall that the log has said then is not said again, and a later one is seen against the best rank of the run.
+        """
+        self._earlier = earlier
+
     def watched_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float]:
         """Returns :meth:`scores`, and says in the log if the rank of the features has fallen since the last call.
 
@@ -204,7 +212,16 @@ class FrozenEvaluation:
 
     def _watch(self, scores: dict[str, float], untrained: Callable[[], dict[str, float]]) -> None:
         share = collapse.rank_share(scores)
-        if share is not None and self._rank.begins(share, lambda: collapse.rank_share(untrained()) or 0.0):
+
+        @functools.cache
+        def first() -> float:
+            return collapse.rank_share(untrained()) or 0.0
+
+        for earlier in map(collapse.rank_share, self._earlier):
+            if earlier is not None:
+                self._rank.begins(earlier, first)
+        self._earlier = ()
+        if share is not None and self._rank.begins(share, first):
             collapse.warn(
                 f"RankMe of its features is {scores['rankme']:.3g} of at most {scores['rankme_limit']:.0f}, it was "
                 f"{1 + self._rank.best * (scores['rankme_limit'] - 1):.3g} "

@@ -47,11 +47,11 @@ VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-lear
 
 
 def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
-    """The config of an evaluation, with the checkpoint's encoder, image size and pixel statistics.
+    """The config of an evaluation, with the checkpoint's encoder, image size, central crop and pixel statistics.
 
     The default pooling is replaced by that of a joint-embedding run, and by the mean where there is no class token. An
-    image size of (0, 0) is replaced by the checkpoint's, a standard deviation of 0 by the checkpoint's mean and
-    standard deviation.
+    image size of (0, 0) and a crop of 0 are replaced by the checkpoint's, a standard deviation of 0 by the checkpoint's
+    mean and standard deviation.
 
     Raises:
       ConfigError: a key of config.encoder has a value that is neither the default nor the checkpoint's.
@@ -66,6 +66,9 @@ def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
     full.evaluation.pool = _pool(config, encoder)
     if not any(full.data.image_size):
         full.data.image_size = tuple(encoder.config["data"]["image_size"])
+    if not full.data.eval_crop:
+        full.data.eval_crop = encoder.config["data"].get("eval_crop", base().data.eval_crop)
+        log.info("images are cropped to the central %g, as in the run of %s", full.data.eval_crop, encoder.name)
     if not any(full.data.std):
         full.data.std = tuple(encoder.config["data"]["std"])
         if not any(full.data.mean):

@@ -76,6 +76,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             if config.init_from else None,
             on_resume=functools.partial(require_same_task, config, folder),
         )  # fmt: skip
+        if isinstance(evaluation, FrozenEvaluation):
+            evaluation.remember(loop.written(("rankme", "rankme_limit")))
         watching = observers(config, method, evaluation, mesh, loop.untrained)
         signum = distributed.max_over_processes(interrupt.signal or 0)
         if signum:

@@ -150,6 +150,7 @@ class Loop:
       record: the numbers that a checkpoint and the summary hold: loss, speed, skipped steps.
       origin: name and digest of the encoder that the run started from; {} if there is none.
       results: the observers' results after the last step, by the observers' names.
+      written: :meth:`crate_jax.workdir.metrics.Writer.written` of the run's records.
 
     Raises:
       UserError: something that the user can mend, in one line.
@@ -183,6 +184,10 @@ class Loop:
                 f"{self._start_step}; ask for more, or choose another --workdir"
             )
         self._writer = stack.enter_context(metrics.Writer(folder, config, self._start_step))
+        self.written = self._writer.written
+        for name in method.healthy:
+            for scalars in self.written((name,)):
+                self._fallen(name, scalars[name])  # what the log has said before the run was stopped is not said again
         self._speed = Speed()
         # Per step since the last log point: scalars on the device, number of undecodable images, indices of the images
         # in this process's rows.
@@ -396,8 +401,11 @@ class Loop:
 
     def _watch_spread(self, means: Mapping[str, float]) -> None:
         for name, healthy in self.method.healthy.items():
-            if name in means and self._falls[name].begins(means[name] / healthy):
+            if name in means and self._fallen(name, means[name]):
                 collapse.warn(f"{name} is {means[name]:.3g}, {healthy:.3g} would be an even spread")
+
+    def _fallen(self, name: str, value: float) -> bool:
+        return self._falls[name].begins(value / self.method.healthy[name])
 
     def _counts(self, step: int, scalars: Mapping[str, np.ndarray], indices: np.ndarray) -> bool:
         """Whether a step was finite; writes a file about a step that was not.

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
@@ -27,6 +27,8 @@ from crate_jax.parallel import distributed
 from crate_jax.workdir.pictures import save_png
 
 log = logging.getLogger(__name__)
+
+JSON_LINES = "metrics.jsonl"
 
 
 class Sink(Protocol):
@@ -66,6 +68,7 @@ class Writer:
             # Every process raises, so that no process waits for one that has ended.
             raise ConfigError(f"config.log.wandb={config.log.wandb!r}: wandb is not installed; pip install wandb")
         self._sinks: list[Sink] = []
+        self._lines = os.path.join(workdir, JSON_LINES)
         if not distributed.first():
             return
         os.makedirs(workdir, exist_ok=True)
@@ -84,6 +87,20 @@ class Writer:
         """
         for sink in self._sinks:
             sink.write(step, scalars)
+
+    def written(self, names: Sequence[str]) -> list[dict[str, float]]:
+        """The scalars `names` of each record so far that holds them all, those of a run that continues included.
+
+        They are the same in every process. All processes must call it.
+        """
+        rows = []
+        if distributed.first():
+            with open(self._lines, encoding="utf-8") as f:
+                records = [json.loads(line) for line in f]
+            rows = [[r[name] for name in names] for r in records if all(r.get(name) is not None for name in names)]
+        array = np.array(rows, np.float64).reshape(len(rows), len(names))
+        everyone = distributed.gather_rows(array.view(np.uint8)).view(np.float64)  # JAX would round float64
+        return [dict(zip(names, row, strict=True)) for row in everyone.tolist()]
 
     def write_image(self, step: int, name: str, array: np.ndarray) -> str | None:
         """Records a picture.
@@ -129,7 +146,7 @@ class Writer:
 
 
 def _open_sinks(workdir: str, config: ConfigDict, start_step: int) -> Iterator[Sink]:
-    yield JsonLines(os.path.join(workdir, "metrics.jsonl"), start_step)
+    yield JsonLines(os.path.join(workdir, JSON_LINES), start_step)
     if config.log.tensorboard:
         if importlib.util.find_spec("tensorboardX") is None:
             log.info("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)")

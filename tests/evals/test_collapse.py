@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,22 @@ def test_an_encoder_that_is_born_flat_does_not_collapse(caplog):
     assert "collapses" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [((17.0, 16.0), COLLAPSED, True), ((17.0, 1.0), COLLAPSED, False), ((1.0,), COLLAPSED, False),
+     ((17.0, 1.0), HEALTHY, False), ((), HEALTHY, False)],
+)  # fmt: skip
+def test_a_run_that_continues_remembers_its_ranks(caplog, before, now, says):
+    """As without the stop: the untrained encoder is healthy, so a first rank of 1 was a fall too."""
+    watching = evaluation(digits(), labelled=False)
+    watching.remember([{"rankme": rank, "rankme_limit": 18.0} for rank in before])
+    watching.watched_scores(now, lambda: HEALTHY if before == (1.0,) else COLLAPSED)
+    assert ("collapses" in caplog.text) == says
+    caplog.clear()
+    watching.watched_scores(COLLAPSED, lambda: COLLAPSED)
+    assert ("collapses" in caplog.text) == (now is HEALTHY)
+
+
 def collapsing(config, source=None):
     """A method that pulls all features of a batch to their mean, and logs how far they are spread."""
     method = reconstruction.build(config, source)
@@ -139,13 +156,17 @@ def collapsing(config, source=None):
 
 @pytest.mark.usefixtures("one_device")
 def test_a_run_that_collapses_says_so(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setitem(METHODS, "reconstruction", Row(collapsing, METHODS["reconstruction"].parts))
     c = tiny()
-    c.steps, c.log.every, c.save.every, c.evaluation.every = 16, 4, 16, 8
+    c.steps, c.log.every, c.save.every, c.evaluation.every = 16, 4, 8, 8
     c.optimizer.lr, c.evaluation.train_images = 0.02, 64
     train.run(c, str(tmp_path / "w"))
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "16")  # it continues from step 8, when both were said
+    train.run(c, str(tmp_path / "w"))
+    assert "continuing from step 8" in caplog.text
     said = [r.getMessage() for r in caplog.records if "the representation collapses: " in r.getMessage()]
-    assert len(said) == 2  # each once, though it stays so
+    assert len(said) == 2  # each once, though it stays so and the run was stopped
     assert "z_std is 0.00" in said[0] and "0.204 would be an even spread" in said[0]
     assert "RankMe of its features is 1." in said[1] and "of at most 24, it was 12" in said[1]
     rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]

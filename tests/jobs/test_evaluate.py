@@ -137,6 +137,27 @@ def test_statistics_are_the_checkpoints_unless_set(pretraining):
         assert {key: full.data[key] for key in theirs} == expected
 
 
+def test_the_crop_is_the_checkpoints_unless_set(pretraining, caplog):
+    """On frozen features; a recipe of fine-tuning has its own. A run that is older than the key had its default."""
+    caplog.set_level("INFO")
+    saved = pretrained.load(str(pretraining), "")
+    data = saved.config["data"]
+    encoder, old = (
+        dataclasses.replace(saved, config={**saved.config, "data": d})
+        for d in ({**data, "eval_crop": 0.9}, {k: v for k, v in data.items() if k != "eval_crop"})
+    )
+    c = evaluate.get_config("protocol=knn")
+    assert job.inherit(c, encoder).data.eval_crop == 0.9
+    assert "images are cropped to the central 0.9, as in the run of" in caplog.text
+    caplog.clear()
+    assert job.inherit(c, old).data.eval_crop == 0.875
+    c.data.eval_crop = 0.875
+    caplog.clear()
+    assert job.inherit(c, encoder).data.eval_crop == 0.875 and "cropped" not in caplog.text
+    crops = [finetune.resolve(evaluate.get_config(f"protocol=finetune_{x}"), encoder) for x in ("mae", "crate")]
+    assert [full.data.eval_crop for full in crops] == [0.875, 1.0]
+
+
 def test_the_default_pooling_is_what_a_joint_embedding_run_trained(pretraining):
     """Nothing trained the class token of such a run; a ResNet has none. A pooling that is asked for stays."""
     encoder = pretrained.load(str(pretraining), "")

@@ -149,6 +149,8 @@ def test_numbers_and_tables_are_those_of_the_summaries(runs, compared):
             expected = [100 * summary[k + suffix] for k in ("probe_top1", "knn_top1")]
             assert found[name, what] == expected and {repr(x) for x in expected} <= cells
         assert repr(summary["loss"]) in cells
+    of_runs = next(t for caption, t in tables.items() if caption.startswith("The runs."))
+    assert [row[:2] for row in of_runs["rows"]] == [[name, "reconstruction"] for name in NAMES]
     settings = next(t for caption, t in tables.items() if caption.startswith("Settings"))
     assert settings["columns"] == ["config", *NAMES]
     assert settings["rows"] == [["corruption.mask_ratio", 0.5, 0.25], ["evaluation.every", 0, 2]]
