@@ -144,7 +144,7 @@ EVALUATION = Section(
         lidar_images=Key(
             0,
             must("be 0 or at least 2", lambda value: value == 0 or value > 1),
-            "number of training images on whose augmented views LiDAR is measured; 0: none",
+            "number of training images for LiDAR, whose views are drawn as in training; 0: none",
         ),
         lidar_views=Key(10, at_least(2), "number of views of each of these images"),
         collapse_share=Key(

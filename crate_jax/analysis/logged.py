@@ -247,7 +247,8 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
         size = f"{len(widths(c))} x {widths(c)[-1]}"
         corruption = c.corruption.name if "corruption" in parts(c, s.params) else "none"
         rows.append((
-            s.name, None if c.job in WITHOUT_METHOD else method_name(c), c.encoder.name, size, corruption, c.penalty.name, steps, c.batch_size, summary.get("loss"),
+            s.name, None if c.job in WITHOUT_METHOD else method_name(c), c.encoder.name, size, corruption,
+            c.penalty.name, steps, c.batch_size, summary.get("loss"),
             summary.get("images_per_sec"), summary.get("params") or (parameters.count(s.params) if s.params else None),
             c.job, c.data.source, summary.get("devices"),
         ))  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from crate_jax.data import decoding, recipes, sampling
+from crate_jax.data import decoding, device_augmentation, recipes, sampling
 from crate_jax.data.augmentation import DRAWS, Augmentation, empty, numbered
 from crate_jax.data.randaugment import randaugment
 from crate_jax.data.sources import Source
@@ -16,17 +18,20 @@ from crate_jax.data.undecodable import Undecodable
 
 
 def augmented_views(
-    config: ConfigDict, source: Source, indices: np.ndarray, views: int
+    config: ConfigDict, source: Source, indices: np.ndarray, views: int, recipe: bool = False
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Draws views of each image by the training augmentation (crop, flip and RandAugment of config.data).
+    """Draws views of each image as training draws them.
 
     A view is a function of config.seed, the image and the number of the view.
 
     Args:
-      config: the whole config; reads config.seed and config.data.
+      config: the whole config; reads config.seed and config.data and, with `recipe`, config.views.
       source: the images.
       indices: the indices of the images to draw views of.
-      views: views per image, q.
+      views: views per image, q, at least 2.
+      recipe: whether the recipe of joint-embedding methods draws them: crop, flip, changes of colour, grey, blur,
+        solarisation and equalisation of config.views, as for the large views 0, 1, 0, 1, ...; then they are rounded to
+        bytes. Otherwise crop, flip and RandAugment of config.data.
 
     Yields:
       The views of one image, uint8 (q, H, W, 3), and its index; undecodable images are skipped.
@@ -34,7 +39,7 @@ def augmented_views(
     Raises:
       DataError: too many images cannot be decoded.
     """
-    augmentation = Augmentation.from_config(config)
+    draw = _by_recipe(config, views) if recipe else _by_augmentation(config, views)
     undecodable = Undecodable(source, config.data.max_undecodable)
     for index in map(int, indices):
         try:
@@ -43,6 +48,16 @@ def augmented_views(
             undecodable.add([(index, str(e))], 1)
             continue
         undecodable.add([], 1)
+        yield draw(image, index), index
+
+
+Draw = Callable[[Image.Image, int], np.ndarray]  # (an image, its index) -> views, uint8 (q, H, W, 3)
+
+
+def _by_augmentation(config: ConfigDict, views: int) -> Draw:
+    augmentation = Augmentation.from_config(config)
+
+    def draw(image: Image.Image, index: int) -> np.ndarray:
         first = index * views
         uniforms = sampling.uniforms(config.seed, first, views, DRAWS)
         boxes = augmentation.boxes(uniforms, np.full(views, image.height), np.full(views, image.width))
@@ -56,7 +71,40 @@ def augmented_views(
                 whole = Image.fromarray(np.ascontiguousarray(pixels))
                 pixels = np.asarray(randaugment(whole, augmentation.layers, augmentation.magnitude, rng))
             out[view] = pixels
-        yield out, index
+        return out
+
+    return draw
+
+
+def _by_recipe(config: ConfigDict, views: int) -> Draw:
+    crops = recipes.layout(config)["views"]
+
+    @jax.jit
+    def changed(images_qHWC: jax.Array, index: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(config.seed), index)
+        keys_q = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(views))
+        out_qHWC = images_qHWC
+        for kind in range(recipes.LARGE):
+            mine = slice(kind, None, recipes.LARGE)
+            drawn = device_augmentation.drawn(keys_q[mine], device_augmentation.Options.of(config, kind))
+            planes = device_augmentation.augmented(images_qHWC[mine], drawn, config.views.sigma[1])
+            rounded = jnp.round(255.0 * jnp.clip(jnp.stack(planes, -1), 0.0, 1.0)).astype(jnp.uint8)
+            out_qHWC = out_qHWC.at[mine].set(rounded)
+        return out_qHWC
+
+    def draw(image: Image.Image, index: int) -> np.ndarray:
+        cropped = [_crop(config, image, index, view, crops[view % recipes.LARGE]) for view in range(views)]
+        return np.asarray(changed(np.stack(cropped), np.int32(index)))
+
+    return draw
+
+
+def _crop(config: ConfigDict, image: Image.Image, index: int, view: int, augmentation: Augmentation) -> np.ndarray:
+    """A view's crop, flipped or not, uint8 (H, W, 3)."""
+    uniforms = sampling.uniforms(config.seed, index, 1, DRAWS, view)
+    (box,) = augmentation.boxes(uniforms, np.array([image.height]), np.array([image.width]))
+    (crop,) = decoding.crops(image, [box], [augmentation.size], augmentation.resample, augmentation.alone)
+    return np.asarray(crop)[:, :: -1 if augmentation.flips(uniforms)[0] else 1]
 
 
 def shown_views(config: ConfigDict, source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -80,8 +128,5 @@ def shown_views(config: ConfigDict, source: Source, indices: np.ndarray) -> dict
     for row, index in enumerate(map(int, indices)):
         image = Image.fromarray(source.read(index))
         for view, (name, place, a) in enumerate(numbered(layout)):
-            uniforms = sampling.uniforms(config.seed, index, 1, DRAWS, view)
-            (box,) = a.boxes(uniforms, np.array([image.height]), np.array([image.width]))
-            (crop,) = decoding.crops(image, [box], [a.size], a.resample, a.alone)
-            out[name][row, place] = np.asarray(crop)[:, :: -1 if a.flips(uniforms)[0] else 1]
+            out[name][row, place] = _crop(config, image, index, view, a)
     return out

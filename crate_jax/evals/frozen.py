@@ -96,14 +96,22 @@ class FrozenEvaluation:
       features: the function (params, images uint8 (b, H, W, 3)) -> features (b, D).
       train: the training images.
       mesh: the devices that encode.
+      recipe: whether training draws views by config.views, so that LiDAR's views are drawn so too.
 
     Attributes:
       shown: the images that pictures are made of: the evaluation split, or the training images if there is no
         evaluation split.
     """
 
-    def __init__(self, config: ConfigDict, features: Callable[..., jax.Array], train: data.Source, mesh: Mesh) -> None:
-        self._config, self._mesh = config, mesh
+    def __init__(
+        self,
+        config: ConfigDict,
+        features: Callable[..., jax.Array],
+        train: data.Source,
+        mesh: Mesh,
+        recipe: bool = False,
+    ) -> None:
+        self._config, self._mesh, self._recipe = config, mesh, recipe
         self._features = jax.jit(sharding.on_mesh(mesh, features), out_shardings=sharding.split(mesh))
         test = data.open_split(config, "eval")
         self.shown = train if test is None else test
@@ -157,9 +165,10 @@ class FrozenEvaluation:
         return {**self._score(read, with_collapse=True), **self.lidar(params)}
 
     def lidar(self, params: dict) -> dict[str, float]:
-        """Returns ``lidar`` and its upper bound ``lidar_limit``, of augmented views of training images.
+        """Returns ``lidar`` and its upper bound ``lidar_limit``, of views of training images as training draws them.
 
-        See :func:`crate_jax.evals.spectra.lidar`. {} if config.evaluation.lidar_images is 0, or fewer than two of them
+        The views are those of :func:`crate_jax.data.views.augmented_views`: the large ones of config.views where the
+        method trains on them, otherwise crops, flips and RandAugment of config.data. See :func:`crate_jax.evals.spectra.lidar`. {} if config.evaluation.lidar_images is 0, or fewer than two of them
         can be decoded.
 
         Raises:
@@ -171,7 +180,7 @@ class FrozenEvaluation:
             return {}
         q, rows = options.lidar_views, images_per_process(self._config, self._mesh)
         parts = np.array_split(self._chosen(options.lidar_images), distributed.processes())
-        views = augmented_views(self._config, self._train, parts[distributed.process()], q)
+        views = augmented_views(self._config, self._train, parts[distributed.process()], q, self._recipe)
         images = (view for views_q, _ in views for view in views_q)
 
         def batches() -> Iterator[np.ndarray]:  # as many in every process

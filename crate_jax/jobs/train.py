@@ -69,7 +69,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if source is None:
             raise ConfigError(f"config.data.source={config.data.source!r}: has no training images")
         method = method_of(config, source)
-        evaluation = EVALUATIONS[config.job](config, method.features, source, mesh)
+        recipe = {"recipe": True} if "views" in method.inputs else {}
+        evaluation = EVALUATIONS[config.job](config, method.features, source, mesh, **recipe)
         loop = Loop(
             config, method, source, mesh, folder, interrupt, stack,
             start=functools.partial(pretrained.load, config.init_from, "config.init_from")

@@ -14,6 +14,7 @@ from crate_jax import config as configs, data
 from crate_jax.data import decoding, device_augmentation as device, recipes, sampling
 from crate_jax.data.device_augmentation import Draw, Jitter, Options
 from crate_jax.data.pixels import normalise
+from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError
 from tests.data.test_pipeline import assert_same, photo, write_set
 
@@ -153,6 +154,33 @@ def test_crops_of_one_decoded_image_are_those_of_each_alone(tmp_path):
     for image, box, size in zip(got, boxes[:1] + boxes[2:], [(8, 8), (5, 6)], strict=True):
         (expected,) = decoding.crops(whole, [box], [size], resample, True)
         assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() < 16
+
+
+def drawn_views(c, indices, count=5):
+    return [views for views, _ in augmented_views(c, data.open_split(c, "train"), np.array(indices), count, True)]
+
+
+def test_views_outside_training_follow_the_recipe(equal):
+    """View 0, 2, .. is a large view 0, view 1, 3, .. a large view 1; the whole images here, mirrored or changed."""
+    c = configured(equal, image_size=(20, 24), crop_ratio=(1.2, 1.2))
+    c.views.update(scale_min=(1.0,), scale_max=(1.0,), flip=(0.0, 1.0), jitter=(0.0,), grey=(0.0,), blur=(0.0,))
+    c.views.update(solarise=(1.0, 0.0), equalise=(0.0,), small=0)
+    (views,), image = drawn_views(c, [3]), data.open_split(c, "train").read(3)
+    for view in views[::2]:
+        np.testing.assert_array_equal(view, np.where(image >= 128, 255 - image, image))
+    np.testing.assert_array_equal(views[1::2], [image[:, ::-1]] * 2)
+    c.views.update(solarise=(0.0,), flip=(0.0,), grey=(0.0, 1.0))
+    (views,) = drawn_views(c, [3])
+    assert (views[1] == views[1][..., :1]).all() and not (views[0] == views[0][..., :1]).all()
+
+
+def test_views_outside_training_are_a_function_of_image_and_number(equal):
+    c = configured(equal, small=0)
+    c.views.update(jitter=(1.0,), brightness=(0.8,))
+    (a, b), (again,) = drawn_views(c, [2, 5]), drawn_views(c, [5])
+    np.testing.assert_array_equal(b, again)
+    assert len({view.tobytes() for view in (*a, *b)}) == 10 and a.shape == (5, 12, 16, 3)
+    np.testing.assert_array_equal(drawn_views(c, [5], 3)[0][:2], b[:2])
 
 
 # -- the device

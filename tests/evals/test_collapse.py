@@ -92,6 +92,28 @@ def test_lidar_is_that_of_augmented_views_on_any_devices():
     assert 2 < one["lidar"] < D
 
 
+def test_lidar_takes_the_views_of_the_recipe_where_training_does(monkeypatch):
+    config = digits(lidar_images=IMAGES, lidar_views=VIEWS)
+    config.views.update(jitter=(1.0,), brightness=(0.9,), scale_min=(0.3,))
+    source = data.open_split(config, "train")
+    indices = data.sampling.sample(len(source), IMAGES, config.seed)
+    views = np.stack([views for views, _ in augmented_views(config, source, indices, VIEWS, recipe=True)])
+    x = np.asarray(columns(HEALTHY, views.reshape(-1, 8, 8, 3))).reshape(IMAGES, VIEWS, D)
+    judge = FrozenEvaluation(config, columns, source, sharding.make_mesh(16, 1, jax.devices()[:1]), recipe=True)
+    assert judge.lidar(HEALTHY)["lidar"] == pytest.approx(spectra.lidar_of_views(x).value, rel=1e-4)
+
+    class Made(Exception):
+        pass
+
+    def made(*_, recipe: bool = False):
+        raise Made(recipe)
+
+    monkeypatch.setitem(train.EVALUATIONS, "pretrain", made)
+    for method, expected in (("byol", True), ("reconstruction", False)):
+        with pytest.raises(Made, match=str(expected)):
+            train.run(tiny(method=method), "unused")
+
+
 def test_lidar_is_off_unless_images_are_asked_for():
     assert evaluation(digits()).lidar(HEALTHY) == {}
 

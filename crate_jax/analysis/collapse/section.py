@@ -103,7 +103,9 @@ def _text(features: Features, lidars: Mapping[str, Mapping[str, spectra.Lidar]])
             "and for the representation. RankMe (arXiv 2210.02885) is the exponential of the entropy of the features'",
             "singular values, from 1 to the width. alpha-ReQ is the exponent at which the covariance's eigenvalues",
             "fall; it is high for collapsed features. LiDAR (arXiv 2312.04000) is the rank of the differences between",
-            "images, relative to the differences between views of one image. Off-diagonal is the share of the",
+            "images, relative to the differences between views of one image; views are drawn as the run's training draws",
+            "them: under joint embedding by config.views (crop, flip, colours, grey, blur, solarisation), otherwise crops",
+            "and flips by config.data. Off-diagonal is the share of the",
             "covariance's squared mass that lies off its diagonal.",
             *(["LIMITED:", *warnings] if warnings else []),
         ]

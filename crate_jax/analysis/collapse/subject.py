@@ -226,8 +226,9 @@ def measure_lidar(
       subject: the run; its images are chosen as in :func:`measure`.
       images: the number of images, which are the surrogate classes, drawn with the run's seed; 0: all.
       views: q, the number of views of each image.
-      draw: "augmentation" for views by the training augmentation, without corruption; "corruption" for the evaluation
-        crop under q draws of the run's corruption.
+      draw: "augmentation" for views as the run's training draws them (:func:`augmented_views`, by config.views where the
+        run's method reads it), without corruption; "corruption" for the evaluation crop under q draws of the run's
+        corruption.
       delta: see :func:`crate_jax.evals.spectra.lidar`.
 
     Returns:
@@ -277,7 +278,8 @@ def measure_lidar(
     if draw == "corruption":
         batches = _plain_batches(config, source, indices, size)
     else:
-        batches = _view_batches(augmented_views(config, source, indices, views), size)
+        recipe = "views" in parts(config, subject.params)
+        batches = _view_batches(augmented_views(config, source, indices, views, recipe), size)
     factors, count = _stream(subject, encode, update, state, batches, size)
     measured = (spectra.lidar(within, between, count, views, delta) for within, between in factors)
     found = list(itertools.chain(*measured))
