@@ -168,8 +168,9 @@ class FrozenEvaluation:
         """Returns ``lidar`` and its upper bound ``lidar_limit``, of views of training images as training draws them.
 
         The views are those of :func:`crate_jax.data.views.augmented_views`: the large ones of config.views where the
-        method trains on them, otherwise crops, flips and RandAugment of config.data. See :func:`crate_jax.evals.spectra.lidar`. {} if config.evaluation.lidar_images is 0, or fewer than two of them
-        can be decoded.
+        method trains on them, otherwise crops, flips and RandAugment of config.data. {} if
+        config.evaluation.lidar_images is 0, or fewer than two of them can be decoded. See
+        :func:`crate_jax.evals.spectra.lidar`.
 
         Raises:
           DataError: too many images cannot be decoded.

@@ -209,18 +209,20 @@ def block_maps(config: ConfigDict, layers: Sequence[int]) -> Reader:
 def tokens_by_layer(config: ConfigDict) -> Callable[..., tuple[jax.Array, ...]]:
     """The function ({"encoder": parameters}, images, corruption) -> tokens (l, B, prefix + M, D), groups of l layers.
 
-    These are the tokens after each layer, and then the tokens that :func:`build` pools: the encoder's output, or the
-    tokens of layer ``config.evaluation.layer`` if it is not 0. Neighbours of one shape are a group: the L + 1 entries
-    of a transformer are one; in a ResNet only the last stage and the output share a shape.
+    These are the tokens that enter the first layer, a group of their own; the tokens after each layer; and the tokens
+    that :func:`build` pools: the encoder's output, or the tokens of layer ``config.evaluation.layer`` if it is not 0.
+    Neighbours of one shape are a group: the last L + 1 entries of a transformer are one; in a ResNet only the last
+    stage and the output share a shape.
     """
-    tokens_of, layer = layers(config), config.evaluation.layer
+    read, name, layer = points(config), ENCODERS[config.encoder.name].output_point, config.evaluation.layer
 
     def tokens(params: dict[str, Any], images_BHWC: jax.Array, corruption: Corruption) -> tuple[jax.Array, ...]:
-        output_BND, found = tokens_of(params, images_BHWC, corruption)
+        output_BND, points_of = read(params, images_BHWC, corruption)
+        input_1BND, found = points_of["input"][0][None], points_of[name]
         last_BND = found[layer - 1] if layer else output_BND
         if isinstance(found, jax.Array):
-            return (jnp.concatenate([found, last_BND[None]]),)
+            return input_1BND, jnp.concatenate([found, last_BND[None]])
         groups = itertools.groupby([*found, last_BND], key=jnp.shape)
-        return tuple(jnp.stack(list(group)) for _, group in groups)
+        return input_1BND, *(jnp.stack(list(group)) for _, group in groups)
 
     return tokens

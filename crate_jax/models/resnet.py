@@ -289,7 +289,8 @@ class ResNetEncoder(nn.Module):
         """Normalised images (B, H, W, 3) -> tokens (B, h * w, D).
 
         With `keys_B` batch norms use the batch's statistics and move the running ones (:func:`batch_norm.train`).
-        Named point: ``after_stage``, the tokens after each stage, a tuple of four (B, h * w, C).
+        Named points: ``input``, the tokens that the first stage gets, a tuple of one (B, h * w, C);
+        ``after_stage``, the tokens after each stage, a tuple of four.
         """
         train = keys_B is not None
         groups_BG = draw_groups(keys_B, self.norm_groups) if keys_B is not None and self.norm_groups > 1 else None
@@ -298,6 +299,7 @@ class ResNetEncoder(nn.Module):
             fill_P = self.param("mask_token", TOKEN_INIT, (1, 1, 3 * self.patch_size**2), jnp.float32)[0, 0]
         x = corrupt_image(images_BHWC, corruption, self.patch_size, fill_P)
         x = Stem(self.width, self.stem, self.stem_padding, train, self.dtype, name="stem")(x, groups_BG)
+        self.sow("intermediates", "input", x.reshape(x.shape[0], -1, x.shape[-1]))
         widths = self.architecture.widths(self.width)
         tokens = x
         for i, (depth, width) in enumerate(zip(self.architecture.blocks, widths, strict=True)):

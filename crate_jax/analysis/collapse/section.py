@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from crate_jax.analysis.collapse import subject
 from crate_jax.analysis.collapse.weights import weight_measures
 from crate_jax.evals import spectra
 from crate_jax.report import Figure, Section, Subject, Table
+from crate_jax.report.svg import escape
 
 IMAGES = 4096
 CLASSES, VIEWS = 1024, 10  # for LiDAR: images, and views of each
+COLUMNS, MAX_COLUMNS = 4, 5  # panels beside each other
+MAX_LAYERS = 6  # blocks of a transformer whose weights are drawn
 FLOOR = 1e-12  # an eigenvalue below this share of the largest is rounding, and would stretch the axes
 
 FEATURE_COLUMNS = {
@@ -59,21 +64,24 @@ def section(subjects: Sequence[Subject], images: int = IMAGES, classes: int = CL
     features = {s.name: subject.measure(s, images) for s in subjects}
     weights = {s.name: subject.weights(s) for s in subjects}
     lidars = {s.name: subject.measure_lidar(s, classes, views) for s in subjects} if classes else {}
+    names = short_names(subjects)
     figures = (
         Figure(
-            "Eigenvalues of W W^T (the smaller Gram matrix), one line per layer, one colour per run. An orthonormal "
-            "weight lies on the dotted line at 1; a steep end means that few directions pass through the weight.",
-            weight_plot(weights),
+            "Eigenvalues of W W^T (the smaller Gram matrix) of each weight, one colour per run. An orthonormal weight "
+            "lies on the dotted line at 1; a steep end means that few directions pass through the weight. Of more than "
+            f"{MAX_LAYERS} equal blocks {MAX_LAYERS} are drawn; the table has all.",
+            weight_plot(weights, names),
         ),
         Figure(
-            "Eigenvalues of the covariance of the pooled features after each block, divided by the largest; dark lines "
-            "are early blocks. Where a line falls sooner, the features use fewer dimensions.",
-            layer_plot(features),
+            "Eigenvalues of the covariance of the pooled features, divided by the largest, one colour per run: of what "
+            "enters the first block (input), after each block, and of the representation. Where a line falls sooner, "
+            "the features use fewer dimensions.",
+            feature_plot(features, names),
         ),
         Figure(
             "Eigenvalues of the covariance of the representations, divided by the largest, for all runs. Dotted: the "
             "power law of alpha-ReQ, over the ranks on which it was fitted.",
-            representation_plot(features),
+            representation_plot(features, names),
         ),
     )
     return Section(
@@ -99,13 +107,13 @@ def _text(features: Features, lidars: Mapping[str, Mapping[str, spectra.Lidar]])
     return " ".join(
         [
             "Features have collapsed when a few directions hold nearly all their variance (arXiv 2411.00392).",
-            f"Measured on pooled features of {' or '.join(map(str, rows))} images without corruption, after each block",
-            "and for the representation. RankMe (arXiv 2210.02885) is the exponential of the entropy of the features'",
-            "singular values, from 1 to the width. alpha-ReQ is the exponent at which the covariance's eigenvalues",
-            "fall; it is high for collapsed features. LiDAR (arXiv 2312.04000) is the rank of the differences between",
-            "images, relative to the differences between views of one image; views are drawn as the run's training draws",
-            "them: under joint embedding by config.views (crop, flip, colours, grey, blur, solarisation), otherwise crops",
-            "and flips by config.data. Off-diagonal is the share of the",
+            f"Measured on pooled features of {' or '.join(map(str, rows))} images without corruption: of what",
+            "enters the first block (input), after each block, and of the representation. RankMe (arXiv 2210.02885) is",
+            "the exponential of the entropy of the features' singular values, from 1 to the width. alpha-ReQ is the",
+            "exponent at which the covariance's eigenvalues fall; it is high for collapsed features. LiDAR (arXiv",
+            "2312.04000) is the rank of the differences between images, relative to the differences between views of one",
+            "image. Views are drawn as in training: by config.views under joint embedding (crop, flip, colours, grey,",
+            "blur, solarisation), otherwise by config.data (crop, flip, RandAugment). Off-diagonal is the share of the",
             "covariance's squared mass that lies off its diagonal.",
             *(["LIMITED:", *warnings] if warnings else []),
         ]
@@ -170,9 +178,25 @@ def _numbers(features: Features, weights: Weights, lidars: Mapping[str, Mapping[
     }
 
 
-def _colours(runs: Sequence[str]) -> dict[str, Any]:
-    palette = matplotlib.colormaps["tab10"]
-    return {run: palette(i % 10) for i, run in enumerate(runs)}
+def short_names(subjects: Sequence[Subject]) -> dict[str, str]:
+    """Names of runs for legends: without what all names share, and with the penalty if the runs differ in it.
+
+    Parts of a name are what commas and slashes separate, as in the folders of a sweep: penalty=so,seed=0.
+    """
+    parts = [re.split("[,/]", s.name) for s in subjects]
+    same_length = len({len(p) for p in parts}) == 1
+    differ = [len(set(column)) > 1 for column in zip(*parts, strict=True)] if same_length else []
+    penalties = {s.config.penalty.name for s in subjects}
+    out = {}
+    for s, own in zip(subjects, parts, strict=True):
+        short = ",".join(x for x, kept in zip(own, differ, strict=True) if kept) if any(differ) else s.name
+        penalty = s.config.penalty.name
+        out[s.name] = short if len(penalties) == 1 or penalty in short.lower() else f"{short} ({penalty})"
+    return out
+
+
+def _colours(runs: Sequence[str]) -> dict[str, str]:
+    return {run: f"C{i % 10}" for i, run in enumerate(runs)}
 
 
 def _line(ax: Axes, values: np.ndarray, **style: Any) -> None:
@@ -183,74 +207,137 @@ def _line(ax: Axes, values: np.ndarray, **style: Any) -> None:
 
 def _log_log(ax: Axes, title: str) -> None:
     ax.set(xscale="log", yscale="log")
-    ax.set_xlabel("rank", fontsize=8)
-    ax.set_title(title, fontsize=9)
-    ax.tick_params(which="both", labelsize=7)
+    for axis in (ax.xaxis, ax.yaxis):  # numbers such as 0.5, which need less room than 5 x 10^-1
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=5))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    ax.set_title(title, fontsize=7.5, pad=3)
+    ax.tick_params(which="both", labelsize=7, pad=2)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
-def _grid(count: int, shared: bool = False) -> tuple[Plot, list[Axes]]:
-    columns = min(3, count)
-    rows = -(-count // columns)
-    plot = Plot(figsize=(3.2 * columns, 2.7 * rows + 0.4), layout="constrained")
-    axes = list(plot.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).flat)
-    for ax in axes[count:]:
+def _grid(titles: Sequence[str], columns: int, shared: bool = False) -> tuple[Plot, list[Axes]]:
+    """A figure with a small panel for each title; an empty title leaves its place empty."""
+    columns = min(columns, len(titles))
+    rows = -(-len(titles) // columns)
+    plot = Plot(figsize=(max(2.1 * columns, 3.2), 1.6 * rows + 0.55), layout="constrained")
+    axes = list(plot.subplots(rows, columns, squeeze=False, sharey=shared).flat)
+    for ax, title in zip(axes, titles, strict=False):
+        _log_log(ax, title)
+        ax.tick_params(labelleft=True)
+    for ax in [ax for ax, title in zip(axes, titles, strict=False) if not title] + axes[len(titles) :]:
         ax.remove()
-    for ax in axes[:count]:
-        ax.tick_params(labelbottom=True)  # also above a place that is empty
-    return plot, axes[:count]
+    return plot, [ax for ax, title in zip(axes, titles, strict=False) if title]
+
+
+def _legend(plot: Plot, names: Mapping[str, str]) -> None:
+    """One legend of the runs above all panels; its entries are hidden with their runs."""
+    if len(names) < 2:
+        return
+    colours = _colours(list(names))
+    lines = [Line2D([], [], color=colours[run], label=escape(run)) for run in names]
+    longest = max(map(len, names.values()))
+    columns = max(1, min(len(names), int(plot.get_figwidth() / (0.07 * longest + 0.6))))  # inches
+    legend = plot.legend(handles=lines, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
+    for text, run in zip(legend.get_texts(), names, strict=True):
+        text.set_text(escape(names[run]))
+        text.set_label(escape(run))
 
 
 def _short(kernel: str) -> str:
-    return kernel.removeprefix("encoder/").removesuffix("/kernel")
+    return kernel.removeprefix("encoder/").removesuffix("/kernel").replace("blocks/", "")
 
 
-def weight_plot(weights: Weights) -> Plot:
-    """Log-log spectra of weights: one panel per kernel, one colour per run, one line per layer."""
-    kernels = list(dict.fromkeys(name for found in weights.values() for name in found))
+def _drawn_layers(count: int) -> list[int]:
+    """The layers of a stack that are drawn: all, or MAX_LAYERS from the first to the last.
+
+    >>> _drawn_layers(3), _drawn_layers(12)
+    ([0, 1, 2], [0, 2, 4, 7, 9, 11])
+    """
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, MAX_LAYERS))})
+
+
+def weight_plot(weights: Weights, names: Mapping[str, str]) -> Plot:
+    """Log-log spectra of weights: one panel per kernel and layer, one colour per run.
+
+    Args:
+      weights: see :func:`subject.weights`.
+      names: the runs' names for the legend (:func:`short_names`).
+    """
+    counts: dict[str, int] = {}
+    for found in weights.values():
+        for kernel, values in found.items():
+            counts[kernel] = max(counts.get(kernel, 0), len(values))
+    stacks = [kernel for kernel, count in counts.items() if count > 1]
+    singles = sorted((k for k in counts if k not in stacks), key=lambda k: _short(k).startswith("stage"))
+    columns = len(stacks) if 1 < len(stacks) <= MAX_COLUMNS else COLUMNS
+    panels: list[tuple[str, int, str]] = [(kernel, 0, _short(kernel)) for kernel in singles]
+    if stacks:
+        panels += [("", 0, "")] * (-len(panels) % columns)  # each layer begins a row
+    for layer in range(max((counts[kernel] for kernel in stacks), default=0)):
+        for kernel in stacks:
+            if layer in _drawn_layers(counts[kernel]):
+                panels.append((kernel, layer, f"block {layer + 1}: {_short(kernel)}"))
+    plot, axes = _grid([title for *_, title in panels], columns)
     colours = _colours(list(weights))
-    plot, axes = _grid(len(kernels))
-    for ax, name in zip(axes, kernels, strict=True):
+    for ax, (kernel, layer, _) in zip(axes, [panel for panel in panels if panel[0]], strict=True):
         for run, found in weights.items():
-            for layer, values in enumerate(found.get(name, ())):
-                _line(ax, values, color=colours[run], lw=1, alpha=0.8, label=run if layer == 0 else None)
-        ax.axhline(1.0, color="grey", lw=1, ls=":")
-        _log_log(ax, _short(name))
-        ax.set_ylabel("eigenvalue", fontsize=8)
-    axes[0].legend(fontsize=7)
+            if layer < len(found.get(kernel, ())):
+                _line(ax, found[kernel][layer], color=colours[run], lw=1.1, label=escape(run))
+        ax.axhline(1.0, color="grey", lw=0.8, ls=":")
+    plot.supylabel("eigenvalue", fontsize=8)
+    plot.supxlabel("rank", fontsize=8)
+    _legend(plot, names)
     return plot
 
 
-def layer_plot(features: Features) -> Plot:
-    """Log-log spectra of hidden features: one panel per run, one line per block."""
-    plot, axes = _grid(len(features), shared=True)  # so that runs can be compared by eye
-    for ax, (run, found) in zip(axes, features.items(), strict=True):
-        blocks = [(place, m) for place, m in found.items() if place != "representation"]
-        shades = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.85, len(blocks)))  # visible on black and on white
-        for (place, m), shade in zip(blocks, shades, strict=True):
-            _line(ax, _normalised(m.eigenvalues), color=shade, lw=1.2, label=place)
-        _log_log(ax, run)
-        ax.set_ylabel("eigenvalue / largest", fontsize=8)
-    axes[0].legend(fontsize=7)
+def feature_plot(features: Features, names: Mapping[str, str]) -> Plot:
+    """Log-log spectra of features: one panel per place, one colour per run; the panels share the vertical axis.
+
+    Args:
+      features: see :func:`subject.measure`.
+      names: the runs' names for the legend (:func:`short_names`).
+    """
+    found = list(dict.fromkeys(place for of_run in features.values() for place in of_run))
+    found.sort(key=lambda place: place == "representation")  # runs may have different numbers of layers
+    plot, axes = _grid(found, COLUMNS if len(found) % 3 or len(found) > 9 else 3, shared=True)
+    colours = _colours(list(features))
+    for ax, place in zip(axes, found, strict=True):
+        for run, of_run in features.items():
+            if place in of_run:
+                values = _normalised(of_run[place].eigenvalues)
+                _line(ax, values, color=colours[run], lw=1.1, label=escape(run))
+    plot.supylabel("eigenvalue / largest", fontsize=8)
+    plot.supxlabel("rank", fontsize=8)
+    _legend(plot, names)
     return plot
 
 
-def representation_plot(features: Features) -> Plot:
-    """Log-log spectra of the representations of all runs in one panel, with the fitted power laws."""
-    plot = Plot(figsize=(5.0, 3.8), layout="constrained")
+def representation_plot(features: Features, names: Mapping[str, str]) -> Plot:
+    """Log-log spectra of the representations of all runs in one panel, with the fitted power laws.
+
+    Args:
+      features: see :func:`subject.measure`.
+      names: the runs' names for the legend (:func:`short_names`).
+    """
+    plot = Plot(figsize=(4.6, 3.4), layout="constrained")
     ax = plot.subplots()
     for run, colour in _colours(list(features)).items():
         m = features[run]["representation"]
         values = _normalised(m.eigenvalues)
-        _line(ax, values, color=colour, lw=1.4, label=f"{run}: RankMe {m.rankme:.1f} of {m.width}")
+        _line(ax, values, color=colour, lw=1.4, label=escape(run))
         if m.alpha_req is not None:
             first, last = m.alpha_range
             rank = np.arange(first, last + 1)
             weight = 1 / rank / np.sum(1 / rank)
             height = np.sum(weight * (np.log(values[first - 1 : last]) + m.alpha_req * np.log(rank)))
-            ax.plot(rank, np.exp(height) * rank**-m.alpha_req, color=colour, lw=1, ls=":")
+            fit = np.exp(height) * rank**-m.alpha_req
+            ax.plot(rank, fit, color=colour, lw=1, ls=":", label=escape(run))
     _log_log(ax, "representation")
     ax.set_ylabel("eigenvalue / largest", fontsize=8)
-    ax.legend(fontsize=7)
+    ax.set_xlabel("rank", fontsize=8)
+    ranks = {run: features[run]["representation"] for run in features}
+    _legend(plot, {run: f"{names[run]}: RankMe {m.rankme:.1f} of {m.width}" for run, m in ranks.items()})
     return plot
 
 

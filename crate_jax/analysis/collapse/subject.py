@@ -1,8 +1,8 @@
 """Collapse measures of a run's encoder, for all layers in one pass over images.
 
-Shapes: L + 1 places (each layer, then the representation), B images per batch, q views, N tokens, D width, X = 1 + D.
-Neighbouring places of one shape are a group of l places (:func:`representation.tokens_by_layer`): a transformer has one
-group, a ResNet four or five.
+Shapes: L + 2 places (the input of the first layer, each layer's output, the representation), B images per batch, q
+views, N tokens, D width, X = 1 + D. The input is a group of l = 1 places; other neighbouring places of one shape are a
+group of l places (:func:`representation.tokens_by_layer`): a transformer has one, a ResNet four or five.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ log = logging.getLogger(__name__)
 
 ROWS = ("pooled", "tokens")
 VIEWS = ("augmentation", "corruption")
+INPUT = "input"
 Features = Callable[[Any, jax.Array, corruptions.Corruption], tuple[jax.Array, ...]]
 
 
 def places(config: ConfigDict) -> list[str]:
-    """Names of the places that are measured: ``block 1`` (or ``stage 1``) .. ``block L`` and ``representation``."""
+    """Names of the places: ``input``, ``block 1`` (or ``stage 1``) .. ``block L`` and ``representation``."""
     layer = ENCODERS[config.encoder.name].layer
-    return [*(f"{layer} {i + 1}" for i in range(len(widths(config)))), "representation"]
+    return [INPUT, *(f"{layer} {i + 1}" for i in range(len(widths(config)))), "representation"]
 
 
 def features(config: ConfigDict, rows: str = "pooled") -> Features:
@@ -50,7 +51,8 @@ def features(config: ConfigDict, rows: str = "pooled") -> Features:
 
     Args:
       config: the run's config.
-      rows: "pooled" for one row per image, pooled by ``config.evaluation.pool``; "tokens" for one row per patch token.
+      rows: "pooled" for one row per image, pooled by ``config.evaluation.pool``, or the mean of the patch tokens at the
+        input, where the class token is the same for all images; "tokens" for one row per patch token.
 
     Returns:
       the function (params, images uint8 (B, H, W, 3), corruption) -> for each group of places, float32 (l, B, D), or
@@ -58,14 +60,15 @@ def features(config: ConfigDict, rows: str = "pooled") -> Features:
     """
     tokens, pooled, prefix = representation.tokens_by_layer(config), representation.pool(config), prefix_tokens(config)
 
-    def of_group(tokens_lBND: jax.Array) -> jax.Array:
+    def of_group(tokens_lBND: jax.Array, is_input: bool) -> jax.Array:
+        tokens_lBND = tokens_lBND.astype(jnp.float32)
         if rows == "tokens":
             return tokens_lBND[:, :, prefix:].reshape(len(tokens_lBND), -1, tokens_lBND.shape[-1])
-        return jax.vmap(pooled)(tokens_lBND)
+        return jnp.mean(tokens_lBND[:, :, prefix:], axis=2) if is_input else jax.vmap(pooled)(tokens_lBND)
 
     def apply(params: Any, images_uint8: jax.Array, corruption: corruptions.Corruption) -> tuple[jax.Array, ...]:
         groups = tokens(params, normalise(images_uint8, config), corruption)
-        return tuple(of_group(tokens_lBND.astype(jnp.float32)) for tokens_lBND in groups)
+        return tuple(of_group(tokens_lBND, is_input=i == 0) for i, tokens_lBND in enumerate(groups))
 
     return apply
 
@@ -164,7 +167,7 @@ def _plain_batches(
 
 
 def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[str, spectra.Measures]:
-    """Spectra and ranks of the features after every block and of the representation.
+    """Spectra and ranks of the features that enter the first block, after every block and of the representation.
 
     Args:
       subject: the run. Its training images are used without corruption, or the evaluation split if there are none.
@@ -220,13 +223,13 @@ def _view_batches(views: Iterator[tuple[np.ndarray, int]], size: int) -> Iterato
 def measure_lidar(
     subject: Subject, images: int = 1024, views: int = 10, draw: str = "augmentation", delta: float = spectra.DELTA
 ) -> dict[str, spectra.Lidar]:
-    """LiDAR (arXiv 2312.04000) of the pooled features after every block and of the representation.
+    """LiDAR (arXiv 2312.04000) of the pooled features at all places (:func:`places`).
 
     Args:
       subject: the run; its images are chosen as in :func:`measure`.
       images: the number of images, which are the surrogate classes, drawn with the run's seed; 0: all.
       views: q, the number of views of each image.
-      draw: "augmentation" for views as the run's training draws them (:func:`augmented_views`, by config.views where the
+      draw: "augmentation" for views as the run's training draws them (:func:`augmented_views`, by config.views if the
         run's method reads it), without corruption; "corruption" for the evaluation crop under q draws of the run's
         corruption.
       delta: see :func:`crate_jax.evals.spectra.lidar`.
