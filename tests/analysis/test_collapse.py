@@ -12,13 +12,15 @@ import pytest
 
 from crate_jax import config as configs, data
 from crate_jax.analysis.collapse import section, subject as collapse_subject, weights
+from crate_jax.data.pixels import normalise
 from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import spectra
 from crate_jax.evals.frozen import FrozenEvaluation, collapse_scores
-from crate_jax.models import autoencoder
+from crate_jax.models import autoencoder, representation
+from crate_jax.models.corruption import CLEAN
 from crate_jax.parallel import sharding
-from crate_jax.report import Subject
+from crate_jax.report import Subject, svg
 
 pytestmark = pytest.mark.one_python
 
@@ -281,16 +283,28 @@ def test_sharded_equals_unsharded_and_numpy(rows):
     s = subject(1)
     indices = np.sort(np.random.default_rng(s.config.seed).permutation(len(s.train))[:50])
     images = data.eval_images(s.config, s.train, indices)[0]
-    from crate_jax.models.corruption import Identity
-
-    x = np.asarray(collapse_subject.features(s.config, rows)(s.params, images, Identity())[0])
-    assert list(eight) == ["block 1", "block 2", "representation"]
+    groups = collapse_subject.features(s.config, rows)(s.params, images, CLEAN)
+    x = np.concatenate([np.asarray(group) for group in groups])
+    assert list(eight) == ["input", "block 1", "block 2", "representation"]
     for i, (place, found) in enumerate(eight.items()):
         assert found.rows == len(x[i]) == (50 if rows == "pooled" else 50 * 16)
         np.testing.assert_allclose(found.eigenvalues, one[place].eigenvalues, rtol=1e-3, atol=1e-7)
         expected = np.linalg.svd(x[i] - x[i].mean(0), compute_uv=False) ** 2 / (len(x[i]) - 1)
         np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-2, atol=1e-6)
         assert found.rankme == pytest.approx(one[place].rankme, rel=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "cls_mean"])
+def test_the_input_is_what_enters_the_first_block(pool):
+    """The embedded patches with positions; a class token is there the same for all images, whatever is pooled later."""
+    s = subject(1)
+    s.config.evaluation.pool = pool
+    images = np.stack([s.train.read(i) for i in range(3)])
+    first, rest = collapse_subject.features(s.config)(s.params, images, CLEAN)
+    _, points = representation.points(s.config)(s.params, normalise(images, s.config))
+    np.testing.assert_allclose(first, jnp.mean(points["input"][:1, :, 1:], axis=2), atol=1e-6)
+    assert first.shape == (1, 3, 16) and rest.shape == (3, 3, 32 if pool == "cls_mean" else 16)
+    assert np.abs(first[0, 0] - first[0, 1]).max() > 0.01
 
 
 @pytest.mark.parametrize(("draw", "encoder"), [("augmentation", "vit"), ("corruption", "crate")])
@@ -327,7 +341,7 @@ def test_views_that_cannot_differ_are_refused():
 
 
 def test_every_encoder_has_places_and_weights():
-    for name, places in (("crate", 3), ("vit", 3), ("resnet18", 5)):
+    for name, places in (("crate", 4), ("vit", 4), ("resnet18", 6)):
         s = subject(encoder=name, corruption="none")
         assert len(collapse_subject.measure(s, 24)) == places
         found = collapse_subject.weights(s)
@@ -341,10 +355,10 @@ def test_stages_of_different_width_are_measured_each(rows, layer):
     one, eight = (subject(n, encoder="resnet18", corruption="none") for n in (1, 8))
     one.config.evaluation.layer = eight.config.evaluation.layer = layer
     alone, found = (collapse_subject.measure(s, 50, rows) for s in (one, eight))
-    assert list(found) == ["stage 1", "stage 2", "stage 3", "stage 4", "representation"]
+    assert list(found) == ["input", "stage 1", "stage 2", "stage 3", "stage 4", "representation"]
     sides = (8, 4, 2, 1)
-    for i, (place, m) in enumerate(found.items()):
-        n = i if i < 4 else (layer or 4) - 1
+    for place, m in found.items():
+        n = int(place[-1]) - 1 if "stage" in place else {"input": 0, "representation": (layer or 4) - 1}[place]
         assert (m.width, m.rows) == (4 * 2**n, 50 * (1 if rows == "pooled" else sides[n] ** 2)), place
         np.testing.assert_allclose(m.eigenvalues, alone[place].eigenvalues, rtol=1e-3, atol=1e-7)
     np.testing.assert_array_equal(found["representation"].eigenvalues, found[f"stage {layer or 4}"].eigenvalues)
@@ -357,18 +371,77 @@ def test_the_section_shows_every_run():
     subjects = [subject(encoder="vit"), subject(encoder="crate", corruption="none")]
     made = section.section(subjects, images=12, classes=24, views=2)
     features, weights = made.tables
-    assert len(made.figures) == 3 and len(features.rows) == 6
+    assert len(made.figures) == 3 and len(features.rows) == 8
     assert all(len(row) == len(table.columns) for table in made.tables for row in table.rows)
     assert {row[0] for row in weights.rows} == {s.name for s in subjects}
     for figure in made.figures:
         axes = figure.content.axes
         assert axes and all(ax.get_lines() and ax.get_xscale() == ax.get_yscale() == "log" for ax in axes)
         figure.content.canvas.draw()
-    runs = made.figures[1].content.axes
-    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in runs}) == 1  # panels of runs can be compared by eye
+    panels = made.figures[1].content.axes
+    assert [ax.get_title() for ax in panels] == ["input", "block 1", "block 2", "representation"]
+    for ax in panels:  # the runs beside each other, on axes that can be compared by eye
+        assert [line.get_label() for line in ax.lines] == [s.name for s in subjects]
+    assert len({ax.get_ylim() for ax in panels}) == 1
     assert "12 rows for 16 features" in made.text and {row[-1] for row in features.rows} == {"yes"}
     json.dumps(made.numbers, allow_nan=False)
-    assert made.numbers["vit on 8"]["features"]["block 1"]["rankme"] == features.rows[0][3]
+    assert made.numbers["vit on 8"]["features"]["block 1"]["rankme"] == features.rows[1][3]
+
+
+def test_weights_have_a_panel_for_each_kernel_and_layer():
+    """Runs lie in the same panels; a run without a kernel has no line there; of many blocks six are drawn."""
+    stack = np.linspace(3.0, 0.5, 12 * 7).reshape(12, 7)
+    names = ("encoder/blocks/mlp_in/kernel", "encoder/blocks/mlp_out/kernel", "encoder/embedding/kernel")
+    found = {"x, 1": dict(zip(names, (stack, stack + 1, stack[:1]), strict=True)), "b$": {names[0]: 2 * stack[:4]}}
+    plot = section.weight_plot(found, {"x, 1": "short", "b$": "other"})
+    titles = [ax.get_title() for ax in plot.axes]
+    rows = [f"block {n}: mlp_{part}" for n in (1, 3, 5, 8, 10, 12) for part in ("in", "out")]
+    assert titles == ["embedding", *rows]
+    lines = {
+        t: {line.get_label(): line.get_ydata() for line in ax.lines} for t, ax in zip(titles, plot.axes, strict=True)
+    }
+    np.testing.assert_array_equal(lines["block 3: mlp_in"]["x, 1"], stack[2])
+    np.testing.assert_array_equal(lines["block 3: mlp_in"][r"b\$"], 2 * stack[2])
+    assert r"b\$" not in lines["block 3: mlp_out"] and r"b\$" not in lines["block 5: mlp_in"]
+    legend = plot.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["short", "other"]
+    text, _ = svg.element(plot, "f", ("x, 1", "b$"), "")
+    # the run's lines, its sample in the legend, and its text
+    assert text.count('data-run="0"') == 13 + 2 and text.count('data-run="1"') == 2 + 2
+    assert text.count(">short<") == 1
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ((("over/penalty=none,seed=0", "none"), ("over/penalty=so,seed=0", "so")), ["penalty=none", "penalty=so"]),
+        ((("a/run", "none"), ("b/run", "srip")), ["a (none)", "b (srip)"]),
+        ((("a", "so"), ("b/run", "so")), ["a", "b/run"]),
+        ((("only,one", "so"),), ["only,one"]),
+    ],
+)
+def test_legends_name_what_distinguishes_runs(runs, expected):
+    subjects = []
+    for name, penalty in runs:
+        c = configs.base()
+        c.penalty.name = penalty
+        subjects.append(Subject(name, c, {}, None, None, None, None))
+    assert section.short_names(subjects) == {name: short for (name, _), short in zip(runs, expected, strict=True)}
+
+
+def test_lidar_takes_the_views_that_the_run_trains_on(monkeypatch):
+    class Drawn(Exception):
+        pass
+
+    def drawn(config, source, indices, views, recipe):
+        raise Drawn(recipe)
+
+    monkeypatch.setattr(collapse_subject, "augmented_views", drawn)
+    for method, recipe in (("simclr", True), ("reconstruction", False)):
+        s = subject(1)
+        s.config.method = method
+        with pytest.raises(Drawn, match=str(recipe)):
+            collapse_subject.measure_lidar(s, 30, 4)
 
 
 def test_frozen_evaluation_logs_collapse_beside_accuracy():

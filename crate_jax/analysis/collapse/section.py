@@ -111,10 +111,10 @@ def _text(features: Features, lidars: Mapping[str, Mapping[str, spectra.Lidar]])
             "enters the first block (input), after each block, and of the representation. RankMe (arXiv 2210.02885) is",
             "the exponential of the entropy of the features' singular values, from 1 to the width. alpha-ReQ is the",
             "exponent at which the covariance's eigenvalues fall; it is high for collapsed features. LiDAR (arXiv",
-            "2312.04000) is the rank of the differences between images, relative to the differences between views of one",
-            "image. Views are drawn as in training: by config.views under joint embedding (crop, flip, colours, grey,",
-            "blur, solarisation), otherwise by config.data (crop, flip, RandAugment). Off-diagonal is the share of the",
-            "covariance's squared mass that lies off its diagonal.",
+            "2312.04000) is the rank of the differences between images, relative to the differences between views of",
+            "one image. Views are drawn as in training: under joint embedding by config.views (crop, flip, colours,",
+            "grey, blur, solarisation), otherwise by config.data (crop, flip, RandAugment). Off-diagonal is the share",
+            "of the covariance's squared mass that lies off its diagonal.",
             *(["LIMITED:", *warnings] if warnings else []),
         ]
     )
@@ -207,10 +207,6 @@ def _line(ax: Axes, values: np.ndarray, **style: Any) -> None:
 
 def _log_log(ax: Axes, title: str) -> None:
     ax.set(xscale="log", yscale="log")
-    for axis in (ax.xaxis, ax.yaxis):  # numbers such as 0.5, which need less room than 5 x 10^-1
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=5))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
     ax.set_title(title, fontsize=7.5, pad=3)
     ax.tick_params(which="both", labelsize=7, pad=2)
     ax.spines[["top", "right"]].set_visible(False)
@@ -230,8 +226,18 @@ def _grid(titles: Sequence[str], columns: int, shared: bool = False) -> tuple[Pl
     return plot, [ax for ax, title in zip(axes, titles, strict=False) if title]
 
 
-def _legend(plot: Plot, names: Mapping[str, str]) -> None:
-    """One legend of the runs above all panels; its entries are hidden with their runs."""
+def _ticks(ax: Axes) -> None:
+    """Numbers such as 0.5, which need less room than 5 x 10^-1; powers of ten only, where an axis is long."""
+    for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 30 * low else (1.0,), numticks=6))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _finish(plot: Plot, names: Mapping[str, str]) -> None:
+    """Ticks, and one legend of the runs above all panels; its entries are hidden with their runs."""
+    for ax in plot.axes:
+        _ticks(ax)
     if len(names) < 2:
         return
     colours = _colours(list(names))
@@ -287,7 +293,7 @@ def weight_plot(weights: Weights, names: Mapping[str, str]) -> Plot:
         ax.axhline(1.0, color="grey", lw=0.8, ls=":")
     plot.supylabel("eigenvalue", fontsize=8)
     plot.supxlabel("rank", fontsize=8)
-    _legend(plot, names)
+    _finish(plot, names)
     return plot
 
 
@@ -309,7 +315,7 @@ def feature_plot(features: Features, names: Mapping[str, str]) -> Plot:
                 _line(ax, values, color=colours[run], lw=1.1, label=escape(run))
     plot.supylabel("eigenvalue / largest", fontsize=8)
     plot.supxlabel("rank", fontsize=8)
-    _legend(plot, names)
+    _finish(plot, names)
     return plot
 
 
@@ -337,7 +343,7 @@ def representation_plot(features: Features, names: Mapping[str, str]) -> Plot:
     ax.set_ylabel("eigenvalue / largest", fontsize=8)
     ax.set_xlabel("rank", fontsize=8)
     ranks = {run: features[run]["representation"] for run in features}
-    _legend(plot, {run: f"{names[run]}: RankMe {m.rankme:.1f} of {m.width}" for run, m in ranks.items()})
+    _finish(plot, {run: f"{names[run]}: RankMe {m.rankme:.1f} of {m.width}" for run, m in ranks.items()})
     return plot
 
 
