@@ -22,8 +22,8 @@ from crate_jax.config import WITHOUT_METHOD, base, has_effect, is_read, method_n
 from crate_jax.errors import DataError
 from crate_jax.models import widths
 from crate_jax.parallel import parameters
-from crate_jax.report.section import Figure, Section, Subject, Table
-from crate_jax.report.svg import escape
+from crate_jax.report.section import Figure, Section, Subject, Table, short_names
+from crate_jax.report.svg import escape, legend
 from crate_jax.validation import flatten
 
 CURVES = {  # key in metrics.jsonl -> label of the axis, caption
@@ -109,7 +109,7 @@ def section(subjects: Sequence[Subject]) -> Section:
       DataError: a record of a run is not JSON.
     """
     logged = {s.name: read(s.workdir) for s in subjects}
-    figures = [*_score_figures(logged), *_curves(logged), *_layers(logged)]
+    figures = [*_score_figures(logged), *_curves(logged, short_names(subjects)), *_layers(logged)]
     tables = [t for t in (_scores(logged), _runs(subjects, logged), _results(logged), _settings(subjects)) if t]
     return Section(
         title="Overview",
@@ -143,8 +143,13 @@ def _axes(title: str, height: float) -> tuple[Plot, Any]:
     return plot, ax
 
 
-def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
-    """One figure for each key of CURVES that at least one run logged more than once; one line per run."""
+def _curves(logged: Mapping[str, Logged], names: Mapping[str, str]) -> list[Figure]:
+    """One figure for each key of CURVES that at least one run logged more than once; one line per run.
+
+    Args:
+      logged: the runs' names -> their records.
+      names: the runs' names for the legend.
+    """
     figures = []
     for key, (label, caption) in CURVES.items():
         scale = 100 if "%" in label else 1
@@ -154,7 +159,7 @@ def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
         }
         if not any(len(line) > 1 for line in lines.values()):
             continue
-        plot, ax = _axes(label, 2.7 + 0.2 * (len(logged) > 1) * -(-len(logged) // 3))
+        plot, ax = _axes(label, 2.7 + 0.2 * (len(logged) > 1) * -(-len(logged) // 2))
         for i, (name, line) in enumerate(lines.items()):
             if line:
                 ax.plot(*zip(*line, strict=True), "." if len(line) == 1 else "-", color=f"C{i}", label=escape(name))
@@ -162,8 +167,7 @@ def _curves(logged: Mapping[str, Logged]) -> list[Figure]:
         if key in ("loss", "grad_norm") and min(values) > 0 and max(values) / min(values) > LOG_SPAN:
             ax.set_yscale("log")
         ax.set_xlabel("step")
-        if len(logged) > 1:
-            plot.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        legend(plot, names, "outside lower center")
         figures.append(Figure(caption, plot))
     return figures
 

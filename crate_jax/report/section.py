@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,20 @@ class Section:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def short_names(subjects: Sequence[Subject]) -> dict[str, str]:
+    """Names of runs for legends: without what all names share, and with the penalty if the runs differ in it.
+
+    Parts of a name are what commas and slashes separate, as in the folders of a sweep: penalty=so,seed=0.
+    """
+    parts = [re.split("[,/]", s.name) for s in subjects]
+    same_length = len({len(p) for p in parts}) == 1
+    differ = [len(set(column)) > 1 for column in zip(*parts, strict=True)] if same_length else []
+    penalties = {s.config.penalty.name for s in subjects}
+    out = {}
+    for s, own in zip(subjects, parts, strict=True):
+        short = ",".join(x for x, kept in zip(own, differ, strict=True) if kept) if any(differ) else s.name
+        penalty = s.config.penalty.name
+        out[s.name] = short if len(penalties) == 1 or penalty in short.lower() else f"{short} ({penalty})"
+    return out

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Matplotlib's colours C0 to C9. The page defines a light and a dark variant of each, --c0 to --c9.
 CYCLE = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf")
 RUN = "run-"  # prefix of the ids of elements that belong to one run
 HREF = "{http://www.w3.org/1999/xlink}href"
 PIXELS_PER_POINT = 96 / 72
+Place = Literal["outside upper left", "outside lower center"]
 
 
 def element(figure: Figure, name: str, runs: Sequence[str], caption: str) -> tuple[str, float]:
@@ -74,6 +77,25 @@ def owner(label: str, runs: Sequence[str]) -> int | None:
 def escape(name: str) -> str:
     """A name as text for Matplotlib, where a plain dollar would begin a formula."""
     return name.replace("$", r"\$")
+
+
+def legend(figure: Figure, names: Mapping[str, str], place: Place) -> None:
+    """Adds one legend of two runs or more, in the colours C0, C1, ...; its entries are hidden with their runs.
+
+    Args:
+      figure: the figure, of its final width, which decides how many entries lie beside each other.
+      names: the runs' names -> how the legend names them.
+      place: where it lies, Matplotlib's ``loc``.
+    """
+    if len(names) < 2:
+        return
+    lines = [Line2D([], [], color=f"C{i % 10}", label=escape(run)) for i, run in enumerate(names)]
+    room = 0.07 * max(map(len, names.values())) + 0.6  # inches
+    columns = max(1, min(len(names), int(figure.get_figwidth() / room)))
+    entries = figure.legend(handles=lines, loc=place, ncols=columns, frameon=False, fontsize=8)
+    for text, (run, shown) in zip(entries.get_texts(), names.items(), strict=True):
+        text.set_text(escape(shown))
+        text.set_label(escape(run))
 
 
 def _adapt(node: ElementTree.Element, name: str) -> None:

@@ -21,6 +21,7 @@ from crate_jax.models import autoencoder, representation
 from crate_jax.models.corruption import CLEAN
 from crate_jax.parallel import sharding
 from crate_jax.report import Subject, svg
+from crate_jax.report.section import short_names
 
 pytestmark = pytest.mark.one_python
 
@@ -426,7 +427,7 @@ def test_legends_name_what_distinguishes_runs(runs, expected):
         c = configs.base()
         c.penalty.name = penalty
         subjects.append(Subject(name, c, {}, None, None, None, None))
-    assert section.short_names(subjects) == {name: short for (name, _), short in zip(runs, expected, strict=True)}
+    assert short_names(subjects) == {name: short for (name, _), short in zip(runs, expected, strict=True)}
 
 
 def test_lidar_takes_the_views_that_the_run_trains_on(monkeypatch):

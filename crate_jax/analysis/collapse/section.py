@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from crate_jax.analysis.collapse import subject
 from crate_jax.analysis.collapse.weights import weight_measures
 from crate_jax.evals import spectra
 from crate_jax.report import Figure, Section, Subject, Table
-from crate_jax.report.svg import escape
+from crate_jax.report.section import short_names
+from crate_jax.report.svg import escape, legend
 
 IMAGES = 4096
 CLASSES, VIEWS = 1024, 10  # for LiDAR: images, and views of each
@@ -178,23 +177,6 @@ def _numbers(features: Features, weights: Weights, lidars: Mapping[str, Mapping[
     }
 
 
-def short_names(subjects: Sequence[Subject]) -> dict[str, str]:
-    """Names of runs for legends: without what all names share, and with the penalty if the runs differ in it.
-
-    Parts of a name are what commas and slashes separate, as in the folders of a sweep: penalty=so,seed=0.
-    """
-    parts = [re.split("[,/]", s.name) for s in subjects]
-    same_length = len({len(p) for p in parts}) == 1
-    differ = [len(set(column)) > 1 for column in zip(*parts, strict=True)] if same_length else []
-    penalties = {s.config.penalty.name for s in subjects}
-    out = {}
-    for s, own in zip(subjects, parts, strict=True):
-        short = ",".join(x for x, kept in zip(own, differ, strict=True) if kept) if any(differ) else s.name
-        penalty = s.config.penalty.name
-        out[s.name] = short if len(penalties) == 1 or penalty in short.lower() else f"{short} ({penalty})"
-    return out
-
-
 def _colours(runs: Sequence[str]) -> dict[str, str]:
     return {run: f"C{i % 10}" for i, run in enumerate(runs)}
 
@@ -235,19 +217,9 @@ def _ticks(ax: Axes) -> None:
 
 
 def _finish(plot: Plot, names: Mapping[str, str]) -> None:
-    """Ticks, and one legend of the runs above all panels; its entries are hidden with their runs."""
     for ax in plot.axes:
         _ticks(ax)
-    if len(names) < 2:
-        return
-    colours = _colours(list(names))
-    lines = [Line2D([], [], color=colours[run], label=escape(run)) for run in names]
-    longest = max(map(len, names.values()))
-    columns = max(1, min(len(names), int(plot.get_figwidth() / (0.07 * longest + 0.6))))  # inches
-    legend = plot.legend(handles=lines, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
-    for text, run in zip(legend.get_texts(), names, strict=True):
-        text.set_text(escape(names[run]))
-        text.set_label(escape(run))
+    legend(plot, names, "outside upper left")
 
 
 def _short(kernel: str) -> str:
