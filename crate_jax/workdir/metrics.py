@@ -98,6 +98,8 @@ class Writer:
             with open(self._lines, encoding="utf-8") as f:
                 records = [json.loads(line) for line in f]
             rows = [[r[name] for name in names] for r in records if all(r.get(name) is not None for name in names)]
+        if not distributed.max_over_processes(len(rows)):
+            return []
         array = np.array(rows, np.float64).reshape(len(rows), len(names))
         everyone = distributed.gather_rows(array.view(np.uint8)).view(np.float64)  # JAX would round float64
         return [dict(zip(names, row, strict=True)) for row in everyone.tolist()]

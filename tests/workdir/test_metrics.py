@@ -41,6 +41,18 @@ def test_lines_after_the_step_resumed_from_are_dropped(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 0.5)]
 
 
+def test_what_is_written_can_be_read_back(tmp_path):
+    """Whole records of the steps before it continued too, to the bit; not those with a NaN."""
+    with metrics.Writer(tmp_path, quiet(), 0) as writer:
+        writer.write(2, {"a": 0.1, "b": 1 / 3})
+        writer.write(4, {"a": math.nan, "b": 2.0})
+        writer.write(6, {"a": 9.0, "b": 9.0})
+    with metrics.Writer(tmp_path, quiet(), 5) as writer:
+        writer.write(7, {"a": 0.7})
+        assert writer.written(("b", "a")) == [{"b": 1 / 3, "a": 0.1}]
+        assert writer.written(("a",)) == [{"a": 0.1}, {"a": 0.7}] and writer.written(("c",)) == []
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path):
     for loss in (1.0, 2.0):
         with metrics.Writer(tmp_path, quiet(), 0) as writer:
