@@ -181,14 +181,24 @@ def test_a_run_that_collapses_says_so(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     monkeypatch.setitem(METHODS, "reconstruction", Row(collapsing, METHODS["reconstruction"].parts))
     c = tiny()
-    c.steps, c.log.every, c.save.every, c.evaluation.every = 16, 4, 8, 8
+    c.steps, c.log.every, c.save.every, c.evaluation.every, c.save.keep = 16, 4, 4, 8, 9
     c.optimizer.lr, c.evaluation.train_images = 0.02, 64
+
+    def continued(step: int) -> list[str]:
+        """What the run says when it continues from a step."""
+        caplog.clear()
+        for saved in (tmp_path / "w").glob("checkpoints/[0-9]*"):
+            if int(saved.name) > step:
+                shutil.rmtree(saved)
+        train.run(c, str(tmp_path / "w"))
+        assert f"continuing from step {step} " in caplog.text
+        return [r.getMessage() for r in caplog.records if "the representation collapses: " in r.getMessage()]
+
     train.run(c, str(tmp_path / "w"))
-    shutil.rmtree(tmp_path / "w" / "checkpoints" / "16")  # it continues from step 8, when both were said
-    train.run(c, str(tmp_path / "w"))
-    assert "continuing from step 8" in caplog.text
     said = [r.getMessage() for r in caplog.records if "the representation collapses: " in r.getMessage()]
-    assert len(said) == 2  # each once, though it stays so and the run was stopped
+    assert len(said) == 2  # each once, though it stays so
+    assert continued(8) == []  # both were said at step 8
+    assert continued(4) == said  # though the spread was only higher before
     assert "z_std is 0.00" in said[0] and "0.204 would be an even spread" in said[0]
     assert "RankMe of its features is 1." in said[1] and "of at most 24, it was 12" in said[1]
     rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
