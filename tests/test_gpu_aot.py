@@ -193,3 +193,58 @@ def test_a_real_step_compiles(cli_env, gpu):
     assert out["bytes_per_chip"] == out["hbm_traffic_per_chip"] > 0
     slowest = max(out["bytes_per_chip"] / chip.bandwidth, out["flops_per_chip"] / chip.flops)
     assert out["roofline_images_per_sec"] == pytest.approx(16 / slowest)
+
+
+KERNELS = """
+import json, sys
+from benchmarks import gpu_aot
+import jax, jax.numpy as jnp, re
+from crate_jax.models import gpu_attention, gpu_norm
+
+(device,) = gpu_aot.topology_devices(sys.argv[1] + ":1x1x1")
+at = jax.sharding.SingleDeviceSharding(device)
+
+def shaped(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+
+def attention(x, bias, g):
+    y, pull = jax.vjp(lambda x, bias: gpu_attention.attend(x, bias, HEADS, PARTS), x, bias)
+    return y, *pull(g)
+
+def norm(x, scale, bias, g):
+    return gpu_norm.forward(x, scale, bias, 1e-6), gpu_norm.backward(x, scale, g, g, 1e-6)
+
+def largest(f, *args):
+    text = jax.jit(f).lower(*args).compile().as_text()
+    sizes = [eval(s.replace(",", "*") or "1") for s in re.findall(r"[a-z0-9]+\\[([0-9,]*)\\]", text)]
+    print(json.dumps([text.count('custom_call_target="__gpu$xla.gpu.triton"'), max(sizes)]))
+
+for B, N, HEADS, K, PARTS, biased, dtype in json.loads(sys.argv[2]):
+    bias = shaped("float32", HEADS, N, N) if biased else None
+    largest(attention, shaped(dtype, B, N, PARTS * HEADS * K), bias, shaped(dtype, B, N, HEADS * K))
+    D = HEADS * K
+    largest(norm, shaped(dtype, B, N, D), *[shaped("float32", D)] * 2, shaped(dtype, B, N, D))
+"""
+# images, tokens, heads, head width, parts, bias, type
+SHAPES = [
+    (9, 197, 12, 64, 1, False, "bfloat16"),
+    (9, 197, 12, 64, 3, True, "bfloat16"),
+    (1, 5, 2, 32, 3, True, "bfloat16"),
+    (1, 577, 3, 80, 1, False, "bfloat16"),
+    (2, 50, 4, 16, 1, False, "float32"),
+]
+
+
+@needs_plugin
+@pytest.mark.one_python
+@pytest.mark.parametrize("gpu", list(GPUS.chips))
+def test_our_kernels_compile_and_keep_the_weights_of_attention_on_the_chip(cli_env, gpu):
+    result = command(cli_env, "-c", KERNELS, gpu, json.dumps(SHAPES))
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    for (B, N, heads, width, parts, biased, _), (kernels, largest), (norms, _) in zip(
+        SHAPES, lines[::2], lines[1::2], strict=True
+    ):
+        assert kernels == (4 if biased else 3) and norms == 2
+        sums = min(B, 8) * heads * N * N if biased else 0  # a few sums of the bias's gradient, and no more
+        assert largest <= max(B * N * parts * heads * width, sums)

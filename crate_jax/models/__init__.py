@@ -12,14 +12,17 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
+from crate_jax.models import crate, vit
 from crate_jax.models.crate import CrateEncoder
 from crate_jax.models.layers import remat_rule
 from crate_jax.models.patches import grid_shape
 from crate_jax.models.resnet import ARCHITECTURES, STEMS, ResNetEncoder, map_sizes
 from crate_jax.models.vit import ViTEncoder
+from crate_jax.parallel.sharding import on_mesh
 from crate_jax.validation import Key, Section, anything, at_least, one_of, positive, within
 
 
@@ -112,6 +115,8 @@ class Encoder:
         layer.
       patches: whether it cuts every image into patches of encoder.patch_size; otherwise only corruptions do.
       statistics: whether it keeps running statistics, which methods must carry (:mod:`crate_jax.models.batch_norm`).
+      attention_by: (images, heads, width) -> what computes attention in a program that is being traced; None: it has no
+        attention.
     """
 
     build: Callable[[ConfigDict], nn.Module]
@@ -122,13 +127,14 @@ class Encoder:
     grids: Callable[[ConfigDict, Sequence[int]], tuple[tuple[int, int], ...]] = _same_grids
     patches: bool = True
     statistics: bool = False
+    attention_by: Callable[[int, int, int], str] | None = None
 
 
 _RESNET = Encoder(_resnet, 0, "after_stage", "stage", _stage_widths, _stage_grids, patches=False, statistics=True)
 
 ENCODERS: dict[str, Encoder] = {
-    "crate": Encoder(_crate, prefix=1, output_point="after_ista"),
-    "vit": Encoder(_vit, prefix=1, output_point="after_mlp"),
+    "crate": Encoder(_crate, prefix=1, output_point="after_ista", attention_by=crate.attention_by),
+    "vit": Encoder(_vit, prefix=1, output_point="after_mlp", attention_by=vit.attention_by),
     **dict.fromkeys(ARCHITECTURES, _RESNET),
 }
 
@@ -146,6 +152,12 @@ def prefix_tokens(config: ConfigDict) -> int:
 def has_statistics(config: ConfigDict) -> bool:
     """Whether the config's encoder keeps running statistics."""
     return ENCODERS[config.encoder.name].statistics
+
+
+def attention_by(config: ConfigDict, mesh: Mesh) -> str:
+    """What computes the attention of the config's encoder in a step on this mesh; empty: it has no attention."""
+    by, e = ENCODERS[config.encoder.name].attention_by, config.encoder
+    return "" if by is None else on_mesh(mesh, by)(config.batch_size // config.accumulate, e.heads, e.width)
 
 
 def widths(config: ConfigDict) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crate_jax.models import mssa_kernel
+from crate_jax.models import gpu_attention, mssa_kernel
 from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
 from crate_jax.models.layers import (
@@ -43,7 +43,7 @@ DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
 
 def norm_mssa(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, subspaces_DE: jax.Array, heads: int
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Multi-head subspace self-attention of z = layer_norm(x), before the output projection (eq. 2.8).
 
     Queries, keys and values are one projection U_k^T z. Like the released code, this function scales
@@ -57,9 +57,25 @@ def norm_mssa(
       heads: H.
 
     Returns:
-      (B, N, E): for each head, the tokens' coordinates in its subspace, averaged by attention.
+      x for a skip connection, and (B, N, E): for each head, the tokens' coordinates in its subspace, averaged by
+      attention.
     """
-    return attend(norm_product(x_BND, scale_D, bias_D, subspaces_DE, BLOCK_EPS), heads)
+    x_BND, w_BNE = norm_product(x_BND, scale_D, bias_D, subspaces_DE, BLOCK_EPS)
+    if gpu_attention.fits(w_BNE.shape[0], heads, w_BNE.shape[-1]):
+        return x_BND, gpu_attention.attend(w_BNE, None, heads, 1)
+    return x_BND, attend(w_BNE, heads)
+
+
+def attention_by(images: int, heads: int, width: int) -> str:
+    """What computes MSSA of a batch in the program that is being traced, for a log."""
+    if gpu_attention.fits(images, heads, width):
+        return "Triton kernels"
+    return "a Pallas kernel" if _on_tpu(images, heads, width) else "XLA"
+
+
+def _on_tpu(images: int, heads: int, width: int) -> bool:
+    fits = mssa_kernel.fits(target.images_per_device(images), heads, width)
+    return target.is_tpu() and target.kernels() and fits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -68,7 +84,7 @@ def attend(w_BNE: jax.Array, heads: int) -> jax.Array:
 
     The backward pass computes the N x N weights again, and uses that query, key and value are one
     tensor: the forward pass saves only w and two numbers per token and head. On TPUs both passes are
-    kernels (:mod:`mssa_kernel`), and only w is saved.
+    kernels (:mod:`mssa_kernel`), and only w is saved. GPUs have :mod:`gpu_attention`.
     """
     return _attend_forward(w_BNE, heads)[0]
 
@@ -79,7 +95,7 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _attend_forward(w_BNE: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     saved = w_BNE
     w_BNE = w_BNE.reshape(-1, *w_BNE.shape[-2:])  # on TPUs the decoder's w has a leading axis of length one
-    if target.is_tpu() and mssa_kernel.fits(target.images_per_device(w_BNE.shape[0]), heads, w_BNE.shape[-1]):
+    if _on_tpu(w_BNE.shape[0], heads, w_BNE.shape[-1]):
         y_BNE = target.per_device(functools.partial(mssa_kernel.forward, heads=heads), w_BNE)
         return y_BNE.reshape(saved.shape), (saved,)
     w_BHNK = _heads_first(w_BNE, heads)
@@ -143,7 +159,9 @@ def ista(x_BND: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float) -> 
     """
     kernel_DD = dictionary_DD.astype(x_BND.dtype)
     residual_BND = x_BND - x_BND @ kernel_DD
-    return jax.nn.relu(x_BND + eta * (residual_BND @ kernel_DD.T) - eta * lam), residual_BND
+    step_BND = x_BND + eta * (residual_BND @ kernel_DD.T) - eta * lam
+    # This is ReLU with a scalar zero: one of all layers' shape would be stored, and read by each layer, on a GPU.
+    return jax.lax.clamp(jnp.zeros((), step_BND.dtype), step_BND, jnp.full((), jnp.inf, step_BND.dtype)), residual_BND
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -168,14 +186,13 @@ def _norm_ista_forward(
 
 def _norm_ista_backward(eta: float, lam: float, saved: tuple[Any, ...], g_BND: jax.Array) -> tuple[jax.Array, ...]:
     norm_saved, bias_D, residual_BND, dictionary_DD, active_BND = saved
-    normed_BND = recompute_norm(norm_saved, bias_D)
+    normed_BND = recompute_norm(norm_saved, bias_D, BLOCK_EPS)
     kernel_DD = dictionary_DD.astype(normed_BND.dtype)
     g_BND = jnp.where(active_BND, g_BND, jnp.zeros((), g_BND.dtype))
-    step_BND = eta * g_BND
-    dresidual_BND = step_BND @ kernel_DD
+    dresidual_BND = g_BND @ (eta * kernel_DD)
     rows = tuple(range(g_BND.ndim - 1))
     over_tokens = functools.partial(jnp.tensordot, axes=(rows, rows), preferred_element_type=jnp.float32)
-    ddictionary_DD = over_tokens(step_BND, residual_BND) - over_tokens(normed_BND, dresidual_BND)
+    ddictionary_DD = eta * over_tokens(g_BND, residual_BND) - over_tokens(normed_BND, dresidual_BND)
     dnormed_BND = g_BND + dresidual_BND - dresidual_BND @ kernel_DD.T
     return *layer_norm_backward(BLOCK_EPS, norm_saved, dnormed_BND), ddictionary_DD.astype(dictionary_DD.dtype)
 
@@ -213,21 +230,28 @@ class Kernel(nn.Module):
 
 
 class MSSA(nn.Module):
-    """A norm, MSSA and its output projection: free with a bias, as released, or tied to U (eq. 2.8)."""
+    """A norm, MSSA and its output projection: free with a bias, as released, or tied to U (eq. 2.8).
+
+    Attributes:
+      negative: the projection has its sign turned. A sum with it can be the product's own last step on a GPU, where a
+        difference is a pass over three arrays.
+    """
 
     heads: int
     tied_output: bool
     dtype: Dtype
+    negative: bool = False
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-        """MSSA of layer_norm(x) with this scale and bias, (B, N, D) -> (B, N, D)."""
+    def __call__(self, x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, N, D) twice: x for a skip connection, and MSSA of layer_norm(x) with this scale and bias."""
         D = x_BND.shape[-1]
         subspaces_DE = Kernel((D, D), INITIALIZERS["xavier"], name="subspaces")()
-        y_BNE = norm_mssa(x_BND, scale_D, bias_D, subspaces_DE, self.heads)
+        x_BND, y_BNE = norm_mssa(x_BND, scale_D, bias_D, subspaces_DE, self.heads)
         if self.tied_output:
-            return y_BNE @ subspaces_DE.T.astype(y_BNE.dtype)
-        return dense(D, "output", self.dtype)(y_BNE)
+            output_ED = subspaces_DE.T.astype(y_BNE.dtype)
+            return x_BND, y_BNE @ (-output_ED if self.negative else output_ED)
+        return x_BND, dense(D, "output", self.dtype, negative=self.negative)(y_BNE)
 
 
 class CrateBlock(nn.Module):
@@ -247,7 +271,8 @@ class CrateBlock(nn.Module):
         self.sow("intermediates", "input", x_BND)
         D = x_BND.shape[-1]
         norm = Norm(BLOCK_EPS, name="mssa_norm").scale_and_bias(D)
-        x = x_BND + MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(x_BND, *norm)
+        x, y = MSSA(self.heads, self.tied_output, self.dtype, name="mssa")(x_BND, *norm)
+        x = x + y
         self.sow("intermediates", "after_mssa", x)
         norm = Norm(BLOCK_EPS, name="ista_norm").scale_and_bias(D)
         if self.expansion:

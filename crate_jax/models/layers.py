@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from crate_jax.models import gpu_norm
 from crate_jax.parallel import target
 
 Dtype = Any
@@ -27,7 +28,8 @@ def layer_norm(x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
     """Layer normalisation over the last axis, (B, N, D) -> (B, N, D), in the input's dtype; statistics in float32.
 
     The backward pass is written by hand: it keeps the input and two numbers per token, where automatic
-    differentiation keeps three arrays of the input's size in float32.
+    differentiation keeps three arrays of the input's size in float32. GPUs have kernels (:mod:`gpu_norm`), which need
+    the input only.
     """
     return layer_norm_forward(x_BND, scale_D, bias_D, eps)[0]
 
@@ -35,7 +37,12 @@ def layer_norm(x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
 def layer_norm_forward(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The result of layer_norm, and the arrays that the backward pass needs: (x, scale, mean, 1 / deviation)."""
+    """The result of layer_norm, and the arrays that the backward pass needs: (x, scale, mean, 1 / deviation).
+
+    The last two are missing where kernels compute them again.
+    """
+    if gpu_norm.fits(x_BND):
+        return gpu_norm.forward(x_BND, scale_D, bias_D, eps), (x_BND, scale_D)
     wide = x_BND.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
     if target.is_tpu() and x_BND.dtype == jnp.bfloat16:
@@ -43,39 +50,73 @@ def layer_norm_forward(
         variance = jnp.maximum(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
     else:
         variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(variance + eps)
-    saved = (x_BND, scale_D, mean, inverse)
-    return recompute_norm(saved, bias_D), saved
+    saved = (x_BND, scale_D, mean, jax.lax.rsqrt(variance + eps))
+    return recompute_norm(saved, bias_D, eps), saved
 
 
-def recompute_norm(saved: tuple[jax.Array, ...], bias_D: jax.Array) -> jax.Array:
+def recompute_norm(saved: tuple[jax.Array, ...], bias_D: jax.Array, eps: float) -> jax.Array:
     """The result of layer_norm from the arrays that its forward pass saves."""
-    x_BND, scale_D, mean, inverse = saved
+    x_BND, scale_D, *statistics = saved
+    if not statistics:
+        return gpu_norm.forward(x_BND, scale_D, bias_D, eps)
+    mean, inverse = statistics
     y = (x_BND.astype(jnp.float32) - mean) * inverse * scale_D + bias_D
     return y.astype(x_BND.dtype)
 
 
 def layer_norm_backward(
-    eps: float, saved: tuple[jax.Array, ...], g_BND: jax.Array
+    eps: float, saved: tuple[jax.Array, ...], g_BND: jax.Array, skip_BND: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of x, scale and bias from the gradient of the result."""
-    x_BND, scale_D, mean, inverse = saved
+    """The gradients of x, scale and bias from the gradient of the result.
+
+    `skip_BND` is a gradient that x has from elsewhere, and is added.
+    """
+    x_BND, scale_D, *statistics = saved
+    if not statistics:
+        return gpu_norm.backward(x_BND, scale_D, g_BND, skip_BND, eps)
+    mean, inverse = statistics
     g = g_BND.astype(jnp.float32)
     unit = (x_BND.astype(jnp.float32) - mean) * inverse
     h = g * scale_D
     dx = (h - jnp.mean(h, -1, keepdims=True) - unit * jnp.mean(h * unit, -1, keepdims=True)) * inverse
     rows = tuple(range(x_BND.ndim - 1))
-    return dx.astype(x_BND.dtype), jnp.sum(g * unit, rows), jnp.sum(g, rows)
+    dx_BND = dx.astype(x_BND.dtype)
+    dx_BND = dx_BND if skip_BND is None else skip_BND + dx_BND
+    return dx_BND, jnp.sum(g * unit, rows), jnp.sum(g, rows)
 
 
 layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def skip_norm(x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """X for a skip connection, and :func:`layer_norm` of x.
+
+    The backward pass adds both gradients of x in the pass that computes the norm's.
+    """
+    return x_BND, layer_norm(x_BND, scale_D, bias_D, eps)
+
+
+def _skip_norm_forward(
+    x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    y_BND, saved = layer_norm_forward(x_BND, scale_D, bias_D, eps)
+    return (x_BND, y_BND), saved
+
+
+def _skip_norm_backward(eps: float, saved: tuple[jax.Array, ...], g: tuple[jax.Array, jax.Array]) -> Any:
+    skip_BND, g_BND = g
+    return layer_norm_backward(eps, saved, g_BND, skip_BND)
+
+
+skip_norm.defvjp(_skip_norm_forward, _skip_norm_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def norm_product(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, kernel_DE: jax.Array, eps: float
-) -> jax.Array:
-    """layer_norm(x) @ kernel, (B, N, E), in the dtype of x.
+) -> tuple[jax.Array, jax.Array]:
+    """X for a skip connection, as in :func:`skip_norm`, and layer_norm(x) @ kernel, (B, N, E), in the dtype of x.
 
     The backward pass normalises x again: the product's own backward pass would keep a second array of that size.
     """
@@ -88,19 +129,26 @@ def _product(x_BND: jax.Array, kernel_DE: jax.Array) -> jax.Array:
 
 def _norm_product_forward(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, kernel_DE: jax.Array, eps: float
-) -> tuple[jax.Array, tuple[Any, ...]]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     y_BND, saved = layer_norm_forward(x_BND, scale_D, bias_D, eps)
-    return _product(y_BND, kernel_DE), (saved, bias_D, kernel_DE)
+    return (x_BND, _product(y_BND, kernel_DE)), (saved, bias_D, kernel_DE)
 
 
-def _norm_product_backward(eps: float, saved: tuple[Any, ...], g_BNE: jax.Array) -> tuple[jax.Array, ...]:
+def _norm_product_backward(eps: float, saved: tuple[Any, ...], g: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
     normed, bias_D, kernel_DE = saved
-    _, pull = jax.vjp(_product, recompute_norm(normed, bias_D), kernel_DE)
+    skip_BND, g_BNE = g
+    _, pull = jax.vjp(_product, recompute_norm(normed, bias_D, eps), kernel_DE)
     dy_BND, dkernel_DE = pull(g_BNE)
-    return *layer_norm_backward(eps, normed, dy_BND), dkernel_DE
+    return *layer_norm_backward(eps, normed, dy_BND, skip_BND), dkernel_DE
 
 
 norm_product.defvjp(_norm_product_forward, _norm_product_backward)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU with the error function; on GPUs the backward pass computes it again from x and keeps no second array."""
+    exact = functools.partial(jax.nn.gelu, approximate=False)
+    return jax.checkpoint(exact)(x) if target.is_nvidia() else exact(x)
 
 
 def attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:
@@ -130,6 +178,10 @@ class Norm(nn.Module):
         """Normalises over the last axis."""
         return layer_norm(x_BND, *self.scale_and_bias(x_BND.shape[-1]), self.eps)
 
+    def skip(self, x_BND: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """X for a skip connection, and the normalised x."""
+        return skip_norm(x_BND, *self.scale_and_bias(x_BND.shape[-1]), self.eps)
+
     @nn.compact
     def scale_and_bias(self, D: int) -> tuple[jax.Array, jax.Array]:
         """The parameters, (D,) each, for functions that contain the normalisation."""
@@ -137,15 +189,27 @@ class Norm(nn.Module):
         return scale, self.param("bias", nn.initializers.zeros_init(), (D,), jnp.float32)
 
 
-def dense(features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None) -> nn.Dense:
-    """A dense layer with float32 parameters that computes in `dtype`; its kernel is Xavier-uniform by default."""
+def dense(
+    features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None, negative: bool = False
+) -> nn.Dense:
+    """A dense layer with float32 parameters that computes in `dtype`; its kernel is Xavier-uniform by default.
+
+    A `negative` one returns the negative result, to the bit, by negative kernel and bias.
+    """
     return nn.Dense(
         features,
         use_bias=bias,
         name=name,
         dtype=dtype,
         kernel_init=init or nn.initializers.xavier_uniform(),
+        promote_dtype=_negative if negative else nn.dtypes.promote_dtype,
     )
+
+
+def _negative(*arrays: jax.Array | None, dtype: Any = None, inexact: bool = True) -> list[jax.Array | None]:
+    """Flax's promotion of the input, the kernel and the bias to a common type, with negative kernel and bias."""
+    x, *weights = nn.dtypes.promote_dtype(*arrays, dtype=dtype, inexact=inexact)
+    return [x, *(None if w is None else -w for w in weights)]
 
 
 INITIALIZERS = {
@@ -186,6 +250,8 @@ def scan_blocks(block: type[nn.Module], depth: int, remat: str, *args: object, i
         split_rngs={"params": True},
         in_axes=in_axes,
         length=depth,
+        # As a loop it copies each array that the backward pass needs into a stack, and out again.
+        unroll=depth if target.is_nvidia() else 1,
     )(*args, name="blocks")
 
 

@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crate_jax.models import gpu_attention
 from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
-from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, dense, scan_blocks
+from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, dense, gelu, scan_blocks
 from crate_jax.models.patches import grid_shape, relative_position_index, relative_table_rows, resize_relative_table
 from crate_jax.parallel.sharding import keep_split_by_batch
 
@@ -28,6 +29,11 @@ def drop_path_scales(keys_B: jax.Array, depth: int, rate: float) -> jax.Array:
     uniform_BL2 = jax.vmap(lambda k: jax.random.uniform(k, (depth, 2)))(keys_B)
     kept_L2B = uniform_BL2.transpose(1, 2, 0) >= rates_L[:, None, None]
     return kept_L2B / (1.0 - rates_L[:, None, None])
+
+
+def attention_by(images: int, heads: int, width: int) -> str:
+    """What computes attention of a batch in the program that is being traced, for a log."""
+    return "Triton kernels" if gpu_attention.fits(images, heads, width) else "XLA"
 
 
 class SelfAttention(nn.Module):
@@ -47,8 +53,12 @@ class SelfAttention(nn.Module):
             zeros = nn.initializers.zeros_init()
             q_bias, v_bias = (self.param(name, zeros, (D,), jnp.float32) for name in ("q_bias", "v_bias"))
             qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
-        q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(keep_split_by_batch(qkv), 3, axis=-1))
-        y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
+        qkv = keep_split_by_batch(qkv)
+        if gpu_attention.fits(B, self.heads, D, bias_BHNN):
+            y_BND = gpu_attention.attend(qkv, None if bias_BHNN is None else bias_BHNN[0], self.heads, 3)
+        else:
+            q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
+            y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
         return dense(D, "output", self.dtype, init=INITIALIZERS[self.initializer])(y_BND)
 
 
@@ -84,14 +94,13 @@ class ViTBlock(nn.Module):
             return y_BND if scales_2B is None else y_BND * scales_2B[index][:, None, None].astype(y_BND.dtype)
 
         self.sow("intermediates", "input", x_BND)
-        y = SelfAttention(self.heads, self.qkv_bias, self.initializer, self.dtype, name="attention")(
-            Norm(name="attention_norm")(x_BND), bias_BHNN
-        )
-        x = x_BND + branch(y, 0)
+        x, y = Norm(name="attention_norm").skip(x_BND)
+        y = SelfAttention(self.heads, self.qkv_bias, self.initializer, self.dtype, name="attention")(y, bias_BHNN)
+        x = x + branch(y, 0)
         self.sow("intermediates", "after_attention", x)
-        y = Norm(name="mlp_norm")(x)
+        x, y = Norm(name="mlp_norm").skip(x)
         y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=INITIALIZERS[self.initializer])(y)
-        y = jax.nn.gelu(keep_split_by_batch(y), approximate=False)
+        y = gelu(keep_split_by_batch(y))
         self.sow("intermediates", "mlp_hidden", y)
         y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer])(y)
         x = x + branch(y, 1)

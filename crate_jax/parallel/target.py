@@ -6,7 +6,9 @@ this mesh may belong to another machine. Code that is faster than XLA's own on o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -16,8 +18,25 @@ from crate_jax.parallel.sharding import BATCH
 
 def is_tpu() -> bool:
     """Whether the program that is being traced is for TPUs."""
+    return _device()[0] == "tpu"
+
+
+def is_nvidia() -> bool:
+    """Whether the program that is being traced is for GPUs of NVIDIA."""
+    platform, kind = _device()
+    return platform in ("gpu", "cuda") and "NVIDIA" in kind.upper()
+
+
+def kernels() -> bool:
+    """Whether programs may take kernels; the environment variable CRATE_JAX_KERNELS=0 leaves all to XLA."""
+    return os.environ.get("CRATE_JAX_KERNELS", "1") != "0"
+
+
+def _device() -> tuple[str, str]:
+    """Platform and kind of the devices of the present mesh; empty where a program is traced without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    device = None if mesh.empty else mesh.abstract_device
+    return ("", "") if device is None else (device.platform, device.device_kind)
 
 
 # Without it XLA would compute a weight's gradient part by part in a loop, and read both factors once for each chip.
@@ -35,17 +54,20 @@ def images_per_device(images: int) -> int:
     return 0 if images % devices else images // devices
 
 
-def per_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def per_device(kernel: Callable[..., Any], *arrays: jax.Array, shared: tuple[jax.Array, ...] = ()) -> Any:
     """Runs a kernel on each device's own images, since XLA cannot split a kernel.
 
     Args:
-      kernel: the function from arrays (b, ...) of one device's images to one array (b, ...).
+      kernel: the function from arrays (b, ...) of one device's images, and the shared ones, to arrays (b, ...).
       *arrays: arrays (B, ...), split over all devices of the mesh.
+      shared: arrays that each device has as a whole.
 
     Returns:
-      (B, ...), split in the same way.
+      what the kernel returns, (B, ...) each, split in the same way.
     """
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(*arrays, *shared)
     rows = PartitionSpec(BATCH)
     # No gradient flows through the kernel and nothing is summed over devices, so check_vma is not needed.
-    split = jax.shard_map(kernel, in_specs=(rows,) * len(arrays), out_specs=rows, check_vma=False)
-    return split(*arrays)
+    specs = (rows,) * len(arrays) + (PartitionSpec(),) * len(shared)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=rows, check_vma=False)(*arrays, *shared)

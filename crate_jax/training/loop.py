@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax import data
+from crate_jax import data, models
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals import collapse
 from crate_jax.methods.method import Batch, Method, Params, Scalars
@@ -259,6 +259,8 @@ class Loop:
             *self.mesh.devices.shape,
             ", ".join(f"{name} {size:.1f}" for name, size in each.items()),
         )
+        if by := models.attention_by(self.config, self.mesh):
+            log.info("attention is computed by %s", by)
 
     def untrained(self) -> Params:
         """The judged parameters of a run that has not begun, laid out as this run's parameters are."""

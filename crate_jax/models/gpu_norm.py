@@ -1,0 +1,135 @@
+"""Layer normalisation as GPU kernels (Pallas and Triton).
+
+XLA for GPUs normalises well forwards, but sums the gradients of scale and bias over the rows in further passes, one of
+them over an array in float32. Here a program keeps whole rows in registers: the forward pass reads x and writes the
+result; the backward pass reads x, the result's gradient and that of a skip connection around the norm, writes the
+gradient of x, and sums the other two over its rows.
+
+Shapes: T rows, D width, G = D rounded up to a power of two, R rows of a block, S programs of the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from crate_jax.parallel import target
+
+ROWS = 4  # of a block
+PROGRAMS = 1024  # of the backward pass, at most
+WIDEST = 4096  # wider rows do not fit into registers
+
+
+def fits(x: jax.Array) -> bool:
+    """Whether the program is for a GPU whose kernels take x (B, ..., D), split by B over the devices."""
+    wide = 1 < x.ndim and x.shape[-1] <= WIDEST
+    return target.is_nvidia() and target.kernels() and wide and target.images_per_device(x.shape[0]) > 0
+
+
+def _load(ref: Any, rows: Any, mask: jax.Array) -> jax.Array:
+    return triton.load(ref.at[rows, :], mask=mask, other=0.0).astype(jnp.float32)
+
+
+def _statistics(x_RG: jax.Array, lane_G: jax.Array, width: int, eps: float) -> tuple[jax.Array, jax.Array]:
+    """The centred rows, 0 outside, and 1 / deviation, (R, 1)."""
+    mean_R1 = jnp.sum(x_RG, axis=1, keepdims=True) / width
+    centred_RG = jnp.where(lane_G[None, :], x_RG - mean_R1, 0.0)
+    return centred_RG, jax.lax.rsqrt(jnp.sum(jnp.square(centred_RG), axis=1, keepdims=True) / width + eps)
+
+
+def _forward_kernel(rows: int, width: int, eps: float, x_ref: Any, scale_ref: Any, bias_ref: Any, y_ref: Any) -> None:
+    lane_G = jnp.arange(x_ref.shape[1]) < width
+    mask_RG = (pl.program_id(0) * ROWS + jnp.arange(ROWS) < rows)[:, None] & lane_G[None, :]
+    centred_RG, inverse_R1 = _statistics(_load(x_ref, slice(None), mask_RG), lane_G, width, eps)
+    scale_G, bias_G = (triton.load(ref, mask=lane_G, other=0.0) for ref in (scale_ref, bias_ref))
+    y_RG = centred_RG * inverse_R1 * scale_G[None, :] + bias_G[None, :]
+    triton.store(y_ref, y_RG.astype(y_ref.dtype), mask=mask_RG)
+
+
+def _backward_kernel(
+    rows: int, width: int, eps: float, x_ref: Any, g_ref: Any, skip_ref: Any, scale_ref: Any, dx_ref: Any,
+    dscale_ref: Any, dbias_ref: Any,
+) -> None:  # fmt: skip
+    lane_G = jnp.arange(x_ref.shape[1]) < width
+    scale_G = triton.load(scale_ref, mask=lane_G, other=0.0)
+    blocks, program = x_ref.shape[0] // ROWS, pl.program_id(0)
+
+    def step(block: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        first, here = (program * blocks + block) * ROWS, pl.ds(block * ROWS, ROWS)
+        mask_RG = (first + jnp.arange(ROWS) < rows)[:, None] & lane_G[None, :]
+        x_RG, g_RG = (_load(ref, here, mask_RG) for ref in (x_ref, g_ref))
+        centred_RG, inverse_R1 = _statistics(x_RG, lane_G, width, eps)
+        unit_RG, h_RG = centred_RG * inverse_R1, g_RG * scale_G[None, :]
+        mean_R1 = jnp.sum(h_RG, axis=1, keepdims=True) / width
+        along_R1 = jnp.sum(h_RG * unit_RG, axis=1, keepdims=True) / width
+        dx_RG = (h_RG - mean_R1 - unit_RG * along_R1) * inverse_R1
+        if skip_ref is not None:
+            dx_RG += _load(skip_ref, here, mask_RG)
+        triton.store(dx_ref.at[here, :], dx_RG.astype(dx_ref.dtype), mask=mask_RG)
+        return sums[0] + jnp.sum(g_RG * unit_RG, axis=0), sums[1] + jnp.sum(g_RG, axis=0)
+
+    zeros_G = jnp.zeros(x_ref.shape[1], jnp.float32)
+    dscale_G, dbias_G = jax.lax.fori_loop(0, blocks, step, (zeros_G, zeros_G))
+    triton.store(dscale_ref, dscale_G, mask=lane_G)
+    triton.store(dbias_ref, dbias_G, mask=lane_G)
+
+
+def _lanes(width: int) -> int:
+    return max(16, pl.next_power_of_2(width))
+
+
+def forward(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float, interpret: bool = False) -> jax.Array:
+    """layer_norm(x), (B, ..., D) -> (B, ..., D); `interpret` runs the kernel without a GPU, for tests."""
+
+    def run(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+        D, x_TD = x.shape[-1], x.reshape(-1, x.shape[-1])
+        block = pl.BlockSpec((ROWS, _lanes(D)), lambda i: (i, 0))
+        vector = pl.BlockSpec((_lanes(D),), lambda i: (0,))
+        y_TD = pl.pallas_call(
+            functools.partial(_forward_kernel, len(x_TD), D, eps),
+            grid=(pl.cdiv(len(x_TD), ROWS),),
+            in_specs=[block, vector, vector],
+            out_specs=block,
+            out_shape=jax.ShapeDtypeStruct(x_TD.shape, x.dtype),
+            compiler_params=triton.CompilerParams(num_warps=4),
+            metadata={"flops": "0"},  # no products, as benchmarks/ count
+            interpret=interpret,
+        )(x_TD, scale_D, bias_D)
+        return y_TD.reshape(x.shape)
+
+    return target.per_device(run, x, shared=(scale_D, bias_D))
+
+
+def backward(
+    x: jax.Array, scale_D: jax.Array, g: jax.Array, skip: jax.Array | None, eps: float, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of x, scale and bias from those of the result and of a skip connection, (B, ..., D) each."""
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        x, *others, scale_D = arrays
+        D, (x_TD, *others_TD) = x.shape[-1], (a.reshape(-1, x.shape[-1]) for a in (x, *others))
+        rows = ROWS * pl.cdiv(pl.cdiv(len(x_TD), ROWS), PROGRAMS)
+        programs = pl.cdiv(len(x_TD), rows)
+        block = pl.BlockSpec((rows, _lanes(D)), lambda i: (i, 0))
+        sums = pl.BlockSpec((None, _lanes(D)), lambda i: (i, 0))
+        sums_SD = jax.ShapeDtypeStruct((programs, D), jnp.float32)
+        dx_TD, dscale_SD, dbias_SD = pl.pallas_call(
+            functools.partial(_backward_kernel, len(x_TD), D, eps),
+            grid=(programs,),
+            in_specs=[block, block, None if skip is None else block, pl.BlockSpec((_lanes(D),), lambda i: (0,))],
+            out_specs=[block, sums, sums],
+            out_shape=[jax.ShapeDtypeStruct(x_TD.shape, x.dtype), sums_SD, sums_SD],
+            compiler_params=triton.CompilerParams(num_warps=4),
+            metadata={"flops": "0"},  # no products, as benchmarks/ count
+            interpret=interpret,
+        )(x_TD, *(others_TD if len(others) == 2 else (*others_TD, None)), scale_D)
+        return dx_TD.reshape(x.shape), dscale_SD, dbias_SD
+
+    split = (x, g) if skip is None else (x, g, skip)
+    dx, dscale_SD, dbias_SD = target.per_device(run, *split, shared=(scale_D,))
+    return dx, jnp.sum(dscale_SD, 0), jnp.sum(dbias_SD, 0)

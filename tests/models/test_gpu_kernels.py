@@ -1,0 +1,187 @@
+"""Kernels for GPUs: interpreted against plain attention and norms, and where programs take them.
+
+`tests/test_gpu_aot.py` compiles them for a GPU where JAX's CUDA plug-in is installed.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from crate_jax import models
+from crate_jax.models import gpu_attention, gpu_norm, layers
+from crate_jax.models.crate import norm_mssa
+from crate_jax.models.vit import SelfAttention
+from crate_jax.parallel import sharding
+from crate_jax.parallel.sharding import BATCH
+from tests.training.test_loop import small
+
+pytestmark = pytest.mark.one_python
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def plain(x, bias, heads, parts):
+    """Attention by NumPy's rules in the type of x: (B, N, P * E), (H, N, N) or None -> (B, N, E)."""
+    split = x.reshape(*x.shape[:2], parts, heads, -1)
+    q, k, v = (split[:, :, min(role, parts - 1)] for role in range(3))
+    logits = jnp.einsum("bnhk,bmhk->bhnm", q, k, precision="highest") * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits if bias is None else logits + bias)
+    return jnp.einsum("bhnm,bmhk->bnhk", weights, v, precision="highest").reshape(*x.shape[:2], -1)
+
+
+def gradients(attend, x, bias, g):
+    y, pull = jax.vjp(attend, x, bias)
+    return [y, *jax.tree.leaves(pull(g))]
+
+
+def compared(N, heads, width, parts, biased, images=2, scale=1.0):
+    """(result, gradient of x, gradient of the bias) of the kernels and of the plain version in float32."""
+    x, g = (jnp.float32(draw(images, N, n, seed=seed)) for seed, n in ((1, parts * heads * width), (2, heads * width)))
+    bias = jnp.float32(draw(heads, N, N, seed=3)) if biased else None
+    ours = gradients(lambda x, b: gpu_attention.attend(x, b, heads, parts, True), scale * x, bias, g)
+    return ours, gradients(lambda x, b: plain(x, b, heads, parts), scale * x, bias, g)
+
+
+CASES = [
+    # tokens, heads, head width, parts, bias, images, scale
+    (5, 2, 16, 1, False, 3, 1.0),
+    (70, 1, 20, 3, True, 2, 1.0),  # two blocks of rows, the second with 6; lanes that hold nothing
+    (70, 1, 16, 1, False, 1, 6.0),  # a softmax that saturates
+    pytest.param((197, 2, 64, 1, False, 2, 1.0), marks=pytest.mark.slow),
+    pytest.param((197, 2, 64, 3, True, 3, 1.0), marks=pytest.mark.slow),
+    pytest.param((577, 1, 80, 3, True, 1, 1.0), marks=pytest.mark.slow),
+    pytest.param((5, 3, 32, 3, True, 1, 1.0), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernels_are_attention(case):
+    *shape, images, scale = case
+    for ours, theirs in zip(*compared(*shape, images=images, scale=scale), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5 * scale * np.abs(theirs).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parts", "biased"), [(1, False), (3, True)])
+def test_in_bfloat16_the_kernels_are_as_exact_as_the_plain_version(parts, biased):
+    """Errors against float64, of the size of the largest number: at most 1e-3 beyond those of the plain version."""
+    N, H, K = 70, 2, 32
+    x, g, bias = draw(2, N, parts * H * K, seed=1), draw(2, N, H * K, seed=2), draw(H, N, N) if biased else None
+    x, g = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (x, g))  # the same numbers for all
+    with jax.enable_x64(True):
+        exact = gradients(lambda x, b: plain(x, b, H, parts), jnp.asarray(x), bias if bias is None else bias * 1.0, g)
+        exact = [np.asarray(a) for a in exact]
+    x, g = jnp.bfloat16(x), jnp.bfloat16(g)
+    bias = None if bias is None else jnp.float32(bias)
+    kernels = gradients(lambda x, b: gpu_attention.attend(x, b, H, parts, True), x, bias, g)
+    other = gradients(lambda x, b: plain(x, b, H, parts).astype(x.dtype), x, bias, g)
+    for ours, theirs, truth in zip(kernels, other, exact, strict=True):
+        error, known = (np.abs(np.asarray(a, np.float64) - truth).max() / np.abs(truth).max() for a in (ours, theirs))
+        assert error <= known + 1e-3
+
+
+@pytest.mark.parametrize(("data", "model"), [(2, 2)])
+def test_each_device_attends_to_its_own_images_and_biases_are_summed(data, model):
+    mesh = sharding.make_mesh(4, 1, jax.devices()[:4], data, model)
+    x, g, bias = (jnp.float32(draw(*s, seed=7)) for s in ((4, 6, 96), (4, 6, 32), (2, 6, 6)))
+
+    def run(x, bias, g):
+        return gradients(lambda x, b: gpu_attention.attend(x, b, 2, 3, True), x, bias, g)
+
+    split = jax.jit(sharding.on_mesh(mesh, run), in_shardings=(sharding.split(mesh), None, sharding.split(mesh)))
+    expected = gradients(lambda x, b: plain(x, b, 2, 3), x, bias, g)
+    for ours, theirs in zip(split(x, bias, g), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_the_kernels_are_the_norm(monkeypatch, skipped):
+    """21 rows of 20 numbers in blocks of 4, which two programs share: the last block has one row."""
+    monkeypatch.setattr(gpu_norm, "PROGRAMS", 2)
+    x, g, skip = (jnp.float32(3 + draw(3, 7, 20, seed=seed)) for seed in range(3))
+    scale, bias = (jnp.float32(draw(20, seed=seed)) for seed in (4, 5))
+    y, pull = jax.vjp(lambda *a: layers.layer_norm(*a, 1e-5), x, scale, bias)
+    expected = pull(g)
+    np.testing.assert_allclose(gpu_norm.forward(x, scale, bias, 1e-5, True), y, rtol=1e-4, atol=1e-5)
+    ours = gpu_norm.backward(x, scale, g, skip if skipped else None, 1e-5, True)
+    for a, b, more in zip(ours, expected, (skip if skipped else 0, 0, 0), strict=True):
+        np.testing.assert_allclose(a, b + more, rtol=1e-4, atol=2e-5)
+
+
+def mesh_of(platform, kind):
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return AbstractMesh((4, 2), BATCH, axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+
+
+H100 = ("cuda", "NVIDIA H100 80GB HBM3")
+NORM, MSSA, BIASED = (1, 1), (1, 2), (1, 3)  # kernels of a forward and of a backward pass
+
+
+@pytest.mark.parametrize(
+    ("platform", "images", "heads", "kernels"),
+    [
+        (H100, 16, 2, MSSA),
+        (H100, 12, 2, (0, 0)),  # not the same number on each of 8 devices
+        (H100, 16, 16, (0, 0)),  # heads of 4 numbers
+        (("rocm", "AMD Instinct MI300X"), 16, 2, (0, 0)),
+        (("cpu", "cpu"), 16, 2, (0, 0)),
+    ],
+)
+def test_programs_for_gpus_take_the_kernels_that_fit(platform, images, heads, kernels):
+    """The norm's kernels need no heads, so they stay where those of attention do not fit."""
+
+    def loss(x, scale, bias, U):
+        x, y = norm_mssa(x, scale, bias, U, heads)
+        return jnp.sum(x + y)
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((images, 5, 64), (64,), (64,), (64, 64))]
+    normed = platform == H100 and images % 8 == 0
+    with jax.sharding.use_abstract_mesh(mesh_of(*platform)):
+        forward, both = (
+            str(jax.make_jaxpr(f)(*shapes)).count("pallas_call[") for f in (loss, jax.grad(loss, argnums=(0, 1, 2, 3)))
+        )
+    assert forward == kernels[0] + normed
+    # The norm is computed again for the gradient of U.
+    assert both == sum(kernels) + 3 * normed
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(1, sum(BIASED)), (16, 0), (None, sum(MSSA))])
+def test_a_bias_of_its_own_for_each_image_does_not_fit(rows, kernels):
+    module = SelfAttention(2, "qv", "xavier", jnp.float32)
+    x = jax.ShapeDtypeStruct((16, 5, 32), jnp.float32)
+    bias = None if rows is None else jax.ShapeDtypeStruct((rows, 2, 5, 5), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), x, bias)
+
+    def loss(params, x, bias):
+        return jnp.sum(module.apply(params, x, bias))
+
+    with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
+        program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1) if rows is None else (0, 1, 2)))(params, x, bias))
+    assert program.count("pallas_call[") == kernels
+
+
+def test_an_environment_variable_leaves_all_to_xla(monkeypatch):
+    x = jax.ShapeDtypeStruct((16, 5, 64), jnp.float32)
+    for value, fit in (("0", False), ("1", True)):
+        monkeypatch.setenv("CRATE_JAX_KERNELS", value)
+        with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
+            assert (gpu_attention.fits(16, 2, 64), gpu_norm.fits(x)) == (fit, fit)
+        with jax.sharding.use_abstract_mesh(mesh_of("tpu", "TPU v5e")):
+            assert (models.crate.attention_by(64, 2, 128) != "XLA") == fit
+
+
+def test_the_log_says_what_computes_attention():
+    c, mesh = small(), sharding.make_mesh(8, 1, jax.devices()[:1])
+    assert models.attention_by(c, mesh) == "XLA"
+    c.encoder.name = "resnet18"
+    assert models.attention_by(c, mesh) == ""
+    with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
+        assert models.crate.attention_by(16, 2, 32) == models.vit.attention_by(16, 2, 32) == "Triton kernels"
+        assert models.crate.attention_by(15, 2, 32) == models.vit.attention_by(15, 2, 32) == "XLA"
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu", "TPU v5e")):
+        assert models.crate.attention_by(64, 2, 128) == "a Pallas kernel"
+        assert models.vit.attention_by(64, 2, 128) == "XLA"
