@@ -74,8 +74,8 @@ def attention_by(images: int, heads: int, width: int) -> str:
 
 
 def _on_tpu(images: int, heads: int, width: int) -> bool:
-    fits = mssa_kernel.fits(target.images_per_device(images), heads, width)
-    return target.is_tpu() and target.kernels() and fits
+    tpu = target.is_tpu() and target.kernels()
+    return tpu and mssa_kernel.fits(target.images_per_device(images), heads, width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
