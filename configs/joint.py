@@ -85,7 +85,9 @@ RECIPES: dict[str, tuple[tuple[dict[str, Any], float, float], tuple[int, int, in
         (SGD, 0.3, 1e-4), (2048, 256, 4096), "weak", "weak",
         {"joint.queue": 32768, "joint.tau_final": 0.999, "online.lr": 0.3},
     ),
-    "mocov3": ((LARS, 0.3, 1e-6), (4096, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
+    "mocov3": (
+        (LARS, 0.3, 1e-6), (4096, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {"online.lr": 0.3},
+    ),
     "nnbyol": ((LARS, 1.0, 1e-5), (4096, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
     "nnclr": ((LARS, 0.4, 1e-5), (2048, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
     "nnsiam": (
@@ -209,8 +211,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 # The same for all methods but for what a method cannot do without; we chose these sizes.
 THIN: dict[str, dict[str, Any]] = {
     "deepclusterv2": {"deepclusterv2.prototypes": (100, 100, 100)},
-    "dino": {"dino.prototypes": 512, "joint.tau": 0.99},
-    "swav": {"swav.prototypes": 100, "swav.queue": 1024, "swav.queue_from": 5.0},
+    # Without batch norm in the head, and with a faster target, its projections are all alike from the first steps on.
+    "dino": {"dino.prototypes": 512, "dino.batch_norm": True, "joint.tau": 0.9995},
+    # With an epsilon of 0.05 its loss stays at log(100): the assignments are equal for all prototypes.
+    "swav": {"swav.prototypes": 100, "swav.queue": 1024, "swav.queue_from": 5.0, "swav.epsilon": 0.01},
     "wmse": {"joint.out": 32, "wmse.slice": 64},
 }
 

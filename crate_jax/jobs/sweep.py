@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import gc
 import json
 import logging
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from crate_jax import data
 from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
 from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.jobs import sweep_table, train
@@ -174,10 +176,16 @@ def _check_setting(setting: Setting, check: Callable[[ConfigDict], None]) -> Non
         raise ConfigError(f"{setting.name}: {e}") from None
 
 
-def _check_parts(config: ConfigDict) -> None:
-    """Checks what else a run would check only at its start: devices, schedule, patterns, micro-batches."""
+def _check_parts(config: ConfigDict, sources: dict[str, data.Source]) -> None:
+    """Checks what else a run would check only at its start: devices, images, schedule, patterns, micro-batches.
+
+    `sources` holds the training sets that were opened so far, by their settings.
+    """
     sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
-    make_recipe(config, train.method_of(config), images=1)  # with one image no warm-up in epochs is too long
+    key = config.data.to_json_best_effort(sort_keys=True)
+    if key not in sources:
+        sources[key] = train.training_images(config)
+    make_recipe(config, train.method_of(config, sources[key]), images=len(sources[key]))
 
 
 def _is_finished(folder: Path, setting: Setting) -> bool:
@@ -220,8 +228,9 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # All runs use the same number of devices, since JAX cannot change it once it was used.
     model = 1 if all(s.config.mesh.model == 1 for s in settings) else 0
     sharding.use_cpu_cores(math.gcd(*(s.config.batch_size // s.config.accumulate for s in settings)), 1, model)
+    sources: dict[str, data.Source] = {}
     for setting in settings:
-        _check_setting(setting, _check_parts)
+        _check_setting(setting, functools.partial(_check_parts, sources=sources))
     with lock(workdir) as folder, Interrupt() as interrupt:
         finished = [bool(distributed.max_over_processes(int(_is_finished(folder / s.name, s)))) for s in settings]
         records = {i: _record(folder, s) for i, s in enumerate(settings) if finished[i]}

@@ -48,8 +48,20 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
 TASK_KEYS = ("seed:", "init_from:", "protocol.name:", "protocol.scratch:")
 
 
-def method_of(config: ConfigDict, source: data.Source | None = None) -> Method:
-    """Builds the method that a validated config trains, for the training set `source`; `reconstruction` needs none."""
+def training_images(config: ConfigDict) -> data.Source:
+    """Opens the training set of a config.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    source = data.open_split(config, "train")
+    if source is None:
+        raise ConfigError(f"config.data.source={config.data.source!r}: has no training images")
+    return source
+
+
+def method_of(config: ConfigDict, source: data.Source) -> Method:
+    """Builds the method that a validated config trains, for the training set `source`."""
     return METHODS[method_name(config)].build(config, source)
 
 
@@ -65,9 +77,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # Interrupt begins before the set-up: a library's callback could swallow the exception that a signal raises there.
     with Interrupt() as interrupt, lock(workdir) as folder, contextlib.ExitStack() as stack:
         mesh = sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
-        source = data.open_split(config, "train")
-        if source is None:
-            raise ConfigError(f"config.data.source={config.data.source!r}: has no training images")
+        source = training_images(config)
         method = method_of(config, source)
         recipe = {"recipe": True} if "views" in method.inputs else {}
         evaluation = EVALUATIONS[config.job](config, method.features, source, mesh, **recipe)

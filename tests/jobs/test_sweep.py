@@ -321,6 +321,20 @@ def test_penalties_of_a_joint_method_are_run(tmp_path):
     assert [row[0] for row in rows] == ["none", "so:1e-6", "srip:1e-4"] and "LiDAR" in header
 
 
+def test_a_method_that_reads_its_images_is_checked_with_them(monkeypatch):
+    """The memory of deepclusterv2 has a row for each image. The images are opened once for all runs."""
+    opened, real = [], sweep.train.training_images
+    monkeypatch.setattr(sweep.train, "training_images", lambda c: opened.append(c) or real(c))
+    config = sweep_config.get_config("over=penalty,base=joint,method=deepclusterv2,debug")
+    sources = {}
+    for setting in sweep.expand(config):
+        sweep._check_parts(setting.config, sources)
+    assert len(opened) == 1
+    config.deepclusterv2.prototypes = (100, 10**6)
+    with pytest.raises(ConfigError, match="number of training images"):
+        sweep._check_parts(sweep.expand(config)[0].config, sources)
+
+
 def test_the_config_string_goes_to_the_base():
     c = sweep_config.get_config("over=lam,base=crate_mae,variant=S,seeds=3")
     assert (c.job, c.encoder.width, c.sweep.seeds) == ("sweep", 576, 3) and c.sweep["values"] == (0.1, 0.5, 5.0)
