@@ -243,7 +243,9 @@ def scan_blocks(block: type[nn.Module], depth: int, remat: str, *args: object, i
       *args: the block's attributes.
       in_axes: for each of the call's further inputs, 0 (one slice per layer) or nn.broadcast.
     """
-    cls = nn.remat(block, prevent_cse=False, policy=REMAT[remat]) if remat else block
+    unrolled = target.is_nvidia()
+    # Without a loop XLA would find the forward pass in the backward pass again, and keep all that should be computed.
+    cls = nn.remat(block, prevent_cse=unrolled, policy=REMAT[remat]) if remat else block
     return nn.scan(
         cls,
         variable_axes={"params": 0, "intermediates": 0},
@@ -251,7 +253,7 @@ def scan_blocks(block: type[nn.Module], depth: int, remat: str, *args: object, i
         in_axes=in_axes,
         length=depth,
         # As a loop it copies each array that the backward pass needs into a stack, and out again.
-        unroll=depth if target.is_nvidia() else 1,
+        unroll=depth if unrolled else 1,
     )(*args, name="blocks")
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from crate_jax import models
 from crate_jax.models import gpu_attention, gpu_norm, layers
-from crate_jax.models.crate import norm_mssa
+from crate_jax.models.crate import CrateBlock, norm_mssa
 from crate_jax.models.vit import SelfAttention
 from crate_jax.parallel import sharding
 from crate_jax.parallel.sharding import BATCH
@@ -162,6 +162,19 @@ def test_a_bias_of_its_own_for_each_image_does_not_fit(rows, kernels):
     with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
         program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1) if rows is None else (0, 1, 2)))(params, x, bias))
     assert program.count("pallas_call[") == kernels
+
+
+@pytest.mark.parametrize(("platform", "unrolled"), [(H100, True), (("tpu", "TPU v5e"), False)])
+def test_without_a_loop_a_recomputed_block_is_kept_apart_from_its_forward_pass(platform, unrolled):
+    """Else XLA takes the one for the other, and config.remat saves no memory."""
+    x = jax.ShapeDtypeStruct((16, 5, 32), jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh_of(*platform)):
+        blocks = layers.scan_blocks(CrateBlock, 3, "nothing", 2, 0.1, 0.1, 0, False, jnp.float32)
+        params = jax.eval_shape(blocks.init, jax.random.key(0), x, None)
+        program = str(jax.make_jaxpr(lambda params, x: blocks.apply(params, x, None))(params, x))
+    assert program.count(f"prevent_cse={unrolled}") == 1
+    assert program.count(f"prevent_cse={not unrolled}") == 0
+    assert program.count("unroll=3\n") == unrolled
 
 
 def test_an_environment_variable_leaves_all_to_xla(monkeypatch):
