@@ -231,6 +231,7 @@ SHAPES = [
     (9, 197, 12, 64, 3, True, "bfloat16"),
     (1, 5, 2, 32, 3, True, "bfloat16"),
     (1, 577, 3, 80, 1, False, "bfloat16"),
+    (2, 197, 2, 128, 3, True, "bfloat16"),
     (2, 50, 4, 16, 1, False, "float32"),
 ]
 

@@ -115,8 +115,8 @@ class Encoder:
         layer.
       patches: whether it cuts every image into patches of encoder.patch_size; otherwise only corruptions do.
       statistics: whether it keeps running statistics, which methods must carry (:mod:`crate_jax.models.batch_norm`).
-      attention_by: (images, heads, width) -> what computes attention in a program that is being traced; None: it has no
-        attention.
+      attention_by: (images, heads, width, type) -> what computes attention in a program that is being traced; None: it
+        has no attention.
     """
 
     build: Callable[[ConfigDict], nn.Module]
@@ -127,7 +127,7 @@ class Encoder:
     grids: Callable[[ConfigDict, Sequence[int]], tuple[tuple[int, int], ...]] = _same_grids
     patches: bool = True
     statistics: bool = False
-    attention_by: Callable[[int, int, int], str] | None = None
+    attention_by: Callable[[int, int, int, str], str] | None = None
 
 
 _RESNET = Encoder(_resnet, 0, "after_stage", "stage", _stage_widths, _stage_grids, patches=False, statistics=True)
@@ -157,7 +157,9 @@ def has_statistics(config: ConfigDict) -> bool:
 def attention_by(config: ConfigDict, mesh: Mesh) -> str:
     """What computes the attention of the config's encoder in a step on this mesh; empty: it has no attention."""
     by, e = ENCODERS[config.encoder.name].attention_by, config.encoder
-    return "" if by is None else on_mesh(mesh, by)(config.batch_size // config.accumulate, e.heads, e.width)
+    return (
+        "" if by is None else on_mesh(mesh, by)(config.batch_size // config.accumulate, e.heads, e.width, config.dtype)
+    )
 
 
 def widths(config: ConfigDict) -> tuple[int, ...]:

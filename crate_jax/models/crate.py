@@ -61,14 +61,14 @@ def norm_mssa(
       attention.
     """
     x_BND, w_BNE = norm_product(x_BND, scale_D, bias_D, subspaces_DE, BLOCK_EPS)
-    if gpu_attention.fits(w_BNE.shape[0], heads, w_BNE.shape[-1]):
+    if gpu_attention.fits(w_BNE.shape[0], heads, w_BNE.shape[-1], w_BNE.dtype):
         return x_BND, gpu_attention.attend(w_BNE, None, heads, 1)
     return x_BND, attend(w_BNE, heads)
 
 
-def attention_by(images: int, heads: int, width: int) -> str:
+def attention_by(images: int, heads: int, width: int, dtype: Dtype) -> str:
     """What computes MSSA of a batch in the program that is being traced, for a log."""
-    if gpu_attention.fits(images, heads, width):
+    if gpu_attention.fits(images, heads, width, dtype):
         return "Triton kernels"
     return "a Pallas kernel" if _on_tpu(images, heads, width) else "XLA"
 

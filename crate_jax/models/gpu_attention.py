@@ -34,18 +34,19 @@ from jax.experimental.pallas import triton
 
 from crate_jax.parallel import target
 
-ROWS = 64  # of a block
 SUMS = 8  # parts of the batch over which a bias's gradient is summed by different programs
 NARROWEST, WIDEST = 16, 128  # a side of Triton's products is at least 16; more than 128 do not fit into registers
 
 
-def fits(images: int, heads: int, width: int, bias: jax.Array | None = None) -> bool:
+def fits(images: int, heads: int, width: int, dtype: Any, bias: jax.Array | None = None) -> bool:
     """Whether the program is for a GPU whose kernels take a batch of `images` and `heads` over a width E.
 
-    A bias must be one for all images, (1, H, N, N).
+    A bias must be one for all images, (1, H, N, N). The type must be bfloat16: exact products of float32 have no tensor
+    cores, and blocks of 64 x 64 numbers of three parts take more shared memory than an A100 has.
     """
     narrow, one = NARROWEST // 2 < width // heads <= WIDEST, bias is None or bias.shape[0] == 1
-    return target.is_nvidia() and target.kernels() and target.images_per_device(images) > 0 and narrow and one
+    small = narrow and one and jnp.dtype(dtype) == jnp.bfloat16
+    return target.is_nvidia() and target.kernels() and target.images_per_device(images) > 0 and small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,13 @@ class _Shape:
     width: int  # K
 
     @property
+    def rows(self) -> int:
+        """R; 64 rows of 128 lanes need more shared memory than an A100 has."""
+        return 64 if self.lanes <= 64 else 32
+
+    @property
     def blocks(self) -> int:
-        return pl.cdiv(self.tokens, ROWS)
+        return pl.cdiv(self.tokens, self.rows)
 
     @property
     def lanes(self) -> int:
@@ -77,7 +83,11 @@ class _Shape:
 
     def inside(self, block: Any) -> jax.Array:
         """Which rows of a block are tokens, bool (R,)."""
-        return block * ROWS + jnp.arange(ROWS) < self.tokens
+        return block * self.rows + jnp.arange(self.rows) < self.tokens
+
+    def span(self, block: Any) -> Any:
+        """The rows of a block, an index."""
+        return pl.ds(block * self.rows, self.rows)
 
     def mask(self, block: Any) -> jax.Array:
         """Which numbers of a block (R, G) exist."""
@@ -85,24 +95,21 @@ class _Shape:
 
     def load(self, ref: Any, block: Any, *part: int, image: Any = 0) -> jax.Array:
         """A block (R, G) of an array (images, M, G), or of a part of an array (images, M, P, G); zeros outside."""
-        return triton.load(ref.at[(_place(image), _rows(block), *map(_place, part))], mask=self.mask(block), other=0.0)
+        at = (_place(image), self.span(block), *map(_place, part))
+        return triton.load(ref.at[at], mask=self.mask(block), other=0.0)
 
     def numbers(self, ref: Any, block: Any, image: Any = 0) -> jax.Array:
         """One number per token of a block from an array (images, M), float32 (R,), zeros outside."""
-        return triton.load(ref.at[_place(image), _rows(block)], mask=self.inside(block), other=0.0)
+        return triton.load(ref.at[_place(image), self.span(block)], mask=self.inside(block), other=0.0)
 
     def tile(self, ref: Any, rows: Any, columns: Any) -> jax.Array:
         """A tile (R, R) of a bias (M, M), zeros outside."""
         mask = self.inside(rows)[:, None] & self.inside(columns)[None, :]
-        return triton.load(ref.at[_rows(rows), _rows(columns)], mask=mask, other=0.0)
+        return triton.load(ref.at[self.span(rows), self.span(columns)], mask=mask, other=0.0)
 
 
 def _place(index: Any) -> jax.Array:
     return jnp.asarray(index, jnp.int32)  # interpret mode takes no number of Python
-
-
-def _rows(block: Any) -> Any:
-    return pl.ds(block * ROWS, ROWS)
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -134,7 +141,7 @@ def _forward_kernel(s: _Shape, x_ref: Any, bias_ref: Any, y_ref: Any, peak_ref: 
         y_RG = y_RG * shrink_R[:, None] + _product(weights_RR.astype(value_RG.dtype), value_RG)
         return y_RG, new_R, total_R * shrink_R + jnp.sum(weights_RR, axis=1)
 
-    start = jnp.zeros((ROWS, s.lanes), jnp.float32), jnp.full((ROWS,), -jnp.inf), jnp.zeros((ROWS,))
+    start = jnp.zeros((s.rows, s.lanes), jnp.float32), jnp.full((s.rows,), -jnp.inf), jnp.zeros((s.rows,))
     y_RG, peak_R, total_R = jax.lax.fori_loop(0, s.blocks, step, start)
     triton.store(y_ref, (y_RG / total_R[:, None]).astype(y_ref.dtype), mask=s.mask(block))
     triton.store(peak_ref, peak_R, mask=s.inside(block))
@@ -156,7 +163,7 @@ def _delta_kernel(
         weights_RR = _weights(logits_RR, peak_R1, total_R1, s.inside(other)[None, :])
         return delta_R + jnp.sum(weights_RR * _product(g_RG, value_RG, (1, 1)), axis=1)
 
-    delta_R = jax.lax.fori_loop(0, s.blocks, step, jnp.zeros((ROWS,)))
+    delta_R = jax.lax.fori_loop(0, s.blocks, step, jnp.zeros((s.rows,)))
     triton.store(delta_ref, delta_R, mask=s.inside(block))
 
 
@@ -190,7 +197,7 @@ def _backward_kernel(
         as_key_RG = _product(turned_slope_RR.astype(dtype), query_RG) * s.scale
         return tuple(a + b for a, b in zip(carry, (as_query_RG, as_key_RG, as_value_RG), strict=True))
 
-    start = (jnp.zeros((ROWS, s.lanes), jnp.float32),) * s.parts
+    start = (jnp.zeros((s.rows, s.lanes), jnp.float32),) * s.parts
     for part, gradient_RG in enumerate(jax.lax.fori_loop(0, s.blocks, step, start)):
         triton.store(dx_ref.at[:, _place(part), :], gradient_RG.astype(dtype), mask=s.mask(block))
 
@@ -212,7 +219,7 @@ def _bias_kernel(
         weights_RR = _weights(logits_RR, peak_R1, total_R1, exists_RR)
         return sum_RR + weights_RR * (_product(g_RG, value_RG, (1, 1)) - delta_R1)
 
-    sum_RR = jax.lax.fori_loop(0, x_ref.shape[0], step, jnp.zeros((ROWS, ROWS), jnp.float32))
+    sum_RR = jax.lax.fori_loop(0, x_ref.shape[0], step, jnp.zeros((s.rows, s.rows), jnp.float32))
     triton.store(dbias_ref, sum_RR, mask=s.inside(rows)[:, None] & exists_RR)
 
 
@@ -238,7 +245,7 @@ def _call(
       interpret: whether to run without a GPU.
       sums: 0: a program reads one image; else B / sums images.
     """
-    M, images = s.blocks * ROWS, s.images // sums if sums else 1
+    M, images = s.blocks * s.rows, s.images // sums if sums else 1
     head = (lambda i, j, hs: hs // sums) if sums else (lambda i, h, b: h)
     part = (lambda i, j, hs: hs % sums) if sums else (lambda i, h, b: b)
     inputs = (
@@ -261,13 +268,13 @@ def _call(
 
 
 def _forward(s: _Shape, x: jax.Array, bias: jax.Array | None, interpret: bool) -> list[jax.Array]:
-    y = pl.BlockSpec((None, ROWS, None, s.lanes), lambda i, h, b: (b, i, h, 0))
+    y = pl.BlockSpec((None, s.rows, None, s.lanes), lambda i, h, b: (b, i, h, 0))
     outputs = [((s.images, s.tokens, s.heads, s.width), x.dtype, y), *[_numbers(s)] * 2]
     return _call(_forward_kernel, s, (x, bias), outputs, 2, interpret)
 
 
 def _numbers(s: _Shape) -> tuple[tuple[int, ...], Any, pl.BlockSpec]:
-    return (s.images, s.heads, s.tokens), jnp.float32, pl.BlockSpec((None, None, ROWS), lambda i, h, b: (b, h, i))
+    return (s.images, s.heads, s.tokens), jnp.float32, pl.BlockSpec((None, None, s.rows), lambda i, h, b: (b, h, i))
 
 
 def _backward(
@@ -275,11 +282,11 @@ def _backward(
 ) -> list[jax.Array]:
     known = [x, bias, g, peak, total]
     known += _call(_delta_kernel, s, known, [_numbers(s)], 2, interpret)
-    dx = pl.BlockSpec((None, ROWS, s.parts, None, s.lanes), lambda i, h, b: (b, i, 0, h, 0))
+    dx = pl.BlockSpec((None, s.rows, s.parts, None, s.lanes), lambda i, h, b: (b, i, 0, h, 0))
     found = _call(_backward_kernel, s, known, [(x.shape, x.dtype, dx)], 5 if s.parts == 1 else 7, interpret)
     if bias is not None:
         sums = math.gcd(s.images, SUMS)
-        tiles = pl.BlockSpec((None, None, ROWS, ROWS), lambda i, j, hs: (hs % sums, hs // sums, i, j))
+        tiles = pl.BlockSpec((None, None, s.rows, s.rows), lambda i, j, hs: (hs % sums, hs // sums, i, j))
         shape = (sums, s.heads, s.tokens, s.tokens)
         found += _call(_bias_kernel, s, known, [(shape, jnp.float32, tiles)], 2, interpret, sums)
     return found

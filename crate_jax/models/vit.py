@@ -31,9 +31,9 @@ def drop_path_scales(keys_B: jax.Array, depth: int, rate: float) -> jax.Array:
     return kept_L2B / (1.0 - rates_L[:, None, None])
 
 
-def attention_by(images: int, heads: int, width: int) -> str:
+def attention_by(images: int, heads: int, width: int, dtype: Dtype) -> str:
     """What computes attention of a batch in the program that is being traced, for a log."""
-    return "Triton kernels" if gpu_attention.fits(images, heads, width) else "XLA"
+    return "Triton kernels" if gpu_attention.fits(images, heads, width, dtype) else "XLA"
 
 
 class SelfAttention(nn.Module):
@@ -54,7 +54,7 @@ class SelfAttention(nn.Module):
             q_bias, v_bias = (self.param(name, zeros, (D,), jnp.float32) for name in ("q_bias", "v_bias"))
             qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
         qkv = keep_split_by_batch(qkv)
-        if gpu_attention.fits(B, self.heads, D, bias_BHNN):
+        if gpu_attention.fits(B, self.heads, D, qkv.dtype, bias_BHNN):
             y_BND = gpu_attention.attend(qkv, None if bias_BHNN is None else bias_BHNN[0], self.heads, 3)
         else:
             q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))

@@ -28,8 +28,14 @@ def is_nvidia() -> bool:
 
 
 def kernels() -> bool:
-    """Whether programs may take kernels; the environment variable CRATE_JAX_KERNELS=0 leaves all to XLA."""
-    return os.environ.get("CRATE_JAX_KERNELS", "1") != "0"
+    """Whether programs may take kernels; the environment variable CRATE_JAX_KERNELS=0 leaves all to XLA.
+
+    XLA has no Triton for GPUs before Ampere (compute capability 8.0).
+    """
+    _, kind = _device()
+    same = (device for device in jax.local_devices() if is_nvidia() and device.device_kind == kind)
+    old = any(float(getattr(device, "compute_capability", "8.0")) < 8 for device in same)
+    return os.environ.get("CRATE_JAX_KERNELS", "1") != "0" and not old
 
 
 def _device() -> tuple[str, str]:

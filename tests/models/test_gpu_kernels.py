@@ -3,6 +3,8 @@
 `tests/test_gpu_aot.py` compiles them for a GPU where JAX's CUDA plug-in is installed.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from crate_jax import models
 from crate_jax.models import gpu_attention, gpu_norm, layers
 from crate_jax.models.crate import CrateBlock, norm_mssa
 from crate_jax.models.vit import SelfAttention
-from crate_jax.parallel import sharding
+from crate_jax.parallel import sharding, target
 from crate_jax.parallel.sharding import BATCH
 from tests.training.test_loop import small
 
@@ -51,6 +53,7 @@ CASES = [
     (5, 2, 16, 1, False, 3, 1.0),
     (70, 1, 20, 3, True, 2, 1.0),  # two blocks of rows, the second with 6; lanes that hold nothing
     (70, 1, 16, 1, False, 1, 6.0),  # a softmax that saturates
+    (37, 1, 80, 3, False, 1, 1.0),  # blocks of 32 rows for heads wider than 64
     pytest.param((197, 2, 64, 1, False, 2, 1.0), marks=pytest.mark.slow),
     pytest.param((197, 2, 64, 3, True, 3, 1.0), marks=pytest.mark.slow),
     pytest.param((577, 1, 80, 3, True, 1, 1.0), marks=pytest.mark.slow),
@@ -122,23 +125,25 @@ NORM, MSSA, BIASED = (1, 1), (1, 2), (1, 3)  # kernels of a forward and of a bac
 
 
 @pytest.mark.parametrize(
-    ("platform", "images", "heads", "kernels"),
+    ("platform", "images", "heads", "dtype", "kernels"),
     [
-        (H100, 16, 2, MSSA),
-        (H100, 12, 2, (0, 0)),  # not the same number on each of 8 devices
-        (H100, 16, 16, (0, 0)),  # heads of 4 numbers
-        (("rocm", "AMD Instinct MI300X"), 16, 2, (0, 0)),
-        (("cpu", "cpu"), 16, 2, (0, 0)),
+        (H100, 16, 2, "bfloat16", MSSA),
+        (H100, 12, 2, "bfloat16", (0, 0)),  # not the same number on each of 8 devices
+        (H100, 16, 16, "bfloat16", (0, 0)),  # heads of 4 numbers
+        (H100, 16, 2, "float32", (0, 0)),
+        (("rocm", "AMD Instinct MI300X"), 16, 2, "bfloat16", (0, 0)),
+        (("cpu", "cpu"), 16, 2, "bfloat16", (0, 0)),
     ],
 )
-def test_programs_for_gpus_take_the_kernels_that_fit(platform, images, heads, kernels):
-    """The norm's kernels need no heads, so they stay where those of attention do not fit."""
+def test_programs_for_gpus_take_the_kernels_that_fit(platform, images, heads, dtype, kernels):
+    """The norm's kernels need no heads and no type, so they stay where those of attention do not fit."""
 
     def loss(x, scale, bias, U):
         x, y = norm_mssa(x, scale, bias, U, heads)
         return jnp.sum(x + y)
 
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((images, 5, 64), (64,), (64,), (64, 64))]
+    x = jax.ShapeDtypeStruct((images, 5, 64), dtype)
+    shapes = [x, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64,), (64,), (64, 64)))]
     normed = platform == H100 and images % 8 == 0
     with jax.sharding.use_abstract_mesh(mesh_of(*platform)):
         forward, both = (
@@ -151,7 +156,7 @@ def test_programs_for_gpus_take_the_kernels_that_fit(platform, images, heads, ke
 
 @pytest.mark.parametrize(("rows", "kernels"), [(1, sum(BIASED)), (16, 0), (None, sum(MSSA))])
 def test_a_bias_of_its_own_for_each_image_does_not_fit(rows, kernels):
-    module = SelfAttention(2, "qv", "xavier", jnp.float32)
+    module = SelfAttention(2, "qv", "xavier", jnp.bfloat16)
     x = jax.ShapeDtypeStruct((16, 5, 32), jnp.float32)
     bias = None if rows is None else jax.ShapeDtypeStruct((rows, 2, 5, 5), jnp.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), x, bias)
@@ -182,9 +187,20 @@ def test_an_environment_variable_leaves_all_to_xla(monkeypatch):
     for value, fit in (("0", False), ("1", True)):
         monkeypatch.setenv("CRATE_JAX_KERNELS", value)
         with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
-            assert (gpu_attention.fits(16, 2, 64), gpu_norm.fits(x)) == (fit, fit)
+            assert (gpu_attention.fits(16, 2, 64, "bfloat16"), gpu_norm.fits(x)) == (fit, fit)
         with jax.sharding.use_abstract_mesh(mesh_of("tpu", "TPU v5e")):
-            assert (models.crate.attention_by(64, 2, 128) != "XLA") == fit
+            assert (models.crate.attention_by(64, 2, 128, "bfloat16") != "XLA") == fit
+
+
+@pytest.mark.parametrize(("capability", "kernels"), [("7.5", False), ("8.6", True)])
+def test_gpus_that_triton_does_not_know_have_no_kernels(monkeypatch, capability, kernels):
+    kind = "NVIDIA GeForce RTX 2080 Ti"
+    device = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with jax.sharding.use_abstract_mesh(mesh_of("gpu", kind)):
+        assert target.is_nvidia() and target.kernels() == kernels
+    with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
+        assert target.kernels()  # for GPUs of another machine
 
 
 def test_the_log_says_what_computes_attention():
@@ -193,8 +209,8 @@ def test_the_log_says_what_computes_attention():
     c.encoder.name = "resnet18"
     assert models.attention_by(c, mesh) == ""
     with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
-        assert models.crate.attention_by(16, 2, 32) == models.vit.attention_by(16, 2, 32) == "Triton kernels"
-        assert models.crate.attention_by(15, 2, 32) == models.vit.attention_by(15, 2, 32) == "XLA"
+        for images, by in ((16, "Triton kernels"), (15, "XLA")):
+            assert all(m.attention_by(images, 2, 32, "bfloat16") == by for m in (models.crate, models.vit))
     with jax.sharding.use_abstract_mesh(mesh_of("tpu", "TPU v5e")):
-        assert models.crate.attention_by(64, 2, 128) == "a Pallas kernel"
-        assert models.vit.attention_by(64, 2, 128) == "XLA"
+        assert models.crate.attention_by(64, 2, 128, "bfloat16") == "a Pallas kernel"
+        assert models.vit.attention_by(64, 2, 128, "bfloat16") == "XLA"
