@@ -68,7 +68,7 @@ ADAMW: dict[str, Any] = {"name": "adamw", "b1": 0.9, "b2": 0.999}
 RECIPES: dict[str, tuple[tuple[dict[str, Any], float, float], tuple[int, int, int], str, str, dict[str, Any]]] = {
     "all4one": (
         (LARS, 1.0, 1e-5), (2048, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet",
-        # The transformer's rate is 0.1 whatever the others' is.
+        # The transformer's rate is 0.1 where the others' is 1; solo-learn's does not grow with the batch.
         {"joint.queue": 98304, "optimizer.scaled_lr": ("transformer/.*",), "optimizer.scaled_lr_by": 0.1},
     ),
     "barlow_twins": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),

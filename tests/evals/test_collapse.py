@@ -92,7 +92,7 @@ def test_lidar_is_that_of_augmented_views_on_any_devices():
     assert 2 < one["lidar"] < D
 
 
-def test_lidar_takes_the_views_of_the_recipe_where_training_does(monkeypatch):
+def test_lidar_takes_the_views_of_the_recipe_where_training_does(monkeypatch, tmp_path):
     config = digits(lidar_images=IMAGES, lidar_views=VIEWS)
     config.views.update(jitter=(1.0,), brightness=(0.9,), scale_min=(0.3,))
     source = data.open_split(config, "train")
@@ -111,7 +111,7 @@ def test_lidar_takes_the_views_of_the_recipe_where_training_does(monkeypatch):
     monkeypatch.setitem(train.EVALUATIONS, "pretrain", made)
     for method, expected in (("byol", True), ("reconstruction", False)):
         with pytest.raises(Made, match=str(expected)):
-            train.run(tiny(method=method), "unused")
+            train.run(tiny(method=method), str(tmp_path / method))
 
 
 def test_lidar_is_off_unless_images_are_asked_for():
