@@ -68,7 +68,7 @@ ADAMW: dict[str, Any] = {"name": "adamw", "b1": 0.9, "b2": 0.999}
 RECIPES: dict[str, tuple[tuple[dict[str, Any], float, float], tuple[int, int, int], str, str, dict[str, Any]]] = {
     "all4one": (
         (LARS, 1.0, 1e-5), (2048, 256, 4096), "asymmetric_cifar", "asymmetric_imagenet",
-        # The transformer's rate is 0.1 where the others' is 1; solo-learn's does not grow with the batch.
+        # The transformer's rate is 0.1 where the others' is 1.
         {"joint.queue": 98304, "optimizer.scaled_lr": ("transformer/.*",), "optimizer.scaled_lr_by": 0.1},
     ),
     "barlow_twins": ((LARS, 0.3, 1e-4), (2048, 2048, 4096), "asymmetric_cifar", "asymmetric_imagenet", {}),
@@ -193,8 +193,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.optimizer.update(dict(min_lr=0.0, warmup_lr=1e-5 if arg.method == "dino" else 3e-5))
         if arg.method == "dino":
             c.dino.update(dict(prototypes=65536, norm_last_layer=False))
-    if c.optimizer.name == "adamw" and arg.method in ("simsiam", "nnsiam"):
-        c.optimizer.constant_lr = ()  # a constant rate of the predictor belongs to their SGD recipe
+    if c.optimizer.name == "adamw":  # rates of single networks belong to the table's recipes
+        c.optimizer.constant_lr = c.optimizer.scaled_lr = ()
 
     c.penalty.name, c.penalty.weight = arg.penalty, PENALTY_WEIGHTS[arg.penalty]
     if not cifar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -78,25 +79,34 @@ def _by_augmentation(config: ConfigDict, views: int) -> Draw:
 
 def _by_recipe(config: ConfigDict, views: int) -> Draw:
     crops = recipes.layout(config)["views"]
-
-    @jax.jit
-    def changed(images_qHWC: jax.Array, index: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(config.seed), index)
-        keys_q = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(views))
-        out_qHWC = images_qHWC
-        for kind in range(recipes.LARGE):
-            mine = slice(kind, None, recipes.LARGE)
-            drawn = device_augmentation.drawn(keys_q[mine], device_augmentation.Options.of(config, kind))
-            planes = device_augmentation.augmented(images_qHWC[mine], drawn, config.views.sigma[1])
-            rounded = jnp.round(255.0 * jnp.clip(jnp.stack(planes, -1), 0.0, 1.0)).astype(jnp.uint8)
-            out_qHWC = out_qHWC.at[mine].set(rounded)
-        return out_qHWC
+    options = tuple(device_augmentation.Options.of(config, kind) for kind in range(recipes.LARGE))
 
     def draw(image: Image.Image, index: int) -> np.ndarray:
         cropped = [_crop(config, image, index, view, crops[view % recipes.LARGE]) for view in range(views)]
-        return np.asarray(changed(np.stack(cropped), np.int32(index)))
+        return np.asarray(_changed(np.stack(cropped), config.seed, np.int32(index), options, config.views.sigma[1]))
 
     return draw
+
+
+@functools.partial(jax.jit, static_argnames=("options", "sigma"))  # not a closure: compiled once for all evaluations
+def _changed(
+    images_qHWC: jax.Array,
+    seed: jax.Array,
+    index: jax.Array,
+    options: tuple[device_augmentation.Options, ...],
+    sigma: float,
+) -> jax.Array:
+    """Crops of one image with the colours, blur and solarisation of the large views in turn, uint8 (q, H, W, 3)."""
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    keys_q = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images_qHWC)))
+    out_qHWC = images_qHWC
+    for kind, option in enumerate(options):
+        mine = slice(kind, None, len(options))
+        drawn = device_augmentation.drawn(keys_q[mine], option)
+        planes = device_augmentation.augmented(images_qHWC[mine], drawn, sigma)
+        rounded = jnp.round(255.0 * jnp.clip(jnp.stack(planes, -1), 0.0, 1.0)).astype(jnp.uint8)
+        out_qHWC = out_qHWC.at[mine].set(rounded)
+    return out_qHWC
 
 
 def _crop(config: ConfigDict, image: Image.Image, index: int, view: int, augmentation: Augmentation) -> np.ndarray:

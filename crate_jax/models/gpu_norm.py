@@ -83,6 +83,11 @@ def _lanes(width: int) -> int:
     return max(16, pl.next_power_of_2(width))
 
 
+def _warps(width: int) -> int:
+    """Enough threads that each holds at most 32 numbers of a block."""
+    return max(4, ROWS * _lanes(width) // (32 * 32))
+
+
 def forward(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float, interpret: bool = False) -> jax.Array:
     """layer_norm(x), (B, ..., D) -> (B, ..., D); `interpret` runs the kernel without a GPU, for tests."""
 
@@ -96,7 +101,7 @@ def forward(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float, int
             in_specs=[block, vector, vector],
             out_specs=block,
             out_shape=jax.ShapeDtypeStruct(x_TD.shape, x.dtype),
-            compiler_params=triton.CompilerParams(num_warps=4),
+            compiler_params=triton.CompilerParams(num_warps=_warps(D)),
             metadata={"flops": "0"},  # no products, as benchmarks/ count
             interpret=interpret,
         )(x_TD, scale_D, bias_D)
@@ -124,7 +129,7 @@ def backward(
             in_specs=[block, block, None if skip is None else block, pl.BlockSpec((_lanes(D),), lambda i: (0,))],
             out_specs=[block, sums, sums],
             out_shape=[jax.ShapeDtypeStruct(x_TD.shape, x.dtype), sums_SD, sums_SD],
-            compiler_params=triton.CompilerParams(num_warps=4),
+            compiler_params=triton.CompilerParams(num_warps=_warps(D)),
             metadata={"flops": "0"},  # no products, as benchmarks/ count
             interpret=interpret,
         )(x_TD, *(others_TD if len(others) == 2 else (*others_TD, None)), scale_D)
