@@ -22,8 +22,8 @@ and MoCo v2+, and for other methods those of ImageNet-100. ResNets of 32 px imag
 padding 2 and no max-pool. Batch 256, 1000 epochs on CIFAR, 400 on ImageNet-100, 100 on ImageNet.
 
 Numbers of solo-learn's README for ResNet18 after 1000 epochs: the top-1 of its online classifier, on which
-`online_top1` is modelled (SGD with a rate of 0.1 here; solo-learn's has the method's optimiser). Ours after the full
-recipe are not measured yet.
+`online_top1` is modelled (SGD here; solo-learn's has the method's optimiser). Ours after the full recipe are not
+measured yet; docs/results.md has all methods at scale=thin, without a penalty, with SO and with SRIP.
 
 | method | CIFAR-10 | CIFAR-100 |
 |---|---|---|
