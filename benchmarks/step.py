@@ -11,11 +11,12 @@ config.whitebox.every steps.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from benchmarks.stand_in import training_set
 from crate_jax import data
 from crate_jax.config import validate
 from crate_jax.jobs import train
+from crate_jax.methods.method import Method
 from crate_jax.parallel import sharding
 from crate_jax.training import step as train_step
 
@@ -114,16 +116,37 @@ def telemetry_cost(config: ConfigDict, params: Any, mesh: Mesh, step_seconds: fl
     }
 
 
-def main(_: list[str]) -> None:
-    """Builds the step of the config, times it and prints the result."""
-    config = _CONFIG.value
-    config.batch_size = _BATCH.value
+@dataclasses.dataclass
+class Prepared:
+    """A step and what it takes.
+
+    Attributes:
+      config: validated, with a number of steps.
+      mesh: all local devices.
+      method: what is trained.
+      step: the jitted step.
+      state: of step 0.
+      batch: random images and labels on the devices.
+      flops: matrix products and convolutions of an image, forward and backward, without recomputation by remat.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    method: Method
+    step: Callable[..., Any]
+    state: Any
+    batch: dict[str, jax.Array]
+    flops: float
+
+
+def prepare(config: ConfigDict, source: data.Source | None = None) -> Prepared:
+    """Builds the step of a config as training does; `source` is the training set, None: a stand-in."""
     config.steps, config.epochs = config.steps or 10_000, 0.0
     config.optimizer.warmup_epochs = 0.0
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate)
     mesh = sharding.make_mesh(config.batch_size, config.accumulate)
-    source = training_set(config)
+    source = source or training_set(config)
     method = train.method_of(config, source)
     recipe = train_step.make_recipe(config, method, len(source))
     step = train_step.make_train_step(config, method, recipe, mesh)
@@ -136,6 +159,15 @@ def main(_: list[str]) -> None:
     loss_and_grad = jax.value_and_grad(train.method_of(plain, source).loss, has_aux=True)
     program = jax.make_jaxpr(loss_and_grad)(state.params, state.carried, batch, keys)
     flops = matmul_flops(program.jaxpr) / config.batch_size
+    return Prepared(config, mesh, method, step, state, batch, flops)
+
+
+def main(_: list[str]) -> None:
+    """Builds the step of the config, times it and prints the result."""
+    config = _CONFIG.value
+    config.batch_size = _BATCH.value
+    prepared = prepare(config)
+    step, state, batch, mesh, flops = prepared.step, prepared.state, prepared.batch, prepared.mesh, prepared.flops
 
     start = time.perf_counter()
     state, scalars = step(state, batch)

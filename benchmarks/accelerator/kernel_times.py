@@ -1,0 +1,120 @@
+"""The time of our kernels at the models' shapes, beside XLA's plain version and cuDNN's fused attention.
+
+cuDNN refuses an odd number of tokens; then it gets padded tokens, and the number of true ones, as a mask. The padding
+itself is not in its time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.accelerator.clock import timed
+from benchmarks.accelerator.kernels import Attention, mssa_on_tpu, plain, with_gradients
+from benchmarks.accelerator.parts import Cases, Row, Settings
+from crate_jax.flags import one_line
+from crate_jax.models import gpu_attention, gpu_norm, layers
+
+EPS = 1e-6
+
+
+def cases(name: str, settings: Settings) -> Cases:
+    """CRATE-B's and ViT-B's attention on all tokens, and ViT-MAE's decoder."""
+    if settings.debug:
+        shapes = {"MSSA": Attention(2, 70, 1, 16), "ViT, bias": Attention(2, 5, 1, 16, 3, True)}
+    else:
+        B = settings.batch
+        shapes = {
+            "MSSA, CRATE-B": Attention(B, 197, 12, 64),
+            "ROPIM ViT-B, bias": Attention(B, 197, 12, 64, 3, True),
+            "ViT-B": Attention(B, 197, 12, 64, 3),
+            "ViT-MAE-B, encoder": Attention(B, 50, 12, 64, 3),
+            "ViT-MAE-B, decoder": Attention(B, 197, 16, 32, 3),
+        }
+    found: Cases = {what: functools.partial(attention, shape, settings.platform) for what, shape in shapes.items()}
+    if settings.platform != "tpu":
+        size = (2, 7, 20) if settings.debug else (settings.batch, 197, 768)
+        found["norm and skip"] = functools.partial(norm, size, settings.platform)
+    return found
+
+
+def both(attend: Callable[..., jax.Array], case: Attention, arrays: tuple[jax.Array | None, ...], *static: bool) -> Row:
+    """Times of the result alone, and with all gradients, in ms; or what refuses to run."""
+    x, bias, g = arrays
+    forward = jax.jit(lambda x, bias: attend(x, bias, case.heads, case.parts, *static))
+    whole = with_gradients(attend, case.heads, case.parts, *static)
+    try:
+        return {
+            "forward_ms": timed(functools.partial(forward, x, bias))["ms"],
+            "with_gradients_ms": timed(functools.partial(whole, x, bias, g))["ms"],
+        }
+    except Exception as e:  # the other versions are worth their time
+        return {"refused": f"{type(e).__name__}: {one_line(e)}"[:200]}
+
+
+def attention(case: Attention, platform: str) -> Row:
+    """All versions of one case; `flops` are the mathematics' own: 2 products forward, 4 for gradients."""
+    arrays = case.draw()
+    interpret = platform not in ("gpu", "tpu")
+    if platform == "tpu" and case.parts == 3:
+        ours: Row = {"refused": "there is no kernel of ours for TPUs"}
+    else:
+        ours = both(mssa_on_tpu if platform == "tpu" else gpu_attention.attend, case, arrays, interpret)
+    product = 2 * case.images * case.heads * case.tokens**2 * case.width
+    row = {
+        "shape": dataclasses.asdict(case),
+        "forward_flops": 2 * product,
+        "with_gradients_flops": 6 * product,
+        "ours": ours,
+        "xla": both(plain, case, arrays),
+    }
+    if platform == "gpu":
+        row["cudnn"] = both(cudnn, case, arrays)
+        if "refused" in row["cudnn"]:
+            padded = -case.tokens % 8
+            x, bias, g = arrays
+            wide = (0, padded), (0, padded)
+            more = (
+                jnp.pad(x, ((0, 0), wide[0], (0, 0))),
+                None if bias is None else jnp.pad(bias, ((0, 0), *wide)),
+                jnp.pad(g, ((0, 0), wide[0], (0, 0))),
+            )
+            row["cudnn_padded"] = both(functools.partial(cudnn, tokens=case.tokens), case, more)
+    return row
+
+
+def cudnn(x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, tokens: int | None = None) -> jax.Array:
+    """cuDNN's fused attention; only the first `tokens` count."""
+    split = [a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x_BNF, parts, axis=-1)]
+    q, k, v = (split[min(role, parts - 1)] for role in range(3))
+    lengths = None if tokens is None else jnp.full(len(x_BNF), tokens, jnp.int32)
+    bias = None if bias_HNN is None else bias_HNN[None].astype(x_BNF.dtype)
+    y = jax.nn.dot_product_attention(
+        q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return y.reshape(*x_BNF.shape[:2], -1)
+
+
+def norm(shape: tuple[int, int, int], platform: str) -> Row:
+    """The norm's forward and backward kernels, one after the other, beside XLA; "bytes" are the fewest that move."""
+    x, g, skip = (jax.random.normal(jax.random.key(k), shape, jnp.bfloat16) for k in range(3))
+    scale, bias = (jax.random.normal(jax.random.key(k), shape[-1:], jnp.float32) for k in (3, 4))
+    interpret = platform != "gpu"
+
+    def ours(x: jax.Array, g: jax.Array, skip: jax.Array) -> tuple[jax.Array, ...]:
+        y = gpu_norm.forward(x, scale, bias, EPS, interpret)
+        return y, *gpu_norm.backward(x, scale, g, skip, EPS, interpret)
+
+    def by_xla(x: jax.Array, g: jax.Array, skip: jax.Array) -> tuple[jax.Array, ...]:
+        y, saved = layers.layer_norm_forward(x, scale, bias, EPS)
+        return y, *layers.layer_norm_backward(EPS, saved, g, skip)
+
+    times = {
+        name: {"with_gradients_ms": timed(functools.partial(jax.jit(run), x, g, skip))["ms"]}
+        for name, run in (("ours", ours), ("xla", by_xla))
+    }
+    return {"shape": list(shape), "bytes": 6 * x.nbytes, **times}

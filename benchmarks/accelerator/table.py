@@ -1,0 +1,196 @@
+"""The rows of all parts as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.accelerator.parts import MACHINE, PARTS, Row
+from benchmarks.accelerator.runner import measured
+
+Rows = Mapping[str, Mapping[str, Row]]  # part -> case -> row
+MODELS = {name: part for name, part in PARTS.items() if part.module == "steps"}
+
+
+def markdown(rows: Rows) -> str:
+    """All tables.
+
+    Args:
+      rows: part -> case -> row, the row of the machine included.
+
+    Returns:
+      the text; a part without rows is left out.
+    """
+    machine = rows[MACHINE][MACHINE]
+    card = machine.get("nvidia_smi") or machine["runtime"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    head = f"{machine['devices']} x {machine['device']} ({card}); {versions}; Python {machine['python']}; "
+    parts = [head + f"{machine['cores']} cores. Times are medians of windows, after warm-up."]
+    for make in (ceilings, models, parity, kernel_times, feed, cifar, left_out):
+        if text := make(rows):
+            parts.append(text)
+    return "\n\n".join(parts) + "\n"
+
+
+def grid(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """A table under a title; empty without lines."""
+    if not lines:
+        return ""
+    show = [[text.replace("|", "/") for text in map(str, line)] for line in (columns, *lines)]
+    body = [f"| {' | '.join(line)} |" for line in show]
+    return "\n".join([f"### {title}", "", body[0], "|" + "---|" * len(columns), *body[1:]])
+
+
+def number(row: Row | None, value: Callable[[Row], Any], form: str) -> str:
+    """A number of a row, or '-' where there is no such row or number."""
+    if not row or not measured(row) or "refused" in row:
+        return "-"
+    try:
+        found = value(row)
+    except (KeyError, TypeError, ZeroDivisionError):
+        return "-"
+    return "-" if found is None else format(found, form)
+
+
+def ceilings(rows: Rows) -> str:
+    """The measured peaks."""
+    found = rows.get("peak", {})
+    lines = [
+        [what, number(found[case], value, form)]
+        for case, what, value, form in (
+            ("matmul", "bfloat16 products, TFLOP/s", lambda r: r["flops"] / 1e12, ".4g"),
+            ("bandwidth", "memory, GB/s", lambda r: r["bytes_per_s"] / 1e9, ".4g"),
+        )
+        if case in found
+    ]
+    return grid("Ceilings of one device, measured", ("", "best"), lines)
+
+
+def models(rows: Rows) -> str:
+    """The steps."""
+    peak = rows.get("peak", {})
+    flops = peak.get("matmul", {}).get("flops")
+    bandwidth = peak.get("bandwidth", {}).get("bytes_per_s")
+    devices = rows[MACHINE][MACHINE]["devices"]
+
+    def share(row: Row) -> float | None:
+        return row["images_per_sec"] * row["model_flops_per_image"] / (flops * devices) if flops else None
+
+    def bound(row: Row) -> float | None:
+        """The least time by what the program computes and moves, over the measured time."""
+        if not (flops and bandwidth):
+            return None
+        return max(row["compiled"]["flops"] / flops, row["compiled"]["bytes"] / bandwidth) * 1e3 / row["ms"]
+
+    lines = []
+    for name in MODELS:
+        found = rows.get(name, {})
+        if not found:
+            continue
+        ours, plain, torch = (found.get(case) for case in ("ours", "ours, without kernels", "pytorch"))
+        rate = lambda r: r["images_per_sec"]  # noqa: E731
+        per_device = (ours or {}).get("images_per_sec", 0) / devices
+        lines.append(
+            [
+                name,
+                number(ours, lambda r: r["batch"], "d"),
+                number(ours, rate, ".0f"),
+                number(ours, lambda r: r["ms"], ".2f"),
+                number(ours, share, ".1%"),
+                number(ours, bound, ".1%"),
+                number(ours, lambda r: r["peak_bytes"] / 1e9, ".1f"),
+                number(plain, rate, ".0f"),
+                number(torch, rate, ".0f"),
+                number(torch, lambda r: r["peak_bytes"] / 1e9, ".1f"),
+                number(torch, lambda r: (per_device or None) and per_device / r["images_per_sec"], ".2f"),
+                (ours or {}).get("attention", ""),
+            ]
+        )
+    columns = (
+        "step", "batch", "images/s", "ms", "of the peak", "of the roofline", "memory, GB", "without kernels, images/s",
+        "PyTorch, images/s", "its memory, GB", "ours / PyTorch", "attention by",
+    )  # fmt: skip
+    return grid("Train steps", columns, lines)
+
+
+def parity(rows: Rows) -> str:
+    """The largest errors of each kernel."""
+    lines = []
+    for name, row in [*rows.get("parity", {}).items(), *rows.get("parity_more", {}).items()]:
+        if "errors" in row:
+            worst = ", ".join(f"{array} {error:.1e}" for array, error in row["errors"].items())
+            plain = ", ".join(f"{error:.1e}" for error in row["plain_errors"].values())
+            lines.append([name, worst, plain, "yes" if row["ok"] else "NO"])
+    return grid("Kernels against float64", ("case", "errors", "of the plain version", "right"), lines)
+
+
+def kernel_times(rows: Rows) -> str:
+    """The versions beside each other, in ms."""
+    flops = rows.get("peak", {}).get("matmul", {}).get("flops")
+    lines = []
+    for name, row in rows.get("kernel_times", {}).items():
+        if not measured(row):
+            continue
+        versions = ("ours", "xla", "cudnn", "cudnn_padded")
+        times = [
+            " / ".join(
+                number(row.get(v), lambda r, key=key: r[key], ".3f") for key in ("forward_ms", "with_gradients_ms")
+            )
+            for v in versions
+        ]
+        share = number(
+            row["ours"], lambda r, row=row: row["with_gradients_flops"] / r["with_gradients_ms"] * 1e3 / flops, ".1%"
+        )
+        lines.append([name, *times, share])
+    columns = ("forward / with gradients, ms", "ours", "XLA", "cuDNN", "cuDNN, padded", "ours, of the peak")
+    return grid("Kernels, times", columns, lines)
+
+
+def feed(rows: Rows) -> str:
+    """What the pipeline costs."""
+    keys = ("step_images_per_sec", "host_images_per_sec", "fed_images_per_sec")
+    lines = [
+        [
+            name,
+            *(number(row, lambda r, key=key: r[key], ".0f") for key in keys),
+            f"{row['overlap']:.2f}",
+            row["bound_by"],
+        ]
+        for name, row in rows.get("feed", {}).items()
+        if measured(row)
+    ]
+    columns = ("images/s", "step alone", "pipeline alone", "together", "overlap", "bound by")
+    return grid("Step and input pipeline", columns, lines)
+
+
+def cifar(rows: Rows) -> str:
+    """The accuracies."""
+    lines = [
+        [
+            {"so": "SO 1e-6", "none": "plain"}[name],
+            *(
+                number(row, lambda r, key=key: r[key], form)
+                for key, form in (("epochs", ".1f"), ("images_per_sec", ".0f"))
+            ),
+            *(
+                number(row, lambda r, key=key: r[key], ".1%")
+                for key in ("knn_top1", "probe_top1", "knn_top1_untrained")
+            ),
+        ]
+        for name, row in rows.get("cifar10", {}).items()
+        if measured(row)
+    ]
+    columns = ("BYOL, ResNet18", "epochs", "images/s", "k-NN", "probe", "k-NN, untrained")
+    return grid("CIFAR-10", columns, lines)
+
+
+def left_out(rows: Rows) -> str:
+    """What failed, and what was not there."""
+    lines = [
+        [f"{part}: {case}", kind, row[kind]]
+        for part, cases in rows.items()
+        for case, row in cases.items()
+        for kind in ("failed", "absent")
+        if kind in row
+    ]
+    return grid("Not measured", ("case", "", "why"), lines)
