@@ -1,4 +1,4 @@
-"""BYOL with a ResNet18 on CIFAR-10 by configs/joint.py, with SO of weight 1e-6 and without, for the minutes that are left.
+"""BYOL with a ResNet18 on CIFAR-10 by configs/joint.py, with SO of weight 1e-6 and without, for the rest of the time.
 
 Both runs have the same number of steps: the first measures how many fit into its half of the time, and trains so many
 with the recipe's schedule. The weights of few epochs are not those of the recipe's 1000; the accuracies are to be

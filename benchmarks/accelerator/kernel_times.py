@@ -88,7 +88,7 @@ def attention(case: Attention, platform: str) -> Row:
 
 
 def cudnn(x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, tokens: int | None = None) -> jax.Array:
-    """cuDNN's fused attention; only the first `tokens` count."""
+    """Fused attention of cuDNN; only the first `tokens` count."""
     split = [a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x_BNF, parts, axis=-1)]
     q, k, v = (split[min(role, parts - 1)] for role in range(3))
     lengths = None if tokens is None else jnp.full(len(x_BNF), tokens, jnp.int32)

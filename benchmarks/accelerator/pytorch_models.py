@@ -172,13 +172,15 @@ class Byol(nn.Module):
         predicted = [self.predictor(self.student[1](f)) for f in features]
         with torch.no_grad():
             targets = [self.target(view) for view in (second, first)]
-        loss = sum(2 - 2 * F.cosine_similarity(p.float(), t.float()).mean() for p, t in zip(predicted, targets))
+        loss = sum(
+            2 - 2 * F.cosine_similarity(p.float(), t.float()).mean() for p, t in zip(predicted, targets, strict=True)
+        )
         return loss + sum(F.cross_entropy(self.classifier(f.detach()), label) for f in features) / 2
 
     @torch.no_grad()
     def after(self) -> None:
         """The target's average."""
-        pairs = list(zip(self.target.parameters(), self.student.parameters()))
+        pairs = list(zip(self.target.parameters(), self.student.parameters(), strict=True))
         torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 0.01)
 
     @staticmethod

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.accelerator.parts import ALL, MACHINE, PARTS, Part, Row, Settings
+from benchmarks.accelerator.parts import ALL, MACHINE, PARTS, Row, Settings
 from crate_jax.errors import UserError
 from crate_jax.workdir.metrics import write_json
 
@@ -84,14 +84,15 @@ def command(part: str, settings: Settings, names: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "benchmarks.accelerator.child", *arguments]
 
 
-def environment(out: str) -> dict[str, str]:
+def environment(settings: Settings) -> dict[str, str]:
     """The environment of a process; what it compiles is kept in DIR/compiled, for the next command."""
-    folder = os.path.join(os.path.abspath(out), "compiled")
+    folder = os.path.join(os.path.abspath(settings.out), "compiled")
     kept = {
         "JAX_COMPILATION_CACHE_DIR": folder,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "torch"),
         "PYTHONUNBUFFERED": "1",
+        **({"XLA_FLAGS": "--xla_backend_optimization_level=0"} if settings.debug else {}),  # quick to compile
     }
     return {**kept, **os.environ}
 
@@ -102,7 +103,7 @@ def complain(text: str) -> None:
 
 
 @contextlib.contextmanager
-def process(arguments: list[str], out: str, log: IO[str]) -> Iterator[tuple[subprocess.Popen[str], Any]]:
+def process(arguments: list[str], settings: Settings, log: IO[str]) -> Iterator[tuple[subprocess.Popen[str], Any]]:
     """Starts a process; gives it, and a queue of the lines that it prints, None at their end; kills it with its own."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
@@ -112,7 +113,7 @@ def process(arguments: list[str], out: str, log: IO[str]) -> Iterator[tuple[subp
         lines.put(None)
 
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-    child = subprocess.Popen(arguments, env=environment(out), text=True, start_new_session=True, **pipes)
+    child = subprocess.Popen(arguments, env=environment(settings), text=True, start_new_session=True, **pipes)
     threading.Thread(target=forward, args=(child.stdout,), daemon=True).start()
     try:
         yield child, lines
@@ -125,45 +126,48 @@ def process(arguments: list[str], out: str, log: IO[str]) -> Iterator[tuple[subp
 
 
 def attempt(
-    name: str, part: Part, names: Sequence[str], settings: Settings, until: float, add: Callable[[str, Row], None]
+    name: str, names: Sequence[str], settings: Settings, limit: float, until: float, add: Callable[[str, Row], None]
 ) -> None:
-    """Runs cases in one process, until one fails or is killed, or the time is over.
+    """Runs cases of a part in one process, until one fails or is killed, or the time is over.
 
     Args:
       name: the part's name.
-      part: the part.
       names: its cases to run; at least one of them gets a row, unless the time is over.
       settings: for the process.
+      limit: the seconds of each case; the first has the start of the process in addition.
       until: the end of the time, as `time.monotonic()` counts.
-      add: called with each row.
+      add: called with each row, which holds the seconds that the case took.
     """
     log_path = Path(settings.out) / f"{name}.log"
-    now = time.monotonic()
-    end = min(until, now + START + part.limit)
-    settings = dataclasses.replace(settings, until=time.time() + end - now)
+    running, begun = names[0], time.monotonic()
+    end = min(until, begun + START + limit)
+    settings = dataclasses.replace(settings, until=time.time() + end - begun)
+
+    def done(row: Row) -> None:
+        add(running, {**row, "seconds": round(time.monotonic() - begun, 1)})
+
     with (
         open(log_path, "a", encoding="utf-8", errors="replace") as log,
-        process(command(name, settings, names), settings.out, log) as (child, lines),
+        process(command(name, settings, names), settings, log) as (child, lines),
     ):
-        running = names[0]
         while True:
             try:
                 line = lines.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 if running and end < until:
-                    add(running, {"failed": f"killed after {part.limit:g} s"})
+                    done({"failed": f"killed after {limit:g} s"})
                 return
             if line is None:
                 break
             event = json.loads(line)
             if "row" in event:
-                add(event["case"], event["row"])
+                done(event["row"])
                 running = ""
             elif event["case"] != names[0]:
-                end = min(until, time.monotonic() + part.limit)
-                running = event["case"]
+                running, begun = event["case"], time.monotonic()
+                end = min(until, begun + limit)
         if running:
-            add(running, {"failed": ended(child.wait(), log_path)})
+            done({"failed": ended(child.wait(), log_path)})
 
 
 def ended(status: int, log_path: Path) -> str:
@@ -184,19 +188,19 @@ def run_part(name: str, settings: Settings, record: Record, until: float, again:
         return []
 
     def add(case: str, row: Row) -> None:
-        record.add(case, {**row, "seconds": round(time.monotonic() - start, 1)}, names)
+        record.add(case, row, names)
         if "failed" in row:
             complain(f"{name}/{case}: failed: {row['failed']}; see {Path(settings.out) / name}.log")
 
     wanted = record.wanted(names, again)
     while wanted:
-        start = time.monotonic()
-        left = until - start
+        left = until - time.monotonic()
         if left < (1.0 if settings.debug else part.least):
             complain(f"{name}: no time left for {', '.join(wanted)}; the same command goes on with it")
             return wanted
-        batch = wanted[:1] if part.alone else wanted
-        attempt(name, part, batch, settings, start + left / (1 if part.limit else len(wanted)), add)
+        alone = part.alone and not (settings.debug and part.limit)
+        limit = part.limit or left / len(wanted) - START
+        attempt(name, wanted[:1] if alone else wanted, settings, limit, until, add)
         wanted = [case for case in wanted if case not in record.new]
     return []
 
@@ -243,7 +247,7 @@ def find_machine(settings: Settings, until: float) -> Row:
     path = Path(settings.out) / f"{MACHINE}.json"
     before = read(path).get("rows", {}).get(MACHINE, {})
     found: dict[str, Row] = {}
-    attempt(MACHINE, ALL[MACHINE], [MACHINE], settings, until, found.__setitem__)
+    attempt(MACHINE, [MACHINE], settings, ALL[MACHINE].limit, until, found.__setitem__)
     row = found.get(MACHINE, {"failed": "no answer in time"})
     if "failed" in row:
         raise UserError(f"no device to measure: {row['failed']}; see {path.with_suffix('.log')}")

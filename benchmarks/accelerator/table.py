@@ -41,15 +41,18 @@ def grid(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> 
     return "\n".join([f"### {title}", "", body[0], "|" + "---|" * len(columns), *body[1:]])
 
 
-def number(row: Row | None, value: Callable[[Row], Any], form: str) -> str:
-    """A number of a row, or '-' where there is no such row or number."""
-    if not row or not measured(row) or "refused" in row:
-        return "-"
+def number(row: Row | None, value: str | Callable[[Row], Any], form: str) -> str:
+    """A number of a row, under a name or computed, or '-' where there is no such row or number."""
     try:
-        found = value(row)
+        found = None if row is None else row[value] if isinstance(value, str) else value(row)
     except (KeyError, TypeError, ZeroDivisionError):
-        return "-"
+        found = None
     return "-" if found is None else format(found, form)
+
+
+def times(row: Row | None) -> str:
+    """Both times of a version of a kernel, in ms."""
+    return " / ".join(number(row, name, ".3f") for name in ("forward_ms", "with_gradients_ms"))
 
 
 def ceilings(rows: Rows) -> str:
@@ -88,21 +91,20 @@ def models(rows: Rows) -> str:
         if not found:
             continue
         ours, plain, torch = (found.get(case) for case in ("ours", "ours, without kernels", "pytorch"))
-        rate = lambda r: r["images_per_sec"]  # noqa: E731
-        per_device = (ours or {}).get("images_per_sec", 0) / devices
+        per_device = ours["images_per_sec"] / devices if ours and measured(ours) else None
         lines.append(
             [
                 name,
-                number(ours, lambda r: r["batch"], "d"),
-                number(ours, rate, ".0f"),
-                number(ours, lambda r: r["ms"], ".2f"),
+                number(ours, "batch", "d"),
+                number(ours, "images_per_sec", ".0f"),
+                number(ours, "ms", ".2f"),
                 number(ours, share, ".1%"),
                 number(ours, bound, ".1%"),
                 number(ours, lambda r: r["peak_bytes"] / 1e9, ".1f"),
-                number(plain, rate, ".0f"),
-                number(torch, rate, ".0f"),
+                number(plain, "images_per_sec", ".0f"),
+                number(torch, "images_per_sec", ".0f"),
                 number(torch, lambda r: r["peak_bytes"] / 1e9, ".1f"),
-                number(torch, lambda r: (per_device or None) and per_device / r["images_per_sec"], ".2f"),
+                number(torch, lambda r, rate=per_device: rate / r["images_per_sec"], ".2f"),
                 (ours or {}).get("attention", ""),
             ]
         )
@@ -131,17 +133,11 @@ def kernel_times(rows: Rows) -> str:
     for name, row in rows.get("kernel_times", {}).items():
         if not measured(row):
             continue
-        versions = ("ours", "xla", "cudnn", "cudnn_padded")
-        times = [
-            " / ".join(
-                number(row.get(v), lambda r, key=key: r[key], ".3f") for key in ("forward_ms", "with_gradients_ms")
-            )
-            for v in versions
-        ]
         share = number(
             row["ours"], lambda r, row=row: row["with_gradients_flops"] / r["with_gradients_ms"] * 1e3 / flops, ".1%"
         )
-        lines.append([name, *times, share])
+        versions = [times(row.get(version)) for version in ("ours", "xla", "cudnn", "cudnn_padded")]
+        lines.append([name, *versions, share])
     columns = ("forward / with gradients, ms", "ours", "XLA", "cuDNN", "cuDNN, padded", "ours, of the peak")
     return grid("Kernels, times", columns, lines)
 
@@ -152,8 +148,8 @@ def feed(rows: Rows) -> str:
     lines = [
         [
             name,
-            *(number(row, lambda r, key=key: r[key], ".0f") for key in keys),
-            f"{row['overlap']:.2f}",
+            *(number(row, key, ".0f") for key in keys),
+            number(row, "overlap", ".2f"),
             row["bound_by"],
         ]
         for name, row in rows.get("feed", {}).items()
@@ -167,17 +163,12 @@ def cifar(rows: Rows) -> str:
     """The accuracies."""
     lines = [
         [
-            {"so": "SO 1e-6", "none": "plain"}[name],
-            *(
-                number(row, lambda r, key=key: r[key], form)
-                for key, form in (("epochs", ".1f"), ("images_per_sec", ".0f"))
-            ),
-            *(
-                number(row, lambda r, key=key: r[key], ".1%")
-                for key in ("knn_top1", "probe_top1", "knn_top1_untrained")
-            ),
+            {"so": "SO 1e-6", "none": "plain"}[penalty],
+            number(row, "epochs", ".1f"),
+            number(row, "images_per_sec", ".0f"),
+            *(number(row, name, ".1%") for name in ("knn_top1", "probe_top1", "knn_top1_untrained")),
         ]
-        for name, row in rows.get("cifar10", {}).items()
+        for penalty, row in rows.get("cifar10", {}).items()
         if measured(row)
     ]
     columns = ("BYOL, ResNet18", "epochs", "images/s", "k-NN", "probe", "k-NN, untrained")
