@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
+
 import benchmarks.accelerator
 from benchmarks.accelerator import runner, table
 from benchmarks.accelerator.parts import PARTS, Row, Settings
@@ -37,6 +39,7 @@ def main(argv: list[str]) -> int:
     if args.data and not os.path.exists(args.data):
         parser.error(f"--data={args.data}: no such file or folder")
     settings = Settings(args.out, args.debug, args.batch, args.data and os.path.abspath(args.data))
+    jax.config.update("jax_platforms", "cpu")  # here only: the accelerator is for the processes of the parts
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # kills the process of the part too
     path = Path(args.out) / "table.md"
 

@@ -57,10 +57,16 @@ def measure(penalty: str, settings: Settings) -> Row:
     workdir = out / f"run_{penalty}"
     shutil.rmtree(workdir, ignore_errors=True)
     summary = train.run(config, str(workdir))
-    kept = ("loss", "knn_top1", "probe_top1", "knn_top1_untrained", "probe_top1_untrained", "rankme", "devices")
-    scores = {name: summary[name] for name in kept if name in summary}
-    return {"steps": config.steps, "epochs": epochs(config), "batch": config.batch_size, "planned_rate": rate, **scores,
-            "images_per_sec": summary["images_per_sec"], "workdir": str(workdir)}  # fmt: skip
+    scores = ("knn_top1", "probe_top1", "knn_top1_untrained", "probe_top1_untrained", "rankme")
+    kept = ("steps", "loss", "images_per_sec", *scores)
+    return {
+        "batch": config.batch_size,
+        "dtype": config.dtype,
+        "epochs": epochs(config),
+        "planned_rate": rate,
+        **{name: summary[name] for name in kept if name in summary},
+        "workdir": str(workdir),
+    }
 
 
 def epochs(config: ConfigDict) -> float:

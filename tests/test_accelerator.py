@@ -1,0 +1,299 @@
+"""benchmarks.accelerator: what fails costs only itself, what is there is not done again, numbers are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks.accelerator import cifar, clock, exact, kernels, runner, table
+from benchmarks.accelerator.parts import ALL, MACHINE, PARTS, Part, Settings
+from crate_jax.errors import DataError, UserError
+from crate_jax.models import mssa_kernel
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.one_python
+
+# Stands in for benchmarks.accelerator.child: what a case does is in its name.
+CHILD = """
+import json, os, signal, sys, time
+part, settings, *names = sys.argv[1:]
+settings = json.loads(settings)
+def say(**event): print(json.dumps(event), flush=True)
+for name in names:
+    say(case=name)
+    open(os.path.join(settings["out"], "started"), "a").write(name + "\\n")
+    if name == "machine":
+        versions = {"jax": "0.7"}
+        say(case=name, row={"device": os.environ["CARD"], "devices": 1, "platform": "gpu", "runtime": "driver 5",
+                            "versions": versions, "python": "3", "cores": 7})
+    elif "crash" in name:
+        print("it is broken", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif "hang" in name:
+        time.sleep(600)
+    elif "bad" in name:
+        say(case=name, row={"failed": "ValueError: no"})
+        break
+    elif "absent" in name:
+        say(case=name, row={"absent": "torch not installed"})
+    else:
+        say(case=name, row={"ms": 7.0, "pid": os.getpid(), "wrong": 1, **({"ok": False} if "wrong" in name else {})})
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake(Part):
+    names: tuple[str, ...] = ()
+
+    def cases(self, name, settings):
+        if not self.names:
+            raise ImportError("no such module")
+        return dict.fromkeys(self.names)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs parts whose cases are named, {part: (names, limit, alone)}; returns whether all is well."""
+    monkeypatch.setattr(runner, "START", 20.0)
+    monkeypatch.setenv("CARD", "H7")
+    monkeypatch.setattr(runner, "command", lambda *a: [sys.executable, "-c", CHILD, a[0], as_json(a[1]), *a[2]])
+
+    def run(parts, minutes=2.0, **settings):
+        parts = {name: Fake("", limit, 0.5, alone, names) for name, (names, limit, alone) in parts.items()}
+        monkeypatch.setattr(runner, "PARTS", parts)
+        monkeypatch.setattr(runner, "ALL", {MACHINE: ALL[MACHINE], **parts})
+        (tmp_path / "started").write_text("")
+        return runner.run(Settings(str(tmp_path), **settings), minutes, list(parts), lambda rows: None)
+
+    return run
+
+
+def as_json(settings):
+    return json.dumps(dataclasses.asdict(settings))
+
+
+def started(folder):
+    return (folder / "started").read_text().split()[1:]  # without the machine
+
+
+def rows(folder, part):
+    return json.loads((folder / f"{part}.json").read_text())["rows"]
+
+
+def test_what_fails_crashes_or_hangs_costs_only_its_own_case(command, tmp_path, capfd):
+    names = ("a", "bad", "b", "crash", "c", "hang", "d")
+    assert not command({"empty": ((), 1.0, False), "one": (names, 1.0, False), "two": (("e", "f"), 9.0, True)})
+    found = rows(tmp_path, "one")
+    assert list(found) == list(names) and started(tmp_path) == [*names, "e", "f"]
+    assert {name for name, row in found.items() if row.get("ms") == 7.0} == set("abcd")
+    assert found["a"]["pid"] != found["b"]["pid"] == rows(tmp_path, "one")["b"]["pid"]
+    assert found["bad"]["failed"] == "ValueError: no"
+    assert found["crash"]["failed"] == "its process ended with signal SIGSEGV: it is broken"
+    assert found["hang"]["failed"] == "killed after 1 s" and 1 <= found["hang"]["seconds"] < 9
+    alone = rows(tmp_path, "two")
+    assert alone["e"]["pid"] != alone["f"]["pid"]
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "empty: failed: ImportError: no such module"
+    assert [line.split(": ")[0] for line in lines[1:]] == ["one/bad", "one/crash", "one/hang"]
+    assert all(line.endswith(f"see {tmp_path}/one.log") for line in lines[1:])
+
+
+def test_the_same_command_does_only_what_is_missing(command, tmp_path):
+    parts = {"one": (("a", "absent", "bad"), 9.0, False), "two": (("b", "wrong"), 9.0, False)}
+    assert not command(parts)
+    assert not json.loads((tmp_path / "one.json").read_text())["finished"]
+    assert json.loads((tmp_path / "two.json").read_text())["finished"]
+    assert not command(parts)
+    assert started(tmp_path) == ["absent", "bad"]  # again: torch may be there now
+    more = {"one": (("a", "absent", "new"), 9.0, False), "two": (("b",), 9.0, False)}
+    assert command(more)
+    assert started(tmp_path) == ["new", "absent"]  # what was never tried comes first
+    assert list(rows(tmp_path, "one")) == ["a", "absent", "new"]
+    assert command(more, batch=64)
+    assert started(tmp_path) == ["a", "absent", "new", "b"]  # other numbers
+    (tmp_path / "two.json").write_text('{"rows": ')
+    assert command(more, batch=64) and started(tmp_path) == ["b", "absent"]
+
+
+def test_it_stops_in_time_and_says_what_is_left(command, tmp_path, capfd):
+    assert not command({"one": (("a", "hang", "b"), 300.0, False), "two": (("c",), 9.0, False)}, minutes=0.1)
+    assert list(rows(tmp_path, "one")) == ["a"]  # the end of the time is no failure of the case
+    err = capfd.readouterr().err
+    assert "one: no time left for hang, b; the same command goes on with it" in err and "two: no time left for c" in err
+    assert not (tmp_path / "two.json").exists()
+
+
+def test_cases_that_share_the_rest_of_the_time_leave_the_others_their_part(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "START", 0.0)
+    assert not command({"rest": (("hang", "b"), 0, True), "one": (("a",), 9.0, False)}, minutes=0.12)
+    assert started(tmp_path) == ["a", "hang", "b"]  # the rest comes last
+    assert (
+        rows(tmp_path, "rest")["hang"]["failed"].startswith("killed after ") and rows(tmp_path, "rest")["b"]["ms"] == 7
+    )
+
+
+def test_a_folder_holds_the_numbers_of_one_card(command, tmp_path, monkeypatch):
+    assert command({"one": (("a",), 9.0, False)})
+    monkeypatch.setenv("CARD", "H8")
+    with pytest.raises(
+        UserError, match=r"--out=.*: holds numbers of 1 x H7, but this machine has 1 x H8; give another"
+    ):
+        command({"one": (("a",), 9.0, False)})
+    assert rows(tmp_path, "one")["a"]["ms"] == 7.0
+    monkeypatch.delenv("CARD")
+    with pytest.raises(UserError, match="no device to measure: its process ended with status 1: KeyError: 'CARD'; see"):
+        command({"one": (("a",), 9.0, False)})
+
+
+def test_times_are_medians_of_windows_without_the_warm_up():
+    """A clock that a call moves: 9 and 5 s to compile, then 0.5 s, but 3.5 s in one window."""
+    at, calls = [0.0], iter([9.0, 5.0, *[0.5] * 7, *[0.5] * 4, *[0.5 + 3] * 4, *[0.5] * 4])
+    waited = []
+
+    def call():
+        at[0] += next(calls)
+        return at[0]
+
+    found = clock.timed(call, seconds=2.0, windows=3, block=waited.append, now=lambda: at[0])
+    # 1, 2 and 4 calls find out how many fill a window
+    assert found == {"ms": 500.0, "ms_range": [500.0, 3500.0], "calls": 4} and next(calls, None) is None
+    assert waited[0] == 9.0 and len(waited) == 2 + 2 + 3
+
+
+@pytest.mark.parametrize(("parts", "biased"), [(1, False), (3, True)])
+def test_exact_attention_has_the_gradients_of_its_result(parts, biased):
+    rng = np.random.default_rng(0)
+    x, g, bias = (rng.normal(size=s) for s in ((2, 5, parts * 6), (2, 5, 6), (2, 5, 5)))
+    bias = bias if biased else None
+    found = exact.attention(x, bias, g, 2, parts)
+    value = lambda x, bias: np.sum(exact.attention(x, bias, g, 2, parts)["y"] * g)  # noqa: E731
+    direction, step = rng.normal(size=x.shape), 1e-5
+    slope = (value(x + step * direction, bias) - value(x - step * direction, bias)) / (2 * step)
+    np.testing.assert_allclose(np.sum(found["dx"] * direction), slope, rtol=1e-7)
+    w = x.reshape(2, 5, parts, 2, 3)[:, :, -1]
+    assert found["y"].shape == (2, 5, 6) and np.abs(found["y"]).max() <= np.abs(w).max()  # means of values
+    if biased:
+        direction = rng.normal(size=bias.shape)
+        slope = (value(x, bias + step * direction) - value(x, bias - step * direction)) / (2 * step)
+        np.testing.assert_allclose(np.sum(found["dbias"] * direction), slope, rtol=1e-7)
+
+
+def test_kernels_are_right_by_their_distance_from_float64():
+    true = {"y": np.array([1.0, -4.0])}
+    plain = {"y": np.array([1.0, -4.02])}  # 0.5 % of the largest number
+    found = kernels.judged(true, {"y": np.array([1.023, -4.0])}, plain)
+    assert found["ok"] and found["errors"]["y"] == pytest.approx(0.023 / 4)
+    assert found["plain_errors"]["y"] == pytest.approx(0.005)
+    assert not kernels.judged(true, {"y": np.array([1.025, -4.0])}, plain)["ok"]
+    assert not kernels.judged(true, {"y": np.array([1.0, np.nan])}, plain)["ok"]
+
+
+def test_the_kernels_agree_in_interpret_mode():
+    case = kernels.Attention(8, 5, 2, 64, dtype="float32")
+    assert kernels.compare_attention(case, kernels.mssa_on_tpu, True)["ok"]
+    twice = lambda *a: 2.0 * kernels.mssa_on_tpu(*a)  # noqa: E731
+    assert not kernels.compare_attention(case, twice, True)["ok"]
+
+
+def test_awkward_shapes_are_among_the_cases():
+    for platform, widths, batch in (("gpu", {32, 64, 80}, 1), ("tpu", {32, 64}, 8)):
+        settings = Settings("", platform=platform)
+        found = {n: f for part in ("parity", "parity_more") for n, f in PARTS[part].cases(part, settings).items()}
+        shapes = [f.args[0] for n, f in found.items() if isinstance(f.args[0], kernels.Attention)]
+        assert {s.tokens for s in shapes} == {5, 197, 577} and {s.width for s in shapes} == widths
+        assert min(s.images for s in shapes) == batch and {s.dtype for s in shapes} == {"bfloat16", "float32"}
+        if platform == "tpu":
+            assert all(mssa_kernel.fits(s.images, s.heads, s.heads * s.width) for s in shapes)
+        else:
+            assert {(s.parts, s.biased) for s in shapes if s.tokens == 577} == {(1, False), (3, False), (3, True)}
+            assert sum(isinstance(f.args[0], kernels.Norm) for f in found.values()) == 3
+
+
+def test_the_table_compares_and_leaves_out_what_is_not_there():
+    ours = {
+        "batch": 128, "ms": 40.0, "images_per_sec": 3200.0, "model_flops_per_image": 5e10, "peak_bytes": 7.5e9,
+        "attention": "Triton kernels", "compiled": {"flops": 6e12, "bytes": 9e10},
+    }  # fmt: skip
+    machine = {
+        "device": "H7", "devices": 2, "runtime": "", "nvidia_smi": "H7, 580.1", "python": "3.12", "cores": 16,
+        "versions": {"jax": "0.11", "torch": ""},
+    }  # fmt: skip
+    text = table.markdown(
+        {
+            MACHINE: {MACHINE: machine},
+            "peak": {"matmul": {"flops": 4e14}, "bandwidth": {"bytes_per_s": 3e12}},
+            "crate_mae_b": {"ours": ours, "pytorch": {"images_per_sec": 1000.0}},
+            "ropim_vit_b": {"ours": {"failed": "OutOfMemory: a | b"}},
+            "vit_mae_b": {},
+            "parity": {"MSSA": {"errors": {"y": 0.02, "dx": 0.001}, "plain_errors": {"y": 0.5, "dx": 1}, "ok": False}},
+        }
+    )
+    assert text.startswith("2 x H7 (H7, 580.1); jax 0.11; Python 3.12; 16 cores.")
+    # Of two devices' peak 3200 * 5e10 / 8e14. Bytes take 30 ms, FLOPs 15. PyTorch has one device, ours 1600 on each.
+    row = "| crate_mae_b | 128 | 3200 | 40.00 | 20.0% | 75.0% | 7.5 | - | 1000 | - | 1.60 | Triton kernels |"
+    assert row in text.splitlines()
+    assert "| MSSA | y 2.0e-02, dx 1.0e-03 | 5.0e-01, 1.0e+00 | NO |" in text
+    assert "| ropim_vit_b: ours | failed | OutOfMemory: a / b |" in text
+    assert "vit_mae_b" not in text and "CIFAR" not in text and "| bfloat16 products, TFLOP/s | 400 |" in text
+
+
+def test_an_npz_becomes_a_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (13, 4, 5, 3), np.uint8), np.arange(13) % 3
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    source = cifar.unpack(tmp_path / "a.npz", tmp_path / "a")
+    assert len(list((source / "train").glob("*/*.bmp"))) == 11 and len(list((source / "test").glob("*/*.bmp"))) == 2
+    c = cifar.configured("so", source, Settings(""))
+    assert c.penalty.name == "so" and c.penalty.weight == 1e-6
+    train = cifar.data.open_split(c, "train")
+    np.testing.assert_array_equal(train.read(0), images[0])
+    assert cifar.configured("none", source, Settings("")).penalty.name == "none"
+    np.savez(tmp_path / "b.npz", images=images, labels=labels, test_images=images[:2], test_labels=labels[:2])
+    source = cifar.unpack(tmp_path / "b.npz", tmp_path / "a")
+    assert len(list((source / "train").glob("*/*.bmp"))) == 13 and len(list((source / "test").glob("*/*.bmp"))) == 2
+    np.savez(tmp_path / "c.npz", images=images[0], labels=labels)
+    with pytest.raises(DataError, match=r"train images are uint8"):
+        cifar.unpack(tmp_path / "c.npz", tmp_path / "c")
+    np.savez(tmp_path / "d.npz", x=images)
+    with pytest.raises(DataError, match=r"d\.npz: has no array 'images'"):
+        cifar.unpack(tmp_path / "d.npz", tmp_path / "d")
+
+
+def test_the_second_run_on_cifar_has_the_steps_of_the_first(tmp_path):
+    settings, path = Settings(str(tmp_path), data="/d"), tmp_path / "cifar10.json"
+    assert cifar.earlier(path, settings) is None
+    rows = {"so": {"steps": 700, "planned_rate": 9.0}, "none": {"failed": "x"}}
+    path.write_text(json.dumps({"settings": runner.key_of("cifar10", settings), "rows": rows}))
+    assert cifar.earlier(path, settings) == (700, 9.0)
+    assert cifar.earlier(path, dataclasses.replace(settings, data="/e")) is None
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_command_runs_on_a_cpu(cli_env, tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", images=rng.integers(0, 256, (120, 32, 32, 3), np.uint8), labels=np.arange(120) % 3)
+    out = tmp_path / "out"
+    line = ["-m", "benchmarks.accelerator", "--debug", "--minutes=12", f"--out={out}", f"--data={tmp_path / 'a.npz'}"]
+    result = subprocess.run([sys.executable, *line], cwd=ROOT, env=cli_env, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-2000:] + result.stdout[-2000:]
+    assert result.stdout == (out / "table.md").read_text() and result.stderr == ""
+    for part in PARTS:
+        found = rows(out, part)
+        assert set(found) == set(PARTS[part].cases(part, Settings(str(out), debug=True, platform="cpu")))
+        assert not any("failed" in row for row in found.values())
+    assert all(rows(out, "cifar10")[name]["steps"] == rows(out, "cifar10")["so"]["steps"] for name in ("so", "none"))
+    assert all(0 < row["overlap"] for row in rows(out, "feed").values())
+    bad = subprocess.run(
+        [sys.executable, *line[:2], "--out", str(out), "--only=a"],
+        cwd=ROOT,
+        env=cli_env,
+        capture_output=True,
+        text=True,
+    )
+    assert bad.returncode == 2 and "--only: unknown a; must be of peak, parity" in bad.stderr
