@@ -51,7 +51,7 @@ def measure(penalty: str, settings: Settings) -> Row:
         config.steps, rate = known
     else:
         rate = measured_rate(configured(penalty, folder, settings), 0.2 if settings.debug else 4.0)
-        config.steps = steps_for(settings.until - time.time(), rate / config.batch_size)
+        config.steps = 4 if settings.debug else steps_for(settings.until - time.time(), rate / config.batch_size)
     config.epochs = 0.0
     config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, 0.1 * epochs(config))
     workdir = out / f"run_{penalty}"

@@ -155,7 +155,7 @@ def attempt(
                 line = lines.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 if running and end < until:
-                    done({"failed": f"killed after {limit:g} s"})
+                    done({"failed": f"killed after {end - begun:.3g} s"})
                 return
             if line is None:
                 break
