@@ -91,7 +91,7 @@ def test_what_fails_crashes_or_hangs_costs_only_its_own_case(command, tmp_path, 
     found = rows(tmp_path, "one")
     assert list(found) == list(names) and started(tmp_path) == [*names, "e", "f"]
     assert {name for name, row in found.items() if row.get("ms") == 7.0} == set("abcd")
-    assert found["a"]["pid"] != found["b"]["pid"] == rows(tmp_path, "one")["b"]["pid"]
+    assert len({found[name]["pid"] for name in "abcd"}) == 4  # a process ends with a case that fails
     assert found["bad"]["failed"] == "ValueError: no"
     assert found["crash"]["failed"] == "its process ended with signal SIGSEGV: it is broken"
     assert found["hang"]["failed"] == "killed after 1 s" and 1 <= found["hang"]["seconds"] < 9
@@ -152,7 +152,7 @@ def test_a_folder_holds_the_numbers_of_one_card(command, tmp_path, monkeypatch):
 
 def test_times_are_medians_of_windows_without_the_warm_up():
     """A clock that a call moves: 9 and 5 s to compile, then 0.5 s, but 3.5 s in one window."""
-    at, calls = [0.0], iter([9.0, 5.0, *[0.5] * 7, *[0.5] * 4, *[0.5 + 3] * 4, *[0.5] * 4])
+    at, calls = [0.0], iter([9.0, 5.0, *[0.5] * 3, *[0.5] * 4, *[0.5 + 3] * 4, *[0.5] * 4])
     waited = []
 
     def call():
@@ -160,7 +160,7 @@ def test_times_are_medians_of_windows_without_the_warm_up():
         return at[0]
 
     found = clock.timed(call, seconds=2.0, windows=3, block=waited.append, now=lambda: at[0])
-    # 1, 2 and 4 calls find out how many fill a window
+    # One call, and then two, find out how many fill a window.
     assert found == {"ms": 500.0, "ms_range": [500.0, 3500.0], "calls": 4} and next(calls, None) is None
     assert waited[0] == 9.0 and len(waited) == 2 + 2 + 3
 
@@ -257,10 +257,12 @@ def test_an_npz_becomes_a_folder(tmp_path):
     source = cifar.unpack(tmp_path / "b.npz", tmp_path / "a")
     assert len(list((source / "train").glob("*/*.bmp"))) == 13 and len(list((source / "test").glob("*/*.bmp"))) == 2
     np.savez(tmp_path / "c.npz", images=images[0], labels=labels)
-    with pytest.raises(DataError, match=r"train images are uint8"):
+    with pytest.raises(
+        DataError, match=r"c\.npz: images is uint8 \(4, 5, 3\) and labels is int64 \(13,\); they must be"
+    ):
         cifar.unpack(tmp_path / "c.npz", tmp_path / "c")
     np.savez(tmp_path / "d.npz", x=images)
-    with pytest.raises(DataError, match=r"d\.npz: has no array 'images'"):
+    with pytest.raises(DataError, match=r"d\.npz: images is missing and labels is missing; they"):
         cifar.unpack(tmp_path / "d.npz", tmp_path / "d")
 
 

@@ -121,27 +121,22 @@ def unpack(path: Path, folder: Path) -> Path:
     """
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
-    if missing := {"images", "labels"} - set(arrays):
-        raise DataError(
-            f"{path}: has no array {sorted(missing)[0]!r}; it must have images (n, H, W, 3) and labels (n,)"
-        )
-    held = np.arange(len(arrays["images"])) % 6 == 5
-    whole = "test_images" in arrays
-    splits = {
-        "train": (arrays["images"], arrays["labels"]) if whole else (arrays["images"][~held], arrays["labels"][~held]),
-        "test": (arrays["test_images"], arrays["test_labels"])
-        if whole
-        else (arrays["images"][held], arrays["labels"][held]),
-    }
-    shutil.rmtree(folder, ignore_errors=True)
-    for split, (images, labels) in splits.items():
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or labels.shape != images.shape[:1]:
+    pairs = [("images", "labels"), *[("test_images", "test_labels")] * ("test_images" in arrays)]
+    for images, labels in pairs:
+        found = [f"{arrays[n].dtype} {arrays[n].shape}" if n in arrays else "missing" for n in (images, labels)]
+        x, y = (arrays.get(name, np.zeros(())) for name in (images, labels))
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or y.shape != x.shape[:1]:
             raise DataError(
-                f"{path}: {split} images are {images.dtype} {images.shape} and labels {labels.shape}; they must be "
-                "uint8 (n, H, W, 3) and (n,)"
+                f"{path}: {images} is {found[0]} and {labels} is {found[1]}; they must be uint8 (n, H, W, 3) and (n,)"
             )
-        for label in np.unique(labels):
+    splits = {split: [arrays[n] for n in names] for split, names in zip(("train", "test"), pairs, strict=False)}
+    if len(splits) == 1:
+        held = np.arange(len(arrays["images"])) % 6 == 5
+        splits = {split: [x[kept] for x in splits["train"]] for split, kept in (("train", ~held), ("test", held))}
+    shutil.rmtree(folder, ignore_errors=True)
+    for split, (x, y) in splits.items():
+        for label in np.unique(y):
             (folder / split / str(label)).mkdir(parents=True)
-        for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        for k, (image, label) in enumerate(zip(x, y, strict=True)):
             Image.fromarray(image).save(folder / split / str(label) / f"{k:06d}.bmp")
     return folder

@@ -183,8 +183,9 @@ def run_part(name: str, settings: Settings, record: Record, until: float, again:
     try:
         names = list(part.cases(name, settings))
     except Exception as e:
-        complain(f"{name}: failed: {type(e).__name__}: {e}")
-        record.add(name, {"failed": f"{type(e).__name__}: {e}"}, [name])
+        if name not in record.new:
+            complain(f"{name}: failed: {type(e).__name__}: {e}")
+            record.add(name, {"failed": f"{type(e).__name__}: {e}"}, [name])
         return []
 
     def add(case: str, row: Row) -> None:
@@ -192,6 +193,7 @@ def run_part(name: str, settings: Settings, record: Record, until: float, again:
         if "failed" in row:
             complain(f"{name}/{case}: failed: {row['failed']}; see {Path(settings.out) / name}.log")
 
+    record.rows = {case: record.rows[case] for case in names if case in record.rows}  # another version had others
     wanted = record.wanted(names, again)
     while wanted:
         left = until - time.monotonic()
