@@ -251,7 +251,7 @@ def test_an_npz_becomes_a_folder(tmp_path):
     c = cifar.configured("so", source, Settings(""))
     assert c.penalty.name == "so" and c.penalty.weight == 1e-6
     train = cifar.data.open_split(c, "train")
-    np.testing.assert_array_equal(train.read(0), images[0])
+    assert any(np.array_equal(train.read(0), x) for x in images[labels == 0])
     assert cifar.configured("none", source, Settings("")).penalty.name == "none"
     np.savez(tmp_path / "b.npz", images=images, labels=labels, test_images=images[:2], test_labels=labels[:2])
     source = cifar.unpack(tmp_path / "b.npz", tmp_path / "a")

@@ -5,7 +5,7 @@ with the recipe's schedule. The weights of few epochs are not those of the recip
 compared with each other.
 
 An .npz holds ``images`` (n, 32, 32, 3) uint8 and ``labels`` (n,), and ``test_images`` and ``test_labels``; without the
-last two every sixth image is for evaluation.
+last two a sixth of the images, drawn at random, is for evaluation.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def unpack(path: Path, folder: Path) -> Path:
             )
     splits = {split: [arrays[n] for n in names] for split, names in zip(("train", "test"), pairs, strict=False)}
     if len(splits) == 1:
-        held = np.arange(len(arrays["images"])) % 6 == 5
+        held = np.random.default_rng(0).permutation(len(arrays["images"])) % 6 == 5
         splits = {split: [x[kept] for x in splits["train"]] for split, kept in (("train", ~held), ("test", held))}
     shutil.rmtree(folder, ignore_errors=True)
     for split, (x, y) in splits.items():
