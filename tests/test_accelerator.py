@@ -223,6 +223,10 @@ def test_the_table_compares_and_leaves_out_what_is_not_there():
         "device": "H7", "devices": 2, "runtime": "", "nvidia_smi": "H7, 580.1", "python": "3.12", "cores": 16,
         "versions": {"jax": "0.11", "torch": ""},
     }  # fmt: skip
+    times = {
+        "with_gradients_flops": 3e11, "ours": {"forward_ms": 0.5, "with_gradients_ms": 1.25, "differs_by": 0.01},
+        "xla": {"refused": "x"}, "cudnn": {"forward_ms": 0.25, "with_gradients_ms": 1.0, "differs_by": 0.07},
+    }  # fmt: skip
     text = table.markdown(
         {
             MACHINE: {MACHINE: machine},
@@ -230,6 +234,7 @@ def test_the_table_compares_and_leaves_out_what_is_not_there():
             "crate_mae_b": {"ours": ours, "pytorch": {"images_per_sec": 1000.0}},
             "ropim_vit_b": {"ours": {"failed": "OutOfMemory: a | b"}},
             "vit_mae_b": {},
+            "kernel_times": {"MSSA, B": times},
             "parity": {"MSSA": {"errors": {"y": 0.02, "dx": 0.001}, "plain_errors": {"y": 0.5, "dx": 1}, "ok": False}},
         }
     )
@@ -239,6 +244,7 @@ def test_the_table_compares_and_leaves_out_what_is_not_there():
     assert row in text.splitlines()
     assert "| MSSA | y 2.0e-02, dx 1.0e-03 | 5.0e-01, 1.0e+00 | NO |" in text
     assert "| ropim_vit_b: ours | failed | OutOfMemory: a / b |" in text
+    assert "| MSSA, B | 0.500 / 1.250 | - / - | 0.250 / 1.000 WRONG | - / - | 60.0% |" in text
     assert "vit_mae_b" not in text and "CIFAR" not in text and "| bfloat16 products, TFLOP/s | 400 |" in text
 
 

@@ -103,6 +103,7 @@ def measure(model: str, settings: Settings) -> Row:
         config = config_of(model, settings)
         config.data.source = f"folder:{folder}"
         config.data.workers = 0 if settings.debug else cores()
+        config.data.memory_mb = 0  # ImageNet would not fit: each image is read and decoded for each batch
         source = data.open_split(config, "train")
         prepared = step.prepare(config, source)
         stepper = Stepper(prepared.step, prepared)

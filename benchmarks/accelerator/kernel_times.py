@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +43,38 @@ def cases(name: str, settings: Settings) -> Cases:
     return found
 
 
-def both(attend: Callable[..., jax.Array], case: Attention, arrays: tuple[jax.Array | None, ...], *static: bool) -> Row:
-    """Times of the result alone, and with all gradients, in ms; or what refuses to run."""
+def both(
+    attend: Callable[..., jax.Array],
+    case: Attention,
+    arrays: tuple[jax.Array | None, ...],
+    expected: jax.Array,
+    *static: bool,
+) -> Row:
+    """Times of the result alone, and with all gradients, in ms, and how far the result is from what is expected.
+
+    Args:
+      attend: from x, the bias, heads and parts, and `static`, to the result.
+      case: the sizes.
+      arrays: x, the bias and the result's gradient; they may have more tokens than the case.
+      expected: the result of the plain version.
+      *static: more arguments.
+    """
     x, bias, g = arrays
     forward = jax.jit(lambda x, bias: attend(x, bias, case.heads, case.parts, *static))
     whole = with_gradients(attend, case.heads, case.parts, *static)
+    y, expected = (a[:, : case.tokens].astype(jnp.float32) for a in (forward(x, bias), expected))
+    return {
+        "forward_ms": timed(functools.partial(forward, x, bias))["ms"],
+        "with_gradients_ms": timed(functools.partial(whole, x, bias, g))["ms"],
+        "differs_by": float(jnp.abs(y - expected).max() / jnp.abs(expected).max()),
+    }
+
+
+def if_it_runs(*args: Any) -> Row:
+    """The times of another library's version, or why it refuses the shape."""
     try:
-        return {
-            "forward_ms": timed(functools.partial(forward, x, bias))["ms"],
-            "with_gradients_ms": timed(functools.partial(whole, x, bias, g))["ms"],
-        }
-    except Exception as e:  # the other versions are worth their time
+        return both(*args)
+    except Exception as e:
         return {"refused": f"{type(e).__name__}: {one_line(e)}"[:200]}
 
 
@@ -60,20 +82,21 @@ def attention(case: Attention, platform: str) -> Row:
     """All versions of one case; `flops` are the mathematics' own: 2 products forward, 4 for gradients."""
     arrays = case.draw()
     interpret = platform not in ("gpu", "tpu")
+    expected = jax.jit(lambda x, bias: plain(x, bias, case.heads, case.parts))(*arrays[:2])
     if platform == "tpu" and case.parts == 3:
         ours: Row = {"refused": "there is no kernel of ours for TPUs"}
     else:
-        ours = both(mssa_on_tpu if platform == "tpu" else gpu_attention.attend, case, arrays, interpret)
+        ours = both(mssa_on_tpu if platform == "tpu" else gpu_attention.attend, case, arrays, expected, interpret)
     product = 2 * case.images * case.heads * case.tokens**2 * case.width
     row = {
         "shape": dataclasses.asdict(case),
         "forward_flops": 2 * product,
         "with_gradients_flops": 6 * product,
         "ours": ours,
-        "xla": both(plain, case, arrays),
+        "xla": both(plain, case, arrays, expected),
     }
     if platform == "gpu":
-        row["cudnn"] = both(cudnn, case, arrays)
+        row["cudnn"] = if_it_runs(cudnn, case, arrays, expected)
         if "refused" in row["cudnn"]:
             padded = -case.tokens % 8
             x, bias, g = arrays
@@ -83,7 +106,7 @@ def attention(case: Attention, platform: str) -> Row:
                 None if bias is None else jnp.pad(bias, ((0, 0), *wide)),
                 jnp.pad(g, ((0, 0), wide[0], (0, 0))),
             )
-            row["cudnn_padded"] = both(functools.partial(cudnn, tokens=case.tokens), case, more)
+            row["cudnn_padded"] = if_it_runs(functools.partial(cudnn, tokens=case.tokens), case, more, expected)
     return row
 
 

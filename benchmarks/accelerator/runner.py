@@ -159,7 +159,10 @@ def attempt(
                 return
             if line is None:
                 break
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:  # a library printed it while it was imported
+                continue
             if "row" in event:
                 done(event["row"])
                 running = ""

@@ -9,6 +9,7 @@ from benchmarks.accelerator.parts import MACHINE, PARTS, Row
 from benchmarks.accelerator.runner import measured
 
 Rows = Mapping[str, Mapping[str, Row]]  # part -> case -> row
+DIFFERS = 0.05  # of the largest number: more than bfloat16 explains
 MODELS = {name: part for name, part in PARTS.items() if part.module == "steps"}
 
 
@@ -51,8 +52,9 @@ def number(row: Row | None, value: str | Callable[[Row], Any], form: str) -> str
 
 
 def times(row: Row | None) -> str:
-    """Both times of a version of a kernel, in ms."""
-    return " / ".join(number(row, name, ".3f") for name in ("forward_ms", "with_gradients_ms"))
+    """Both times of a version of a kernel, in ms; a result that is another one than the plain version's is said."""
+    wrong = " WRONG" if row and row.get("differs_by", 0.0) > DIFFERS else ""
+    return " / ".join(number(row, name, ".3f") for name in ("forward_ms", "with_gradients_ms")) + wrong
 
 
 def ceilings(rows: Rows) -> str:
