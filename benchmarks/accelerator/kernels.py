@@ -85,11 +85,9 @@ def cases(name: str, settings: Settings) -> Cases:
         norms = [Norm(3, 7, 20, True)] if more else []
     else:
         attention = [Attention(*shape, **kind) for shape in (MORE if more else FIRST) for kind in KINDS]
-        norms = [Norm(1, 5, 192, False), Norm(2, 577, 1280, True)] if more else [Norm(3, 197, 768, True)]
-    if not more:
-        attention += [
-            dataclasses.replace(case, dtype="float32") for case in attention[: 1 if tpu or settings.debug else 3]
-        ]
+        norms = [Norm(1, 5, 192, False, "float32"), Norm(2, 577, 1280, True)] if more else [Norm(3, 197, 768, True)]
+    if not more and (tpu or settings.debug):  # GPUs have no kernel for attention in float32
+        attention.append(dataclasses.replace(attention[0], dtype="float32"))
     interpret = settings.platform not in ("gpu", "tpu")
     ours = mssa_on_tpu if tpu else gpu_attention.attend
     return {c.name: functools.partial(compare_attention, c, ours, interpret) for c in attention} | {
