@@ -157,9 +157,11 @@ def has_statistics(config: ConfigDict) -> bool:
 def attention_by(config: ConfigDict, mesh: Mesh) -> str:
     """What computes the attention of the config's encoder in a step on this mesh; empty: it has no attention."""
     by, e = ENCODERS[config.encoder.name].attention_by, config.encoder
-    return (
-        "" if by is None else on_mesh(mesh, by)(config.batch_size // config.accumulate, e.heads, e.width, config.dtype)
-    )
+    if by is None:
+        return ""
+    what = on_mesh(mesh, by)(config.batch_size // config.accumulate, e.heads, e.width, config.dtype)
+    own_biases = what != "XLA" and e.positions.startswith("relative")  # of each image, once it has its own tokens
+    return f"{what}, by XLA where tokens are dropped" if own_biases else what
 
 
 def widths(config: ConfigDict) -> tuple[int, ...]:
