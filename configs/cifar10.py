@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``encoder``, ``corruption``, ``penalty`` and ``debug``."""
     arg = parse_arg(
         arg,
-        encoder=("crate", "vit"),
+        encoder=("crate", "vit", "resnet18"),
         corruption=("mask", "rop", "noise", "none"),
         penalty=("none", "so", "srip"),
         debug=False,
@@ -32,12 +32,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.eval_crop = 1.0
 
     c.encoder.name, c.encoder.patch_size = arg.encoder, 4
-    c.encoder.width, c.encoder.depth, c.encoder.heads = 128, 4, 4
+    if arg.encoder == "resnet18":  # of 16 to 128 channels; the patches are those of pixels
+        c.encoder.stem, c.encoder.stage_width = "cifar", 16
+    else:
+        c.encoder.width, c.encoder.depth, c.encoder.heads = 128, 4, 4
     c.corruption.name = arg.corruption
     c.corruption.rop_ratio = 0.25
     if arg.encoder == "crate":
         c.encoder.lam = 0.1  # the best value in Table 6 of arXiv 2404.02446
         c.decoder.name, c.decoder.depth, c.decoder.heads = "crate", 2, 4
+    elif arg.encoder == "resnet18":
+        c.corruption.mask_fill = "zero"
+        c.decoder.name, c.decoder.width, c.decoder.depth, c.decoder.heads = "transformer", 64, 2, 2
     elif arg.corruption == "mask":
         c.corruption.mask_fill = "drop"
         c.decoder.name, c.decoder.width, c.decoder.depth, c.decoder.heads = "transformer", 64, 2, 2
@@ -58,6 +64,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.debug:
         c.data.source, c.steps, c.epochs, c.batch_size = "synthetic", 4, 0.0, 8
         c.encoder.width, c.encoder.depth, c.decoder.depth = 48, 2, 2
+        if arg.encoder == "resnet18":
+            c.encoder.stage_width = 4
         c.decoder.width = 48 if c.decoder.name == "transformer" else 0
         c.optimizer.warmup_epochs, c.log.every, c.save.every = 0.0, 2, 2
         c.evaluation.train_images = c.evaluation.test_images = 32

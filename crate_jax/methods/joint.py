@@ -227,7 +227,7 @@ class _Parts:
 
     Attributes:
       config, algorithm, encoder, views_of: as in :func:`assemble`.
-      classes: of the online classifier; 0: none.
+      classes: the number of classes of the online classifier; 0: there is no classifier.
     """
 
     config: ConfigDict
