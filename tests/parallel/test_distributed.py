@@ -233,7 +233,8 @@ CARRYING = [name for name, row in METHODS.items() if "joint" in row.parts]
 def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
     """Queues, centres, memories, targets and statistics: after 3 steps and a restart with one process, 6 steps.
 
-    The tolerance is that of float32 over six steps whose rate is large; bits differ, since sums have other orders.
+    Bits differ, since sums have other orders. The rate is small: a ReLU at zero makes of one bit a gradient that is
+    other by 5e-4, which a large rate carries into the losses of the next steps.
     """
     for i in range(48):  # without labels, so that no classifier is fitted on them
         pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
@@ -241,6 +242,7 @@ def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
     flags = [f"--config=configs/joint.py:method={name},debug", f"--config.data.source=folder:{tmp_path / 'images'}"]
     flags += ["--config.log.every=1", "--config.log.report=False", "--config.log.pictures=0", "--config.save.every=3"]
     flags += ["--config.deepclusterv2.prototypes=6,5", "--config.optimizer.schedule=constant"]
+    flags += ["--config.optimizer.lr=0.02"]
     flags += ["--config.joint.tau_final=0.99"]  # as at the start: the first of the two runs knows of three steps only
     one, two = tmp_path / "one", tmp_path / "two"
     command = [sys.executable, "-m", "crate_jax.main", *flags, "--config.steps=6"]
@@ -251,9 +253,9 @@ def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
     assert (
         subprocess.run([*command, f"--workdir={two}"], cwd=ROOT, env=cli_env, timeout=500, check=False).returncode == 0
     )
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-3)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
     states = [checkpoint.read_params(workdir)[0] for workdir in (two, one)]
-    chex.assert_trees_all_close(*states, rtol=2e-2, atol=2e-3)
+    chex.assert_trees_all_close(*states, rtol=2e-3, atol=2e-4)
 
 
 def steps_done(workdir: Path) -> int:
