@@ -6,6 +6,9 @@ MAX_LISTED = 5  # texts that one message lists
 class UserError(ValueError):
     """Something outside the library is wrong; the message says what is wrong and what would be right."""
 
+    def __str__(self) -> str:
+        return shown(super().__str__())
+
 
 class ConfigError(UserError):
     """A configuration that cannot be run."""
@@ -21,6 +24,20 @@ class CheckpointError(UserError):
 
 class NonFiniteError(UserError):
     """The loss, a gradient or a feature is NaN or infinite."""
+
+
+def shown(text: str) -> str:
+    r"""Escapes what a terminal would not print, for messages with a name or path in them.
+
+    Names of files may hold line breaks, a terminal's escape codes, marks that turn the direction of writing, and bytes
+    that are no text. Everything that prints such a name uses this function.
+
+    >>> shown("a\nb\x1b[31m\u202e\udcff"), shown("Käse 猫.png")
+    ('a\\nb\\x1b[31m\\u202e\\udcff', 'Käse 猫.png')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def some(texts: list[str], separator: str) -> str:

@@ -3,14 +3,18 @@
 An input that is not 8-bit RGB is converted:
 
 * grey, palette, CMYK, YCbCr: Pillow's conversion to RGB;
-* alpha (RGBA, LA, a palette or an RGB image with a transparent colour): laid over white, as a viewer shows it; the
-  colours stored under transparent pixels are arbitrary;
-* 16-bit grey: scaled by 1 / 257 (Pillow would clip at 255); 32-bit integers by 1 / 257, or by 2**-23 if they exceed
-  65535; floats are read as [0, 1], [0, 255] or [0, 65535], the first range that holds them all;
+* alpha (RGBA, LA, a palette with transparent colours): laid over white, as a viewer shows it; the colours stored under
+  transparent pixels are arbitrary; a transparent colour of a PNG is looked for at the depth that the file has;
+* RGB of 16 bits per channel: the upper 8 bits;
+* grey of more than 8 bits: 12 and 16 bits are scaled by 255 / the largest value (Pillow would clip at 255); signed
+  numbers likewise, by their largest positive value; integers of 32 bits by 1 / 257 if they do not exceed 65535; floats
+  are read as [0, 1], [0, 255] or [0, 65535], the first range that holds them all, NaN as 0. A TIFF whose 0 is white is
+  inverted; its MinSampleValue and SMinSampleValue are statistics and change nothing (TIFF 6.0, sections 8 and 19);
 * EXIF orientation: applied, so that a photo is upright;
 * several frames: the first one is taken.
 
-Images of more than Pillow's limit (2 * `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels) count as undecodable.
+Undecodable are images without a look: negative greys, floats above 65535; layouts that Pillow reads wrongly; and images
+of more than `config.data.max_pixels`.
 """
 
 from __future__ import annotations
@@ -19,38 +23,93 @@ import io
 import math
 import os
 import stat
-from collections.abc import Sequence
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY, PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from crate_jax.errors import shown
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Pillow recognises a format by the content, whatever the file's name, and some formats are dangerous: EPS runs
 # Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # by the EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow decodes no larger image, and its own warning comes at half of this: `max_pixels` stands in for it.
+LARGEST = 2 * 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+GREY_STEP = {"L;2": 85, "L;4": 17}  # Pillow multiplies grey of 2 and 4 bits by this, to fill 0..255
+BITS_TAG, COMPRESSION_TAG, PHOTOMETRIC_TAG, PLANES_TAG, SUBSAMPLING_TAG, FORMAT_TAG = 258, 259, 262, 284, 530, 339
+WHITE_IS_ZERO, YCBCR = 0, 6  # values of PHOTOMETRIC_TAG
+UNSIGNED, SIGNED = 1, 2  # values of FORMAT_TAG
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXTS = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
+# Chunks of a PNG without which we show it the same.
+METADATA = (*TEXTS, b"tIME", b"pHYs", b"hIST", b"sPLT", b"cHRM", b"gAMA", b"sRGB", b"bKGD")
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as the crop stays this many times as large as the
 # output: the antialiasing filter, not the decoder, then decides the result.
 DRAFT_MARGIN = 2.0
+_RAW_MODE, _DATA = "crate_jax raw mode", "crate_jax data"  # entries of Image.info
 
 
 class DecodeError(Exception):
     """A file that is not an image, is damaged, or is too large to decode."""
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = LARGEST) -> Image.Image:
     """Parses an encoded image's header; the pixels are decoded later, by :func:`decode` or :func:`crops`.
 
+    Args:
+      data: the file.
+      max_pixels: the largest height x width to decode, at most LARGEST.
+
     Raises:
-      DecodeError: the bytes are not an image of one of FORMATS, or the header is damaged.
+      DecodeError: the bytes are not an image of one of FORMATS, the header is damaged, or the image is too large.
     """
+    if data.startswith(PNG):
+        data = _without_large_metadata(data)
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except (SyntaxError, ValueError, OSError):
+            if not data.startswith(PNG):
+                raise
+            data = _without(data, [(start, end) for kind, start, end in _chunks(data) if kind in METADATA])
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if isinstance(image, TiffImageFile):
+            _mend_layout(image)
     except UnidentifiedImageError as e:  # the text of this error names the buffer
         raise DecodeError("not an image in a known format") from e
     except Exception as e:  # with a damaged file a parser may raise any error
         raise DecodeError(_reason(e)) from e
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DecodeError(f"has {width} x {height} pixels, more than config.data.max_pixels={max_pixels}")
+    image.info[_RAW_MODE] = _raw_mode(image)
+    if isinstance(image, PngImageFile) and "transparency" in image.info and raw_mode(image).startswith("RGB;16"):
+        image.info[_DATA] = data
+    return image
+
+
+def raw_mode(image: Image.Image) -> str:
+    """Returns Pillow's name for how the file of an opened image stores pixels, such as L;2 for grey of 2 bits."""
+    return str(image.info.get(_RAW_MODE, ""))
 
 
 def read_file(path: str) -> bytes:
@@ -96,7 +155,7 @@ def decode(image: Image.Image) -> np.ndarray:
       DecodeError: the pixels cannot be decoded.
     """
     try:
-        return np.asarray(_to_rgb(_oriented(image)))
+        return np.asarray(_upright(image))
     except Exception as e:
         raise DecodeError(_reason(e)) from e
 
@@ -136,9 +195,7 @@ def crops(
         if _orientation(image) == 1:
             reductions = [(h / size[0], w / size[1]) for (_, _, h, w), size in zip(numbers, sizes, strict=True)]
             shrink = _draft(image, min(h for h, _ in reductions), min(w for _, w in reductions))
-        else:
-            image = _oriented(image)
-        rgb = _to_rgb(image)
+        rgb = _upright(image)
         out = []
         for (top, left, height, width), size in zip(numbers, sizes, strict=True):
             right, bottom = min((left + width) / shrink, rgb.width), min((top + height) / shrink, rgb.height)
@@ -155,7 +212,7 @@ def crops(
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return shown(" ".join(str(error).split())) or type(error).__name__
 
 
 def _draft(image: Image.Image, reduction_height: float, reduction_width: float) -> int:
@@ -186,30 +243,164 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(2, 9) else 1
 
 
-def _oriented(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
+    """Decodes an image to RGB as it is displayed."""
     image.load()
-    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    orientation = _orientation(image)  # that of a PNG may be known only now
+    rgb = _to_rgb(image)
+    return rgb if orientation == 1 else rgb.transpose(UPRIGHT[orientation])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
+    key_HW = _key(image)
+    if key_HW is not None:
+        rgb = np.array(_without_alpha(image))
+        rgb[key_HW] = 255
+        return Image.fromarray(rgb)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    return _without_alpha(image)
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;") or _tag(image, FORMAT_TAG, UNSIGNED) == SIGNED:
+        image = Image.fromarray(_to_8_bits(image))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+def _key(image: Image.Image) -> np.ndarray | None:
+    """Returns where a PNG has its transparent colour, bool (H, W); None if there is no such colour.
+
+    Pillow compares the colour, which has the depth of the file, with pixels that it has brought to 8 bits.
+    """
+    key = image.info.get("transparency")
+    if key is None or not isinstance(image, PngImageFile) or image.mode not in ("1", "L", "I;16", "I", "RGB"):
+        return None
+    raw, values = raw_mode(image), np.asarray(image)
+    if image.mode == "RGB":
+        values = values.astype(np.int64)
+        if _DATA in image.info:  # Pillow has kept the upper bytes; read as little-endian, it keeps the lower ones
+            lower = Image.open(io.BytesIO(image.info[_DATA]), formats=("PNG",))
+            lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+            values = 256 * values + np.asarray(lower)
+            return np.all(values == key, axis=-1)
+        return np.all(values == np.bitwise_and(key, 255), axis=-1)  # only the lower bits of a key count
+    if image.mode == "1":
+        return values == bool(key)
+    if image.mode == "L":
+        step = GREY_STEP.get(raw, 1)
+        return values == (key & 255 // step) * step
+    return values == key
+
+
+def _to_8_bits(image: Image.Image) -> np.ndarray:
     """Scales grey values of more than 8 bits to uint8; the module's docstring lists the ranges."""
-    values = np.nan_to_num(grey.astype(np.float64))
-    highest = values.max(initial=0)
-    if grey.dtype.kind == "f" and highest <= 255:
-        scale = 255.0 if highest <= 1 else 1.0
+    values = np.asarray(image)
+    bits, signed = 8 * values.dtype.itemsize, values.dtype.kind == "i"
+    if image.format == "PPM":
+        bits, signed = 16, False  # Pillow has stretched any maximum to 65535
+    elif isinstance(image, TiffImageFile):
+        bits, signed = _tag(image, BITS_TAG, 1), _tag(image, FORMAT_TAG, UNSIGNED) == SIGNED
+        if values.dtype.kind != "f" and values.dtype.itemsize * 8 == bits:  # Pillow has one sign per size
+            values = values.view(values.dtype.str.replace("u", "i") if signed else values.dtype.str.replace("i", "u"))
+    is_float = values.dtype.kind == "f"
+    values = np.where(np.isnan(values), 0, values) if is_float else values.astype(np.float64)
+    highest, lowest = values.max(initial=0), values.min(initial=0)
+    if is_float:
+        top = next((top for top in (1, 255, 65535) if highest <= top), math.inf)
+        if top == math.inf:
+            raise DecodeError(f"holds the grey value {highest:g}; floats must lie in [0, 1], [0, 255] or [0, 65535]")
+        scale = 255.0 / top
+    elif bits == 32:
+        scale = 1 / 257 if highest <= 65535 else 2.0 ** (-23 if signed else -24)
     else:
-        scale = 1 / 257 if highest <= 65535 else 2.0**-23
-    return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+        scale = 255.0 / (2 ** (bits - signed) - 1)
+    if lowest * scale < -0.5:
+        raise DecodeError(f"holds the negative grey value {lowest:g}, which has no brightness")
+    scaled = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+    return 255 - scaled if _tag(image, PHOTOMETRIC_TAG, 1) == WHITE_IS_ZERO else scaled
+
+
+def _tag(image: Image.Image, tag: int, default: int) -> int:
+    """Returns a number, or the first of several, of a TIFF's tags; `default` for other images."""
+    if not isinstance(image, TiffImageFile):
+        return default
+    value = image.tag_v2.get(tag, WHITE_IS_ZERO if tag == PHOTOMETRIC_TAG else default)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _mend_layout(image: TiffImageFile) -> None:
+    """Corrects, before the pixels are decoded, how Pillow reads a TIFF.
+
+    Raises:
+      DecodeError: it would be read wrongly.
+    """
+    compressed = _tag(image, COMPRESSION_TAG, 1) != 1
+    bits, photometric = _tag(image, BITS_TAG, 1), _tag(image, PHOTOMETRIC_TAG, WHITE_IS_ZERO)
+    if not compressed and _tag(image, PLANES_TAG, 1) == 2 and (bits != 8 or photometric == WHITE_IS_ZERO):
+        # Pillow takes a letter of its mode for each plane, and forgets the rest of it.
+        raise DecodeError(f"a TIFF with separate planes of {bits} bits, uncompressed")
+    if not compressed and photometric == YCBCR and tuple(image.tag_v2.get(SUBSAMPLING_TAG, (2, 2))) != (1, 1):
+        raise DecodeError("a TIFF with subsampled colours, uncompressed")
+    if compressed and sys.byteorder == "little":  # libtiff has brought signed numbers and floats to this order
+        native = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
+        image.tile = [t._replace(args=(native.get(t.args[0], t.args[0]), *t.args[1:])) for t in image.tile]
+
+
+def _raw_mode(image: Image.Image) -> str:
+    args = image.tile[0].args if getattr(image, "tile", None) else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yields type, start and end of each chunk of a PNG."""
+    start = len(PNG)
+    while start + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        yield kind, start, start + 12 + length
+        start += 12 + length
+
+
+def _without(data: bytes, chunks: Iterable[tuple[int, int]]) -> bytes:
+    """Returns bytes without the parts (start, end), which are in order."""
+    edges = [0, *(edge for chunk in chunks for edge in chunk), len(data)]
+    if len(edges) == 2:
+        return data
+    return b"".join(data[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
+
+
+def _without_large_metadata(data: bytes) -> bytes:
+    """Returns a PNG without the texts and profiles for which Pillow would refuse the whole image."""
+    dropped, memory = [], 0.0
+    for kind, start, end in _chunks(data):
+        if kind in TEXTS:
+            size = _text_size(kind, data[start + 8 : end - 4])
+            if memory + size > MAX_TEXT_MEMORY:
+                dropped.append((start, end))
+            elif kind != b"iCCP":
+                memory += size
+    return _without(data, dropped)
+
+
+def _text_size(kind: bytes, body: bytes) -> float:
+    """Returns the bytes that a text or profile of a PNG takes; infinite if Pillow refuses to unpack it."""
+    rest = body.partition(b"\0")[2]
+    if kind == b"tEXt":
+        return len(rest)
+    method, text = rest[:1], rest[1:]
+    if kind == b"iTXt":  # whether it is packed, the method, a language and a translated key
+        packed, method, text = rest[:1], rest[1:2], rest[2:].split(b"\0", 2)[-1]
+        if packed == b"\0":
+            return len(text)
+    if method not in (b"\0", b""):
+        return math.inf
+    unpacker = zlib.decompressobj()
+    try:
+        size = len(unpacker.decompress(text, MAX_TEXT_CHUNK))
+    except zlib.error:
+        return 0  # Pillow leaves it out, too
+    return math.inf if unpacker.unconsumed_tail else size
