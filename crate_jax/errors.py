@@ -1,5 +1,7 @@
 """The errors that a user can cause; `main` prints each in one line and exits with status 2."""
 
+import re
+
 MAX_LISTED = 5  # texts that one message lists
 
 
@@ -7,7 +9,7 @@ class UserError(ValueError):
     """Something outside the library is wrong; the message says what is wrong and what would be right."""
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        return escaped(re.sub(r"\s*\n\s*", " ", super().__str__()))  # a message of another library may have many lines
 
 
 class ConfigError(UserError):
@@ -16,6 +18,9 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Data that cannot be found or read."""
+
+    def __str__(self) -> str:
+        return escaped(ValueError.__str__(self))  # a line break is part of a name
 
 
 class CheckpointError(UserError):
@@ -26,13 +31,13 @@ class NonFiniteError(UserError):
     """The loss, a gradient or a feature is NaN or infinite."""
 
 
-def shown(text: str) -> str:
+def escaped(text: str) -> str:
     r"""Escapes what a terminal would not print, for messages with a name or path in them.
 
     Names of files may hold line breaks, a terminal's escape codes, marks that turn the direction of writing, and bytes
     that are no text. Everything that prints such a name uses this function.
 
-    >>> shown("a\nb\x1b[31m\u202e\udcff"), shown("Käse 猫.png")
+    >>> escaped("a\nb\x1b[31m\u202e\udcff"), escaped("Käse 猫.png")
     ('a\\nb\\x1b[31m\\u202e\\udcff', 'Käse 猫.png')
     """
     if text.isprintable():

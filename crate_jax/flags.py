@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from crate_jax.config import require_keys
-from crate_jax.errors import ConfigError, UserError
+from crate_jax.errors import ConfigError, UserError, escaped
 from crate_jax.parallel import distributed
 
 USAGE = "python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR"
@@ -107,7 +107,7 @@ def one_line(error: BaseException) -> str:
     message = " ".join(message.split())
     for pattern, text in REWORDED:
         message = re.sub(pattern, text, message)
-    return message
+    return escaped(message)
 
 
 def _message(error: BaseException) -> str:

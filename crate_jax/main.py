@@ -22,18 +22,33 @@ except ValueError as e:  # a bad environment variable, such as JAX_NUM_CPU_DEVIC
     sys.exit(2)
 from absl import app, flags, logging as absl_logging
 
-from crate_jax.errors import ConfigError, UserError
+from crate_jax.errors import ConfigError, UserError, escaped
 from crate_jax.flags import OUT_OF_MEMORY, define_flags, fail, is_out_of_memory, parse_flags
 from crate_jax.jobs import JOBS
 from crate_jax.parallel import distributed
 from crate_jax.parallel.interrupt import Interrupted
 
 
+class PrintableFormatter(logging.Formatter):
+    """Escapes what a terminal would not print: a name in a message may hold a terminal's codes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text; line breaks stay."""
+        return "\n".join(map(escaped, super().format(record).split("\n")))
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Returns whether JAX says more than that a machine without TPUs has no TPU library."""
+    text = record.getMessage()
+    return not ("backend 'tpu'" in text and "libtpu.so" in text)
+
+
 def set_up_log(process: int) -> None:
     """Sets the log's level and format: process 0 logs everything, the others only warnings, with their number."""
+    logging.getLogger("jax._src.xla_bridge").addFilter(is_news)
     absl_logging.set_verbosity(absl_logging.WARNING if process else absl_logging.INFO)
     who = f"process {process}: " if process else ""
-    formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {who}%(message)s", "%H:%M:%S")
+    formatter = PrintableFormatter(f"%(asctime)s %(levelname).1s {who}%(message)s", "%H:%M:%S")
     absl_logging.get_absl_handler().setFormatter(formatter)
 
 

@@ -14,7 +14,7 @@ from crate_jax.convert.describe import Hints
 from crate_jax.convert.export import FORMATS, export
 from crate_jax.convert.families import FAMILIES
 from crate_jax.convert.rules import Match
-from crate_jax.errors import ConfigError, UserError, some
+from crate_jax.errors import ConfigError, UserError, escaped, some
 from crate_jax.parallel.parameters import count
 from crate_jax.validation import changed_keys
 
@@ -31,7 +31,7 @@ def inspect(args: argparse.Namespace) -> None:
         return
     state, about = files.read(args.path)
     where = "".join(f", under '{key}'" for key in about["nested"])
-    print(f"{args.path}: {about['format']}{where}, {len(state)} tensors")
+    print(escaped(f"{args.path}: {about['format']}{where}, {len(state)} tensors"))
     if weights.METADATA_KEY not in about["metadata"]:
         _show_match(weights.choose(state, about, args.family, args.prefix)[1])
     loaded = weights.load(args.path, args.family, _hints(args), args.prefix)
@@ -40,7 +40,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 def _show(name: str, config: dict[str, Any], params: dict[str, Any]) -> None:
     counts = ", ".join(f"{part} {count(tree):,}" for part, tree in params.items())
-    print(f"{name}: {count(params):,} parameters ({counts})")
+    print(escaped(f"{name}: {count(params):,} parameters ({counts})"))
     c = weights.model_config(config, params)
     old, new = ({section: x[section].to_dict() for section in (*parts(c, params), "data")} for x in (base(), c))
     for line in changed_keys(old, new):
@@ -122,7 +122,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
-        print(f"error: {message}; python -m crate_jax.convert --help says more", file=sys.stderr)
+        print(f"error: {escaped(message)}; python -m crate_jax.convert --help says more", file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,7 +6,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from crate_jax.data.decoding import DecodeError
+from crate_jax.data.decoding import LARGEST, DecodeError
 from crate_jax.data.device_augmentation import pictures_of, views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
@@ -86,9 +86,9 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
     elif kind == "synthetic":
         source = SyntheticSource(split, data.image_size)
     elif kind == "folder":
-        source = open_folder(where, split, data.train_split, data.eval_split)
+        source = open_folder(where, split, data.train_split, data.eval_split, data.max_pixels)
     elif kind == "tfds":
-        source = open_tfds(where, split, data.data_dir, data.train_split, data.eval_split)
+        source = open_tfds(where, split, data.data_dir, data.train_split, data.eval_split, data.max_pixels)
     else:
         raise ConfigError(f"config.data.source={data.source!r}: must be digits, folder:PATH, tfds:NAME or synthetic")
     if labels_required and source is not None and source.class_names is None:
@@ -111,8 +111,12 @@ DATA = Section(
     keys=dict(
         source=Key("digits", must(f"be one of {', '.join(SOURCES)}", _is_source), "where the images come from"),
         data_dir=Key("", anything, "tfds: the folder of the prepared (ArrayRecord) data sets"),
-        train_split=Key("train", anything, "folder: a sub-folder; the whole tree if there is no sub-folder train"),
-        eval_split=Key("auto", anything, "auto: the first of test, val, validation that exists (tfds: with labels)"),
+        train_split=Key(
+            "train",
+            anything,
+            "folder: a sub-folder; train: also Training, ..., or else all",
+        ),
+        eval_split=Key("auto", anything, "auto: the first with labels of test, val, valid, ..."),
         image_size=Key((224, 224), anything, "height, width in pixels"),
         mean=Key(IMAGENET_MEAN, triple, "mean per channel, of pixels scaled to [0, 1]"),
         std=Key(
@@ -135,6 +139,8 @@ DATA = Section(
         threads=Key(4, within(1, 1024), "reading threads per process", effect=False),
         prefetch=Key(2, within(1, 1024), "batches that are kept ready on the device", effect=False),
         memory_mb=Key(1024, at_least(0), "decoded sets up to this size, in MiB, are kept in memory", effect=False),
+        # From here on Pillow warns of bombs. It takes up to 10 bytes per pixel: 0.9 GB in each reading thread.
+        max_pixels=Key(89_478_485, within(1, LARGEST), "larger images (height x width) count as undecodable"),
         max_undecodable=Key(0.01, within(0, 1), "share of files that may fail to decode before the run stops"),
     ),
 )

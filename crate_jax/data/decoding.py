@@ -35,7 +35,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY, PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from crate_jax.errors import shown
+from crate_jax.errors import escaped
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Pillow recognises a format by the content, whatever the file's name, and some formats are dangerous: EPS runs
@@ -71,6 +71,9 @@ _RAW_MODE, _DATA = "crate_jax raw mode", "crate_jax data"  # entries of Image.in
 class DecodeError(Exception):
     """A file that is not an image, is damaged, or is too large to decode."""
 
+    def __str__(self) -> str:
+        return escaped(super().__str__())
+
 
 def open_image(data: bytes, max_pixels: int = LARGEST) -> Image.Image:
     """Parses an encoded image's header; the pixels are decoded later, by :func:`decode` or :func:`crops`.
@@ -101,7 +104,9 @@ def open_image(data: bytes, max_pixels: int = LARGEST) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise DecodeError(f"has {width} x {height} pixels, more than config.data.max_pixels={max_pixels}")
-    image.info[_RAW_MODE] = _raw_mode(image)
+    tiles = getattr(image, "tile", None)  # empty once the pixels are decoded
+    args = tiles[0].args if tiles else ""
+    image.info[_RAW_MODE] = str(args[0] if isinstance(args, tuple) and args else args)
     if isinstance(image, PngImageFile) and "transparency" in image.info and raw_mode(image).startswith("RGB;16"):
         image.info[_DATA] = data
     return image
@@ -212,7 +217,7 @@ def crops(
 
 
 def _reason(error: Exception) -> str:
-    return shown(" ".join(str(error).split())) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _draft(image: Image.Image, reduction_height: float, reduction_width: float) -> int:
@@ -284,7 +289,7 @@ def _key(image: Image.Image) -> np.ndarray | None:
     if image.mode == "RGB":
         values = values.astype(np.int64)
         if _DATA in image.info:  # Pillow has kept the upper bytes; read as little-endian, it keeps the lower ones
-            lower = Image.open(io.BytesIO(image.info[_DATA]), formats=("PNG",))
+            lower = PngImageFile(io.BytesIO(image.info[_DATA]))
             lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
             values = 256 * values + np.asarray(lower)
             return np.all(values == key, axis=-1)
@@ -330,7 +335,7 @@ def _tag(image: Image.Image, tag: int, default: int) -> int:
     if not isinstance(image, TiffImageFile):
         return default
     value = image.tag_v2.get(tag, WHITE_IS_ZERO if tag == PHOTOMETRIC_TAG else default)
-    return int(value[0] if isinstance(value, tuple) else value)
+    return int(np.ravel(value)[0])
 
 
 def _mend_layout(image: TiffImageFile) -> None:
@@ -348,12 +353,10 @@ def _mend_layout(image: TiffImageFile) -> None:
         raise DecodeError("a TIFF with subsampled colours, uncompressed")
     if compressed and sys.byteorder == "little":  # libtiff has brought signed numbers and floats to this order
         native = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
-        image.tile = [t._replace(args=(native.get(t.args[0], t.args[0]), *t.args[1:])) for t in image.tile]
-
-
-def _raw_mode(image: Image.Image) -> str:
-    args = image.tile[0].args if getattr(image, "tile", None) else ""
-    return str(args[0] if isinstance(args, tuple) and args else args)
+        args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
+        image.tile = [
+            tile._replace(args=(native.get(str(a[0]), a[0]), *a[1:])) for tile, a in zip(image.tile, args, strict=True)
+        ]
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import collections
+import functools
+import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import EVAL_SPLITS, Source, digest
-from crate_jax.errors import DataError
+from crate_jax.data.sources import Source, digest, eval_splits, split_role
+from crate_jax.errors import DataError, escaped, some
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+# The names that Pillow gives to files of decoding.FORMATS. PFM is no picture: its floats have no white.
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 DEFAULT_TRAIN_SPLIT = "train"
 FINGERPRINT_SIZES = 1000  # files whose size enters the fingerprint; to ask for all sizes is slow on network disks
+# What archives, file systems and file managers leave behind, in lower case. Hidden files are no litter, but never read.
+LITTER_FOLDERS = frozenset(
+    (b"__macosx", b"@eadir", b"@recycle", b"#recycle", b"#snapshot", b"$recycle.bin", b"recycler", b"lost+found",
+     b"system volume information", b"__pycache__")
+)  # fmt: skip
+LITTER_FILES = frozenset((b"thumbs.db", b"ehthumbs.db", b"desktop.ini", b"icon\r"))
+MAX_STRAYS = 5  # images beside class folders that are strays however few images the folders hold
 
 log = logging.getLogger(__name__)
 
@@ -23,34 +37,63 @@ log = logging.getLogger(__name__)
 class FolderSource(Source):
     """All images below a folder, in the byte order of their relative paths.
 
-    Labels exist if every image lies in a sub-folder of the root and there are at least two such
-    sub-folders: these are the classes, in byte order.
+    Labels exist if at least two sub-folders of the root hold images: these are the classes, in byte order. Images that
+    lie beside them are left out if they are few (:func:`_are_strays`), and are said to take the labels away otherwise.
+    One line of the log names what was left out: strays, files that are no images, litter.
 
     Args:
       root: the folder.
+      max_pixels: see :func:`crate_jax.data.decoding.open_image`.
+      like: the training split's folder, if the labels shall go by the names of its classes; one sub-folder of such a
+        name is enough then.
+      labelled: whether there may be labels.
 
     Raises:
-      DataError: the folder is missing, cannot be read, is not a folder, or holds no images.
+      DataError: the folder is missing, cannot be read, is not a folder, or holds no images; it has classes that
+        `like` lacks; or its classes have the names of splits.
     """
 
-    def __init__(self, root: str):
+    def __init__(
+        self,
+        root: str,
+        max_pixels: int = decoding.LARGEST,
+        like: str | None = None,
+        labelled: bool = True,
+    ):
         self.root = root
-        paths = sorted(_walk(root))
+        self._max_pixels = max_pixels
+        rest = _Rest()
+        paths = sorted(_walk(root, rest))
         if not paths:
+            others = f" (but {rest.others_text()})" if rest.others else ""
             raise DataError(
-                f"{root}: no images found in this folder or below; files count as images by their extension, "
+                f"{root}: no images found in this folder or below{others}; files count as images by their extension, "
                 f"one of {' '.join(EXTENSIONS)}"
             )
+        self.eval_folders = [os.fsdecode(name) for name in sorted(rest.eval_folders)]  # with an evaluation split's name
+        firsts = [p.partition(b"/") for p in paths]
+        found = sorted({first for first, slash, _ in firsts if slash})
+        names = _class_names(root, found, like) if labelled else None
+        strays = [p for p, (_, slash, _) in zip(paths, firsts, strict=True) if not slash] if names else []
+        if strays and not _are_strays(len(strays), len(paths) - len(strays)):
+            _say(
+                f"{root}: no labels, as {len(strays)} images lie beside the folders of the classes; move these images "
+                "away or into a class"
+            )
+            names, strays = None, []
+        paths = [p for p, (_, slash, _) in zip(paths, firsts, strict=True) if slash] if strays else paths
         # One block of bytes instead of a million strings: cheap to hold and to send to workers.
         self._blob = b"".join(paths)
         self._ends = np.cumsum([len(p) for p in paths], dtype=np.int64)
         self._labels: np.ndarray | None = None
-        firsts = [p.partition(b"/") for p in paths]
-        classes = sorted({first for first, slash, _ in firsts if slash})
-        if len(classes) >= 2 and all(slash for _, slash, _ in firsts):
-            number = {name: k for k, name in enumerate(classes)}
-            self._labels = np.array([number[first] for first, _, _ in firsts], np.int32)
-            self.class_names = [os.fsdecode(name) for name in classes]
+        if names:
+            number = {name: k for k, name in enumerate(names)}
+            self._labels = np.array([number[first] for first, slash, _ in firsts if slash], np.int32)
+            self.class_names = [escaped(os.fsdecode(name)) for name in names]
+            absent = [name for name in names if name not in found]
+            if absent:
+                _say(f"{root}: has no image of {len(absent)} of {len(names)} classes: {_names(absent)}")
+        rest.say(root, strays, found)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -68,7 +111,7 @@ class FolderSource(Source):
 
     def open(self, index: int) -> Image.Image:
         """See Source.open."""
-        return decoding.open_image(decoding.read_file(self.path(index)))
+        return decoding.open_image(decoding.read_file(self.path(index)), self._max_pixels)
 
     def fingerprint(self) -> str:
         """See Source.fingerprint."""
@@ -86,52 +129,171 @@ class FolderSource(Source):
         return self._labels
 
 
-def open_folder(path: str, split: str, train_split: str, eval_split: str) -> FolderSource | None:
+class _Rest:
+    """What lies between the images of a tree.
+
+    Attributes:
+      others: number of files that are no images, by the ending of their name in lower case.
+      of_folders: the first folders of these files' paths.
+      litter: paths of folders that were not entered.
+      eval_folders: paths of folders with the name of an evaluation split.
+    """
+
+    def __init__(self) -> None:
+        self.others: collections.Counter[bytes] = collections.Counter()
+        self.of_folders: set[bytes] = set()
+        self.litter: list[bytes] = []
+        self.eval_folders: list[bytes] = []
+
+    def add_file(self, path: bytes) -> None:
+        """Counts a file that is no image."""
+        folder, name = os.path.split(path)
+        if name.lower() not in LITTER_FILES:
+            self.others[os.path.splitext(name)[1].lower()] += 1
+            self.of_folders.add(folder.partition(b"/")[0])
+
+    def others_text(self) -> str:
+        """The numbers of files that are no images, in words."""
+        numbers = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        texts = [f"{n} {os.fsdecode(ending) or 'without ending'}" for ending, n in numbers]
+        return f"{self.others.total()} other files: {some(texts, ', ')}"
+
+    def say(self, root: str, strays: list[bytes], found: list[bytes]) -> None:
+        """Writes one line to the log, if anything was left out.
+
+        Args:
+          root: the tree.
+          strays: images that were left out.
+          found: the sub-folders that hold images.
+        """
+        parts = [f"images beside the folders of the classes: {_names(strays)}"] if strays else []
+        parts += [f"folders that are no part of the set: {_names(sorted(self.litter))}"] if self.litter else []
+        parts += [self.others_text()] if self.others else []
+        empty = sorted(self.of_folders - {b"", *found})
+        parts += [f"of the folders {_names(empty)} no image can be read, so that they are no class"] if empty else []
+        if parts:
+            _say(f"{root}: left out {'; '.join(parts)}")
+
+
+def open_folder(
+    path: str, split: str, train_split: str, eval_split: str, max_pixels: int = decoding.LARGEST
+) -> FolderSource | None:
     """Opens the training or the evaluation split of a folder.
 
     Args:
       path: the data set's folder.
       split: 'train' or 'eval'.
-      train_split: sub-folder of the training images. If it is '', or is 'train' (the default) and there is no such
-        sub-folder, the whole tree is the training split and there is no evaluation split.
-      eval_split: sub-folder of the evaluation images; 'auto': the first of test, val, validation that exists; '':
-        there is no evaluation split.
+      train_split: sub-folder of the training images. 'train' (the default) also takes the sub-folder of another usual
+        name, such as Train or training; if there is none, the whole tree is the training split and there is no
+        evaluation split. '': the whole tree.
+      eval_split: sub-folder of the evaluation images; 'auto': the first with labels of those that have a usual name,
+        test before val (if none has labels, the first); '': there is no evaluation split.
+      max_pixels: see FolderSource.
 
     Returns:
-      The split, or None if there is no evaluation split.
+      The split, or None if there is no evaluation split. The labels of the evaluation split go by the names of the
+      training split's classes.
 
     Raises:
-      DataError: as FolderSource raises it; or a named split is missing, or the classes of the evaluation split are
-        not those of the training split.
+      DataError: as FolderSource raises it; or a named split is missing, several sub-folders may be the training split,
+        or only sub-folders with the names of other splits hold the images.
     """
     path = os.path.expanduser(path)
     _check_folder(path)
-    train_root = os.path.join(path, train_split) if train_split else path
-    whole_tree = not train_split or not os.path.isdir(train_root)
-    if whole_tree and train_split not in ("", DEFAULT_TRAIN_SPLIT):
-        raise DataError(f"{path}: has no sub-folder {train_split!r}, which config.data.train_split names")
+    names = sub_folders(path)
+    train_root = _train_root(path, names, train_split)
+    whole_tree = train_root is None
     if whole_tree and train_split and eval_split not in ("", "auto"):
         raise DataError(
             f"{path}: config.data.eval_split={eval_split!r} needs the training images in a sub-folder of their own, "
             f"but there is no {train_split!r}"
         )
-    found = [s for s in EVAL_SPLITS if os.path.isdir(os.path.join(path, s))]
     if split == "train":
-        if whole_tree and found:
-            log.warning("%s has no sub-folder %r: training on all of it, %s included", path, train_split, found[0])
-        return FolderSource(path if whole_tree else train_root)
-    if eval_split == "auto":
-        if whole_tree or not found:
-            return None
-        eval_split = found[0]
-    elif not eval_split:
+        only_splits = whole_tree and all(split_role(os.fsdecode(name)) for name in _with_images(path, names))
+        source = FolderSource(train_root or path, max_pixels, labelled=not only_splits)
+        if whole_tree and source.eval_folders:
+            why = f"has no sub-folder {train_split!r}: " if train_split else ""
+            included = some(source.eval_folders, ", ") + (" included, without labels" if only_splits else " included")
+            _say(f"{path}: {why}training on all of it, {included}")
+        return source
+    if not eval_split or (whole_tree and eval_split == "auto"):
         return None
+    if eval_split == "auto":
+        return _first_labelled(path, eval_splits(map(os.fsdecode, names)), train_root or path, max_pixels)
     eval_root = os.path.join(path, eval_split)
     if not os.path.isdir(eval_root):
-        raise DataError(f"{path}: has no sub-folder {eval_split!r}, which config.data.eval_split names")
-    source = FolderSource(eval_root)
-    _check_classes(source, path if whole_tree else train_root)
-    return source
+        hint = _hint(names)
+        raise DataError(f"{path}: has no sub-folder {eval_split!r}, which config.data.eval_split names{hint}")
+    return FolderSource(eval_root, max_pixels, train_root or path)
+
+
+def _train_root(path: str, names: list[bytes], train_split: str) -> str | None:
+    """Returns the folder of the training images; None if it is the whole tree."""
+    if not train_split:
+        return None
+    if os.path.isdir(os.path.join(path, train_split)):
+        return os.path.join(path, train_split)
+    if train_split != DEFAULT_TRAIN_SPLIT:
+        hint = _hint(names)
+        raise DataError(f"{path}: has no sub-folder {train_split!r}, which config.data.train_split names{hint}")
+    splits = [name for name in names if split_role(os.fsdecode(name))]
+    training = [os.fsdecode(name) for name in splits if split_role(os.fsdecode(name)) == "train"]
+    if len(training) > 1:
+        raise DataError(f"{path}: has the splits {', '.join(training)}; set config.data.train_split to one of them")
+    if training:
+        log.info("%s: training on the sub-folder %s", escaped(path), escaped(training[0]))
+        return os.path.join(path, training[0])
+    others = list(itertools.islice(_with_images(path, [name for name in names if name not in splits]), 2))
+    evals = list(_with_images(path, splits))
+    if evals and not others:
+        raise DataError(
+            f"{path}: {_names(evals)} are names of splits, not of classes, and none is that of a training split; set "
+            "config.data.train_split to the sub-folder to train on, or to '' for all of them without labels"
+        )
+    if len(others) == 1 and not evals and not _loose(path):
+        below = os.path.join(path, os.fsdecode(others[0]))
+        inner = [name for name in sub_folders(below) if split_role(os.fsdecode(name))]
+        if any(split_role(os.fsdecode(name)) == "train" for name in inner):
+            raise DataError(
+                f"{path}: the splits {_names(inner)} lie one folder deeper; set config.data.source=folder:{below}"
+            )
+    return None
+
+
+def _first_labelled(path: str, names: list[str], train_root: str, max_pixels: int) -> FolderSource | None:
+    """Returns the first of the splits that has labels; if none has, the first one, or None if there are no splits.
+
+    Raises:
+      DataError: no split has labels, and one cannot be used.
+    """
+    passed: list[str] = []
+    sources: list[FolderSource] = []
+    failed: list[DataError] = []
+    for name in names:
+        try:
+            source = FolderSource(os.path.join(path, name), max_pixels, train_root)
+        except DataError as e:
+            failed.append(e)
+            passed.append(str(e))
+            continue
+        if source.class_names is not None:
+            if passed:
+                _say(f"{path}: the evaluation split is {name}; passed over: {'; '.join(passed)}")
+            else:
+                log.info("%s: the evaluation split is %s", escaped(path), escaped(name))
+            return source
+        sources.append(source)
+        passed.append(f"{name} (no labels)")
+    if failed:
+        raise failed[0]
+    if sources:
+        log.info("%s: the evaluation split is %s, without labels", escaped(path), escaped(names[0]))
+    return sources[0] if sources else None
+
+
+def _hint(names: list[bytes]) -> str:
+    found = [name for name in names if split_role(os.fsdecode(name))]
+    return f"; there is {_names(found)}" if found else ""
 
 
 def _check_folder(root: str) -> None:
@@ -143,36 +305,91 @@ def _check_folder(root: str) -> None:
         raise DataError(f"{root}: not a folder")
 
 
-def _check_classes(source: FolderSource, train_root: str) -> None:
-    if source.class_names is None:
-        return
-    train = _find_classes(train_root)
-    missing, extra = sorted(train - set(source.class_names)), sorted(set(source.class_names) - train)
-    if missing or extra:
-        parts = [
-            f"{verb} {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for verb, names in (("lacks", missing), ("adds", extra))
-            if names
-        ]
+def _class_names(root: str, found: list[bytes], like: str | None) -> list[bytes] | None:
+    """Returns the classes that a tree's labels go by; None if it has no labels.
+
+    Args:
+      root: the tree.
+      found: its sub-folders that hold images.
+      like: see FolderSource.
+    """
+    classes = None if like is None else _find_classes(like)
+    if classes is None:
+        if len(found) < 2:
+            return None
+        if all(split_role(os.fsdecode(name)) for name in found):
+            raise DataError(
+                f"{root}: {_names(found)} are names of splits, not of classes; set config.data.source, train_split and "
+                "eval_split to the folders that hold the classes"
+            )
+        return found
+    extra, missing = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
+    if len(extra) == len(found) < 2:
+        return None
+    if extra:
+        lacks = f"lacks {_names(missing)} and " if missing else ""
         raise DataError(
-            f"{source.root}: its classes must be those of {train_root}, but it {' and '.join(parts)}; if these folders "
-            "are not classes, set config.data.eval_split=''"
+            f"{root}: its classes must be those of {like}, but it {lacks}adds {_names(extra)}; if these folders are "
+            "not classes, set config.data.eval_split=''"
+        )
+    return classes
+
+
+def _find_classes(root: str) -> list[bytes] | None:
+    """Returns the classes that FolderSource finds, without listing all images; None if there are no labels."""
+    classes, loose = list(_with_images(root, sub_folders(root))), _loose(root)
+    if len(classes) < 2:
+        return None
+    if loose:
+        inside = itertools.islice((path for path in _walk(root) if b"/" in path), 10 * loose + 1)
+        if not _are_strays(loose, sum(1 for _ in inside)):
+            return None
+    return classes
+
+
+def _are_strays(loose: int, inside: int) -> bool:
+    """Returns whether `loose` images beside class folders with `inside` images are there by mistake.
+
+    >>> _are_strays(1, 2), _are_strays(6, 60), _are_strays(6, 61)
+    (True, False, True)
+    """
+    return 10 * loose < inside or loose <= MAX_STRAYS and loose < inside
+
+
+def _loose(root: str) -> int:
+    """Returns the number of images that lie directly in a folder."""
+    extensions = tuple(map(os.fsencode, EXTENSIONS))
+    with os.scandir(os.fsencode(root)) as entries:
+        return sum(
+            not e.name.startswith(b".") and e.name.lower().endswith(extensions) and not _is_dir(e) for e in entries
         )
 
 
-def _find_classes(root: str) -> set[str]:
-    """Returns the names of the sub-folders that hold an image, without listing all images."""
-    with os.scandir(root) as entries:
-        folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    return {name for name in folders if next(_walk(os.path.join(root, name)), None) is not None}
+def sub_folders(root: str) -> list[bytes]:
+    """Returns the names of the sub-folders that may hold images, sorted."""
+    try:
+        with os.scandir(os.fsencode(root)) as entries:
+            found = sorted(e.name for e in entries if not e.name.startswith(b".") and _is_dir(e))
+    except OSError as e:
+        raise DataError(f"{root}: cannot be read ({e.strerror})") from None
+    return [name for name in found if name.lower() not in LITTER_FOLDERS]
 
 
-def _walk(root: str) -> Iterator[bytes]:
-    """Yields the relative paths of all images below a folder, except hidden files and those in hidden folders."""
+def _with_images(root: str, names: Sequence[bytes]) -> Iterator[bytes]:
+    """Yields those sub-folders that hold an image."""
+    return (name for name in names if next(_walk(os.path.join(root, os.fsdecode(name))), None) is not None)
+
+
+def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
+    """Yields the relative paths of all images below a folder, except hidden files and those in hidden folders.
+
+    What else lies there is added to `rest`.
+    """
     _check_folder(root)
     extensions = tuple(os.fsencode(e) for e in EXTENSIONS)
     visited: set[bytes] = set()  # real paths, so that a link to a parent does not loop for ever
     pending = [b""]
+    rest = _Rest() if rest is None else rest
     while pending:
         folder = pending.pop()
         path = os.path.join(os.fsencode(root), folder)
@@ -185,10 +402,18 @@ def _walk(root: str) -> Iterator[bytes]:
                 for entry in entries:
                     if entry.name.startswith(b"."):
                         continue
+                    inner = os.path.join(folder, entry.name)
                     if _is_dir(entry):
-                        pending.append(os.path.join(folder, entry.name))
+                        if entry.name.lower() in LITTER_FOLDERS:
+                            rest.litter.append(inner)
+                            continue
+                        if split_role(os.fsdecode(entry.name)) in ("val", "test"):
+                            rest.eval_folders.append(inner)
+                        pending.append(inner)
                     elif entry.name.lower().endswith(extensions):
-                        yield os.path.join(folder, entry.name)
+                        yield inner
+                    else:
+                        rest.add_file(inner)
         except OSError as e:
             raise DataError(f"{os.fsdecode(path)}: cannot be read ({e.strerror})") from None
 
@@ -199,3 +424,13 @@ def _is_dir(entry: os.DirEntry[bytes]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def _names(names: Sequence[bytes]) -> str:
+    return some([os.fsdecode(name) for name in names], ", ")
+
+
+@functools.lru_cache(maxsize=1000)
+def _say(text: str) -> None:
+    """Writes a warning to the log, once: a set is opened again for each evaluation and report."""
+    log.warning("%s", escaped(text))

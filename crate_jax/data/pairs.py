@@ -22,16 +22,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.folder import DEFAULT_TRAIN_SPLIT, FolderSource
-from crate_jax.data.sources import EVAL_SPLITS, Source, digest
+from crate_jax.data.folder import DEFAULT_TRAIN_SPLIT, FolderSource, sub_folders
+from crate_jax.data.sources import SPLITS, Source, digest, eval_splits, split_role
 from crate_jax.errors import DataError
 
 IMAGES, MASKS = "images", ("masks", "labels", "annotations")
-TRAIN_SPLITS = (DEFAULT_TRAIN_SPLIT, "training")  # config.data.train_split='train' takes the first that exists
 IGNORED = -1  # in decoded masks: a pixel that is neither trained on nor scored
 MAX_CLASSES = np.iinfo(np.int16).max
 _MODES = ("1", "L", "P", "I", "I;16")
-_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow multiplies grey of 2 and 4 bits by this, to fill 0..255
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +81,13 @@ class PairSource(Source):
           DataError: the image is not a mask: it has several channels, or values above MAX_CLASSES.
         """
         path = self.mask_path(index)
-        image = decoding.open_image(decoding.read_file(path))
+        image = self._masks.open(int(self._mask_of[index]))
         if image.mode not in _MODES:
             raise DataError(
                 f"{path}: a mask has one channel of class numbers, this file has mode {image.mode}; save it as an "
                 "8-bit or 16-bit grey or as a palette PNG"
             )
-        spread = _SPREAD.get(_raw_mode(image), 1)
+        spread = decoding.GREY_STEP.get(decoding.raw_mode(image), 1)
         try:
             values = np.asarray(image).astype(np.int64) // spread
         except Exception as e:  # as in `decoding`: with a damaged file Pillow may raise any error
@@ -162,16 +160,10 @@ def _displayed_size(path: str) -> tuple[int, int]:
       DecodeError: the header cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=decoding.FORMATS) as image:
             return decoding.oriented_size(image)
     except Exception as e:
         raise decoding.DecodeError(" ".join(str(e).split())) from e
-
-
-def _raw_mode(image: Image.Image) -> str:
-    """Returns Pillow's name for how a file stores pixels, such as L;2 for grey of 2 bits."""
-    tiles = getattr(image, "tile", None)
-    return str(tiles[0][3]) if tiles else ""
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -223,11 +215,13 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
     wanted = data.train_split if split == "train" else data.eval_split
     if split == "eval" and not wanted:
         return None
-    tried: tuple[str, ...]
-    if split == "train":
-        tried = TRAIN_SPLITS if wanted in ("", DEFAULT_TRAIN_SPLIT) else (wanted,)
-    else:
-        tried = EVAL_SPLITS if wanted == "auto" else (wanted,)
+    inner = os.path.join(root, IMAGES)
+    names = sorted({os.fsdecode(n) for f in (root, inner) if os.path.isdir(f) for n in sub_folders(f)})
+    tried: Sequence[str] = (wanted,)
+    if split == "train" and wanted in ("", DEFAULT_TRAIN_SPLIT):
+        tried = list(dict.fromkeys([*SPLITS["train"][:2], *(n for n in names if split_role(n) == "train")]))
+    elif split == "eval" and wanted == "auto":
+        tried = eval_splits(names)
     folders = next(filter(None, (_find(root, name) for name in tried)), None)
     if folders is None:
         if split == "eval" and wanted == "auto":
@@ -236,8 +230,8 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
             f"{root}: has no pairs of split {' or '.join(map(repr, tried))}; expected images/SPLIT and MASKS/SPLIT, or "
             f"SPLIT/images and SPLIT/MASKS, MASKS being one of {', '.join(MASKS)}"
         )
-    images, masks = folders
-    source = PairSource(FolderSource(images), FolderSource(masks), options.ignore_index, options.reduce_zero_label)
+    pair = [FolderSource(folder, data.max_pixels, labelled=False) for folder in folders]
+    source = PairSource(pair[0], pair[1], options.ignore_index, options.reduce_zero_label)
     source.check(options.classes, data.threads)
     return source
 

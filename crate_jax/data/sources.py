@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -12,17 +13,54 @@ from PIL import Image
 from crate_jax.data import decoding
 from crate_jax.errors import DataError
 
-EVAL_SPLITS = ("test", "val", "validation")  # config.data.eval_split='auto' takes the first that exists
+# Usual names of splits, in lower case; config.data.eval_split='auto' looks for those of 'test' first.
+SPLITS = {
+    "train": ("train", "training", "trainval"),
+    "test": ("test", "testing", "holdout"),
+    "val": ("val", "validation", "valid", "validate", "dev", "eval", "evaluation"),
+}
+_ROLE_OF = {name: role for role, names in SPLITS.items() for name in names}
+# A split's name with what people add to it: Training_Set, val2017, "test images".
+_SPLIT = re.compile(
+    rf"(?:(?:images?|imgs?|data|dataset)[ _.-]+)?({'|'.join(sorted(_ROLE_OF, key=len, reverse=True))})"
+    r"(?:[ _.-]*(?:set|split|data|dataset|images?|imgs?|folder))*[ _.-]*(?:(?:19|20)\d\d)?"
+)
 SYNTHETIC_CLASSES = 10
 SYNTHETIC_IMAGES = {"train": 4096, "eval": 1024}
 DIGITS_TRAIN_SHARE = 0.8
+
+
+def split_role(name: str) -> str | None:
+    """Returns the key of SPLITS that a folder's or a split's name stands for; None if it is no split's name.
+
+    >>> [split_role(name) for name in ("Train", "training_set", "VALID", "Test Images", "val2017", "testament", "cat")]
+    ['train', 'train', 'val', 'test', 'val', None, None]
+    """
+    found = _SPLIT.fullmatch(name.casefold().strip())
+    return _ROLE_OF[found[1]] if found else None
+
+
+def eval_splits(names: Iterable[str]) -> list[str]:
+    """Returns the names that stand for evaluation splits: those for test first, the usual ones first among equals.
+
+    >>> eval_splits(["valid", "val", "a", "Test", "train"])
+    ['Test', 'val', 'valid']
+    """
+    roles = list(SPLITS)
+    usual = list(_ROLE_OF)
+    found = [name for name in names if split_role(name) in ("test", "val")]
+
+    def order(name: str) -> tuple[int, int, str]:
+        return roles.index(split_role(name) or ""), usual.index(name) if name in usual else len(usual), name
+
+    return sorted(found, key=order)
 
 
 class Source(abc.ABC):
     """A finite, indexable set of images; picklable, because worker processes get a copy.
 
     Attributes:
-      class_names: one name per class, or None if the set has no labels.
+      class_names: one name per class, fit to be shown, or None if the set has no labels.
     """
 
     class_names: list[str] | None = None
@@ -41,7 +79,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """Returns a name of the image for messages, such as its file name."""
+        """Returns a name of the image, such as its file name; messages show it by :func:`crate_jax.errors.escaped`."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import EVAL_SPLITS, Source, digest
+from crate_jax.data.sources import Source, digest, eval_splits
 from crate_jax.errors import DataError
 
 
@@ -20,13 +20,22 @@ class TfdsSource(Source):
       split: the split's name, as TFDS writes it.
       data: the split as a TFDS data source, whose images are not decoded.
       class_names: one name per class, or None if the split has no labels.
+      max_pixels: see :func:`crate_jax.data.decoding.open_image`.
     """
 
-    def __init__(self, name: str, split: str, data: Any, class_names: list[str] | None):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        data: Any,
+        class_names: list[str] | None,
+        max_pixels: int = decoding.LARGEST,
+    ):
         self._name = name
         self._split = split
         self._data = data
         self.class_names = class_names
+        self._max_pixels = max_pixels
         self._labels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -34,7 +43,7 @@ class TfdsSource(Source):
 
     def open(self, index: int) -> Image.Image:
         """See Source.open."""
-        return decoding.open_image(self._data[int(index)]["image"])
+        return decoding.open_image(self._data[int(index)]["image"], self._max_pixels)
 
     def name(self, index: int) -> str:
         """See Source.name."""
@@ -60,7 +69,14 @@ class TfdsSource(Source):
         return self._labels
 
 
-def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split: str) -> TfdsSource | None:
+def open_tfds(
+    name: str,
+    split: str,
+    data_dir: str,
+    train_split: str,
+    eval_split: str,
+    max_pixels: int = decoding.LARGEST,
+) -> TfdsSource | None:
     """Opens a split of a data set that was prepared with `file_format='array_record'`.
 
     Args:
@@ -69,8 +85,9 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
       data_dir: the folder of the prepared sets; '': TFDS's default.
       train_split: name of the training split; TFDS's sub-splits such as 'train[:90%]' and sums such as
         'train+validation' are allowed.
-      eval_split: name of the evaluation split; 'auto': the first of test, val, validation that has labels (all labels
-        of the test split of imagenet2012 are -1), or the first that exists if none has labels; '': there is none.
+      eval_split: name of the evaluation split; 'auto': the first of :func:`eval_splits` that has labels (all labels of
+        the test split of imagenet2012 are -1), or the first that exists if none has labels; '': there is none.
+      max_pixels: see :func:`crate_jax.data.decoding.open_image`.
 
     Returns:
       The split, or None if there is no evaluation split.
@@ -127,11 +144,11 @@ def open_tfds(name: str, split: str, data_dir: str, train_split: str, eval_split
         except Exception as e:
             message = " ".join(str(e).split())
             raise DataError(f"config.data.source='tfds:{name}': {type(e).__name__}: {message[:200]}") from None
-        return TfdsSource(name, chosen, data, class_names if labels_known else None)
+        return TfdsSource(name, chosen, data, class_names if labels_known else None, max_pixels)
 
     if not automatic:
         return read(chosen)
-    found = [read(s) for s in EVAL_SPLITS if s in splits]
+    found = [read(s) for s in eval_splits(splits)]
     return next((s for s in found if s.class_names is not None), found[0] if found else None)
 
 

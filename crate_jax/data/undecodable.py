@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 
 from crate_jax.data.sources import Source
-from crate_jax.errors import DataError
+from crate_jax.errors import DataError, escaped
 
 # The share is of at least this many files, even if fewer were read: one bad file in the first batch of a large set
 # must not stop the run.
@@ -53,7 +53,7 @@ class Undecodable:
             if index not in self.indices:
                 self.indices.add(index)
                 self._reasons[index] = reason
-                log.warning("skipping undecodable image %s: %s", self._source.name(index), reason)
+                log.warning("skipping undecodable image %s: %s", escaped(self._source.name(index)), escaped(reason))
         counted = max(self._seen, min(size, MIN_FILES))
         count = len(self.indices)
         if count > self._limit * counted:
@@ -65,5 +65,5 @@ class Undecodable:
 
     def named(self) -> str:
         """Names the first MAX_NAMED files and what is wrong with them, for a message."""
-        names = [f"{self._source.name(i)} ({self._reasons[i]})" for i in sorted(self.indices)[:MAX_NAMED]]
+        names = [escaped(f"{self._source.name(i)} ({self._reasons[i]})") for i in sorted(self.indices)[:MAX_NAMED]]
         return ", ".join(names) + (", ..." if len(self.indices) > MAX_NAMED else "")

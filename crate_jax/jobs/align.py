@@ -21,6 +21,7 @@ from crate_jax.analysis.alignment.analyse import analyse, shrink_to_side
 from crate_jax.analysis.alignment.answer import Answer
 from crate_jax.config import validate
 from crate_jax.convert import pretrained
+from crate_jax.errors import escaped
 from crate_jax.models import check_patches, widths
 from crate_jax.parallel import distributed, sharding
 from crate_jax.workdir import metrics
@@ -56,7 +57,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Prints the answer of an alignment analysis, and where its files are."""
     print(result["summary"])
-    print(f"table, figures and all curves: {result['folder']}")
+    print(escaped(f"table, figures and all curves: {result['folder']}"))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

@@ -26,7 +26,7 @@ from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
 from crate_jax.data.sources import digest
-from crate_jax.errors import ConfigError, DataError
+from crate_jax.errors import ConfigError, DataError, escaped
 from crate_jax.evals.features import encode_split
 from crate_jax.evals.metrics import METRICS
 from crate_jax.evals.protocols import PROTOCOLS, Features
@@ -124,7 +124,7 @@ SHOWN = ("top1", "top5", "mean_per_class", "miou", "mean_accuracy", "pixel_accur
 
 def show(record: dict[str, Any]) -> None:
     """Prints the scores of one evaluation for people."""
-    print(f"{record['protocol']} of {record['checkpoint'] or 'a random encoder'} on {record['data']}")
+    print(escaped(f"{record['protocol']} of {record['checkpoint'] or 'a random encoder'} on {record['data']}"))
     if "chosen" in record:
         setting = ", ".join(f"{key} {value:g}" for key, value in record["chosen"].items())
         print(f"{setting}" + (f", chosen on {record['selected_on']}" if "selected_on" in record else ""))
@@ -132,7 +132,7 @@ def show(record: dict[str, Any]) -> None:
         if isinstance(value, float) and name in SHOWN:
             print(f"{name:<20}{value:>8.1%}")
     if record.get("report"):  # after a training run
-        print(f"report: {record['report']}")
+        print(escaped(f"report: {record['report']}"))
 
 
 def encoder_to_judge(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pretrained:
@@ -248,7 +248,7 @@ def extract_features(
 
 def cache_key(config: ConfigDict, encoder: pretrained.Pretrained, source: data.Source, indices: np.ndarray) -> str:
     """The digest of all that features depend on: weights, network, tokens, precision, transform and images."""
-    transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation")}
+    transform = {k: config.data[k] for k in ("image_size", "mean", "std", "eval_crop", "interpolation", "max_pixels")}
     # With another number of heads or another lambda, the same weights are another encoder.
     network = sorted(config.encoder.to_dict().items())
     tokens = (config.evaluation.pool, config.evaluation.layer, config.dtype, __version__)

@@ -19,7 +19,7 @@ from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import section as whitebox_section
 from crate_jax.config import KEYS, OF_THE_RUN, base, validate
 from crate_jax.convert import pretrained
-from crate_jax.errors import ConfigError, DataError, UserError
+from crate_jax.errors import ConfigError, DataError, UserError, escaped
 from crate_jax.parallel import distributed, sharding
 from crate_jax.report import page
 from crate_jax.report.section import Section, Subject
@@ -114,8 +114,8 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Prints the report's path, and which sections are missing."""
     for title, why in result["left_out"].items():
-        print(f"left out: {title}: {why}")
-    print(f"report: {result['report']}")
+        print(escaped(f"left out: {title}: {why}"))
+    print(escaped(f"report: {result['report']}"))
 
 
 def split(checkpoint: str) -> list[str]:

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
-from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError, escaped
 from crate_jax.jobs import sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
@@ -257,7 +257,7 @@ def show(result: dict[str, Any]) -> None:
       NonFiniteError: some of its runs failed.
     """
     print(result["table"])
-    print(f"table, figure and runs: {result['folder']}")
+    print(escaped(f"table, figure and runs: {result['folder']}"))
     if result["failed"]:
         names = ", ".join(result["failed"])
         raise NonFiniteError(f"the loss became NaN or infinite in {names}; all other runs are finished")

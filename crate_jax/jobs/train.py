@@ -20,7 +20,7 @@ from crate_jax.config import base, method_name, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, escaped
 from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.frozen import FrozenEvaluation
 from crate_jax.evals.segmentation import SegmentationEvaluation
@@ -117,9 +117,9 @@ def show(summary: Mapping[str, Any]) -> None:
             before = f"untrained {summary[name + '_untrained']:.1f}"
             print(f"{shown:<20}{summary[name]:>8.1f} of {summary[name + '_limit']:.0f}, {before}")
     if summary["pictures"]:
-        print(f"pictures: {summary['pictures']}")
+        print(escaped(f"pictures: {summary['pictures']}"))
     if summary["report"]:
-        print(f"report: {summary['report']}")
+        print(escaped(f"report: {summary['report']}"))
 
 
 def observers(

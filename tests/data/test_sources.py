@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from crate_jax import config as config_lib, data
+from crate_jax.data.undecodable import Undecodable
 from crate_jax.errors import ConfigError, DataError
 
 
@@ -43,7 +44,10 @@ def test_image_folder(tmp_path):
     assert [int(source.read(i)[0, 0, 0]) for i in range(3)] == [1, 2, 0]
 
 
-@pytest.mark.parametrize("found", [["a/1.png", "b/2.png", "3.png"], ["a/1.png", "a/2.png"], ["1.png", "2.png"]])
+LOOSE = ["a/1.png", "b/2.png", "3.png", "4.png"]  # as many images beside the folders as in them
+
+
+@pytest.mark.parametrize("found", [LOOSE, ["a/1.png", "a/2.png"], ["1.png", "2.png"]])
 def test_trees_without_classes_have_no_labels(tmp_path, found):
     source = data.open_split(configured(tree(tmp_path, found)), "train")
     assert len(source) == len(found) and source.labels is None and source.class_names is None
@@ -52,15 +56,70 @@ def test_trees_without_classes_have_no_labels(tmp_path, found):
         data.open_split(configured(f"folder:{tmp_path}"), "train", labels_required=True)
 
 
+def test_images_without_labels_beside_class_folders_are_said_to_take_the_labels_away(tmp_path, caplog):
+    data.open_split(configured(tree(tmp_path, LOOSE)), "train")
+    assert "no labels, as 2 images lie beside the folders of the classes" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_stray_image_is_named_and_left_out(tmp_path, split, caplog):
+    found = [f"{part}/{name}" for part in ("train", "test") for name in ("b/1.png", "c/2.png", "a/3.png", "logo.png")]
+    source = data.open_split(configured(tree(tmp_path, found)), split)
+    assert names(source) == ["a/3.png", "b/1.png", "c/2.png"] and source.labels.tolist() == [0, 1, 2]
+    assert "left out images beside the folders of the classes: logo.png" in caplog.text
+    caplog.clear()
+    data.open_split(configured(f"folder:{tmp_path}"), split)
+    assert "logo.png" not in caplog.text, "said once"
+
+
+def test_strays_may_be_many_if_they_are_a_small_share(tmp_path):
+    source = data.open_split(configured(tree(tmp_path, LOOSE[:2] + [f"{i}.png" for i in range(7)])), "train")
+    assert source.labels is None
+    tree(tmp_path, [f"a/more{i}.png" for i in range(68)])
+    source = data.open_split(configured(f"folder:{tmp_path}"), "train")
+    assert source.labels is None, "7 of 77 are not below a tenth of the others"
+    source = data.open_split(configured(tree(tmp_path, ["a/last.png"])), "train")
+    assert len(source) == 71 and source.class_names == ["a", "b"]
+
+
+def test_litter_is_left_out(tmp_path, caplog):
+    litter = ["__MACOSX/a/._1.png", "__MACOSX/a/1.png", "a/@eaDir/1.png", "$RECYCLE.BIN/x.png", "lost+found/y.png"]
+    hidden = [".ipynb_checkpoints/1.png", "a/._1.png"]
+    source = data.open_split(configured(tree(tmp_path, ["a/1.png", "b/2.png", *litter, *hidden])), "train")
+    for name in (".DS_Store", "a/Thumbs.db", "b/desktop.ini"):
+        (tmp_path / name).write_bytes(b"x")
+    data.open_split(configured(f"folder:{tmp_path}"), "train")
+    assert names(source) == ["a/1.png", "b/2.png"] and source.class_names == ["a", "b"]
+    assert len(caplog.messages) == 1
+    assert "folders that are no part of the set: $RECYCLE.BIN, __MACOSX, a/@eaDir, lost+found" in caplog.text
+
+
+def test_other_files_are_counted_and_a_class_without_an_image_is_named(tmp_path, caplog):
+    tree(tmp_path, ["a/1.png", "c/2.png"])
+    for name in ("b/1.heic", "b/2.HEIC", "a/notes.txt", "LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert data.open_split(configured(f"folder:{tmp_path}"), "train").class_names == ["a", "c"]
+    assert len(caplog.messages) == 1
+    assert "left out 4 other files: 2 .heic, 1 without ending, 1 .txt" in caplog.text
+    assert "of the folders b no image can be read, so that they are no class" in caplog.text
+
+
 def test_what_counts_as_an_image(tmp_path):
-    kinds = ["jpg", "jpeg", "png", "bmp", "webp", "gif", "tif", "tiff", "ppm"]
-    tree(tmp_path, [f"{kind}.{kind}" for kind in kinds])
+    kinds = ["jpg", "jpeg", "jpe", "jfif", "png", "bmp", "webp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"]
+    for kind in kinds:
+        write(tmp_path / "any.png")
+        Image.open(tmp_path / "any.png").convert("L").save(tmp_path / f"{kind}.{kind}")
+        (tmp_path / "any.png").unlink()
     (tmp_path / "notes.txt").write_text("no image")
     write(tmp_path / ".hidden.png")
     write(tmp_path / ".cache" / "thumbnail.png")
     write(tmp_path / "folder.png" / "inside.png")
     source = data.open_split(configured(f"folder:{tmp_path}"), "train")
     assert names(source) == sorted([f"{kind}.{kind}" for kind in kinds] + ["folder.png/inside.png"])
+    assert all(source.read(i).shape == (8, 8, 3) for i in range(len(source)))
+    (tmp_path / "pgm.pgm").rename(tmp_path / "pgm.PGM")
+    assert "pgm.PGM" in names(data.open_split(configured(f"folder:{tmp_path}"), "train"))
 
 
 def test_links_that_lead_nowhere_are_undecodable_files(tmp_path):
@@ -111,6 +170,57 @@ def test_splits(tmp_path, extra, options, expected):
     assert source is None if expected is None else source.root == str(tmp_path / expected)
 
 
+@pytest.mark.parametrize("train", ["Train", "TRAIN", "training", "training_set", "Train Images", "train2017"])
+@pytest.mark.parametrize("test", ["Test", "testing", "valid", "Validation", "dev", "test_set", "val2017"])
+def test_splits_by_other_names(tmp_path, train, test, caplog):
+    caplog.set_level("INFO")
+    config = configured(tree(tmp_path, [f"{part}/{name}" for part in (train, test) for name in ("a/1.png", "b/2.png")]))
+    sources = [data.open_split(config, split, labels_required=True) for split in ("train", "eval")]
+    assert [source.root for source in sources] == [str(tmp_path / train), str(tmp_path / test)]
+    assert all(source.class_names == ["a", "b"] for source in sources)
+    assert f"training on the sub-folder {train}" in caplog.text
+    assert f"the evaluation split is {test}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "unlabelled", [["test/5.png", "test/6.png"], ["test/unknown/5.png"], ["test/a/5.png", "test/x/6.png"], []]
+)
+def test_the_evaluation_split_is_the_first_with_labels(tmp_path, unlabelled, caplog):
+    tree(tmp_path, SPLITS + unlabelled)
+    (tmp_path / "test").mkdir(exist_ok=True)
+    source = data.open_split(configured(f"folder:{tmp_path}"), "eval")
+    assert source.root == str(tmp_path / "val") and source.class_names == ["a", "b"]
+    assert "the evaluation split is val; passed over: " in caplog.text and "test" in caplog.text
+
+
+def test_an_evaluation_split_without_labels_is_taken_if_there_is_no_other(tmp_path):
+    source = data.open_split(configured(tree(tmp_path, [*SPLITS[:2], "valid/3.png", "val/4.png"])), "eval")
+    assert source.root == str(tmp_path / "val") and source.class_names is None
+
+
+@pytest.mark.parametrize("found,labels", [(["a/1.png", "c/2.png"], [0, 2]), (["b/1.png", "b/2.png"], [1, 1])])
+def test_labels_go_by_the_classes_of_training(tmp_path, found, labels, caplog):
+    train = [f"train/{name}/1.png" for name in "abc"]
+    source = data.open_split(configured(tree(tmp_path, train + [f"val/{name}" for name in found])), "eval")
+    assert source.class_names == ["a", "b", "c"] and source.labels.tolist() == labels
+    absent = [name for k, name in enumerate("abc") if k not in labels]
+    assert f"has no image of {len(absent)} of 3 classes: {', '.join(absent)}" in caplog.text
+
+
+def test_splits_are_no_classes(tmp_path, caplog):
+    tree(tmp_path, ["Test/a/1.png", "valid/a/2.png"])
+    with pytest.raises(DataError, match="Test, valid are names of splits, not of classes"):
+        data.open_split(configured(f"folder:{tmp_path}"), "train")
+    whole = configured(f"folder:{tmp_path}", train_split="")
+    source = data.open_split(whole, "train")
+    assert len(source) == 2 and source.class_names is None
+    assert "training on all of it, Test, valid included, without labels" in caplog.text
+    with pytest.raises(DataError, match="Test, valid are names of splits"):
+        data.open_split(
+            configured(tree(tmp_path / "one", ["all/Test/1.png", "all/valid/2.png"]), train_split="all"), "train"
+        )
+
+
 def test_a_tree_without_splits_has_no_evaluation_split(tmp_path):
     config = configured(tree(tmp_path, ["a/1.png", "b/2.png"]))
     assert len(data.open_split(config, "train")) == 2 and data.open_split(config, "eval") is None
@@ -119,6 +229,34 @@ def test_a_tree_without_splits_has_no_evaluation_split(tmp_path):
 def test_training_on_a_tree_that_holds_a_test_split_is_announced(tmp_path, caplog):
     assert len(data.open_split(configured(tree(tmp_path, ["a/1.png", "test/2.png"])), "train")) == 2
     assert "test included" in caplog.text
+    data.open_split(configured(tree(tmp_path / "below", ["a/Test/1.png", "a/x/1.png", "b/dev/2.png"])), "train")
+    assert "training on all of it, a/Test, b/dev included" in caplog.text
+
+
+def test_names_of_other_files_and_classes_are_escaped(tmp_path, caplog):
+    bad = "\x1b[31m\n\udcff\u202e"
+    shown = "\\x1b[31m\\n\\udcff\\u202e"
+    config = configured(
+        tree(tmp_path, [f"{part}/{name}" for part in ("train", "test") for name in ("a/1.png", f"{bad}/2.png")])
+    )
+    assert data.open_split(config, "train").class_names == [shown, "a"]
+    write(tmp_path / "train" / f"stray{bad}.png")
+    (tmp_path / "train" / "a" / f"x.{bad}").write_bytes(b"")
+    (tmp_path / "train" / "a" / f"{bad}.png").write_bytes(b"")
+    source = data.open_split(config, "train")
+    record = Undecodable(source, 0.9)
+    record.add([(1, f"why{bad}")], 3)
+    assert (
+        f"stray{shown}.png" in caplog.text
+        and f"1 .{shown}" in caplog.text
+        and f"a/{shown}.png: why{shown}" in caplog.text
+    )
+    (tmp_path / "test" / bad).rename(tmp_path / "test" / f"x{bad}")
+    with pytest.raises(DataError) as e:
+        data.open_split(config, "eval")
+    assert f"adds x{shown}" in str(e.value)
+    for text in (*caplog.messages, str(e.value), record.named()):
+        assert text.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -131,6 +269,9 @@ def test_training_on_a_tree_that_holds_a_test_split_is_announced(tmp_path, caplo
         (["train/1.png"], {"eval_split": "tset"}, "eval", "no sub-folder 'tset'"),
         (["a/1.png", "test/1.png"], {"eval_split": "test"}, "eval", "no 'train'"),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], {}, "eval", "lacks b and adds c"),
+        (["train/1.png"], {"train_split": "trian"}, "train", "no sub-folder 'trian', .*; there is train"),
+        (["Train/1.png", "training/1.png"], {}, "train", "has the splits Train, training; set config.data.train_split"),
+        (["all/train/1.png", "all/test/1.png"], {}, "train", "the splits test, train lie one folder deeper; .*/all"),
     ],
 )
 def test_folder_errors_are_one_line(tmp_path, found, options, split, message):
