@@ -130,7 +130,7 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     """Trains a linear layer by SGD or LARS with one of :data:`crate_jax.evals.linear_sgd.RECIPES`.
 
     Raises:
-      DataError: the training split is too small to choose a learning rate on a part of it.
+      DataError: no class has two training images, so that no learning rate can be chosen on a part of them.
       NonFiniteError: the training diverged.
     """
     recipe = linear_sgd.RECIPES[options.recipe]
@@ -207,7 +207,7 @@ def _select(
       The index of the best setting, and, if there are several settings, ``selected_on`` and the table ``selection``.
 
     Raises:
-      DataError: the training split is too small to set a part of each class aside.
+      DataError: no class has two training images.
     """
     if len(settings) == 1:
         return 0, {}
@@ -224,23 +224,36 @@ def _select(
 def hold_out(f: Features, share: float, seed: int) -> Features:
     """Returns new features, whose test rows are a share of each class's training rows of `f`.
 
+    Of a class with two rows or more at least one is set aside and at least one is kept; a class with one row keeps it.
+    The draw is scikit-learn's stratified one wherever that does so, which is the case if no class is small.
+
     Args:
       f: the features; the test rows are not used.
       share: share of the training rows that become test rows.
       seed: seed of the choice.
 
     Raises:
-      DataError: a class is too small.
+      DataError: no class has two rows.
     """
+    y, seed = f.train_y, seed % 2**32
+    counts = np.bincount(y, minlength=f.num_classes)
     try:
-        train, held = train_test_split(
-            np.arange(len(f.train_y)), test_size=share, stratify=f.train_y, random_state=seed % 2**32
-        )
-    except ValueError as e:
+        train, held = train_test_split(np.arange(len(y)), test_size=share, stratify=y, random_state=seed)
+        aside = np.bincount(y[held], minlength=f.num_classes)
+        even = bool(np.all((aside > 0) & (aside < counts) | (counts == 0)))
+    except ValueError:  # a class has one row, or there are fewer rows to set aside than classes
+        even = False
+    if not even:
+        rng = np.random.default_rng(seed)
+        numbers = np.minimum(np.maximum(np.rint(share * counts), 1), np.maximum(counts - 1, 0)).astype(int)
+        held = np.concatenate([rng.permutation(np.flatnonzero(y == c))[:number] for c, number in enumerate(numbers)])
+        train = np.setdiff1d(np.arange(len(y)), held)
+    if not len(held):
         raise DataError(
-            f"config.protocol.validation={share}: cannot set this share of {len(f.train_y)} training images aside ({e})"
-        ) from None
-    return Features(f.train_x[train], f.train_y[train], f.train_x[held], f.train_y[held], f.num_classes)
+            f"config.protocol.validation={share}: cannot set this share of {len(y)} training images aside, as no class "
+            "has two; give one setting only, or config.protocol.select='test'"
+        )
+    return Features(f.train_x[train], y[train], f.train_x[held], y[held], f.num_classes)
 
 
 PROTOCOLS = {

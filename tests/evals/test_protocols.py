@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
 
 from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
@@ -51,6 +52,57 @@ def test_features_that_cannot_be_scored_are_named(digits):
         Features(digits.train_x, digits.train_y, broken, digits.test_y, 10)
     with pytest.raises(DataError, match="test labels must be integers in 0..8"):
         Features(digits.train_x[digits.train_y < 9], digits.train_y[digits.train_y < 9], broken, digits.test_y, 9)
+
+
+def counted(*counts):
+    """Features with so many rows of each class; the first column numbers them."""
+    y = np.repeat(np.arange(len(counts)), counts)
+    x = np.random.default_rng(0).normal(size=(len(y), 3))
+    x[:, 0] = np.arange(len(y))
+    return Features(x.astype(np.float32), y, x.astype(np.float32), y, len(counts))
+
+
+@pytest.mark.parametrize(
+    "counts,share,held",
+    [
+        ((1, 2, 30, 40), 0.1, [0, 1, 3, 4]),
+        ((2, 3, 0, 90), 0.1, [1, 1, 0, 9]),
+        ((130, 130), 0.001, [1, 1]),
+        ((4, 1), 0.9, [3, 0]),
+        ((2, 2, 2, 2), 0.1, [1, 1, 1, 1]),
+    ],
+)
+def test_of_small_classes_one_image_is_set_aside_and_one_is_kept(counts, share, held):
+    f = counted(*counts)
+    part = hold_out(f, share, seed=5)
+    assert np.bincount(part.test_y, minlength=len(counts)).tolist() == held
+    rows = np.concatenate([part.train_x[:, 0], part.test_x[:, 0]])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(sum(counts)))
+    assert all(f.train_y[int(row)] == label for row, label in zip(part.test_x[:, 0], part.test_y, strict=True))
+    np.testing.assert_array_equal(hold_out(f, share, seed=5).test_x, part.test_x)
+    if max(held) > 1:
+        assert not np.array_equal(np.sort(hold_out(f, share, seed=6).test_x, axis=0), np.sort(part.test_x, axis=0))
+
+
+def test_of_large_classes_the_images_set_aside_are_scikit_learns():
+    f = counted(30, 50, 20)
+    train, held = train_test_split(np.arange(100), test_size=0.1, stratify=f.train_y, random_state=7)
+    part = hold_out(f, 0.1, seed=7)
+    np.testing.assert_array_equal(part.train_x, f.train_x[train])
+    np.testing.assert_array_equal(part.test_x, f.train_x[held])
+
+
+def test_nothing_can_be_set_aside_where_no_class_has_two_images():
+    with pytest.raises(
+        DataError, match="validation=0.1: cannot set this share of 3 training images aside, as no class"
+    ):
+        hold_out(counted(1, 1, 1), 0.1, seed=0)
+
+
+@pytest.mark.parametrize("name,options", [("knn", {"k": (1, 2)}), ("logreg", {"c": (0.1, 1.0)})])
+def test_protocols_take_classes_of_one_image(name, options):
+    found = run(name, counted(1, 2, 9), **options)
+    assert found["selected_on"] == "2 training images set aside" and 0 <= found["top1"] <= 1
 
 
 def test_hold_out_keeps_the_shares_of_the_classes_and_loses_nothing(digits):
@@ -157,7 +209,6 @@ def test_more_shots_do_better(digits):
     [
         ("logreg", {"select": "best"}, ConfigError, "select='best': must be one of validation, test"),
         ("logreg", {"validation": 1.5}, ConfigError, r"validation=1.5: must lie in \(0, 1\)"),
-        ("logreg", {"validation": 0.001}, DataError, "cannot set this share"),
         (
             "logreg",
             {"c": (1.0, -1.0)},
