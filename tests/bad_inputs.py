@@ -165,6 +165,7 @@ BAD_IMAGES = {
     "cut_jpeg": encoded("JPEG")[:200],
     "text": b"this is not an image",
     "bomb": bomb(),
+    "negative": encoded("TIFF", np.full((12, 12), -300, np.int32)),
 }
 ODD_IMAGES = {  # all of them fine
     "grey16.png": encoded("PNG", np.full((9, 9), 999, np.uint16)),
@@ -226,6 +227,9 @@ def image_odd(folder: Path) -> None:
 
 
 MAKERS["images"] = images
+MAKERS["images_only_tests"] = lambda folder: images(folder, splits=("Test", "valid"))
+MAKERS["images_two_trainings"] = lambda folder: images(folder, splits=("Train", "training"))
+MAKERS["images_one_each"] = lambda folder: images(folder, count=1)
 MAKERS["images_train_only"] = lambda folder: images(folder, splits=("train",))
 MAKERS["images_unlabelled"] = lambda folder: images(folder, labelled=False)
 MAKERS["images_nowhere"] = lambda folder: (folder / "images").mkdir()
@@ -263,6 +267,40 @@ def images_no_extension(folder: Path) -> None:
     """Files, none of which has an image's extension."""
     (folder / "images").mkdir()
     (folder / "images" / "photo.heic").write_bytes(b"x")
+
+
+@maker
+def images_strays(folder: Path) -> None:
+    """A logo beside the classes, an archive's folder, and a class of photos in a format that is not read."""
+    images(folder)
+    train = folder / "images" / "train"
+    for name in ("__MACOSX", "owl"):
+        (train / name).mkdir()
+    shutil.copy(train / "cat" / "0.png", train / "__MACOSX")
+    shutil.copy(train / "cat" / "0.png", train / "logo.png")
+    for i in range(2):
+        (train / "owl" / f"{i}.heic").write_bytes(b"x")
+
+
+@maker
+def images_hidden_test(folder: Path) -> None:
+    """ImageNet's layout: the test split has no labels."""
+    images(folder, splits=("train", "Valid"))
+    shutil.copytree(folder / "images" / "Valid" / "cat", folder / "images" / "test")
+
+
+@maker
+def images_rare_class(folder: Path) -> None:
+    """No test image of a class."""
+    images(folder)
+    shutil.rmtree(folder / "images" / "test" / "dog")
+
+
+@maker
+def image_with_codes(folder: Path) -> None:
+    """A name that would clear the terminal and print an error of its own."""
+    images(folder)
+    (folder / "images" / "train" / "cat" / "\x1b[2J\nerror: x.png").write_bytes(BAD_IMAGES["text"])
 
 
 @maker

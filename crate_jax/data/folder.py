@@ -65,7 +65,7 @@ class FolderSource(Source):
         rest = _Rest()
         paths = sorted(_walk(root, rest))
         if not paths:
-            others = f" (but {rest.others_text()})" if rest.others else ""
+            others = f", only {rest.others_text()}" if rest.others else ""
             raise DataError(
                 f"{root}: no images found in this folder or below{others}; files count as images by their extension, "
                 f"one of {' '.join(EXTENSIONS)}"
@@ -156,7 +156,8 @@ class _Rest:
         """The numbers of files that are no images, in words."""
         numbers = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
         texts = [f"{n} {os.fsdecode(ending) or 'without ending'}" for ending, n in numbers]
-        return f"{self.others.total()} other files: {some(texts, ', ')}"
+        total = self.others.total()
+        return f"{total} other file{'s' if total > 1 else ''}: {some(texts, ', ')}"
 
     def say(self, root: str, strays: list[bytes], found: list[bytes]) -> None:
         """Writes one line to the log, if anything was left out.
