@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from PIL import Image
 
+from crate_jax import main
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.one_python
@@ -35,6 +38,23 @@ def one_line_error(result: subprocess.CompletedProcess) -> str:
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr[-2000:]
     return errors[0]
+
+
+def test_the_log_escapes_what_a_terminal_would_obey():
+    record = logging.LogRecord("x", logging.INFO, "", 0, "%s\nsecond line", ("\x1b[2J\r\udcff",), None)
+    assert main.PrintableFormatter("%(message)s").format(record) == "\\x1b[2J\\r\\udcff\nsecond line"
+
+
+def test_a_machine_without_tpus_is_no_news():
+    """JAX tells it on every start; what else keeps a TPU from working is shown."""
+    start = "Unable to initialize backend 'tpu': "
+    told = [start + "INTERNAL: Failed to open libtpu.so: libtpu.so: cannot open", start + "in use by process 7", "cuda"]
+    records = [logging.LogRecord("x", logging.INFO, "", 0, text, (), None) for text in told]
+    verbosity = absl_logging.get_verbosity()
+    main.set_up_log(process=0)
+    absl_logging.set_verbosity(verbosity)
+    shown = logging.getLogger("jax._src.xla_bridge").filter
+    assert [bool(shown(record)) for record in records] == [False, True, True]
 
 
 @pytest.fixture(scope="module")
@@ -209,11 +229,11 @@ def make_folder(root: Path, count: int = 24) -> Path:
 def test_a_folder_of_images_trains(run_cli, tmp_path):
     """Folder with labels: k-NN separates red from blue; a file that is no image is named and counted."""
     root = make_folder(tmp_path / "images")
-    (root / "train" / "red" / "broken.jpg").write_bytes(b"not a JPEG")
+    (root / "train" / "red" / "bro\x1bk\nen.jpg").write_bytes(b"not a JPEG")
     flags = ["--config=configs/cifar10.py:debug,corruption=rop,encoder=vit", f"--config.data.source=folder:{root}"]
     result = run_cli([*flags, "--config.data.max_undecodable=0.2", "--config.steps=8", f"--workdir={tmp_path / 'run'}"])
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "broken.jpg" in result.stderr
+    assert "skipping undecodable image red/bro\\x1bk\\nen.jpg" in result.stderr and "\x1b" not in result.stderr
     assert summary(tmp_path / "run")["knn_top1_pixels"] == 1.0
 
 

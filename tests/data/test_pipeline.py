@@ -270,6 +270,24 @@ def test_undecodable_files_are_named_counted_and_replaced(tmp_path, caplog, size
 
 
 @pytest.mark.parametrize("sizes", ["mixed", "equal"])
+def test_images_of_too_many_pixels_are_undecodable(tmp_path, caplog, sizes):
+    root = write_set(tmp_path / "set", lambda i: (24 + i * (sizes == "mixed"), 20))
+    Image.new("RGB", (50, 41)).save(root / "003.png")
+    config = configured(root, max_undecodable=0.06, max_pixels=2049)
+    batches = take(config, 3)
+    assert (
+        "skipping undecodable image 003.png: has 50 x 41 pixels, more than config.data.max_pixels=2049" in caplog.text
+    )
+    source = data.open_split(config, "train")
+    bad = [source.name(i) for i in range(len(source))].index("003.png")
+    assert bad not in np.concatenate([batch["index"] for batch in batches])
+    assert len(data.eval_images(config, source, range(len(source)))[0]) == len(source) - 1
+    config.data.max_pixels = 2050
+    source = data.open_split(config, "train")
+    assert len(data.eval_images(config, source, range(len(source)))[0]) == len(source)
+
+
+@pytest.mark.parametrize("sizes", ["mixed", "equal"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_undecodable_files_stop_the_run(tmp_path, sizes, workers):
     root = write_set(tmp_path / "set", lambda i: (24 + i * (sizes == "mixed"), 20))
