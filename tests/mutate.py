@@ -74,7 +74,15 @@ def pytest(root: Path, tests: Iterable[str]) -> tuple[int, list[str], str]:
     # No byte code: a file that changes within a second, to the same size, would be taken for the one before.
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", f"--junitxml={report}", *tests]
-    done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",
+    )
     found = []
     if report.exists():
         for case in ElementTree.parse(report).iter("testcase"):

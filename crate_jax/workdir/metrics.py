@@ -412,7 +412,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
+        # Names of folders and classes may hold bytes that are no text.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())

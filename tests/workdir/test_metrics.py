@@ -158,3 +158,8 @@ def test_the_grid_keeps_the_order_of_its_columns():
 def test_a_grid_of_unequal_columns_is_refused():
     with pytest.raises(ValueError, match="one shape"):
         reconstruction_grid({"a": np.zeros((2, 8, 8, 3)), "b": np.zeros((2, 8, 4, 3))})
+
+
+def test_text_with_bytes_of_a_name_that_are_no_text_is_written(tmp_path):
+    metrics.write_text(tmp_path / "x", "caf\u00e9 \udcff")
+    assert (tmp_path / "x").read_bytes() == b"caf\xc3\xa9 \\udcff"
