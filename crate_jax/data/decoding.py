@@ -53,7 +53,7 @@ UPRIGHT = {  # by the EXIF orientation
 }
 # Pillow decodes no larger image, and its own warning comes at half of this: `max_pixels` stands in for it.
 LARGEST = 2 * 89_478_485
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # two lines each, which do not say which file
 GREY_STEP = {"L;2": 85, "L;4": 17}  # Pillow multiplies grey of 2 and 4 bits by this, to fill 0..255
 BITS_TAG, COMPRESSION_TAG, PHOTOMETRIC_TAG, PLANES_TAG, SUBSAMPLING_TAG, FORMAT_TAG = 258, 259, 262, 284, 530, 339
 WHITE_IS_ZERO, YCBCR = 0, 6  # values of PHOTOMETRIC_TAG

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import Source, digest, eval_splits, split_role
+from crate_jax.data.sources import Source, digest, eval_splits, split_role, split_roles
 from crate_jax.errors import DataError, escaped, some
+from crate_jax.parallel import distributed
 
 # The names that Pillow gives to files of decoding.FORMATS. PFM is no picture: its floats have no white.
 EXTENSIONS = (
@@ -210,7 +211,8 @@ def open_folder(
             f"but there is no {train_split!r}"
         )
     if split == "train":
-        only_splits = whole_tree and all(split_role(os.fsdecode(name)) for name in _with_images(path, names))
+        holders = list(_with_images(path, names)) if whole_tree else []
+        only_splits = whole_tree and len(_roles(holders)) == len(holders)
         source = FolderSource(train_root or path, max_pixels, labelled=not only_splits)
         if whole_tree and source.eval_folders:
             why = f"has no sub-folder {train_split!r}: " if train_split else ""
@@ -237,15 +239,15 @@ def _train_root(path: str, names: list[bytes], train_split: str) -> str | None:
     if train_split != DEFAULT_TRAIN_SPLIT:
         hint = _hint(names)
         raise DataError(f"{path}: has no sub-folder {train_split!r}, which config.data.train_split names{hint}")
-    splits = [name for name in names if split_role(os.fsdecode(name))]
-    training = [os.fsdecode(name) for name in splits if split_role(os.fsdecode(name)) == "train"]
+    roles = _roles(names)
+    training = [os.fsdecode(name) for name, role in roles.items() if role == "train"]
     if len(training) > 1:
         raise DataError(f"{path}: has the splits {', '.join(training)}; set config.data.train_split to one of them")
     if training:
         log.info("%s: training on the sub-folder %s", escaped(path), escaped(training[0]))
         return os.path.join(path, training[0])
-    others = list(itertools.islice(_with_images(path, [name for name in names if name not in splits]), 2))
-    evals = list(_with_images(path, splits))
+    others = list(itertools.islice(_with_images(path, [name for name in names if name not in roles]), 2))
+    evals = list(_with_images(path, list(roles)))
     if evals and not others:
         raise DataError(
             f"{path}: {_names(evals)} are names of splits, not of classes, and none is that of a training split; set "
@@ -253,10 +255,10 @@ def _train_root(path: str, names: list[bytes], train_split: str) -> str | None:
         )
     if len(others) == 1 and not evals and not _loose(path):
         below = os.path.join(path, os.fsdecode(others[0]))
-        inner = [name for name in sub_folders(below) if split_role(os.fsdecode(name))]
-        if any(split_role(os.fsdecode(name)) == "train" for name in inner):
+        inner = _roles(sub_folders(below))
+        if "train" in inner.values():
             raise DataError(
-                f"{path}: the splits {_names(inner)} lie one folder deeper; set config.data.source=folder:{below}"
+                f"{path}: the splits {_names(list(inner))} lie one folder deeper; set config.data.source=folder:{below}"
             )
     return None
 
@@ -293,8 +295,12 @@ def _first_labelled(path: str, names: list[str], train_root: str, max_pixels: in
 
 
 def _hint(names: list[bytes]) -> str:
-    found = [name for name in names if split_role(os.fsdecode(name))]
+    found = list(_roles(names))
     return f"; there is {_names(found)}" if found else ""
+
+
+def _roles(names: Sequence[bytes]) -> dict[bytes, str]:
+    return {os.fsencode(name): role for name, role in split_roles(map(os.fsdecode, names)).items()}
 
 
 def _check_folder(root: str) -> None:
@@ -318,7 +324,7 @@ def _class_names(root: str, found: list[bytes], like: str | None) -> list[bytes]
     if classes is None:
         if len(found) < 2:
             return None
-        if all(split_role(os.fsdecode(name)) for name in found):
+        if len(_roles(found)) == len(found):
             raise DataError(
                 f"{root}: {_names(found)} are names of splits, not of classes; set config.data.source, train_split and "
                 "eval_split to the folders that hold the classes"
@@ -433,5 +439,6 @@ def _names(names: Sequence[bytes]) -> str:
 
 @functools.lru_cache(maxsize=1000)
 def _say(text: str) -> None:
-    """Writes a warning to the log, once: a set is opened again for each evaluation and report."""
-    log.warning("%s", escaped(text))
+    """Writes a warning to the log of process 0, once: a set is opened again for each evaluation and report."""
+    if distributed.first():
+        log.warning("%s", escaped(text))

@@ -23,7 +23,7 @@ from PIL import Image
 
 from crate_jax.data import decoding
 from crate_jax.data.folder import DEFAULT_TRAIN_SPLIT, FolderSource, sub_folders
-from crate_jax.data.sources import SPLITS, Source, digest, eval_splits, split_role
+from crate_jax.data.sources import SPLITS, Source, digest, eval_splits, split_roles
 from crate_jax.errors import DataError
 
 IMAGES, MASKS = "images", ("masks", "labels", "annotations")
@@ -219,7 +219,9 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
     names = sorted({os.fsdecode(n) for f in (root, inner) if os.path.isdir(f) for n in sub_folders(f)})
     tried: Sequence[str] = (wanted,)
     if split == "train" and wanted in ("", DEFAULT_TRAIN_SPLIT):
-        tried = list(dict.fromkeys([*SPLITS["train"][:2], *(n for n in names if split_role(n) == "train")]))
+        tried = list(
+            dict.fromkeys([*SPLITS["train"][:2], *(n for n, role in split_roles(names).items() if role == "train")])
+        )
     elif split == "eval" and wanted == "auto":
         tried = eval_splits(names)
     folders = next(filter(None, (_find(root, name) for name in tried)), None)

@@ -20,11 +20,13 @@ SPLITS = {
     "val": ("val", "validation", "valid", "validate", "dev", "eval", "evaluation"),
 }
 _ROLE_OF = {name: role for role, names in SPLITS.items() for name in names}
+_WORD = rf"({'|'.join(sorted(_ROLE_OF, key=len, reverse=True))})"
 # A split's name with what people add to it: Training_Set, val2017, "test images".
 _SPLIT = re.compile(
-    rf"(?:(?:images?|imgs?|data|dataset)[ _.-]+)?({'|'.join(sorted(_ROLE_OF, key=len, reverse=True))})"
-    r"(?:[ _.-]*(?:set|split|data|dataset|images?|imgs?|folder))*[ _.-]*(?:(?:19|20)\d\d)?"
+    rf"(?:(?:images?|imgs?|data|dataset)[ _.-]+)?{_WORD}"
+    r"(?:[ _.-]*(?:set|split|data|dataset|images?|imgs?|folder))*[ _.-]*\d{0,4}"
 )
+_PART = re.compile(rf"(?<![a-z]){_WORD}(?![a-z])")
 SYNTHETIC_CLASSES = 10
 SYNTHETIC_IMAGES = {"train": 4096, "eval": 1024}
 DIGITS_TRAIN_SHARE = 0.8
@@ -40,20 +42,37 @@ def split_role(name: str) -> str | None:
     return _ROLE_OF[found[1]] if found else None
 
 
+def split_roles(names: Iterable[str]) -> dict[str, str]:
+    """Returns the keys of SPLITS that names beside each other stand for, without the names that are no split's.
+
+    Besides those of :func:`split_role` these are names that differ only in the split.
+
+    >>> split_roles(["Train", "cat", "Test"]), split_roles(["seg_test", "seg_train", "seg_pred", "train station"])
+    ({'Train': 'train', 'Test': 'test'}, {'seg_test': 'test', 'seg_train': 'train'})
+    """
+    roles = {name: split_role(name) for name in names}
+    parts = {name: _PART.split(name.casefold()) for name in roles}
+    rests = {name: (part[0], part[2]) for name, part in parts.items() if len(part) == 3}
+    for name, rest in rests.items():
+        others = {_ROLE_OF[parts[other][1]] for other, its in rests.items() if its == rest}
+        if "train" in others and len(others) > 1:
+            roles[name] = _ROLE_OF[parts[name][1]]
+    return {name: role for name, role in roles.items() if role is not None}
+
+
 def eval_splits(names: Iterable[str]) -> list[str]:
     """Returns the names that stand for evaluation splits: those for test first, the usual ones first among equals.
 
     >>> eval_splits(["valid", "val", "a", "Test", "train"])
     ['Test', 'val', 'valid']
     """
-    roles = list(SPLITS)
-    usual = list(_ROLE_OF)
-    found = [name for name in names if split_role(name) in ("test", "val")]
+    order, usual = list(SPLITS), list(_ROLE_OF)
+    found = {name: role for name, role in split_roles(names).items() if role != "train"}
 
-    def order(name: str) -> tuple[int, int, str]:
-        return roles.index(split_role(name) or ""), usual.index(name) if name in usual else len(usual), name
+    def rank(name: str) -> tuple[int, int, str]:
+        return order.index(found[name]), usual.index(name) if name in usual else len(usual), name
 
-    return sorted(found, key=order)
+    return sorted(found, key=rank)
 
 
 class Source(abc.ABC):

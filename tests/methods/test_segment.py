@@ -203,6 +203,8 @@ def test_ignored_values_and_the_zero_label(tmp_path):
         ("{}/training", "{}/validation", ("images", "annotations")),
         ("{}/train", "{}/val", ("images", "masks")),
         ("train/{}", "test/{}", ("images", "labels")),
+        ("{}/Training", "{}/valid", ("images", "labels")),
+        ("Train/{}", "dev_set/{}", ("images", "masks")),
     ],
 )
 def test_layouts(tmp_path, train_folder, eval_folder, kinds):
