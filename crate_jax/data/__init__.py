@@ -116,7 +116,7 @@ DATA = Section(
             anything,
             "folder: a sub-folder; train: also Training, ..., or else all",
         ),
-        eval_split=Key("auto", anything, "auto: the first with labels of test, val, valid, ..."),
+        eval_split=Key("auto", anything, "auto: of test, val, valid and the like, the first with labels"),
         image_size=Key((224, 224), anything, "height, width in pixels"),
         mean=Key(IMAGENET_MEAN, triple, "mean per channel, of pixels scaled to [0, 1]"),
         std=Key(
