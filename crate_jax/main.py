@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as e:
         distributed.unwatch()
         if distributed.first():
-            print(f"{e}; the same command continues it", file=sys.stderr)
+            print(escaped(f"{e}; the same command continues it"), file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         print("stopped by SIGINT; the same command continues from the last checkpoint, if any", file=sys.stderr)
