@@ -196,6 +196,8 @@ class ImageTarget:
             (image.convert("CMYK"), "JPEG", {}), (image.convert("RGBA"), "PNG", {}),
             (image.convert("RGBA"), "WEBP", {}),
             (Image.fromarray(pixels[..., 0].astype(np.uint16) * 200), "PNG", {}), (image.convert("1"), "PNG", {}),
+            (Image.fromarray(pixels[..., 0].astype(np.uint16) * 200), "PNG", {"transparency": 400}),
+            (Image.fromarray(pixels[..., 0].astype(np.int32) * 200), "TIFF", {"compression": "tiff_deflate"}),
             (image.convert("P"), "GIF", {"save_all": True, "append_images": [image.convert("P")]}),
         ]  # fmt: skip
         self.seeds = []
