@@ -227,7 +227,16 @@ def open_folder(
     if not os.path.isdir(eval_root):
         hint = _hint(names)
         raise DataError(f"{path}: has no sub-folder {eval_split!r}, which config.data.eval_split names{hint}")
-    return FolderSource(eval_root, max_pixels, train_root or path)
+    return FolderSource(_split_root(path, eval_split), max_pixels, train_root or path)
+
+
+def _split_root(path: str, split: str) -> str:
+    """Returns the folder of a split's images; archives often hold one more of the same name: train/train/CLASS."""
+    root = os.path.join(path, split)
+    inner = [os.fsdecode(name) for name in sub_folders(root)]
+    if len(inner) == 1 and inner[0].casefold() == os.path.basename(root).casefold() and not _loose(root):
+        return os.path.join(root, inner[0])
+    return root
 
 
 def _train_root(path: str, names: list[bytes], train_split: str) -> str | None:
@@ -235,7 +244,7 @@ def _train_root(path: str, names: list[bytes], train_split: str) -> str | None:
     if not train_split:
         return None
     if os.path.isdir(os.path.join(path, train_split)):
-        return os.path.join(path, train_split)
+        return _split_root(path, train_split)
     if train_split != DEFAULT_TRAIN_SPLIT:
         hint = _hint(names)
         raise DataError(f"{path}: has no sub-folder {train_split!r}, which config.data.train_split names{hint}")
@@ -245,7 +254,7 @@ def _train_root(path: str, names: list[bytes], train_split: str) -> str | None:
         raise DataError(f"{path}: has the splits {', '.join(training)}; set config.data.train_split to one of them")
     if training:
         log.info("%s: training on the sub-folder %s", escaped(path), escaped(training[0]))
-        return os.path.join(path, training[0])
+        return _split_root(path, training[0])
     others = list(itertools.islice(_with_images(path, [name for name in names if name not in roles]), 2))
     evals = list(_with_images(path, list(roles)))
     if evals and not others:
@@ -274,7 +283,7 @@ def _first_labelled(path: str, names: list[str], train_root: str, max_pixels: in
     failed: list[DataError] = []
     for name in names:
         try:
-            source = FolderSource(os.path.join(path, name), max_pixels, train_root)
+            source = FolderSource(_split_root(path, name), max_pixels, train_root)
         except DataError as e:
             failed.append(e)
             passed.append(str(e))

@@ -188,6 +188,17 @@ def test_splits_by_other_names(tmp_path, train, test, caplog):
     assert f"the evaluation split is {test}" in caplog.text
 
 
+def test_a_split_may_lie_in_a_folder_of_its_own_name(tmp_path):
+    found = [
+        f"{part}/{name}" for part in ("seg_train/seg_train", "seg_test/Seg_Test") for name in ("a/1.png", "b/2.png")
+    ]
+    config = configured(tree(tmp_path, [*found, "seg_pred/seg_pred/1.png"]))
+    train, test = (data.open_split(config, split, labels_required=True) for split in ("train", "eval"))
+    assert names(train) == names(test) == ["a/1.png", "b/2.png"]
+    write(tmp_path / "seg_train" / "1.png")
+    assert len(data.open_split(config, "train")) == 3, "not an archive's folder, if something lies beside it"
+
+
 @pytest.mark.parametrize(
     "unlabelled", [["test/5.png", "test/6.png"], ["test/unknown/5.png"], ["test/a/5.png", "test/x/6.png"], []]
 )
