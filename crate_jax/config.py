@@ -8,6 +8,7 @@ experiment needs and returns the result. No code reads a key that is not declare
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from crate_jax.models import ENCODER, ENCODERS, widths
 from crate_jax.training.optimizer import OPTIMIZER
 from crate_jax.training.orthogonality import PENALTY
 from crate_jax.validation import (
+    FIXED,
+    FREE,
+    RECORDED,
     Key,
     Rule,
     Section,
@@ -66,30 +70,60 @@ RUN = Section(
     of_the_run=True,
     check=_check_run,
     keys=dict(
-        seed=Key(0, within(0, 2**63 - 1), "initial weights, order of the images, augmentation, corruption", wide=True),
+        seed=Key(
+            0, within(0, 2**63 - 1), "initial weights, order of the images, augmentation, corruption", wide=True,
+            resume=RECORDED,
+        ),
         method=Key("reconstruction", one_of(*PRETRAINING), "what pre-training optimises"),
-        steps=Key(0, at_least(0), "optimiser steps; 0: `epochs` counts"),
-        epochs=Key(0.0, at_least(0), "passes over the training split; 0: `steps` counts"),
-        batch_size=Key(256, positive, "images per optimiser step, over all devices and micro-batches"),
-        accumulate=Key(1, positive, "micro-batches per optimiser step: the same update with less memory"),
+        steps=Key(0, at_least(0), "optimiser steps; 0: `epochs` counts", resume=FREE),
+        epochs=Key(0.0, at_least(0), "passes over the training split; 0: `steps` counts", resume=FREE),
+        batch_size=Key(256, positive, "images per optimiser step, over all devices and micro-batches", resume=RECORDED),
+        accumulate=Key(
+            1, positive, "micro-batches per optimiser step: the same update with less memory", resume=RECORDED
+        ),
         init_from=Key("", anything, "workdir or weights file whose encoder starts this run"),
-        dtype=Key("float32", one_of("float32", "bfloat16"), "type of activations; parameters are always float32"),
-        remat=Key(False, anything, "recompute each block in the backward pass, which takes less memory and more time"),
+        dtype=Key(
+            "float32", one_of("float32", "bfloat16"), "type of activations; parameters are always float32",
+            resume=RECORDED,
+        ),
+        remat=Key(
+            False, anything, "recompute each block in the backward pass, which takes less memory and more time",
+            resume=FREE,
+        ),
         remat_keep=Key(
             "nothing", one_of("nothing", "weights", "products"),
             "what is not recomputed: weights (products with weights), products (all)", read_by=("remat", True),
+            resume=FREE,
         ),
     ),
 )  # fmt: skip
+
+
+def _check_job(c: ConfigDict) -> None:
+    unknown = [key for key in allowed_changes(c) if key not in KEYS]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], KEYS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"config.allow_change: there is no key {unknown[0]!r}{hint}")
+
 
 JOB = Section(
     "",
     "The job, and the encoder that it judges.",
     of_the_run=False,
     effect=False,
+    check=_check_job,
     keys=dict(
-        job=Key("pretrain", anything, "what `python -m crate_jax.main` does"),
-        checkpoint=Key("", anything, "workdir or weights file of the judged encoder; job report: several, as in A,B,C"),
+        job=Key("pretrain", anything, "what `python -m crate_jax.main` does", resume=FIXED),
+        checkpoint=Key(
+            "",
+            anything,
+            "workdir or weights file of the judged encoder; job report: several, as in A,B,C",
+            resume=RECORDED,
+        ),
+        allow_change=Key(
+            (), anything, "keys that this start may change although the run that it continues may not", items=str
+        ),
     ),
 )
 
@@ -126,6 +160,7 @@ EVALUATION = Section(
     "evaluation",
     "How the encoder is scored during and after training, and which of its tokens each job reads.",
     of_the_run=True,
+    resume=FREE,
     check=_check_evaluation,
     keys=dict(
         every=Key(0, at_least(0), "steps between evaluations; 0: only at the end"),
@@ -136,8 +171,11 @@ EVALUATION = Section(
             "cls",
             one_of("cls", "mean", "cls_mean"),
             "cls: the class token; mean: the mean of patch tokens; cls_mean: both, side by side",
+            resume=FIXED,
         ),
-        layer=Key(0, at_least(0), "block (resnet: stage) whose output is read, from 1; 0: the encoder's output"),
+        layer=Key(
+            0, at_least(0), "block (resnet: stage) whose output is read, from 1; 0: the encoder's output", resume=FIXED
+        ),
         knn_k=Key(20, positive, "number of neighbours"),
         knn_temperature=Key(0.07, positive, "temperature of the neighbours' weights"),
         probe_c=Key(1.0, positive, "inverse strength of the logistic regression's L2 penalty"),
@@ -162,7 +200,7 @@ PROTOCOL = Section(
     keys=dict(
         name=Key("", anything, "protocol"),
         scratch=Key(False, anything, "judge a random encoder of the checkpoint's shape"),
-        metric=Key("top1", one_of("top1", "mean_per_class", "miou"), "main score"),
+        metric=Key("top1", one_of("top1", "mean_per_class", "miou"), "main score", resume=FREE),
     ),
 )
 
@@ -250,6 +288,7 @@ NONFINITE = Section(
     "nonfinite",
     "What happens if a step's loss or gradient is NaN or infinite.",
     of_the_run=True,
+    resume=FREE,
     keys=dict(
         skip=Key(0, at_least(0), "so many such steps in a row are undone before the run stops; 0: it stops at once")
     ),
@@ -293,6 +332,31 @@ SOME_METHODS_READ = frozenset(part for row in METHODS.values() for part in row.p
 def base() -> ConfigDict:
     """Returns the config with every key at its default, locked against unknown keys."""
     return defaults(SECTIONS)
+
+
+def allowed_changes(config: ConfigDict) -> list[str]:
+    """The keys that config.allow_change names; a flag gives A,B as one text."""
+    return [key for text in config.allow_change for key in text.split(",")]
+
+
+def resumed_changes(config: ConfigDict, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any, str]]:
+    """The keys that a start changes in the run that it continues, without those that its job does not read.
+
+    Args:
+      config: the validated config of the start.
+      before: the config of the checkpoint, perhaps of an older version that lacks keys. A key that is newer than the
+        run had its default.
+
+    Returns:
+      {key: (old value, new value, what a start may do with the key: FREE, RECORDED or FIXED)}, tuples as lists.
+    """
+    new, old = flatten(config), flatten(base()) | flatten(before)
+    changes = {}
+    for name, key in KEYS.items():
+        chooser, *values = key.read_by or ("",)
+        if old[name] != new[name] and is_read(config, name) and (not chooser or new[chooser] in values):
+            changes[name] = (old[name], new[name], key.resume)
+    return changes
 
 
 def has_effect(key: str) -> bool:

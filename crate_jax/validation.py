@@ -18,6 +18,9 @@ from crate_jax.errors import ConfigError
 KINDS: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,), tuple: (list,)}
 KIND_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}
 ITEM_NAMES = {int: "whole numbers", float: "numbers", str: "texts"}
+# What a start that continues a run may do with a key. FIXED: nothing, because the weights would mean something else, or
+# the run would be another one. RECORDED: change it, which checkpoint, summary and report then say. FREE: change it.
+FREE, RECORDED, FIXED = "free", "recorded", "fixed"
 MAX_WHOLE = 2**31 - 1  # for keys that are not `wide`: JAX's whole numbers have 32 bits
 
 
@@ -118,6 +121,8 @@ class Key:
       items: the type of a tuple's items; None: the type of the default's first item, or any type if the default is
         empty.
       wide: whether whole numbers may need more than 32 bits.
+      resume: what a start that continues a run may do with the key: FREE, RECORDED or FIXED. Empty: FREE if the run's
+        numbers do not depend on the key, else what the section says.
     """
 
     default: Any
@@ -127,6 +132,7 @@ class Key:
     effect: bool = True
     items: type | None = None
     wide: bool = False
+    resume: str = ""
 
     @property
     def item_type(self) -> type:
@@ -145,6 +151,7 @@ class Section:
         from its own config.
       keys: {name: key}.
       effect: whether a run's numbers depend on any of the keys.
+      resume: what a start that continues a run may do with its keys, if they do not say it: FREE, RECORDED or FIXED.
       check: a function of the whole config that raises ConfigError if keys do not go together. It is called only if
         the section is read, and after all values were found to keep to their rules.
     """
@@ -155,15 +162,18 @@ class Section:
     of_the_run: bool
     keys: Mapping[str, Key]
     effect: bool = True
+    resume: str = FIXED
     check: Callable[[ConfigDict], None] = lambda config: None
 
     def flat(self) -> dict[str, Key]:
-        """The keys by their whole names, such as ``encoder.width``; without effect if the section has none."""
+        """The keys by their whole names, such as ``encoder.width``, with what the section says of all its keys."""
         prefix = f"{self.name}." if self.name else ""
-        return {
-            prefix + name: dataclasses.replace(key, effect=key.effect and self.effect)
-            for name, key in self.keys.items()
-        }
+        flat = {}
+        for name, key in self.keys.items():
+            effect = key.effect and self.effect
+            resume = key.resume or (self.resume if effect else FREE)
+            flat[prefix + name] = dataclasses.replace(key, effect=effect, resume=resume)
+        return flat
 
 
 def defaults(sections: Iterable[Section]) -> ConfigDict:

@@ -25,12 +25,16 @@ def _row(name: str, key: Key) -> str:
     chooser, *names = key.read_by or ("",)
     read_by = f"{chooser}: {', '.join(map(_value, names))}" if chooser else ""
     rule = key.rule.text.removeprefix("must ") or f"be {KIND_NAMES[type(key.default)]}"
-    cells = (f"`{name}`", f"`{_value(key.default)}`", rule, key.meaning, "" if key.effect else "no", read_by)
+    effect = "" if key.effect else "no"
+    cells = (f"`{name}`", f"`{_value(key.default)}`", rule, key.meaning, effect, key.resume, read_by)
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 
 def _table(keys: Mapping[str, Key]) -> list[str]:
-    head = ["| key | default | must | meaning | changes results | read only where |", "|---|---|---|---|---|---|"]
+    head = [
+        "| key | default | must | meaning | changes results | resume | read only where |",
+        "|---|---|---|" + 4 * "---|",
+    ]
     return [*head, *(_row(name, key) for name, key in keys.items()), ""]
 
 
@@ -56,6 +60,10 @@ def page() -> str:
         "Each can be set by a flag, `--config.KEY=VALUE`. A value has the type of the default and must keep to the",
         "third column; `none` is an empty tuple, `empty` an empty text. The last column names another key and its",
         "values, without which the key is not read.",
+        "",
+        "`resume` says what a start that continues a run may do with the key ([survival.md](survival.md)). free:",
+        "change it. recorded: change it, and checkpoint, summary and report say so. fixed: nothing, unless",
+        "`--config.allow_change=KEY,...` names it.",
         "",
         f"The jobs `pretrain` and `sweep` train the method `config.method`, {jobs};",
         "`evaluate`, `align` and `report` read an encoder, and of a model with a decoder what `reconstruction` reads.",

@@ -25,6 +25,7 @@ from crate_jax.parallel import parameters
 from crate_jax.report.section import Figure, Section, Subject, Table, short_names
 from crate_jax.report.svg import escape, legend
 from crate_jax.validation import flatten
+from crate_jax.workdir import starts
 
 CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
@@ -70,6 +71,15 @@ class Logged:
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
     results: list[dict[str, Any]]
+    starts: Sequence[Mapping[str, Any]] = ()
+
+    def told(self) -> dict[str, str]:
+        """For each key that a start has changed its values in order, as a text for a cell."""
+        cells: dict[str, str] = {}
+        for change in (change for start in self.starts for change in start.get("changed", ())):
+            before = cells.get(change["key"], str(_value(change["old"])))
+            cells[change["key"]] = f"{before}; from step {change['step']:,} on {_value(change['new'])}"
+        return cells
 
 
 def read(workdir: Path | None) -> Logged:
@@ -88,7 +98,8 @@ def read(workdir: Path | None) -> Logged:
         summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as e:
         raise DataError(f"{path}: is not JSON ({e}); run the training command again, which writes it anew") from None
-    return Logged(_lines(workdir / "metrics.jsonl"), summary, _lines(workdir / "results.jsonl"))
+    metrics, results = _lines(workdir / "metrics.jsonl"), _lines(workdir / "results.jsonl")
+    return Logged(metrics, summary, results, starts.lineage(starts.read(workdir)))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -110,13 +121,18 @@ def section(subjects: Sequence[Subject]) -> Section:
     """
     logged = {s.name: read(s.workdir) for s in subjects}
     figures = [*_score_figures(logged), *_curves(logged, short_names(subjects)), *_layers(logged)]
-    tables = [t for t in (_scores(logged), _runs(subjects, logged), _results(logged), _settings(subjects)) if t]
+    tables = [t for t in (
+        _scores(logged), _runs(subjects, logged), _starts(logged), _results(logged), _settings(subjects, logged),
+    ) if t]  # fmt: skip
     return Section(
         title="Overview",
         text=_text(logged),
         figures=tuple(figures),
         tables=tuple(tables),
-        numbers={name: {"summary": log.summary, "results": log.results} for name, log in logged.items()},
+        numbers={
+            name: {"summary": log.summary, "results": log.results, "starts": list(log.starts)}
+            for name, log in logged.items()
+        },
     )
 
 
@@ -247,14 +263,15 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
     rows = []
     for s in subjects:
         summary, c = logged[s.name].summary, s.config
+        told = logged[s.name].told()
         steps = summary.get("steps") or max((m["step"] for m in logged[s.name].metrics), default=None)
         size = f"{len(widths(c))} x {widths(c)[-1]}"
         corruption = c.corruption.name if "corruption" in parts(c, s.params) else "none"
         rows.append((
             s.name, None if c.job in WITHOUT_METHOD else method_name(c), c.encoder.name, size, corruption,
-            c.penalty.name, steps, c.batch_size, summary.get("loss"),
+            told.get("penalty.name", c.penalty.name), steps, told.get("batch_size", c.batch_size), summary.get("loss"),
             summary.get("images_per_sec"), summary.get("params") or (parameters.count(s.params) if s.params else None),
-            c.job, c.data.source, summary.get("devices"),
+            c.job, told.get("data.source", c.data.source), summary.get("devices"),
         ))  # fmt: skip
     columns = (
         "run", "method", "encoder", "layers x width", "corruption", "penalty", "steps", "batch", "loss", "images/s",
@@ -262,6 +279,21 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
     )  # fmt: skip
     caption = "The runs. Losses under different corruptions or targets cannot be compared: they do not rank runs."
     return Table(caption, columns, tuple(rows))
+
+
+def _starts(logged: Mapping[str, Logged]) -> Table | None:
+    """The starts of the runs, if one of them was continued."""
+    if all(len(log.starts) < 2 for log in logged.values()):
+        return None
+    rows = []
+    for name, log in logged.items():
+        for start in log.starts:
+            changes = (f"{c['key']}: {_value(c['old'])} -> {_value(c['new'])}" for c in start.get("changed", ()))
+            versions = ", ".join(f"{package} {version}" for package, version in start.get("versions", {}).items())
+            cells = start["step"], start.get("time"), "; ".join(changes), start.get("devices"), versions
+            rows.append((name, *cells))
+    caption = "Starts of the runs, with the keys that each changed. Starts whose steps were lost are in starts.jsonl."
+    return Table(caption, ("run", "from step", "time", "changed", "devices", "versions"), tuple(rows))
 
 
 def _results(logged: Mapping[str, Logged]) -> Table | None:
@@ -278,12 +310,12 @@ def _results(logged: Mapping[str, Logged]) -> Table | None:
     return Table("Evaluations recorded in results.jsonl.", columns, tuple(rows))
 
 
-def _settings(subjects: Sequence[Subject]) -> Table | None:
+def _settings(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table | None:
     """The keys in which the runs differ; for a single run, the keys in which it differs from the defaults."""
-    flat = {s.name: flatten(s.config) for s in subjects}
+    flat = {s.name: flatten(s.config) | logged[s.name].told() for s in subjects}
     if len(flat) == 1:
         flat["default"] = flatten(base())
-    read = {k for s in subjects for k in flat[s.name] if has_effect(k) and is_read(s.config, k, s.params)}
+    read = {k for s in subjects for k in flatten(s.config) if has_effect(k) and is_read(s.config, k, s.params)}
     keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if k in read)
     differing = [k for k in keys if len({repr(f.get(k)) for f in flat.values()}) > 1]
     rows = [(k, *(_value(f.get(k)) for f in flat.values())) for k in differing]

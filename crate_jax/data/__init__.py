@@ -19,6 +19,8 @@ from crate_jax.data.tfds_source import open_tfds
 from crate_jax.data.views import shown_views
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.validation import (
+    FREE,
+    RECORDED,
     Key,
     Section,
     anything,
@@ -109,14 +111,19 @@ DATA = Section(
     "Images, how they are read, cropped and changed.",
     of_the_run=True,
     keys=dict(
-        source=Key("digits", must(f"be one of {', '.join(SOURCES)}", _is_source), "where the images come from"),
-        data_dir=Key("", anything, "tfds: the folder of the prepared (ArrayRecord) data sets"),
+        source=Key(
+            "digits", must(f"be one of {', '.join(SOURCES)}", _is_source), "where the images come from", resume=RECORDED
+        ),
+        data_dir=Key("", anything, "tfds: the folder of the prepared (ArrayRecord) data sets", resume=RECORDED),
         train_split=Key(
             "train",
             anything,
             "folder: a sub-folder; train: also Training, ..., or else all",
+            resume=RECORDED,
         ),
-        eval_split=Key("auto", anything, "auto: of test, val, valid and the like, the first with labels"),
+        eval_split=Key(
+            "auto", anything, "auto: of test, val, valid and the like, the first with labels", resume=RECORDED
+        ),
         image_size=Key((224, 224), anything, "height, width in pixels"),
         mean=Key(IMAGENET_MEAN, triple, "mean per channel, of pixels scaled to [0, 1]"),
         std=Key(
@@ -125,22 +132,34 @@ DATA = Section(
             "standard deviation per channel, of pixels scaled to [0, 1]",
         ),
         crop_scale=Key(
-            (0.2, 1.0), increasing_pair(0.0, 1.0), "share of the area that a random crop covers; 1, 1: no crop"
+            (0.2, 1.0),
+            increasing_pair(0.0, 1.0),
+            "share of the area that a random crop covers; 1, 1: no crop",
+            resume=RECORDED,
         ),
         crop_ratio=Key(
-            (3 / 4, 4 / 3), increasing_pair(0.0, math.inf), "width / height of the crop, drawn log-uniformly"
+            (3 / 4, 4 / 3),
+            increasing_pair(0.0, math.inf),
+            "width / height of the crop, drawn log-uniformly",
+            resume=RECORDED,
         ),
-        flip=Key(0.5, within(0, 1), "probability of a horizontal flip"),
-        interpolation=Key("bicubic", one_of("bicubic", "bilinear"), "how images are resized"),
-        randaugment_layers=Key(0, at_least(0), "RandAugment's operations per image (n); 0: off"),
-        randaugment_magnitude=Key(14, within(0, 30), "strength of these operations (m)"),
-        eval_crop=Key(0.875, within(0, 1, "(]"), "share of the shorter side in the central evaluation crop"),
+        flip=Key(0.5, within(0, 1), "probability of a horizontal flip", resume=RECORDED),
+        interpolation=Key("bicubic", one_of("bicubic", "bilinear"), "how images are resized", resume=RECORDED),
+        randaugment_layers=Key(0, at_least(0), "RandAugment's operations per image (n); 0: off", resume=RECORDED),
+        randaugment_magnitude=Key(14, within(0, 30), "strength of these operations (m)", resume=RECORDED),
+        eval_crop=Key(
+            0.875, within(0, 1, "(]"), "share of the shorter side in the central evaluation crop", resume=RECORDED
+        ),
         workers=Key(0, within(0, 1024), "decoding processes; 0: threads of this process decode", effect=False),
         threads=Key(4, within(1, 1024), "reading threads per process", effect=False),
         prefetch=Key(2, within(1, 1024), "batches that are kept ready on the device", effect=False),
         memory_mb=Key(1024, at_least(0), "decoded sets up to this size, in MiB, are kept in memory", effect=False),
         # From here on Pillow warns of bombs. It takes up to 10 bytes per pixel: 0.9 GB in each reading thread.
-        max_pixels=Key(89_478_485, within(1, LARGEST), "larger images (height x width) count as undecodable"),
-        max_undecodable=Key(0.01, within(0, 1), "share of files that may fail to decode before the run stops"),
+        max_pixels=Key(
+            89_478_485, within(1, LARGEST), "larger images (height x width) count as undecodable", resume=RECORDED
+        ),
+        max_undecodable=Key(
+            0.01, within(0, 1), "share of files that may fail to decode before the run stops", resume=FREE
+        ),
     ),
 )

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.data.augmentation import Augmentation
 from crate_jax.errors import ConfigError
-from crate_jax.validation import Key, Rule, Section, at_least, increasing_pair, must, within
+from crate_jax.validation import RECORDED, Key, Rule, Section, at_least, increasing_pair, must, within
 
 LARGE = 2  # views of data.image_size
 
@@ -48,6 +48,7 @@ VIEWS = Section(
     "The views of an image: two large ones of data.image_size and small ones. A tuple holds one value for all views, "
     "or one each for large view 0, large view 1 and the small views.",
     of_the_run=True,
+    resume=RECORDED,
     check=_check_views,
     keys=dict(
         small=Key(0, within(0, 64), "number of small views"),

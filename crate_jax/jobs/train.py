@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.analysis.whitebox import measures
-from crate_jax.config import base, method_name, validate
+from crate_jax.config import KEYS, allowed_changes, base, method_name, resumed_changes, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
@@ -31,8 +31,8 @@ from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import nonfinite
 from crate_jax.training.loop import Loop, Observer, Picture
-from crate_jax.validation import changed_keys, flatten
-from crate_jax.workdir import checkpoint, metrics, pictures
+from crate_jax.validation import FIXED, FREE, changed_keys, flatten
+from crate_jax.workdir import checkpoint, metrics, pictures, starts
 from crate_jax.workdir.folder import lock
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
 }
 # Config keys (beginnings of lines of `changed_keys`) on which a score depends: with another value it is another run.
 TASK_KEYS = ("seed:", "init_from:", "protocol.name:", "protocol.scratch:")
+
+IMAGES = "training images"  # in place of a key, in the record of a start that found other ones
 
 
 def training_images(config: ConfigDict) -> data.Source:
@@ -81,11 +83,12 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         method = method_of(config, source)
         recipe = {"recipe": True} if "views" in method.inputs else {}
         evaluation = EVALUATIONS[config.job](config, method.features, source, mesh, **recipe)
+        changes: list[dict[str, Any]] = []
         loop = Loop(
             config, method, source, mesh, folder, interrupt, stack,
             start=functools.partial(pretrained.load, config.init_from, "config.init_from")
             if config.init_from else None,
-            on_resume=functools.partial(require_same_task, config, folder),
+            on_resume=functools.partial(resume, config, folder, changes),
         )  # fmt: skip
         if isinstance(evaluation, FrozenEvaluation):
             evaluation.remember(loop.written(("rankme", "rankme_limit")))
@@ -94,7 +97,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if signum:
             raise Interrupted(signum, "before the first step")
         if distributed.first():
-            metrics.write_json(folder / "config.json", config.to_dict())
+            metrics.write_json(folder / "config.json", as_begun(config, loop.changed))
+            starts.append(folder, loop.start_step, changes, devices(mesh))
         loop.run(watching)
         summary = summarise(loop)
         if distributed.first():
@@ -211,6 +215,59 @@ def telemetry(config: ConfigDict, images: np.ndarray, mesh: Mesh) -> Callable[[P
     return lambda judged: {k: float(v) for k, v in jax.device_get(compiled(judged, placed, keys)).items()}
 
 
+def devices(mesh: Mesh) -> str:
+    """Number and kind of the devices, for people."""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+
+
+def resume(
+    config: ConfigDict, folder: Path, changes: list[dict[str, Any]], step: int, before: Mapping[str, Any], other: bool
+) -> list[dict[str, Any]]:
+    """Compares a start with the run that it continues.
+
+    Args:
+      config: the config of the present command.
+      folder: the workdir.
+      changes: gets an entry for each changed key: ``step``, ``key``, ``old``, ``new``.
+      step: the step of the checkpoint.
+      before: the config of the checkpoint.
+      other: whether the training images have changed.
+
+    Returns:
+      The entries that checkpoints, summary and report record.
+
+    Raises:
+      ConfigError: a key has changed that must not; the error names all of them.
+    """
+    require_same_task(config, folder, before, other)
+    found, allowed = resumed_changes(config, before), allowed_changes(config)
+    refused = {key: (old, new) for key, (old, new, may) in found.items() if may == FIXED and key not in allowed}
+    if refused:
+        listed = ", ".join(f"config.{key}={old!r}, not {new!r}" for key, (old, new) in refused.items())
+        raise ConfigError(
+            f"{folder} holds a run with {listed}: its weights would mean something else; set back what has changed, "
+            f"choose another --workdir, or allow it by --config.allow_change={','.join(refused)}"
+        )
+    changes += [{"step": step, "key": key, "old": old, "new": new} for key, (old, new, _) in found.items()]
+    recorded = [change for change in changes if found[change["key"]][2] != FREE]
+    if other:
+        images = {"step": step, "key": IMAGES, "old": "those of the checkpoint", "new": "others"}
+        changes.append(images)
+        recorded.append(images)
+    return recorded
+
+
+def as_begun(config: ConfigDict, changed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The config that a run began with, as a dictionary: the present one without the recorded changes."""
+    begun = config.copy_and_resolve_references()
+    for change in reversed(changed):
+        if change["key"] in KEYS:
+            *section, leaf = change["key"].split(".")
+            old = change["old"]
+            (begun[section[0]] if section else begun)[leaf] = tuple(old) if isinstance(old, list) else old
+    return begun.to_dict()
+
+
 def require_same_task(config: ConfigDict, folder: Path, before: Mapping[str, Any], other_images: bool) -> None:
     """Checks that a fine-tuning run continues with the encoder, seed and images that it started with.
 
@@ -229,8 +286,10 @@ def require_same_task(config: ConfigDict, folder: Path, before: Mapping[str, Any
     if config.job == "pretrain":
         return
     before = flatten(base()) | flatten(before)  # a key that is newer than the run had its default
+    allowed = allowed_changes(config)
     changed = [line for line in changed_keys(before, config) if line.startswith(TASK_KEYS)]
-    changed += ["config.data: other training images"] * other_images
+    changed = [line for line in changed if line.partition(":")[0] not in allowed]
+    changed += ["config.data: other training images"] * (other_images and "data.source" not in allowed)
     if changed:
         raise ConfigError(
             f"{folder} holds a run that started differently ({'; '.join(changed)}); choose another --workdir"
@@ -249,7 +308,8 @@ def summarise(loop: Loop) -> dict[str, Any]:
         "params": parameters.count(loop.state.params),
         "params_sha256": checkpoint.params_sha256(loop.state.params),
         **loop.origin,
-        "devices": f"{loop.mesh.size} x {loop.mesh.devices.flat[0].device_kind}",
+        **({"changed": loop.changed} if loop.changed else {}),
+        "devices": devices(loop.mesh),
         "pictures": loop.results.get("pictures", {}).get("path"),
     }
 

@@ -33,7 +33,7 @@ from crate_jax.methods.joint import LARGE, Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.post_norm import PostNorm
 from crate_jax.models.projector import MLP
-from crate_jax.validation import Key, Section, positive, within
+from crate_jax.validation import RECORDED, Key, Section, positive, within
 
 NEIGHBOURS = 5
 HEADS = 8  # of the transformer
@@ -134,9 +134,11 @@ ALL4ONE = Section(
     of_the_run=True,
     check=_check,
     keys=dict(
-        attention_temperature=Key(0.1, positive, "what similarities of mixed neighbours are divided by"),
-        feature=Key(10.0, positive, "weight of the feature term"),
+        attention_temperature=Key(
+            0.1, positive, "what similarities of mixed neighbours are divided by", resume=RECORDED
+        ),
+        feature=Key(10.0, positive, "weight of the feature term", resume=RECORDED),
         depth=Key(3, positive, "blocks of the transformer"),
-        dropout=Key(0.1, within(0, 1, "[)"), "dropout in the transformer"),
+        dropout=Key(0.1, within(0, 1, "[)"), "dropout in the transformer", resume=RECORDED),
     ),
 )

@@ -22,7 +22,7 @@ from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.batch_norm import EPS
 from crate_jax.models.projector import MLP
-from crate_jax.validation import Key, Section, at_least, positive
+from crate_jax.validation import RECORDED, Key, Section, at_least, positive
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
@@ -54,6 +54,7 @@ BARLOW_TWINS = Section(
     "barlow_twins",
     "Method barlow_twins.",
     of_the_run=True,
+    resume=RECORDED,
     keys=dict(
         lamb=Key(0.0051, at_least(0), "weight of the correlations of different channels"),
         scale=Key(0.1, positive, "what the whole loss is multiplied by"),

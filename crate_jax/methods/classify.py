@@ -25,7 +25,7 @@ from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, St
 from crate_jax.models import batch_norm, has_statistics, representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.layers import Norm, dense
-from crate_jax.validation import Key, Section, anything, at_least, one_of, within
+from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, within
 
 # As in timm's RandomErasing: least and greatest share of the image, least and greatest height / width.
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 10 / 3)
@@ -187,19 +187,22 @@ FINETUNE = Section(
         norm=Key(True, anything, "layer norm between the pooled tokens and the linear head"),
         final_norm=Key(True, anything, "keep the encoder's last norm"),
         head_init=Key(1.0, at_least(0), "factor on the head's initial weights"),
-        drop_path=Key(0.0, within(0, 1, "[)"), "value that replaces encoder.drop_path", read_by=VIT),
+        drop_path=Key(0.0, within(0, 1, "[)"), "value that replaces encoder.drop_path", read_by=VIT, resume=RECORDED),
         relative_bias=Key(
             "shared", one_of("shared", "per_block"), "per_block: each block gets its own copy of the bias", read_by=VIT
         ),
         freeze=Key(False, anything, "train the head only"),
-        label_smoothing=Key(0.0, within(0, 1, "[)"), "share of the target probability that is spread over all classes"),
-        mixup=Key(0.0, at_least(0), "alpha of mixup's weight, drawn from Beta(alpha, alpha); 0: off"),
+        label_smoothing=Key(
+            0.0, within(0, 1, "[)"), "share of the target probability that is spread over all classes", resume=RECORDED
+        ),
+        mixup=Key(0.0, at_least(0), "alpha of mixup's weight, drawn from Beta(alpha, alpha); 0: off", resume=RECORDED),
         cutmix=Key(
             0.0,
             at_least(0),
             "alpha of CutMix's share, drawn likewise; 0: off; with mixup, each gets half of the images",
+            resume=RECORDED,
         ),
-        erase=Key(0.0, within(0, 1), "probability that a random box of an image becomes noise"),
+        erase=Key(0.0, within(0, 1), "probability that a random box of an image becomes noise", resume=RECORDED),
     ),
 )
 

@@ -31,7 +31,7 @@ from crate_jax.methods import joint
 from crate_jax.methods.joint import LARGE, Algorithm, Own, Step
 from crate_jax.methods.method import Params, Progress, Scalars
 from crate_jax.models.projector import MLP
-from crate_jax.validation import Key, Section, positive, several
+from crate_jax.validation import RECORDED, Key, Section, positive, several
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,6 @@ DEEPCLUSTERV2 = Section(
     of_the_run=True,
     keys=dict(
         prototypes=Key((3000, 3000, 3000), several(positive), "number of clusters of each head"),
-        rounds=Key(10, positive, "how often the centres move in a clustering"),
+        rounds=Key(10, positive, "how often the centres move in a clustering", resume=RECORDED),
     ),
 )

@@ -28,7 +28,7 @@ from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Params, Progress, Scalars
 from crate_jax.models.projector import MLP
 from crate_jax.models.prototypes import Prototypes
-from crate_jax.validation import Key, Section, anything, at_least, positive, within
+from crate_jax.validation import RECORDED, Key, Section, anything, at_least, positive, within
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
@@ -86,13 +86,17 @@ DINO = Section(
     of_the_run=True,
     keys=dict(
         prototypes=Key(4096, positive, "width of the last layer; 65536 in the paper"),
-        student_temperature=Key(0.1, positive, "what the student's dot products are divided by"),
-        temperature=Key(0.07, positive, "what the teacher's dot products are divided by"),
-        warm_temperature=Key(0.04, positive, "the same in the first epoch, if there are warm epochs"),
-        warm_epochs=Key(0, at_least(0), "epochs in which the teacher's temperature goes from the one to the other"),
-        centre=Key(0.9, within(0, 1), "share of the centre that an update keeps"),
+        student_temperature=Key(0.1, positive, "what the student's dot products are divided by", resume=RECORDED),
+        temperature=Key(0.07, positive, "what the teacher's dot products are divided by", resume=RECORDED),
+        warm_temperature=Key(0.04, positive, "the same in the first epoch, if there are warm epochs", resume=RECORDED),
+        warm_epochs=Key(
+            0, at_least(0), "epochs in which the teacher's temperature goes from the one to the other", resume=RECORDED
+        ),
+        centre=Key(0.9, within(0, 1), "share of the centre that an update keeps", resume=RECORDED),
         norm_last_layer=Key(True, anything, "the prototypes' lengths are 1; else they are trained too"),
         batch_norm=Key(False, anything, "batch norm in the projector"),
-        hold_epochs=Key(1.0, at_least(0), "epochs at the start in which the last layer gets no update"),
+        hold_epochs=Key(
+            1.0, at_least(0), "epochs at the start in which the last layer gets no update", resume=RECORDED
+        ),
     ),
 )

@@ -30,7 +30,7 @@ from crate_jax.models import ENCODERS, batch_norm, representation
 from crate_jax.models.adopt import init_encoder
 from crate_jax.models.batch_norm import STATISTICS
 from crate_jax.parallel.sharding import keep_rows_split
-from crate_jax.validation import Key, Section, at_least, one_of, positive, within
+from crate_jax.validation import RECORDED, Key, Section, at_least, one_of, positive, within
 
 TARGET, ONLINE = "target", "online"
 Own = dict[str, Any]
@@ -408,9 +408,18 @@ JOINT = Section(
         hidden=Key(2048, positive, "width of the projector's hidden layers"),
         out=Key(256, positive, "width of the projections"),
         predictor_hidden=Key(4096, positive, "width of the predictor's hidden layer", read_by=("method", *PREDICTING)),
-        tau=Key(0.99, within(0, 1), "share of the target that an update keeps at the start", read_by=("method", *SLOW)),
-        tau_final=Key(1.0, within(0, 1), "this share at the end; it rises along a cosine", read_by=("method", *SLOW)),
-        temperature=Key(0.2, positive, "what similarities are divided by", read_by=("method", *SCALED)),
+        tau=Key(
+            0.99, within(0, 1), "share of the target that an update keeps at the start", read_by=("method", *SLOW),
+            resume=RECORDED,
+        ),
+        tau_final=Key(
+            1.0, within(0, 1), "this share at the end; it rises along a cosine", read_by=("method", *SLOW),
+            resume=RECORDED,
+        ),
+        temperature=Key(
+            0.2, positive, "what similarities are divided by", read_by=("method", *SCALED),
+            resume=RECORDED,
+        ),
         queue=Key(65536, at_least(0), "rows of the queue, a multiple of batch_size", read_by=("method", *QUEUED)),
         batch_norm=Key("view", one_of("view", "pooled"), "statistics of each view alone, or of all of one size"),
     ),

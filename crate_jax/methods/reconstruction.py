@@ -26,7 +26,7 @@ from crate_jax.models.adopt import init_encoder
 from crate_jax.models.corruption import CORRUPTIONS, Corruption, Identity
 from crate_jax.models.decoders import DECODERS
 from crate_jax.models.patches import patchify, standardise, unpatchify
-from crate_jax.validation import Key, Section, anything, at_least, one_of, positive, within
+from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, positive, within
 
 NORMS = {"l2": jnp.square, "l1": jnp.abs}
 
@@ -179,28 +179,37 @@ CORRUPTION = Section(
     check=_check_corruption,
     keys=dict(
         name=Key("mask", one_of(*CORRUPTIONS), "corruption"),
-        mask_ratio=Key(0.75, within(0, 1, "()"), "share of the patches removed", read_by=MASK),
+        mask_ratio=Key(0.75, within(0, 1, "()"), "share of the patches removed", read_by=MASK, resume=RECORDED),
         mask_fill=Key(
             "token",
             one_of("token", "zero", "drop"),
             "what replaces removed patches; token: a learned token; drop: the encoder skips them",
             read_by=MASK,
         ),
-        rop_ratio=Key(1 / 7, within(0, 1, "()"), "share of the dimensions kept, K'/K", read_by=ROP),
+        rop_ratio=Key(1 / 7, within(0, 1, "()"), "share of the dimensions kept, K'/K", read_by=ROP, resume=RECORDED),
         rop_buckets=Key(
             "balanced",
             one_of("balanced", "independent"),
             "balanced: as in the released code; job align reads it too",
             read_by=ROP,
+            resume=RECORDED,
         ),
         rop_signs=Key(
-            "independent", one_of("independent", "balanced"), "balanced: as in the released code", read_by=ROP
+            "independent",
+            one_of("independent", "balanced"),
+            "balanced: as in the released code",
+            read_by=ROP,
+            resume=RECORDED,
         ),
         paper_scale=Key(
             0.0, at_least(0), "0: exact projector; 0.14: the released code's scale; job align reads it too", read_by=ROP
         ),
         noise_std=Key(
-            0.5, at_least(0), "standard deviation, in units of normalised pixels", read_by=("corruption.name", "noise")
+            0.5,
+            at_least(0),
+            "standard deviation, in units of normalised pixels",
+            read_by=("corruption.name", "noise"),
+            resume=RECORDED,
         ),
     ),
 )
@@ -259,7 +268,7 @@ LOSS = Section(
     "What the decoder must predict, and how its error is measured.",
     of_the_run=True,
     keys=dict(
-        norm=Key("l2", one_of(*NORMS), "norm of the error"),
+        norm=Key("l2", one_of(*NORMS), "norm of the error", resume=RECORDED),
         target=Key("pixel", one_of("pixel", "patch_normalised"), "what the decoder must predict"),
         region=Key("complement", one_of("complement", "all"), "complement: (I - P)(x - x^); all: x - x^"),
     ),

@@ -23,7 +23,7 @@ from crate_jax.methods import joint
 from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.projector import MLP
-from crate_jax.validation import Key, Section, positive
+from crate_jax.validation import RECORDED, Key, Section, positive
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
@@ -69,6 +69,7 @@ RESSL = Section(
     "ressl",
     "The method ressl.",
     of_the_run=True,
+    resume=RECORDED,
     check=_check,
     keys=dict(
         student_temperature=Key(0.1, positive, "what the student's similarities are divided by, T_q"),

@@ -25,7 +25,7 @@ from crate_jax.models import ENCODERS, batch_norm, has_statistics, representatio
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.models.heads import HEADS, resize
 from crate_jax.models.patches import grid_shape
-from crate_jax.validation import Key, Section, anything, at_least, one_of
+from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of
 
 # Depths of UPerNet's four maps as shares of the encoder's depth; in BEiT's code blocks 4, 6, 8, 12 of 12 and
 # 8, 12, 16, 24 of 24.
@@ -189,6 +189,7 @@ SEGMENT = Section(
             at_least(0),
             "weight of the loss of a second, small head, which reads the third of the blocks",
             read_by=UPERNET,
+            resume=RECORDED,
         ),
         classes=Key(0, at_least(0), "number of classes; 0: the highest class of the training masks, plus 1"),
         ignore_index=Key(255, anything, "value in the masks that is not a class; -1: there is no such value"),

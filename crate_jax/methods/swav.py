@@ -26,7 +26,7 @@ from crate_jax.methods.joint import LARGE, Algorithm, Own, Step
 from crate_jax.methods.method import Params, Progress, Scalars
 from crate_jax.models.projector import MLP
 from crate_jax.models.prototypes import Prototypes, unit_columns
-from crate_jax.validation import Key, Section, at_least, one_of, positive
+from crate_jax.validation import RECORDED, Key, Section, at_least, one_of, positive
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
@@ -123,11 +123,11 @@ SWAV = Section(
     check=_check,
     keys=dict(
         prototypes=Key(3000, positive, "number of prototypes"),
-        epsilon=Key(0.05, positive, "smoothness of the assignments"),
-        rounds=Key(3, positive, "how often prototypes and images are scaled to equal shares"),
+        epsilon=Key(0.05, positive, "smoothness of the assignments", resume=RECORDED),
+        rounds=Key(3, positive, "how often prototypes and images are scaled to equal shares", resume=RECORDED),
         queue=Key(3840, at_least(0), "rows of each large view's queue, a multiple of batch_size; 0: no queue"),
-        queue_from=Key(50.0, at_least(0), "the epoch, counted from 0, from which on the queue enters"),
-        hold_epochs=Key(2.0, at_least(0), "epochs at the start in which the prototypes get no update"),
+        queue_from=Key(50.0, at_least(0), "the epoch, counted from 0, from which on the queue enters", resume=RECORDED),
+        hold_epochs=Key(2.0, at_least(0), "epochs at the start in which the prototypes get no update", resume=RECORDED),
         prototype_norm=Key("weight", one_of("weight", "after"), "length 1 by weight norm, or by scaling after a step"),
     ),
 )  # fmt: skip

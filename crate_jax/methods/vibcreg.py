@@ -25,7 +25,7 @@ from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.iter_norm import IterNorm
 from crate_jax.models.projector import MLP
-from crate_jax.validation import Key, Section, anything, at_least
+from crate_jax.validation import RECORDED, Key, Section, anything, at_least
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
@@ -59,9 +59,9 @@ VIBCREG = Section(
     "Method vibcreg.",
     of_the_run=True,
     keys=dict(
-        similarity=Key(25.0, at_least(0), "weight of the squared differences between the views"),
-        variance=Key(25.0, at_least(0), "weight of the deviations below 1"),
-        covariance=Key(200.0, at_least(0), "weight of the squared correlations of different channels"),
+        similarity=Key(25.0, at_least(0), "weight of the squared differences between the views", resume=RECORDED),
+        variance=Key(25.0, at_least(0), "weight of the deviations below 1", resume=RECORDED),
+        covariance=Key(200.0, at_least(0), "weight of the squared correlations of different channels", resume=RECORDED),
         whitening=Key(True, anything, "IterNorm at the end of the projector"),
     ),
 )

@@ -20,7 +20,7 @@ from crate_jax.methods import three_terms
 from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.projector import MLP
-from crate_jax.validation import Key, Section, at_least, one_of
+from crate_jax.validation import RECORDED, Key, Section, at_least, one_of
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
@@ -49,9 +49,9 @@ VICREG = Section(
     "Method vicreg.",
     of_the_run=True,
     keys=dict(
-        similarity=Key(25.0, at_least(0), "weight of the squared differences between the views"),
-        variance=Key(25.0, at_least(0), "weight of the deviations below 1"),
-        covariance=Key(1.0, at_least(0), "weight of the covariances of different channels"),
+        similarity=Key(25.0, at_least(0), "weight of the squared differences between the views", resume=RECORDED),
+        variance=Key(25.0, at_least(0), "weight of the deviations below 1", resume=RECORDED),
+        covariance=Key(1.0, at_least(0), "weight of the covariances of different channels", resume=RECORDED),
         variance_terms=Key("sum", one_of("sum", "mean"), "over the views: sum as in the paper, mean as in its code"),
     ),
 )

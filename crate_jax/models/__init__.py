@@ -23,7 +23,7 @@ from crate_jax.models.patches import grid_shape
 from crate_jax.models.resnet import ARCHITECTURES, STEMS, ResNetEncoder, map_sizes
 from crate_jax.models.vit import ViTEncoder
 from crate_jax.parallel.sharding import on_mesh
-from crate_jax.validation import Key, Section, anything, at_least, one_of, positive, within
+from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, positive, within
 
 
 def _crate(config: ConfigDict) -> nn.Module:
@@ -255,7 +255,9 @@ ENCODER = Section(
         mlp_ratio=Key(4.0, positive, "the MLP's width divided by the tokens' width", read_by=VIT),
         qkv_bias=Key("qkv", one_of("qkv", "qv", "none"), "qkv: like MAE; qv: like BEiT, ROPIM", read_by=VIT),
         layer_scale=Key(0.0, at_least(0), "initial value of the factor on each branch; 0: no factor", read_by=VIT),
-        drop_path=Key(0.0, within(0, 1, "[)"), "the last block's rate; it rises linearly from 0", read_by=VIT),
+        drop_path=Key(
+            0.0, within(0, 1, "[)"), "the last block's rate; it rises linearly from 0", read_by=VIT, resume=RECORDED
+        ),
         embed_norm=Key(
             False, anything, "layer norms before and after the patch projection, like supervised CRATE", read_by=TOKENS
         ),
@@ -277,7 +279,8 @@ ENCODER = Section(
         ),
         stage_width=Key(64, positive, "channels of the first stage, before a bottleneck's factor of 4", read_by=RESNET),
         norm_groups=Key(
-            1, positive, "random groups of a batch whose batch norms have statistics of their own", read_by=RESNET
+            1, positive, "random groups of a batch whose batch norms have statistics of their own", read_by=RESNET,
+            resume=RECORDED,
         ),
     ),
 )  # fmt: skip

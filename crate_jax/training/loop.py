@@ -103,6 +103,9 @@ class Observer:
     at_end: Callable[[Params], Observation] | None = None
 
 
+OnResume = Callable[[int, Mapping[str, Any], bool], Sequence[Mapping[str, Any]]]
+
+
 class Speed:
     """Measures images per second between log points, without the time of observers and of saving."""
 
@@ -141,11 +144,14 @@ class Loop:
       interrupt: says whether a signal came.
       stack: closes, at the end, the files that the loop opens.
       start: reads the encoder that a fresh run starts from; None: random parameters.
-      on_resume: the loop calls it when it continues from a checkpoint, with the checkpoint's config and whether the
-        training images have changed; it raises if the run must not continue.
+      on_resume: the loop calls it when it continues from a checkpoint, with the step, the checkpoint's config and
+        whether the training images have changed. It returns the changes that this and all later checkpoints record,
+        each as a JSON-like mapping, and raises if the run must not continue.
 
     Attributes:
       total: optimiser steps of the run.
+      start_step: the step that the run continues from; 0: it is new.
+      changed: what this and earlier starts have changed that checkpoints record, the oldest first.
       state: the present state.
       record: the numbers that a checkpoint and the summary hold: loss, speed, skipped steps.
       origin: name and digest of the encoder that the run started from; {} if there is none.
@@ -166,7 +172,7 @@ class Loop:
         interrupt: Interrupt,
         stack: contextlib.ExitStack,
         start: Callable[[], Pretrained] | None = None,
-        on_resume: Callable[[Mapping[str, Any], bool], None] | None = None,
+        on_resume: OnResume | None = None,
     ) -> None:
         self.config, self.method, self.source, self.mesh, self.folder = config, method, source, mesh, folder
         self._interrupt = interrupt
@@ -176,14 +182,15 @@ class Loop:
         self._checkpoints = checkpoint.Checkpoints(folder, config.save.keep)
         stack.callback(self._checkpoints.close)
         self.origin: dict[str, str] = {}
+        self.changed: list[Mapping[str, Any]] = []
         self.results: dict[str, dict[str, Any]] = {}
-        self.state, self._start_step, self.record = self._begin(start, on_resume)
-        if self._start_step > self.total:
+        self.state, self.start_step, self.record = self._begin(start, on_resume)
+        if self.start_step > self.total:
             raise ConfigError(
                 f"config.steps or config.epochs: ask for {self.total} steps, but {folder} is already at step "
-                f"{self._start_step}; ask for more, or choose another --workdir"
+                f"{self.start_step}; ask for more, or choose another --workdir"
             )
-        self._writer = stack.enter_context(metrics.Writer(folder, config, self._start_step))
+        self._writer = stack.enter_context(metrics.Writer(folder, config, self.start_step))
         self.written = self._writer.written
         for name in method.healthy:
             for scalars in self.written((name,)):
@@ -202,7 +209,7 @@ class Loop:
     def _begin(
         self,
         start: Callable[[], Pretrained] | None,
-        on_resume: Callable[[Mapping[str, Any], bool], None] | None,
+        on_resume: OnResume | None,
     ) -> tuple[TrainState, int, dict[str, Any]]:
         """Returns the newest checkpoint's state, step and record; without a checkpoint a fresh state, 0 and {}."""
         init = make_init(self.config, self.method, self._recipe, self.mesh)
@@ -217,8 +224,9 @@ class Loop:
             log.info("continuing from step %d of %s", restored.step, self._checkpoints.folder)
             self.origin = restored.meta.get("origin", {})
             other_images = restored.meta["data"] != self.source.fingerprint()
+            self.changed = restored.meta.get("changed", [])  # a version that did not record them has none
             if on_resume is not None:
-                on_resume(restored.meta["config"], other_images)
+                self.changed = [*self.changed, *on_resume(restored.step, restored.meta["config"], other_images)]
             if other_images:
                 log.warning("the training images are not those of the checkpoint; their order differs from here on")
             return TrainState(params=restored.params, **restored.rest), restored.step, restored.meta["record"]
@@ -279,13 +287,13 @@ class Loop:
         """
         log.info(
             "training %d -> %d of batch %d on %d x %s, %s parameters",
-            self._start_step, self.total, self.config.batch_size, self.mesh.size,
+            self.start_step, self.total, self.config.batch_size, self.mesh.size,
             self.mesh.devices.flat[0].device_kind, f"{parameters.count(self.state.params):,}",
         )  # fmt: skip
-        with metrics.Progress(self.total, self._start_step, self.config.batch_size) as progress:
+        with metrics.Progress(self.total, self.start_step, self.config.batch_size) as progress:
             with contextlib.closing(self._batches()) as batches:
                 self._speed.restart()
-                for step in range(self._start_step + 1, self.total + 1):
+                for step in range(self.start_step + 1, self.total + 1):
                     batch, undecodable, indices = next(batches)
                     self.state, scalars = self._train_step(self.state, batch)
                     self._pending.append((scalars, undecodable, indices))
@@ -323,7 +331,7 @@ class Loop:
         with (
             contextlib.closing(pipeline),
             contextlib.closing(
-                data.device_prefetch(pipeline.batches(self._start_step), put, self.config.data.prefetch)
+                data.device_prefetch(pipeline.batches(self.start_step), put, self.config.data.prefetch)
             ) as ready,
         ):
             yield from ready
@@ -446,6 +454,7 @@ class Loop:
             "data": self.source.fingerprint(),
             "record": self.record,
             "origin": self.origin,
+            "changed": self.changed,
             "judged": self._judged_names,
         }
         self._checkpoints.save(step, self.state.params, self.state.rest(), meta)

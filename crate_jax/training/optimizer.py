@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
 from crate_jax.training.groups import Group, by_group, groups, without_held
-from crate_jax.validation import Key, Section, anything, at_least, one_of, patterns, positive, within
+from crate_jax.validation import FIXED, RECORDED, Key, Section, anything, at_least, one_of, patterns, positive, within
 
 ADAM_EPS = 1e-8  # PyTorch's default, which the recipes do not change
 LARS_EPS = 1e-8  # solo-learn's default, which the recipes do not change
@@ -368,9 +368,10 @@ OPTIMIZER = Section(
     "optimizer",
     "How the weights are updated, and the learning rate over the run.",
     of_the_run=True,
+    resume=RECORDED,
     check=_check_optimizer,
     keys=dict(
-        name=Key("adamw", one_of(*OPTIMIZERS), "optimiser"),
+        name=Key("adamw", one_of(*OPTIMIZERS), "optimiser", resume=FIXED),
         lr=Key(1.5e-4, positive, "peak learning rate, per `lr_batch` images"),
         lr_batch=Key(
             256, at_least(0), "lr, warmup_lr, min_lr are multiplied by batch_size / lr_batch; 0: not multiplied"

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
-from crate_jax.validation import Key, Section, anything, at_least, one_of, patterns, positive
+from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, patterns, positive
 
 HIGHEST = jax.lax.Precision.HIGHEST  # TF32 or bfloat16 products would drown G - I near orthonormality
 State = dict[str, jax.Array]
@@ -338,6 +338,7 @@ PENALTY = Section(
     "penalty",
     "A term of the loss that makes weights more orthogonal (docs/orthogonality.md).",
     of_the_run=True,
+    resume=RECORDED,
     check=_check_penalty,
     keys=dict(
         name=Key("none", one_of(*PENALTIES), "penalty"),

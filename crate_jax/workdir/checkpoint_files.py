@@ -116,12 +116,13 @@ def make_meta(step: int, meta: Mapping[str, Any], arrays: Mapping[str, Mapping[s
     for item, leaves in arrays.items():
         sums = checksums(leaves)
         entries[item] = {name: {**_signature(x), "checksum": sums[name]} for name, x in leaves.items()}
-    added = {"step": step, "versions": _versions(), "arrays": entries}
+    added = {"step": step, "versions": versions(), "arrays": entries}
     body = json.loads(json.dumps({**meta, **added}, default=_config_as_dict))
     return {"sha256": _digest(body), "body": body}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of this library and of those that it computes with, by name."""
     found = {}
     for name in VERSIONS_OF:
         try:

@@ -1,0 +1,71 @@
+"""The record of a run's starts, ``starts.jsonl``: one line for each, which nothing deletes or changes afterwards."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crate_jax.workdir.checkpoint_files import versions
+from crate_jax.workdir.metrics import writing
+
+FILE = "starts.jsonl"
+
+
+def append(folder: Path, step: int, changed: Sequence[Mapping[str, Any]], devices: str) -> None:
+    """Appends the line of a start. Only one process may call it.
+
+    Args:
+      folder: the workdir; the caller holds its lock.
+      step: the step from which the start continues; 0: it is a new run.
+      changed: the changed keys, each with ``key``, ``old`` and ``new``.
+      devices: number and kind of the devices.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    start = {"step": step, "time": now, "changed": list(changed), "devices": devices, "versions": versions()}
+    path = folder / FILE
+    with writing(path), path.open("a+b") as file:
+        if file.tell():  # a line that a crash cut short stays a line of its own
+            file.seek(-1, os.SEEK_END)
+            start_of_line = file.read(1) == b"\n"
+        else:
+            start_of_line = True
+        file.write(b"" if start_of_line else b"\n")
+        file.write(json.dumps(start).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All starts, the oldest first; without lines that a crash cut short. [] if an older version made the run."""
+    try:
+        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    starts = []
+    for line in lines:
+        try:
+            start = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(start, dict) and isinstance(start.get("step"), int):
+            starts.append(start)
+    return starts
+
+
+def lineage(starts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The starts whose steps are in the run's present state: what came after the step of a later start is lost.
+
+    >>> [s["step"] for s in lineage([{"step": 0}, {"step": 40}, {"step": 60}, {"step": 40}])]
+    [0, 40]
+    """
+    kept: list[Mapping[str, Any]] = []
+    for start in starts:
+        kept = [s for s in kept if s["step"] < start["step"]] + [start]
+    return kept

@@ -1,0 +1,161 @@
+"""What a start may change in the run that it continues, and what is written down about it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from crate_jax.analysis import logged
+from crate_jax.config import KEYS, SECTIONS, is_read, validate
+from crate_jax.errors import ConfigError
+from crate_jax.jobs import train
+from crate_jax.validation import FIXED, FREE, RECORDED, flatten
+from crate_jax.workdir import checkpoint_files, starts
+from tests.training.test_loop import small
+
+pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
+
+
+def tiny(**changes):
+    """Two steps on images of waves, without evaluation worth the name."""
+    c = small()
+    c.data.source, c.steps, c.log.every, c.log.pictures, c.log.tensorboard = "synthetic", 2, 1, 0, False
+    c.log.report = False
+    c.evaluation.train_images = c.evaluation.test_images = 16
+    c.update_from_flattened_dict(changes)
+    validate(c)
+    return c
+
+
+def test_every_key_says_what_a_start_may_do_with_it():
+    """Fixed unless the key or its section says otherwise; what a network computes, and the job, are fixed."""
+    assert {key.resume for key in KEYS.values()} == {FREE, RECORDED, FIXED}
+    of = {name: key.resume for name, key in KEYS.items()}
+    for name in ("log.every", "steps", "evaluation.every", "save.keep", "mesh.data", "remat", "data.workers"):
+        assert of[name] == FREE
+    for name in ("optimizer.lr", "batch_size", "penalty.weight", "data.source", "seed", "corruption.mask_ratio"):
+        assert of[name] == RECORDED
+    for name in ("job", "method", "init_from", "data.image_size", "data.mean", "data.std", "evaluation.pool"):
+        assert of[name] == FIXED
+    trained_only = {"encoder.drop_path", "encoder.norm_groups"}  # they change nothing that an evaluation computes
+    assert {n for n in of if n.startswith(("encoder.", "decoder.")) and of[n] != FIXED} == trained_only
+    with_effect = {name for name, key in KEYS.items() if key.effect and key.resume == FREE}
+    allowed = ("steps", "epochs", "remat", "evaluation.", "nonfinite.", "protocol.metric", "data.max_")
+    assert not {name for name in with_effect if not name.startswith(allowed)}
+    assert all(section.resume == FIXED for section in SECTIONS if section.name in ("", "encoder", "data", "decoder"))
+
+
+@pytest.mark.parametrize("encoder", ["crate", "vit"])
+def test_each_key_that_is_read_is_treated_as_it_says(encoder):
+    c = small(encoder, penalty="srip")
+    seen = set()
+    for name, key in KEYS.items():
+        before = json.loads(json.dumps(c.to_dict()))
+        *section, leaf = name.split(".")
+        (before[section[0]] if section else before)[leaf] = "another"
+        changes: list = []
+        chooser, *values = key.read_by or ("",)
+        if not is_read(c, name) or (chooser and flatten(c)[chooser] not in values):
+            assert train.resume(c, Path("run"), changes, 40, before, False) == changes == []
+            continue
+        seen.add(name)
+        if key.resume == FIXED:
+            with pytest.raises(ConfigError, match=rf"^run holds a run with config\.{name}='another', not .*={name}$"):
+                train.resume(c, Path("run"), changes, 40, before, False)
+            c.allow_change = ("nonesuch", f"save.keep,{name}")  # a flag gives A,B as one text
+            before["allow_change"] = c.allow_change
+        entry = {"step": 40, "key": name, "old": "another", "new": flatten(c)[name]}
+        assert train.resume(c, Path("run"), changes, 40, before, False) == [entry] * (key.resume != FREE), name
+        c.allow_change = ()
+        assert changes == [entry]
+    assert {"encoder.heads", "penalty.weight", "log.every"} <= seen
+    assert ("encoder.lam" in seen, "encoder.mlp_ratio" in seen) == (
+        (True, False) if encoder == "crate" else (False, True)
+    )
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, one_device):
+    """The workdir of a run of two steps; tests copy it."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    assert "changed" not in train.run(tiny(), str(folder))
+    return folder
+
+
+def test_what_the_weights_mean_stays(begun, tmp_path):
+    """One line with the keys and both values; nothing is written."""
+    folder = shutil.copytree(begun, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    with pytest.raises(ConfigError) as error:
+        train.run(tiny(steps=4, **{"encoder.heads": 4, "encoder.lam": 5.0, "data.std": (0.2, 0.2, 0.3)}), str(folder))
+    assert str(error.value) == (
+        f"{folder} holds a run with config.data.std=[0.229, 0.224, 0.225], not [0.2, 0.2, 0.3], "
+        "config.encoder.heads=2, not 4, config.encoder.lam=0.5, not 5.0: its weights would mean something else; set "
+        "back what has changed, choose another --workdir, or allow it by "
+        "--config.allow_change=data.std,encoder.heads,encoder.lam"
+    )
+    assert before == {path: path.read_bytes() for path in folder.glob("*.json*")}
+
+
+def test_what_changes_is_recorded_with_its_step(begun, tmp_path):
+    """In checkpoint, summary, report and the record of starts; config.json stays the one that the run began with.
+
+    The first checkpoint and folder are as a version left them that recorded nothing.
+    """
+    folder = shutil.copytree(begun, tmp_path / "run")
+    (first,) = starts.read(folder)
+    assert (first["step"], first["changed"], first["devices"]) == (0, [], "1 x cpu")
+    assert first["versions"]["jax"] and first["time"]
+    (folder / starts.FILE).unlink()
+    meta = folder / "checkpoints" / "2" / "meta" / "metadata"
+    body = json.loads(meta.read_text())["body"]
+    assert body.pop("changed") == []
+    meta.write_text(json.dumps({"sha256": checkpoint_files._digest(body), "body": body}))
+
+    changes = {"optimizer.lr": 3e-4, "encoder.heads": 4, "log.every": 2, "allow_change": ("encoder.heads",)}
+    summary = train.run(tiny(steps=4, **changes), str(folder))
+    recorded = [
+        {"step": 2, "key": "optimizer.lr", "old": 1e-4, "new": 3e-4},
+        {"step": 2, "key": "encoder.heads", "old": 2, "new": 4},
+    ]
+    by_key = {change["key"]: change for change in summary["changed"]}
+    assert by_key == {change["key"]: change for change in recorded}
+    assert checkpoint_files.read_meta(folder / "checkpoints" / "4")["changed"] == summary["changed"]
+    (second,) = starts.read(folder)
+    assert {change["key"] for change in second["changed"]} == {*by_key, "log.every", "steps", "allow_change"}
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["optimizer"]["lr"], config["encoder"]["heads"], config["steps"]) == (1e-4, 2, 4)
+    with (folder / starts.FILE).open("a") as file:
+        file.write('{"step": 4, "chan')  # killed in the middle of the line
+    summary = train.run(tiny(steps=4, **changes | {"optimizer.lr": 2e-4, "log.report": True}), str(folder))
+    assert summary["changed"][2:] == [{"step": 4, "key": "optimizer.lr", "old": 3e-4, "new": 2e-4}]
+    assert [start["step"] for start in starts.read(folder)] == [2, 4]
+    assert json.loads((folder / "config.json").read_text())["optimizer"]["lr"] == 1e-4
+
+    found = json.loads((folder / "report.json").read_text())["sections"][0]
+    (table,) = (t for t in found["tables"] if t["caption"].startswith("Starts"))
+    assert [row[1] for row in table["rows"]] == [2, 4] and "optimizer.lr: 0.0003 -> 0.0002" in table["rows"][1][3]
+    (settings,) = (t for t in found["tables"] if t["caption"].startswith("Settings"))
+    cells = {row[0]: row[1] for row in settings["rows"]}
+    assert cells["optimizer.lr"] == "0.0001; from step 2 on 0.0003; from step 4 on 0.0002"
+    assert cells["encoder.heads"] == "2; from step 2 on 4"
+
+
+def test_other_images_are_recorded(tmp_path):
+    changes: list = []
+    recorded = train.resume(tiny(), tmp_path, changes, 7, tiny().to_dict(), True)
+    assert (
+        recorded
+        == changes
+        == [{"step": 7, "key": "training images", "old": "those of the checkpoint", "new": "others"}]
+    )
+
+
+def test_starts_whose_steps_are_lost_do_not_count():
+    lr = [{"step": 40, "key": "optimizer.lr", "old": 0.1, "new": new} for new in (0.2, 0.3)]
+    found = [{"step": 0}, {"step": 40, "changed": lr[:1]}, {"step": 60}, {"step": 40, "changed": lr[1:]}]
+    log = logged.Logged([], {}, [], starts.lineage(found))
+    assert log.told() == {"optimizer.lr": "0.1; from step 40 on 0.3"}
