@@ -25,13 +25,14 @@ def inspect(args: argparse.Namespace) -> None:
     Raises:
       UserError: the file cannot be read, or its weights do not fit a model.
     """
-    if Path(args.path).is_dir():
+    file = files.weights_file(args.path)
+    if file is None and Path(args.path).is_dir():
         encoder = pretrained.load(args.path, "PATH")
         _show(encoder.name, encoder.config, encoder.params)
         return
-    state, about = files.read(args.path)
+    state, about = files.read(args.path, args.prefix)
     where = "".join(f", under '{key}'" for key in about["nested"])
-    print(escaped(f"{args.path}: {about['format']}{where}, {len(state)} tensors"))
+    print(escaped(f"{file}: {about['format']}{where}, {len(state)} tensors"))
     if weights.METADATA_KEY not in about["metadata"]:
         _show_match(weights.choose(state, about, args.family, args.prefix)[1])
     loaded = weights.load(args.path, args.family, _hints(args), args.prefix)

@@ -10,14 +10,24 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 from crate_jax.convert.families import ENCODER_OF_TIMM, FAMILIES, SIGNATURES, detect
 from crate_jax.convert.rules import Array
 from crate_jax.errors import ConfigError, some
 
-# Networks that methods train and evaluate, before their momentum copies; the first that is there counts.
+T = TypeVar("T")
+
+# The networks that methods evaluate: a teacher or a moving average, else the trained one before its momentum copies.
+# Each in turn narrows the choice, until one is left.
 PREFERRED = (
+    "teacher.",  # DINO, iBOT, DINOv2
+    "state_dict_ema.",
+    "model_ema.",
+    "ema_model.",
+    "ema.",
+    "online.",
     "backbone.",  # solo-learn, lightly, DINO, Barlow Twins, VICReg, mmselfsup
     "encoder_q.",  # MoCo v1 and v2
     "base_encoder.",  # MoCo v3
@@ -28,6 +38,7 @@ PREFERRED = (
     "encoder.",  # SimSiam, solo-learn before 1.0.4
 )
 BLOCK = r"^((?:.*\.)?)(\d+)\.0\.conv1\.weight$"  # of a numbered ResNet
+CHUNK = r"^((?:.*\.)?)blocks\.0\.0\.attn\.qkv\.weight$"  # of a ViT whose blocks are in chunks (DINOv2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +88,13 @@ def find(state: Mapping[str, Array], prefix: str = "", family: str = "") -> Bran
     return Branch(prefix, named, family or detect(named), outside, shift)
 
 
-def _known(state: Mapping[str, Array]) -> bool:
+def holds_network(names: Collection[str]) -> bool:
+    """Whether tensors of these names hold a known model, by itself or as a branch."""
+    state = dict.fromkeys(names)
+    return _known(_named(state)[0]) or bool(_candidates(state))
+
+
+def _known(state: Mapping[str, Array | None]) -> bool:
     try:
         detect(state)
     except ConfigError:
@@ -85,11 +102,11 @@ def _known(state: Mapping[str, Array]) -> bool:
     return True
 
 
-def _candidates(state: Mapping[str, Array]) -> list[str]:
+def _candidates(state: Collection[str]) -> list[str]:
     """The prefixes of the networks of known families."""
     ends = [*(name for _, name in SIGNATURES), ENCODER_OF_TIMM]
     found = {name.removesuffix(end) for name in state for end in ends if name.endswith(f".{end}")}
-    return sorted(found | {m[1] for name in state if (m := re.match(BLOCK, name)) and m[1]})
+    return sorted(found | {m[1] for name in state for block in (BLOCK, CHUNK) if (m := re.match(block, name)) and m[1]})
 
 
 def _choose(found: list[str]) -> str:
@@ -99,11 +116,7 @@ def _choose(found: list[str]) -> str:
       ConfigError: see :func:`find`.
     """
     for preferred in PREFERRED:
-        chosen = [prefix for prefix in found if f".{preferred}" in f".{prefix}"]
-        if len(chosen) == 1:
-            return chosen[0]
-        if chosen:
-            break
+        found = [prefix for prefix in found if f".{preferred}" in f".{prefix}"] or found
     if len(found) == 1:
         return found[0]
     raise ConfigError(f"holds several networks, {some(found, ', ')}: choose one with `convert import` (--prefix)")
@@ -129,7 +142,7 @@ def _parts(names: Mapping[str, Array] | list[str], prefix: str) -> dict[str, int
     return dict(count)
 
 
-def _named(state: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+def _named(state: Mapping[str, T]) -> tuple[dict[str, T], int]:
     """Names a ResNet's numbered parts as torchvision does; and the number of modules before its stages, else 0."""
     stages = sorted({int(m[2]) for name in state if (m := re.match(BLOCK, name)) and not m[1]})
     if not stages or stages != list(range(stages[0], stages[0] + 4)) or not {"0.weight", "1.weight"} <= state.keys():

@@ -7,6 +7,7 @@ no hint says it either, the values are those of the published models of the same
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ from crate_jax.models.patches import relative_table_rows
 from crate_jax.models.resnet import ARCHITECTURES
 from crate_jax.parallel.parameters import names
 
+log = logging.getLogger(__name__)
+
 VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 CRATE_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}
 DECODER_HEADS = {512: 16}  # MAE's
@@ -30,6 +33,10 @@ CRATE_LAMBDA = {"crate": 0.1, "crate_mae": 0.5}  # as released; CRATE-MAE's figu
 
 # Names of position tables: their rows are one per patch, and one for the class token.
 TABLES = ("pos_embed", "decoder_pos_embed", "pos_embedding", "encoder.pos_embed", "vit.embeddings.position_embeddings")
+LEARNED_TABLES = {  # family -> those that are parameters
+    "timm_vit": ("pos_embed",), "beit": ("pos_embed",), "crate": ("pos_embedding",),
+    "hf_vit": ("vit.embeddings.position_embeddings",),
+}  # fmt: skip
 RELATIVE_TABLES = (
     "rel_pos_bias.relative_position_bias_table",
     "blocks.0.attn.relative_position_bias_table",
@@ -87,6 +94,7 @@ def describe(name: str, state: Mapping[str, np.ndarray], hints: Hints | None = N
       ConfigError: the state dict does not fit the family, or a size is not known.
     """
     hints = hints or Hints()
+    state = with_class_row(name, state, hints.image_size)
     grid = grid_of(name, state, hints.image_size)
     return config_of(name, import_state_dict(name, state, grid), grid, hints)
 
@@ -107,6 +115,34 @@ def patch_size(name: str, state: Mapping[str, np.ndarray]) -> int:
     if "to_patch_embedding.2.weight" in found:  # CRATE: a linear layer
         return math.isqrt(np.shape(found["to_patch_embedding.2.weight"])[-1] // 3)
     raise ConfigError(f"{name} weights do not fit: missing a patch embedding such as '{PATCH_KERNELS[0]}'")
+
+
+def with_class_row(
+    name: str, state: Mapping[str, np.ndarray], image_size: tuple[int, int] | None
+) -> Mapping[str, np.ndarray]:
+    """The tensors, where a learned position table has a row for the class token.
+
+    The table of DeiT III and of timm's models with ``no_embed_class`` has rows for the patches only, and is added to
+    them before the class token is put in front. It gets a first row of zeros, which computes the same.
+
+    Args:
+      name: the family.
+      state: tensors by name.
+      image_size: (height, width) in pixels; None: a table whose number of rows is a square has no row too many.
+    """
+    out = dict(state)
+    for tensor, a in state.items():
+        if canonical_name(family(name), tensor) not in LEARNED_TABLES.get(name, ()) or np.ndim(a) != 3:
+            continue
+        rows = a.shape[1]
+        if image_size is None:
+            lacks = math.isqrt(rows) ** 2 == rows
+        else:
+            lacks = rows == math.prod(pixels // patch_size(name, state) for pixels in image_size)
+        if lacks:
+            log.info("'%s' has no row for the class token and gets one of zeros", tensor)
+            out[tensor] = np.concatenate([np.zeros_like(a[:, :1]), a], 1)
+    return out
 
 
 def grid_of(name: str, state: Mapping[str, np.ndarray], image_size: tuple[int, int] | None) -> Grid:

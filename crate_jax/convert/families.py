@@ -126,6 +126,10 @@ CLASSIFIER = {
     r"head\..*": "a classifier's last layer",
     r"fc_norm\..*": "a classifier's norm, after pooling",
 }
+TOKENS_MORE = {
+    r"(reg_token|register_tokens)": "a register, a token besides the class token",
+    r"(dist_token|head_dist\..*)": "part of a distilled model (DeiT), with a token besides the class token",
+}
 
 
 def _vit(positions: bool) -> tuple[Group, ...]:
@@ -141,6 +145,34 @@ def _vit(positions: bool) -> tuple[Group, ...]:
         Group("biases of q, k, v", (_qkv_bias("encoder/blocks", "blocks.{l}"),), optional=True),
         Group("layer scale", scales, optional=True),
         _final_norm("norm"),
+    )
+
+
+HF_TABLE = "vit.embeddings.position_embeddings"
+HF_CLASSIFIER = {r"classifier\..*": "a classifier's last layer", r"vit\.pooler\..*": "a classifier's pooling"}
+HF_NAMES = (
+    # The model without its head; the module names of transformers 5; its save_pretrained's names of the decoder.
+    (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+def _hf_vit(positions: bool) -> tuple[Group, ...]:
+    """A ViT's encoder under transformers' names."""
+    embedding = _patch_embedding("vit.embeddings.patch_embeddings.projection")
+    learned = (Rule("encoder/embedding/positions", (HF_TABLE,), TABLE),)
+    return (
+        Group("embedding", (*embedding, _cls_token("vit.embeddings.cls_token"))),
+        *((Group("learned positions", learned),) if positions else ()),
+        Group("blocks", _hf_block("encoder/blocks", "vit.encoder.layer.{l}")),
+        Group("final norm", _norm("encoder/norm", "vit.layernorm")),
     )
 
 
@@ -315,21 +347,21 @@ FAMILIES: dict[str, Family] = {
         constants=(ENCODER_TABLE, DECODER_TABLE),
         unused=CLASSIFIER,
     ),
-    "timm_vit": Family(groups=_vit(positions=True), unused=CLASSIFIER),
+    "timm_vit": Family(
+        groups=_vit(positions=True),
+        unused=CLASSIFIER | {"mask_token|masked_embed": "stands for masked patches while DINOv2 and iBOT train"},
+        rename=(
+            (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 trains blocks in chunks, and numbers them through
+            (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III
+        ),
+        variants=TOKENS_MORE,
+    ),
     "ropim": _beit("encoder.", mask_token=False, decoder=True),
     "simmim": _beit("encoder.", mask_token=True, decoder=True),
     "beit": _beit("", mask_token=False, decoder=False),
     "hf_vit_mae": Family(
         groups=(
-            Group(
-                "embedding",
-                (
-                    *_patch_embedding("vit.embeddings.patch_embeddings.projection"),
-                    _cls_token("vit.embeddings.cls_token"),
-                ),
-            ),
-            Group("blocks", _hf_block("encoder/blocks", "vit.encoder.layer.{l}")),
-            Group("final norm", _norm("encoder/norm", "vit.layernorm")),
+            *_hf_vit(positions=False),
             Group(
                 "decoder",
                 (
@@ -343,22 +375,20 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         constants=(
-            dataclasses.replace(ENCODER_TABLE, theirs="vit.embeddings.position_embeddings"),
+            dataclasses.replace(ENCODER_TABLE, theirs=HF_TABLE),
             dataclasses.replace(DECODER_TABLE, theirs="decoder.decoder_pos_embed"),
         ),
-        unused={r"classifier\..*": "a classifier's last layer", r"vit\.pooler\..*": "a classifier's pooling"},
-        rename=(
-            # ViTMAEModel alone; the module names of transformers 5; its save_pretrained's names of the decoder.
-            (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
-            (r"^vit\.layers\.", "vit.encoder.layer."),
-            (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-            (r"\.attention\.q_proj\.", ".attention.attention.query."),
-            (r"\.attention\.k_proj\.", ".attention.attention.key."),
-            (r"\.attention\.v_proj\.", ".attention.attention.value."),
-            (r"\.attention\.o_proj\.", ".attention.output.dense."),
-            (r"\.mlp\.fc1\.", ".intermediate.dense."),
-            (r"\.mlp\.fc2\.", ".output.dense."),
-        ),
+        unused=HF_CLASSIFIER,
+        rename=HF_NAMES,
+    ),
+    "hf_vit": Family(
+        groups=_hf_vit(positions=True),
+        unused=HF_CLASSIFIER,
+        rename=HF_NAMES,
+        variants={
+            r"vit\.encoder\.layer\.\d+\.layer_scale\d\..*": "part of transformers' Dinov2Model",
+            r"vit\.embeddings\.(register_tokens|distillation_token)": "a token besides the class token",
+        },
     ),
     "resnet": _resnet(),
 }
@@ -419,19 +449,25 @@ SIGNATURES = (
 ENCODER_OF_TIMM = "blocks.0.attn.qkv.weight"
 
 
-def detect(state: Mapping[str, Array]) -> str:
+def detect(state: Mapping[str, Array | None]) -> str:
     """The family of a state dict, found by its names.
 
-    An encoder under timm's names is `vit_mae` if its position table is the sine-cosine one, else `timm_vit`.
+    An encoder with a decoder or with the sine-cosine table is `vit_mae` under timm's names, and `hf_vit_mae` under
+    transformers'; without them it is `timm_vit` or `hf_vit`.
+
+    Args:
+      state: the tensors; those whose numbers are not known yet are None, and are not a sine-cosine table.
 
     Raises:
       ConfigError: the names belong to no known family.
     """
-    hf_names = {canonical_name(FAMILIES["hf_vit_mae"], name) for name in state}
+    hf = {canonical_name(FAMILIES["hf_vit_mae"], name): a for name, a in state.items()}
     for name, tensor in SIGNATURES:
-        if tensor in (hf_names if name == "hf_vit_mae" else state):
+        if name == "hf_vit_mae" and tensor in hf:
+            return name if "decoder.mask_token" in hf or _is_sincos(hf.get(HF_TABLE)) else "hf_vit"
+        if tensor in state:
             return name
-    if ENCODER_OF_TIMM in state:
+    if any(canonical_name(FAMILIES["timm_vit"], name) == ENCODER_OF_TIMM for name in state):
         return "vit_mae" if _is_sincos(state.get("pos_embed")) else "timm_vit"
     some = ", ".join(sorted(state)[:4])
     raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,25 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from crate_jax.convert.branches import holds_network
 from crate_jax.convert.torch_files import PICKLE_START, ZIP_START, Inert, Tensor, open_checkpoint
-from crate_jax.errors import CheckpointError
+from crate_jax.errors import CheckpointError, ConfigError, some
+from crate_jax.workdir.checkpoint import FOLDER
+from crate_jax.workdir.checkpoint_files import steps
 from crate_jax.workdir.folder import check_free_space, expanduser
 
 Arrays = dict[str, np.ndarray]
 
-# Keys under which training scripts save the weights; the first key that is present counts.
+# Keys under which training scripts save networks: first those that methods evaluate (a teacher, a moving average), then
+# the trained ones. Of the keys under which there is a known model, the first here counts.
 NESTED = (
-    "model", "state_dict", "model_state_dict", "model_state", "net", "module", "teacher", "encoder", "params",
-    "online_network_state_dict",
+    "teacher", "teacher_state_dict", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema",
+    "online_network_state_dict", "online_network", "online_encoder", "base_encoder", "encoder_q", "backbone",
+    "model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "encoder", "params",
 )  # fmt: skip
+STANDARD = ("model.safetensors", "pytorch_model.bin")  # names of a folder's weights
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")  # by which others are found in a folder
+MAX_DEPTH = 4  # of dictionaries in each other
 # Prefixes of wrappers; a prefix is removed if all names have it.
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 
@@ -41,20 +49,51 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, Any]]:
+def weights_file(path: str | os.PathLike[str]) -> Path | None:
+    """The file of weights that a path means: the path itself, or the file in a folder that is not a run's.
+
+    Args:
+      path: a file; or a folder with one of STANDARD, as exports and libraries write it, or with one file of SUFFIXES.
+
+    Returns:
+      The file; None if there is no such file or folder, or the folder has no file of weights, or has checkpoints.
+
+    Raises:
+      CheckpointError: the folder holds several files of weights.
+    """
+    path = expanduser(path)
+    if path.is_file():
+        return path
+    if not path.is_dir() or steps(path) or (path / FOLDER).is_dir():
+        return None
+    for name in STANDARD:
+        if (path / name).is_file():
+            return path / name
+        if (path / f"{name}.index.json").is_file():
+            raise CheckpointError(f"{path}: its weights are split into several files ({name}.index.json); join them")
+    found = sorted(p.name for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file() and p.name[0] != ".")
+    if len(found) > 1:
+        raise CheckpointError(f"{path}: holds several files of weights, {some(found, ', ')}; name one of them")
+    return path / found[0] if found else None
+
+
+def read(path: str | os.PathLike[str], prefix: str = "") -> tuple[Arrays, dict[str, Any]]:
     """Reads a file of weights and executes nothing in it. The content decides the format, not the file's name.
 
     Args:
-      path: a .safetensors file, or a PyTorch checkpoint of either format.
+      path: a .safetensors file, or a PyTorch checkpoint of either format; or a folder, see :func:`weights_file`.
+      prefix: the keys above the weights in a PyTorch checkpoint, as in ``student.``, and perhaps the beginning of names
+        below them; empty, or other keys: the first of NESTED that holds a known model.
 
     Returns:
       read-only arrays by name; and a dictionary: ``format``, ``metadata`` (safetensors' texts), ``nested`` (the keys
-      under which the weights were), ``prefix`` (removed from all names), ``args`` (a training script's arguments).
+      under which the weights were), ``others`` ({keys of another network in the file: number of its tensors}),
+      ``prefix`` (removed from all names), ``args`` (a training script's arguments).
 
     Raises:
       CheckpointError: there is no such file, it is damaged, has another format, or refers to anything but weights.
     """
-    path = expanduser(path)
+    path = weights_file(path) or expanduser(path)
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path}: not a file of weights")
     try:
@@ -65,15 +104,21 @@ def read(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, Any]]:
     if start[8:9] == b"{":
         arrays, about = _read_safetensors(path)
     elif start.startswith((ZIP_START, PICKLE_START)):
-        arrays, about = _read_torch(path, start)
+        arrays, about = _read_torch(path, start, prefix)
     else:
         what = f"begins with {start!r}" if start else "is empty"
         raise CheckpointError(f"{path}: {what}; expected .safetensors, or a checkpoint of PyTorch (.pth, .pt, .bin)")
-    prefix = ""
-    while found := next((p for p in PREFIXES if all(name.startswith(p) for name in arrays)), ""):
-        arrays = {name.removeprefix(found): a for name, a in arrays.items()}
-        prefix += found
-    return arrays, {"metadata": {}, "nested": [], "args": {}, **about, "prefix": prefix}
+    wrapper = _wrapper(arrays)
+    arrays = {name.removeprefix(wrapper): a for name, a in arrays.items()}
+    return arrays, {"metadata": {}, "nested": [], "others": {}, "args": {}, **about, "prefix": wrapper}
+
+
+def _wrapper(names: Collection[str]) -> str:
+    """The prefixes of wrappers that all names begin with."""
+    wrapper = ""
+    while found := next((p for p in PREFIXES if all(name.startswith(wrapper + p) for name in names)), ""):
+        wrapper += found
+    return wrapper
 
 
 def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
@@ -99,29 +144,71 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, {"format": "safetensors", "metadata": metadata}
 
 
-def _read_torch(path: Path, start: bytes) -> tuple[Arrays, dict[str, Any]]:
+def _read_torch(path: Path, start: bytes, prefix: str) -> tuple[Arrays, dict[str, Any]]:
     with open_checkpoint(path, start) as checkpoint:
-        tree, nested = checkpoint.tree, []
+        tree = checkpoint.tree
         args = tree.get("args") if isinstance(tree, dict) else None
-        while not _is_state_dict(tree):
-            key = next((k for k in NESTED if isinstance(tree, dict) and isinstance(tree.get(k), dict)), None)
-            if key is None:
-                found = (
-                    f"has {', '.join(map(str, tree)) or 'nothing'}" if isinstance(tree, dict) else "is not a dictionary"
-                )
-                raise CheckpointError(
-                    f"{path}: no weights found, it {found}; expected tensors by name, at the top or under one of "
-                    f"{', '.join(NESTED)}"
-                )
-            tree = tree[key]
-            nested.append(key)
-        arrays = {str(name): checkpoint.array(leaf) for name, leaf in tree.items() if isinstance(leaf, Tensor)}
-    about = {"format": "zip" if start.startswith(ZIP_START) else "legacy", "nested": nested}
-    return arrays, {**about, "args": vars(args) if isinstance(args, Inert) else {}}
+        found = dict(_state_dicts(tree))
+        if not found:
+            what = f"has {', '.join(map(str, tree)) or 'nothing'}" if isinstance(tree, dict) else "is not a dictionary"
+            raise CheckpointError(
+                f"{path}: no weights found, it {what}; expected tensors by name, at the top or under one of "
+                f"{', '.join(NESTED)}"
+            )
+        networks = [keys for keys, leaves in found.items() if _holds_network(leaves)]
+        try:
+            nested = _choose(networks, prefix) if networks else max(found, key=lambda keys: len(found[keys]))
+        except ConfigError as e:
+            raise CheckpointError(f"{path}: {e}") from None
+        arrays = {name: checkpoint.array(leaf) for name, leaf in found[nested].items()}
+    return arrays, {
+        "format": "zip" if start.startswith(ZIP_START) else "legacy",
+        "nested": list(nested),
+        "others": {".".join(keys): len(found[keys]) for keys in networks if keys != nested},
+        "args": vars(args) if isinstance(args, Inert) else {},
+    }
 
 
-def _is_state_dict(tree: Any) -> bool:
-    return isinstance(tree, dict) and any(isinstance(leaf, Tensor) for leaf in tree.values())
+def _state_dicts(tree: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Yields the tensors of each dictionary in a checkpoint by name, with the keys above them; no dictionary twice."""
+    seen: set[int] = set()
+    pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    while pending:
+        keys, node = pending.pop(0)
+        if not isinstance(node, dict) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        leaves = {str(name): leaf for name, leaf in node.items() if isinstance(leaf, Tensor)}
+        if leaves:
+            yield keys, leaves
+        if len(keys) < MAX_DEPTH:
+            pending += [((*keys, key), value) for key, value in node.items() if isinstance(key, str)]
+
+
+def _holds_network(names: Collection[str]) -> bool:
+    wrapper = _wrapper(names)
+    return holds_network([name.removeprefix(wrapper) for name in names])
+
+
+def _choose(networks: Sequence[tuple[str, ...]], prefix: str) -> tuple[str, ...]:
+    """Chooses among the keys above several networks; () stands for the top of the file; `prefix` as in :func:`read`.
+
+    Raises:
+      ConfigError: neither `prefix` nor NESTED decides.
+    """
+    asked = [keys for keys in networks if keys and prefix.startswith(f"{'.'.join(keys)}.")]
+    if asked:
+        return max(asked, key=len)
+
+    def rank(keys: tuple[str, ...]) -> list[int]:
+        # Weights at the top come after the keys of NESTED, and before other keys.
+        return [NESTED.index(key) if key in NESTED else len(NESTED) + 1 for key in keys] or [len(NESTED)]
+
+    first = [keys for keys in networks if rank(keys) == min(map(rank, networks))]
+    if len(first) > 1:
+        listed = some([f"{'.'.join(keys)}." for keys in first], ", ")
+        raise ConfigError(f"holds several networks, {listed}: choose one with `convert import` (--prefix)")
+    return first[0]
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

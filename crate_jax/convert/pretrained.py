@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crate_jax.convert import weights
+from crate_jax.convert import files, weights
 from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
@@ -37,7 +37,7 @@ def load(path: str, key: str) -> Pretrained:
     """Reads a pre-trained encoder; all processes must call it.
 
     Args:
-      path: a run's workdir, or a file of weights, ours or other people's (`crate_jax.convert.weights`).
+      path: a run's workdir; or a file of weights, ours or other people's (`crate_jax.convert.weights`), or its folder.
       key: the config key that holds `path`, for messages.
 
     Raises:
@@ -48,8 +48,9 @@ def load(path: str, key: str) -> Pretrained:
     if not path:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
     distributed.watch()  # a process that cannot read the file ends the others
-    if distributed.max_over_processes(int(expanduser(path).is_file())):
-        loaded = weights.load(expanduser(path))
+    file = files.weights_file(path)
+    if distributed.max_over_processes(int(file is not None)):
+        loaded = weights.load(file or expanduser(path))
         wrong = [name for name, array in names(loaded.params).items() if not np.isfinite(array).all()]
         if wrong:
             raise CheckpointError(f"{path}: holds NaN or infinite numbers, in {some(wrong, ', ')}")

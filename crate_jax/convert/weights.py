@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.config import base, parts, validate
 from crate_jax.convert import branches, files
-from crate_jax.convert.describe import Hints, config_of, grid_of
+from crate_jax.convert.describe import Hints, config_of, grid_of, with_class_row
 from crate_jax.convert.families import FAMILIES, import_state_dict
 from crate_jax.convert.rules import Match, canonical_name, match
 from crate_jax.errors import CheckpointError, ConfigError, some
@@ -29,6 +31,8 @@ from crate_jax.models import autoencoder, representation
 from crate_jax.models.patches import grid_shape
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir.checkpoint_files import nest
+
+log = logging.getLogger(__name__)
 
 METADATA_KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
 MASK_TOKENS = ("encoder/embedding/mask_token", "encoder/mask_token")  # of patches; of a ResNet's pixels
@@ -67,7 +71,8 @@ def load(path: str | os.PathLike[str], name: str = "", hints: Hints | None = Non
     Raises:
       CheckpointError: the file cannot be read, or does not fit a model; the message names the file.
     """
-    state, about = files.read(path)
+    path = files.weights_file(path) or path
+    state, about = files.read(path, prefix)
     try:
         return _load(Path(path), state, about, name, hints or Hints(), prefix)
     except ConfigError as e:
@@ -80,11 +85,15 @@ def choose(state: files.Arrays, about: Mapping[str, Any], name: str, prefix: str
     Raises:
       ConfigError: there is no known model, or several and none is preferred.
     """
-    branch = branches.find(state, prefix.removeprefix(about["prefix"]), name)
+    prefix = prefix.removeprefix("".join(f"{key}." for key in about["nested"]))
+    for part in re.findall(r"[^.]+\.", about["prefix"]):
+        prefix = prefix.removeprefix(part)
+    branch = branches.find(state, prefix, name)
     found = match(FAMILIES[branch.family], [canonical_name(FAMILIES[branch.family], n) for n in branch.state])
     why = f"outside of the encoder '{branch.prefix}'"
     outside = {part if n == 1 else f"{part} ({n} tensors)": why for part, n in branch.outside.items()}
-    return branch, dataclasses.replace(found, ignored={**found.ignored, **outside})
+    others = {f"{keys} ({n} tensors)": "another network" for keys, n in about["others"].items()}
+    return branch, dataclasses.replace(found, ignored={**found.ignored, **outside, **others})
 
 
 def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, hints: Hints, prefix: str) -> Weights:
@@ -98,6 +107,10 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
         require_fit(config, params)
         return Weights(OURS, config, params, found)
     branch, found = choose(state, about, name or (own["family"] if own else ""), prefix)
+    if about["others"] or branch.outside:
+        read = ".".join([*about["nested"], branch.prefix or "all tensors"])
+        left = some([*about["others"], *branch.outside], ", ")
+        log.info("%s: %s read as %s; not read: %s", path, read, branch.family, left)
     name, state = branch.family, branch.state
     if own:
         config, c = own["config"], model_config(own["config"], {})
@@ -108,6 +121,7 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
         hints = hints.or_else(_hints_of_names(branch))
         if found.problem():  # before grid_of, which needs some of these tensors
             raise ConfigError(f"{name} weights do not fit: {found.problem()}")
+        state = dict(with_class_row(name, state, hints.image_size))
         grid = grid_of(name, state, hints.image_size)
         params = import_state_dict(name, state, grid)
         config = config_of(name, params, grid, hints).to_dict()
@@ -210,7 +224,7 @@ def _hints_beside(path: Path) -> Hints:
         return Hints()
     if not isinstance(about, dict):
         return Hints()
-    if about.get("model_type") == "vit_mae":
+    if about.get("model_type") in ("vit", "vit_mae"):
         return _hints_of_transformers(about, path.parent)
     if "architecture" in about:
         image = about.get("pretrained_cfg", about)

@@ -18,7 +18,7 @@ from crate_jax.analysis.alignment import section as alignment_section
 from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import section as whitebox_section
 from crate_jax.config import KEYS, OF_THE_RUN, base, validate
-from crate_jax.convert import pretrained
+from crate_jax.convert import files, pretrained
 from crate_jax.errors import ConfigError, DataError, UserError, escaped
 from crate_jax.parallel import distributed, sharding
 from crate_jax.report import page
@@ -81,7 +81,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     given = [] if without_runs else split(config.checkpoint)
     paths = [run for path in given for run in expand(path)]
     if not workdir:
-        if len(given) != 1 or expanduser(given[0]).is_file():
+        if len(given) != 1 or (paths == given and files.weights_file(given[0])):
             raise ConfigError("--workdir is missing: it says where the report goes, unless the report is about one run")
         workdir = str(_home(given[0]))
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
@@ -103,7 +103,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
             train, test = None, None
             missing[f"what needs the images of {name}"] = problem or "another process cannot read them"
             log.warning("%s: its images cannot be read: %s", name, problem or "by another process")
-        home = _home(path) if expanduser(path).is_dir() else None
+        home = None if files.weights_file(path) else _home(path)
         subjects.append(Subject(name, full, encoder.params, home, train, test, mesh))
     with lock(workdir) as folder:
         sections, left_out = analyse(subjects, chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import report as report_config
 from crate_jax.config import base
 from crate_jax.convert import (
     FAMILIES,
@@ -28,6 +30,7 @@ from crate_jax.convert import (
 from crate_jax.convert.describe import Hints, config_of, describe, grid_of
 from crate_jax.convert.export import export
 from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.jobs import report
 from crate_jax.models import adopt, autoencoder, representation
 from crate_jax.models.corruption import Identity, Masking
 from crate_jax.models.patches import relative_position_index, sincos_positions, unpatchify
@@ -174,7 +177,7 @@ def resnet(blocks: tuple[int, ...], width: int, factor: int = 1, inner: int = 1,
     return shapes
 
 
-LEARNED = ("timm_vit", "crate")  # families whose position table is a parameter
+LEARNED = ("timm_vit", "crate", "hf_vit")  # families whose position table is a parameter
 
 
 def filled(family: str, shapes: Shapes, fill) -> dict[str, np.ndarray]:
@@ -213,6 +216,7 @@ TINY = {  # family and kind -> names and shapes of a small model; 16 px images, 
     "crate": {n: s for n, s in crate(8, 3, 4, 16).items() if not n.startswith("mlp_head.1")},
     "crate_mae": crate_mae(8, 3, 4, 16),
     "hf_vit_mae": hf(8, 3, 4, 16, decoder=4, decoder_depth=2),
+    "hf_vit": {n: s for n, s in hf(8, 3, 4, 16).items() if n.startswith("vit.")},
     "resnet": resnet((2, 2, 2, 2), 4),
     "resnet bottleneck": resnet((3, 4, 6, 3), 2, factor=4, inner=2),
 }
@@ -273,6 +277,7 @@ PUBLISHED = [  # family, names and shapes, trained parameters, heads
     ("beit", beit(768, 12, 16, 12, 732, False, side=14), None, 12),
     ("timm_vit", vit(768, 12, 16, 196) | linear("head", 1000, 768), None, 12),
     ("hf_vit_mae", hf(768, 12, 16, 196), 111_655_680, 12),
+    ("hf_vit", {n: s for n, s in hf(768, 12, 16, 196).items() if n.startswith("vit.")}, 85_798_656, 12),
 ]  # fmt: skip
 
 
@@ -327,6 +332,67 @@ def test_other_names_of_transformers_are_the_same_model():
         assert detect(other) == family
         for name, array in names(import_state_dict(family, other, (4, 4))).items():
             np.testing.assert_array_equal(array, expected[name])
+
+
+def test_a_table_without_a_row_for_the_class_token_gets_one_of_zeros(tmp_path):
+    """Timm's no_embed_class; DeiT III's own names; BEiT's; and images that are not square, if their size is given."""
+    for kind in ("timm_vit layer scale", "hf_vit", "crate"):
+        family, state = tiny(kind)
+        (table,) = (name for name in state if re.search("pos_?embed|position_embed", name))
+        state[table] = state[table][:, 1:]
+        if "ls1" in " ".join(state):
+            state = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): a for name, a in state.items()}
+        files.write(tmp_path / "x.safetensors", state, {})
+        loaded = weights.load(tmp_path / "x.safetensors", hints=HEADS)
+        expected = names(imported(kind)[1])
+        expected["encoder/embedding/positions"][0] = 0
+        assert loaded.family == family and list(loaded.config["data"]["image_size"]) == [16, 16]
+        for name, array in names(loaded.params).items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+        state[table] = state[table][:, :8]
+        files.write(tmp_path / "x.safetensors", state, {})
+        with pytest.raises(CheckpointError, match="position table of 7 rows is not that of a square; .*--image-size"):
+            weights.load(tmp_path / "x.safetensors", hints=HEADS)
+        wide = weights.load(tmp_path / "x.safetensors", hints=Hints(heads=2, image_size=(8, 16)))
+        np.testing.assert_array_equal(wide.params["encoder"]["embedding"]["positions"][1:], state[table][0])
+
+
+def test_a_vit_of_transformers_is_a_vit(tmp_path):
+    """The same as under timm's names; config.json says heads and image size, preprocessor_config.json the pixels'."""
+    family, state = tiny("hf_vit")
+    files.write(tmp_path / "model.safetensors", state | random_state(family, linear("classifier", 5, 8)), {})
+    about = {"model_type": "vit", "num_attention_heads": 4, "image_size": 16, "hidden_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    pixels = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.1, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    loaded = weights.load(tmp_path / "model.safetensors")
+    c = loaded.config
+    assert (c["encoder"]["heads"], c["encoder"]["positions"], c["data"]["mean"]) == (4, "learned", (0.5, 0.4, 0.3))
+    theirs = {"vit.embeddings.cls_token": "cls_token", "vit.embeddings.position_embeddings": "pos_embed"}
+    theirs |= {f"vit.layernorm.{x}": f"norm.{x}" for x in ("weight", "bias")}
+    theirs |= {f"vit.embeddings.patch_embeddings.projection.{x}": f"patch_embed.proj.{x}" for x in ("weight", "bias")}
+    parts = {"layernorm_before": "norm1", "layernorm_after": "norm2", "attention.output.dense": "attn.proj"}
+    parts |= {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+    for i in range(3):
+        old, new = f"vit.encoder.layer.{i}", f"blocks.{i}"
+        for x in ("weight", "bias"):
+            theirs |= {f"{old}.{a}.{x}": f"{new}.{b}.{x}" for a, b in parts.items()}
+            qkv = [state.pop(f"{old}.attention.attention.{part}.{x}") for part in ("query", "key", "value")]
+            state[f"{new}.attn.qkv.{x}"] = np.concatenate(qkv)
+    timm = {theirs.get(name, name): a for name, a in state.items()}
+    for name, array in names(import_state_dict("timm_vit", timm, (4, 4))).items():
+        np.testing.assert_array_equal(names(loaded.params)[name], array, err_msg=name)
+
+
+def test_tokens_besides_the_class_token_are_named():
+    for kind, tensor, words in (
+        ("timm_vit", "reg_token", "a register"),
+        ("timm_vit", "dist_token", "a distilled model"),
+        ("hf_vit", "vit.encoder.layer.0.layer_scale1.lambda1", "Dinov2Model"),
+    ):
+        family, state = tiny(kind)
+        with pytest.raises(ConfigError, match=f"'{tensor}' is .*{words}.*, which is not supported"):
+            import_state_dict(family, state | {tensor: np.ones(8, np.float32)}, (4, 4))
 
 
 def test_what_does_not_fit_is_named():
@@ -641,6 +707,46 @@ def test_import_inspect_load_and_start_from_a_file(tmp_path, capsys):
     started = adopt.init_encoder(fresh, ours.params, "config.init_from=ours.safetensors")  # as pretrain does
     for name, array in names(started["encoder"]).items():
         np.testing.assert_array_equal(array, expected[f"encoder/{name}"])
+
+
+def test_a_folder_of_weights_is_taken_where_a_checkpoint_is_asked_for(tmp_path, capsys):
+    """That of an export, of transformers and of timm, or with one file; not one that holds checkpoints of a run."""
+    c, params = imported("vit_mae")
+    for format in ("timm", "hf", "authors"):
+        out = tmp_path / format
+        export(c, params, format, out)
+        (out / "optimizer.pt").write_bytes(b"not weights")
+        encoder = pretrained.load(str(out), "config.init_from")
+        assert encoder.name == str(out) and encoder.config["encoder"]["heads"] == 2
+        for name, array in names({"encoder": encoder.params["encoder"]}).items():
+            np.testing.assert_array_equal(array, names(params)[name])
+        assert command.main(["inspect", str(out)]) == 0
+        assert f"{out / 'model.safetensors'}: safetensors" in capsys.readouterr().out
+        assert command.main(["import", str(out), f"--out={tmp_path / 'again.safetensors'}"]) == 0
+        assert command.main(["export", str(out), "--format=timm", f"--out={tmp_path / 'third'}"]) == 0
+    capsys.readouterr()
+    one = tmp_path / "one"
+    one.mkdir()
+    write_zip(one / "checkpoint-199.pth", {"model": random_state("vit_mae", TINY["vit_mae encoder"])})
+    (one / "log.txt").write_text("")
+    assert weights.load(one, hints=HEADS).family == "vit_mae"
+    (one / "checkpoint-99.pth").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"one: holds several files of weights, checkpoint-199.pth, checkpoint-99"
+    ):
+        weights.load(one)
+    write_zip(one / "pytorch_model.bin", random_state("hf_vit", TINY["hf_vit"]))
+    assert weights.load(one, hints=HEADS).family == "hf_vit"
+    (one / "pytorch_model.bin").rename(one / "pytorch_model.bin.index.json")
+    with pytest.raises(CheckpointError, match=r"split into several files \(pytorch_model.bin.index.json\)"):
+        weights.load(one)
+    (tmp_path / "timm" / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint; expected the workdir of a run"):
+        pretrained.load(str(tmp_path / "timm"), "config.checkpoint")
+    c = report_config.get_config()
+    c.checkpoint = str(tmp_path / "hf")
+    with pytest.raises(ConfigError, match="--workdir is missing"):  # a report does not go into a folder of weights
+        report.run(c, None)
 
 
 def test_a_scripts_arguments_are_used(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 
 import jax
@@ -102,6 +104,13 @@ def numbered(state: Arrays, first: int = 4) -> Arrays:
     return {".".join([parts[(n := name.split("."))[0]], *n[1:]]): a for name, a in state.items()}
 
 
+def chunked(state: Arrays) -> Arrays:
+    """A ViT whose blocks are in chunks of two, but numbered through."""
+    return {
+        re.sub(r"^blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.", name): a for name, a in state.items()
+    }
+
+
 def shortcut(state: Arrays) -> Arrays:
     return {name.replace("downsample", "shortcut"): a for name, a in state.items()}
 
@@ -190,6 +199,44 @@ LAYOUTS = {  # kind -> (names and shapes, (encoder, another encoder) -> saved ob
     "solo-learn, old": (CIFAR, lambda a, b: lightning(under("encoder.", a) | under("momentum_encoder.", b) | HEADS),
                         "encoder.", 2),
     "solo-learn, vit": (VIT, lambda a, b: lightning(under("backbone.", a) | HEADS), "backbone.", None),
+    "a tensor beside the weights": (
+        IMAGENET, lambda a, b: {"best_acc1": np.float32([61.5]), "epoch": np.array(3),
+                                "state_dict": under("module.", a)},
+        "", None,
+    ),
+    "dino, all in one": (
+        VIT, lambda a, b: under("student.backbone.", b) | under("teacher.backbone.", a) | dense("teacher.head.mlp.0"),
+        "teacher.backbone.", None,
+    ),
+    "ibot": (
+        VIT, lambda a, b: {"student": under("module.backbone.", b), "fp16_scaler": {"scale": np.ones(1, np.float32)},
+                           "teacher": under("backbone.", a, {"masked_embed": np.ones((1, 8), np.float32)})
+                           | dense("head.mlp.0")},
+        "backbone.", None,
+    ),
+    "dinov2": (
+        VIT, lambda a, b: {"teacher": under("backbone.", chunked(a), {"mask_token": np.ones((1, 8), np.float32)})
+                           | dense("dino_head.mlp.0", "ibot_head.mlp.0")},
+        "backbone.", None,
+    ),
+    "dinov2, flat": (
+        VIT, lambda a, b: {"model": under("student.backbone.", chunked(b)) | under("teacher.backbone.", chunked(a))},
+        "teacher.backbone.", None,
+    ),
+    "moco v3, nested": (VIT, lambda a, b: {"momentum_encoder": b, "base_encoder": a | dense("head.0")}, "", None),
+    "byol, nested": (IMAGENET, lambda a, b: {"target_network": numbered(b), "online_network": numbered(a)}, "", None),
+    "timm with a moving average": (
+        VIT, lambda a, b: {"state_dict": b, "state_dict_ema": a, "optimizer": {"state": {0: QUEUE}}}, "", None,
+    ),
+    "deit with a moving average": (VIT, lambda a, b: {"model": b, "model_ema": under("module.", a)}, "", None),
+    "a moving average, flat": (IMAGENET, lambda a, b: under("model.", b) | under("ema_model.", a), "ema_model.", None),
+    "an empty moving average": (
+        VIT, lambda a, b: {"model": a, "model_ema": {}, "ema": {"decay": np.ones(1, np.float32)}}, "", None,
+    ),
+    "a moving average beside weights": (
+        IMAGENET, lambda a, b: {**b, "ema": under("module.", a), "extra": under("net.", b)}, "", None,
+    ),
+    "any other key": (IMAGENET, lambda a, b: {"my_net": a, "best": np.ones(1, np.float32)}, "", None),
     "any other name": (IMAGENET, lambda a, b: under("net.trunk.", a) | dense("net.neck"), "net.trunk.", None),
 }  # fmt: skip
 
@@ -232,6 +279,25 @@ def test_the_commands_say_what_is_left_out_and_take_another_network(tmp_path, ca
     np.testing.assert_array_equal(
         ours.params["encoder"]["stem"]["conv"]["kernel"], b["conv1.weight"].transpose(2, 3, 1, 0)
     )
+
+
+def test_a_nested_network_is_named_and_another_can_be_chosen(tmp_path, capsys, caplog):
+    shapes, saved, *_ = LAYOUTS["ibot"]
+    a, b = a_state(shapes), a_state(shapes, 0.5)
+    path = write_zip(tmp_path / "ibot.pth", saved(a, b))
+    with caplog.at_level(logging.INFO):
+        weights.load(path, hints=Hints(heads=2))
+    assert "ibot.pth: teacher.backbone. read as timm_vit; not read: student, head." in caplog.text
+    assert command.main(["inspect", str(path), "--heads=2"]) == 0
+    assert f"not needed: student ({len(b)} tensors) (another network)" in capsys.readouterr().out
+    for prefix in ("student.", "student.module.backbone.", "student.backbone."):
+        loaded = weights.load(path, hints=Hints(heads=2), prefix=prefix)
+        np.testing.assert_array_equal(loaded.params["encoder"]["norm"]["scale"], b["norm.weight"])
+    two = write_zip(tmp_path / "two.pth", {"left": a, "right": b})
+    with pytest.raises(CheckpointError, match=r"two.pth: holds several networks, left., right.: choose one .*--prefix"):
+        weights.load(two)
+    loaded = weights.load(two, hints=Hints(heads=2), prefix="right.")
+    np.testing.assert_array_equal(loaded.params["encoder"]["norm"]["scale"], b["norm.weight"])
 
 
 def test_lightnings_other_objects_are_skipped(tmp_path):
