@@ -15,6 +15,7 @@ from benchmarks.accelerator import runner, table
 from benchmarks.accelerator.parts import PARTS, Row, Settings
 from crate_jax.errors import UserError
 from crate_jax.flags import fail
+from crate_jax.workdir.folder import expanduser
 from crate_jax.workdir.metrics import write_text
 
 
@@ -36,6 +37,10 @@ def main(argv: list[str]) -> int:
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}; must be of {', '.join(PARTS)}")
     if args.batch < 1:
         parser.error(f"--batch={args.batch}: must be at least 1")
+    try:
+        args.out, args.data = (str(expanduser(path)) if path else "" for path in (args.out, args.data))
+    except UserError as e:
+        parser.error(str(e))
     if args.data and not os.path.exists(args.data):
         parser.error(f"--data={args.data}: no such file or folder")
     settings = Settings(args.out, args.debug, args.batch, args.data and os.path.abspath(args.data))

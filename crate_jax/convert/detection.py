@@ -445,11 +445,13 @@ def parser() -> Parser:
     """The parser of the command line."""
     top = Parser(description="Fine-tunes torchvision's Faster R-CNN on a ResNet that crate_jax exported; reports AP.")
     add = top.add_argument
-    add("--backbone", required=True, metavar="DIR|none", help="an exported ResNet; none: a random ResNet50")
-    add("--data", required=True, type=Path, metavar="FOLDER", help="in the format of COCO or VOC")
+    add(
+        "--backbone", required=True, type=_local, metavar="DIR|none", help="an exported ResNet; none: a random ResNet50"
+    )
+    add("--data", required=True, type=_folder, metavar="FOLDER", help="in the format of COCO or VOC")
     add("--train", default="", metavar="SPLIT", help="training split; default: train2017 (COCO), trainval (VOC)")
     add("--test", default="", metavar="SPLIT", help="test split; default: val2017 (COCO), test (VOC)")
-    add("--out", type=Path, metavar="RESULT", help="folder for result.json and detector.pth")
+    add("--out", type=_folder, metavar="RESULT", help="folder for result.json and detector.pth")
     add("--steps", type=_positive, default=0, help="default: 90000 (COCO), 24000 (VOC)")
     add("--batch-size", type=_positive, default=LR_BATCH, help="images per step")
     add("--lr", type=float, default=0.0, help=f"learning rate; default: {LR} x batch / {LR_BATCH}")
@@ -462,6 +464,16 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, help="of new layers, order and flips")
     add("--log-every", type=_positive, default=100, help="steps between lines")
     return top
+
+
+def _local(text: str) -> str:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a path on a local or mounted file system")
+    return text
+
+
+def _folder(text: str) -> Path:
+    return Path(_local(text))
 
 
 def _positive(text: str) -> int:

@@ -16,6 +16,7 @@ from crate_jax.data import decoding
 from crate_jax.data.sources import Source, digest, eval_splits, split_role, split_roles
 from crate_jax.errors import DataError, escaped, some
 from crate_jax.parallel import distributed
+from crate_jax.workdir.folder import expanduser
 
 # The names that Pillow gives to files of decoding.FORMATS. PFM is no picture: its floats have no white.
 EXTENSIONS = (
@@ -200,7 +201,7 @@ def open_folder(
       DataError: as FolderSource raises it; or a named split is missing, several sub-folders may be the training split,
         or only sub-folders with the names of other splits hold the images.
     """
-    path = os.path.expanduser(path)
+    path = str(expanduser(path))
     _check_folder(path)
     names = sub_folders(path)
     train_root = _train_root(path, names, train_split)

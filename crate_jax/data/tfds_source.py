@@ -10,6 +10,7 @@ from PIL import Image
 from crate_jax.data import decoding
 from crate_jax.data.sources import Source, digest, eval_splits
 from crate_jax.errors import DataError
+from crate_jax.workdir.folder import expanduser
 
 
 class TfdsSource(Source):
@@ -103,6 +104,7 @@ def open_tfds(
             f"config.data.source='tfds:{name}' needs tensorflow-datasets, which cannot be imported ({e}): "
             "pip install tensorflow-datasets importlib_resources"
         ) from None
+    data_dir = str(expanduser(data_dir)) if data_dir else ""
     where = data_dir or "TFDS's default data_dir"
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)

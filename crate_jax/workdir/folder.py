@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -19,6 +20,7 @@ from crate_jax.parallel import distributed
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")  # of an address
 LATE_SECONDS = 60.0  # for up to a minute NFS may still report that there is no such file
 
 
@@ -51,12 +53,21 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
 def expanduser(path: str | os.PathLike[str]) -> Path:
     """Returns the path with the home folder in place of a leading ``~`` or ``~NAME``.
 
+    Every path that a user gives goes through this function, so that none begins with a scheme such as ``gs://``, which
+    would become a local folder of the name ``gs:``.
+
     Raises:
-      UserError: there is no such user, or the user has no home folder.
+      UserError: there is no such user, or the user has no home folder; or the path begins with a scheme.
 
     >>> str(expanduser("runs/quickstart"))
     'runs/quickstart'
     """
+    scheme = SCHEME.match(os.fspath(path))
+    if scheme:
+        raise UserError(
+            f"{os.fspath(path)}: must be a path on a local or mounted file system, without {scheme[0]}; mount or copy "
+            "what is there"
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -112,7 +123,7 @@ def _appears(path: Path) -> bool:
 
 
 def _create(workdir: str | os.PathLike[str]) -> Path:
-    if not os.fspath(workdir) or "://" in os.fspath(workdir):
+    if not os.fspath(workdir) or SCHEME.match(os.fspath(workdir)):
         raise UserError(f"workdir {os.fspath(workdir)!r}: must be a folder on a local or mounted file system")
     folder = expanduser(workdir).absolute()
     try:

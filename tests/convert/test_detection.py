@@ -189,6 +189,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, capsys, kind):
         (["--data=/no/such/folder"], "--data=/no/such/folder: no such folder"),
         (["--batch-size=5"], "--batch-size=5: the training split has 4 images with objects"),
         (["--train=train2018"], "instances_train2018.json: cannot be read"),
+        (["--out=gs://bucket/x"], "'gs://bucket/x' must be a path on a local or mounted file system; --help says more"),
         (["--batch-size=0"], "'0' must be a positive whole number; --help says more"),
         (["--norm=group"], "argument --norm: invalid choice: 'group'"),
     ],

@@ -12,10 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from crate_jax.convert import __main__ as command, files, pretrained, weights
+from crate_jax.data.folder import open_folder
 from crate_jax.errors import CheckpointError, UserError
-from crate_jax.workdir import folder as workdir
+from crate_jax.jobs import report
+from crate_jax.workdir import checkpoint, folder as workdir
 from tests.conftest import ROOT
 
 HOLDER = """
@@ -85,6 +89,38 @@ def test_file_in_the_way(tmp_path: Path, below: str) -> None:
 def test_not_a_folder_name(name: str) -> None:
     with pytest.raises(UserError, match="must be a folder on a local or mounted file system"), workdir.lock(name):
         pass
+
+
+SCHEMES = ("gs://bucket/x", "s3://bucket/x", "hdfs://host/x", "file:///x", "http://host/x.pth", "abfss://c@host/x")
+TAKES_A_PATH = {
+    "checkpoint": lambda path: pretrained.load(path, "config.checkpoint"),
+    "parameters": checkpoint.read_params,
+    "weights": weights.load,
+    "a file of weights": files.read,
+    "what is inspected": lambda path: command.inspect(command.parser().parse_args(["inspect", path])),
+    "a new file of weights": lambda path: files.write(path, {"a": np.ones(3, np.float32)}, {}),
+    "checkpoints of a report": report.split,
+    "runs of a report": report.expand,
+    "a workdir": lambda path: workdir.lock(path).__enter__(),
+    "images": lambda path: open_folder(path, "train", "train", "auto"),
+}
+
+
+@pytest.mark.parametrize("path", SCHEMES)
+def test_no_path_begins_with_a_scheme(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for all, and no local folder of the name of a scheme is made or read."""
+    monkeypatch.chdir(tmp_path)
+    for take in TAKES_A_PATH.values():
+        with pytest.raises(UserError, match=f"{path}.*: must be a (path|folder) on a local or mounted file system"):
+            take(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_function_knows_home_folders_and_schemes() -> None:
+    """Whatever else turned a user's text into a path would not refuse a scheme."""
+    others = {str(path.relative_to(ROOT)) for path in (ROOT / "crate_jax").rglob("*.py")}
+    using = {name for name in others if ".expanduser(" in (ROOT / name).read_text()}
+    assert using == {"crate_jax/workdir/folder.py"}
 
 
 @pytest.mark.parametrize("exists", [False, True])
