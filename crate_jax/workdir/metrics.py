@@ -29,6 +29,9 @@ from crate_jax.workdir.pictures import save_png
 log = logging.getLogger(__name__)
 
 JSON_LINES = "metrics.jsonl"
+# TensorBoard and W&B know a record by its name alone, and TensorBoard drops a picture with the name of a scalar: the
+# names of pictures begin with this there, and those of scalars do not.
+PICTURES = "pictures/"
 
 
 class Sink(Protocol):
@@ -83,8 +86,12 @@ class Writer:
         """Records scalars of a step; a slash groups names ("eval/knn_top1").
 
         Raises:
+          ValueError: a name is that of the step, or begins as those of pictures do.
           UserError: a file cannot be written.
         """
+        taken = [name for name in scalars if name == "step" or name.startswith(PICTURES)]
+        if taken:
+            raise ValueError(f"write: a scalar must not have the name {taken[0]!r}")
         for sink in self._sinks:
             sink.write(step, scalars)
 
@@ -109,7 +116,7 @@ class Writer:
 
         Args:
           step: optimiser steps done.
-          name: the picture's name, of letters, digits, "_", "-" and ".".
+          name: the picture's name, of letters, digits, "_", "-" and "."; TensorBoard and W&B show it as pictures/NAME.
           array: the picture, uint8 (H, W, 3).
 
         Returns:
@@ -128,7 +135,7 @@ class Writer:
         with writing(path):
             save_png(path, array)
         for sink in self._sinks:
-            sink.write_image(step, name, array)
+            sink.write_image(step, PICTURES + name, array)
         return path
 
     def close(self) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import importlib.util
+import inspect
+import io
 import json
 import logging
 import math
 import resource
 import struct
+import sys
+import time
+import types
+import urllib.parse
+import urllib.request
 
 import numpy as np
 import pytest
@@ -16,6 +24,7 @@ from PIL import Image
 
 from crate_jax import config as configs
 from crate_jax.errors import ConfigError, UserError
+from crate_jax.methods.method import Method
 from crate_jax.workdir import metrics
 from crate_jax.workdir.pictures import reconstruction_grid
 
@@ -84,7 +93,66 @@ def test_tensorboard_files_are_written(tmp_path):
     assert events[0].file_version == "brain.Event:2" and events[2].session_log.status == 1 and events[2].step == 5
     values = {value.tag: value for event in events for value in event.summary.value if event.step == 7}
     assert values["loss"].simple_value == 0.5 and values["a/b"].simple_value == 2.0
-    assert (values["grid"].image.height, values["grid"].image.width) == (5, 7)
+    assert (values["pictures/grid"].image.height, values["pictures/grid"].image.width) == (5, 7)
+
+
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+
+
+def one_name(folder, config) -> None:
+    """A scalar and a picture of the same name, as pre-training by reconstruction writes them."""
+    name = inspect.signature(Method).parameters["pictures_name"].default
+    assert name == "reconstruction"
+    with metrics.Writer(folder, config, 0) as writer:
+        for step in (1, 2):
+            writer.write(step, {name: 0.5 / step})
+            writer.write_image(step, name, pixels() // step)
+
+
+def get(server: str, path: str, **query):
+    path += f"?{urllib.parse.urlencode(query)}" if query else ""
+    with urllib.request.urlopen(f"{server}data/plugin/{path}", timeout=20) as answer:
+        return answer.read()
+
+
+def test_tensorboard_shows_scalar_and_picture(tmp_path):
+    """Asked as the page asks it, over HTTP: the scalar's points, and the picture's pixels."""
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    program = pytest.importorskip("tensorboard.program", reason="tensorboard is not installed")
+    one_name(tmp_path, configs.base())
+    board = program.TensorBoard()
+    board.configure(logdir=str(tmp_path), port=0, host="127.0.0.1", load_fast="false")
+    server = board.launch()
+    deadline = time.monotonic() + 20
+    while not (runs := json.loads(get(server, "images/tags"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert {run: list(tags) for run, tags in runs.items()} == {"tensorboard": ["pictures/reconstruction"]}
+    assert list(json.loads(get(server, "scalars/tags"))["tensorboard"]) == ["reconstruction"]
+    shown = json.loads(get(server, "images/images", tag="pictures/reconstruction", run="tensorboard", sample=0))
+    assert [image["step"] for image in shown] == [1, 2]
+    for image, expected in zip(shown, (pixels(), pixels() // 2), strict=True):
+        png = get(server, f"images/individualImage?{image['query']}")
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), expected)
+
+
+def test_weights_and_biases_gets_scalar_and_picture_under_two_names(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(id="7", log=logged.append, define_metric=lambda *a, **k: None, finish=lambda: None)
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init, wandb.Error, wandb.Image = lambda **k: run, RuntimeError, lambda array: array
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    c = quiet()
+    c.log.wandb = "project"
+    one_name(tmp_path, c)
+    assert [set(entry) for entry in logged] == [{"step", "reconstruction"}, {"step", "pictures/reconstruction"}] * 2
+
+
+@pytest.mark.parametrize("name", ["pictures/reconstruction", "step"])
+def test_a_scalar_does_not_take_the_name_of_another_record(tmp_path, name):
+    with metrics.Writer(tmp_path, quiet(), 0) as writer, pytest.raises(ValueError, match=f"the name '{name}'"):
+        writer.write(1, {"loss": 0.5, name: 0.5})
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "pictures/grid_0000001.png"])
