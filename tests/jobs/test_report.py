@@ -345,7 +345,18 @@ def test_every_key_is_of_the_run_or_of_the_report():
     with pytest.raises(TypeError, match="of_the_run"):
         validation.Section("new", "A new section.", keys={})
     groups = {key.partition(".")[0] for key in configs.KEYS if key not in configs.OF_THE_RUN}
-    assert groups == {"align", "checkpoint", "job", "log", "mesh", "report", "save", "sweep", "whitebox"}
+    assert groups == {
+        "align",
+        "allow_change",
+        "checkpoint",
+        "job",
+        "log",
+        "mesh",
+        "report",
+        "save",
+        "sweep",
+        "whitebox",
+    }
     assert configs.KEYS.keys() == flatten(configs.base()).keys() > configs.OF_THE_RUN
     run = tiny(protocol__name="finetune_mae", whitebox__every=3, nonfinite__skip=2)
     full = job.resolve(report_config.get_config(), json.loads(json.dumps(run.to_dict())))
