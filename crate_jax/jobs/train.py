@@ -259,13 +259,12 @@ def resume(
 
 def as_begun(config: ConfigDict, changed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The config that a run began with, as a dictionary: the present one without the recorded changes."""
-    begun = config.copy_and_resolve_references()
+    begun = config.to_dict()
     for change in reversed(changed):
         if change["key"] in KEYS:
             *section, leaf = change["key"].split(".")
-            old = change["old"]
-            (begun[section[0]] if section else begun)[leaf] = tuple(old) if isinstance(old, list) else old
-    return begun.to_dict()
+            (begun[section[0]] if section else begun)[leaf] = change["old"]
+    return begun
 
 
 def require_same_task(config: ConfigDict, folder: Path, before: Mapping[str, Any], other_images: bool) -> None:

@@ -20,7 +20,7 @@ from crate_jax.parallel import distributed
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")  # of an address
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")  # of an address; dbfs:/ and file:/ have one slash
 LATE_SECONDS = 60.0  # for up to a minute NFS may still report that there is no such file
 
 

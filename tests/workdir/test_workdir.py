@@ -91,7 +91,15 @@ def test_not_a_folder_name(name: str) -> None:
         pass
 
 
-SCHEMES = ("gs://bucket/x", "s3://bucket/x", "hdfs://host/x", "file:///x", "http://host/x.pth", "abfss://c@host/x")
+SCHEMES = (
+    "gs://bucket/x",
+    "s3://bucket/x",
+    "hdfs://host/x",
+    "file:///x",
+    "http://host/x.pth",
+    "abfss://c@host/x",
+    "dbfs:/x",
+)
 TAKES_A_PATH = {
     "checkpoint": lambda path: pretrained.load(path, "config.checkpoint"),
     "parameters": checkpoint.read_params,
