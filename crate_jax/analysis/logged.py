@@ -283,7 +283,7 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
 
 def _starts(logged: Mapping[str, Logged]) -> Table | None:
     """The starts of the runs, if one of them was continued."""
-    if all(len(log.starts) < 2 for log in logged.values()):
+    if all(len(log.starts) < 2 and not log.told() for log in logged.values()):
         return None
     rows = []
     for name, log in logged.items():

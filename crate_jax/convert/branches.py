@@ -11,13 +11,12 @@ import collections
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+
+import numpy as np
 
 from crate_jax.convert.families import ENCODER_OF_TIMM, FAMILIES, SIGNATURES, detect
-from crate_jax.convert.rules import Array
+from crate_jax.convert.rules import Array, canonical_name, match
 from crate_jax.errors import ConfigError, some
-
-T = TypeVar("T")
 
 # The networks that methods evaluate: a teacher or a moving average, else the trained one before its momentum copies.
 # Each in turn narrows the choice, until one is left.
@@ -78,23 +77,39 @@ def find(state: Mapping[str, Array], prefix: str = "", family: str = "") -> Bran
         candidates = _candidates(state)
         if _known(whole) or not candidates:
             return Branch("", whole, family or detect(whole), {}, shift)
+        if len(candidates) > 1:
+            parts = {p: [name.removeprefix(p) for name in state if name.startswith(p)] for p in candidates}
+            candidates = [p for p in candidates if fits(parts[p])] or candidates
         prefix = _choose(candidates)
     inside = {name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)}
     if not inside:
-        parts = some(sorted(_parts(state, "")), ", ")
-        raise ConfigError(f"--prefix={prefix}: no tensor's name begins with it; the parts are {parts}")
+        known = some(sorted(_parts(state, "")), ", ")
+        raise ConfigError(f"--prefix={prefix}: no tensor's name begins with it; the parts are {known}")
     named, shift = _named(inside)
     outside = _parts([name for name in state if not name.startswith(prefix)], prefix)
     return Branch(prefix, named, family or detect(named), outside, shift)
 
 
 def holds_network(names: Collection[str]) -> bool:
-    """Whether tensors of these names hold a known model, by itself or as a branch."""
-    state = dict.fromkeys(names)
-    return _known(_named(state)[0]) or bool(_candidates(state))
+    """Whether tensors of these names hold something like a known model, by itself or as a branch."""
+    return _known(_named(_without_numbers(names))[0]) or bool(_candidates(names))
 
 
-def _known(state: Mapping[str, Array | None]) -> bool:
+def fits(names: Collection[str]) -> bool:
+    """Whether tensors of these names hold a network that can be read: no tensor of it is missing or unknown."""
+    try:
+        branch = find(_without_numbers(names))
+    except ConfigError:
+        return False
+    family = FAMILIES[branch.family]
+    return not match(family, [canonical_name(family, name) for name in branch.state]).problem()
+
+
+def _without_numbers(names: Collection[str]) -> dict[str, Array]:
+    return dict.fromkeys(names, np.empty(0))
+
+
+def _known(state: Mapping[str, Array]) -> bool:
     try:
         detect(state)
     except ConfigError:
@@ -142,7 +157,7 @@ def _parts(names: Mapping[str, Array] | list[str], prefix: str) -> dict[str, int
     return dict(count)
 
 
-def _named(state: Mapping[str, T]) -> tuple[dict[str, T], int]:
+def _named(state: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
     """Names a ResNet's numbered parts as torchvision does; and the number of modules before its stages, else 0."""
     stages = sorted({int(m[2]) for name in state if (m := re.match(BLOCK, name)) and not m[1]})
     if not stages or stages != list(range(stages[0], stages[0] + 4)) or not {"0.weight", "1.weight"} <= state.keys():

@@ -449,14 +449,11 @@ SIGNATURES = (
 ENCODER_OF_TIMM = "blocks.0.attn.qkv.weight"
 
 
-def detect(state: Mapping[str, Array | None]) -> str:
+def detect(state: Mapping[str, Array]) -> str:
     """The family of a state dict, found by its names.
 
     An encoder with a decoder or with the sine-cosine table is `vit_mae` under timm's names, and `hf_vit_mae` under
     transformers'; without them it is `timm_vit` or `hf_vit`.
-
-    Args:
-      state: the tensors; those whose numbers are not known yet are None, and are not a sine-cosine table.
 
     Raises:
       ConfigError: the names belong to no known family.

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from crate_jax.convert.branches import holds_network
+from crate_jax.convert.branches import fits, holds_network
 from crate_jax.convert.torch_files import PICKLE_START, ZIP_START, Inert, Tensor, open_checkpoint
 from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.workdir.checkpoint import FOLDER
@@ -155,9 +155,11 @@ def _read_torch(path: Path, start: bytes, prefix: str) -> tuple[Arrays, dict[str
                 f"{path}: no weights found, it {what}; expected tensors by name, at the top or under one of "
                 f"{', '.join(NESTED)}"
             )
-        networks = [keys for keys, leaves in found.items() if _holds_network(leaves)]
+        plain = {keys: _plain(leaves) for keys, leaves in found.items()}
+        networks = [keys for keys, names in plain.items() if holds_network(names)]
+        fitting = [keys for keys in networks if len(networks) > 1 and fits(plain[keys])] or networks
         try:
-            nested = _choose(networks, prefix) if networks else max(found, key=lambda keys: len(found[keys]))
+            nested = _choose(fitting, networks, prefix) if networks else max(found, key=lambda keys: len(found[keys]))
         except ConfigError as e:
             raise CheckpointError(f"{path}: {e}") from None
         arrays = {name: checkpoint.array(leaf) for name, leaf in found[nested].items()}
@@ -185,13 +187,18 @@ def _state_dicts(tree: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]
             pending += [((*keys, key), value) for key, value in node.items() if isinstance(key, str)]
 
 
-def _holds_network(names: Collection[str]) -> bool:
+def _plain(names: Collection[str]) -> list[str]:
     wrapper = _wrapper(names)
-    return holds_network([name.removeprefix(wrapper) for name in names])
+    return [name.removeprefix(wrapper) for name in names]
 
 
-def _choose(networks: Sequence[tuple[str, ...]], prefix: str) -> tuple[str, ...]:
-    """Chooses among the keys above several networks; () stands for the top of the file; `prefix` as in :func:`read`.
+def _choose(fitting: Sequence[tuple[str, ...]], networks: Sequence[tuple[str, ...]], prefix: str) -> tuple[str, ...]:
+    """Chooses among the keys above several networks; () stands for the top of the file.
+
+    Args:
+      fitting: the keys of the networks of which no tensor is missing or unknown; all if there is none.
+      networks: the keys of all networks, among which `prefix` chooses.
+      prefix: see :func:`read`.
 
     Raises:
       ConfigError: neither `prefix` nor NESTED decides.
@@ -204,7 +211,7 @@ def _choose(networks: Sequence[tuple[str, ...]], prefix: str) -> tuple[str, ...]
         # Weights at the top come after the keys of NESTED, and before other keys.
         return [NESTED.index(key) if key in NESTED else len(NESTED) + 1 for key in keys] or [len(NESTED)]
 
-    first = [keys for keys in networks if rank(keys) == min(map(rank, networks))]
+    first = [keys for keys in fitting if rank(keys) == min(map(rank, fitting))]
     if len(first) > 1:
         listed = some([f"{'.'.join(keys)}." for keys in first], ", ")
         raise ConfigError(f"holds several networks, {listed}: choose one with `convert import` (--prefix)")

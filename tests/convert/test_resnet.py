@@ -236,6 +236,13 @@ LAYOUTS = {  # kind -> (names and shapes, (encoder, another encoder) -> saved ob
     "a moving average beside weights": (
         IMAGENET, lambda a, b: {**b, "ema": under("module.", a), "extra": under("net.", b)}, "", None,
     ),
+    "a part of a teacher": (
+        VIT, lambda a, b: {"model": a, "teacher": {n: x for n, x in b.items() if n.startswith("blocks.")}}, "", None,
+    ),
+    "a decoder of the same blocks": (
+        VIT, lambda a, b: under("net.vit.", a) | under("net.predictor.", {n: x for n, x in b.items() if "blocks" in n}),
+        "net.vit.", None,
+    ),
     "any other key": (IMAGENET, lambda a, b: {"my_net": a, "best": np.ones(1, np.float32)}, "", None),
     "any other name": (IMAGENET, lambda a, b: under("net.trunk.", a) | dense("net.neck"), "net.trunk.", None),
 }  # fmt: skip
