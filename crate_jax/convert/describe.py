@@ -157,7 +157,11 @@ def grid_of(name: str, state: Mapping[str, np.ndarray], image_size: tuple[int, i
         return 0, 0
     side = patch_size(name, state)
     found = {canonical_name(family(name), n): np.shape(a) for n, a in state.items()}
-    patches = next((found[t][1] - 1 for t in TABLES if t in found and len(found[t]) == 3), None)
+    for table in TABLES:
+        if table in found and len(found[table]) != 3:
+            shape = list(found[table])
+            raise ConfigError(f"'{table}' has the shape {shape}; expected a table of positions (1, rows, width)")
+    patches = next((found[t][1] - 1 for t in TABLES if t in found), None)
     rows = next((found[p + t][0] for t in RELATIVE_TABLES for p in ("", "encoder.") if p + t in found), None)
     if image_size is not None:
         if any(pixels % side for pixels in image_size):

@@ -383,7 +383,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "hf_vit": Family(
         groups=_hf_vit(positions=True),
-        unused=HF_CLASSIFIER,
+        unused=HF_CLASSIFIER
+        | {r"vit\.embeddings\.mask_token|decoder\.0\..*": "part of masked modelling (ViTForMaskedImageModeling)"},
         rename=HF_NAMES,
         variants={
             r"vit\.encoder\.layer\.\d+\.layer_scale\d\..*": "part of transformers' Dinov2Model",

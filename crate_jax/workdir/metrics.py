@@ -260,9 +260,9 @@ class WeightsAndBiases:
             with open(id_file, encoding="utf-8") as f:
                 run_id = f.read().strip() or None
         try:
-            self._run = wandb.init(
-                project=config.log.wandb, id=run_id, resume="allow", dir=workdir, config=config.to_dict()
-            )
+            # A run that continues keeps the config that it began with, as config.json does.
+            begun = config.to_dict() if run_id is None else None
+            self._run = wandb.init(project=config.log.wandb, id=run_id, resume="allow", dir=workdir, config=begun)
         except wandb.Error as e:
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise ConfigError(f"config.log.wandb={config.log.wandb!r}: {reason}") from e

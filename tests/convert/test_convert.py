@@ -384,6 +384,15 @@ def test_a_vit_of_transformers_is_a_vit(tmp_path):
         np.testing.assert_array_equal(names(loaded.params)[name], array, err_msg=name)
 
 
+def test_a_table_of_another_shape_is_named():
+    family, state = tiny("timm_vit")
+    state["pos_embed"] = state["pos_embed"][0]
+    with pytest.raises(
+        ConfigError, match=r"'pos_embed' has the shape \[17, 8\]; expected a table .*\(1, rows, width\)"
+    ):
+        describe(family, state, HEADS)
+
+
 def test_tokens_besides_the_class_token_are_named():
     for kind, tensor, words in (
         ("timm_vit", "reg_token", "a register"),

@@ -137,16 +137,20 @@ def test_tensorboard_shows_scalar_and_picture(tmp_path):
 
 
 def test_weights_and_biases_gets_scalar_and_picture_under_two_names(tmp_path, monkeypatch):
-    logged = []
+    """And a run that continues keeps the config that it began with."""
+    logged, inits = [], []
     run = types.SimpleNamespace(id="7", log=logged.append, define_metric=lambda *a, **k: None, finish=lambda: None)
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init, wandb.Error, wandb.Image = lambda **k: run, RuntimeError, lambda array: array
+    wandb.init, wandb.Error, wandb.Image = lambda **k: inits.append(k) or run, RuntimeError, lambda array: array
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     c = quiet()
     c.log.wandb = "project"
     one_name(tmp_path, c)
     assert [set(entry) for entry in logged] == [{"step", "reconstruction"}, {"step", "pictures/reconstruction"}] * 2
+    c.seed = 9
+    metrics.Writer(tmp_path, c, 2).close()
+    assert [(k["id"], k["config"] and k["config"]["seed"]) for k in inits] == [(None, 0), ("7", None)]
 
 
 @pytest.mark.parametrize("name", ["pictures/reconstruction", "step"])
