@@ -18,7 +18,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crate_jax.models import gpu_attention, mssa_kernel
 from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
 from crate_jax.models.layers import (
@@ -26,6 +25,7 @@ from crate_jax.models.layers import (
     INITIALIZERS,
     Dtype,
     Norm,
+    attention_kernel,
     dense,
     layer_norm,
     layer_norm_backward,
@@ -34,7 +34,6 @@ from crate_jax.models.layers import (
     recompute_norm,
     scan_blocks,
 )
-from crate_jax.parallel import target
 from crate_jax.parallel.sharding import keep_split_by_batch
 
 # torch's kaiming_uniform_(a=0) on an (out x in) matrix.
@@ -61,21 +60,8 @@ def norm_mssa(
       attention.
     """
     x_BND, w_BNE = norm_product(x_BND, scale_D, bias_D, subspaces_DE, BLOCK_EPS)
-    if gpu_attention.fits(w_BNE.shape[0], heads, w_BNE.shape[-1], w_BNE.dtype):
-        return x_BND, gpu_attention.attend(w_BNE, None, heads, 1)
-    return x_BND, attend(w_BNE, heads)
-
-
-def attention_by(images: int, heads: int, width: int, dtype: Dtype) -> str:
-    """What computes MSSA of a batch in the program that is being traced, for a log."""
-    if gpu_attention.fits(images, heads, width, dtype):
-        return "Triton kernels"
-    return "a Pallas kernel" if _on_tpu(images, heads, width) else "XLA"
-
-
-def _on_tpu(images: int, heads: int, width: int) -> bool:
-    tpu = target.is_tpu() and target.kernels()
-    return tpu and mssa_kernel.fits(target.images_per_device(images), heads, width)
+    kernel = attention_kernel(*w_BNE.shape[-3:-1], heads, w_BNE.shape[-1], 1, w_BNE.dtype)
+    return x_BND, kernel(w_BNE, None, heads, 1) if kernel else attend(w_BNE, heads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -83,8 +69,8 @@ def attend(w_BNE: jax.Array, heads: int) -> jax.Array:
     """softmax(w w^T / sqrt(K)) w per head, (B, N, E) -> (B, N, E); softmax in float32.
 
     The backward pass computes the N x N weights again, and uses that query, key and value are one
-    tensor: the forward pass saves only w and two numbers per token and head. On TPUs both passes are
-    kernels (:mod:`mssa_kernel`), and only w is saved. GPUs have :mod:`gpu_attention`.
+    tensor: the forward pass saves only w and two numbers per token and head. TPUs and GPUs have
+    kernels (:mod:`tpu_attention`, :mod:`gpu_attention`).
     """
     return _attend_forward(w_BNE, heads)[0]
 
@@ -95,9 +81,6 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _attend_forward(w_BNE: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     saved = w_BNE
     w_BNE = w_BNE.reshape(-1, *w_BNE.shape[-2:])  # on TPUs the decoder's w has a leading axis of length one
-    if _on_tpu(w_BNE.shape[0], heads, w_BNE.shape[-1]):
-        y_BNE = target.per_device(functools.partial(mssa_kernel.forward, heads=heads), w_BNE)
-        return y_BNE.reshape(saved.shape), (saved,)
     w_BHNK = _heads_first(w_BNE, heads)
     logits_BHNN = _einsum("bhnk,bhmk->bhnm", w_BHNK * w_BHNK.shape[-1] ** -0.5, w_BHNK)
     peak_BHN1 = jnp.max(logits_BHNN, axis=-1, keepdims=True)
@@ -111,9 +94,6 @@ def _attend_forward(w_BNE: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.
 
 def _attend_backward(heads: int, saved: tuple[jax.Array, ...], g_BNE: jax.Array) -> tuple[jax.Array]:
     shape, (w_BNE, g_BNE) = g_BNE.shape, (x.reshape(-1, *x.shape[-2:]) for x in (saved[0], g_BNE))
-    if len(saved) == 1:
-        dw_BNE = target.per_device(functools.partial(mssa_kernel.backward, heads=heads), w_BNE, g_BNE)
-        return (dw_BNE.reshape(shape),)
     peak_BHN1, total_BHN1 = saved[1:]
     w_BHNK, g_BHNK = _heads_first(w_BNE, heads), _heads_first(g_BNE, heads)
     scaled_BHNK = w_BHNK * w_BHNK.shape[-1] ** -0.5

@@ -38,7 +38,7 @@ SUMS = 8  # parts of the batch over which a bias's gradient is summed by differe
 NARROWEST, WIDEST = 16, 128  # a side of Triton's products is at least 16; more than 128 do not fit into registers
 
 
-def fits(images: int, heads: int, width: int, dtype: Any, bias: jax.Array | None = None) -> bool:
+def fits(images: int, heads: int, width: int, dtype: Any, bias: Any = None) -> bool:
     """Whether the program is for a GPU whose kernels take a batch of `images` and `heads` over a width E.
 
     A bias must be one for all images, (1, H, N, N). The type must be bfloat16: exact products of float32 have no tensor

@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, D width, H heads, K head width, E = H * K.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crate_jax.models import gpu_norm
+from crate_jax.models import gpu_attention, gpu_norm, tpu_attention
 from crate_jax.parallel import target
 
 Dtype = Any
@@ -158,6 +158,28 @@ def attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM
     q_BHNK, k_BHMK, v_BHMK = (x.transpose(0, 2, 1, 3) for x in (q_BNHK, k_BMHK, v_BMHK))
     weights_BHNM = attention_weights(q_BHNK, k_BHMK, bias_BHNM).astype(v_BHMK.dtype)
     return jnp.einsum("bhnm,bhmk->bhnk", weights_BHNM, v_BHMK).transpose(0, 2, 1, 3)
+
+
+def attention_kernel(
+    images: int, tokens: int, heads: int, width: int, parts: int, dtype: Dtype, bias_BHNN: jax.Array | jax.ShapeDtypeStruct | None = None
+) -> Callable[..., jax.Array] | None:
+    """What computes attention in the program that is being traced, if it is a kernel.
+
+    Args:
+      images: B, of all devices.
+      tokens: N.
+      heads: H.
+      width: E.
+      parts: 3, or 1 for MSSA.
+      dtype: the type of the tokens.
+      bias_BHNN: a bias on the logits.
+
+    Returns:
+      :func:`gpu_attention.attend`, :func:`tpu_attention.attend`, or None: no kernel fits, XLA computes.
+    """
+    if gpu_attention.fits(images, heads, width, dtype, bias_BHNN):
+        return gpu_attention.attend
+    return tpu_attention.attend if tpu_attention.fits(images, tokens, heads, width, parts, dtype, bias_BHNN) else None
 
 
 def attention_weights(q_BHNK: jax.Array, k_BHMK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:

@@ -9,10 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crate_jax.models import gpu_attention
 from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
-from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, dense, gelu, scan_blocks
+from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, attention_kernel, dense, gelu, scan_blocks
 from crate_jax.models.patches import grid_shape, relative_position_index, relative_table_rows, resize_relative_table
 from crate_jax.parallel.sharding import keep_split_by_batch
 
@@ -29,11 +28,6 @@ def drop_path_scales(keys_B: jax.Array, depth: int, rate: float) -> jax.Array:
     uniform_BL2 = jax.vmap(lambda k: jax.random.uniform(k, (depth, 2)))(keys_B)
     kept_L2B = uniform_BL2.transpose(1, 2, 0) >= rates_L[:, None, None]
     return kept_L2B / (1.0 - rates_L[:, None, None])
-
-
-def attention_by(images: int, heads: int, width: int, dtype: Dtype) -> str:
-    """What computes attention of a batch in the program that is being traced, for a log."""
-    return "Triton kernels" if gpu_attention.fits(images, heads, width, dtype) else "XLA"
 
 
 class SelfAttention(nn.Module):
@@ -54,8 +48,8 @@ class SelfAttention(nn.Module):
             q_bias, v_bias = (self.param(name, zeros, (D,), jnp.float32) for name in ("q_bias", "v_bias"))
             qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
         qkv = keep_split_by_batch(qkv)
-        if gpu_attention.fits(B, self.heads, D, qkv.dtype, bias_BHNN):
-            y_BND = gpu_attention.attend(qkv, None if bias_BHNN is None else bias_BHNN[0], self.heads, 3)
+        if attend := attention_kernel(B, N, self.heads, D, 3, qkv.dtype, bias_BHNN):
+            y_BND = attend(qkv, None if bias_BHNN is None else bias_BHNN[0], self.heads, 3)
         else:
             q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
             y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
