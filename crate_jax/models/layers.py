@@ -146,9 +146,11 @@ norm_product.defvjp(_norm_product_forward, _norm_product_backward)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU with the error function; on GPUs the backward pass computes it again from x and keeps no second array."""
+    """GELU with the error function; on GPUs and TPUs its backward pass keeps x only, and computes the rest again."""
     exact = functools.partial(jax.nn.gelu, approximate=False)
-    return jax.checkpoint(exact)(x) if target.is_nvidia() else exact(x)
+    if not (target.is_nvidia() or target.is_tpu()):
+        return exact(x)
+    return jax.checkpoint(exact, prevent_cse=target.is_nvidia())(x)
 
 
 def attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:
