@@ -231,7 +231,7 @@ class MSSA(nn.Module):
         if self.tied_output:
             output_ED = subspaces_DE.T.astype(y_BNE.dtype)
             return x_BND, y_BNE @ (-output_ED if self.negative else output_ED)
-        return x_BND, dense(D, "output", self.dtype, negative=self.negative)(y_BNE)
+        return x_BND, dense(D, "output", self.dtype, factor=-1 if self.negative else None)(y_BNE)
 
 
 class CrateBlock(nn.Module):

@@ -214,11 +214,11 @@ class Norm(nn.Module):
 
 
 def dense(
-    features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None, negative: bool = False
+    features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None, factor: Any = None
 ) -> nn.Dense:
     """A dense layer with float32 parameters that computes in `dtype`; its kernel is Xavier-uniform by default.
 
-    A `negative` one returns the negative result, to the bit, by negative kernel and bias.
+    A `factor`, a number or one per feature, multiplies the kernel and the bias; the result of -1 is negative to the bit.
     """
     return nn.Dense(
         features,
@@ -226,14 +226,16 @@ def dense(
         name=name,
         dtype=dtype,
         kernel_init=init or nn.initializers.xavier_uniform(),
-        promote_dtype=_negative if negative else nn.dtypes.promote_dtype,
+        promote_dtype=nn.dtypes.promote_dtype if factor is None else functools.partial(_scaled, factor),
     )
 
 
-def _negative(*arrays: jax.Array | None, dtype: Any = None, inexact: bool = True) -> list[jax.Array | None]:
-    """Flax's promotion of the input, the kernel and the bias to a common type, with negative kernel and bias."""
-    x, *weights = nn.dtypes.promote_dtype(*arrays, dtype=dtype, inexact=inexact)
-    return [x, *(None if w is None else -w for w in weights)]
+def _scaled(
+    factor: Any, x: jax.Array, *weights: jax.Array | None, dtype: Any = None, inexact: bool = True
+) -> list[jax.Array | None]:
+    """Flax's promotion of the input, the kernel and the bias to a common type; `factor` multiplies the latter two."""
+    scaled = (None if w is None else factor * w for w in weights)
+    return nn.dtypes.promote_dtype(x, *scaled, dtype=dtype, inexact=inexact)
 
 
 INITIALIZERS = {

@@ -13,6 +13,7 @@ from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
 from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, attention_kernel, dense, gelu, scan_blocks
 from crate_jax.models.patches import grid_shape, relative_position_index, relative_table_rows, resize_relative_table
+from crate_jax.parallel import target
 from crate_jax.parallel.sharding import keep_split_by_batch
 
 Grids = tuple[tuple[int, int], tuple[int, int]]  # (h, w) of the table of biases, and (h, w) of the image
@@ -39,8 +40,10 @@ class SelfAttention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, bias_BHNN: jax.Array | None) -> jax.Array:
-        """(B, N, D) -> (B, N, D)."""
+    def __call__(
+        self, x_BND: jax.Array, bias_BHNN: jax.Array | None, factor_D: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, N, D) -> (B, N, D); `factor_D` multiplies the result."""
         B, N, D = x_BND.shape
         qkv = dense(3 * D, "qkv", self.dtype, bias=self.qkv_bias == "qkv", init=INITIALIZERS[self.initializer])(x_BND)
         if self.qkv_bias == "qv":  # BEiT: a key bias cannot change a softmax over keys
@@ -53,7 +56,7 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
             y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
-        return dense(D, "output", self.dtype, init=INITIALIZERS[self.initializer])(y_BND)
+        return dense(D, "output", self.dtype, init=INITIALIZERS[self.initializer], factor=factor_D)(y_BND)
 
 
 class ViTBlock(nn.Module):
@@ -81,22 +84,28 @@ class ViTBlock(nn.Module):
         if self.bias_grids is not None and corruption is not None:
             bias_BHNN = relative_bias(self, self.bias_grids, self.heads, corruption)
 
+        constant, factors = nn.initializers.constant(self.layer_scale), (None, None)
+        if self.layer_scale:
+            factors = [self.param(f"layer_scale_{i}", constant, (D,), jnp.float32) for i in (1, 2)]
+        # At the weights, so that the gradient of the factors needs no array of the tokens' size.
+        at_weights = factors if target.is_tpu() else (None, None)
+
         def branch(y_BND: jax.Array, index: int) -> jax.Array:
-            if self.layer_scale:
-                constant = nn.initializers.constant(self.layer_scale)
-                y_BND = y_BND * self.param(f"layer_scale_{index + 1}", constant, (D,), jnp.float32).astype(y_BND.dtype)
+            if factors[index] is not at_weights[index]:
+                y_BND = y_BND * factors[index].astype(y_BND.dtype)
             return y_BND if scales_2B is None else y_BND * scales_2B[index][:, None, None].astype(y_BND.dtype)
 
         self.sow("intermediates", "input", x_BND)
         x, y = Norm(name="attention_norm").skip(x_BND)
-        y = SelfAttention(self.heads, self.qkv_bias, self.initializer, self.dtype, name="attention")(y, bias_BHNN)
+        attention = SelfAttention(self.heads, self.qkv_bias, self.initializer, self.dtype, name="attention")
+        y = attention(y, bias_BHNN, at_weights[0])
         x = x + branch(y, 0)
         self.sow("intermediates", "after_attention", x)
         x, y = Norm(name="mlp_norm").skip(x)
         y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=INITIALIZERS[self.initializer])(y)
         y = gelu(keep_split_by_batch(y))
         self.sow("intermediates", "mlp_hidden", y)
-        y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer])(y)
+        y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer], factor=at_weights[1])(y)
         x = x + branch(y, 1)
         self.sow("intermediates", "after_mlp", x)
         return x, None
