@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from benchmarks.accelerator import cifar, clock, exact, kernels, runner, table
 from benchmarks.accelerator.parts import ALL, MACHINE, PARTS, Part, Settings
 from crate_jax.errors import DataError, UserError
-from crate_jax.models import mssa_kernel
+from crate_jax.models import tpu_attention
+from crate_jax.parallel.sharding import BATCH
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.one_python
@@ -195,8 +198,8 @@ def test_kernels_are_right_by_their_distance_from_float64():
 
 def test_the_kernels_agree_in_interpret_mode():
     case = kernels.Attention(8, 5, 2, 64, dtype="float32")
-    assert kernels.compare_attention(case, kernels.mssa_on_tpu, True)["ok"]
-    twice = lambda *a: 2.0 * kernels.mssa_on_tpu(*a)  # noqa: E731
+    assert kernels.compare_attention(case, tpu_attention.attend, True)["ok"]
+    twice = lambda *a: 2.0 * tpu_attention.attend(*a)  # noqa: E731
     assert not kernels.compare_attention(case, twice, True)["ok"]
 
 
@@ -207,10 +210,16 @@ def test_awkward_shapes_are_among_the_cases():
         shapes = [f.args[0] for n, f in found.items() if isinstance(f.args[0], kernels.Attention)]
         assert {s.tokens for s in shapes} == {5, 197, 577} and {s.width for s in shapes} == widths
         assert min(s.images for s in shapes) == batch and {s.dtype for s in shapes} == {"bfloat16", *types}
+        assert {(s.parts, s.biased) for s in shapes if s.tokens == 577} == {(1, False), (3, False), (3, True)}
         if platform == "tpu":
-            assert all(mssa_kernel.fits(s.images, s.heads, s.heads * s.width) for s in shapes)
+            device = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform=platform)
+            mesh = AbstractMesh((1, 1), BATCH, axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+            with jax.sharding.use_abstract_mesh(mesh):
+                for s in shapes:
+                    bias = np.zeros((1, s.heads, s.tokens, s.tokens)) if s.biased else None
+                    E = s.heads * s.width
+                    assert tpu_attention.fits(s.images, s.tokens, s.heads, E, s.parts, s.dtype, bias), s
         else:
-            assert {(s.parts, s.biased) for s in shapes if s.tokens == 577} == {(1, False), (3, False), (3, True)}
             assert sum(isinstance(f.args[0], kernels.Norm) for f in found.values()) == 3
 
 

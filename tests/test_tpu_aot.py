@@ -1,4 +1,4 @@
-"""The step compiled for TPUs without one: what the HLO counter says, the roofline, and MSSA's kernel."""
+"""The step compiled for TPUs without one: what the HLO counter says, and the roofline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.aot import lower_step
 from benchmarks.hlo_cost import Program
@@ -22,8 +22,7 @@ from crate_jax import data
 from crate_jax.config import validate
 from crate_jax.errors import UserError
 from crate_jax.methods import byol, joint as joint_methods, reconstruction
-from crate_jax.models import batch_norm, layers, mssa_kernel, resnet
-from crate_jax.models.crate import attend
+from crate_jax.models import batch_norm, layers, resnet
 from crate_jax.parallel import parameters, sharding, target
 from crate_jax.parallel.sharding import BATCH, DATA
 from crate_jax.training import step as train_step
@@ -147,76 +146,12 @@ def test_topologies_name_a_chip_and_a_shape():
             chip_of(bad, TPUS)
 
 
-@pytest.mark.parametrize("heads, images, width", [(4, 3, 128), (4, 24, 256)])  # four heads a lane block, and two
-def test_the_kernel_is_attend(heads, images, width):
-    """Forward and backward; the second over several blocks of images and lanes; interpreted, in float32."""
-    w, g = (2 * jax.random.normal(jax.random.key(i), (images, 13, width)) for i in range(2))
-    y, pull = jax.vjp(lambda w: attend(w, heads), w)
-    np.testing.assert_allclose(mssa_kernel.forward(w, heads, interpret=True), y, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(mssa_kernel.backward(w, g, heads, interpret=True), pull(g)[0], rtol=1e-4, atol=1e-4)
-
-
-def test_the_kernel_in_bfloat16_is_as_exact_as_the_plain_version():
-    w, g = (jax.random.normal(jax.random.key(i), (2, 24, 128)).astype(jnp.bfloat16) for i in range(2))
-    exact, pull = jax.vjp(lambda w: attend(w, 2), w.astype(jnp.float32))
-    (dexact,) = pull(g.astype(jnp.float32))
-    plain, pull = jax.vjp(lambda w: attend(w, 2), w)
-    for kernel, other, truth in (
-        (mssa_kernel.forward(w, 2, interpret=True), plain, exact),
-        (mssa_kernel.backward(w, g, 2, interpret=True), pull(g)[0], dexact),
-    ):
-        error = jnp.abs(kernel.astype(jnp.float32) - truth).max()
-        assert error <= 1.2 * jnp.abs(other.astype(jnp.float32) - truth).max() + 1e-3
-
-
-def test_what_does_not_fill_tiles_does_not_fit():
-    assert mssa_kernel.fits(128, 12, 768) and mssa_kernel.fits(8, 16, 1024) and mssa_kernel.fits(16, 6, 384)
-    assert not mssa_kernel.fits(128, 12, 576)  # variant S: 48 numbers per head
-    assert not mssa_kernel.fits(100, 12, 768)
-
-
-@pytest.mark.parametrize("data, model", [(4, 1), (2, 2)])
-def test_a_kernel_runs_on_each_devices_own_images(data, model):
-    mesh = sharding.make_mesh(8, 1, jax.devices()[:4], data, model)
-    w = jax.random.normal(jax.random.key(0), (8, 16, 128))
-    seen = []
-
-    def kernel(w):
-        seen.append(w.shape[0])
-        return mssa_kernel.forward(w, 2, interpret=True)
-
-    rows = sharding.split(mesh)
-    run = jax.jit(sharding.on_mesh(mesh, lambda w: target.per_device(kernel, w)), in_shardings=rows, out_shardings=rows)
-    split = run(w)
-    np.testing.assert_allclose(split, attend(w, 2), rtol=1e-5, atol=1e-5)
-    assert split.sharding == rows and set(seen) == {2}
-
-
 def test_tokens_stay_split_over_the_images_behind_the_axis_of_one():
     mesh = sharding.make_mesh(8, 1, jax.devices()[:4], 2, 2)
     for shape, spec in (((8, 3, 2), PartitionSpec(BATCH)), ((1, 8, 3, 2), PartitionSpec(None, BATCH))):
         keep = jax.jit(sharding.on_mesh(mesh, sharding.keep_split_by_batch), in_shardings=sharding.replicated(mesh))
         out = keep(jnp.zeros(shape))
         assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shape))
-
-
-@pytest.mark.parametrize(
-    "platform, images, kernels",
-    [
-        ("tpu", 64, 2),  # forward and backward
-        ("tpu", 68, 0),  # not the same number on each of 8 devices
-        ("tpu", 4, 0),  # fewer than devices: pictures of a run
-        ("cpu", 64, 0),
-        ("cuda", 64, 0),
-    ],
-)
-def test_only_tpus_with_whole_blocks_of_images_run_the_kernel(platform, images, kernels):
-    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
-    mesh = AbstractMesh((4, 2), BATCH, axis_types=(AxisType.Auto,) * 2, abstract_device=device)
-    gradient = jax.grad(lambda w: jnp.sum(attend(w, 2).astype(jnp.float32)))
-    with jax.sharding.use_abstract_mesh(mesh):
-        program = str(jax.make_jaxpr(gradient)(jax.ShapeDtypeStruct((images, 16, 128), jnp.bfloat16)))
-    assert program.count("pallas_call") == kernels
 
 
 @pytest.mark.parametrize("mean, deviation", [(0.0, 1.0), (5.0, 0.5), (3.0, 0.0)])

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.accelerator.clock import timed
-from benchmarks.accelerator.kernels import Attention, mssa_on_tpu, plain, with_gradients
+from benchmarks.accelerator.kernels import Attention, plain, with_gradients
 from benchmarks.accelerator.parts import Cases, Row, Settings
 from crate_jax.flags import one_line
-from crate_jax.models import gpu_attention, gpu_norm, layers
+from crate_jax.models import gpu_attention, gpu_norm, layers, tpu_attention
 
 EPS = 1e-6
 
@@ -83,16 +83,13 @@ def attention(case: Attention, platform: str) -> Row:
     arrays = case.draw()
     interpret = platform not in ("gpu", "tpu")
     expected = jax.jit(lambda x, bias: plain(x, bias, case.heads, case.parts))(*arrays[:2])
-    if platform == "tpu" and case.parts == 3:
-        ours: Row = {"refused": "there is no kernel of ours for TPUs"}
-    else:
-        ours = both(mssa_on_tpu if platform == "tpu" else gpu_attention.attend, case, arrays, expected, interpret)
+    kernel = tpu_attention.attend if platform == "tpu" else gpu_attention.attend
     product = 2 * case.images * case.heads * case.tokens**2 * case.width
     row = {
         "shape": dataclasses.asdict(case),
         "forward_flops": 2 * product,
         "with_gradients_flops": 6 * product,
-        "ours": ours,
+        "ours": both(kernel, case, arrays, expected, interpret),
         "xla": both(plain, case, arrays, expected),
     }
     if platform == "gpu":

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.accelerator import exact
 from benchmarks.accelerator.parts import Cases, Row, Settings
-from crate_jax.models import crate, gpu_attention, gpu_norm, layers, mssa_kernel
+from crate_jax.models import crate, gpu_attention, gpu_norm, layers, tpu_attention
 
 TOLERANCE = 1e-3
 EPS = 1e-6
@@ -78,7 +78,7 @@ def cases(name: str, settings: Settings) -> Cases:
     """The cases of the parts parity and parity_more."""
     more, tpu = name == "parity_more", settings.platform == "tpu"
     if tpu:
-        attention = [Attention(*shape) for shape in (TPU_MORE if more else TPU_FIRST)]
+        attention = [Attention(*shape, **kind) for shape in (TPU_MORE if more else TPU_FIRST) for kind in KINDS]
         norms = []
     elif settings.debug:
         attention = [] if more else [Attention(*shape, **kind) for shape in DEBUG for kind in KINDS]
@@ -89,7 +89,7 @@ def cases(name: str, settings: Settings) -> Cases:
     if not more and (tpu or settings.debug):  # GPUs have no kernel for attention in float32
         attention.append(dataclasses.replace(attention[0], dtype="float32"))
     interpret = settings.platform not in ("gpu", "tpu")
-    ours = mssa_on_tpu if tpu else gpu_attention.attend
+    ours = tpu_attention.attend if tpu else gpu_attention.attend
     return {c.name: functools.partial(compare_attention, c, ours, interpret) for c in attention} | {
         c.name: functools.partial(compare_norm, c, interpret) for c in norms
     }
@@ -102,23 +102,6 @@ def plain(x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int) 
     q, k, v = (a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x_BNF, 3, axis=-1))
     bias = None if bias_HNN is None else bias_HNN[None]
     return layers.attention(q, k, v, bias).reshape(*x_BNF.shape[:2], -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def mssa_on_tpu(w_BNE: jax.Array, bias: None, heads: int, parts: int, interpret: bool = False) -> jax.Array:
-    """The TPU's kernel with the arguments of `gpu_attention.attend`."""
-    return mssa_kernel.forward(w_BNE, heads, interpret)
-
-
-def _mssa_forward(w: jax.Array, bias: None, heads: int, parts: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    return mssa_kernel.forward(w, heads, interpret), w
-
-
-def _mssa_backward(bias: None, heads: int, parts: int, interpret: bool, w: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    return (mssa_kernel.backward(w, g, heads, interpret),)
-
-
-mssa_on_tpu.defvjp(_mssa_forward, _mssa_backward)
 
 
 def with_gradients(attend: Callable[..., jax.Array], *static: Any) -> Callable[..., dict[str, jax.Array]]:

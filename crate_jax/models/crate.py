@@ -60,7 +60,8 @@ def norm_mssa(
       attention.
     """
     x_BND, w_BNE = norm_product(x_BND, scale_D, bias_D, subspaces_DE, BLOCK_EPS)
-    kernel = attention_kernel(*w_BNE.shape[-3:-1], heads, w_BNE.shape[-1], 1, w_BNE.dtype)
+    B, N, E = w_BNE.shape[-3:]
+    kernel = attention_kernel(B, N, heads, E, 1, w_BNE.dtype)
     return x_BND, kernel(w_BNE, None, heads, 1) if kernel else attend(w_BNE, heads)
 
 

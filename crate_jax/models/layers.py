@@ -163,7 +163,7 @@ def attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM
 
 
 def attention_kernel(
-    images: int, tokens: int, heads: int, width: int, parts: int, dtype: Dtype, bias_BHNN: jax.Array | jax.ShapeDtypeStruct | None = None
+    images: int, tokens: int, heads: int, width: int, parts: int, dtype: Dtype, bias_BHNN: Any = None
 ) -> Callable[..., jax.Array] | None:
     """What computes attention in the program that is being traced, if it is a kernel.
 
@@ -174,7 +174,7 @@ def attention_kernel(
       width: E.
       parts: 3, or 1 for MSSA.
       dtype: the type of the tokens.
-      bias_BHNN: a bias on the logits.
+      bias_BHNN: a bias on the logits, (B or 1, H, N, N), or its shape, or None.
 
     Returns:
       :func:`gpu_attention.attend`, :func:`tpu_attention.attend`, or None: no kernel fits, XLA computes.
@@ -213,12 +213,10 @@ class Norm(nn.Module):
         return scale, self.param("bias", nn.initializers.zeros_init(), (D,), jnp.float32)
 
 
-def dense(
-    features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None, factor: Any = None
-) -> nn.Dense:
+def dense(features: int, name: str, dtype: Dtype, bias: bool = True, init: Any = None, factor: Any = None) -> nn.Dense:
     """A dense layer with float32 parameters that computes in `dtype`; its kernel is Xavier-uniform by default.
 
-    A `factor`, a number or one per feature, multiplies the kernel and the bias; the result of -1 is negative to the bit.
+    A `factor`, a number or one per feature, multiplies kernel and bias; with -1 the result is negative to the bit.
     """
     return nn.Dense(
         features,

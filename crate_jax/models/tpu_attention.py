@@ -14,8 +14,8 @@ tokens, whose last tile would be partly empty. The kernel takes blocks of that l
 that images are outermost, where the compiler pads 197 tokens to whole tiles, and transposes the result back: there is
 no copy and no padding in HBM.
 
-A relative bias is one array for all images. The blocks of images are the inner axis of the grid, which a chip walks
-through in order: the bias of a lane block's heads is read once, and the gradient is summed on the chip and written once.
+A relative bias is one array for all images. A chip walks through the blocks of images of one block of lanes in order:
+the bias of these heads is read once, and its gradient is summed on the chip and written once.
 
 Shapes: B images, N tokens, P parts (3: queries, keys, values; 1: MSSA), H heads, K head width, E = H * K, F = P * E,
 G = 128 lanes, I images per block, S heads in a lane block.
@@ -40,9 +40,7 @@ BLOCK_IMAGES = (16, 8)  # sizes of a block, best first: 16 rows of bfloat16 fill
 DEFAULT_VMEM, MOST_VMEM = 15 * 2**20, 48 * 2**20  # what a kernel may have unasked, and what it may ask for
 
 
-def fits(
-    images: int, tokens: int, heads: int, width: int, parts: int, dtype: Any, bias: Any = None
-) -> bool:
+def fits(images: int, tokens: int, heads: int, width: int, parts: int, dtype: Any, bias: Any = None) -> bool:
     """Whether the program is for a TPU whose kernels take a batch of `images` and `heads` over a width E.
 
     Whole heads fill whole blocks of lanes, whole blocks of images fill each device's part of the batch, and a block
@@ -165,7 +163,7 @@ def _kernel(
     """Runs `image` on each image of a block, and writes one part of the result per step of the grid's last axis.
 
     Args:
-      image: computes the parts of the result of one image, (N, G) each, from the inputs, and adds to the bias's gradient.
+      image: computes the parts of the result of one image, (N, G) each, and adds to the gradient of the bias.
       inputs: (N, I, G) each.
       bias_ref: (S, N, N) or None.
       result_ref: one part of the result, (N, I, G).
@@ -278,7 +276,7 @@ def _attend_forward(
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     def run(x_BNF: jax.Array, *bias: jax.Array) -> jax.Array:
         s = _sizes(x_BNF, bias_HNN, heads, parts)
-        return _call(s, _forward_image, (x_BNF,), *(bias or (None,)), 2, interpret, False)[0]
+        return _call(s, _forward_image, (x_BNF,), bias[0] if bias else None, 2, interpret, gradients=False)[0]
 
     shared = () if bias_HNN is None else (bias_HNN,)
     y_BNE = target.per_device(run, x_BNF.reshape(-1, *x_BNF.shape[-2:]), shared=shared)
@@ -292,8 +290,8 @@ def _attend_backward(
 
     def run(x_BNF: jax.Array, g_BNE: jax.Array, *bias: jax.Array) -> tuple[jax.Array, ...]:
         s = _sizes(x_BNF, bias_HNN, heads, parts)
-        keys_first = [b.swapaxes(1, 2) for b in bias] or [None]
-        dx, *dbias = _call(s, _backward_image, (x_BNF, g_BNE), *keys_first, 5, interpret, True)
+        keys_first = bias[0].swapaxes(1, 2) if bias else None
+        dx, *dbias = _call(s, _backward_image, (x_BNF, g_BNE), keys_first, 5, interpret, gradients=True)
         return dx, *(d[None].swapaxes(2, 3) for d in dbias)
 
     shared = () if bias_HNN is None else (bias_HNN,)

@@ -40,9 +40,7 @@ class SelfAttention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(
-        self, x_BND: jax.Array, bias_BHNN: jax.Array | None, factor_D: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x_BND: jax.Array, bias_BHNN: jax.Array | None, factor_D: jax.Array | None = None) -> jax.Array:
         """(B, N, D) -> (B, N, D); `factor_D` multiplies the result."""
         B, N, D = x_BND.shape
         qkv = dense(3 * D, "qkv", self.dtype, bias=self.qkv_bias == "qkv", init=INITIALIZERS[self.initializer])(x_BND)
@@ -84,15 +82,18 @@ class ViTBlock(nn.Module):
         if self.bias_grids is not None and corruption is not None:
             bias_BHNN = relative_bias(self, self.bias_grids, self.heads, corruption)
 
-        constant, factors = nn.initializers.constant(self.layer_scale), (None, None)
+        none: list[jax.Array | None] = [None, None]
+        factors = none
         if self.layer_scale:
+            constant = nn.initializers.constant(self.layer_scale)
             factors = [self.param(f"layer_scale_{i}", constant, (D,), jnp.float32) for i in (1, 2)]
-        # At the weights, so that the gradient of the factors needs no array of the tokens' size.
-        at_weights = factors if target.is_tpu() else (None, None)
+        # On TPUs at the weights: there the factor's gradient needs no array of the tokens' size.
+        at_weights, at_tokens = (factors, none) if target.is_tpu() else (none, factors)
 
         def branch(y_BND: jax.Array, index: int) -> jax.Array:
-            if factors[index] is not at_weights[index]:
-                y_BND = y_BND * factors[index].astype(y_BND.dtype)
+            factor = at_tokens[index]
+            if factor is not None:
+                y_BND = y_BND * factor.astype(y_BND.dtype)
             return y_BND if scales_2B is None else y_BND * scales_2B[index][:, None, None].astype(y_BND.dtype)
 
         self.sow("intermediates", "input", x_BND)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from crate_jax import models
-from crate_jax.models import gpu_attention, gpu_norm, layers
+from crate_jax.models import gpu_attention, gpu_norm, layers, tpu_attention
 from crate_jax.models.crate import CrateBlock, norm_mssa
 from crate_jax.models.vit import SelfAttention
 from crate_jax.parallel import sharding, target
@@ -189,7 +189,7 @@ def test_an_environment_variable_leaves_all_to_xla(monkeypatch):
         with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
             assert (gpu_attention.fits(16, 2, 64, "bfloat16"), gpu_norm.fits(x)) == (fit, fit)
         with jax.sharding.use_abstract_mesh(mesh_of("tpu", "TPU v5e")):
-            assert (models.crate.attention_by(64, 2, 128, "bfloat16") != "XLA") == fit
+            assert tpu_attention.fits(64, 5, 2, 128, 3, "bfloat16") == fit
 
 
 @pytest.mark.parametrize(("capability", "kernels"), [("7.5", False), ("8.6", True)])
@@ -208,9 +208,14 @@ def test_the_log_says_what_computes_attention():
     assert models.attention_by(c, mesh) == "XLA"
     c.encoder.name = "resnet18"
     assert models.attention_by(c, mesh) == ""
-    with jax.sharding.use_abstract_mesh(mesh_of(*H100)):
-        for images, by in ((16, "Triton kernels"), (15, "XLA")):
-            assert all(m.attention_by(images, 2, 32, "bfloat16") == by for m in (models.crate, models.vit))
-    with jax.sharding.use_abstract_mesh(mesh_of("tpu", "TPU v5e")):
-        assert models.crate.attention_by(64, 2, 128, "bfloat16") == "a Pallas kernel"
-        assert models.vit.attention_by(64, 2, 128, "bfloat16") == "XLA"
+    c.dtype, c.encoder.width, c.encoder.heads = "bfloat16", 128, 2
+    for device, by in ((H100, "Triton kernels"), (("tpu", "TPU v5e"), "Pallas kernels"), (("cpu", "cpu"), "XLA")):
+        mesh = types.SimpleNamespace(abstract_mesh=mesh_of(*device))
+        own = by if by == "XLA" else f"{by}, by XLA where tokens are dropped"
+        for images, name, positions, expected in (
+            (64, "crate", "sincos", by),
+            (64, "vit", "relative", own),
+            (63, "vit", "sincos", "XLA"),
+        ):
+            c.encoder.name, c.batch_size, c.encoder.positions = name, images, positions
+            assert models.attention_by(c, mesh) == expected
