@@ -37,7 +37,7 @@ from crate_jax.parallel import target
 
 LANES = 128
 BLOCK_IMAGES = (16, 8)  # sizes of a block, best first: 16 rows of bfloat16 fill a register
-DEFAULT_VMEM, MOST_VMEM = 15 * 2**20, 48 * 2**20  # what a kernel may have unasked, and what it may ask for
+UNASKED = 15 * 2**20  # bytes of scratch memory that each kernel may have
 
 
 def fits(images: int, tokens: int, heads: int, width: int, parts: int, dtype: Any, bias: Any = None) -> bool:
@@ -52,8 +52,9 @@ def fits(images: int, tokens: int, heads: int, width: int, parts: int, dtype: An
     whole = own > 0 and own % BLOCK_IMAGES[-1] == 0 and width % LANES == 0 and LANES % (width // heads) == 0
     if not whole or (bias is not None and bias.shape[0] != 1):
         return False
-    sizes = _Sizes(own, tokens, parts, heads, width // heads, jnp.dtype(dtype).itemsize, bias is not None)
-    return sizes.vmem(BLOCK_IMAGES[-1]) <= MOST_VMEM
+    item, memory = jnp.dtype(dtype).itemsize, target.kernel_memory()
+    sizes = _Sizes(own, tokens, parts, heads, width // heads, item, bias is not None, memory)
+    return sizes.takes(BLOCK_IMAGES[-1]) <= memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class _Sizes:
     width: int  # K
     item: int  # bytes of a number
     biased: bool
+    memory: int  # bytes of scratch memory
 
     @property
     def together(self) -> int:
@@ -81,9 +83,9 @@ class _Sizes:
     def block(self) -> int:
         """I: the largest that fits; all images where there are fewer, which only tests have."""
         whole = [n for n in BLOCK_IMAGES if self.images % n == 0]
-        return next((n for n in whole if self.vmem(n) <= MOST_VMEM), whole[-1] if whole else self.images)
+        return next((n for n in whole if self.takes(n) <= self.memory), whole[-1] if whole else self.images)
 
-    def vmem(self, block: int) -> int:
+    def takes(self, block: int) -> int:
         """About the scratch memory of the backward pass in bytes, with blocks of `block` images."""
         array = block * self.tokens * LANES * self.item
         square = self.tokens * pl.cdiv(self.tokens, LANES) * LANES * 4
@@ -110,7 +112,7 @@ def _masked(x_NG: jax.Array, mask_1G: jax.Array) -> jax.Array:
     return jnp.where(mask_1G, x_NG, jnp.zeros((), x_NG.dtype))
 
 
-def _forward_image(width: int, parts: list[jax.Array], bias_ref: Any, _: Any) -> list[jax.Array]:
+def _forward_image(width: int, parts: list[jax.Array], bias_ref: Any) -> list[jax.Array]:
     """The attention of all heads in one lane block of one image, (N, G) from the P parts of the input, (N, G) each."""
     q_NG, k_NG, v_NG = parts * 3 if len(parts) == 1 else parts
     y_NG = jnp.zeros(q_NG.shape, jnp.float32)
@@ -124,7 +126,7 @@ def _forward_image(width: int, parts: list[jax.Array], bias_ref: Any, _: Any) ->
     return [y_NG.astype(q_NG.dtype)]
 
 
-def _backward_image(width: int, arrays: list[jax.Array], bias_ref: Any, dbias_ref: Any) -> list[jax.Array]:
+def _backward_image(width: int, arrays: list[jax.Array], bias_ref: Any, dbias_ref: Any = None) -> list[jax.Array]:
     """The gradients of the P parts from these and the gradient of the result, (N, G) each.
 
     Keys come first and queries lie along the lanes, also in the bias and in its gradient, (S, N, N) each. Then only one
@@ -152,39 +154,31 @@ def _backward_image(width: int, arrays: list[jax.Array], bias_ref: Any, dbias_re
     return [x.astype(g_NG.dtype) for x in sums]
 
 
-def _kernel(
-    image: Callable[..., list[jax.Array]],
-    inputs: tuple[Any, ...],
-    bias_ref: Any,
-    result_ref: Any,
-    dbias_ref: Any,
-    turned_ref: Any,
-) -> None:
+def _kernel(image: Callable[..., list[jax.Array]], count: int, *refs: Any) -> None:
     """Runs `image` on each image of a block, and writes one part of the result per step of the grid's last axis.
 
     Args:
       image: computes the parts of the result of one image, (N, G) each, and adds to the gradient of the bias.
-      inputs: (N, I, G) each.
-      bias_ref: (S, N, N) or None.
-      result_ref: one part of the result, (N, I, G).
-      dbias_ref: the gradient of the bias, (S, N, N), or None.
-      turned_ref: scratch, (inputs, I, N, G): first the inputs, then the result.
+      count: number of inputs.
+      *refs: the inputs, (N, I, G) each; the bias, (S, N, N), or None; one part of the result, (N, I, G); the gradient
+        of the bias, (S, N, N), if there is one; scratch, (inputs, I, N, G): first the inputs, then the result.
     """
+    inputs, (bias_ref, result_ref, *dbias_refs, turned_ref) = refs[:count], refs[count:]
     block, part = pl.program_id(1), pl.program_id(2)
 
     @pl.when(part == 0)
     def _() -> None:
         for place, ref in enumerate(inputs):
             turned_ref[place] = jnp.swapaxes(ref[...], 0, 1)
-        if dbias_ref is not None:
 
-            @pl.when(block == 0)
-            def _() -> None:
-                dbias_ref[...] = jnp.zeros_like(dbias_ref)
+        @pl.when(block == 0)
+        def _() -> None:
+            for ref in dbias_refs:
+                ref[...] = jnp.zeros_like(ref)
 
         @pl.loop(0, result_ref.shape[1])
         def each(i: jax.Array) -> None:
-            found = image([turned_ref[place, i] for place in range(len(inputs))], bias_ref, dbias_ref)
+            found = image([turned_ref[place, i] for place in range(count)], bias_ref, *dbias_refs)
             for place, x_NG in enumerate(found):
                 turned_ref[place, i] = x_NG
 
@@ -194,57 +188,46 @@ def _kernel(
 def _call(
     s: _Sizes,
     image: Callable[..., list[jax.Array]],
-    arrays: tuple[jax.Array, ...],
+    x_BNF: jax.Array,
+    g_BNE: jax.Array | None,
     bias_HNN: jax.Array | None,
     products: int,
     interpret: bool,
-    gradients: bool,
 ) -> list[jax.Array]:
-    """Runs a kernel on x (B, N, F) and, for `gradients`, on g (B, N, E): [y], [dx] or [dx, dbias]."""
-    (B, N, _), E, dtype = arrays[0].shape, s.heads * s.width, arrays[0].dtype
-    results = s.parts if gradients else 1
+    """Runs a kernel: [y] without a gradient g of y, else [dx], or with a bias [dx, dbias]."""
+    (B, N, _), E, dtype = x_BNF.shape, s.heads * s.width, x_BNF.dtype
+    results, summed = (1, 0) if g_BNE is None else (s.parts, int(s.biased))
 
-    def lanes(part: int) -> pl.BlockSpec:
-        return pl.BlockSpec((N, s.block, LANES), lambda g, b, p: (0, b, part * s.lane_blocks + g))
+    def lanes(part: Any) -> Callable[..., tuple[Any, ...]]:
+        return lambda g, b, p: (0, b, (p if part is None else part) * s.lane_blocks + g)
 
-    inputs = [(arrays[0], lanes(part)) for part in range(s.parts)] + [(x, lanes(0)) for x in arrays[1:]]
-    shapes = [jax.ShapeDtypeStruct((N, B, results * E), dtype)]
-    specs = [pl.BlockSpec((N, s.block, LANES), lambda g, b, p: (0, b, p * s.lane_blocks + g))]
+    shape = (N, s.block, LANES)
+    arrays, specs = [x_BNF.swapaxes(0, 1)] * s.parts, [pl.BlockSpec(shape, lanes(part)) for part in range(s.parts)]
+    if g_BNE is not None:
+        arrays, specs = [*arrays, g_BNE.swapaxes(0, 1)], [*specs, pl.BlockSpec(shape, lanes(0))]
     heads = pl.BlockSpec((s.together, N, N), lambda g, b, p: (g, 0, 0))
-    biases = 0
-    if s.biased:
-        biases = 1 + gradients
-        shapes += [jax.ShapeDtypeStruct((s.heads, N, N), jnp.float32)] * gradients
-        specs += [heads] * gradients
-    count = len(inputs)
-
-    def kernel(*refs: Any) -> None:
-        rest = list(refs[count:])
-        bias_ref = rest.pop(0) if s.biased else None
-        result_ref, turned_ref = rest[0], rest[-1]
-        dbias_ref = rest[1] if s.biased and gradients else None
-        _kernel(functools.partial(image, s.width), refs[:count], bias_ref, result_ref, dbias_ref, turned_ref)
-
-    big = s.vmem(s.block) > DEFAULT_VMEM
+    biases = jax.ShapeDtypeStruct((s.heads, N, N), jnp.float32)
     result_NBF, *dbias = pl.pallas_call(
-        kernel,
-        out_shape=shapes,
+        functools.partial(_kernel, functools.partial(image, s.width), len(arrays)),
+        out_shape=[jax.ShapeDtypeStruct((N, B, results * E), dtype), *[biases] * summed],
         grid=(s.lane_blocks, B // s.block, results),
-        in_specs=[spec for _, spec in inputs] + [heads] * s.biased,
-        out_specs=specs,
-        scratch_shapes=[pltpu.VMEM((count, s.block, N, LANES), dtype)],
+        in_specs=[*specs, heads if s.biased else None],
+        out_specs=[pl.BlockSpec(shape, lanes(None)), *[heads] * summed],
+        scratch_shapes=[pltpu.VMEM((len(arrays), s.block, N, LANES), dtype)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary" if s.biased and gradients else "parallel", "arbitrary"),
-            vmem_limit_bytes=MOST_VMEM if big else None,
+            dimension_semantics=("parallel", "arbitrary" if summed else "parallel", "arbitrary"),
+            vmem_limit_bytes=s.memory if s.takes(s.block) > UNASKED else None,
         ),
-        # The mathematics' own products, without the zeroed lanes; each array goes through HBM once.
+        # The mathematics' own products, without the zeroed lanes. Each array goes through HBM once: where an index of
+        # the grid does not change a block's place, the block stays on the chip.
         cost_estimate=pl.CostEstimate(
             flops=2 * products * B * N * N * E,
             transcendentals=B * s.heads * N * N,
-            bytes_accessed=(count + results) * B * N * E * dtype.itemsize + biases * s.heads * N * N * 4,
+            bytes_accessed=(len(arrays) + results) * B * N * E * dtype.itemsize
+            + (s.biased + summed) * s.heads * N * N * 4,
         ),
         interpret=interpret,
-    )(*(x.swapaxes(0, 1) for x, _ in inputs), *([bias_HNN] * s.biased))
+    )(*arrays, bias_HNN)
     return [result_NBF.swapaxes(0, 1), *dbias]
 
 
@@ -266,17 +249,15 @@ def attend(x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int,
     return _attend_forward(x_BNF, bias_HNN, heads, parts, interpret)[0]
 
 
-def _sizes(x_BNF: jax.Array, bias_HNN: Any, heads: int, parts: int) -> _Sizes:
-    B, N, F = x_BNF.shape
-    return _Sizes(B, N, parts, heads, F // parts // heads, x_BNF.dtype.itemsize, bias_HNN is not None)
-
-
 def _attend_forward(
     x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, interpret: bool
 ) -> tuple[jax.Array, tuple[Any, ...]]:
+    memory = target.kernel_memory()
+
     def run(x_BNF: jax.Array, *bias: jax.Array) -> jax.Array:
-        s = _sizes(x_BNF, bias_HNN, heads, parts)
-        return _call(s, _forward_image, (x_BNF,), bias[0] if bias else None, 2, interpret, gradients=False)[0]
+        (B, N, F), item = x_BNF.shape, x_BNF.dtype.itemsize
+        s = _Sizes(B, N, parts, heads, F // parts // heads, item, bool(bias), memory)
+        return _call(s, _forward_image, x_BNF, None, bias[0] if bias else None, 2, interpret)[0]
 
     shared = () if bias_HNN is None else (bias_HNN,)
     y_BNE = target.per_device(run, x_BNF.reshape(-1, *x_BNF.shape[-2:]), shared=shared)
@@ -286,12 +267,13 @@ def _attend_forward(
 def _attend_backward(
     heads: int, parts: int, interpret: bool, saved: tuple[Any, ...], g_BNE: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    x_BNF, bias_HNN = saved
+    (x_BNF, bias_HNN), memory = saved, target.kernel_memory()
 
     def run(x_BNF: jax.Array, g_BNE: jax.Array, *bias: jax.Array) -> tuple[jax.Array, ...]:
-        s = _sizes(x_BNF, bias_HNN, heads, parts)
+        (B, N, F), item = x_BNF.shape, x_BNF.dtype.itemsize
+        s = _Sizes(B, N, parts, heads, F // parts // heads, item, bool(bias), memory)
         keys_first = bias[0].swapaxes(1, 2) if bias else None
-        dx, *dbias = _call(s, _backward_image, (x_BNF, g_BNE), keys_first, 5, interpret, gradients=True)
+        dx, *dbias = _call(s, _backward_image, x_BNF, g_BNE, keys_first, 5, interpret)
         return dx, *(d[None].swapaxes(2, 3) for d in dbias)
 
     shared = () if bias_HNN is None else (bias_HNN,)

@@ -54,6 +54,11 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     return COMPILER_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
 
 
+def kernel_memory() -> int:
+    """The bytes of a TPU's scratch memory that a kernel may take: cores up to v4 have 16 MiB, later ones 64 or more."""
+    return (15 if _device()[1].startswith(("TPU v2", "TPU v3", "TPU v4")) else 48) * 2**20
+
+
 def images_per_device(images: int) -> int:
     """The number of a batch's images on each device of the mesh; 0 if `images` cannot be split evenly over them."""
     devices = jax.sharding.get_abstract_mesh().size

@@ -98,6 +98,9 @@ def test_what_fills_tiles_and_scratch_memory_fits(fit, images, tokens, heads, wi
     for device, expected in ((V5E, fit), (("cpu", "cpu"), False), (("cuda", "NVIDIA H100"), False)):
         with jax.sharding.use_abstract_mesh(mesh_of(*device)):
             assert tpu_attention.fits(images, tokens, heads, width, 3, dtype, bias) == expected
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu", "TPU v4")):  # it has less scratch memory
+        fit = fit and tokens < 577
+        assert tpu_attention.fits(images, tokens, heads, width, 3, dtype, bias) == fit
 
 
 @pytest.mark.parametrize(("images", "kernels"), [(64, 2), (68, 0)])  # forward and backward
