@@ -314,7 +314,7 @@ def test_what_the_compiler_refuses_is_one_line(cli_env, args, said):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config, topology", [("crate_mae.py:variant=Ti", "v5e:2x2"), ("rop_vitb.py:variant=Ti", "v6e:2x2")]
+    "config, topology", [("crate_mae.py:variant=Ti", "v5e:2x2"), ("rop_vitb.py:variant=S", "v6e:2x2")]
 )
 def test_a_real_step_compiles(cli_env, config, topology):
     result = command(cli_env, f"--config=configs/{config}", f"--topology={topology}", "--batch_per_chip=16")
