@@ -34,7 +34,7 @@ from jax.experimental.pallas import triton
 
 from crate_jax.parallel import target
 
-SUMS = 8  # parts of the batch over which a bias's gradient is summed by different programs
+LOG2E = math.log2(math.e)
 NARROWEST, WIDEST = 16, 128  # a side of Triton's products is at least 16; more than 128 do not fit into registers
 
 
@@ -50,6 +50,39 @@ def fits(images: int, heads: int, width: int, dtype: Any, bias: Any = None) -> b
 
 
 @dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut.
+
+    Attributes:
+      rows: R, the tokens of a program; a power of two, at least 16.
+      columns: C, the tokens that it goes through at a time; the same.
+      warps: of a program, 32 threads each.
+      stages: the tiles that are loaded ahead of their use, and the one in use.
+    """
+
+    rows: int = 64
+    columns: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of all kernels, and the number of sums over parts of the batch of a bias's gradient."""
+
+    forward: Tile = Tile()
+    delta: Tile = Tile()
+    backward: Tile = Tile()
+    bias: Tile = Tile()
+    sums: int = 8
+
+
+def tiles_for(width: int) -> Tiles:
+    """The tiles for heads of `width`; 64 rows of 128 numbers need more shared memory than an A100 has."""
+    return Tiles() if width <= 64 else Tiles(*[Tile(32, 32, 8)] * 4)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Shape:
     """The sizes of a call, and what its kernels share."""
 
@@ -58,15 +91,32 @@ class _Shape:
     parts: int
     heads: int
     width: int  # K
+    tiles: Tiles
+    interpret: bool
+    tile: Tile = Tile()  # of the kernel
 
     @property
     def rows(self) -> int:
-        """R; 64 rows of 128 lanes need more shared memory than an A100 has."""
-        return 64 if self.lanes <= 64 else 32
+        return self.tile.rows
+
+    @property
+    def columns(self) -> int:
+        return self.tile.columns
 
     @property
     def blocks(self) -> int:
         return pl.cdiv(self.tokens, self.rows)
+
+    @property
+    def steps(self) -> int:
+        """The tiles that a program goes through."""
+        return pl.cdiv(self.tokens, self.columns)
+
+    @property
+    def padded(self) -> int:
+        """M."""
+        all_ = (self.tiles.forward, self.tiles.delta, self.tiles.backward, self.tiles.bias)
+        return max(pl.cdiv(self.tokens, n) * n for tile in all_ for n in (tile.rows, tile.columns))
 
     @property
     def lanes(self) -> int:
@@ -77,35 +127,70 @@ class _Shape:
     def scale(self) -> float:
         return self.width**-0.5
 
+    def cut(self, tile: Tile) -> _Shape:
+        """The same with another kernel's tile."""
+        return dataclasses.replace(self, tile=tile)
+
     def part(self, role: int) -> int:
         """The part that is the query (role 0), the key (1) or the value (2)."""
         return min(role, self.parts - 1)
 
-    def inside(self, block: Any) -> jax.Array:
-        """Which rows of a block are tokens, bool (R,)."""
-        return block * self.rows + jnp.arange(self.rows) < self.tokens
+    def inside(self, block: Any, size: int) -> jax.Array:
+        """Which places of a block are tokens, bool (size,)."""
+        return block * size + jnp.arange(size) < self.tokens
 
-    def span(self, block: Any) -> Any:
-        """The rows of a block, an index."""
-        return pl.ds(block * self.rows, self.rows)
+    def mask(self, block: Any, size: int) -> jax.Array:
+        """Which numbers of a block (size, G) exist."""
+        inside = self.inside(block, size)[:, None]
+        if self.width == self.lanes:
+            return jnp.broadcast_to(inside, (size, self.lanes))
+        return inside & (jnp.arange(self.lanes) < self.width)[None, :]
 
-    def mask(self, block: Any) -> jax.Array:
-        """Which numbers of a block (R, G) exist."""
-        return self.inside(block)[:, None] & (jnp.arange(self.lanes) < self.width)[None, :]
+    def load(self, ref: Any, block: Any, size: int, *part: int, image: Any = 0) -> jax.Array:
+        """A block (size, G) of an array (images, M, G), or of a part of an array (images, M, P, G); zeros outside."""
+        at = (_place(image), pl.ds(block * size, size), *map(_place, part))
+        return triton.load(ref.at[at], mask=self.mask(block, size), other=0.0)
 
-    def load(self, ref: Any, block: Any, *part: int, image: Any = 0) -> jax.Array:
-        """A block (R, G) of an array (images, M, G), or of a part of an array (images, M, P, G); zeros outside."""
-        at = (_place(image), self.span(block), *map(_place, part))
-        return triton.load(ref.at[at], mask=self.mask(block), other=0.0)
+    def numbers(self, ref: Any, block: Any, size: int, image: Any = 0) -> jax.Array:
+        """One number per token of a block from an array (images, M), float32 (size,), zeros outside."""
+        at = _place(image), pl.ds(block * size, size)
+        return triton.load(ref.at[at], mask=self.inside(block, size), other=0.0)
 
-    def numbers(self, ref: Any, block: Any, image: Any = 0) -> jax.Array:
-        """One number per token of a block from an array (images, M), float32 (R,), zeros outside."""
-        return triton.load(ref.at[_place(image), self.span(block)], mask=self.inside(block), other=0.0)
+    def bias(self, ref: Any, block: Any, other: Any) -> jax.Array:
+        """A tile (R, C) of a bias that :func:`_prepared` has made, in float32."""
+        at = pl.ds(block * self.rows, self.rows), pl.ds(other * self.columns, self.columns)
+        return triton.load(ref.at[at]).astype(jnp.float32)
 
-    def tile(self, ref: Any, rows: Any, columns: Any) -> jax.Array:
-        """A tile (R, R) of a bias (M, M), zeros outside."""
-        mask = self.inside(rows)[:, None] & self.inside(columns)[None, :]
-        return triton.load(ref.at[self.span(rows), self.span(columns)], mask=mask, other=0.0)
+    def logits(self, product_RC: jax.Array, bias_RC: jax.Array | None, other: Any) -> tuple[jax.Array, float]:
+        """The logits of a tile, -inf in columns that are no tokens, and the factor that makes them binary logarithms.
+
+        Without a bias the factor is left to the exponential, where it costs nothing.
+        """
+        unit = self.scale * LOG2E
+        if bias_RC is not None:
+            return self.fused(product_RC, unit, bias_RC), 1.0
+        return jnp.where(self.inside(other, self.columns)[None, :], product_RC, -jnp.inf), unit
+
+    def power(self, logits: jax.Array, unit: float, peak: jax.Array) -> jax.Array:
+        """exp of logit minus peak; `unit` times logits, and the peaks, are binary logarithms."""
+        return self.exp2(logits - peak if unit == 1 else self.fused(logits, unit, -peak))
+
+    def fused(self, a: jax.Array, b: jax.Array | float, c: jax.Array) -> jax.Array:
+        """A * b + c, float32, as one instruction: XLA for GPUs makes two."""
+        a, b, c = jnp.broadcast_arrays(a, b, c)
+        return a * b + c if self.interpret else self._instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
+
+    def exp2(self, x: jax.Array) -> jax.Array:
+        """2^x as one instruction; XLA's own adds three for results below 2^-126, which are 0 here."""
+        return jnp.exp2(x) if self.interpret else self._instruction("ex2.approx.ftz.f32 $0, $1;", x)
+
+    def _instruction(self, text: str, *arrays: jax.Array) -> jax.Array:
+        like = jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32)
+        registers = ",".join(["=f", *["f"] * len(arrays)])
+        (y,) = triton.elementwise_inline_asm(
+            text, args=arrays, constraints=registers, pack=1, result_shape_dtypes=[like]
+        )
+        return y
 
 
 def _place(index: Any) -> jax.Array:
@@ -120,107 +205,124 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> 
     return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _weights(logits: jax.Array, peak: jax.Array, total: jax.Array, exists: jax.Array) -> jax.Array:
-    """exp(logit - peak) / total where `exists`, else 0; rows outside have a total of 0."""
-    return jnp.where(exists, jnp.exp(logits - peak) / jnp.where(total > 0, total, 1.0), 0.0)
-
-
-def _forward_kernel(s: _Shape, x_ref: Any, bias_ref: Any, y_ref: Any, peak_ref: Any, total_ref: Any) -> None:
+def _forward_kernel(s: _Shape, x_ref: Any, bias_ref: Any, y_ref: Any, peak_ref: Any, inverse_ref: Any) -> None:
     block = pl.program_id(0)
-    query_RG = s.load(x_ref, block, s.part(0))
+    query_RG = s.load(x_ref, block, s.rows, s.part(0))
 
     def step(other: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         y_RG, peak_R, total_R = carry
-        key_RG, value_RG = s.load(x_ref, other, s.part(1)), s.load(x_ref, other, s.part(2))
-        logits_RR = _product(query_RG, key_RG, (1, 1)) * s.scale
-        if bias_ref is not None:
-            logits_RR += s.tile(bias_ref, block, other)
-        logits_RR = jnp.where(s.inside(other)[None, :], logits_RR, -jnp.inf)
-        new_R = jnp.maximum(peak_R, jnp.max(logits_RR, axis=1))
-        weights_RR, shrink_R = jnp.exp(logits_RR - new_R[:, None]), jnp.exp(peak_R - new_R)
-        y_RG = y_RG * shrink_R[:, None] + _product(weights_RR.astype(value_RG.dtype), value_RG)
-        return y_RG, new_R, total_R * shrink_R + jnp.sum(weights_RR, axis=1)
+        key_CG, value_CG = (s.load(x_ref, other, s.columns, s.part(role)) for role in (1, 2))
+        bias_RC = None if bias_ref is None else s.bias(bias_ref, block, other)
+        logits_RC, unit = s.logits(_product(query_RG, key_CG, (1, 1)), bias_RC, other)
+        new_R = jnp.maximum(peak_R, jnp.max(logits_RC, axis=1) * unit)
+        weights_RC, shrink_R = s.power(logits_RC, unit, new_R[:, None]), s.exp2(peak_R - new_R)
+        y_RG = y_RG * shrink_R[:, None] + _product(weights_RC.astype(value_CG.dtype), value_CG)
+        return y_RG, new_R, total_R * shrink_R + jnp.sum(weights_RC, axis=1)
 
     start = jnp.zeros((s.rows, s.lanes), jnp.float32), jnp.full((s.rows,), -jnp.inf), jnp.zeros((s.rows,))
-    y_RG, peak_R, total_R = jax.lax.fori_loop(0, s.blocks, step, start)
-    triton.store(y_ref, (y_RG / total_R[:, None]).astype(y_ref.dtype), mask=s.mask(block))
-    triton.store(peak_ref, peak_R, mask=s.inside(block))
-    triton.store(total_ref, total_R, mask=s.inside(block))
+    y_RG, peak_R, total_R = jax.lax.fori_loop(0, s.steps, step, start)
+    inverse_R = 1 / total_R
+    triton.store(y_ref, (y_RG * inverse_R[:, None]).astype(y_ref.dtype), mask=s.mask(block, s.rows))
+    triton.store(peak_ref, peak_R, mask=s.inside(block, s.rows))
+    triton.store(inverse_ref, inverse_R, mask=s.inside(block, s.rows))
 
 
 def _delta_kernel(
-    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, total_ref: Any, delta_ref: Any
+    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any
 ) -> None:
     block = pl.program_id(0)
-    query_RG, g_RG = s.load(x_ref, block, s.part(0)), s.load(g_ref, block)
-    peak_R1, total_R1 = s.numbers(peak_ref, block)[:, None], s.numbers(total_ref, block)[:, None]
+    query_RG, g_RG = s.load(x_ref, block, s.rows, s.part(0)), s.load(g_ref, block, s.rows)
+    peak_R, inverse_R = s.numbers(peak_ref, block, s.rows), s.numbers(inverse_ref, block, s.rows)
 
     def step(other: jax.Array, delta_R: jax.Array) -> jax.Array:
-        key_RG, value_RG = s.load(x_ref, other, s.part(1)), s.load(x_ref, other, s.part(2))
-        logits_RR = _product(query_RG, key_RG, (1, 1)) * s.scale
-        if bias_ref is not None:
-            logits_RR += s.tile(bias_ref, block, other)
-        weights_RR = _weights(logits_RR, peak_R1, total_R1, s.inside(other)[None, :])
-        return delta_R + jnp.sum(weights_RR * _product(g_RG, value_RG, (1, 1)), axis=1)
+        key_CG, value_CG = (s.load(x_ref, other, s.columns, s.part(role)) for role in (1, 2))
+        bias_RC = None if bias_ref is None else s.bias(bias_ref, block, other)
+        weights_RC = s.power(*s.logits(_product(query_RG, key_CG, (1, 1)), bias_RC, other), peak_R[:, None])
+        return delta_R + jnp.sum(weights_RC * _product(g_RG, value_CG, (1, 1)), axis=1)
 
-    delta_R = jax.lax.fori_loop(0, s.blocks, step, jnp.zeros((s.rows,)))
-    triton.store(delta_ref, delta_R, mask=s.inside(block))
+    delta_R = jax.lax.fori_loop(0, s.steps, step, jnp.zeros((s.rows,)))
+    triton.store(delta_ref, delta_R * inverse_R, mask=s.inside(block, s.rows))
 
 
 def _backward_kernel(
-    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, total_ref: Any, delta_ref: Any, dx_ref: Any
-) -> None:
+    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any,
+    turned_ref: Any, dx_ref: Any,
+) -> None:  # fmt: skip
     block = pl.program_id(0)
-    own_query_RG, own_key_RG, own_value_RG = (s.load(x_ref, block, s.part(role)) for role in range(3))
-    own_g_RG, dtype = s.load(g_ref, block), x_ref.dtype
-    peak_R, total_R, delta_R = (s.numbers(ref, block) for ref in (peak_ref, total_ref, delta_ref))
+    own_query_RG, own_key_RG, own_value_RG = (s.load(x_ref, block, s.rows, s.part(role)) for role in range(3))
+    own_g_RG, dtype = s.load(g_ref, block, s.rows), x_ref.dtype
+    peak_R, inverse_R, delta_R = (s.numbers(ref, block, s.rows) for ref in (peak_ref, inverse_ref, delta_ref))
+    factor_R = inverse_R * s.scale
 
     def step(other: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        query_RG, key_RG, value_RG = (s.load(x_ref, other, s.part(role)) for role in range(3))
-        g_RG, exists_RR = s.load(g_ref, other), s.inside(other)[None, :]
-        other_peak_R, other_total_R, other_delta_R = (s.numbers(r, other) for r in (peak_ref, total_ref, delta_ref))
-        # The block's tokens as queries, the other tokens as keys.
-        logits_RR = _product(own_query_RG, key_RG, (1, 1)) * s.scale
-        # The block's tokens as keys, along the rows, and the other tokens as queries.
-        turned_RR = logits_RR if s.parts == 1 else _product(own_key_RG, query_RG, (1, 1)) * s.scale
-        if bias_ref is not None:
-            logits_RR += s.tile(bias_ref, block, other)
-            turned_RR += s.tile(bias_ref, other, block).T
-        weights_RR = _weights(logits_RR, peak_R[:, None], total_R[:, None], exists_RR)
-        turned_RR = _weights(turned_RR, other_peak_R[None, :], other_total_R[None, :], exists_RR)
-        slope_RR = weights_RR * (_product(own_g_RG, value_RG, (1, 1)) - delta_R[:, None])
-        turned_slope_RR = turned_RR * (_product(own_value_RG, g_RG, (1, 1)) - other_delta_R[None, :])
-        as_value_RG = _product(turned_RR.astype(dtype), g_RG)
+        query_CG, key_CG, value_CG = (s.load(x_ref, other, s.columns, s.part(role)) for role in range(3))
+        g_CG = s.load(g_ref, other, s.columns)
+        other_peak_C, other_inverse_C, other_delta_C = (
+            s.numbers(ref, other, s.columns) for ref in (peak_ref, inverse_ref, delta_ref)
+        )
+        bias_RC, turned_bias_RC = (
+            None if ref is None else s.bias(ref, block, other) for ref in (bias_ref, turned_ref)
+        )
+        # The block's tokens as queries, the other tokens as keys. Factors stand where a GPU multiplies and subtracts
+        # at once.
+        product_RC = _product(own_query_RG, key_CG, (1, 1))
+        weights_RC = s.power(*s.logits(product_RC, bias_RC, other), peak_R[:, None])
+        dweights_RC = s.fused(_product(own_g_RG, value_CG, (1, 1)), factor_R[:, None], -(delta_R * factor_R)[:, None])
+        slope_RC = weights_RC * dweights_RC
+        # The block's tokens as keys, along the rows, and the other tokens as queries; those that are no tokens have an
+        # inverse of 0.
+        turned_RC = product_RC if s.parts == 1 else _product(own_key_RG, query_CG, (1, 1))
+        unit = s.scale * LOG2E
+        if turned_bias_RC is not None:
+            turned_RC, unit = s.fused(turned_RC, unit, turned_bias_RC), 1.0
+        turned_RC = s.power(turned_RC, unit, other_peak_C[None, :]) * other_inverse_C[None, :]
+        dturned_RC = s.fused(_product(own_value_RG, g_CG, (1, 1)), s.scale, -(other_delta_C * s.scale)[None, :])
+        turned_slope_RC = turned_RC * dturned_RC
+        turned_RC = turned_RC.astype(dtype)
         if s.parts == 1:
-            return (carry[0] + _product((slope_RR + turned_slope_RR).astype(dtype), key_RG) * s.scale + as_value_RG,)
-        as_query_RG = _product(slope_RR.astype(dtype), key_RG) * s.scale
-        as_key_RG = _product(turned_slope_RR.astype(dtype), query_RG) * s.scale
-        return tuple(a + b for a, b in zip(carry, (as_query_RG, as_key_RG, as_value_RG), strict=True))
+            slope_RC += turned_slope_RC
+            return (carry[0] + _product(slope_RC.astype(dtype), key_CG) + _product(turned_RC, g_CG),)
+        return (
+            carry[0] + _product(slope_RC.astype(dtype), key_CG),
+            carry[1] + _product(turned_slope_RC.astype(dtype), query_CG),
+            carry[2] + _product(turned_RC, g_CG),
+        )
 
     start = (jnp.zeros((s.rows, s.lanes), jnp.float32),) * s.parts
-    for part, gradient_RG in enumerate(jax.lax.fori_loop(0, s.blocks, step, start)):
-        triton.store(dx_ref.at[:, _place(part), :], gradient_RG.astype(dtype), mask=s.mask(block))
+    for part, gradient_RG in enumerate(jax.lax.fori_loop(0, s.steps, step, start)):
+        triton.store(dx_ref.at[:, _place(part), :], gradient_RG.astype(dtype), mask=s.mask(block, s.rows))
 
 
 def _bias_kernel(
-    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, total_ref: Any, delta_ref: Any, dbias_ref: Any
+    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any, dbias_ref: Any
 ) -> None:
     rows, columns = pl.program_id(0), pl.program_id(1)
-    bias_RR = s.tile(bias_ref, rows, columns)
-    exists_RR = s.inside(columns)[None, :]
+    bias_RC = s.bias(bias_ref, rows, columns)
 
-    def step(image: jax.Array, sum_RR: jax.Array) -> jax.Array:
-        query_RG, key_RG = (
-            s.load(x_ref, place, s.part(role), image=image) for place, role in ((rows, 0), (columns, 1))
-        )
-        g_RG, value_RG = s.load(g_ref, rows, image=image), s.load(x_ref, columns, s.part(2), image=image)
-        peak_R1, total_R1, delta_R1 = (s.numbers(r, rows, image)[:, None] for r in (peak_ref, total_ref, delta_ref))
-        logits_RR = _product(query_RG, key_RG, (1, 1)) * s.scale + bias_RR
-        weights_RR = _weights(logits_RR, peak_R1, total_R1, exists_RR)
-        return sum_RR + weights_RR * (_product(g_RG, value_RG, (1, 1)) - delta_R1)
+    def step(image: jax.Array, sum_RC: jax.Array) -> jax.Array:
+        query_RG, g_RG = s.load(x_ref, rows, s.rows, s.part(0), image=image), s.load(g_ref, rows, s.rows, image=image)
+        key_CG, value_CG = (s.load(x_ref, columns, s.columns, s.part(role), image=image) for role in (1, 2))
+        peak_R, inverse_R, delta_R = (s.numbers(r, rows, s.rows, image) for r in (peak_ref, inverse_ref, delta_ref))
+        weights_RC = s.power(*s.logits(_product(query_RG, key_CG, (1, 1)), bias_RC, columns), peak_R[:, None])
+        dweights_RC = s.fused(_product(g_RG, value_CG, (1, 1)), inverse_R[:, None], -(delta_R * inverse_R)[:, None])
+        return s.fused(weights_RC, dweights_RC, sum_RC)
 
-    sum_RR = jax.lax.fori_loop(0, x_ref.shape[0], step, jnp.zeros((s.rows, s.rows), jnp.float32))
-    triton.store(dbias_ref, sum_RR, mask=s.inside(rows)[:, None] & exists_RR)
+    sum_RC = jax.lax.fori_loop(0, x_ref.shape[0], step, jnp.zeros((s.rows, s.columns), jnp.float32))
+    triton.store(dbias_ref, sum_RC, mask=s.inside(rows, s.rows)[:, None] & s.inside(columns, s.columns)[None, :])
+
+
+def _prepared(s: _Shape, bias_HNN: jax.Array | None, turned: bool = False) -> jax.Array | None:
+    """A bias as the kernels read it: binary logarithms, (H, M, M); columns, or when `turned` rows, are the keys.
+
+    Places of keys that are no tokens hold -inf. Rows of whole tiles let a thread read 16 bytes at once; rows of 197
+    numbers would be read one number at a time.
+    """
+    if bias_HNN is None:
+        return None
+    wide = (0, s.padded - s.tokens)
+    bias_HMM = jnp.pad(bias_HNN * LOG2E, ((0, 0), wide, (0, 0)))
+    bias_HMM = jnp.pad(bias_HMM, ((0, 0), (0, 0), wide), constant_values=-jnp.inf)
+    return bias_HMM.swapaxes(1, 2) if turned else bias_HMM
 
 
 def _call(
@@ -229,7 +331,6 @@ def _call(
     arrays: Sequence[jax.Array | None],
     outputs: Sequence[tuple[tuple[int, ...], Any, pl.BlockSpec]],
     products: int,
-    interpret: bool,
     sums: int = 0,
 ) -> list[jax.Array]:
     """Runs a kernel.
@@ -237,40 +338,42 @@ def _call(
     Args:
       kernel: called with the sizes and references of inputs and outputs.
       s: the sizes.
-      arrays: x (B, N, P, H, K), a bias (H, N, N) or None; then, if the kernel needs them, g (B, N, H, K) and numbers of
-        each row, float32 (B, H, N).
+      arrays: x (B, N, P, H, K), a bias (H, M, M) or None; then, as far as the kernel needs them, g (B, N, H, K), three
+        numbers of each row, float32 (B, H, N), and the turned bias (H, M, M) or None.
       outputs: of each output its shape, type and blocks, as a function of (block, head, image), or with `sums` of (row
-        of tiles, column of tiles, head times part of the batch).
+        of tiles, column of tiles, head and part of the batch).
       products: the number of products of N x N x K per image and head, for counting.
-      interpret: whether to run without a GPU.
       sums: 0: a program reads one image; else B / sums images.
     """
-    M, images = s.blocks * s.rows, s.images // sums if sums else 1
-    head = (lambda i, j, hs: hs // sums) if sums else (lambda i, h, b: h)
-    part = (lambda i, j, hs: hs % sums) if sums else (lambda i, h, b: b)
+    M, images = s.padded, s.images // sums if sums else 1
+    head = (lambda i, j, ph: ph % s.heads) if sums else (lambda i, h, b: h)
+    part = (lambda i, j, ph: ph // s.heads) if sums else (lambda i, h, b: b)
+    bias = pl.BlockSpec((None, M, M), lambda *at: (head(*at), 0, 0))
     inputs = (
         pl.BlockSpec((images, M, s.parts, None, s.lanes), lambda *at: (part(*at), 0, 0, head(*at), 0)),
-        pl.BlockSpec((None, M, M), lambda *at: (head(*at), 0, 0)),
+        bias,
         pl.BlockSpec((images, M, None, s.lanes), lambda *at: (part(*at), 0, head(*at), 0)),
         *[pl.BlockSpec((images, None, M), lambda *at: (part(*at), head(*at), 0))] * 3,
+        bias,
     )
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
     return pl.pallas_call(
         functools.partial(kernel, s),
-        grid=(s.blocks, s.blocks, s.heads * sums) if sums else (s.blocks, s.heads, s.images),
+        grid=(s.blocks, s.steps, s.heads * sums) if sums else (s.blocks, s.heads, s.images),
         in_specs=[None if a is None else spec for a, spec in zip(arrays, inputs, strict=False)],
         out_specs=[spec for *_, spec in outputs],
         out_shape=shapes,
-        compiler_params=triton.CompilerParams(num_warps=4 if s.lanes <= 64 else 8, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=s.tile.warps, num_stages=s.tile.stages),
         metadata={"flops": str(2 * products * s.images * s.heads * s.tokens**2 * s.width)},  # as benchmarks/ count
-        interpret=interpret,
+        interpret=s.interpret,
     )(*arrays)
 
 
-def _forward(s: _Shape, x: jax.Array, bias: jax.Array | None, interpret: bool) -> list[jax.Array]:
+def _forward(s: _Shape, x: jax.Array, bias: jax.Array | None) -> list[jax.Array]:
+    s = s.cut(s.tiles.forward)
     y = pl.BlockSpec((None, s.rows, None, s.lanes), lambda i, h, b: (b, i, h, 0))
     outputs = [((s.images, s.tokens, s.heads, s.width), x.dtype, y), *[_numbers(s)] * 2]
-    return _call(_forward_kernel, s, (x, bias), outputs, 2, interpret)
+    return _call(_forward_kernel, s, (x, _prepared(s, bias)), outputs, 2)
 
 
 def _numbers(s: _Shape) -> tuple[tuple[int, ...], Any, pl.BlockSpec]:
@@ -278,22 +381,33 @@ def _numbers(s: _Shape) -> tuple[tuple[int, ...], Any, pl.BlockSpec]:
 
 
 def _backward(
-    s: _Shape, x: jax.Array, bias: jax.Array | None, g: jax.Array, peak: jax.Array, total: jax.Array, interpret: bool
+    s: _Shape, x: jax.Array, bias: jax.Array | None, g: jax.Array, peak: jax.Array, inverse: jax.Array
 ) -> list[jax.Array]:
-    known = [x, bias, g, peak, total]
-    known += _call(_delta_kernel, s, known, [_numbers(s)], 2, interpret)
+    known = [x, _prepared(s, bias), g, peak, inverse]
+    s = s.cut(s.tiles.delta)
+    known += _call(_delta_kernel, s, known, [_numbers(s)], 2)
+    s = s.cut(s.tiles.backward)
     dx = pl.BlockSpec((None, s.rows, s.parts, None, s.lanes), lambda i, h, b: (b, i, 0, h, 0))
-    found = _call(_backward_kernel, s, known, [(x.shape, x.dtype, dx)], 5 if s.parts == 1 else 7, interpret)
+    products, both = 5 if s.parts == 1 else 7, [*known, _prepared(s, bias, turned=True)]
+    found = _call(_backward_kernel, s, both, [(x.shape, x.dtype, dx)], products)
     if bias is not None:
-        sums = math.gcd(s.images, SUMS)
-        tiles = pl.BlockSpec((None, None, s.rows, s.rows), lambda i, j, hs: (hs % sums, hs // sums, i, j))
+        s = s.cut(s.tiles.bias)
+        sums = math.gcd(s.images, s.tiles.sums)
+        tiles = pl.BlockSpec((None, None, s.rows, s.columns), lambda i, j, ph: (ph // s.heads, ph % s.heads, i, j))
         shape = (sums, s.heads, s.tokens, s.tokens)
-        found += _call(_bias_kernel, s, known, [(shape, jnp.float32, tiles)], 2, interpret, sums)
+        found += _call(_bias_kernel, s, known, [(shape, jnp.float32, tiles)], 2, sums)
     return found
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def attend(x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, interpret: bool = False) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def attend(
+    x_BNF: jax.Array,
+    bias_HNN: jax.Array | None,
+    heads: int,
+    parts: int,
+    interpret: bool = False,
+    tiles: Tiles | None = None,
+) -> jax.Array:
     """softmax(q k^T / sqrt(K) + bias) v per head; softmax in float32.
 
     Args:
@@ -302,47 +416,50 @@ def attend(x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int,
       heads: H.
       parts: P, 3 or 1; with one part there is no bias.
       interpret: runs the kernels without a GPU, for tests.
+      tiles: how the kernels are cut; None: :func:`tiles_for` the width of a head.
 
     Returns:
       (B, N, E).
     """
-    return _attend_forward(x_BNF, bias_HNN, heads, parts, interpret)[0]
+    return _attend_forward(x_BNF, bias_HNN, heads, parts, interpret, tiles)[0]
 
 
-def _shaped(x_BNF: jax.Array, heads: int, parts: int) -> tuple[_Shape, jax.Array]:
+def _shaped(
+    x_BNF: jax.Array, heads: int, parts: int, interpret: bool, tiles: Tiles | None
+) -> tuple[_Shape, jax.Array]:
     B, N, F = x_BNF.shape
-    s = _Shape(B, N, parts, heads, F // parts // heads)
-    return s, x_BNF.reshape(B, N, parts, heads, s.width)
+    K = F // parts // heads
+    return _Shape(B, N, parts, heads, K, tiles or tiles_for(K), interpret), x_BNF.reshape(B, N, parts, heads, K)
 
 
 def _attend_forward(
-    x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, interpret: bool
+    x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, interpret: bool, tiles: Tiles | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     def run(x_BNF: jax.Array, *bias: jax.Array) -> tuple[jax.Array, ...]:
-        s, x = _shaped(x_BNF, heads, parts)
-        y, peak, total = _forward(s, x, bias[0] if bias else None, interpret)
-        return y.reshape(*x_BNF.shape[:2], -1), peak, total
+        s, x = _shaped(x_BNF, heads, parts, interpret, tiles)
+        y, peak, inverse = _forward(s, x, bias[0] if bias else None)
+        return y.reshape(*x_BNF.shape[:2], -1), peak, inverse
 
     shared = () if bias_HNN is None else (bias_HNN,)
-    y_BNE, peak_BHN, total_BHN = target.per_device(run, x_BNF, shared=shared)
-    return y_BNE, (x_BNF, bias_HNN, peak_BHN, total_BHN)
+    y_BNE, peak_BHN, inverse_BHN = target.per_device(run, x_BNF, shared=shared)
+    return y_BNE, (x_BNF, bias_HNN, peak_BHN, inverse_BHN)
 
 
 def _attend_backward(
-    heads: int, parts: int, interpret: bool, saved: tuple[Any, ...], g_BNE: jax.Array
+    heads: int, parts: int, interpret: bool, tiles: Tiles | None, saved: tuple[Any, ...], g_BNE: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    x_BNF, bias_HNN, peak_BHN, total_BHN = saved
+    x_BNF, bias_HNN, peak_BHN, inverse_BHN = saved
 
     def run(
-        x_BNF: jax.Array, g_BNE: jax.Array, peak: jax.Array, total: jax.Array, *bias: jax.Array
+        x_BNF: jax.Array, g_BNE: jax.Array, peak: jax.Array, inverse: jax.Array, *bias: jax.Array
     ) -> tuple[jax.Array, ...]:
-        s, x = _shaped(x_BNF, heads, parts)
+        s, x = _shaped(x_BNF, heads, parts, interpret, tiles)
         g = g_BNE.reshape(s.images, s.tokens, heads, s.width)
-        dx, *dbias = _backward(s, x, bias[0] if bias else None, g, peak, total, interpret)
+        dx, *dbias = _backward(s, x, bias[0] if bias else None, g, peak, inverse)
         return dx.reshape(x_BNF.shape), *dbias
 
     shared = () if bias_HNN is None else (bias_HNN,)
-    dx_BNF, *dbias = target.per_device(run, x_BNF, g_BNE, peak_BHN, total_BHN, shared=shared)
+    dx_BNF, *dbias = target.per_device(run, x_BNF, g_BNE, peak_BHN, inverse_BHN, shared=shared)
     return dx_BNF, jnp.sum(dbias[0], 0) if dbias else None
 
 
