@@ -71,8 +71,8 @@ class Tiles:
     """The tiles of all kernels, and the number of sums over parts of the batch of a bias's gradient."""
 
     forward: Tile = Tile()
-    delta: Tile = Tile()
-    backward: Tile = Tile()
+    first: Tile = Tile()
+    second: Tile = Tile()
     bias: Tile = Tile()
     sums: int = 8
 
@@ -115,7 +115,7 @@ class _Shape:
     @property
     def padded(self) -> int:
         """M."""
-        all_ = (self.tiles.forward, self.tiles.delta, self.tiles.backward, self.tiles.bias)
+        all_ = (self.tiles.forward, self.tiles.first, self.tiles.second, self.tiles.bias)
         return max(pl.cdiv(self.tokens, n) * n for tile in all_ for n in (tile.rows, tile.columns))
 
     @property
@@ -227,69 +227,118 @@ def _forward_kernel(s: _Shape, x_ref: Any, bias_ref: Any, y_ref: Any, peak_ref: 
     triton.store(inverse_ref, inverse_R, mask=s.inside(block, s.rows))
 
 
-def _delta_kernel(
-    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any
+def _first_kernel(
+    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any, *dx_ref: Any
 ) -> None:
+    """Writes delta, and where queries are a part their gradient, which needs delta: a second way through the tiles."""
     block = pl.program_id(0)
     query_RG, g_RG = s.load(x_ref, block, s.rows, s.part(0)), s.load(g_ref, block, s.rows)
     peak_R, inverse_R = s.numbers(peak_ref, block, s.rows), s.numbers(inverse_ref, block, s.rows)
 
-    def step(other: jax.Array, delta_R: jax.Array) -> jax.Array:
+    def tile(other: jax.Array) -> tuple[jax.Array, ...]:
+        """The keys, the weights without their inverse, and the gradients of the weights."""
         key_CG, value_CG = (s.load(x_ref, other, s.columns, s.part(role)) for role in (1, 2))
         bias_RC = None if bias_ref is None else s.bias(bias_ref, block, other)
         weights_RC = s.power(*s.logits(_product(query_RG, key_CG, (1, 1)), bias_RC, other), peak_R[:, None])
-        return delta_R + jnp.sum(weights_RC * _product(g_RG, value_CG, (1, 1)), axis=1)
+        return key_CG, weights_RC, _product(g_RG, value_CG, (1, 1))
 
-    delta_R = jax.lax.fori_loop(0, s.steps, step, jnp.zeros((s.rows,)))
-    triton.store(delta_ref, delta_R * inverse_R, mask=s.inside(block, s.rows))
+    def add_delta(other: jax.Array, sum_R: jax.Array) -> jax.Array:
+        _, weights_RC, dweights_RC = tile(other)
+        return sum_R + jnp.sum(weights_RC * dweights_RC, axis=1)
 
-
-def _backward_kernel(
-    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any,
-    turned_ref: Any, dx_ref: Any,
-) -> None:  # fmt: skip
-    block = pl.program_id(0)
-    own_query_RG, own_key_RG, own_value_RG = (s.load(x_ref, block, s.rows, s.part(role)) for role in range(3))
-    own_g_RG, dtype = s.load(g_ref, block, s.rows), x_ref.dtype
-    peak_R, inverse_R, delta_R = (s.numbers(ref, block, s.rows) for ref in (peak_ref, inverse_ref, delta_ref))
+    delta_R = jax.lax.fori_loop(0, s.steps, add_delta, jnp.zeros((s.rows,))) * inverse_R
+    triton.store(delta_ref, delta_R, mask=s.inside(block, s.rows))
+    if not dx_ref:
+        return
     factor_R = inverse_R * s.scale
+    shift_R = -delta_R * factor_R
 
-    def step(other: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        query_CG, key_CG, value_CG = (s.load(x_ref, other, s.columns, s.part(role)) for role in range(3))
-        g_CG = s.load(g_ref, other, s.columns)
-        other_peak_C, other_inverse_C, other_delta_C = (
+    def add_dquery(other: jax.Array, sum_RG: jax.Array) -> jax.Array:
+        key_CG, weights_RC, dweights_RC = tile(other)
+        slope_RC = weights_RC * s.fused(dweights_RC, factor_R[:, None], shift_R[:, None])
+        return sum_RG + _product(slope_RC.astype(key_CG.dtype), key_CG)
+
+    dquery_RG = jax.lax.fori_loop(0, s.steps, add_dquery, jnp.zeros((s.rows, s.lanes), jnp.float32))
+    triton.store(dx_ref[0], dquery_RG.astype(x_ref.dtype), mask=s.mask(block, s.rows))
+
+
+class _Others:
+    """A tile of other tokens as queries, of which the block's own tokens are the keys: rows are keys here.
+
+    Places that are no tokens have an inverse of 0, and so no weight.
+    """
+
+    def __init__(
+        self, s: _Shape, x_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any, other: jax.Array
+    ):
+        self._s = s
+        self.query_CG, self.g_CG = s.load(x_ref, other, s.columns, s.part(0)), s.load(g_ref, other, s.columns)
+        self._peak_C, self._inverse_C, self._delta_C = (
             s.numbers(ref, other, s.columns) for ref in (peak_ref, inverse_ref, delta_ref)
         )
-        bias_RC, turned_bias_RC = (
-            None if ref is None else s.bias(ref, block, other) for ref in (bias_ref, turned_ref)
-        )
-        # The block's tokens as queries, the other tokens as keys. Factors stand where a GPU multiplies and subtracts
-        # at once.
-        product_RC = _product(own_query_RG, key_CG, (1, 1))
-        weights_RC = s.power(*s.logits(product_RC, bias_RC, other), peak_R[:, None])
-        dweights_RC = s.fused(_product(own_g_RG, value_CG, (1, 1)), factor_R[:, None], -(delta_R * factor_R)[:, None])
-        slope_RC = weights_RC * dweights_RC
-        # The block's tokens as keys, along the rows, and the other tokens as queries; those that are no tokens have an
-        # inverse of 0.
-        turned_RC = product_RC if s.parts == 1 else _product(own_key_RG, query_CG, (1, 1))
-        unit = s.scale * LOG2E
-        if turned_bias_RC is not None:
-            turned_RC, unit = s.fused(turned_RC, unit, turned_bias_RC), 1.0
-        turned_RC = s.power(turned_RC, unit, other_peak_C[None, :]) * other_inverse_C[None, :]
-        dturned_RC = s.fused(_product(own_value_RG, g_CG, (1, 1)), s.scale, -(other_delta_C * s.scale)[None, :])
-        turned_slope_RC = turned_RC * dturned_RC
-        turned_RC = turned_RC.astype(dtype)
-        if s.parts == 1:
-            slope_RC += turned_slope_RC
-            return (carry[0] + _product(slope_RC.astype(dtype), key_CG) + _product(turned_RC, g_CG),)
+
+    def weights(self, product_RC: jax.Array, bias_RC: jax.Array | None) -> jax.Array:
+        """The weights from keys times queries."""
+        unit, peak_1C = self._s.scale * LOG2E, self._peak_C[None, :]
+        if bias_RC is None:
+            weights_RC = self._s.power(product_RC, unit, peak_1C)
+        else:
+            weights_RC = self._s.power(self._s.fused(product_RC, unit, bias_RC), 1.0, peak_1C)
+        return weights_RC * self._inverse_C[None, :]
+
+    def slopes(self, weights_RC: jax.Array, value_RG: jax.Array) -> jax.Array:
+        """The gradients of keys times queries."""
+        dweights_RC, scale = _product(value_RG, self.g_CG, (1, 1)), self._s.scale
+        return weights_RC * self._s.fused(dweights_RC, scale, -(self._delta_C * scale)[None, :])
+
+
+def _mssa_kernel(
+    s: _Shape, x_ref: Any, _: None, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any, dx_ref: Any
+) -> None:
+    """Writes the gradient of w, which is query, key and value; the logits of a tile are those of the turned one."""
+    block = pl.program_id(0)
+    own_RG, own_g_RG, dtype = s.load(x_ref, block, s.rows, 0), s.load(g_ref, block, s.rows), x_ref.dtype
+    peak_R, inverse_R, delta_R = (s.numbers(ref, block, s.rows) for ref in (peak_ref, inverse_ref, delta_ref))
+    factor_R = inverse_R * s.scale
+    shift_R = -delta_R * factor_R
+
+    def step(other: jax.Array, sum_RG: jax.Array) -> jax.Array:
+        others = _Others(s, x_ref, g_ref, peak_ref, inverse_ref, delta_ref, other)
+        w_CG = others.query_CG
+        product_RC = _product(own_RG, w_CG, (1, 1))
+        weights_RC = s.power(*s.logits(product_RC, None, other), peak_R[:, None])
+        dweights_RC = _product(own_g_RG, w_CG, (1, 1))
+        slope_RC = weights_RC * s.fused(dweights_RC, factor_R[:, None], shift_R[:, None])
+        turned_RC = others.weights(product_RC, None)
+        slope_RC += others.slopes(turned_RC, own_RG)
+        sum_RG += _product(slope_RC.astype(dtype), w_CG)
+        return sum_RG + _product(turned_RC.astype(dtype), others.g_CG)
+
+    dw_RG = jax.lax.fori_loop(0, s.steps, step, jnp.zeros((s.rows, s.lanes), jnp.float32))
+    triton.store(dx_ref.at[:, _place(0), :], dw_RG.astype(dtype), mask=s.mask(block, s.rows))
+
+
+def _key_value_kernel(
+    s: _Shape, x_ref: Any, _: None, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any, turned_ref: Any,
+    __: Any, dx_ref: Any,
+) -> None:  # fmt: skip
+    """Writes the gradients of keys and values, beside the one of queries that is there."""
+    block = pl.program_id(0)
+    key_RG, value_RG = (s.load(x_ref, block, s.rows, s.part(role)) for role in (1, 2))
+    dtype = x_ref.dtype
+
+    def step(other: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        others = _Others(s, x_ref, g_ref, peak_ref, inverse_ref, delta_ref, other)
+        bias_RC = None if turned_ref is None else s.bias(turned_ref, block, other)
+        weights_RC = others.weights(_product(key_RG, others.query_CG, (1, 1)), bias_RC)
+        slope_RC = others.slopes(weights_RC, value_RG)
         return (
-            carry[0] + _product(slope_RC.astype(dtype), key_CG),
-            carry[1] + _product(turned_slope_RC.astype(dtype), query_CG),
-            carry[2] + _product(turned_RC, g_CG),
+            sums[0] + _product(slope_RC.astype(dtype), others.query_CG),
+            sums[1] + _product(weights_RC.astype(dtype), others.g_CG),
         )
 
-    start = (jnp.zeros((s.rows, s.lanes), jnp.float32),) * s.parts
-    for part, gradient_RG in enumerate(jax.lax.fori_loop(0, s.steps, step, start)):
+    zeros_RG = jnp.zeros((s.rows, s.lanes), jnp.float32)
+    for part, gradient_RG in enumerate(jax.lax.fori_loop(0, s.steps, step, (zeros_RG, zeros_RG)), 1):
         triton.store(dx_ref.at[:, _place(part), :], gradient_RG.astype(dtype), mask=s.mask(block, s.rows))
 
 
@@ -304,23 +353,26 @@ def _bias_kernel(
         key_CG, value_CG = (s.load(x_ref, columns, s.columns, s.part(role), image=image) for role in (1, 2))
         peak_R, inverse_R, delta_R = (s.numbers(r, rows, s.rows, image) for r in (peak_ref, inverse_ref, delta_ref))
         weights_RC = s.power(*s.logits(_product(query_RG, key_CG, (1, 1)), bias_RC, columns), peak_R[:, None])
-        dweights_RC = s.fused(_product(g_RG, value_CG, (1, 1)), inverse_R[:, None], -(delta_R * inverse_R)[:, None])
+        shift_R = -delta_R * inverse_R
+        dweights_RC = s.fused(_product(g_RG, value_CG, (1, 1)), inverse_R[:, None], shift_R[:, None])
         return s.fused(weights_RC, dweights_RC, sum_RC)
 
     sum_RC = jax.lax.fori_loop(0, x_ref.shape[0], step, jnp.zeros((s.rows, s.columns), jnp.float32))
     triton.store(dbias_ref, sum_RC, mask=s.inside(rows, s.rows)[:, None] & s.inside(columns, s.columns)[None, :])
 
 
-def _prepared(s: _Shape, bias_HNN: jax.Array | None, turned: bool = False) -> jax.Array | None:
+def _prepared(s: _Shape, bias_HNN: jax.Array | None, dtype: Any, turned: bool = False) -> jax.Array | None:
     """A bias as the kernels read it: binary logarithms, (H, M, M); columns, or when `turned` rows, are the keys.
 
     Places of keys that are no tokens hold -inf. Rows of whole tiles let a thread read 16 bytes at once; rows of 197
-    numbers would be read one number at a time.
+    numbers would be read one number at a time. Beside bfloat16 it is float16, three bits more exact than queries and
+    keys: each image reads it, and half the bytes take half the time. Float16 holds no more than 65504.
     """
     if bias_HNN is None:
         return None
-    wide = (0, s.padded - s.tokens)
-    bias_HMM = jnp.pad(bias_HNN * LOG2E, ((0, 0), wide, (0, 0)))
+    wide, exact = (0, s.padded - s.tokens), dtype == jnp.float32
+    bias_HNN = bias_HNN * LOG2E if exact else jnp.clip(bias_HNN * LOG2E, -6e4, 6e4).astype(jnp.float16)
+    bias_HMM = jnp.pad(bias_HNN, ((0, 0), wide, (0, 0)))
     bias_HMM = jnp.pad(bias_HMM, ((0, 0), (0, 0), wide), constant_values=-jnp.inf)
     return bias_HMM.swapaxes(1, 2) if turned else bias_HMM
 
@@ -332,6 +384,7 @@ def _call(
     outputs: Sequence[tuple[tuple[int, ...], Any, pl.BlockSpec]],
     products: int,
     sums: int = 0,
+    into: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Runs a kernel.
 
@@ -344,6 +397,7 @@ def _call(
         of tiles, column of tiles, head and part of the batch).
       products: the number of products of N x N x K per image and head, for counting.
       sums: 0: a program reads one image; else B / sums images.
+      into: the array in whose place the first output is written; what the kernel does not write stays.
     """
     M, images = s.padded, s.images // sums if sums else 1
     head = (lambda i, j, ph: ph % s.heads) if sums else (lambda i, h, b: h)
@@ -356,15 +410,20 @@ def _call(
         *[pl.BlockSpec((images, None, M), lambda *at: (part(*at), head(*at), 0))] * 3,
         bias,
     )
+    given = [a is not None for a in arrays]
+    specs = [spec if there else None for there, spec in zip(given, inputs, strict=False)]
+    if into is not None:
+        arrays, specs = (*arrays, into), [*specs, outputs[0][2]]
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
     return pl.pallas_call(
         functools.partial(kernel, s),
         grid=(s.blocks, s.steps, s.heads * sums) if sums else (s.blocks, s.heads, s.images),
-        in_specs=[None if a is None else spec for a, spec in zip(arrays, inputs, strict=False)],
+        in_specs=specs,
         out_specs=[spec for *_, spec in outputs],
         out_shape=shapes,
         compiler_params=triton.CompilerParams(num_warps=s.tile.warps, num_stages=s.tile.stages),
         metadata={"flops": str(2 * products * s.images * s.heads * s.tokens**2 * s.width)},  # as benchmarks/ count
+        input_output_aliases={} if into is None else {sum(given): 0},
         interpret=s.interpret,
     )(*arrays)
 
@@ -373,7 +432,7 @@ def _forward(s: _Shape, x: jax.Array, bias: jax.Array | None) -> list[jax.Array]
     s = s.cut(s.tiles.forward)
     y = pl.BlockSpec((None, s.rows, None, s.lanes), lambda i, h, b: (b, i, h, 0))
     outputs = [((s.images, s.tokens, s.heads, s.width), x.dtype, y), *[_numbers(s)] * 2]
-    return _call(_forward_kernel, s, (x, _prepared(s, bias)), outputs, 2)
+    return _call(_forward_kernel, s, (x, _prepared(s, bias, x.dtype)), outputs, 2)
 
 
 def _numbers(s: _Shape) -> tuple[tuple[int, ...], Any, pl.BlockSpec]:
@@ -383,13 +442,23 @@ def _numbers(s: _Shape) -> tuple[tuple[int, ...], Any, pl.BlockSpec]:
 def _backward(
     s: _Shape, x: jax.Array, bias: jax.Array | None, g: jax.Array, peak: jax.Array, inverse: jax.Array
 ) -> list[jax.Array]:
-    known = [x, _prepared(s, bias), g, peak, inverse]
-    s = s.cut(s.tiles.delta)
-    known += _call(_delta_kernel, s, known, [_numbers(s)], 2)
-    s = s.cut(s.tiles.backward)
-    dx = pl.BlockSpec((None, s.rows, s.parts, None, s.lanes), lambda i, h, b: (b, i, 0, h, 0))
-    products, both = 5 if s.parts == 1 else 7, [*known, _prepared(s, bias, turned=True)]
-    found = _call(_backward_kernel, s, both, [(x.shape, x.dtype, dx)], products)
+    known = [x, _prepared(s, bias, x.dtype), g, peak, inverse]
+
+    def output(*parts: int | None) -> tuple[Any, ...]:
+        spec = pl.BlockSpec((None, s.rows, *parts, None, s.lanes), lambda i, h, b: (b, i, 0, h, 0))
+        return x.shape, x.dtype, spec
+
+    s = s.cut(s.tiles.first)
+    if s.parts == 1:
+        known += _call(_first_kernel, s, known, [_numbers(s)], 2)
+        s = s.cut(s.tiles.second)
+        found = _call(_mssa_kernel, s, known, [output(1)], 5)
+    else:
+        delta, dx = _call(_first_kernel, s, known, [_numbers(s), output(None)], 5)
+        known.append(delta)
+        s = s.cut(s.tiles.second)
+        arrays = [x, None, *known[2:], _prepared(s, bias, x.dtype, turned=True)]
+        found = _call(_key_value_kernel, s, arrays, [output(s.parts)], 4, into=dx)
     if bias is not None:
         s = s.cut(s.tiles.bias)
         sums = math.gcd(s.images, s.tiles.sums)
@@ -424,9 +493,7 @@ def attend(
     return _attend_forward(x_BNF, bias_HNN, heads, parts, interpret, tiles)[0]
 
 
-def _shaped(
-    x_BNF: jax.Array, heads: int, parts: int, interpret: bool, tiles: Tiles | None
-) -> tuple[_Shape, jax.Array]:
+def _shaped(x_BNF: jax.Array, heads: int, parts: int, interpret: bool, tiles: Tiles | None) -> tuple[_Shape, jax.Array]:
     B, N, F = x_BNF.shape
     K = F // parts // heads
     return _Shape(B, N, parts, heads, K, tiles or tiles_for(K), interpret), x_BNF.reshape(B, N, parts, heads, K)
