@@ -5,18 +5,24 @@ and write the gradient in the same layout, so that nothing is split, transposed 
 of one part: one tensor is query, key and value. Its logits are symmetric, so its backward pass needs five products per
 tile where attention needs seven.
 
-A program computes a block of R rows of one head of one image, and goes through the other tokens in blocks of R: the
+A program computes a block of R rows of one head of one image, and goes through the other tokens in blocks of C: the
 softmax over blocks is that of FlashAttention (Dao et al., arXiv 2205.14135). The last block of 197 tokens is masked.
-The forward pass keeps the largest logit and the sum of each row. The backward pass recomputes the weights from them in
-two kernels: the first computes delta, the sum over keys of weight times its gradient; the second computes the
-gradients. Delta is not taken from the result (as g . y), whose rounding leaves noise where the softmax saturates. No
-kernel adds to memory that another one adds to, so results do not depend on an order.
+The forward pass keeps the largest logit, as a binary logarithm, and the inverse of the sum of each row. The backward
+pass recomputes the weights from them in two kernels. The first computes delta, the sum over keys of weight times its
+gradient, and then the gradient of queries; the second goes through the queries for the gradients of keys and values.
+For MSSA the second computes the whole gradient. Delta is not taken from the result (as g . y), whose rounding leaves
+noise where the softmax saturates. No kernel adds to memory that another one adds to, so results do not depend on an
+order.
+
+What limits the kernels is the number of instructions, the threads that a core's registers and shared memory hold, and
+the bytes read from the L2 cache. So there is one multiply-add and one exponential per number where XLA's Triton makes
+two and four instructions, and no division; a kernel has at most two sums in registers.
 
 A relative bias is one array for all images. Its gradient, a sum over images, has a kernel of its own, which goes
 through some of the images for each tile: so it is written a few times, not once per image.
 
-Shapes: B images, N tokens, P parts (3: queries, keys, values; 1: MSSA), H heads, K head width, E = H * K, R rows of a
-block, G = K rounded up to a power of two, M = N rounded up to whole blocks, S sums over parts of the batch.
+Shapes: B images, N tokens, P parts (3: queries, keys, values; 1: MSSA), H heads, K head width, E = H * K, R rows and C
+columns of a tile, G = K rounded up to a power of two, M = N rounded up to whole tiles, S sums over parts of the batch.
 """
 
 from __future__ import annotations
@@ -60,26 +66,41 @@ class Tile:
       stages: the tiles that are loaded ahead of their use, and the one in use.
     """
 
-    rows: int = 64
-    columns: int = 64
-    warps: int = 4
-    stages: int = 2
+    rows: int
+    columns: int
+    warps: int
+    stages: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tiles of all kernels, and the number of sums over parts of the batch of a bias's gradient."""
+    """How all kernels are cut.
 
-    forward: Tile = Tile()
-    first: Tile = Tile()
-    second: Tile = Tile()
-    bias: Tile = Tile()
+    Attributes:
+      forward: the forward pass.
+      first: the first kernel of the backward pass: delta, and of attention the gradient of queries.
+      second: its second kernel, which computes the other gradients.
+      bias: the gradient of a bias.
+      sums: sums over parts of the batch that this one writes.
+    """
+
+    forward: Tile
+    first: Tile
+    second: Tile
+    bias: Tile
     sums: int = 8
 
 
-def tiles_for(width: int) -> Tiles:
-    """The tiles for heads of `width`; 64 rows of 128 numbers need more shared memory than an A100 has."""
-    return Tiles() if width <= 64 else Tiles(*[Tile(32, 32, 8)] * 4)
+def tiles_for(tokens: int, width: int) -> Tiles:
+    """The tiles for N tokens and heads of `width`.
+
+    They follow from compiled programs for an H100, not from times: blocks of 128 rows read keys and values half as
+    often as those of 64, with as many threads at work on a core. The second kernel holds more numbers for each row, as
+    all do for wide heads; with 64 rows more of its programs fit on a core. So they are where 128 would add rows.
+    """
+    small, large = Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)
+    common = small if width > 64 or pl.cdiv(tokens, 64) % 2 else large
+    return Tiles(common, common, small, common)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +114,7 @@ class _Shape:
     width: int  # K
     tiles: Tiles
     interpret: bool
-    tile: Tile = Tile()  # of the kernel
+    tile: Tile  # of the kernel
 
     @property
     def rows(self) -> int:
@@ -172,7 +193,7 @@ class _Shape:
         return jnp.where(self.inside(other, self.columns)[None, :], product_RC, -jnp.inf), unit
 
     def power(self, logits: jax.Array, unit: float, peak: jax.Array) -> jax.Array:
-        """exp of logit minus peak; `unit` times logits, and the peaks, are binary logarithms."""
+        """The exponential of logit minus peak; `unit` times logits, and the peaks, are binary logarithms."""
         return self.exp2(logits - peak if unit == 1 else self.fused(logits, unit, -peak))
 
     def fused(self, a: jax.Array, b: jax.Array | float, c: jax.Array) -> jax.Array:
@@ -377,11 +398,21 @@ def _prepared(s: _Shape, bias_HNN: jax.Array | None, dtype: Any, turned: bool = 
     return bias_HMM.swapaxes(1, 2) if turned else bias_HMM
 
 
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """An array that a kernel writes, its blocks, and the part of its numbers that this kernel writes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    blocks: pl.BlockSpec
+    written: float = 1.0
+
+
 def _call(
     kernel: Callable[..., None],
     s: _Shape,
     arrays: Sequence[jax.Array | None],
-    outputs: Sequence[tuple[tuple[int, ...], Any, pl.BlockSpec]],
+    outputs: Sequence[_Output],
     products: int,
     sums: int = 0,
     into: jax.Array | None = None,
@@ -393,8 +424,8 @@ def _call(
       s: the sizes.
       arrays: x (B, N, P, H, K), a bias (H, M, M) or None; then, as far as the kernel needs them, g (B, N, H, K), three
         numbers of each row, float32 (B, H, N), and the turned bias (H, M, M) or None.
-      outputs: of each output its shape, type and blocks, as a function of (block, head, image), or with `sums` of (row
-        of tiles, column of tiles, head and part of the batch).
+      outputs: their blocks are functions of (block, head, image), or with `sums` of (row of tiles, column of tiles,
+        head and part of the batch).
       products: the number of products of N x N x K per image and head, for counting.
       sums: 0: a program reads one image; else B / sums images.
       into: the array in whose place the first output is written; what the kernel does not write stays.
@@ -410,20 +441,23 @@ def _call(
         *[pl.BlockSpec((images, None, M), lambda *at: (part(*at), head(*at), 0))] * 3,
         bias,
     )
-    given = [a is not None for a in arrays]
-    specs = [spec if there else None for there, spec in zip(given, inputs, strict=False)]
+    read = [a for a in arrays if a is not None]
+    specs = [None if a is None else spec for a, spec in zip(arrays, inputs, strict=False)]
+    shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs]
+    flops = 2 * products * s.images * s.heads * s.tokens**2 * s.width
+    moved = sum(a.size * a.dtype.itemsize for a in read)
+    moved += sum(int(o.written * math.prod(o.shape)) * jnp.dtype(o.dtype).itemsize for o in outputs)
     if into is not None:
-        arrays, specs = (*arrays, into), [*specs, outputs[0][2]]
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
+        arrays, specs = (*arrays, into), [*specs, outputs[0].blocks]
     return pl.pallas_call(
         functools.partial(kernel, s),
         grid=(s.blocks, s.steps, s.heads * sums) if sums else (s.blocks, s.heads, s.images),
         in_specs=specs,
-        out_specs=[spec for *_, spec in outputs],
+        out_specs=[o.blocks for o in outputs],
         out_shape=shapes,
         compiler_params=triton.CompilerParams(num_warps=s.tile.warps, num_stages=s.tile.stages),
-        metadata={"flops": str(2 * products * s.images * s.heads * s.tokens**2 * s.width)},  # as benchmarks/ count
-        input_output_aliases={} if into is None else {sum(given): 0},
+        metadata={"flops": str(flops), "bytes_accessed": str(moved)},  # as benchmarks/ count
+        input_output_aliases={} if into is None else {len(read): 0},
         interpret=s.interpret,
     )(*arrays)
 
@@ -431,12 +465,13 @@ def _call(
 def _forward(s: _Shape, x: jax.Array, bias: jax.Array | None) -> list[jax.Array]:
     s = s.cut(s.tiles.forward)
     y = pl.BlockSpec((None, s.rows, None, s.lanes), lambda i, h, b: (b, i, h, 0))
-    outputs = [((s.images, s.tokens, s.heads, s.width), x.dtype, y), *[_numbers(s)] * 2]
+    outputs = [_Output((s.images, s.tokens, s.heads, s.width), x.dtype, y), *[_numbers(s)] * 2]
     return _call(_forward_kernel, s, (x, _prepared(s, bias, x.dtype)), outputs, 2)
 
 
-def _numbers(s: _Shape) -> tuple[tuple[int, ...], Any, pl.BlockSpec]:
-    return (s.images, s.heads, s.tokens), jnp.float32, pl.BlockSpec((None, None, s.rows), lambda i, h, b: (b, h, i))
+def _numbers(s: _Shape) -> _Output:
+    blocks = pl.BlockSpec((None, None, s.rows), lambda i, h, b: (b, h, i))
+    return _Output((s.images, s.heads, s.tokens), jnp.float32, blocks)
 
 
 def _backward(
@@ -444,9 +479,9 @@ def _backward(
 ) -> list[jax.Array]:
     known = [x, _prepared(s, bias, x.dtype), g, peak, inverse]
 
-    def output(*parts: int | None) -> tuple[Any, ...]:
-        spec = pl.BlockSpec((None, s.rows, *parts, None, s.lanes), lambda i, h, b: (b, i, 0, h, 0))
-        return x.shape, x.dtype, spec
+    def output(axis: int | None, written: float = 1.0) -> _Output:
+        blocks = pl.BlockSpec((None, s.rows, axis, None, s.lanes), lambda i, h, b: (b, i, 0, h, 0))
+        return _Output(x.shape, x.dtype, blocks, written)
 
     s = s.cut(s.tiles.first)
     if s.parts == 1:
@@ -454,17 +489,17 @@ def _backward(
         s = s.cut(s.tiles.second)
         found = _call(_mssa_kernel, s, known, [output(1)], 5)
     else:
-        delta, dx = _call(_first_kernel, s, known, [_numbers(s), output(None)], 5)
+        delta, dx = _call(_first_kernel, s, known, [_numbers(s), output(None, 1 / 3)], 5)
         known.append(delta)
         s = s.cut(s.tiles.second)
         arrays = [x, None, *known[2:], _prepared(s, bias, x.dtype, turned=True)]
-        found = _call(_key_value_kernel, s, arrays, [output(s.parts)], 4, into=dx)
+        found = _call(_key_value_kernel, s, arrays, [output(s.parts, 2 / 3)], 4, into=dx)
     if bias is not None:
         s = s.cut(s.tiles.bias)
         sums = math.gcd(s.images, s.tiles.sums)
         tiles = pl.BlockSpec((None, None, s.rows, s.columns), lambda i, j, ph: (ph // s.heads, ph % s.heads, i, j))
         shape = (sums, s.heads, s.tokens, s.tokens)
-        found += _call(_bias_kernel, s, known, [(shape, jnp.float32, tiles)], 2, sums)
+        found += _call(_bias_kernel, s, known, [_Output(shape, jnp.float32, tiles)], 2, sums)
     return found
 
 
@@ -485,7 +520,7 @@ def attend(
       heads: H.
       parts: P, 3 or 1; with one part there is no bias.
       interpret: runs the kernels without a GPU, for tests.
-      tiles: how the kernels are cut; None: :func:`tiles_for` the width of a head.
+      tiles: how the kernels are cut; None: :func:`tiles_for` these sizes.
 
     Returns:
       (B, N, E).
@@ -496,7 +531,8 @@ def attend(
 def _shaped(x_BNF: jax.Array, heads: int, parts: int, interpret: bool, tiles: Tiles | None) -> tuple[_Shape, jax.Array]:
     B, N, F = x_BNF.shape
     K = F // parts // heads
-    return _Shape(B, N, parts, heads, K, tiles or tiles_for(K), interpret), x_BNF.reshape(B, N, parts, heads, K)
+    tiles = tiles or tiles_for(N, K)
+    return _Shape(B, N, parts, heads, K, tiles, interpret, tiles.forward), x_BNF.reshape(B, N, parts, heads, K)
 
 
 def _attend_forward(
