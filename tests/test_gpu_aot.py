@@ -212,7 +212,7 @@ def attention(x, bias, g):
     return y, *pull(g)
 
 def norm(x, scale, bias, g):
-    return gpu_norm.forward(x, scale, bias, 1e-6), gpu_norm.backward(x, scale, g, g, 1e-6)
+    return gpu_norm.forward(x, scale, bias, 1e-6), gpu_norm.backward(x, scale, (g,), g, 1e-6)
 
 def largest(f, *args):
     text = jax.jit(f).lower(*args).compile().as_text()

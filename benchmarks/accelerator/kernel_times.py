@@ -127,11 +127,11 @@ def norm(shape: tuple[int, int, int], platform: str) -> Row:
 
     def ours(x: jax.Array, g: jax.Array, skip: jax.Array) -> tuple[jax.Array, ...]:
         y = gpu_norm.forward(x, scale, bias, EPS, interpret)
-        return y, *gpu_norm.backward(x, scale, g, skip, EPS, interpret)
+        return y, *gpu_norm.backward(x, scale, (g,), skip, EPS, interpret)
 
     def by_xla(x: jax.Array, g: jax.Array, skip: jax.Array) -> tuple[jax.Array, ...]:
         y, saved = layers.layer_norm_forward(x, scale, bias, EPS)
-        return y, *layers.layer_norm_backward(EPS, saved, g, skip)
+        return y, *layers.layer_norm_backward(EPS, saved, g, skip_BND=skip)
 
     times = {
         name: {"with_gradients_ms": timed(functools.partial(jax.jit(run), x, g, skip))["ms"]}

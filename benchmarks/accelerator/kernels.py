@@ -139,13 +139,13 @@ def compare_norm(case: Norm, interpret: bool) -> Row:
         x: jax.Array, scale: jax.Array, bias: jax.Array, g: jax.Array, skip: jax.Array | None
     ) -> list[jax.Array]:
         y = gpu_norm.forward(x, scale, bias, EPS, interpret)
-        return [y, *gpu_norm.backward(x, scale, g, skip, EPS, interpret)]
+        return [y, *gpu_norm.backward(x, scale, (g,), skip, EPS, interpret)]
 
     def by_xla(
         x: jax.Array, scale: jax.Array, bias: jax.Array, g: jax.Array, skip: jax.Array | None
     ) -> list[jax.Array]:
         y, saved = layers.layer_norm_forward(x, scale, bias, EPS)
-        return [y, *layers.layer_norm_backward(EPS, saved, g, skip)]
+        return [y, *layers.layer_norm_backward(EPS, saved, g, skip_BND=skip)]
 
     names = ("y", "dx", "dscale", "dbias")
     found = (dict(zip(names, jax.jit(run)(x, scale, bias, g, skip), strict=True)) for run in (kernels, by_xla))

@@ -30,9 +30,9 @@ from crate_jax.models.layers import (
     layer_norm,
     layer_norm_backward,
     layer_norm_forward,
-    norm_product,
     recompute_norm,
     scan_blocks,
+    skip_norm_product,
 )
 from crate_jax.parallel.sharding import keep_split_by_batch
 
@@ -59,7 +59,7 @@ def norm_mssa(
       x for a skip connection, and (B, N, E): for each head, the tokens' coordinates in its subspace, averaged by
       attention.
     """
-    x_BND, w_BNE = norm_product(x_BND, scale_D, bias_D, subspaces_DE, BLOCK_EPS)
+    x_BND, w_BNE = skip_norm_product(x_BND, scale_D, bias_D, subspaces_DE, BLOCK_EPS)
     B, N, E = w_BNE.shape[-3:]
     kernel = attention_kernel(B, N, heads, E, 1, w_BNE.dtype)
     return x_BND, kernel(w_BNE, None, heads, 1) if kernel else attend(w_BNE, heads)
@@ -151,8 +151,8 @@ def norm_ista(
 ) -> jax.Array:
     """:func:`ista` of layer_norm(x), (B, N, D) -> (B, N, D); both passes take six products, not nine.
 
-    Like :func:`norm_product` it does not keep the normalised tokens; it keeps the residual and a mask of the result's
-    positive numbers.
+    Like :func:`layers.norm_product` it does not keep the normalised tokens; it keeps the residual and a mask of the
+    result's positive numbers.
     """
     return _norm_ista_forward(x_BND, scale_D, bias_D, dictionary_DD, eta, lam)[0]
 
@@ -174,8 +174,8 @@ def _norm_ista_backward(eta: float, lam: float, saved: tuple[Any, ...], g_BND: j
     rows = tuple(range(g_BND.ndim - 1))
     over_tokens = functools.partial(jnp.tensordot, axes=(rows, rows), preferred_element_type=jnp.float32)
     ddictionary_DD = eta * over_tokens(g_BND, residual_BND) - over_tokens(normed_BND, dresidual_BND)
-    dnormed_BND = g_BND + dresidual_BND - dresidual_BND @ kernel_DD.T
-    return *layer_norm_backward(BLOCK_EPS, norm_saved, dnormed_BND), ddictionary_DD.astype(dictionary_DD.dtype)
+    dnormed = g_BND, dresidual_BND, dresidual_BND @ -kernel_DD.T
+    return *layer_norm_backward(BLOCK_EPS, norm_saved, *dnormed), ddictionary_DD.astype(dictionary_DD.dtype)
 
 
 norm_ista.defvjp(_norm_ista_forward, _norm_ista_backward)

@@ -53,7 +53,7 @@ class CrateDecoderBlock(nn.Module):
         y_BND = keep_split_by_batch(y_BND)
         D = y_BND.shape[-1]
         norm = Norm(BLOCK_EPS, name="linear_norm").scale_and_bias(D)
-        g = norm_product(y_BND, *norm, Kernel((D, D), DICTIONARY_INIT, name="linear")(), BLOCK_EPS)[1]
+        g = norm_product(y_BND, *norm, Kernel((D, D), DICTIONARY_INIT, name="linear")(), BLOCK_EPS)
         norm = Norm(BLOCK_EPS, name="mssa_norm").scale_and_bias(D)
         g, out = MSSA(self.heads, self.tied_output, self.dtype, negative=True, name="mssa")(g, *norm)
         stream = layer_norm(g, *norm, BLOCK_EPS) if self.normalised else g

@@ -11,6 +11,7 @@ Shapes: T rows, D width, G = D rounded up to a power of two, R rows of a block, 
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def _forward_kernel(rows: int, width: int, eps: float, x_ref: Any, scale_ref: An
 
 
 def _backward_kernel(
-    rows: int, width: int, eps: float, x_ref: Any, g_ref: Any, skip_ref: Any, scale_ref: Any, dx_ref: Any,
+    rows: int, width: int, eps: float, x_ref: Any, g_refs: tuple[Any, ...], skip_ref: Any, scale_ref: Any, dx_ref: Any,
     dscale_ref: Any, dbias_ref: Any,
 ) -> None:  # fmt: skip
     lane_G = jnp.arange(x_ref.shape[1]) < width
@@ -62,7 +63,8 @@ def _backward_kernel(
     def step(block: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         first, here = (program * blocks + block) * ROWS, pl.ds(block * ROWS, ROWS)
         mask_RG = (first + jnp.arange(ROWS) < rows)[:, None] & lane_G[None, :]
-        x_RG, g_RG = (_load(ref, here, mask_RG) for ref in (x_ref, g_ref))
+        x_RG, *g = (_load(ref, here, mask_RG) for ref in (x_ref, *g_refs))
+        g_RG = functools.reduce(operator.add, g)
         centred_RG, inverse_R1 = _statistics(x_RG, lane_G, width, eps)
         unit_RG, h_RG = centred_RG * inverse_R1, g_RG * scale_G[None, :]
         mean_R1 = jnp.sum(h_RG, axis=1, keepdims=True) / width
@@ -111,9 +113,13 @@ def forward(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float, int
 
 
 def backward(
-    x: jax.Array, scale_D: jax.Array, g: jax.Array, skip: jax.Array | None, eps: float, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of x, scale and bias from those of the result and of a skip connection, (B, ..., D) each."""
+    x: jax.Array, scale_D: jax.Array, g: tuple[jax.Array, ...], skip: jax.Array | None, eps: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradients of x, scale and bias from those of the result and of a skip connection, (B, ..., D) each.
+
+    The gradient of the result is the sum of all `g`, added in float32.
+    """
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         x, *others, scale_D = arrays
@@ -126,15 +132,20 @@ def backward(
         dx_TD, dscale_SD, dbias_SD = pl.pallas_call(
             functools.partial(_backward_kernel, len(x_TD), D, eps),
             grid=(programs,),
-            in_specs=[block, block, None if skip is None else block, pl.BlockSpec((_lanes(D),), lambda i: (0,))],
+            in_specs=[
+                block,
+                (block,) * len(g),
+                None if skip is None else block,
+                pl.BlockSpec((_lanes(D),), lambda i: (0,)),
+            ],
             out_specs=[block, sums, sums],
             out_shape=[jax.ShapeDtypeStruct(x_TD.shape, x.dtype), sums_SD, sums_SD],
             compiler_params=triton.CompilerParams(num_warps=_warps(D)),
             metadata={"flops": "0"},  # no products, as benchmarks/ count
             interpret=interpret,
-        )(x_TD, *(others_TD if len(others) == 2 else (*others_TD, None)), scale_D)
+        )(x_TD, tuple(others_TD[: len(g)]), None if skip is None else others_TD[-1], scale_D)
         return dx_TD.reshape(x.shape), dscale_SD, dbias_SD
 
-    split = (x, g) if skip is None else (x, g, skip)
+    split = (x, *g) if skip is None else (x, *g, skip)
     dx, dscale_SD, dbias_SD = target.per_device(run, *split, shared=(scale_D,))
     return dx, jnp.sum(dscale_SD, 0), jnp.sum(dbias_SD, 0)

@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D width, H heads, K head width, E = H * K.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,17 +66,17 @@ def recompute_norm(saved: tuple[jax.Array, ...], bias_D: jax.Array, eps: float) 
 
 
 def layer_norm_backward(
-    eps: float, saved: tuple[jax.Array, ...], g_BND: jax.Array, skip_BND: jax.Array | None = None
+    eps: float, saved: tuple[jax.Array, ...], *g_BND: jax.Array, skip_BND: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of x, scale and bias from the gradient of the result.
+    """The gradients of x, scale and bias from the gradient of the result, the sum of `g_BND`.
 
-    `skip_BND` is a gradient that x has from elsewhere, and is added.
+    `skip_BND` is a gradient that x has from elsewhere, and is added. GPUs add all in the pass that computes.
     """
     x_BND, scale_D, *statistics = saved
     if not statistics:
         return gpu_norm.backward(x_BND, scale_D, g_BND, skip_BND, eps)
     mean, inverse = statistics
-    g = g_BND.astype(jnp.float32)
+    g = functools.reduce(operator.add, g_BND).astype(jnp.float32)
     unit = (x_BND.astype(jnp.float32) - mean) * inverse
     h = g * scale_D
     dx = (h - jnp.mean(h, -1, keepdims=True) - unit * jnp.mean(h * unit, -1, keepdims=True)) * inverse
@@ -106,7 +107,7 @@ def _skip_norm_forward(
 
 def _skip_norm_backward(eps: float, saved: tuple[jax.Array, ...], g: tuple[jax.Array, jax.Array]) -> Any:
     skip_BND, g_BND = g
-    return layer_norm_backward(eps, saved, g_BND, skip_BND)
+    return layer_norm_backward(eps, saved, g_BND, skip_BND=skip_BND)
 
 
 skip_norm.defvjp(_skip_norm_forward, _skip_norm_backward)
@@ -115,12 +116,20 @@ skip_norm.defvjp(_skip_norm_forward, _skip_norm_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def norm_product(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, kernel_DE: jax.Array, eps: float
-) -> tuple[jax.Array, jax.Array]:
-    """X for a skip connection, as in :func:`skip_norm`, and layer_norm(x) @ kernel, (B, N, E), in the dtype of x.
+) -> jax.Array:
+    """layer_norm(x) @ kernel, (B, N, E), in the dtype of x.
 
     The backward pass normalises x again: the product's own backward pass would keep a second array of that size.
     """
     return _norm_product_forward(x_BND, scale_D, bias_D, kernel_DE, eps)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def skip_norm_product(
+    x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, kernel_DE: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """X for a skip connection, as in :func:`skip_norm`, and :func:`norm_product` of x."""
+    return x_BND, norm_product(x_BND, scale_D, bias_D, kernel_DE, eps)
 
 
 def _product(x_BND: jax.Array, kernel_DE: jax.Array) -> jax.Array:
@@ -129,20 +138,36 @@ def _product(x_BND: jax.Array, kernel_DE: jax.Array) -> jax.Array:
 
 def _norm_product_forward(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, kernel_DE: jax.Array, eps: float
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+) -> tuple[jax.Array, tuple[Any, ...]]:
     y_BND, saved = layer_norm_forward(x_BND, scale_D, bias_D, eps)
-    return (x_BND, _product(y_BND, kernel_DE)), (saved, bias_D, kernel_DE)
+    return _product(y_BND, kernel_DE), (saved, bias_D, kernel_DE)
 
 
-def _norm_product_backward(eps: float, saved: tuple[Any, ...], g: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+def _norm_product_backward(
+    eps: float, saved: tuple[Any, ...], g_BNE: jax.Array, skip_BND: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
     normed, bias_D, kernel_DE = saved
-    skip_BND, g_BNE = g
     _, pull = jax.vjp(_product, recompute_norm(normed, bias_D, eps), kernel_DE)
     dy_BND, dkernel_DE = pull(g_BNE)
-    return *layer_norm_backward(eps, normed, dy_BND, skip_BND), dkernel_DE
+    return *layer_norm_backward(eps, normed, dy_BND, skip_BND=skip_BND), dkernel_DE
 
 
 norm_product.defvjp(_norm_product_forward, _norm_product_backward)
+
+
+def _skip_norm_product_forward(
+    x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, kernel_DE: jax.Array, eps: float
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+    y_BNE, saved = _norm_product_forward(x_BND, scale_D, bias_D, kernel_DE, eps)
+    return (x_BND, y_BNE), saved
+
+
+def _skip_norm_product_backward(eps: float, saved: tuple[Any, ...], g: tuple[jax.Array, jax.Array]) -> Any:
+    skip_BND, g_BNE = g
+    return _norm_product_backward(eps, saved, g_BNE, skip_BND)
+
+
+skip_norm_product.defvjp(_skip_norm_product_forward, _skip_norm_product_backward)
 
 
 def gelu(x: jax.Array) -> jax.Array:

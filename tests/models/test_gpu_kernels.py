@@ -110,7 +110,7 @@ def test_the_kernels_are_the_norm(monkeypatch, skipped):
     y, pull = jax.vjp(lambda *a: layers.layer_norm(*a, 1e-5), x, scale, bias)
     expected = pull(g)
     np.testing.assert_allclose(gpu_norm.forward(x, scale, bias, 1e-5, True), y, rtol=1e-4, atol=1e-5)
-    ours = gpu_norm.backward(x, scale, g, skip if skipped else None, 1e-5, True)
+    ours = gpu_norm.backward(x, scale, (g,), skip if skipped else None, 1e-5, True)
     for a, b, more in zip(ours, expected, (skip if skipped else 0, 0, 0), strict=True):
         np.testing.assert_allclose(a, b + more, rtol=1e-4, atol=2e-5)
 
