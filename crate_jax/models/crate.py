@@ -139,7 +139,7 @@ def ista(x_BND: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float) -> 
       (the step's result, the residual x - D x, which the gradient needs too), (B, N, D) each.
     """
     kernel_DD = dictionary_DD.astype(x_BND.dtype)
-    residual_BND = x_BND - x_BND @ kernel_DD
+    residual_BND = x_BND + x_BND @ -kernel_DD
     step_BND = x_BND + eta * (residual_BND @ kernel_DD.T) - eta * lam
     # This is ReLU with a scalar zero: one of all layers' shape would be stored, and read by each layer, on a GPU.
     return jax.lax.clamp(jnp.zeros((), step_BND.dtype), step_BND, jnp.full((), jnp.inf, step_BND.dtype)), residual_BND
