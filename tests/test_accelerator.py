@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from benchmarks.accelerator import cifar, clock, exact, kernels, runner, table
+from benchmarks.accelerator import cifar, clock, exact, kernels, runner, table, tune
 from benchmarks.accelerator.parts import ALL, MACHINE, PARTS, Part, Settings
 from crate_jax.errors import DataError, UserError
-from crate_jax.models import tpu_attention
+from crate_jax.models import gpu_attention, tpu_attention
 from crate_jax.parallel.sharding import BATCH
 from tests.conftest import ROOT
 
@@ -223,6 +223,45 @@ def test_awkward_shapes_are_among_the_cases():
             assert sum(isinstance(f.args[0], kernels.Norm) for f in found.values()) == 3
 
 
+@dataclasses.dataclass
+class Program:
+    """Stands in for a kernel with some tiles."""
+
+    ms: float
+    y: float = 1.0
+    error: str = ""
+
+    def __call__(self):
+        if self.error:
+            raise ValueError(self.error)
+        return {"y": np.array([0.5, -4.0]), "dx": np.array([2.0, 8.0 * self.y])}
+
+
+def test_tiles_that_fail_or_are_wrong_are_not_the_best_and_cost_only_themselves(monkeypatch):
+    monkeypatch.setattr(tune, "timed", lambda program, **_: {"ms": program.ms})
+    programs = {"a": Program(0.7), "b": Program(0.1, error="shared memory"), "c": Program(0.2, y=1.06)}
+    found = tune.trials(programs | {"d": Program(0.6, y=1.04), "e": Program(0.9)})
+    assert found["best"] == "d" and list(found["tried"]) == list("abcde")
+    assert found["tried"]["b"] == {"refused": "ValueError: shared memory"}
+    assert found["tried"]["d"] == {"ms": 0.6, "differs_by": pytest.approx(0.04)}
+    with pytest.raises(RuntimeError, match="no tile runs: ValueError: shared memory"):
+        tune.trials({"b": programs["b"]})
+
+
+def test_tiles_are_varied_one_kernel_at_a_time():
+    default = gpu_attention.tiles_for(197, 64)
+    for kernel in tune.KERNELS:
+        first, *others = tune.choices(default, kernel, tune.TILES, tune.SUMS)
+        assert first == default and len(set(others)) == len(others) > 7 and default not in others
+        varied = {f.name for t in others for f in dataclasses.fields(t) if getattr(t, f.name) != getattr(first, f.name)}
+        assert varied == {kernel, *["sums"] * (kernel == "bias")}
+    assert tune.cases("tune", Settings("", platform="tpu")) == {}
+    assert list(tune.cases("tune", Settings("", platform="gpu")))[:2] == [
+        "ROPIM ViT-B, bias: forward",
+        "ROPIM ViT-B, bias: first",
+    ]
+
+
 def test_the_table_compares_and_leaves_out_what_is_not_there():
     ours = {
         "batch": 128, "ms": 40.0, "images_per_sec": 3200.0, "model_flops_per_image": 5e10, "peak_bytes": 7.5e9,
@@ -236,6 +275,7 @@ def test_the_table_compares_and_leaves_out_what_is_not_there():
         "with_gradients_flops": 3e11, "ours": {"forward_ms": 0.5, "with_gradients_ms": 1.25, "differs_by": 0.01},
         "xla": {"refused": "x"}, "cudnn": {"forward_ms": 0.25, "with_gradients_ms": 1.0, "differs_by": 0.07},
     }  # fmt: skip
+    tried = {"a": {"ms": 0.5, "differs_by": 0.0}, "b": {"ms": 0.4, "differs_by": 0.01}, "c": {"refused": "no"}}
     text = table.markdown(
         {
             MACHINE: {MACHINE: machine},
@@ -244,6 +284,7 @@ def test_the_table_compares_and_leaves_out_what_is_not_there():
             "ropim_vit_b": {"ours": {"failed": "OutOfMemory: a | b"}},
             "vit_mae_b": {},
             "kernel_times": {"MSSA, B": times},
+            "tune": {"MSSA: first": {"default": "a", "best": "b", "tried": tried}},
             "parity": {"MSSA": {"errors": {"y": 0.02, "dx": 0.001}, "plain_errors": {"y": 0.5, "dx": 1}, "ok": False}},
         }
     )
@@ -254,6 +295,7 @@ def test_the_table_compares_and_leaves_out_what_is_not_there():
     assert "| MSSA | y 2.0e-02, dx 1.0e-03 | 5.0e-01, 1.0e+00 | NO |" in text
     assert "| ropim_vit_b: ours | failed | OutOfMemory: a / b |" in text
     assert "| MSSA, B | 0.500 / 1.250 | - / - | 0.250 / 1.000 WRONG | - / - | 60.0% |" in text
+    assert "| MSSA: first | a: 0.500 | b: 0.400 | 1 |" in text
     assert "vit_mae_b" not in text and "CIFAR" not in text and "| bfloat16 products, TFLOP/s | 400 |" in text
 
 

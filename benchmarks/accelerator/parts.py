@@ -66,6 +66,7 @@ PARTS = {
     "kernel_times": Part("kernel_times", limit=90, least=15),
     "parity_more": Part("kernels", limit=60, least=10),
     "feed": Part("feed", limit=180, least=60, alone=True),
+    "tune": Part("tune", limit=150, least=30),
     "cifar10": Part("cifar", limit=0, least=240, alone=True),
 }
 ALL = {MACHINE: Part(MACHINE, limit=60, least=5), **PARTS}

@@ -27,7 +27,7 @@ def markdown(rows: Rows) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     head = f"{machine['devices']} x {machine['device']} ({card}); {versions}; Python {machine['python']}; "
     parts = [head + f"{machine['cores']} cores. Times are medians of windows, after warm-up."]
-    for make in (ceilings, models, parity, kernel_times, feed, cifar, left_out):
+    for make in (ceilings, models, parity, kernel_times, tune, feed, cifar, left_out):
         if text := make(rows):
             parts.append(text)
     return "\n\n".join(parts) + "\n"
@@ -142,6 +142,21 @@ def kernel_times(rows: Rows) -> str:
         lines.append([name, *versions, share])
     columns = ("forward / with gradients, ms", "ours", "XLA", "cuDNN", "cuDNN, padded", "ours, of the peak")
     return grid("Kernels, times", columns, lines)
+
+
+def tune(rows: Rows) -> str:
+    """The cut of the kernels, as it is and as it would be best."""
+    lines = [
+        [
+            name,
+            *(f"{tile}: {number(row['tried'].get(tile), 'ms', '.3f')}" for tile in (row["default"], row["best"])),
+            sum("refused" in trial for trial in row["tried"].values()),
+        ]
+        for name, row in rows.get("tune", {}).items()
+        if measured(row)
+    ]
+    columns = ("kernel", "its tiles, ms of the pass", "best tiles, ms", "refused")
+    return grid("Tiles of the kernels of attention", columns, lines)
 
 
 def feed(rows: Rows) -> str:

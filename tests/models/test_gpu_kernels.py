@@ -3,6 +3,7 @@
 `tests/test_gpu_aot.py` compiles them for a GPU where JAX's CUDA plug-in is installed.
 """
 
+import re
 import types
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from crate_jax import models
 from crate_jax.models import gpu_attention, gpu_norm, layers, tpu_attention
 from crate_jax.models.crate import CrateBlock, norm_mssa
+from crate_jax.models.gpu_attention import Tile, Tiles
 from crate_jax.models.vit import SelfAttention
 from crate_jax.parallel import sharding, target
 from crate_jax.parallel.sharding import BATCH
@@ -40,20 +42,24 @@ def gradients(attend, x, bias, g):
     return [y, *jax.tree.leaves(pull(g))]
 
 
-def compared(N, heads, width, parts, biased, images=2, scale=1.0):
+# Each kernel has rows, columns and padded tokens of its own.
+UNEQUAL = Tiles(Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), Tile(64, 16, 4, 2), Tile(16, 64, 4, 2), 1)
+
+
+def compared(N, heads, width, parts, biased, images=2, scale=1.0, tiles=None):
     """(result, gradient of x, gradient of the bias) of the kernels and of the plain version in float32."""
     x, g = (jnp.float32(draw(images, N, n, seed=seed)) for seed, n in ((1, parts * heads * width), (2, heads * width)))
     bias = jnp.float32(draw(heads, N, N, seed=3)) if biased else None
-    ours = gradients(lambda x, b: gpu_attention.attend(x, b, heads, parts, True), scale * x, bias, g)
+    ours = gradients(lambda x, b: gpu_attention.attend(x, b, heads, parts, True, tiles), scale * x, bias, g)
     return ours, gradients(lambda x, b: plain(x, b, heads, parts), scale * x, bias, g)
 
 
 CASES = [
     # tokens, heads, head width, parts, bias, images, scale
     (5, 2, 16, 1, False, 3, 1.0),
-    (70, 1, 20, 3, True, 2, 1.0),  # two blocks of rows, the second with 6; lanes that hold nothing
+    (70, 1, 20, 3, True, 2, 1.0, UNEQUAL),  # a last block with 6 rows; lanes that hold nothing
     (70, 1, 16, 1, False, 1, 6.0),  # a softmax that saturates
-    (37, 1, 80, 3, False, 1, 1.0),  # blocks of 32 rows for heads wider than 64
+    (37, 1, 80, 3, False, 1, 1.0),  # heads wider than 64
     pytest.param((197, 2, 64, 1, False, 2, 1.0), marks=pytest.mark.slow),
     pytest.param((197, 2, 64, 3, True, 3, 1.0), marks=pytest.mark.slow),
     pytest.param((577, 1, 80, 3, True, 1, 1.0), marks=pytest.mark.slow),
@@ -61,10 +67,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case[:7]))
 def test_the_kernels_are_attention(case):
-    *shape, images, scale = case
-    for ours, theirs in zip(*compared(*shape, images=images, scale=scale), strict=True):
+    scale = case[6]
+    for ours, theirs in zip(*compared(*case), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5 * scale * np.abs(theirs).max())
 
 
@@ -85,6 +91,32 @@ def test_in_bfloat16_the_kernels_are_as_exact_as_the_plain_version(parts, biased
     for ours, theirs, truth in zip(kernels, other, exact, strict=True):
         error, known = (np.abs(np.asarray(a, np.float64) - truth).max() / np.abs(truth).max() for a in (ours, theirs))
         assert error <= known + 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_bias_is_read_as_binary_logarithms_without_keys_that_are_no_tokens(dtype):
+    bias = jnp.float32(draw(2, 37, 37)).at[0, 3, 5].set(1e7)
+    s = gpu_attention._Shape(1, 37, 3, 2, 16, UNEQUAL, True, UNEQUAL.bias)
+    made, turned = (np.asarray(gpu_attention._prepared(s, bias, jnp.dtype(dtype), t), np.float64) for t in (False, True))
+    assert made.shape == (2, 64, 64) and np.all(made[:, :, 37:] == -np.inf) and np.isfinite(made[:, :, :37]).all()
+    np.testing.assert_array_equal(turned, made.swapaxes(1, 2))
+    error = np.abs(made[1, :37, :37] / np.log2(np.e) - bias[1]) / np.abs(bias[1])
+    assert error.max() < (2e-7 if dtype == "float32" else 2**-11)
+
+
+@pytest.mark.parametrize(("biased", "passes"), [(False, 15), (True, 19)])
+def test_the_kernels_say_what_they_move(biased, passes):
+    """In arrays of the tokens' size: 4 forward, 5 and 6 backward, 4 for a bias."""
+    B, N, H, K = 8, 70, 2, 16
+    x, g, bias = (jax.ShapeDtypeStruct(s, d) for s, d in (
+        ((B, N, 3 * H * K), jnp.bfloat16), ((B, N, H * K), jnp.bfloat16), ((H, N, N), jnp.float32),
+    ))  # fmt: skip
+    text = str(jax.make_jaxpr(lambda *a: gradients(lambda x, b: gpu_attention.attend(x, b, H, 3), *a))(
+        x, bias if biased else None, g
+    ))  # fmt: skip
+    moved = sum(int(n) for n in re.findall(r"'bytes_accessed': '(\d+)'", text))
+    biases = (2 * 4 * 128 * 128 + 4 * 8 * N * N) * H if biased else 0  # float16; eight sums of float32
+    assert moved == passes * 2 * B * N * H * K + (11 if biased else 8) * 4 * B * H * N + biases
 
 
 @pytest.mark.parametrize(("data", "model"), [(2, 2)])
@@ -110,7 +142,8 @@ def test_the_kernels_are_the_norm(monkeypatch, skipped):
     y, pull = jax.vjp(lambda *a: layers.layer_norm(*a, 1e-5), x, scale, bias)
     expected = pull(g)
     np.testing.assert_allclose(gpu_norm.forward(x, scale, bias, 1e-5, True), y, rtol=1e-4, atol=1e-5)
-    ours = gpu_norm.backward(x, scale, (g,), skip if skipped else None, 1e-5, True)
+    parts = (g,) if skipped else (g - skip, 0.25 * skip, 0.75 * skip)  # of a sum
+    ours = gpu_norm.backward(x, scale, parts, skip if skipped else None, 1e-5, True)
     for a, b, more in zip(ours, expected, (skip if skipped else 0, 0, 0), strict=True):
         np.testing.assert_allclose(a, b + more, rtol=1e-4, atol=2e-5)
 
