@@ -22,6 +22,7 @@
 #   NAME         the JobSet's name (crate-jax)
 #   NAMESPACE    the JobSet's namespace (kubectl's default)
 #   RESTARTS     how often the pods are restarted (100)
+#   NCCL_*       settings of NCCL for pods with GPUs; NCCL_DEBUG is WARN if it is not set
 #   PYTHON       interpreter in the image (python)
 #   WORKER       number of the pod whose log is followed (0)
 #
@@ -54,6 +55,16 @@ json_map() {
     shift 2
   done
   printf '{%s}' "${map:2}"
+}
+
+# json_variables NAME VALUE NAME VALUE...: prints them as environment variables of a container.
+json_variables() {
+  local list=
+  while (($#)); do
+    list+=", {\"name\": $(json "$1"), \"value\": $(json "${2//\$(/\$\$(}")}"
+    shift 2
+  done
+  printf '[%s]' "${list:2}"
 }
 
 read_arguments "$@"
@@ -112,6 +123,11 @@ else
   ((SLICES == 1)) || fail "SLICES=$SLICES: only TPUs have slices; HOSTS is the number of pods"
   ((GPUS == 0)) || resources=(nvidia.com/gpu "$GPUS")
 fi
+variables=(PYTHONUNBUFFERED 1)
+if ((GPUS)); then
+  NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  for name in "${!NCCL_@}"; do variables+=("$name" "${!name}"); done
+fi
 ((SPOT == 0)) || selector+=(cloud.google.com/gke-spot true)
 
 for ((i = 0; i < ${#ARGS[@]}; i++)); do
@@ -128,7 +144,7 @@ declare -A values=(
   [NAME]=$(json "$NAME") [RESTARTS]=$RESTARTS [SLICES]=$SLICES [HOSTS]=$HOSTS
   [IMAGE]=$(json "$IMAGE") [CLAIM]=$(json "$CLAIM") [COMMAND]=$(json_list "${command[@]}")
   [NODE_SELECTOR]=$(json_map "${selector[@]}") [RESOURCES]=$(json_map "${resources[@]}")
-  [ANNOTATIONS]=$(json_map "${annotations[@]}")
+  [VARIABLES]=$(json_variables "${variables[@]}") [ANNOTATIONS]=$(json_map "${annotations[@]}")
 )
 manifest=
 while IFS= read -r line; do

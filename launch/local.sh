@@ -9,6 +9,7 @@
 #   N                     number of processes (required)
 #   CUDA_VISIBLE_DEVICES  GPUs, which are cut into N equal parts in this order; without it the run uses the CPU
 #   JAX_NUM_CPU_DEVICES   number of virtual devices of each process on the CPU (cores / N)
+#   NCCL_*                settings of NCCL, which the processes get; NCCL_DEBUG is WARN if it is not set
 #   PYTHON                interpreter (python)
 #   PORT                  port at which the processes meet (a number made from the launcher's process id)
 #   GRACE                 seconds between the failure of one process and SIGKILL for the others (120)
@@ -42,7 +43,7 @@ fi
 set_command() {
   local share=$((${#gpus[@]} / N)) IFS=,
   if ((share)); then
-    COMMAND=(env "CUDA_VISIBLE_DEVICES=${gpus[*]:$1*share:share}")
+    COMMAND=(env "CUDA_VISIBLE_DEVICES=${gpus[*]:$1*share:share}" "NCCL_DEBUG=${NCCL_DEBUG:-WARN}")
   else
     COMMAND=(env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" "JAX_NUM_CPU_DEVICES=$JAX_NUM_CPU_DEVICES")
   fi

@@ -12,6 +12,7 @@
 #   LEAD       seconds before the limit at which SIGTERM asks the run to save (300; SLURM may be a minute early)
 #   RESTARTS   how often the job may be requeued (100)
 #   NAME       the job's name; the log is NAME-JOBID.log (crate-jax)
+#   NCCL_*     settings of NCCL, such as NCCL_SOCKET_IFNAME, which all processes get; NCCL_DEBUG is WARN if it is not set
 #   PYTHON     interpreter on the nodes (python)
 #   CPUS, MEMORY, PARTITION, ACCOUNT, QOS, CONSTRAINT    passed to sbatch if set; CPUS per process, MEMORY per node
 
@@ -41,7 +42,8 @@ options=(
 )
 # --gpus-per-task would be wrong: JAX uses the GPU with the process's local number, so every process must see all GPUs
 # of its node.
-((GPUS == 0)) || options+=(--gpus-per-node="$GPUS")
+# ALL is sbatch's default: every NCCL_* of this environment reaches the processes.
+((GPUS == 0)) || options+=(--gpus-per-node="$GPUS" --export="ALL,NCCL_DEBUG=${NCCL_DEBUG:-WARN}")
 [[ -z ${TIME:-} ]] || options+=(--time="$TIME")
 [[ -z ${CPUS:-} ]] || options+=(--cpus-per-task="$CPUS")
 [[ -z ${MEMORY:-} ]] || options+=(--mem="$MEMORY")

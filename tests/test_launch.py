@@ -188,7 +188,10 @@ def test_slurm_asks_for_a_process_per_gpu_and_a_signal_to_them(env):
     asked = shlex.split(recorded(env)[0])
     assert asked[0] == "sbatch" and asked[-4].endswith("launch/slurm_job.sh") and tuple(asked[-3:]) == ARGS
     wanted = {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@600", "--requeue"}
-    assert wanted | {"--open-mode=append"} <= set(asked)
+    assert wanted | {"--open-mode=append", "--export=ALL,NCCL_DEBUG=WARN"} <= set(asked)
+    launch(env, "slurm.sh", *ARGS, **SLURM | {"GPUS": 0}, NCCL_DEBUG="INFO")
+    launch(env, "slurm.sh", *ARGS, **SLURM, NCCL_DEBUG="INFO")
+    assert ["NCCL_DEBUG=INFO" in line for line in recorded(env)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +310,8 @@ def manifest(env, *args, **settings):
 
 
 def test_kubernetes_gpus(env):
-    jobset, job, pod = manifest(env, *ARGS, '"\\\t\n', "$(HOSTNAME)", **KUBERNETES, HOSTS=3, GPUS=8, NAME="null")
+    settings = KUBERNETES | {"HOSTS": 3, "GPUS": 8, "NAME": "null", "NCCL_IB_HCA": '=mlx5_"$(A)', "NCCL_DEBUG": ""}
+    jobset, job, pod = manifest(env, *ARGS, '"\\\t\n', "$(HOSTNAME)", **settings)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["metadata"] == {"name": "null", "annotations": {}}
     assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 3, 3)
@@ -319,6 +323,8 @@ def test_kubernetes_gpus(env):
     ]
     assert jobset["spec"]["replicatedJobs"][0]["name"] == "host"  # of the coordinator's name
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"} and pod["nodeSelector"] == {}
+    variables = {"PYTHONUNBUFFERED": "1", "NCCL_DEBUG": "WARN", "NCCL_IB_HCA": '=mlx5_"$$(A)'}
+    assert {v["name"]: v["value"] for v in container["env"]} == variables
     assert container["image"] == KUBERNETES["IMAGE"]
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == KUBERNETES["CLAIM"]
 
@@ -349,6 +355,7 @@ def test_kubernetes_tpus(env, settings, hosts, chips):
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     assert container["command"][-1] == ARGS[-1]  # JAX reads GKE's variables
+    assert container["env"] == [{"name": "PYTHONUNBUFFERED", "value": "1"}]
 
 
 def is_alive(group):
@@ -395,7 +402,8 @@ def test_local_gives_each_process_its_number_and_devices(env, tmp_path):
     settings = {"N": 2, "CUDA_VISIBLE_DEVICES": "4,5,7,6"}
     lines = launch(env, "local.sh", "--dry-run", *ARGS, **settings).stdout.splitlines()
     assert [shlex.split(line)[:2] for line in lines] == [["env", f"CUDA_VISIBLE_DEVICES={x}"] for x in ("4,5", "7,6")]
-    assert all("JAX_PLATFORMS" not in line for line in lines)
+    assert all("JAX_PLATFORMS" not in line and " NCCL_DEBUG=WARN " in line for line in lines)
+    assert " NCCL_DEBUG=INFO " in launch(env, "local.sh", "--dry-run", **settings, NCCL_DEBUG="INFO").stdout
 
 
 def test_local_ends_with_the_first_failure_and_leaves_nobody(env, tmp_path):

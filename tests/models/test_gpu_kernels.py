@@ -97,7 +97,9 @@ def test_in_bfloat16_the_kernels_are_as_exact_as_the_plain_version(parts, biased
 def test_a_bias_is_read_as_binary_logarithms_without_keys_that_are_no_tokens(dtype):
     bias = jnp.float32(draw(2, 37, 37)).at[0, 3, 5].set(1e7)
     s = gpu_attention._Shape(1, 37, 3, 2, 16, UNEQUAL, True, UNEQUAL.bias)
-    made, turned = (np.asarray(gpu_attention._prepared(s, bias, jnp.dtype(dtype), t), np.float64) for t in (False, True))
+    made, turned = (
+        np.asarray(gpu_attention._prepared(s, bias, jnp.dtype(dtype), t), np.float64) for t in (False, True)
+    )
     assert made.shape == (2, 64, 64) and np.all(made[:, :, 37:] == -np.inf) and np.isfinite(made[:, :, :37]).all()
     np.testing.assert_array_equal(turned, made.swapaxes(1, 2))
     error = np.abs(made[1, :37, :37] / np.log2(np.e) - bias[1]) / np.abs(bias[1])
