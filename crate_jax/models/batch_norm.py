@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from crate_jax.parallel import target
+
 EPS = 1e-5  # as in PyTorch
 MOMENTUM = 0.1  # share of the new statistics in the running ones, as in PyTorch
 MOVED = "moved"  # the collection in which modules return their new statistics
@@ -37,10 +39,12 @@ class BatchNorm(nn.Module):
     Attributes:
       affine: whether there are a scale and a bias.
       dtype: type of the result.
+      relu: whether the result is rectified.
     """
 
     affine: bool = True
     dtype: Any = jnp.float32
+    relu: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, groups_BG: jax.Array | None = None) -> jax.Array:
@@ -59,12 +63,16 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (C,)) if self.affine else jnp.zeros((C,), running_mean.dtype)
         if not train:
             factor = jax.lax.rsqrt(running_var + EPS) * scale
-            return ((_wide(x) - running_mean) * factor + bias).astype(self.dtype)
-        y, mean_GC, var_GC = normalise_batch(x, scale, bias, running_mean, groups_BG)
+            y = ((_wide(x) - running_mean) * factor + bias).astype(self.dtype)
+            return nn.relu(y) if self.relu else y
+        fused = self.relu and target.is_nvidia()
+        normalise = normalise_and_rectify if fused else normalise_batch
+        y, mean_GC, var_GC = normalise(x, scale, bias, running_mean, groups_BG)
         count = x.size // (C * len(mean_GC))
         unbiased = jnp.mean(var_GC, 0) * (count / max(count - 1, 1))
         move(self, running_mean=(running_mean, jnp.mean(mean_GC, 0)), running_var=(running_var, unbiased))
-        return y.astype(self.dtype)
+        y = y.astype(self.dtype)
+        return nn.relu(y) if self.relu and not fused else y
 
 
 @jax.custom_vjp
@@ -127,13 +135,62 @@ def _normalise_backward(saved: tuple[Any, ...], cotangents: tuple[jax.Array, ...
     mean, inverse = (_of_image(v, groups_BG, x.ndim) for v in (mean_GC, inverse_GC))
     g, unit = _wide(cotangents[0]), (_wide(x) - mean) * inverse
     bias_GC, scale_GC = _group_means(g, groups_BG), _group_means(g * unit, groups_BG)
+    return _gradients(x, g, unit, inverse, scale_C, bias_GC, scale_GC, groups_BG)
+
+
+def _gradients(
+    x: jax.Array, g: jax.Array, unit: jax.Array, inverse: jax.Array, scale_C: jax.Array, bias_GC: jax.Array,
+    scale_GC: jax.Array, groups_BG: jax.Array | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The gradients of the arguments from the means of g and of g times unit over each group."""
     taken, tilted = (_of_image(v, groups_BG, x.ndim) for v in (bias_GC, scale_GC))
     dx = (g - taken - unit * tilted) * (inverse * scale_C)
-    count = x.size // (x.shape[-1] * len(mean_GC))
+    count = x.size // (x.shape[-1] * len(scale_GC))
     return dx.astype(x.dtype), count * jnp.sum(scale_GC, 0), count * jnp.sum(bias_GC, 0), None, None
 
 
 normalise_batch.defvjp(_normalise_forward, _normalise_backward)
+
+
+@jax.custom_vjp
+def normalise_and_rectify(
+    x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, near_C: jax.Array, groups_BG: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """:func:`normalise_batch` with the ReLU of its first result, for GPUs.
+
+    The backward pass rectifies twice: for the sums, and for the gradient of x. XLA would find that both are the same,
+    write the rectified gradient once and read it twice: 8 passes over arrays of x's size, where now there are 5. It
+    pays where the gradient of the result is an array anyway, such as a convolution's.
+    """
+    return _rectify_forward(x, scale_C, bias_C, near_C, groups_BG)[0]
+
+
+def _rectify_forward(
+    x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, near_C: jax.Array, groups_BG: jax.Array | None
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[Any, ...]]:
+    (y, mean_GC, var_GC), saved = _normalise_forward(x, scale_C, bias_C, near_C, groups_BG)
+    return (nn.relu(y), mean_GC, var_GC), (*saved, bias_C)
+
+
+def _rectify_backward(saved: tuple[Any, ...], cotangents: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    x, mean_GC, inverse_GC, scale_C, groups_BG, bias_C = saved
+    mean, inverse = (_of_image(v, groups_BG, x.ndim) for v in (mean_GC, inverse_GC))
+
+    def unit_and_gradient(x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        unit = (_wide(x) - mean) * inverse
+        # 1 or 0. As truth values, they would be written and read: XLA takes a small array for cheaper than this line.
+        return unit, _wide(g) * jnp.clip((unit * scale_C + bias_C) * 1e38, 0.0, 1.0)
+
+    # Barriers keep XLA from finding the forward pass, or the first of these two, again.
+    x, rectified_g = jax.lax.optimization_barrier((x, cotangents[0]))
+    unit, g = unit_and_gradient(x, rectified_g)
+    sums = _group_means(g, groups_BG), _group_means(g * unit, groups_BG)
+    x, rectified_g, (bias_GC, scale_GC) = jax.lax.optimization_barrier((x, rectified_g, sums))
+    unit, g = unit_and_gradient(x, rectified_g)
+    return _gradients(x, g, unit, inverse, scale_C, bias_GC, scale_GC, groups_BG)
+
+
+normalise_and_rectify.defvjp(_rectify_forward, _rectify_backward)
 
 
 def move(module: nn.Module, **statistics: tuple[jax.Array, jax.Array]) -> None:

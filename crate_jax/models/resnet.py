@@ -185,17 +185,17 @@ class Block(nn.Module):
     def __call__(self, x_BHWC: jax.Array, groups_BG: jax.Array | None) -> jax.Array:
         """(B, H, W, C) -> (B, H / stride, W / stride, width), sides rounded up."""
 
-        def layer(x: jax.Array, number: int, features: int, side: int, stride: int) -> jax.Array:
+        def layer(x: jax.Array, number: int, features: int, side: int, stride: int, relu: bool) -> jax.Array:
             x = conv(features, side, stride, f"conv{number}", self.dtype)(x)
-            return BatchNorm(dtype=self.dtype, name=f"norm{number}")(x, self.train, groups_BG)
+            return BatchNorm(relu=relu, dtype=self.dtype, name=f"norm{number}")(x, self.train, groups_BG)
 
         if self.bottleneck:
-            y = nn.relu(layer(x_BHWC, 1, self.inner, 1, 1))
-            y = nn.relu(layer(y, 2, self.inner, 3, self.stride))
-            y = layer(y, 3, self.width, 1, 1)
+            y = layer(x_BHWC, 1, self.inner, 1, 1, relu=True)
+            y = layer(y, 2, self.inner, 3, self.stride, relu=True)
+            y = layer(y, 3, self.width, 1, 1, relu=False)
         else:
-            y = nn.relu(layer(x_BHWC, 1, self.inner, 3, self.stride))
-            y = layer(y, 2, self.width, 3, 1)
+            y = layer(x_BHWC, 1, self.inner, 3, self.stride, relu=True)
+            y = layer(y, 2, self.width, 3, 1, relu=False)
         if self.stride != 1 or x_BHWC.shape[-1] != self.width:
             x_BHWC = conv(self.width, 1, self.stride, "shortcut_conv", self.dtype)(x_BHWC)
             x_BHWC = BatchNorm(dtype=self.dtype, name="shortcut_norm")(x_BHWC, self.train, groups_BG)

@@ -23,7 +23,10 @@ def is_tpu() -> bool:
 
 def is_nvidia() -> bool:
     """Whether the program that is being traced is for GPUs of NVIDIA."""
-    platform, kind = _device()
+    return _of_nvidia(*_device())
+
+
+def _of_nvidia(platform: str, kind: str) -> bool:
     return platform in ("gpu", "cuda") and "NVIDIA" in kind.upper()
 
 
@@ -46,12 +49,17 @@ def _device() -> tuple[str, str]:
 
 
 # Without it XLA would compute a weight's gradient part by part in a loop, and read both factors once for each chip.
-COMPILER_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+# Else, for GPUs without sums in bfloat16 (A100), XLA drops roundings to it, and stores tokens in float32 too.
+NVIDIA_OPTIONS: dict[str, str | bool] = {"xla_allow_excess_precision": False}
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
     """XLA's compiler options for a step on this mesh."""
-    return COMPILER_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
+        return TPU_OPTIONS
+    return NVIDIA_OPTIONS if _of_nvidia(device.platform, device.device_kind) else {}
 
 
 def kernel_memory() -> int:

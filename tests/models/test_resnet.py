@@ -19,7 +19,7 @@ from crate_jax.models.corruption import Masking
 from crate_jax.models.heads import HEADS
 from crate_jax.models.patches import patchify
 from crate_jax.models.resnet import ARCHITECTURES, Architecture, corrupt_image, draw_groups, max_pool
-from crate_jax.parallel import parameters, sharding
+from crate_jax.parallel import parameters, sharding, target
 from crate_jax.training import step as train_step
 
 pytestmark = pytest.mark.one_python
@@ -112,23 +112,45 @@ def textbook(x, scale, bias, groups_BG):
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 3, 2, 5)])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_one_pass_and_its_hand_written_gradient_are_those_of_the_definition(shape, grouped):
+@pytest.mark.parametrize("relu", [False, True])
+def test_one_pass_and_its_hand_written_gradient_are_those_of_the_definition(shape, grouped, relu):
     """Also where the mean is a thousand deviations away, since the running mean is near it."""
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(rng.normal(size=shape) * 0.7 + m, jnp.float32) for m in (1.9, 0.3))
     scale, bias = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
     groups = jax.nn.one_hot(jnp.array([0, 2, 1, 1, 0, 2]), 3) if grouped else None
 
+    normalise = batch_norm.normalise_and_rectify if relu else batch_norm.normalise_batch
+
     def ours(x, scale, bias):
-        return batch_norm.normalise_batch(x, scale, bias, jnp.full(5, 1.7), groups)[0]
+        return normalise(x, scale, bias, jnp.full(5, 1.7), groups)[0]
+
+    def definition(*args):
+        y = textbook(*args, groups)
+        return jax.nn.relu(y) if relu else y
 
     y, pull = jax.vjp(ours, x, scale, bias)
-    expected, expected_pull = jax.vjp(lambda *a: textbook(*a, groups), x, scale, bias)
+    expected, expected_pull = jax.vjp(definition, x, scale, bias)
     np.testing.assert_allclose(y, expected, atol=2e-6)
     for a, b in zip(pull(g), expected_pull(g), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
-    far = batch_norm.normalise_batch(x + 700, scale, bias, jnp.full(5, 701.9), groups)[0]
+    far = normalise(x + 700, scale, bias, jnp.full(5, 701.9), groups)[0]
     np.testing.assert_allclose(far, expected, atol=2e-3)  # of x itself: float32 holds 700 to 3e-5
+
+
+@pytest.mark.parametrize(("platform", "kind", "barriers"), [("gpu", "NVIDIA H100", 2), ("cpu", "cpu", 0)])
+def test_gpus_of_nvidia_rectify_within_the_norm(monkeypatch, platform, kind, barriers):
+    monkeypatch.setattr(target, "_device", lambda: (platform, kind))
+    norm, x = batch_norm.BatchNorm(relu=True), jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
+    params = norm.init(jax.random.key(0), x, False)
+
+    def loss(x):
+        return jnp.sum(norm.apply(params, x, True, mutable=[batch_norm.MOVED])[0] * jnp.arange(5.0))
+
+    assert str(jax.make_jaxpr(jax.grad(loss))(x)).count(" optimization_barrier ") == barriers
+    expected = jax.nn.relu(textbook(x, jnp.ones(5), jnp.zeros(5), None))
+    np.testing.assert_allclose(norm.apply(params, x, True, mutable=[batch_norm.MOVED])[0], expected, atol=2e-6)
+    np.testing.assert_allclose(norm.apply(params, x, False), jax.nn.relu(x), atol=2e-5)  # running statistics
 
 
 def test_groups_are_equal_and_follow_their_images():
