@@ -217,6 +217,15 @@ def test_without_a_loop_a_recomputed_block_is_kept_apart_from_its_forward_pass(p
     assert program.count("unroll=3\n") == unrolled
 
 
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [(H100, {"xla_allow_excess_precision": False}), (("tpu", "TPU v5e"), target.TPU_OPTIONS), (("cpu", "cpu"), {})],
+)
+def test_gpus_get_xlas_options_of_their_platform(platform, expected):
+    device = types.SimpleNamespace(platform=platform[0], device_kind=platform[1])
+    assert target.compiler_options(types.SimpleNamespace(devices=np.array([[device]]))) == expected
+
+
 def test_an_environment_variable_leaves_all_to_xla(monkeypatch):
     x = jax.ShapeDtypeStruct((16, 5, 64), jnp.float32)
     for value, fit in (("0", False), ("1", True)):
