@@ -8,7 +8,8 @@ it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from crate_jax.evals.knn import knn_sweep
 from crate_jax.evals.metrics import METRICS, accuracies
 from crate_jax.evals.probe import fit_all
 from crate_jax.validation import Key, anything, at_least, each, one_of, positive, several, within
+
+log = logging.getLogger(__name__)
 
 # Options of every protocol that chooses its settings.
 SELECTION = dict(
@@ -58,6 +61,19 @@ class Features:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tried:
+    """What one setting gave on the rows that settings are judged on.
+
+    Attributes:
+      predicted: the predicted classes (m,).
+      converged: whether the fit is the one that the setting asks for; None: nothing can fail to converge.
+    """
+
+    predicted: np.ndarray
+    converged: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Protocol:
     """A named recipe.
 
@@ -91,17 +107,17 @@ def knn(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     """
     settings = [{"k": k, "temperature": float(t)} for k in options.k for t in options.temperature]
 
-    def predict(g: Features) -> list[np.ndarray]:
+    def judge(g: Features) -> list[Tried]:
         out = knn_sweep(g.train_x, g.train_y, g.test_x, g.num_classes, options.k, options.temperature)
-        return list(out.reshape(len(settings), -1))
+        return [Tried(predicted) for predicted in out.reshape(len(settings), -1)]
 
-    chosen, table = _select(f, options, seed, settings, predict)
-    predicted = predict(f)  # one pass over the neighbours gives every setting
+    (chosen, *_), table = _select(f, options, seed, settings, judge)
+    tried = judge(f)  # one pass over the neighbours gives every setting
     return {
-        **{name: metric(predicted[chosen], f.test_y) for name, metric in METRICS.items()},
+        **{name: metric(tried[chosen].predicted, f.test_y) for name, metric in METRICS.items()},
         "chosen": settings[chosen],
         **table,
-        "sweep": _table(settings, predicted, f.test_y, options.metric),
+        "sweep": _table(settings, tried, f.test_y, options.metric),
     }
 
 
@@ -109,32 +125,41 @@ def logreg(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     """Runs full-batch logistic regression for every C (by default 10^0 .. 10^5) on features that are not standardised.
 
     CRATE-MAE (arXiv 2404.02446, appendix B) fits scikit-learn's logistic regression on the class token and keeps the C
-    that is best on the test set: that is ``select="test"``.
+    that is best on the test set: that is ``select="test"``. A C whose fit has not converged is not chosen, unless none
+    has.
     """
-    cs = options.c
-    settings = [{"c": c} for c in cs]
+    settings = [{"c": c} for c in options.c]
 
-    def scores(g: Features, strengths: Sequence[float]) -> list[np.ndarray]:
-        probes = fit_all(g.train_x, g.train_y, g.num_classes, strengths, options.standardise)
-        return [probe.scores(g.test_x) for probe in probes]
+    def judge(g: Features) -> list[Tried]:
+        probes = fit_all(g.train_x, g.train_y, g.num_classes, options.c, options.standardise)
+        return [Tried(probe.predict(g.test_x), probe.converged) for probe in probes]
 
-    def predict(g: Features) -> list[np.ndarray]:
-        return [np.argmax(s, axis=1) for s in scores(g, cs)]
-
-    chosen, table = _select(f, options, seed, settings, predict)
-    final = scores(f, cs[chosen : chosen + 1])[0]
-    return {**accuracies(final, f.test_y), "chosen": settings[chosen], **table}
+    order, table = _select(f, options, seed, settings, judge)
+    for chosen in order:  # the best one whose fit on all images converges too
+        (probe,) = fit_all(f.train_x, f.train_y, f.num_classes, [options.c[chosen]], options.standardise)
+        if probe.converged:
+            break
+    final = accuracies(probe.scores(f.test_x), f.test_y)
+    return {**final, "chosen": settings[chosen], "converged": probe.converged, **table}
 
 
 def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     """Trains a linear layer by SGD or LARS with one of :data:`crate_jax.evals.linear_sgd.RECIPES`.
+
+    A training set that is too small for the recipe's batch is repeated
+    (:meth:`crate_jax.evals.linear_sgd.Recipe.for_rows`); the record's ``recipe`` says how often.
 
     Raises:
       DataError: no class has two training images, so that no learning rate can be chosen on a part of them.
       NonFiniteError: the training diverged.
     """
     recipe = linear_sgd.RECIPES[options.recipe]
-    recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs)
+    recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs).for_rows(len(f.train_y))
+    if recipe.repeats > 1:
+        log.info(
+            "recipe=%s: %d training images are fewer than %d batches of %d; each pass goes over them %d times",
+            options.recipe, len(f.train_y), linear_sgd.MIN_BATCHES, recipe.batch_size, recipe.repeats,
+        )  # fmt: skip
     rates = options.lr or (recipe.lr,)
     settings = [{"lr": rate} for rate in rates]
 
@@ -142,8 +167,8 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
         rated = dataclasses.replace(recipe, lr=rate)
         return linear_sgd.fit(g.train_x, g.train_y, g.test_x, g.num_classes, rated, seed)
 
-    chosen, table = _select(
-        f, options, seed, settings, lambda g: [np.argmax(fit(g, rate)[0], axis=1) for rate in rates]
+    (chosen, *_), table = _select(
+        f, options, seed, settings, lambda g: [Tried(np.argmax(fit(g, rate)[0], axis=1)) for rate in rates]
     )
     scores, loss = fit(f, rates[chosen])
     if not np.isfinite(scores).all():
@@ -168,7 +193,7 @@ def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
         )
     result: dict[str, Any] = {"fewshot": []}
     for shot in sorted(options.shots):
-        found = []
+        found, converged = [], []
         for trial in range(options.trials):
             rng = np.random.default_rng((seed, shot, trial))
             rows = np.concatenate(
@@ -176,15 +201,22 @@ def fewshot(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
             )
             (probe,) = fit_all(f.train_x[rows], f.train_y[rows], f.num_classes, [options.c], standardise=False)
             found.append(accuracies(probe.scores(f.test_x), f.test_y))
+            converged.append(probe.converged)
         means = {name: float(np.mean([m[name] for m in found])) for name in found[0]}
         deviation = float(np.std([m[options.metric] for m in found], ddof=1)) if len(found) > 1 else 0.0
-        result["fewshot"].append({"shots": shot, "trials": options.trials, **means, "deviation": deviation})
+        result["fewshot"].append(
+            {"shots": shot, "trials": options.trials, **means, "deviation": deviation, "converged": all(converged)}
+        )
         result.update(means)
     return result
 
 
-def _table(settings: list[dict], predicted: list[np.ndarray], labels: np.ndarray, metric: str) -> list[dict[str, Any]]:
-    return [{**s, metric: METRICS[metric](p, labels)} for s, p in zip(settings, predicted, strict=True)]
+def _table(settings: list[dict], tried: list[Tried], labels: np.ndarray, metric: str) -> list[dict[str, Any]]:
+    return [
+        {**s, metric: METRICS[metric](t.predicted, labels)}
+        | ({} if t.converged is None else {"converged": t.converged})
+        for s, t in zip(settings, tried, strict=True)
+    ]
 
 
 def _select(
@@ -192,33 +224,36 @@ def _select(
     options: ConfigDict,
     seed: int,
     settings: list[dict[str, Any]],
-    predict: Callable[[Features], list[np.ndarray]],
-) -> tuple[int, dict[str, Any]]:
-    """Chooses the best setting by config.protocol.metric; among equally good settings, the first.
+    judge: Callable[[Features], list[Tried]],
+) -> tuple[list[int], dict[str, Any]]:
+    """Orders the settings by config.protocol.metric; equally good settings keep their order.
 
     Args:
       f: the features.
       options: the protocol's options.
       seed: seed of the images that the setting is chosen on.
       settings: the settings.
-      predict: the function features -> predicted classes (m,) of the test rows, for each setting.
+      judge: the function features -> what each setting gives on the test rows.
 
     Returns:
-      The index of the best setting, and, if there are several settings, ``selected_on`` and the table ``selection``.
+      The indices of the settings that can be chosen, the best one first, and, if there are several settings,
+      ``selected_on`` and the table ``selection``. Settings that have not converged are left out, unless none has.
 
     Raises:
       DataError: no class has two training images.
     """
     if len(settings) == 1:
-        return 0, {}
+        return [0], {}
     if options.select == "test":
         judged, where = f, "the test split, which is optimistic"
     else:
         judged = hold_out(f, options.validation, seed)
         where = f"{len(judged.test_y)} training images set aside"
-    table = _table(settings, predict(judged), judged.test_y, options.metric)
-    best = int(np.argmax([row[options.metric] for row in table]))
-    return best, {"selected_on": where, "selection": table}
+    tried = judge(judged)
+    table = _table(settings, tried, judged.test_y, options.metric)
+    order = sorted(range(len(settings)), key=lambda i: -table[i][options.metric])
+    converged = [i for i in order if tried[i].converged is not False]
+    return converged or order, {"selected_on": where, "selection": table}
 
 
 def hold_out(f: Features, share: float, seed: int) -> Features:
@@ -260,7 +295,7 @@ PROTOCOLS = {
     p.name: p
     for p in (
         Protocol(
-            "knn", 1,
+            "knn", 2,
             dict(
                 k=Key((10, 20, 100, 200), several(positive), "numbers of neighbours"),
                 temperature=Key((0.07,), several(positive), "temperatures of the neighbours' weights"),
@@ -269,7 +304,7 @@ PROTOCOLS = {
             knn,
         ),
         Protocol(
-            "logreg", 1,
+            "logreg", 2,
             dict(
                 c=Key((1e0, 1e1, 1e2, 1e3, 1e4, 1e5), several(positive), "inverse L2 strengths"),
                 standardise=Key(False, anything, "features of mean 0 and deviation 1"),
@@ -278,7 +313,7 @@ PROTOCOLS = {
             logreg,
         ),
         Protocol(
-            "linear_sgd", 2,
+            "linear_sgd", 3,
             dict(
                 recipe=Key("mae", one_of(*linear_sgd.RECIPES), "whose optimiser, batch, schedule and epochs"),
                 lr=Key((), each(positive), "learning rates to choose from; none: the recipe's rate", items=float),
@@ -288,7 +323,7 @@ PROTOCOLS = {
             linear,
         ),
         Protocol(
-            "fewshot", 2,
+            "fewshot", 3,
             dict(
                 shots=Key((1, 2, 5, 10), several(positive), "images per class"),
                 trials=Key(5, positive, "random draws of these images"),

@@ -128,6 +128,8 @@ def show(record: dict[str, Any]) -> None:
     if "chosen" in record:
         setting = ", ".join(f"{key} {value:g}" for key, value in record["chosen"].items())
         print(f"{setting}" + (f", chosen on {record['selected_on']}" if "selected_on" in record else ""))
+    if record.get("converged") is False:
+        print("not converged: the accuracy is not that of the setting")
     for name, value in record.items():
         if isinstance(value, float) and name in SHOWN:
             print(f"{name:<20}{value:>8.1%}")
@@ -239,6 +241,7 @@ def extract_features(
         "test_images": len(test_x),
         "classes": classes,
         "image_size": list(config.data.image_size),
+        "eval_crop": config.data.eval_crop,
         "pool": config.evaluation.pool,
         "layer": config.evaluation.layer,
         "width": train_x.shape[1],

@@ -64,10 +64,11 @@ def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, 
     assert results(tmp_path)[1] == json.loads(json.dumps(second))
     assert 0.3 < first["top1"] <= 1 and 0.5 < second["top1"] <= 1
     for record in (first, second):
-        assert record["version"] == 1 and record["checkpoint_sha256"] == pretrained.load(str(pretraining), "").sha256
+        assert record["version"] == 2 and record["checkpoint_sha256"] == pretrained.load(str(pretraining), "").sha256
         assert record["versions"]["jax"] == jax.__version__ and record["seed"] == 0
         assert record["versions"]["crate-jax"] == crate_jax.__version__
         assert (record["train_images"], record["test_images"], record["classes"]) == (1437, 360, 10)
+        assert record["eval_crop"] == 1.0  # the checkpoint's; the record's config holds only what is not the default
     job.run(configured("protocol=knn", pretraining, evaluation__pool="cls"), str(tmp_path))
     assert len(calls) > computed  # other tokens, other features
     computed = len(calls)
