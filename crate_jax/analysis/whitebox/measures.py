@@ -10,6 +10,7 @@ Shapes: B images, N tokens, D width, H heads, K head width, E = H * K, L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,64 +26,68 @@ from crate_jax.models.layers import BLOCK_EPS, block_points, layer_norm
 # The squared precision eps^2 of all rates. The paper does not state it; the released measure divides by 0.01.
 PRECISION = 0.01
 MEASURES = ("paper", "released")
-BLOCK = 32  # columns that are eliminated together
+BLOCK = 32  # rows that are made orthogonal together
 # The default of accelerators, TF32 or bfloat16, is too coarse: 1 is added to the entries of Gram matrices.
 EXACT = jax.lax.Precision.HIGHEST
 
 Layers = dict[str, jax.Array]  # measure -> (L, B)
 
 
-def log_det(gram_XNN: jax.Array) -> jax.Array:
-    """Logarithm of det(I + G) of positive semi-definite matrices, (..., N, N) -> (...), float32.
+def log_det(x_XNM: jax.Array) -> jax.Array:
+    """Logarithm of det(I + X X^T), (..., N, M) -> (...), float32.
 
-    The function computes L D L^T in blocks of columns, which is Cholesky without the roots. In exact arithmetic no
-    pivot of I + G is below 1. Rounding can make a pivot smaller if G has eigenvalues from about 1e7 on, beside which I
-    vanishes. Such a pivot holds no information: it counts as 1, and its column as 0. NaN in G gives NaN.
+    The rows of (X, I) are made orthogonal (modified Gram-Schmidt, in blocks of rows); the determinant is the product of
+    their squared lengths, none of which is below 1. X X^T itself is never formed: its entries are the squares of those
+    of X, and from about 1e7 on I vanishes beside them in float32. A NaN in X gives NaN.
 
-    >>> round(float(log_det(jnp.diag(jnp.array([1.0, 3.0])))), 4)  # log 2 + log 4
-    2.0794
+    >>> round(float(log_det(jnp.diag(jnp.array([1.0, 3.0])))), 4)  # log 2 + log 10
+    2.9957
     """
-    # jnp.linalg.cholesky is not used: on a CPU with few threads, several LAPACK calls at once in one program wait for
-    # each other for ever (jaxlib 0.10), and a measurement must not stop a run.
-    N = gram_XNN.shape[-1]
+    # jnp.linalg.qr is not used: on a CPU with few threads, several LAPACK calls at once in one program wait for each
+    # other for ever (jaxlib 0.10), and a measurement must not stop a run.
+    N = x_XNM.shape[-2]
     width = min(BLOCK, N)
     blocks = -(-N // width)
     side = blocks * width
-    pad = [(0, 0)] * (gram_XNN.ndim - 2) + [(0, side - N)] * 2
-    rows, columns = jnp.arange(side), jnp.arange(width)
+    pad = [(0, 0)] * (x_XNM.ndim - 2) + [(0, side - N), (0, 0)]
+    rows, in_block = jnp.arange(side), jnp.arange(width)
+    one_XNN = jnp.broadcast_to(jnp.eye(side, dtype=x_XNM.dtype), (*x_XNM.shape[:-2], side, side))
 
     def eliminate(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        schur_XNN, total_X = carry
+        rest_XNW, total_X = carry
         first = block * width
 
-        def column(j: jax.Array, panel_XNb: jax.Array) -> jax.Array:
-            row_Xb = jax.lax.dynamic_index_in_dim(panel_XNb, first + j, axis=-2, keepdims=False)
-            column_XN = jax.lax.dynamic_index_in_dim(panel_XNb, j, axis=-1, keepdims=False)
-            pivot_X1 = jax.lax.dynamic_index_in_dim(row_Xb, j, axis=-1)
-            lost_X1 = pivot_X1 < 1.0
-            kept_XN = jnp.where(lost_X1 & (rows > first + j), 0.0, column_XN)
-            below_XN = jnp.where(rows > first + j, kept_XN / jnp.where(lost_X1, 1.0, pivot_X1), 0.0)
-            right_Xb = jnp.where(columns > j, row_Xb, 0.0)
-            panel_XNb = jax.lax.dynamic_update_index_in_dim(panel_XNb, kept_XN, j, axis=-1)
-            return panel_XNb - below_XN[..., :, None] * right_Xb[..., None, :]
+        def row(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            panel_XbW, total_X = carry
+            row_XW = jax.lax.dynamic_index_in_dim(panel_XbW, j, axis=-2, keepdims=False)
+            # The rows before are unit vectors by now. What rounding left along them is taken out once more.
+            again_Xb = jnp.einsum("...bw,...w->...b", panel_XbW, row_XW, precision=EXACT)
+            again_Xb = jnp.where(in_block < j, again_Xb, 0.0)
+            row_XW = row_XW - jnp.einsum("...b,...bw->...w", again_Xb, panel_XbW, precision=EXACT)
+            length_X = jnp.maximum(jnp.linalg.norm(row_XW, axis=-1), 1.0)
+            unit_XW = row_XW / length_X[..., None]
+            along_Xb = jnp.einsum("...bw,...w->...b", panel_XbW, unit_XW, precision=EXACT)
+            along_Xb = jnp.where(in_block > j, along_Xb, 0.0)
+            panel_XbW = panel_XbW - along_Xb[..., None] * unit_XW[..., None, :]
+            return jax.lax.dynamic_update_index_in_dim(panel_XbW, unit_XW, j, axis=-2), total_X + jnp.log(length_X)
 
-        panel_XNb = jax.lax.dynamic_slice_in_dim(schur_XNN, first, width, axis=-1)
-        panel_XNb = jax.lax.fori_loop(0, width, column, panel_XNb)
-        corner_Xbb = jax.lax.dynamic_slice_in_dim(panel_XNb, first, width, axis=-2)
-        pivots_Xb = jnp.maximum(jnp.diagonal(corner_Xbb, axis1=-2, axis2=-1), 1.0)
-        rest_XNb = jnp.where((rows >= first + width)[:, None], panel_XNb, 0.0)
-        update = jnp.einsum("...nb,...mb->...nm", rest_XNb / pivots_Xb[..., None, :], rest_XNb, precision=EXACT)
-        return schur_XNN - update, total_X + jnp.sum(jnp.log(pivots_Xb), axis=-1)
+        panel_XbW = jax.lax.dynamic_slice_in_dim(rest_XNW, first, width, axis=-2)
+        panel_XbW, total_X = jax.lax.fori_loop(0, width, row, (panel_XbW, total_X))
+        for _ in range(2):
+            along_XNb = jnp.einsum("...nw,...bw->...nb", rest_XNW, panel_XbW, precision=EXACT)
+            along_XNb = jnp.where((rows >= first + width)[:, None], along_XNb, 0.0)
+            rest_XNW = rest_XNW - jnp.einsum("...nb,...bw->...nw", along_XNb, panel_XbW, precision=EXACT)
+        return rest_XNW, total_X
 
-    start = (jnp.pad(gram_XNN, pad) + jnp.eye(side, dtype=gram_XNN.dtype), jnp.zeros(gram_XNN.shape[:-2]))
-    return jax.lax.fori_loop(0, blocks, eliminate, start)[1]
+    start = (jnp.concatenate([jnp.pad(x_XNM, pad), one_XNN], axis=-1), jnp.zeros(x_XNM.shape[:-2]))
+    return 2.0 * jax.lax.fori_loop(0, blocks, eliminate, start)[1]
 
 
 def gaussian_rate(x_XND: jax.Array, precision: float = PRECISION) -> jax.Array:
     """1/2 log det(I + D / (N eps^2) X^T X) of N tokens of width D, in nats, (..., N, D) -> (...) float32.
 
-    This is the number of nats that a Gaussian code book needs for the tokens up to an error of eps. It is computed from
-    the smaller of the two Gram matrices, which have the same non-zero eigenvalues.
+    This is the number of nats that a Gaussian code book needs for the tokens up to an error of eps. X^T X and X X^T
+    have the same non-zero eigenvalues; the smaller of the two decides.
 
     Args:
       x_XND: the tokens.
@@ -93,9 +98,8 @@ def gaussian_rate(x_XND: jax.Array, precision: float = PRECISION) -> jax.Array:
     """
     N, D = x_XND.shape[-2:]
     x_XND = x_XND.astype(jnp.float32)
-    pattern = "...nd,...md->...nm" if N <= D else "...nd,...ne->...de"
-    gram = jnp.einsum(pattern, x_XND, x_XND, precision=EXACT)
-    return 0.5 * log_det(gram * (D / (N * precision)))
+    x_XND = x_XND * math.sqrt(D / (N * precision))
+    return 0.5 * log_det(x_XND if N <= D else jnp.swapaxes(x_XND, -1, -2))
 
 
 def in_subspaces(x_BND: jax.Array, subspaces_DE: jax.Array, heads: int) -> jax.Array:
