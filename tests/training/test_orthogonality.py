@@ -185,6 +185,23 @@ def test_a_kept_vector_converges_over_the_steps_and_a_fresh_one_does_not(iterati
             assert state == {} and values.mean() < 0.99 * sigma and values.std() > 0.005
 
 
+def test_too_few_iterations_from_new_vectors_are_warned_of(caplog):
+    """A cluster of eigenvalues below the largest: after two products sigma is low, and the gradient points elsewhere."""
+    kernel = with_singular_values(np.sqrt(1 + np.r_[2.0, np.full(39, 1.6)]), 60)
+    params, enough = dense(kernel), orthogonality.iterations_for(40)
+    errors = {}
+    for iterations in (2, enough):
+        penalty, _ = built("srip", params, iterations=iterations, keep_vector=False)
+        assert ("2 iterations from a new random vector may miss sigma_max" in caplog.text) == (iterations == 2)
+        assert (f"config.penalty.iterations={enough} finds it within 10 %" in caplog.text) == (iterations == 2)
+        caplog.clear()
+        of_key = jax.jit(lambda key, penalty=penalty: penalty.apply(params, {}, key)[0])
+        errors[iterations] = 1 - np.mean([float(of_key(jax.random.key(i))) for i in range(20)]) / 2.0
+    assert errors[enough] < 0.1 < errors[2]
+    built("srip", params, iterations=2)
+    assert not caplog.text and enough == 33
+
+
 def test_convolution_is_read_as_a_matrix_with_one_column_per_output():
     kernel = random_kernel((3, 3, 4, 10))
     params = dense(kernel)
