@@ -14,6 +14,11 @@
 With ``penalty=so`` or ``penalty=srip`` among the words, ``over=penalty`` varies penalty.weight over that search
 and 0, no penalty. Both also measure LiDAR.
 
+The table has the accuracy of each run's own k-NN and probe, on the labels of the pre-training set.
+--config.sweep.judge adds accuracies by any protocols of configs/evaluate.py, PROTOCOL or PROTOCOL@SOURCE: Tables 5
+and 6 of CRATE-MAE pre-train on ImageNet-1K and probe CIFAR-10, --config.sweep.judge=logreg@tfds:cifar10. Several are
+quoted: --config.sweep.judge="'knn','logreg@folder:DIR'". They read all images of both splits.
+
 Expected, from the paper (probe on CIFAR-10 after ImageNet-1K, `base=crate_mae`): Table 5, with
 --config.encoder.lam=5: 69.78, 75.97, 75.99, 73.45; Table 6: 83.33, 80.87, 75.99. ROPIM ablates its ratio
 in appendix C and 2411.00392 its weights; their lists and numbers are not repeated here. Cost: the base's

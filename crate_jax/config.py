@@ -214,6 +214,7 @@ SWEEP = Section(
         # Code must read it as sweep["values"], since a ConfigDict has a method `values`.
         values=Key((), anything, "the key's values"),
         seeds=Key(1, anything, "runs per value, with the seeds `seed`, `seed` + 1 and so on"),
+        judge=Key((), anything, "PROTOCOL or PROTOCOL@SOURCE, which each run's encoder is judged by as well"),
     ),
 )
 

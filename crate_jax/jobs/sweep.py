@@ -25,8 +25,9 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
-from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError, escaped
-from crate_jax.jobs import sweep_table, train
+from crate_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, escaped
+from crate_jax.evals.protocols import PROTOCOLS
+from crate_jax.jobs import evaluate, sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training.step import make_recipe
@@ -36,6 +37,7 @@ from crate_jax.workdir.folder import lock
 log = logging.getLogger(__name__)
 
 PENALTY = "penalty"  # sweeps penalty.name and penalty.weight together; a value is "none" or NAME:WEIGHT
+JUDGED = "judged"  # a folder in a run's folder: one workdir of evaluations per judge
 MAX_SEEDS = 10_000  # each seed is a run per value; a larger number is surely a typing error
 
 
@@ -56,6 +58,56 @@ class Setting:
     config: ConfigDict
 
 
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A protocol on frozen features, and the labelled data on which it judges each run's encoder.
+
+    Attributes:
+      name: as config.sweep.judge has it, such as ``logreg@tfds:cifar10``.
+      protocol: a key of :data:`crate_jax.evals.protocols.PROTOCOLS`, with its default options.
+      source: as config.data.source; "" for the images of pre-training.
+    """
+
+    name: str
+    protocol: str
+    source: str
+
+    def config(self, run: ConfigDict, folder: Path) -> ConfigDict:
+        """The config of the job `evaluate` for a run in `folder`, on all images of both splits."""
+        c = base()
+        c.job, c.seed, c.checkpoint = "evaluate", run.seed, str(folder)
+        c.protocol.name = self.protocol
+        with c.protocol.unlocked():
+            c.protocol.update(PROTOCOLS[self.protocol].options)
+        c.data.source, c.data.data_dir = self.source or run.data.source, run.data.data_dir
+        if not self.source:
+            c.data.train_split, c.data.eval_split = run.data.train_split, run.data.eval_split
+        c.data.image_size, c.data.mean, c.data.std, c.data.eval_crop = (0, 0), (0.0,) * 3, (0.0,) * 3, 0.0  # the run's
+        c.evaluation.train_images = c.evaluation.test_images = 0
+        c.evaluation.batch_size = run.evaluation.batch_size
+        return c
+
+
+def judges(config: ConfigDict) -> list[Judge]:
+    """The judges that config.sweep.judge names.
+
+    Raises:
+      ConfigError: an entry has no known protocol, or is listed twice.
+    """
+    out: list[Judge] = []
+    for name in (part for text in config.sweep.judge for part in str(text).split(",")):
+        protocol, _, source = name.strip().partition("@")
+        if protocol not in PROTOCOLS:
+            raise ConfigError(
+                f"config.sweep.judge: {name!r} is not a judge; write PROTOCOL or PROTOCOL@SOURCE, such as "
+                f"logreg@tfds:cifar10, where PROTOCOL is one of {', '.join(PROTOCOLS)}"
+            )
+        out.append(Judge(name.strip(), protocol, source))
+        if out[-1] in out[:-1]:
+            raise ConfigError(f"config.sweep.judge: {name} is listed twice")
+    return out
+
+
 def expand(config: ConfigDict) -> list[Setting]:
     """The runs of a sweep, ordered by value and then by seed, each checked as far as possible without data.
 
@@ -71,6 +123,7 @@ def expand(config: ConfigDict) -> list[Setting]:
     given = config.sweep["values"]
     if any(isinstance(v, str) for v in given) and not isinstance(default, list):
         given = [part for v in given for part in (v.split(",") if isinstance(v, str) else [v])]
+    judges(config)
     values = [_penalty(v) if key == PENALTY else _cast(key, v, default) for v in given]
     labels = [sweep_table.label(v) for v in values]
     if not values:
@@ -156,7 +209,7 @@ def _run_config(config: ConfigDict, key: str, value: Any, seed: int) -> ConfigDi
     """The config of one run. It does not mention the sweep, so it stays the same when the sweep gets more values."""
     child = config.copy_and_resolve_references()
     child.job, child.seed = "pretrain", seed
-    child.sweep.key, child.sweep.values, child.sweep.seeds = "", (), 1
+    child.sweep.key, child.sweep.values, child.sweep.seeds, child.sweep.judge = "", (), 1, ()
     if key == PENALTY:
         name, _, weight = value.partition(":")
         child.penalty.name, child.penalty.weight = name, float(weight or 0)
@@ -231,9 +284,14 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     sources: dict[str, data.Source] = {}
     for setting in settings:
         _check_setting(setting, functools.partial(_check_parts, sources=sources))
+    for judge in judges(config):
+        for split in ("train", "eval"):
+            labelled = judge.config(settings[0].config, Path())
+            if data.open_split(labelled, split, labels_required=True) is None:
+                raise DataError(f"config.sweep.judge: {labelled.data.source!r} has no {split} split, which judges need")
     with lock(workdir) as folder, Interrupt() as interrupt:
         finished = [bool(distributed.max_over_processes(int(_is_finished(folder / s.name, s)))) for s in settings]
-        records = {i: _record(folder, s) for i, s in enumerate(settings) if finished[i]}
+        records = {i: _judged(config, folder, s, _record(folder, s)) for i, s in enumerate(settings) if finished[i]}
         if records:
             log.info("%d of %d runs are finished already", len(records), len(settings))
         table = _report(config, folder, settings, records)
@@ -244,7 +302,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             if signum:
                 raise Interrupted(signum, f"with {len(records)} of {len(settings)} runs done")
             log.info("run %d of %d: %s", i + 1, len(settings), setting.name)
-            records[i] = _run_one(folder, setting)
+            records[i] = _judged(config, folder, setting, _run_one(folder, setting))
             table = _report(config, folder, settings, records)
         failed = [r["folder"] for r in records.values() if r["status"] == "failed"]
         return {"table": table, "folder": str(folder), "failed": failed}
@@ -279,6 +337,28 @@ def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
         # next run needs memory. jax.clear_caches would also free the programs that all runs share, which costs time.
         gc.collect()
     return _record(folder, setting)
+
+
+def _judged(config: ConfigDict, folder: Path, setting: Setting, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with each judge's top-1 accuracy, under ``judge PROTOCOL@SOURCE``; no judge that is done runs again.
+
+    Raises:
+      UserError: a judge cannot do its work.
+    """
+    if record["status"] == "done":
+        for judge in judges(config):
+            home = folder / setting.name / JUDGED / re.sub(r"[^-+.\w]", "_", judge.name)
+            try:
+                result = json.loads((home / evaluate.RESULTS).read_text(encoding="utf-8").splitlines()[-1])
+            except (OSError, ValueError, IndexError):
+                result = None
+            if distributed.max_over_processes(int(result is None)):
+                try:
+                    result = evaluate.run(judge.config(setting.config, folder / setting.name), str(home))
+                except UserError as e:
+                    raise UserError(f"{setting.name}, judged by {judge.name}: {e}") from e
+            record[f"{sweep_table.JUDGE}{judge.name}"] = result["top1"]
+    return record
 
 
 def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from crate_jax.workdir import metrics
 Record = Mapping[str, Any]
 
 SCORES = {"probe_top1": "probe", "knn_top1": "k-NN"}
+JUDGE = "judge "  # begins the names of accuracies by config.sweep.judge
 RANKS = {"rankme": "RankMe", "lidar": "LiDAR"}
 RANKS_TEXT = "RankMe and LiDAR say how many dimensions the features use; more is not better by itself."
 BASELINES = {"_untrained": "untrained", "_pixels": "pixels"}
@@ -79,6 +80,15 @@ def groups(records: Sequence[Record]) -> list[tuple[Any, list[Record], int]]:
     return out
 
 
+def judged(records: Sequence[Record]) -> dict[str, str]:
+    """{column: judge} of all accuracies by config.sweep.judge.
+
+    >>> judged([{"loss": 1.0, "judge knn@digits": 0.5}])
+    {'judge knn@digits': 'knn@digits'}
+    """
+    return {name: name.removeprefix(JUDGE) for record in records for name in record if name.startswith(JUDGE)}
+
+
 def mean_std(runs: Sequence[Record], name: str) -> tuple[float, float] | None:
     """Mean and sample standard deviation (0 for one run) of a number over runs; None if no run has the number.
 
@@ -97,17 +107,18 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
     columns = {"loss": "loss"}
     for suffix, name in {"": "", **BASELINES}.items():
         columns |= {score + suffix: f"{name} {shown} %".strip() for score, shown in SCORES.items()}
+    columns |= {name: f"{shown} %" for name, shown in judged(records).items()}
     for suffix, name in {"": "", "_untrained": "untrained"}.items():
         columns |= {rank + suffix: f"{name} {shown}".strip() for rank, shown in RANKS.items()}
     columns = {c: shown for c, shown in columns.items() if any(mean_std(done, c) for _, done, _ in rows)}
-    best = {c: max(_means(rows, c), default=None) for c in SCORES}
+    best = {c: max(_means(rows, c), default=None) for c in (*SCORES, *judged(records))}
     cells = [[key, "seeds", *columns.values()]]
     for value, done, failed in rows:
         seeds = f"{len(done)} + {failed} failed" if failed else str(len(done))
         cells.append([label(value), seeds])
         for column in columns:
             entry = mean_std(done, column)
-            text = _entry(entry, len(done), column.startswith(tuple(SCORES)))
+            text = _entry(entry, len(done), column.startswith((*SCORES, JUDGE)))
             is_best = len(rows) > 1 and entry is not None and entry[0] == best.get(column)
             cells[-1].append(f"**{text}**" if is_best else text)
     done_count = sum(r["status"] == "done" for r in records)
@@ -123,6 +134,11 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
         "neighbours (k-NN) on the trained encoder, on the same encoder untrained, and on raw pixels. "
         "± is the standard deviation over seeds. Bold: the best accuracy. The loss is that of the training "
         "objective, which the swept key may change: it does not rank the rows.",
+        *(
+            [f"Of the trained encoder by config.sweep.judge: {', '.join(found)}."]
+            if (found := judged(records).values())
+            else []
+        ),
         *(["", RANKS_TEXT] if RANKS.keys() & columns.keys() else []),
         *(["", *failures] if failures else []),
     ]
@@ -156,7 +172,7 @@ def figure(config: ConfigDict, records: Sequence[Record]) -> Any:
     from matplotlib.figure import Figure  # here: 0.3 s that no other job has to spend
 
     rows = groups(records)
-    panels = [score for score in SCORES if _means(rows, score)] or ["loss"]
+    panels = [score for score in (*SCORES, *judged(records)) if _means(rows, score)] or ["loss"]
     picture = Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
     picture.suptitle(_title(config, rows), fontsize=10)
     axes = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -212,7 +228,7 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
             ax.axvline(x, color="tab:red", alpha=0.15, linewidth=8)
             ax.text(x, 0.5, "failed", color="tab:red", rotation=90, ha="center", va="center",
                     transform=ax.get_xaxis_transform())  # fmt: skip
-    ax.set_title({"probe_top1": "linear probe", "knn_top1": "k-NN"}.get(column, "loss"))
+    ax.set_title({"probe_top1": "linear probe", "knn_top1": "k-NN"}.get(column, column.removeprefix(JUDGE)))
     ax.set_xlabel(key if ax.get_xscale() == "linear" else f"{key} (log scale)")
     ax.grid(axis="y", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)

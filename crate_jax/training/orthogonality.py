@@ -297,8 +297,8 @@ class SpectralRestrictedIsometry(_KernelPenalty):
         if not self.keep_vector and self.iterations < needed:
             log.warning(
                 "config.penalty.keep_vector=False: %d iterations from a new random vector may miss sigma_max, and the "
-                "gradient then belongs to other directions; config.penalty.iterations=%d finds it within %d %% on average, "
-                "keep_vector=True over the steps", self.iterations, needed, round(100 * FRESH_ERROR),
+                "gradient then belongs to other directions; config.penalty.iterations=%d finds it within %d %% on "
+                "average, keep_vector=True over the steps", self.iterations, needed, round(100 * FRESH_ERROR),
             )  # fmt: skip
 
     def init(self, key: jax.Array) -> State:

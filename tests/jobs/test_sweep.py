@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from configs import sweep as sweep_config
-from crate_jax.errors import ConfigError, NonFiniteError
+from crate_jax.errors import ConfigError, NonFiniteError, UserError
 from crate_jax.jobs import sweep, sweep_table
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from tests.conftest import ROOT
@@ -66,7 +66,7 @@ def test_each_value_and_seed_gets_the_run_it_would_have_alone(finished):
     for name in names:
         config = json.loads((folder / name / "config.json").read_text())
         assert f"encoder.lam={config['encoder']['lam']:g},seed={config['seed']}" == name
-        assert config["job"] == "pretrain" and config["sweep"] == {"key": "", "values": [], "seeds": 1}
+        assert config["job"] == "pretrain" and config["sweep"] == {"key": "", "values": [], "seeds": 1, "judge": []}
     assert len({s["params_sha256"] for s in summaries(folder).values()}) == 4
 
 
@@ -91,6 +91,45 @@ def test_table_csv_and_json_hold_the_numbers_of_the_summaries(finished):
     for line, record in zip(lines, records, strict=True):
         assert float(line["probe_top1"]) == record["probe_top1"] == summaries(folder)[line["folder"]]["probe_top1"]
         assert record["status"] == "done" and float(line["value"]) == record["value"]
+
+
+def test_judges_score_each_run_once_on_their_own_data(finished, tmp_path, monkeypatch):
+    """On another set than that of pre-training; what a judge found is kept, and a run's config does not change."""
+    folder, _ = finished
+    for split, count in (("train", 9), ("test", 4)):
+        for label, colour in (("red", (250, 9, 9)), ("blue", (9, 9, 250))):
+            (tmp_path / "set" / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), colour).save(tmp_path / "set" / split / label / f"{i}.png")
+    name = f"logreg@folder:{tmp_path / 'set'}"
+    shutil.copytree(folder, tmp_path / "sweep")
+    c = tiny(**TWO_BY_TWO, sweep__judge=("knn", name))
+    header, *rows = table_rows(sweep.run(c, str(tmp_path / "sweep"))["table"])
+    records = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [record[f"judge {name}"] for record in records] == [1.0] * 4  # colours, not digits
+    for record in records:
+        home = tmp_path / "sweep" / record["folder"] / "judged" / "knn"
+        (line,) = (home / "results.jsonl").read_text().splitlines()
+        assert json.loads(line)["top1"] == record["judge knn"] < 1 and json.loads(line)["data"] == "digits"
+        assert json.loads(line)["train_images"] == 1437
+    assert [row[header.index(f"{name} %")] for row in rows] == ["**100.0 ± 0.0**"] * 2 and "knn %" in header
+    monkeypatch.setattr(sweep.evaluate, "run", lambda *args: 1 / 0)
+    sweep.run(c, str(tmp_path / "sweep"))
+    assert sweep.run(tiny(**TWO_BY_TWO), str(tmp_path / "sweep"))["failed"] == []
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        ("svm@digits", "'svm@digits' is not a judge; write PROTOCOL or PROTOCOL@SOURCE"),
+        ("knn,knn", "knn is listed twice"),
+        ("logreg@folder:nowhere", "nowhere"),
+    ],
+)
+def test_judges_that_cannot_judge_are_named_before_any_run(judge, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        sweep.run(tiny(**TWO_BY_TWO, sweep__judge=(judge,)), str(tmp_path))
+    assert not list(tmp_path.glob("*=*"))
 
 
 def test_the_figure_is_drawn_twice(finished):

@@ -186,7 +186,7 @@ def test_a_kept_vector_converges_over_the_steps_and_a_fresh_one_does_not(iterati
 
 
 def test_too_few_iterations_from_new_vectors_are_warned_of(caplog):
-    """A cluster of eigenvalues below the largest: after two products sigma is low, and the gradient points elsewhere."""
+    """A cluster of eigenvalues below the largest: two products do not find sigma, and the gradient is another."""
     kernel = with_singular_values(np.sqrt(1 + np.r_[2.0, np.full(39, 1.6)]), 60)
     params, enough = dense(kernel), orthogonality.iterations_for(40)
     errors = {}
