@@ -1,6 +1,6 @@
 """Random and mutated inputs: configs, images, files of weights, metas of checkpoints. None may end in a traceback.
 
-    python -m tests.fuzz SECONDS [config image weights meta] [--seed=N]
+    python -m tests.fuzz SECONDS [config image weights convert meta] [--seed=N]
 
 Each target is a class whose `case(rng)` makes one input, hands it to the library and raises what it should not have
 raised; what an input is, is a function of the seed and the example's number, which a failure names.
@@ -12,6 +12,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import random
 import sys
 import tempfile
@@ -29,7 +30,8 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from crate_jax.config import base, validate
-from crate_jax.convert import weights
+from crate_jax.convert import __main__ as convert, weights
+from crate_jax.convert.export import FORMATS
 from crate_jax.data import decoding
 from crate_jax.data.sources import SyntheticSource
 from crate_jax.errors import UserError
@@ -259,6 +261,47 @@ class WeightsTarget:
             weights.load(self.path)
 
 
+class ConvertTarget(WeightsTarget):
+    """``crate_jax.convert`` on whole and damaged files, writing to any place, printing to a full disk."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.pipe = folder / "pipe"
+        os.mkfifo(self.pipe)
+
+    def case(self, rng: random.Random) -> None:
+        """Success, or status 2 and one line."""
+        data = rng.choice(self.seeds)
+        self.path.write_bytes(data if rng.random() < 0.5 else mutated(rng, data[:4000]) + data[4000:])
+        places = (self.path.with_name("out"), self.path, self.path / "below", self.path.parent, self.pipe, "")
+        out = [f"--out={rng.choice(places)}"]
+        command = rng.choice(("inspect", "import", "export"))
+        argv = {
+            "inspect": ["inspect", str(self.path)],
+            "import": ["import", str(self.path), *out],
+            "export": ["export", str(self.path), f"--format={rng.choice(sorted(FORMATS))}", *out],
+        }[command]
+        if rng.random() < 0.2:
+            option = rng.choice(("--heads", "--image-size", "--mean", "--family", "--prefix", "--lam", "--format"))
+            argv.append(f"{option}={rng.choice(NASTY)}")
+        err = io.StringIO()
+        full = rng.random() < 0.3
+        with contextlib.redirect_stderr(err), open("/dev/full" if full else os.devnull, "w") as printed:
+            try:
+                with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    status = convert.main(argv)
+            except SystemExit as e:
+                status = e.code
+            except Exception as e:
+                raise AssertionError(f"{argv}: {type(e).__name__}: {e}") from e
+        lines = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
+        if status not in (0, 2) or (status == 2) != (len(lines) == 1) or (full and status == 0 and command != "export"):
+            raise AssertionError(f"{argv}: status {status}, {err.getvalue()[:2000]!r}")
+        if not self.pipe.is_fifo():
+            raise AssertionError(f"{argv}: a file is where the pipe was")
+
+
 class MetaTarget:
     """A checkpoint's meta, damaged, or well-formed with values that no checkpoint has."""
 
@@ -296,12 +339,12 @@ class MetaTarget:
 
 def target(name: str, folder: Path) -> Target:
     """A target by name; `folder` is its own."""
-    if name in ("weights", "meta"):
-        return {"weights": WeightsTarget, "meta": MetaTarget}[name](folder)
+    if name in ("weights", "convert", "meta"):
+        return {"weights": WeightsTarget, "convert": ConvertTarget, "meta": MetaTarget}[name](folder)
     return {"config": ConfigTarget, "image": ImageTarget}[name]()
 
 
-NAMES = ("config", "image", "weights", "meta")
+NAMES = ("config", "image", "weights", "convert", "meta")
 
 
 def campaign(seconds: float, names: list[str], seed: int) -> int:

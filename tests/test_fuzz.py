@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
 import sys
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
+from crate_jax.convert import files
 from crate_jax.data import decoding
+from crate_jax.errors import CheckpointError
 from tests import fuzz
 
 pytestmark = pytest.mark.one_python
 
-COUNTS = {"config": 120, "image": 1500, "weights": 60, "meta": 1000}
+COUNTS = {"config": 120, "image": 1500, "weights": 60, "convert": 40, "meta": 1000}
 
 
 def examples(name: str, folder, seed: int, count: int, **options) -> None:
@@ -45,6 +50,28 @@ def test_the_targets_notice_what_they_are_for(monkeypatch):
         monkeypatch.setattr(fuzz, "parse_flags", parse)
         with pytest.raises(AssertionError):
             subject.case(random.Random(0))
+
+
+def test_printing_to_a_full_disk_ends_in_a_line(tmp_path, capsys):
+    subject = fuzz.ConvertTarget(tmp_path)
+    subject.path.write_bytes(subject.seeds[0])
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        assert fuzz.convert.main(["inspect", str(subject.path)]) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_weights_for_a_full_disk_or_a_pipe_end_in_a_line(tmp_path, monkeypatch):
+    def fail(*args):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as full:
+        full.setattr(safetensors.numpy, "save_file", fail)
+        with pytest.raises(CheckpointError, match=r"out: cannot be written \(.*No space left"):
+            files.write(tmp_path / "out", {"a": np.zeros(9, np.float32)}, {})
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=r"pipe: cannot be written \(not a regular file\)"):
+        files.write(tmp_path / "pipe", {"a": np.zeros(9, np.float32)}, {})
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_an_image_of_another_format_is_not_opened():

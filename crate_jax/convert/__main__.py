@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,12 +164,18 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command; returns the exit status, which is 2 after a UserError."""
+    """Runs one command; returns the exit status, which is 2 if the user can mend what went wrong: one line says it."""
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.stdout.flush()  # raises OSError if the disk is full or the reader is gone
+    except (UserError, OSError) as e:
+        for stream, text in ((sys.stderr, f"error: {' '.join(str(e).split())}\n"), (sys.stdout, "")):
+            try:
+                stream.write(text)
+                stream.flush()
+            except OSError:  # else Python would write the rest at its exit, fail again, and end with another status
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 2
     return 0
 

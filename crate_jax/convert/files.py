@@ -225,6 +225,8 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
       CheckpointError: the file cannot be written, or the disk is full.
     """
     path = expanduser(path).absolute()
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of a device or a pipe
+        raise CheckpointError(f"{path}: cannot be written (not a regular file)")
     dense = {name: np.asarray(a, order="C") for name, a in arrays.items()}  # ascontiguousarray makes scalars vectors
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,5 +234,5 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
         partial = path.with_name(f"{path.name}.partial")
         safetensors.numpy.save_file(dense, partial, dict(metadata))
         partial.replace(path)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be written ({e.strerror})") from None
+    except (OSError, safetensors.SafetensorError) as e:  # the latter if the disk is full
+        raise CheckpointError(f"{path}: cannot be written ({getattr(e, 'strerror', e)})") from None

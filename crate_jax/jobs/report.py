@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,8 +249,11 @@ def analyse(subjects: Sequence[Subject], chosen: Sequence[str]) -> tuple[list[Se
             continue
         if analysis.needs_images:
             log.info("%s ...", analysis.title)
+        start = time.monotonic()
         try:
             sections.append(analysis.run(usable))
+            if analysis.needs_images:
+                log.info("%s took %.1f s", analysis.title, time.monotonic() - start)
         except UserError as e:
             if distributed.processes() > 1:  # the other processes may still be in this section
                 raise

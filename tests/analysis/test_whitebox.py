@@ -168,6 +168,16 @@ def measured(c, params, x, measures=whitebox.MEASURES):
     return jax.device_get(jax.jit(whitebox.build(c, measures))(params, x, keys))
 
 
+def test_what_a_map_leaves_needs_two_batches_of_two_images():
+    """One to fit the map and one to judge it; a report on one image ended in a traceback."""
+    c = small()
+    params = init(c)
+    for counts in ((), (1,), (3,), (3, 1), (1, 1)):
+        assert len(whitebox.linear_inversion_error(c, params, [images(c, n) for n in counts])) == 0
+    found = whitebox.linear_inversion_error(c, params, [images(c, n) for n in (3, 3, 1)])
+    assert len(found) == 2 and np.isfinite(found).all()
+
+
 def test_all_layers_at_once_equal_layer_by_layer_in_float64():
     """The scanned blocks' points with the right layer's parameters, rates by the definition."""
     c = small()

@@ -190,6 +190,18 @@ def test_a_folder_of_runs_is_all_of_them(runs, tmp_path):
     assert len(read(tmp_path / "w")[1]["runs"]) == 3
 
 
+def test_slow_sections_say_that_they_begin_and_how_long_they_took(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    moments = iter((3.0, 10.5))
+    monkeypatch.setattr(job.time, "monotonic", lambda: next(moments))
+    monkeypatch.setitem(
+        job.SECTIONS, "views", job.Analysis("Seen", lambda _: Section("Seen", "text"), needs_runs=False)
+    )
+    sections, missing = job.analyse([], ["views"])
+    assert [s.title for s in sections] == ["Seen"] and not missing
+    assert [r.getMessage() for r in caplog.records] == ["Seen ...", "Seen took 7.5 s"]
+
+
 def test_a_section_that_needs_no_run_is_had_without_one(tmp_path, monkeypatch):
     """As a flag gives them, names of sections are one text."""
     lone = Section("Alone", "", tables=(Table("t", ("x",), ((1,),)),))
