@@ -77,7 +77,7 @@ def test_coding_rate_of_tokens_in_few_directions_is_float64s(N, D, rank, scale, 
     """The Gram matrix in float32 cannot hold 1 beside its entries: the rate was up to 15 % away here."""
     x = scale / np.sqrt(rank) * random(N, rank) @ random(rank, D, seed=1) + noise * random(N, D, seed=2)
     x = x.astype(np.float32)
-    np.testing.assert_allclose(whitebox.coding_rate(x[None]), [rate64(x, 0.01)], rtol=2e-4)
+    np.testing.assert_allclose(whitebox.coding_rate(x[None]), [rate64(x, 0.01)], rtol=5e-4)
 
 
 def test_a_diverged_layer_measures_as_nan():

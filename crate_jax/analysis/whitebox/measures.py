@@ -73,11 +73,9 @@ def log_det(x_XNM: jax.Array) -> jax.Array:
 
         panel_XbW = jax.lax.dynamic_slice_in_dim(rest_XNW, first, width, axis=-2)
         panel_XbW, total_X = jax.lax.fori_loop(0, width, row, (panel_XbW, total_X))
-        for _ in range(2):
-            along_XNb = jnp.einsum("...nw,...bw->...nb", rest_XNW, panel_XbW, precision=EXACT)
-            along_XNb = jnp.where((rows >= first + width)[:, None], along_XNb, 0.0)
-            rest_XNW = rest_XNW - jnp.einsum("...nb,...bw->...nw", along_XNb, panel_XbW, precision=EXACT)
-        return rest_XNW, total_X
+        along_XNb = jnp.einsum("...nw,...bw->...nb", rest_XNW, panel_XbW, precision=EXACT)
+        along_XNb = jnp.where((rows >= first + width)[:, None], along_XNb, 0.0)
+        return rest_XNW - jnp.einsum("...nb,...bw->...nw", along_XNb, panel_XbW, precision=EXACT), total_X
 
     start = (jnp.concatenate([jnp.pad(x_XNM, pad), one_XNN], axis=-1), jnp.zeros(x_XNM.shape[:-2]))
     return 2.0 * jax.lax.fori_loop(0, blocks, eliminate, start)[1]
