@@ -273,7 +273,7 @@ class ConvertTarget(WeightsTarget):
         """Success, or status 2 and one line."""
         data = rng.choice(self.seeds)
         self.path.write_bytes(data if rng.random() < 0.5 else mutated(rng, data[:4000]) + data[4000:])
-        places = (self.path.with_name("out"), self.path, self.path / "below", self.path.parent, self.pipe, "")
+        places = (self.path.with_name("out"), self.path, self.path / "below", self.path.parent, self.pipe)
         out = [f"--out={rng.choice(places)}"]
         command = rng.choice(("inspect", "import", "export"))
         argv = {
