@@ -37,6 +37,7 @@ PREFERRED = (
     "encoder.",  # SimSiam, solo-learn before 1.0.4
 )
 BLOCK = r"^((?:.*\.)?)(\d+)\.0\.conv1\.weight$"  # of a numbered ResNet
+MAX_NETWORKS = 100  # that one file may hold beside each other; each is compared with each name
 CHUNK = r"^((?:.*\.)?)blocks\.0\.0\.attn\.qkv\.weight$"  # of a ViT whose blocks are in chunks (DINOv2)
 
 
@@ -77,6 +78,8 @@ def find(state: Mapping[str, Array], prefix: str = "", family: str = "") -> Bran
         candidates = _candidates(state)
         if _known(whole) or not candidates:
             return Branch("", whole, family or detect(whole), {}, shift)
+        if len(candidates) > MAX_NETWORKS:
+            raise ConfigError(f"holds {len(candidates)} networks: choose one with `convert import` (--prefix)")
         if len(candidates) > 1:
             parts = {p: [name.removeprefix(p) for name in state if name.startswith(p)] for p in candidates}
             candidates = [p for p in candidates if fits(parts[p])] or candidates

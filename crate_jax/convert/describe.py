@@ -19,7 +19,7 @@ from crate_jax.config import base
 from crate_jax.convert.families import family, import_state_dict
 from crate_jax.convert.rules import Grid, canonical_name
 from crate_jax.data import IMAGENET_MEAN, IMAGENET_STD
-from crate_jax.errors import ConfigError, some
+from crate_jax.errors import ConfigError
 from crate_jax.models.patches import relative_table_rows
 from crate_jax.models.resnet import ARCHITECTURES
 from crate_jax.parallel.parameters import names
@@ -232,8 +232,6 @@ TIMM_RESNETS = (*ARCHITECTURES, "tv_resnet34", "tv_resnet50")
 
 def _resnet(c: ConfigDict, ours: Mapping[str, Any], hints: Hints) -> None:
     """Sets the architecture, width and stem of a ResNet, from its shapes (kh, kw, in, out) of kernels."""
-    if empty := [n for n, shape in ours.items() if 0 in shape]:
-        raise ConfigError(f"resnet weights: arrays without numbers, {some(empty, ', ')}")
     e, stem = c.encoder, ours["encoder/stem/conv/kernel"]
     e.name, e.stage_width, side = _architecture(ours), stem[3], stem[0]
     if hints.architecture and hints.architecture not in TIMM_RESNETS:

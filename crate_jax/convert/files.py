@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ NESTED = (
 STANDARD = ("model.safetensors", "pytorch_model.bin")  # names of a folder's weights
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")  # by which others are found in a folder
 MAX_DEPTH = 4  # of dictionaries in each other
+MAX_HEADER = 2**24  # bytes of a .safetensors file's header; a tensor takes about 100
 # Prefixes of wrappers; a prefix is removed if all names have it.
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 
@@ -122,6 +124,10 @@ def _wrapper(names: Collection[str]) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER:
+        raise CheckpointError(f"{path}: its header has {header} bytes, more than the {MAX_HEADER} that are read")
     try:
         with safetensors.safe_open(path, framework="np") as file:  # checks header, sizes and offsets
             metadata = file.metadata() or {}
@@ -129,7 +135,7 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
         raise CheckpointError(f"{path}: damaged or cut short: {e}") from None
     # We slice the bytes ourselves: safetensors.numpy does not know bfloat16.
     data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
+    start = 8 + header
     arrays = {}
     for name, entry in json.loads(data[8:start]).items():
         if name == "__metadata__":
@@ -138,7 +144,11 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
             raise CheckpointError(f"{path}: '{name}' has the type {entry['dtype']}, which is not supported")
         first, last = entry["data_offsets"]
         numbers = np.frombuffer(memoryview(data)[start + first : start + last], SAFETENSORS_DTYPES[entry["dtype"]])
-        arrays[name] = numbers.reshape(entry["shape"])
+        try:
+            arrays[name] = numbers.reshape(entry["shape"])
+        except ValueError:  # more dimensions than NumPy has, or a huge one beside a zero
+            shape = some(list(map(str, entry["shape"])), " x ")
+            raise CheckpointError(f"{path}: '{name}' has the shape {shape}, which no array has") from None
     if not arrays:
         raise CheckpointError(f"{path}: holds no tensors")
     return arrays, {"format": "safetensors", "metadata": metadata}
@@ -150,7 +160,8 @@ def _read_torch(path: Path, start: bytes, prefix: str) -> tuple[Arrays, dict[str
         args = tree.get("args") if isinstance(tree, dict) else None
         found = dict(_state_dicts(tree))
         if not found:
-            what = f"has {', '.join(map(str, tree)) or 'nothing'}" if isinstance(tree, dict) else "is not a dictionary"
+            keys = some(list(map(str, tree)), ", ") or "nothing" if isinstance(tree, dict) else ""
+            what = f"has {keys}" if keys else "is not a dictionary"
             raise CheckpointError(
                 f"{path}: no weights found, it {what}; expected tensors by name, at the top or under one of "
                 f"{', '.join(NESTED)}"
@@ -162,21 +173,21 @@ def _read_torch(path: Path, start: bytes, prefix: str) -> tuple[Arrays, dict[str
             nested = _choose(fitting, networks, prefix) if networks else max(found, key=lambda keys: len(found[keys]))
         except ConfigError as e:
             raise CheckpointError(f"{path}: {e}") from None
-        arrays = {name: checkpoint.array(leaf) for name, leaf in found[nested].items()}
+        arrays = checkpoint.arrays(found[nested])
     return arrays, {
         "format": "zip" if start.startswith(ZIP_START) else "legacy",
         "nested": list(nested),
         "others": {".".join(keys): len(found[keys]) for keys in networks if keys != nested},
-        "args": vars(args) if isinstance(args, Inert) else {},
+        "args": args.state if isinstance(args, Inert) else {},
     }
 
 
 def _state_dicts(tree: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """Yields the tensors of each dictionary in a checkpoint by name, with the keys above them; no dictionary twice."""
     seen: set[int] = set()
-    pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    pending: collections.deque[tuple[tuple[str, ...], Any]] = collections.deque([((), tree)])
     while pending:
-        keys, node = pending.pop(0)
+        keys, node = pending.popleft()
         if not isinstance(node, dict) or id(node) in seen:
             continue
         seen.add(id(node))
@@ -211,7 +222,8 @@ def _choose(fitting: Sequence[tuple[str, ...]], networks: Sequence[tuple[str, ..
         # Weights at the top come after the keys of NESTED, and before other keys.
         return [NESTED.index(key) if key in NESTED else len(NESTED) + 1 for key in keys] or [len(NESTED)]
 
-    first = [keys for keys in fitting if rank(keys) == min(map(rank, fitting))]
+    best = min(map(rank, fitting))
+    first = [keys for keys in fitting if rank(keys) == best]
     if len(first) > 1:
         listed = some([f"{'.'.join(keys)}." for keys in first], ", ")
         raise ConfigError(f"holds several networks, {listed}: choose one with `convert import` (--prefix)")

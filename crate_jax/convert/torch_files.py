@@ -1,13 +1,14 @@
 """Reads PyTorch's checkpoint formats without PyTorch, and runs nothing that is in them.
 
 A checkpoint is a pickle, which is a program: it names Python objects and calls them. The reader here knows
-the few names that weights need, and has an inert stand-in for each; it refuses all other names. Two formats
+the few names and operations that weights need, and has an inert stand-in for each; it refuses all others. Two formats
 exist. Since PyTorch 1.6, a checkpoint is an uncompressed zip with the pickle in ``NAME/data.pkl`` and the bytes of
 each storage in ``NAME/data/KEY``. Before (and with ``_use_new_zipfile_serialization=False``) it is a number, a version
 and the sizes of integers, each pickled; the pickle; the pickled list of storage keys; each storage's length and bytes.
 
 A tensor in the pickle is a view of a storage (offset, sizes, strides in elements). A storage is read only when one
-of its tensors is read, so an optimiser's state costs nothing.
+of its tensors is read, so an optimiser's state costs nothing. No size that a file names is believed before it is
+compared with the file's own: what is read takes no more memory than a small multiple of that.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import pickle
+import io
+import math
+import os
+import pickletools
 import struct
+import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +53,12 @@ DTYPE_NAMES = (
 
 
 MAX_MESSAGE = 200  # characters; a message may hold names from a damaged file
+MAX_PICKLE = 2**26  # bytes; those of the largest published checkpoints have 2^23, with their optimiser
+MAX_WORK = 2_000_000  # operations, which take about 4 s and 0.5 GB; a tensor takes about 25
+MAX_LINE = 1000  # bytes of a line in a pickle, which is a module's or a class's name
+MAX_NAME = 500  # characters of a key; a dictionary leaves out longer ones
+MAX_DIMENSIONS = 32
+MAX_SHARED = 4  # times as many bytes as the file has, that its tensors may take if they share storages
 
 
 class RefusedError(Exception):
@@ -81,30 +92,26 @@ class Tensor:
 
 
 class Inert:
-    """The stand-in for an object that no weight depends on; it accepts every operation and does nothing.
+    """The stand-in for an object that no weight depends on; the reader does nothing with it.
 
-    `vars` returns the attributes that a pickle sets on it, such as those of an argparse.Namespace.
+    Attributes:
+      state: the attributes that a pickle sets on it, such as those of an argparse.Namespace.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    __slots__ = ("state",)
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
+    def __init__(self) -> None:
+        self.state: dict[Any, Any] = {}
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
 
-    def append(self, value: Any) -> None:
-        """Ignores `value`."""
-
-    def extend(self, values: Any) -> None:
-        """Ignores `values`."""
+def _size(numbers: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(numbers, tuple | list) or len(numbers) > MAX_DIMENSIONS:
+        raise RefusedError(f"a tensor whose shape is not at most {MAX_DIMENSIONS} numbers")
+    return tuple(numbers)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-    shape, strides = tuple(shape), tuple(strides)
+    shape, strides = _size(shape), _size(strides)
     if not isinstance(storage, Storage) or len(shape) != len(strides):
         raise RefusedError("a tensor that is not a view of a storage")
     if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides)):
@@ -116,12 +123,12 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-ALLOWED: dict[str, Any] = {
+_NAMES: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
-    "torch.Size": tuple,
+    "torch.Size": _size,
     **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in DTYPES.items()},
     "torch.storage.UntypedStorage": StorageType(np.dtype("u1")),
     **{f"torch.{name}": Inert for name in ("device", *DTYPE_NAMES)},
@@ -157,40 +164,195 @@ ALLOWED: dict[str, Any] = {
 }  # fmt: skip
 
 
-# The unpickler in Python: the one in C allocates memory by numbers in the file (memo indices), so a few damaged
-# bytes can ask for gigabytes. Speed does not matter: the pickles are small, because the tensors are not in them.
-class Unpickler(pickle._Unpickler):
-    """Resolves the names in ALLOWED and no others; `storages` holds the storages that it met, by key."""
+ALLOWED: Mapping[str, Any] = types.MappingProxyType(_NAMES)
+
+# The operations that put a value on the stack: the one in the pickle, or what the function here returns.
+ATOMS: Mapping[str, Callable[[], Any]] = types.MappingProxyType(
+    {
+        **{f"BININT{size}": int for size in ("", "1", "2")},
+        **{f"{short}BINUNICODE": str for short in ("", "SHORT_")},
+        **{f"{short}BINSTRING": str for short in ("", "SHORT_")},  # Python 2's byte strings, as Latin-1
+        **{f"{short}BINBYTES": bytes for short in ("", "SHORT_")},
+        **{"BINUNICODE8": str, "BINBYTES8": bytes, "BYTEARRAY8": bytes, "BINFLOAT": float, "LONG1": int},
+        **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
+        **{"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": Inert},
+    }
+)
+
+
+class Unpickler:
+    """The machine that a pickle is a program for, with the operations that PyTorch's checkpoints need and no others.
+
+    It cannot call or change anything of ours: a global name is an entry of ALLOWED, which it calls only through
+    :meth:`_call`, and it fills only dictionaries and lists that it made itself. Its work and memory are bounded by
+    MAX_PICKLE and MAX_WORK, whatever sizes the bytes name: nothing that it does takes longer than the objects on its
+    stack are many. What could take longer is left out: sets, and keys of dictionaries that are no names or numbers
+    (a tuple of one tuple twice, 60 deep, has 2^60 items to hash).
+
+    Attributes:
+      storages: the storages that it met, by key.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, encoding="latin1")  # Python 2's byte strings
+        self._file = _Limited(file)
+        self._left = MAX_WORK
         self.storages: dict[str, Storage] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a global name.
+    def load(self) -> Any:
+        """The next pickle of the file.
 
         Raises:
-          RefusedError: the name is not in ALLOWED.
+          RefusedError: it asks for what weights do not need, or for too much.
         """
-        try:
-            return ALLOWED[f"{module}.{name}"]
-        except KeyError:
-            raise RefusedError(f"its pickle asks for '{module}.{name}', which weights do not need") from None
+        stack: list[Any] = []
+        marked: list[list[Any]] = []  # the stacks below the marks
+        memo: dict[int, Any] = {}
+        for opcode, argument, _ in pickletools.genops(cast("IO[bytes]", self._file)):
+            self._work(1)
+            name, arg = opcode.name, cast("Any", argument)
+            if name in ATOMS:
+                stack.append(ATOMS[name]() if arg is None else arg)
+                continue
+            match name:
+                case "PROTO" | "FRAME":
+                    pass
+                case "MARK":
+                    marked.append(stack)
+                    stack = []
+                case "STOP":
+                    return stack.pop()
+                case "POP":
+                    stack.pop()
+                case "POP_MARK":
+                    stack = marked.pop()
+                case "DUP":
+                    stack.append(stack[-1])
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[arg] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[arg])
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    items = [stack.pop() for _ in range(int(name[-1]))]
+                    stack.append(tuple(reversed(items)))
+                case "TUPLE" | "FROZENSET":
+                    items, stack = stack, marked.pop()
+                    stack.append(tuple(items) if name == "TUPLE" else Inert())
+                case "APPEND":
+                    item = stack.pop()
+                    _extend(stack[-1], [item])
+                case "APPENDS" | "ADDITEMS":
+                    items, stack = stack, marked.pop()
+                    _extend(stack[-1], items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    _update(stack[-1], [key, value])
+                case "SETITEMS":
+                    items, stack = stack, marked.pop()
+                    _update(stack[-1], items)
+                case "GLOBAL":
+                    stack.append(_allowed(arg.replace(" ", ".")))
+                case "STACK_GLOBAL":
+                    attribute, module = stack.pop(), stack.pop()
+                    if not isinstance(attribute, str) or not isinstance(module, str):
+                        raise RefusedError("a global name that is no text")
+                    stack.append(_allowed(f"{module}.{attribute}"))
+                case "REDUCE" | "NEWOBJ":
+                    args, function = stack.pop(), stack.pop()
+                    stack.append(self._call(function, args))
+                case "NEWOBJ_EX":
+                    _, args, function = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(self._call(function, args))
+                case "BUILD":
+                    state = stack.pop()
+                    if isinstance(stack[-1], Inert) and isinstance(state, dict):
+                        stack[-1].state = state
+                case "BINPERSID":
+                    stack.append(self._storage(stack.pop()))
+                case _:
+                    raise RefusedError(f"its pickle has the operation {name}, which PyTorch does not write")
+        raise AssertionError("genops raises ValueError if there is no STOP")
 
-    def persistent_load(self, pid: Any) -> Storage:
-        """A storage, from ('storage', type, key, device, number of elements[, view]).
+    def _work(self, amount: int) -> None:
+        self._left -= amount
+        if self._left < 0:
+            raise RefusedError(f"its pickle has more than {MAX_WORK} operations, as no checkpoint needs")
 
-        Raises:
-          RefusedError: `pid` has another form.
-        """
+    def _call(self, function: Any, args: Any) -> Any:
+        """What an allowed name makes of its arguments."""
+        if not isinstance(args, tuple):
+            raise RefusedError("a call without arguments")
+        if function is Inert:
+            return Inert()
+        if function is collections.OrderedDict:
+            made: dict[Any, Any] = collections.OrderedDict()
+            for pair in args[0] if args and isinstance(args[0], list) else ():  # as Python 2 wrote it
+                self._work(1)
+                if not isinstance(pair, list | tuple) or len(pair) != 2:
+                    raise RefusedError("a dictionary of something else than pairs")
+                _update(made, pair)
+            return made
+        if function in (_tensor, _parameter, _size) and len(args) <= MAX_DIMENSIONS:
+            return function(*args)
+        raise RefusedError("a call of something else than PyTorch's functions")
+
+    def _storage(self, pid: Any) -> Storage:
+        """A storage, from ('storage', type, key, device, number of elements[, view])."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], StorageType):
             raise RefusedError("a persistent id that is not a storage")
         if len(pid) > 5 and pid[5] is not None:
             raise RefusedError("a view of a storage, as PyTorch before 0.4 wrote it")
-        if not isinstance(pid[4], int) or pid[4] < 0:
+        if not isinstance(pid[2], str | int) or not isinstance(pid[4], int) or pid[4] < 0:
             raise RefusedError("a storage of negative or fractional size")
         storage = Storage(str(pid[2]), pid[1].dtype, pid[4])
         return self.storages.setdefault(storage.key, storage)
+
+
+class _Limited:
+    """The first MAX_PICKLE bytes of what is left of a file; no `read` takes memory for bytes that are not there."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left = file, MAX_PICKLE
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes."""
+        return self._count(self._file.read(min(size, self._left)))
+
+    def readline(self) -> bytes:
+        """A line, at most MAX_LINE bytes of it."""
+        return self._count(self._file.readline(min(MAX_LINE, self._left)))
+
+    def _count(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left <= 0:
+            raise RefusedError(f"its pickle has {MAX_PICKLE >> 20} MiB or more, as no checkpoint needs")
+        return data
+
+
+def _allowed(name: str) -> Any:
+    try:
+        return ALLOWED[name]
+    except KeyError:
+        raise RefusedError(f"its pickle asks for '{name}', which weights do not need") from None
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target.extend(items)
+    elif not isinstance(target, Inert):
+        raise RefusedError("items for something else than a list")
+
+
+def _update(target: Any, items: Sequence[Any]) -> None:
+    """Adds keys and values in turn to a dictionary, but for those whose keys cannot be names of weights."""
+    if isinstance(target, Inert):
+        return
+    if not isinstance(target, dict) or len(items) % 2:
+        raise RefusedError("keys for something else than a dictionary")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if isinstance(key, int) or (isinstance(key, str) and len(key) <= MAX_NAME):
+            target[key] = value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,23 +361,29 @@ class Checkpoint:
 
     Attributes:
       tree: the saved object, with `Tensor` and `Inert` in place of tensors and other objects.
-      read: the function storage -> its bytes.
+      read: the function storage -> its bytes, if the file has as many.
+      size: of the file, in bytes.
     """
 
     tree: Any
     read: Callable[[Storage], bytes]
+    size: int
 
-    def array(self, tensor: Tensor) -> np.ndarray:
-        """Reads a tensor's numbers.
+    def arrays(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Reads tensors' numbers, each storage once.
 
         Raises:
-          RefusedError: the storage is cut short, or the tensor reaches beyond it.
+          RefusedError: a storage is cut short, a tensor reaches beyond its storage, or they share so much that
+            copies of them would be out of proportion to the file.
         """
-        storage, data = tensor.storage, self.read(tensor.storage)
-        if len(data) != storage.numel * storage.dtype.itemsize:
-            wanted = storage.numel * storage.dtype.itemsize
-            raise RefusedError(f"storage {storage.key} has {len(data)} bytes, not {wanted}: cut short?")
-        return view(tensor, np.frombuffer(data, storage.dtype))
+        total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
+        if total > MAX_SHARED * self.size:
+            raise RefusedError(f"its tensors have {_short(total)} bytes, the file {self.size}: they repeat its numbers")
+        numbers: dict[str, np.ndarray] = {}
+        for storage in (t.storage for t in tensors.values()):
+            if storage.key not in numbers:
+                numbers[storage.key] = np.frombuffer(self.read(storage), storage.dtype)
+        return {name: view(tensor, numbers[tensor.storage.key]) for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -232,10 +400,10 @@ def open_checkpoint(path: Path, start: bytes) -> Iterator[Checkpoint]:
     try:
         if start.startswith(ZIP_START):
             with zipfile.ZipFile(path) as archive:
-                yield _open_zip(archive)
+                yield _open_zip(archive, path.stat().st_size)
         else:
             with path.open("rb") as file:
-                yield _open_legacy(file)
+                yield _open_legacy(file, path.stat().st_size)
     except RefusedError as e:
         raise CheckpointError(f"{path}: refused: {_one_line(e).partition(': ')[2]}") from None
     except CheckpointError:
@@ -249,39 +417,64 @@ def _one_line(e: Exception) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
 
 
-def _open_zip(archive: zipfile.ZipFile) -> Checkpoint:
-    pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+def _short(number: int) -> str:
+    """A whole number that may have thousands of digits, for a message."""
+    return str(number) if number < 2**63 else "more than 2^63"
+
+
+def _open_zip(archive: zipfile.ZipFile, size: int) -> Checkpoint:
+    members = archive.infolist()
+    pickles = [member.filename for member in members if member.filename.endswith("data.pkl")]
     if len(pickles) != 1:
         raise RefusedError("a zip file, but not a PyTorch checkpoint: there is no data.pkl in it")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise RefusedError("a compressed zip file, which PyTorch does not write: unpack it and zip it with -0")
+    if sum(max(member.file_size, member.compress_size) for member in members) > size:
+        raise RefusedError(f"a zip file whose parts have more bytes than the file, {size}")
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+    if f"{root}byteorder" in archive.NameToInfo and archive.read(f"{root}byteorder") != b"little":
         raise RefusedError("written on a big-endian machine")
-    with archive.open(pickles[0]) as file:
-        tree = Unpickler(file).load()
-    return Checkpoint(tree, lambda storage: archive.read(f"{root}data/{storage.key}"))
+    tree = Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
+
+    def read(storage: Storage) -> bytes:
+        name = f"{root}data/{storage.key}"
+        _require_size(storage, archive.getinfo(name).file_size)
+        return archive.read(name)
+
+    return Checkpoint(tree, read, size)
 
 
-def _open_legacy(file: IO[bytes]) -> Checkpoint:
+def _require_size(storage: Storage, found: int) -> None:
+    wanted = storage.numel * storage.dtype.itemsize
+    if found != wanted:
+        raise RefusedError(f"storage {storage.key} has {found} bytes, not {_short(wanted)}: cut short?")
+
+
+def _open_legacy(file: IO[bytes], size: int) -> Checkpoint:
     if Unpickler(file).load() != LEGACY_MAGIC or Unpickler(file).load() != LEGACY_VERSION:
         raise RefusedError("a pickle, but not a PyTorch checkpoint")
     if not Unpickler(file).load()["little_endian"]:
         raise RefusedError("written on a big-endian machine")
     unpickler = Unpickler(file)
-    tree = unpickler.load()
+    tree, keys = unpickler.load(), Unpickler(file).load()
     starts: dict[str, int] = {}
-    for key in Unpickler(file).load():
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise RefusedError("its storages are not listed by name")
+    for key in keys:
         storage = unpickler.storages[key]
         (numel,) = struct.unpack("<q", file.read(8))
         if numel != storage.numel:
-            raise RefusedError(f"storage {key} has {numel} elements, not {storage.numel}: damaged?")
+            raise RefusedError(f"storage {key} has {numel} elements, not {_short(storage.numel)}: damaged?")
         starts[key] = file.tell()
-        file.seek(numel * storage.dtype.itemsize, 1)
+        file.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
 
     def read(storage: Storage) -> bytes:
+        wanted = storage.numel * storage.dtype.itemsize
+        _require_size(storage, min(wanted, size - starts[storage.key]))
         file.seek(starts[storage.key])
-        return file.read(storage.numel * storage.dtype.itemsize)
+        return file.read(wanted)
 
-    return Checkpoint(tree, read)
+    return Checkpoint(tree, read, size)
 
 
 def view(tensor: Tensor, numbers: np.ndarray) -> np.ndarray:
@@ -294,6 +487,7 @@ def view(tensor: Tensor, numbers: np.ndarray) -> np.ndarray:
         return np.empty(tensor.shape, numbers.dtype)
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if last >= numbers.size:
-        raise RefusedError(f"a tensor reaches to element {last} of a storage of {numbers.size}")
-    strides = [stride * numbers.itemsize for stride in tensor.strides]
+        raise RefusedError(f"a tensor reaches to element {_short(last)} of a storage of {numbers.size}")
+    sizes = zip(tensor.shape, tensor.strides, strict=True)
+    strides = [stride * numbers.itemsize if n > 1 else 0 for n, stride in sizes]  # that of one number may be anything
     return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)

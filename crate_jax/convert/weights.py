@@ -112,6 +112,9 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
         left = some([*about["others"], *branch.outside], ", ")
         log.info("%s: %s read as %s; not read: %s", path, read, branch.family, left)
     name, state = branch.family, branch.state
+    read_names = {n: canonical_name(FAMILIES[name], n) for n in state}
+    if empty := [n for n, a in state.items() if 0 in a.shape and read_names[n] not in found.ignored]:
+        raise ConfigError(f"{name} weights: arrays without numbers, {some(empty, ', ')}")
     if own:
         config, c = own["config"], model_config(own["config"], {})
         grid = (0, 0) if name == "resnet" else grid_shape(c.data.image_size, c.encoder.patch_size)
@@ -137,7 +140,7 @@ def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         own = json.loads(metadata[METADATA_KEY])
         if own["version"] <= VERSION:
             return {"family": own["family"], "config": own["config"]}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"its metadata '{METADATA_KEY}' is damaged") from None
     raise ConfigError(f"written by a later version of crate_jax (format {own['version']}, known here: {VERSION})")
 

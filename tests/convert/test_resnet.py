@@ -375,7 +375,7 @@ REFUSED = {  # kind -> (tensors, a pattern of the line)
     ),
     "no channels": (
         lambda: a_state(IMAGENET) | {"layer1.0.conv2.weight": np.ones((4, 0, 3, 3), np.float32)},
-        "arrays without numbers, encoder/stage1/block0/conv2/kernel",
+        "arrays without numbers, layer1.0.conv2.weight",
     ),
     "four channels": (lambda: wider(a_state(IMAGENET), "conv1.weight", 1), r"'conv1.weight' has 7 x 7 pixels and 6"),
     "a stem of 5 x 5": (lambda: a_state(resnet(BLOCKS, 4, side=5)), r"'conv1.weight' has 5 x 5 pixels and 3"),
