@@ -14,6 +14,8 @@ import io
 import json
 import os
 import random
+import resource
+import struct
 import sys
 import tempfile
 import time
@@ -32,6 +34,7 @@ from PIL import Image
 from crate_jax.config import base, validate
 from crate_jax.convert import __main__ as convert, weights
 from crate_jax.convert.export import FORMATS
+from crate_jax.convert.torch_files import ALLOWED
 from crate_jax.data import decoding
 from crate_jax.data.sources import SyntheticSource
 from crate_jax.errors import UserError
@@ -226,8 +229,34 @@ class ImageTarget:
         assert time.monotonic() - start < 60, f"slow: {data[:100]!r}"
 
 
+def program(rng: random.Random) -> bytes:
+    """A pickle of random operations, most of which are possible where they stand; sizes are often extreme."""
+
+    def text(value: bytes) -> bytes:
+        return b"X" + struct.pack("<I", len(value)) + value
+
+    def size(code: str) -> bytes:
+        return struct.pack(code, rng.choice((0, 1, 300, 2**30, 2**31 - 1)))
+
+    names = ["\n".join(name.rsplit(".", 1)).encode() for name in ALLOWED]
+    pieces = [
+        lambda: rng.choice((b"N", b"]", b"}", b")", b"\x88", b"\x8f", b"K\x03", b"(")),
+        lambda: rng.choice((b"0", b"1", b"2", b"\x85", b"\x86", b"\x87", b"R", b"b", b"\x81", b"\x92", b"\x93", b"Q")),
+        lambda: rng.choice((b"a", b"(NNe", b"s", b"(NNu", b"(NN\x90", b"(N\x91", b"(NNt", b"(NNo", b"(NNd", b"(Nl")),
+        lambda: rng.choice((b"q", b"h")) + bytes([rng.randrange(4)]),
+        lambda: text(rng.choice((b"a", b"storage", b"0", b"layer1.0.conv1.weight", b"args", b"\x1b[31m"))),
+        lambda: b"c" + rng.choice(names) + b"\n",
+        lambda: rng.choice((b"B", b"T", b"X", b"\x8b", b"j", b"r")) + size("<i"),
+        lambda: rng.choice((b"\x8d", b"\x8e", b"\x96", b"\x95")) + size("<q"),
+        lambda: b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\x03tQ",
+        lambda: b"q\x00h\x00h\x00\x86" * rng.choice((1, 70)),
+    ]  # fmt: skip
+    body = b"".join(rng.choice(pieces)() for _ in range(rng.choice((3, 10, 40))))
+    return b"\x80\x02" + rng.choice((b"}", b"}(" + text(b"w"), b"")) + body + rng.choice((b"u.", b"s.", b"."))
+
+
 class WeightsTarget:
-    """Damaged files of weights through the reader of any model's."""
+    """Damaged files of weights, and hostile pickles in whole ones, through the reader of any model's."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "weights"
@@ -248,17 +277,26 @@ class WeightsTarget:
             self.seeds.append(file.getvalue())
 
     def case(self, rng: random.Random) -> None:
-        """Weights, or a line."""
-        data = rng.choice(self.seeds)
-        # Most of a file is numbers, any of which will do; names, types and sizes are at its ends.
-        head = rng.choice((200, 4000, 20_000))
-        data = (
-            mutated(rng, data[:head]) + data[head:] if rng.random() < 0.7 else data[:-head] + mutated(rng, data[-head:])
-        )
-        self.path.write_bytes(data)
+        """Weights, or a line; in bounded time and memory."""
+        start, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if rng.random() < 0.5:
+            test_convert.write_zip(self.path, None, program(rng))
+        else:
+            self.path.write_bytes(self.damaged(rng))
         with contextlib.suppress(UserError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             weights.load(self.path)
+        assert time.monotonic() - start < 60, "slow"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**19, "more than 512 MiB"
+
+    def damaged(self, rng: random.Random) -> bytes:
+        """A whole file with damage."""
+        data = rng.choice(self.seeds)
+        # Most of a file is numbers, any of which will do; names, types and sizes are at its ends.
+        head = rng.choice((200, 4000, 20_000))
+        if rng.random() < 0.7:
+            return mutated(rng, data[:head]) + data[head:]
+        return data[:-head] + mutated(rng, data[-head:])
 
 
 class ConvertTarget(WeightsTarget):

@@ -37,7 +37,7 @@ PREFERRED = (
     "encoder.",  # SimSiam, solo-learn before 1.0.4
 )
 BLOCK = r"^((?:.*\.)?)(\d+)\.0\.conv1\.weight$"  # of a numbered ResNet
-MAX_NETWORKS = 100  # that one file may hold beside each other; each is compared with each name
+MAX_NETWORKS = 100  # that one file may hold beside each other; each is compared with the rules of its family
 CHUNK = r"^((?:.*\.)?)blocks\.0\.0\.attn\.qkv\.weight$"  # of a ViT whose blocks are in chunks (DINOv2)
 
 

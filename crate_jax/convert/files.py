@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from crate_jax.convert.branches import fits, holds_network
+from crate_jax.convert.branches import MAX_NETWORKS, fits, holds_network
 from crate_jax.convert.torch_files import PICKLE_START, ZIP_START, Inert, Tensor, open_checkpoint
 from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.workdir.checkpoint import FOLDER
@@ -168,7 +168,9 @@ def _read_torch(path: Path, start: bytes, prefix: str) -> tuple[Arrays, dict[str
             )
         plain = {keys: _plain(leaves) for keys, leaves in found.items()}
         networks = [keys for keys, names in plain.items() if holds_network(names)]
-        fitting = [keys for keys in networks if len(networks) > 1 and fits(plain[keys])] or networks
+        fitting = networks
+        if 1 < len(networks) <= MAX_NETWORKS:
+            fitting = [keys for keys in networks if fits(plain[keys])] or networks
         try:
             nested = _choose(fitting, networks, prefix) if networks else max(found, key=lambda keys: len(found[keys]))
         except ConfigError as e:

@@ -54,7 +54,7 @@ DTYPE_NAMES = (
 
 MAX_MESSAGE = 200  # characters; a message may hold names from a damaged file
 MAX_PICKLE = 2**26  # bytes; those of the largest published checkpoints have 2^23, with their optimiser
-MAX_WORK = 2_000_000  # operations, which take about 4 s and 0.5 GB; a tensor takes about 25
+MAX_WORK = 1_000_000  # operations, which take 2 to 5 s and up to 0.2 GB; a tensor takes about 25
 MAX_LINE = 1000  # bytes of a line in a pickle, which is a module's or a class's name
 MAX_NAME = 500  # characters of a key; a dictionary leaves out longer ones
 MAX_DIMENSIONS = 32
@@ -313,19 +313,21 @@ class _Limited:
     """The first MAX_PICKLE bytes of what is left of a file; no `read` takes memory for bytes that are not there."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._left = file, MAX_PICKLE
+        here, end = file.tell(), file.seek(0, os.SEEK_END)
+        file.seek(here)
+        self._file, self._done, self._size = file, 0, min(end - here, MAX_PICKLE)
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes."""
-        return self._count(self._file.read(min(size, self._left)))
+        return self._count(self._file.read(min(size, self._size - self._done)))
 
     def readline(self) -> bytes:
         """A line, at most MAX_LINE bytes of it."""
-        return self._count(self._file.readline(min(MAX_LINE, self._left)))
+        return self._count(self._file.readline(min(MAX_LINE, self._size - self._done)))
 
     def _count(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        if self._left <= 0:
+        self._done += len(data)
+        if self._done >= MAX_PICKLE:
             raise RefusedError(f"its pickle has {MAX_PICKLE >> 20} MiB or more, as no checkpoint needs")
         return data
 

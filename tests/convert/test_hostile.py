@@ -1,0 +1,318 @@
+"""Files of weights that were made to harm: each is one line soon, takes little memory and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crate_jax.convert import branches, files, torch_files, weights
+from crate_jax.errors import CheckpointError, ConfigError
+from tests.convert.test_convert import Pickled, random_state, vit, write_legacy, write_zip
+
+SECONDS, BYTES = 20, 2**24  # the time of an endless loop to be found in; memory besides the file's own size
+
+
+@pytest.fixture(autouse=True)
+def bounded():
+    """An endless loop fails instead of hanging; so does what takes memory out of proportion."""
+
+    def stop(*_):
+        raise BaseException(f"not done after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    assert peak < BYTES, f"{peak} bytes"
+
+
+def line(path: Path, read=files.read) -> str:
+    """The one line that reading a file ends in."""
+    with pytest.raises(CheckpointError) as e:
+        read(path)
+    text = str(e.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < 500
+    return text.removeprefix(f"{path}: ")
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def tensor(shape, strides, offset: int = 0, numel: int = 12, key: str = "0") -> bytes:
+    """The operations of a float32 tensor."""
+    item = Pickled()._item
+
+    def long(n: int) -> bytes:
+        return item(n) if n < 2**31 else b"\x8a\x09" + n.to_bytes(9, "little", signed=True)
+
+    def numbers(values) -> bytes:
+        return b"(" + b"".join(map(long, values)) + b"t"
+
+    storage = b"(" + item("storage") + b"ctorch\nFloatStorage\n" + item(key) + item("cpu") + long(numel) + b"tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + long(offset) + numbers(shape) + numbers(strides) + b"tR"
+
+
+def zip_of(path: Path, tensors: dict[str, bytes], numel: int = 12) -> Path:
+    """A checkpoint of tensors that all share the storage '0' of `numel` float32."""
+    with zipfile.ZipFile(path, "w") as archive:
+        body = b"".join(text(name) + made for name, made in tensors.items())
+        archive.writestr("a/data.pkl", b"\x80\x02}(" + body + b"u.")
+        archive.writestr("a/data/0", bytes(4 * numel))
+    return path
+
+
+# Pickles of a few bytes, after the mark of protocol 2.
+SHARED = b")0(" + b"]q\x00" + b"h\x00h\x00\x86q\x00" * 60  # a tuple of one tuple twice, 60 deep
+GLOBAL = b"ctorch\nFloatStorage\n"
+HUGE = struct.pack("<Q", 3 << 28)
+PICKLES = {
+    "bytes of 0.8 GB": (b"\x8e" + HUGE + b".", "damaged"),
+    "a byte array of 0.8 GB": (b"\x96" + HUGE + b".", "damaged"),
+    "a text of 0.8 GB": (b"\x8d" + HUGE + b".", "damaged"),
+    "a byte string of 0.8 GB": (b"T" + HUGE[:4] + b".", "damaged"),
+    "a number of 0.8 GB": (b"\x8b" + HUGE[:4] + b".", "damaged"),
+    "a number of 300 bytes": (b"\x8b" + struct.pack("<i", 300) + b"\1" * 300 + b".", "the operation LONG4"),
+    "a frame of 0.8 GB": (b"\x95" + HUGE + b"}.", "no weights found, it has nothing"),
+    "a frame in each other": (b"\x95" + HUGE + b"\x95" + HUGE + b"}.", "it has nothing"),
+    "a place of 2^32 in the memo": (b"}r\xf0\xff\xff\xff.", "it has nothing"),
+    "a place that is not there": (b"h\x07.", "damaged"),
+    "a line without end": (b"c" + b"a" * 5000 + b".", "damaged"),
+    "an end too early": (b"(.", "damaged"),
+    "a mark too few": (b"t.", "damaged"),
+    "a key of shared tuples": (b"}(" + SHARED[3:] + b"Nu.", "it has nothing"),
+    "shared tuples as a storage's key": (
+        b"(" + text("storage") + GLOBAL + b"]q\x00" + b"h\x00h\x00\x86q\x00" * 60 + text("cpu") + b"K\x01tQ.",
+        "damaged|a storage",
+    ),
+    "a set of shared tuples": (b"\x8f(]q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"\x90.", "not a dictionary"),
+    "a dictionary in itself": (b"}q\x00X\x01\0\0\0ah\x00s.", "it has a"),
+    "two dictionaries in each other": (b"}q\x00X\x01\0\0\0a}q\x01X\x01\0\0\0bh\x00ss.", "it has a"),
+    "a list in itself": (b"]q\x00h\x00a.", "not a dictionary"),
+    "tuples 20,000 deep": (b"N" + b"\x85" * 20_000 + b".", "not a dictionary"),
+    "lists 20,000 deep": (b"](" * 20_000 + b"e" * 20_000 + b".", "not a dictionary"),
+    "a call of a text": (text("a") + b")R.", "a call of something else"),
+    "a call of a storage's type": (GLOBAL + b")R.", "a call of something else"),
+    "a copy of a dictionary's class": (b"}" + b")\x81.", "a call of something else"),
+    "a class of the old kind": (b"(icollections\nOrderedDict\n.", "the operation INST"),
+    "an extension": (b"\x82\x01.", "the operation EXT1"),
+    "a number as text": (b"I" + b"9" * 5000 + b"\n.", "damaged"),
+    "a name of another thing than text": (b"NN\x93.", "a global name that is no text"),
+    "a shape of many numbers": (
+        tensor((1,) * 40, (1,) * 40) + b".",
+        "at most 32 numbers",
+    ),
+    "keys of a list": (b"]Nq\x00Ns.", "something else than a dictionary"),
+    "items of a dictionary": (b"}Na.", "something else than a list"),
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_a_pickle_ends_soon_in_one_line(tmp_path, case):
+    body, message = PICKLES[case]
+    zipped = write_zip(tmp_path / "a.pth", None, b"\x80\x02" + body)
+    legacy = tmp_path / "b.pth"
+    parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    head = b"".join(pickle.dumps(part, protocol=2) for part in parts)
+    legacy.write_bytes(head + b"\x80\x02" + body + pickle.dumps([], protocol=2))
+    for path in (zipped, legacy):
+        said = line(path)
+        assert any(words in said for words in message.split("|")), said
+
+
+def test_the_work_of_a_pickle_is_bounded(tmp_path, monkeypatch):
+    """By operations, by what a call copies, by bytes; and the bounds are far above those of a real checkpoint."""
+    assert torch_files.MAX_WORK > 30_000 * 25 and torch_files.MAX_PICKLE > 2**25
+    monkeypatch.setattr(torch_files, "MAX_WORK", 2000)
+    many = b"](" + b"N" * 900 + b"eq\x01"
+    ordered = b"ccollections\nOrderedDict\n"
+    for body in (b"}" * 3000, many + b"h\x01" * 1100, b"](" + b"]\x00".replace(b"\0", b"") * 3000):
+        assert "more than 2000 operations" in line(write_zip(tmp_path / "a.pth", None, b"\x80\x02" + body + b"."))
+    pairs = b"](" + b"NN\x86" * 300 + b"eq\x01"  # a dictionary of 300 pairs, asked for again and again
+    body = pairs + (ordered + b"h\x01\x85R") * 200
+    assert "more than 2000 operations" in line(write_zip(tmp_path / "a.pth", None, b"\x80\x02" + body + b"."))
+    monkeypatch.setattr(torch_files, "MAX_PICKLE", 2**20)
+    large = b"}" + text("a" * (2**20))
+    assert "has 1 MiB or more" in line(write_zip(tmp_path / "a.pth", None, b"\x80\x02" + large + b"Ns."))
+
+
+def test_a_pickle_changes_nothing_of_ours(tmp_path):
+    """Whatever it sets, adds or calls on the table's objects, the next good file is read."""
+    good = write_zip(tmp_path / "good.pth", {"a": np.arange(12, dtype=np.float32).reshape(3, 4)})
+    before = {
+        name: repr(vars(thing)) if hasattr(thing, "__dict__") else "" for name, thing in torch_files.ALLOWED.items()
+    }
+    for target in (b"ctorch\nFloatStorage\n", b"cargparse\nNamespace\n", b"ccollections\nOrderedDict\n",
+                   b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nSize\n"):  # fmt: skip
+        state = b"}(" + text("dtype") + text("x") + text("append") + b"Nu"
+        for change in (b"b", b"N\x86b", b"0" + target + b"N" + state + b"\x86b"):
+            body = target + state + change + b"."
+            line(write_zip(tmp_path / "a.pth", None, b"\x80\x02" + body))
+        for change in (b"Na.", b"(Ne.", text("dtype") + b"Ns.", b"(" + text("dtype") + b"Nu."):
+            assert "something else than" in line(write_zip(tmp_path / "a.pth", None, b"\x80\x02" + target + change))
+    with pytest.raises(TypeError):
+        torch_files.ALLOWED["os.system"] = print
+    after = {
+        name: repr(vars(thing)) if hasattr(thing, "__dict__") else "" for name, thing in torch_files.ALLOWED.items()
+    }
+    assert before == after
+    np.testing.assert_array_equal(files.read(good)[0]["a"], np.arange(12).reshape(3, 4))
+
+
+TENSORS = {
+    "stride 0 and 2^40 rows": (tensor((2**40, 3), (0, 1)), "they repeat its numbers"),
+    "a shape of 2^65": (tensor((2**65,), (0,)), "more than 2^63 bytes"),
+    "zero beside a huge size": (tensor((0, 2**62, 2**62), (1, 1, 1)), "damaged"),
+    "an offset of 2^66": (tensor((3,), (1,), 2**66), "reaches to element more than 2^63"),
+    "a stride of 2^64": (tensor((2, 3), (2**64, 1)), "reaches to element more than 2^63"),
+    "a negative offset": (tensor((3,), (1,), -2), "negative or fractional size"),
+    "a negative stride": (tensor((3,), (-1,)), "negative or fractional size"),
+    "a storage of 2^66 numbers": (tensor((3,), (1,), 0, 2**66), "has 48 bytes, not more than 2^63"),
+    "a storage that is not there": (tensor((3,), (1,), 0, 12, "9"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_a_tensor_is_compared_with_its_storage_before_it_is_made(tmp_path, case):
+    made, message = TENSORS[case]
+    assert message in line(zip_of(tmp_path / "a.pth", {"w": made}))
+
+
+def test_the_stride_of_a_single_row_may_be_anything(tmp_path):
+    path = zip_of(tmp_path / "a.pth", {"w": tensor((1, 3), (2**62, 1), 2)})
+    assert files.read(path)[0]["w"].shape == (1, 3)
+
+
+def test_a_storage_that_tensors_share_is_read_once(tmp_path):
+    """Of 2 MiB, by 3 tensors; a hundred that each have all of it would be 200 MiB when they are copied."""
+    numel = 2**19
+    shared = {f"w{i}": tensor((numel,), (1,), 0, numel) for i in range(100)}
+    read, _ = files.read(zip_of(tmp_path / "a.pth", dict(list(shared.items())[:3]), numel))
+    assert len({a.__array_interface__["data"][0] for a in read.values()}) == 1
+    assert "they repeat its numbers" in line(zip_of(tmp_path / "a.pth", shared, numel))
+
+
+def members(path: Path, numel: int, **options) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}" + text("w") + tensor((numel,), (1,), 0, numel) + b"s.")
+        archive.writestr("a/data/0", bytes(4 * numel))
+    return path
+
+
+def test_parts_of_a_zip_file_are_no_larger_than_the_file(tmp_path):
+    """Deflated zeros are a thousandth of what they become; other parts name sizes that they do not have."""
+    assert "compressed zip file" in line(members(tmp_path / "a.pth", 2**20, compression=zipfile.ZIP_DEFLATED))
+    whole = members(tmp_path / "b.pth", 3).read_bytes()
+    entry = whole.rindex(b"PK\x01\x02")  # the storage's, in the central directory: sizes at 20 and 24
+    for size in (2**31, 2**32 - 2):
+        for at in ((20, 24), (24,), (20,)):
+            data = bytearray(whole)
+            for offset in at:
+                data[entry + offset : entry + offset + 4] = struct.pack("<I", size)
+            (tmp_path / "b.pth").write_bytes(data)
+            assert "parts have more bytes than the file" in line(tmp_path / "b.pth")
+
+
+def test_storages_of_the_older_format_are_no_larger_than_the_file(tmp_path):
+    state = {"a": np.arange(12, dtype=np.float32)}
+    good = write_legacy(tmp_path / "a.pth", state).read_bytes()
+    last = good.rindex(struct.pack("<q", 14))
+    assert files.read(tmp_path / "a.pth")[0]["a"].shape == (12,)
+    for numel in (2**40, -1):  # also in the pickle, so that both agree
+        data = good.replace(b"J" + struct.pack("<i", 14), b"\x8a\x09" + numel.to_bytes(9, "little", signed=True))
+        data = data[: data.rindex(struct.pack("<q", 14))] + struct.pack("<q", numel) + good[last + 8 :]
+        (tmp_path / "a.pth").write_bytes(data)
+        assert ("cut short" if numel > 0 else "negative") in line(tmp_path / "a.pth")
+    keys = pickle.dumps(["0"], protocol=2)
+    assert keys in good
+    bomb = b"\x80\x02](]q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"e."
+    (tmp_path / "a.pth").write_bytes(good.replace(keys, bomb))
+    assert "not listed by name" in line(tmp_path / "a.pth")
+
+
+def safetensors_of(path: Path, header: object, data: bytes = b"") -> Path:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return path
+
+
+def entry(shape, end: int, **more) -> dict:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [0, end]} | more
+
+
+HEADERS = {
+    "zero beside huge sizes": ({"w": entry([0, 2**62, 2**62], 0), "x": entry([1], 4)}, "which no array has"),
+    "too many dimensions": ({"w": entry([1] * 99, 4)}, "which no array has"),
+    "an overflow": ({"w": entry([2**62, 8], 4)}, "damaged"),
+    "a backward offset": ({"w": entry([1], 4, data_offsets=[4, 0])}, "damaged"),
+    "lists 20,000 deep": (b'{"w":' + b"[" * 20_000, "damaged"),
+    "a number of 5,000 digits": (
+        b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}',
+        "damaged",
+    ),
+    "a list": (b"[1]", "begins with|damaged"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_of_safetensors_ends_in_one_line(tmp_path, case):
+    header, message = HEADERS[case]
+    said = line(safetensors_of(tmp_path / "a.safetensors", header, bytes(4)))
+    assert any(words in said for words in message.split("|")), said
+
+
+def test_a_header_is_no_larger_than_it_need_be(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 90 << 20) + b"{")
+        file.truncate(91 << 20)  # a hole: takes no disk
+    assert "its header has 94371840 bytes" in line(path)
+
+
+def test_metadata_as_deep_as_python_cannot_go_is_damaged(tmp_path):
+    metadata = {"crate_jax": "[" * 20_000}
+    path = safetensors_of(tmp_path / "a.safetensors", {"__metadata__": metadata, "w": entry([1], 4)}, bytes(4))
+    assert "its metadata 'crate_jax' is damaged" in line(path, weights.load)
+
+
+def test_an_array_without_numbers_is_named(tmp_path):
+    for name in ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
+        for axis in range(3):
+            state = random_state("vit", vit(192, 1, 4, 4))
+            empty = state[name]
+            if axis >= empty.ndim:
+                continue
+            state[name] = empty[tuple(slice(0) if a == axis else slice(None) for a in range(empty.ndim))]
+            files.write(tmp_path / "a.safetensors", state, {})
+            assert f"weights: arrays without numbers, {name}" in line(tmp_path / "a.safetensors", weights.load)
+
+
+def test_many_networks_are_not_compared_with_each_other(tmp_path):
+    names = [f"net{i}.layer1.0.conv1.weight" for i in range(3000)]
+    with pytest.raises(ConfigError, match="holds 3000 networks"):
+        branches.find(dict.fromkeys(names, np.empty(0)))
+    inner = b"}(" + text("layer1.0.conv1.weight") + tensor((1,), (1,)) + b"u"
+    body = b"}(" + b"".join(text(f"n{i}") + inner for i in range(3000)) + b"u"
+    path = zip_of(tmp_path / "a.pth", {"a": body})
+    assert "holds several networks" in line(path)
+    names = b"".join(text(f"{i:06}") + b"N" for i in range(20_000))  # no tensors: to be looked through once
+    assert "and 19995 more" in line(write_zip(tmp_path / "a.pth", None, b"\x80\x02}(" + names + b"u."))
+
+
+def test_what_no_weight_has_is_left_out(tmp_path):
+    """A name of 501 characters and keys that are no names do not keep the rest from being read."""
+    odd = b"}(" + text("w") + tensor((3,), (1,)) + text("a" * 501) + b"N" + b"(K\x01K\x02tN" + b"NNu"
+    read, _ = files.read(zip_of(tmp_path / "a.pth", {"model": odd}))
+    assert list(read) == ["w"]
