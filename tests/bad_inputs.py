@@ -19,6 +19,7 @@ import re
 import shutil
 import struct
 import tomllib
+import zipfile
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -238,7 +239,13 @@ file("images_file images", "a file, not a folder")
 file("weights_empty x.pth", b"")
 file("weights_text x.safetensors", "hello")
 file("weights_malicious x.pth", pickle.dumps(print))
+file("weights_pickle_bomb x.pth", b"\x80\x05" + b"\x96" + struct.pack("<Q", 3 << 30) + b".")
+file("weights_header_bomb x.safetensors", struct.pack("<Q", 3 << 30) + b"{" + bytes(99))
 file("weights_cut_zip x.pth", b"PK\x03\x04" + bytes(50))
+with BytesIO() as deflated, zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as bomb:
+    bomb.writestr("a/data.pkl", bytes(2**20))
+    bomb.close()
+    file("weights_deflated x.pth", deflated.getvalue())
 file("weights_cut x.safetensors", safetensors.numpy.save({"a": np.zeros((9, 9), np.float32)})[:-20])
 file("weights_foreign x.safetensors", safetensors.numpy.save({"conv1.weight": np.zeros((9, 9), np.float32)}))
 TWO = {f"{part}.layer1.0.conv1.weight": np.zeros((3, 3, 3, 3), np.float32) for part in ("left", "right")}
