@@ -45,6 +45,17 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def in_markdown(text: str) -> str:
+    r"""Escapes a name for a line or a table's cell of Markdown: what a terminal would not print, and what is markup.
+
+    Underscores stay, which are no markup within a word; most keys and names have some.
+
+    >>> print(in_markdown("a_b|<img src=x>\n**c**"))
+    a_b\|\<img src=x>\\n\*\*c\*\*
+    """
+    return re.sub(r"([\\`*<\[|])", r"\\\1", escaped(text))
+
+
 def some(texts: list[str], separator: str) -> str:
     """Joins the first MAX_LISTED texts and says how many more there are.
 

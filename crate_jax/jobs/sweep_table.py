@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax.config import is_read
+from crate_jax.errors import escaped, in_markdown
 from crate_jax.parallel import distributed
 from crate_jax.workdir import metrics
 
@@ -66,7 +67,8 @@ def _csv(records: Sequence[Record]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    for record in records:
+        writer.writerow({name: escaped(cell) if isinstance(cell, str) else cell for name, cell in record.items()})
     return out.getvalue()
 
 
@@ -115,18 +117,19 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
     cells = [[key, "seeds", *columns.values()]]
     for value, done, failed in rows:
         seeds = f"{len(done)} + {failed} failed" if failed else str(len(done))
-        cells.append([label(value), seeds])
+        cells.append([in_markdown(label(value)), seeds])
         for column in columns:
             entry = mean_std(done, column)
             text = _entry(entry, len(done), column.startswith((*SCORES, JUDGE)))
             is_best = len(rows) > 1 and entry is not None and entry[0] == best.get(column)
             cells[-1].append(f"**{text}**" if is_best else text)
     done_count = sum(r["status"] == "done" for r in records)
-    failures = [f"* `{r['folder']}` failed: {r['error']}" for r in records if r["status"] == "failed"]
+    failed_runs = [(escaped(r["folder"]).replace("`", "'"), r["error"]) for r in records if r["status"] == "failed"]
+    failures = [f"* `{name}` failed: {in_markdown(error)}" for name, error in failed_runs]
     lines = [
         f"# Sweep of `{key}`: {done_count} of {total} runs finished",
         "",
-        f"    {command}",
+        f"    {escaped(command)}",
         "",
         *_aligned(cells),
         "",

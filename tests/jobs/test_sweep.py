@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import os
@@ -423,3 +424,23 @@ def test_images_without_labels_get_a_table_and_a_figure_of_the_loss():
     assert table_rows(sweep_table.table("x", records, 2, ""))[0] == ["x", "seeds", "loss"]
     (ax,) = sweep_table.figure(tiny(sweep__key="x"), records).axes
     assert ax.get_ylabel() == "training loss"
+
+
+def test_names_in_the_table_are_no_markup_and_no_codes_of_a_terminal():
+    """A swept folder, a failed run's name and error may be a stranger's; the table is also printed."""
+    odd = "folder:a|b\x1b[31m\n**c**`<img src=x>"
+    records = [
+        {"value": odd, "seed": 0, "folder": "one", "status": "done", "loss": 0.9},
+        {"value": "b", "seed": 0, "folder": f"two {odd}", "status": "failed", "error": f"bad {odd}"},
+    ]
+    text = sweep_table.table("data.source", records, 2, f"python {odd}")
+    assert text.replace("\n", "").isprintable()
+    first, second = [re.split(r"(?<!\\) *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(first) == len(second) == 3
+    assert first[0] == r"folder:a\|b\\x1b\[31m\\n\*\*c\*\*\`\<img src=x>"
+    lines = text.splitlines()
+    assert [line for line in lines if "failed: " in line] == [
+        "* `two folder:a|b\\x1b[31m\\n**c**'<img src=x>` failed: bad " + first[0]
+    ]
+    (row,) = [row for row in csv.DictReader(io.StringIO(sweep_table._csv(records))) if row["folder"] == "one"]
+    assert row["value"] == "folder:a|b\\x1b[31m\\n**c**`<img src=x>"

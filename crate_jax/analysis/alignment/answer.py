@@ -10,6 +10,7 @@ import numpy as np
 
 from crate_jax.analysis.alignment.closed_form import Curve
 from crate_jax.analysis.alignment.grid import Setting
+from crate_jax.errors import escaped, in_markdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Answer:
             patch = "x".join(map(str, s.patch))
             rows.append(f"| {s.family} | {patch} | {s.ratio:.3g} | {' | '.join(cells)} | {100 * self.error(s):.3f} |")
         return "\n".join([
-            f"# Alignment at width {width}: {self.about['data']}, {self.about['images']} images, "
-            f"{self.about['classes']} classes", "", f"    {command}", "", "```", self.summary(), "```", "",
+            f"# Alignment at width {width}: {in_markdown(self.about['data'])}, {self.about['images']} images, "
+            f"{self.about['classes']} classes", "", f"    {escaped(command)}", "", "```", self.summary(), "```", "",
             "First row: alignment(k) in per cent without corruption, which is PCA. Others: what a corruption adds, in "
             "points. Ratio: for a mask, the removed share of the patches; for rop (random orthogonal projection), the "
             "kept share of the dimensions. Bold: the best ratio of each patch size at the encoder's width. Error: the "
