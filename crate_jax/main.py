@@ -6,12 +6,20 @@ continues a run that was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+
+if __name__ == "__main__":
+    # A stream that the shell closed (`>&-`) is None in Python, and the next file that is opened gets its number: what
+    # a library writes to stderr would go into that file. This must come before the imports, which keep the streams.
+    for _name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which the lowest free one is taken
+        if getattr(sys, _name) is None:
+            setattr(sys, _name, open(os.devnull, "r+"))  # noqa: SIM115
 
 try:
     import jax  # noqa: F401
@@ -74,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as e:
         distributed.unwatch()
         if distributed.first():
-            print(escaped(f"{e}; the same command continues it"), file=sys.stderr)
+            with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+                print(escaped(f"{e}; the same command continues it"), file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         print("stopped by SIGINT; the same command continues from the last checkpoint, if any", file=sys.stderr)

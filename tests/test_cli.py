@@ -93,8 +93,22 @@ def test_running_again_changes_nothing(finished, run_cli, tmp_path):
         assert before[key] == after[key], key
 
 
+def test_a_run_without_stdout_and_stderr_ends_with_0(cli_env, tmp_path):
+    """As after `>&- 2>&-`: the streams' numbers must not go to the next files, into which libraries would write."""
+    workdir = tmp_path / "run"
+    script = f"exec {sys.executable} -m crate_jax.main {QUICK} --config.steps=2 >&- 2>&-"
+    result = subprocess.run(["sh", "-c", f"{script} --workdir={workdir}"], cwd=ROOT, env=cli_env, timeout=200)
+    assert result.returncode == 0
+    assert summary(workdir)["steps"] == 2
+
+
 @pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=(pytest.mark.slow, pytest.mark.ci))]
+    "signum",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=(pytest.mark.slow, pytest.mark.ci)),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path):
     """Exit status 128 + signal, one line, the step saved; the run is long, so it cannot end by itself."""

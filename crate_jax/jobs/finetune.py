@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     Raises:
       UserError: something that the user can mend, in one line.
-      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      Interrupted: one of `interrupt.SIGNALS` came; the state is saved.
     """
     name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS
     if name not in protocols:

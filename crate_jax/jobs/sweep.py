@@ -275,7 +275,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     Raises:
       UserError: something that the user can mend; if it concerns the settings, before the first run starts.
-      Interrupted: SIGINT or SIGTERM came; the same command continues the sweep.
+      Interrupted: one of `interrupt.SIGNALS` came; the same command continues the sweep.
     """
     settings = expand(config)
     # All runs use the same number of devices, since JAX cannot change it once it was used.

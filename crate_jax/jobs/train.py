@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     Raises:
       UserError: something that the user can mend, in one line.
-      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      Interrupted: one of `interrupt.SIGNALS` came; the state is saved.
     """
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)

@@ -1,4 +1,4 @@
-"""Keeps SIGINT and SIGTERM, so that a loop can ask between two steps whether one came."""
+"""Keeps the signals that ask a job to end, so that a loop can ask between two steps whether one came."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import signal
 import threading
 from types import FrameType
 from typing import Any, ClassVar, Self
+
+# Ctrl-C, `kill`, a closed terminal or ssh, a warning of SLURM's (--signal=USR1@60), and Ctrl-\\.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
 
 
 class Interrupted(Exception):
@@ -23,7 +26,9 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """A context that keeps the first SIGINT or SIGTERM in `signal`; a second signal acts at once.
+    """A context that keeps the first of SIGNALS in `signal`; a second signal acts at once.
+
+    A signal that is ignored stays ignored, as `nohup` sets SIGHUP.
 
     Contexts may be nested (a run inside a sweep). The inner one shows the signal of the outer one, so that both see
     a signal whenever it came.
@@ -53,7 +58,9 @@ class Interrupt:
         on_main = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
         if on_main and Interrupt._outermost is None:
             Interrupt._outermost = self
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in SIGNALS:
+                if signal.getsignal(signum) == signal.SIG_IGN:
+                    continue
                 self._previous[signum] = signal.signal(signum, self._receive)
         return self
 

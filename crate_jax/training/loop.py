@@ -282,7 +282,7 @@ class Loop:
         """Trains up to the last step, then calls each observer's `at_end`.
 
         Raises:
-          Interrupted: SIGINT or SIGTERM came; the state is saved.
+          Interrupted: one of `interrupt.SIGNALS` came; the state is saved.
           NonFiniteError: a loss, a gradient or a weight is NaN or infinite.
         """
         log.info(

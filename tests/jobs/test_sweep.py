@@ -239,20 +239,33 @@ def test_a_stopped_command_continues_where_it_was(cli_env, tmp_path):
     assert "2 of 2 runs finished" in again.stdout and "--config.sweep.values=0.5,0.75" in again.stdout
 
 
-def test_a_signal_reaches_every_open_interrupt_whenever_it_comes():
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGQUIT"])
+def test_a_signal_reaches_every_open_interrupt_whenever_it_comes(name):
     """So a sweep stops too when the signal came while a run was evaluating, and a run when it came before its start."""
-    handler = signal.getsignal(signal.SIGTERM)
+    signum = signal.Signals[name]
+    handler = signal.getsignal(signum)
     with Interrupt() as sweep_interrupt:
         with Interrupt() as run_interrupt:
             assert run_interrupt.signal is None
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert run_interrupt.signal == signal.SIGTERM
-        assert sweep_interrupt.signal == signal.SIGTERM
+            os.kill(os.getpid(), signum)
+            assert run_interrupt.signal == signum
+        assert sweep_interrupt.signal == signum
         with Interrupt() as next_run:
-            assert next_run.signal == signal.SIGTERM
+            assert next_run.signal == signum
     with Interrupt() as later:
         assert later.signal is None
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert signal.getsignal(signum) == handler
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.signal is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 BAD = [
