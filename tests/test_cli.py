@@ -93,6 +93,8 @@ def test_running_again_changes_nothing(finished, run_cli, tmp_path):
         assert before[key] == after[key], key
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_without_stdout_and_stderr_ends_with_0(cli_env, tmp_path):
     """As after `>&- 2>&-`: the streams' numbers must not go to the next files, into which libraries would write."""
     workdir = tmp_path / "run"

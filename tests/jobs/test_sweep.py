@@ -246,7 +246,7 @@ def test_a_signal_reaches_every_open_interrupt_whenever_it_comes(name):
     handler = signal.getsignal(signum)
     with Interrupt() as sweep_interrupt:
         with Interrupt() as run_interrupt:
-            assert run_interrupt.signal is None
+            assert run_interrupt.signal is None and callable(signal.getsignal(signum))
             os.kill(os.getpid(), signum)
             assert run_interrupt.signal == signum
         assert sweep_interrupt.signal == signum
