@@ -235,8 +235,8 @@ def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
 
     Bits differ, since sums have other orders. Until the first step of the one process, which reads all that the two
     have carried, this is rounding. Then a ReLU at zero can make of one bit a gradient that is other by 2e-3. VIbCReg's
-    whitening of 16 images multiplies rounding by a hundred at each step, unless the rate is small. W-MSE has Adam: where
-    the gradient is 0, of biases before a norm, it makes steps of the rate's size out of rounding.
+    whitening of 16 images multiplies rounding by a hundred at each step, unless the rate is small. W-MSE has Adam:
+    where the gradient is 0, of biases before a norm, it makes steps of the rate's size out of rounding.
     """
     for i in range(48):  # without labels, so that no classifier is fitted on them
         pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
