@@ -54,7 +54,9 @@ def collapsed(name: str, **changes):
     return jax.jit(jax.value_and_grad(method.loss, has_aux=True))(*args, batch, keys)
 
 
-@pytest.mark.parametrize("name", [*OURS[:-1], pytest.param("all4one", marks=pytest.mark.slow)])  # its transformer's 15 s
+@pytest.mark.parametrize(
+    "name", [*OURS[:-1], pytest.param("all4one", marks=pytest.mark.slow)]
+)  # its transformer's 15 s
 def test_a_collapse_gives_finite_losses_and_gradients(name):
     assert finite(collapsed(name, **({"wmse.eps": 0.01} if name == "wmse" else {})))
 
