@@ -177,6 +177,7 @@ def collapsing(config, source=None):
 
 
 @pytest.mark.usefixtures("one_device")
+@pytest.mark.one_python
 def test_a_run_that_collapses_says_so(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     monkeypatch.setitem(METHODS, "reconstruction", Row(collapsing, METHODS["reconstruction"].parts))

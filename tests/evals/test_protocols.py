@@ -173,6 +173,7 @@ def test_linear_probes_learn(digits, recipe):
     assert more["top1"] > 0.85
 
 
+@pytest.mark.one_python
 def test_a_set_too_small_for_a_recipe_is_repeated(digits):
     """1300 digits are less than a batch of MAE's recipe: once per pass, its 90 updates had an accuracy of 25 %."""
     found = run("linear_sgd", digits)

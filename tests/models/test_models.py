@@ -107,6 +107,7 @@ def test_dropping_with_a_linear_decoder_is_refused():
 
 
 @pytest.mark.parametrize("encoder", TRANSFORMERS)
+@pytest.mark.one_python
 def test_options_of_encoders(encoder):
     """Learned positions, over-complete dictionary, tied output, relative bias, drop path: all train."""
     options = {

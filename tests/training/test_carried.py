@@ -185,6 +185,7 @@ def test_judged_is_what_others_read(trained):
     assert any(name.startswith("carried/target/") and e["checksum"] for name, e in about["arrays"]["rest"].items())
 
 
+@pytest.mark.one_python
 def test_a_run_that_starts_from_another_copies_its_encoder_to_the_target(in_the_table, trained, tmp_path):
     """Through the whole job: after one step without effect the target is what the first run's was."""
     c = tiny(init_from=str(trained), seed=3, steps=1)

@@ -128,6 +128,7 @@ def test_cpu_devices_follow_the_cores_and_the_batch(env, cores, batch, devices):
     ("encoder", "corruption", "penalty"),
     [METHODS[1], *(pytest.param(*method, marks=pytest.mark.slow) for method in METHODS[::2])],
 )
+@pytest.mark.one_python
 def test_accumulated_gradients_equal_the_big_batch(encoder, corruption, penalty):
     """Four micro-batches on two devices give the update of the whole batch: same draws, penalty once."""
     c = small(encoder, corruption, penalty)
