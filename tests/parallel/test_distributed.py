@@ -233,10 +233,9 @@ CARRYING = [name for name, row in METHODS.items() if "joint" in row.parts]
 def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
     """Queues, centres, memories, targets and statistics: after 3 steps and a restart with one process, 6 steps.
 
-    Bits differ, since sums have other orders. Until the first step of the one process, which reads all that the two
-    have carried, this is rounding. Then a ReLU at zero can make of one bit a gradient that is other by 2e-3. VIbCReg's
-    whitening of 16 images multiplies rounding by a hundred at each step, unless the rate is small. W-MSE has Adam:
-    where the gradient is 0, of biases before a norm, it makes steps of the rate's size out of rounding.
+    Bits differ, since sums have other orders. The rate is small, so that this stays rounding: a ReLU at zero makes of
+    one bit a gradient that is other by 2e-3, and a large rate carries it into the next losses. W-MSE has Adam, which
+    makes steps of the rate's size out of the rounding of a gradient that is 0, that of biases before a norm.
     """
     for i in range(48):  # without labels, so that no classifier is fitted on them
         pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
@@ -244,7 +243,7 @@ def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
     flags = [f"--config=configs/joint.py:method={name},debug", f"--config.data.source=folder:{tmp_path / 'images'}"]
     flags += ["--config.log.every=1", "--config.log.report=False", "--config.log.pictures=0", "--config.save.every=3"]
     flags += ["--config.deepclusterv2.prototypes=6,5", "--config.optimizer.schedule=constant"]
-    flags += [f"--config.optimizer.lr={0.001 if name == 'vibcreg' else 0.02}"]
+    flags += ["--config.optimizer.lr=0.001"]
     flags += ["--config.joint.tau_final=0.99"]  # as at the start: the first of the two runs knows of three steps only
     one, two = tmp_path / "one", tmp_path / "two"
     command = [sys.executable, "-m", "crate_jax.main", *flags, "--config.steps=6"]
@@ -255,10 +254,9 @@ def test_two_processes_carry_what_one_carries(name, cli_env, tmp_path):
     assert (
         subprocess.run([*command, f"--workdir={two}"], cwd=ROOT, env=cli_env, timeout=500, check=False).returncode == 0
     )
-    np.testing.assert_allclose(losses(two)[:4], losses(one)[:4], rtol=1e-5, atol=2e-6)
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-3)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=5e-4, atol=2e-6)
     states = [checkpoint.read_params(workdir)[0] for workdir in (two, one)]
-    chex.assert_trees_all_close(*states, rtol=2e-2, atol=1e-2 if name == "wmse" else 3e-3)
+    chex.assert_trees_all_close(*states, rtol=1e-3, atol=1e-3 if name == "wmse" else 3e-4)
 
 
 def steps_done(workdir: Path) -> int:
