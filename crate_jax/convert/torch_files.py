@@ -364,7 +364,7 @@ class Checkpoint:
     Attributes:
       tree: the saved object, with `Tensor` and `Inert` in place of tensors and other objects.
       read: the function storage -> its bytes, if the file has as many.
-      size: of the file, in bytes.
+      size: the size of the file in bytes.
     """
 
     tree: Any

@@ -198,8 +198,8 @@ def open_folder(
       training split's classes.
 
     Raises:
-      DataError: as FolderSource raises it; or a named split is missing, several sub-folders may be the training split,
-        or only sub-folders with the names of other splits hold the images.
+      DataError: a named split does not exist; several sub-folders may be the training split; only sub-folders with the
+        names of other splits hold images; or FolderSource raises the error.
     """
     path = str(expanduser(path))
     _check_folder(path)

@@ -63,9 +63,9 @@ class Judge:
     """A protocol on frozen features, and the labelled data on which it judges each run's encoder.
 
     Attributes:
-      name: as config.sweep.judge has it, such as ``logreg@tfds:cifar10``.
+      name: the entry of config.sweep.judge, such as ``logreg@tfds:cifar10``.
       protocol: a key of :data:`crate_jax.evals.protocols.PROTOCOLS`, with its default options.
-      source: as config.data.source; "" for the images of pre-training.
+      source: where the images come from, as in config.data.source; "" stands for the images of pre-training.
     """
 
     name: str

@@ -62,7 +62,7 @@ class Tile:
     Attributes:
       rows: R, the tokens of a program; a power of two, at least 16.
       columns: C, the tokens that it goes through at a time; the same.
-      warps: of a program, 32 threads each.
+      warps: the number of warps of a program; a warp has 32 threads.
       stages: the tiles that are loaded ahead of their use, and the one in use.
     """
 
