@@ -1,6 +1,8 @@
-"""The errors that a user can cause; `main` prints each in one line and exits with status 2."""
+"""The errors that a user can cause; a command prints each in one line and exits with status 2."""
 
+import os
 import re
+import sys
 
 MAX_LISTED = 5  # texts that one message lists
 
@@ -43,6 +45,20 @@ def escaped(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_error(message: str) -> None:
+    """Prints a message of one line to stderr, and what stdout still holds, though nobody may read them any more.
+
+    Without a reader, or on a full disk, Python would write the rest at its exit, fail again, and end with another
+    status; so what cannot be written is dropped.
+    """
+    for stream, text in ((sys.stderr, f"error: {message}\n"), (sys.stdout, "")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def in_markdown(text: str) -> str:

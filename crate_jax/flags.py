@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from crate_jax.config import require_keys
-from crate_jax.errors import ConfigError, UserError, escaped
+from crate_jax.errors import ConfigError, UserError, escaped, print_error
 from crate_jax.parallel import distributed
 
 USAGE = "python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR"
@@ -58,12 +58,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def fail(error: BaseException) -> NoReturn:
     """Prints an error as one line and ends the process with status 2."""
-    for stream, text in ((sys.stderr, f"error: {one_line(error)}\n"), (sys.stdout, "")):
-        try:
-            stream.write(text)
-            stream.flush()
-        except OSError:  # else Python would write the rest at its exit, fail again, and end with another status
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    print_error(one_line(error))
     if distributed.processes() > 1:
         distributed.leave(2)
     sys.exit(2)

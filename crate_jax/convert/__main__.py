@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from crate_jax.convert.describe import Hints
 from crate_jax.convert.export import FORMATS, export
 from crate_jax.convert.families import FAMILIES
 from crate_jax.convert.rules import Match
-from crate_jax.errors import ConfigError, UserError, escaped, some
+from crate_jax.errors import ConfigError, UserError, escaped, print_error, some
 from crate_jax.parallel.parameters import count
 from crate_jax.validation import changed_keys
 
@@ -124,7 +123,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
-        print(f"error: {escaped(message)}; python -m crate_jax.convert --help says more", file=sys.stderr)
+        print_error(f"{escaped(message)}; python -m crate_jax.convert --help says more")
         sys.exit(2)
 
 
@@ -170,12 +169,7 @@ def main(argv: Sequence[str]) -> int:
         args.run(args)
         sys.stdout.flush()  # raises OSError if the disk is full or the reader is gone
     except (UserError, OSError) as e:
-        for stream, text in ((sys.stderr, f"error: {' '.join(str(e).split())}\n"), (sys.stdout, "")):
-            try:
-                stream.write(text)
-                stream.flush()
-            except OSError:  # else Python would write the rest at its exit, fail again, and end with another status
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        print_error(" ".join(str(e).split()))
         return 2
     return 0
 
