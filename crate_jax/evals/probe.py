@@ -208,6 +208,137 @@ class _Solution(NamedTuple):
     products: jax.Array
 
 
+class _Problem(NamedTuple):
+    """Mean CE + decay / 2 ||W||^2, to be minimised over the parameters, weights (D, C) and bias (C,).
+
+    Attributes:
+      x_nD: the features in the basis of their covariance, in which the Hessian is nearly diagonal.
+      squared_nD: their squares.
+      is_label_nC: whether a class is the row's label.
+      decay: the strength of the penalty.
+    """
+
+    x_nD: jax.Array
+    squared_nD: jax.Array
+    is_label_nC: jax.Array
+    decay: jax.Array
+
+    def scores(self, params: dict[str, jax.Array]) -> jax.Array:
+        """The scores (n, C)."""
+        return jnp.matmul(self.x_nD, params["weights"], precision=HIGHEST) + params["bias"]
+
+    def transposed(self, rows_nC: jax.Array, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The gradient at the parameters, if `rows_nC` are n times the gradients of the mean by the scores."""
+        weights = jnp.matmul(self.x_nD.T, rows_nC, precision=HIGHEST) / len(self.x_nD)
+        return {"weights": weights + self.decay * params["weights"], "bias": jnp.mean(rows_nC, axis=0)}
+
+    def objective(self, scores_nC: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
+        """The loss of parameters whose scores are known."""
+        mean_loss = jnp.mean(_cross_entropy(scores_nC, self.is_label_nC).value_n)
+        return mean_loss + 0.5 * self.decay * jnp.sum(jnp.square(params["weights"]))  # rotations keep the norm
+
+
+class _Model(NamedTuple):
+    """The quadratic model of a problem's loss at some parameters.
+
+    Attributes:
+      problem: the problem.
+      p_nC: the probabilities.
+      gradient: the gradient.
+      diagonal: the diagonal of the Hessian H.
+    """
+
+    problem: _Problem
+    p_nC: jax.Array
+    gradient: dict[str, jax.Array]
+    diagonal: dict[str, jax.Array]
+
+    @classmethod
+    def at(cls, problem: _Problem, params: dict[str, jax.Array], scores_nC: jax.Array) -> _Model:
+        """The model at parameters whose scores are known."""
+        x, is_label = problem.squared_nD, problem.is_label_nC
+        _, p, q = _cross_entropy(scores_nC, is_label)
+        gradient = problem.transposed(jnp.where(is_label, -q, p), params)
+        diagonal = {
+            "weights": jnp.matmul(x.T, p * q, precision=HIGHEST) / len(x) + problem.decay,
+            "bias": jnp.mean(p * q, axis=0) + jnp.finfo(x.dtype).tiny,
+        }
+        return cls(problem, p, gradient, diagonal)
+
+    def hessian(self, v: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """H v."""
+        # The softmax does not see a common shift; relative to the label nothing cancels.
+        u = self.problem.scores(v)
+        u = u - _of_label(u, self.problem.is_label_nC)
+        out = self.problem.transposed(self.p_nC * (u - jnp.sum(self.p_nC * u, axis=1, keepdims=True)), v)
+        # No term of the loss sees a common shift of the biases; this one keeps rounding from moving it.
+        return {**out, "bias": out["bias"] + jnp.mean(self.diagonal["bias"]) * jnp.mean(v["bias"])}
+
+    def solve(self, value: jax.Array, tolerance: jax.Array, max_products: jax.Array) -> _Solution:
+        """Solves H step = -gradient by conjugate gradients, as exactly as the loss's value is worth it."""
+
+        def unsolved(s: _Solution) -> jax.Array:
+            inaccurate = s.error > jnp.square(accuracy) * first.error
+            unproven = (s.recent > SLOW * value) | (s.products < MEMORY) | (s.error > SMALL * value)
+            wanted = inaccurate | ((s.gain <= tolerance * value) & unproven)
+            rounding = jnp.maximum(1e-10 * first.error, EXACT)
+            return wanted & (s.error > rounding) & (s.products < max_products)
+
+        def conjugate(s: _Solution) -> _Solution:
+            product = self.hessian(s.direction)
+            length = s.error / optax.tree.vdot(s.direction, product)
+            step = optax.tree.add_scale(s.step, length, s.direction)
+            residual = optax.tree.add_scale(s.residual, -length, product)
+            preconditioned = jax.tree.map(jnp.divide, residual, self.diagonal)
+            error = optax.tree.vdot(residual, preconditioned)
+            direction = optax.tree.add_scale(preconditioned, error / s.error, s.direction)
+            gain = 0.5 * length * s.error
+            recent = (1 - 1 / MEMORY) * s.recent + gain
+            return _Solution(step, residual, direction, error, s.gain + gain, recent, s.products + 1)
+
+        residual = jax.tree.map(jnp.negative, self.gradient)
+        direction = jax.tree.map(jnp.divide, residual, self.diagonal)
+        error, none = optax.tree.vdot(residual, direction), jnp.zeros((), value.dtype)
+        first = _Solution(optax.tree.zeros_like(residual), residual, direction, error, none, none, jnp.int32(0))
+        # Far from the minimum, the quadratic model is not worth an accurate solution.
+        share = error / jnp.maximum(value, jnp.finfo(value.dtype).tiny)
+        accuracy = jnp.clip(jnp.sqrt(share), ACCURACY, 0.5)
+        return jax.lax.while_loop(unsolved, conjugate, first)
+
+
+def _newton(problem: _Problem, carry: _Carry, tolerance: jax.Array, max_products: jax.Array) -> _Carry:
+    """One step of Newton's method, shortened until it makes the loss smaller."""
+    params, value = carry.params, carry.value
+    scores_nC = problem.scores(params)
+    model = _Model.at(problem, params, scores_nC)
+    solved = model.solve(value, tolerance, max_products - carry.products)
+    products = carry.products + solved.products
+    within = products < max_products
+
+    slope = optax.tree.vdot(model.gradient, solved.step)  # twice the decrement, below 0
+    along_nC = problem.scores(solved.step)
+
+    def at(length: jax.Array) -> jax.Array:
+        return problem.objective(scores_nC + length * along_nC, optax.tree.add_scale(params, length, solved.step))
+
+    def too_long(search: tuple[jax.Array, jax.Array]) -> jax.Array:
+        length, found = search
+        rounding = 8 * jnp.finfo(value.dtype).eps * value
+        return ~(found <= value + 1e-4 * length * slope + rounding) & (length > 1e-6)
+
+    one = jnp.ones((), value.dtype)
+    length, found = jax.lax.while_loop(too_long, lambda s: (s[0] / 2, at(s[0] / 2)), (one, at(one)))
+    better = found <= value
+    return _Carry(
+        optax.tree.add_scale(params, jnp.where(better, length, 0.0), solved.step),
+        jnp.where(better, found, value),
+        products,
+        solved.gain / jnp.maximum(value, jnp.finfo(value.dtype).tiny),
+        within & (solved.gain <= tolerance * value),
+        ~better,
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("num_classes", "standardise"))
 def _fit(
     x: jax.Array,
@@ -231,105 +362,19 @@ def _fit(
     """
     mean, std = _moments(x, standardise)
     x = (x - mean) / std
-    n = x.shape[0]
-    # In the basis of the covariance, the Hessian is nearly diagonal: conjugate gradients need few products.
-    _, directions = jnp.linalg.eigh(jnp.matmul(x.T, x, precision=HIGHEST) / n)
+    _, directions = jnp.linalg.eigh(jnp.matmul(x.T, x, precision=HIGHEST) / len(x))
     x = jnp.matmul(x, directions, precision=HIGHEST)
-    x_squared = jnp.square(x)
-    is_label = y[:, None] == jnp.arange(num_classes)
-
-    def scores(params: dict[str, jax.Array]) -> jax.Array:
-        return jnp.matmul(x, params["weights"], precision=HIGHEST) + params["bias"]
-
-    def transposed(rows_nC: jax.Array) -> dict[str, jax.Array]:
-        return {"weights": jnp.matmul(x.T, rows_nC, precision=HIGHEST) / n, "bias": jnp.mean(rows_nC, axis=0)}
+    x_squared, is_label = jnp.square(x), y[:, None] == jnp.arange(num_classes)
 
     def solve(start: dict[str, jax.Array], decay: jax.Array) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
-        def decayed(out: dict[str, jax.Array], params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            return {**out, "weights": out["weights"] + decay * params["weights"]}
-
-        def objective(scores_nC: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
-            mean_loss = jnp.mean(_cross_entropy(scores_nC, is_label).value_n)
-            return mean_loss + 0.5 * decay * jnp.sum(jnp.square(params["weights"]))  # rotations keep the norm
-
-        def newton(carry: _Carry) -> _Carry:
-            params, value = carry.params, carry.value
-            z = scores(params)
-            _, p, q = _cross_entropy(z, is_label)
-            gradient = decayed(transposed(jnp.where(is_label, -q, p)), params)
-            diagonal = {
-                "weights": jnp.matmul(x_squared.T, p * q, precision=HIGHEST) / n + decay,
-                "bias": jnp.mean(p * q, axis=0) + jnp.finfo(x.dtype).tiny,
-            }
-
-            def hessian(v: dict[str, jax.Array]) -> dict[str, jax.Array]:
-                # The softmax does not see a common shift; relative to the label nothing cancels.
-                u = scores(v)
-                u = u - _of_label(u, is_label)
-                out = decayed(transposed(p * (u - jnp.sum(p * u, axis=1, keepdims=True))), v)
-                # No term of the loss sees a common shift of the biases; this one keeps rounding from moving it.
-                return {**out, "bias": out["bias"] + jnp.mean(diagonal["bias"]) * jnp.mean(v["bias"])}
-
-            def unsolved(s: _Solution) -> jax.Array:
-                inaccurate = s.error > jnp.square(accuracy) * first.error
-                unproven = (s.recent > SLOW * value) | (s.products < MEMORY) | (s.error > SMALL * value)
-                wanted = inaccurate | ((s.gain <= tolerance * value) & unproven)
-                rounding = jnp.maximum(1e-10 * first.error, EXACT)
-                return wanted & (s.error > rounding) & (carry.products + s.products < max_products)
-
-            def conjugate(s: _Solution) -> _Solution:
-                product = hessian(s.direction)
-                length = s.error / optax.tree.vdot(s.direction, product)
-                step = optax.tree.add_scale(s.step, length, s.direction)
-                residual = optax.tree.add_scale(s.residual, -length, product)
-                preconditioned = jax.tree.map(jnp.divide, residual, diagonal)
-                error = optax.tree.vdot(residual, preconditioned)
-                direction = optax.tree.add_scale(preconditioned, error / s.error, s.direction)
-                gain = 0.5 * length * s.error
-                recent = (1 - 1 / MEMORY) * s.recent + gain
-                return _Solution(step, residual, direction, error, s.gain + gain, recent, s.products + 1)
-
-            residual = jax.tree.map(jnp.negative, gradient)
-            direction = jax.tree.map(jnp.divide, residual, diagonal)
-            error = optax.tree.vdot(residual, direction)
-            none = jnp.zeros((), x.dtype)
-            first = _Solution(optax.tree.zeros_like(params), residual, direction, error, none, none, jnp.int32(0))
-            # Far from the minimum, the quadratic model is not worth an accurate solution.
-            share = error / jnp.maximum(value, jnp.finfo(x.dtype).tiny)
-            accuracy = jnp.clip(jnp.sqrt(share), ACCURACY, 0.5)
-            solved = jax.lax.while_loop(unsolved, conjugate, first)
-            within = carry.products + solved.products < max_products
-
-            slope = optax.tree.vdot(gradient, solved.step)  # twice the decrement, below 0
-            along = scores(solved.step)
-
-            def at(length: jax.Array) -> jax.Array:
-                return objective(z + length * along, optax.tree.add_scale(params, length, solved.step))
-
-            def too_long(search: tuple[jax.Array, jax.Array]) -> jax.Array:
-                length, found = search
-                rounding = 8 * jnp.finfo(x.dtype).eps * value
-                return ~(found <= value + 1e-4 * length * slope + rounding) & (length > 1e-6)
-
-            one = jnp.ones((), x.dtype)
-            length, found = jax.lax.while_loop(too_long, lambda s: (s[0] / 2, at(s[0] / 2)), (one, at(one)))
-            better = found <= value
-            length = jnp.where(better, length, 0.0)
-            return _Carry(
-                optax.tree.add_scale(params, length, solved.step),
-                jnp.where(better, found, value),
-                carry.products + solved.products,
-                solved.gain / jnp.maximum(value, jnp.finfo(x.dtype).tiny),
-                within & (solved.gain <= tolerance * value),
-                ~better,
-            )
+        problem = _Problem(x, x_squared, is_label, decay)
 
         def unfinished(carry: _Carry) -> jax.Array:
             return ~carry.converged & ~carry.stuck & (carry.products < max_products)
 
-        no = jnp.zeros((), bool)
-        carry = _Carry(start, objective(scores(start), start), jnp.int32(0), jnp.ones((), x.dtype), no, no)
-        end = jax.lax.while_loop(unfinished, newton, carry)
+        value, no = problem.objective(problem.scores(start), start), jnp.zeros((), bool)
+        carry = _Carry(start, value, jnp.int32(0), jnp.ones((), x.dtype), no, no)
+        end = jax.lax.while_loop(unfinished, lambda c: _newton(problem, c, tolerance, max_products), carry)
         return end.params, (end.params, end.products, end.converged, end.left)
 
     zeros = {"weights": jnp.zeros((x.shape[1], num_classes)), "bias": jnp.zeros(num_classes)}
