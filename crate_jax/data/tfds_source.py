@@ -97,23 +97,9 @@ def open_tfds(
       DataError: TFDS is not installed; the set is not prepared, or is prepared in another format; there is no such
         split; or the set has no feature 'image'.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as e:
-        raise DataError(
-            f"config.data.source='tfds:{name}' needs tensorflow-datasets, which cannot be imported ({e}): "
-            "pip install tensorflow-datasets importlib_resources"
-        ) from None
     data_dir = str(expanduser(data_dir)) if data_dir else ""
     where = data_dir or "TFDS's default data_dir"
-    try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
-        splits = list(builder.info.splits)
-    except Exception as e:
-        raise DataError(
-            f"config.data.source='tfds:{name}': {type(e).__name__}: no such data set in {where}, nor among the "
-            "builders that TFDS knows; check the name and config.data.data_dir"
-        ) from None
+    tfds, builder, splits = _builder(name, data_dir, where)
     if not splits:
         raise DataError(_not_prepared(name, where, "is not prepared"))
     if split == "eval" and not eval_split:
@@ -152,6 +138,25 @@ def open_tfds(
         return read(chosen)
     found = [read(s) for s in eval_splits(splits)]
     return next((s for s in found if s.class_names is not None), found[0] if found else None)
+
+
+def _builder(name: str, data_dir: str, where: str) -> tuple[Any, Any, list[str]]:
+    """Returns the module tensorflow_datasets, the builder of a data set, and the names of its splits."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as e:
+        raise DataError(
+            f"config.data.source='tfds:{name}' needs tensorflow-datasets, which cannot be imported ({e}): "
+            "pip install tensorflow-datasets importlib_resources"
+        ) from None
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+        return tfds, builder, list(builder.info.splits)
+    except Exception as e:
+        raise DataError(
+            f"config.data.source='tfds:{name}': {type(e).__name__}: no such data set in {where}, nor among the "
+            "builders that TFDS knows; check the name and config.data.data_dir"
+        ) from None
 
 
 def _not_prepared(name: str, where: str, fault: str) -> str:
