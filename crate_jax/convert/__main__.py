@@ -169,7 +169,10 @@ def main(argv: Sequence[str]) -> int:
         args.run(args)
         sys.stdout.flush()  # raises OSError if the disk is full or the reader is gone
     except (UserError, OSError) as e:
-        print_error(" ".join(str(e).split()))
+        message = str(e)
+        if isinstance(e, OSError) and e.filename is None:  # of all that a command writes, only stdout has no name
+            message = f"the output cannot be written ({e.strerror})"
+        print_error(" ".join(message.split()))
         return 2
     return 0
 
