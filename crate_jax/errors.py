@@ -37,7 +37,7 @@ def escaped(text: str) -> str:
     r"""Escapes what a terminal would not print, for messages with a name or path in them.
 
     Names of files may hold line breaks, a terminal's escape codes, marks that turn the direction of writing, and bytes
-    that are no text. Everything that prints such a name uses this function.
+    that are not text. Everything that prints such a name uses this function.
 
     >>> escaped("a\nb\x1b[31m\u202e\udcff"), escaped("Käse 猫.png")
     ('a\\nb\\x1b[31m\\u202e\\udcff', 'Käse 猫.png')
@@ -64,7 +64,7 @@ def print_error(message: str) -> None:
 def in_markdown(text: str) -> str:
     r"""Escapes a name for a line or a table's cell of Markdown: what a terminal would not print, and what is markup.
 
-    Underscores stay, which are no markup within a word; most keys and names have some.
+    Underscores stay: within a word they are not markup, and most keys and names have some.
 
     >>> print(in_markdown("a_b|<img src=x>\n**c**"))
     a_b\|\<img src=x>\\n\*\*c\*\*

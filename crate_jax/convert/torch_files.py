@@ -185,9 +185,9 @@ class Unpickler:
 
     It cannot call or change anything of ours: a global name is an entry of ALLOWED, which it calls only through
     :meth:`_call`, and it fills only dictionaries and lists that it made itself. Its work and memory are bounded by
-    MAX_PICKLE and MAX_WORK, whatever sizes the bytes name: nothing that it does takes longer than the objects on its
-    stack are many. What could take longer is left out: sets, and keys of dictionaries that are no names or numbers
-    (a tuple of one tuple twice, 60 deep, has 2^60 items to hash).
+    MAX_PICKLE and MAX_WORK, whatever sizes the bytes name: the time of an operation grows at most with the number of
+    objects on its stack. What could take longer is left out: sets, and keys of dictionaries that are not names or
+    numbers (a tuple of one tuple twice, 60 deep, has 2^60 items to hash).
 
     Attributes:
       storages: the storages that it met, by key.
@@ -256,7 +256,7 @@ class Unpickler:
                 case "STACK_GLOBAL":
                     attribute, module = stack.pop(), stack.pop()
                     if not isinstance(attribute, str) or not isinstance(module, str):
-                        raise RefusedError("a global name that is no text")
+                        raise RefusedError("a global name that is not a text")
                     stack.append(_allowed(f"{module}.{attribute}"))
                 case "REDUCE" | "NEWOBJ":
                     args, function = stack.pop(), stack.pop()

@@ -18,14 +18,15 @@ from crate_jax.errors import DataError, escaped, some
 from crate_jax.parallel import distributed
 from crate_jax.workdir.folder import expanduser
 
-# The names that Pillow gives to files of decoding.FORMATS. PFM is no picture: its floats have no white.
+# The names that Pillow gives to files of decoding.FORMATS. PFM is not a picture: its floats have no white.
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 DEFAULT_TRAIN_SPLIT = "train"
 FINGERPRINT_SIZES = 1000  # files whose size enters the fingerprint; to ask for all sizes is slow on network disks
-# What archives, file systems and file managers leave behind, in lower case. Hidden files are no litter, but never read.
+# What archives, file systems and file managers leave behind, in lower case. Hidden files are not listed: they are never
+# read.
 LITTER_FOLDERS = frozenset(
     (b"__macosx", b"@eadir", b"@recycle", b"#recycle", b"#snapshot", b"$recycle.bin", b"recycler", b"lost+found",
      b"system volume information", b"__pycache__")
@@ -41,7 +42,7 @@ class FolderSource(Source):
 
     Labels exist if at least two sub-folders of the root hold images: these are the classes, in byte order. Images that
     lie beside them are left out if they are few (:func:`_are_strays`), and are said to take the labels away otherwise.
-    One line of the log names what was left out: strays, files that are no images, litter.
+    One line of the log names what was left out: strays, files that are not images, litter.
 
     Args:
       root: the folder.
@@ -135,7 +136,7 @@ class _Rest:
     """What lies between the images of a tree.
 
     Attributes:
-      others: number of files that are no images, by the ending of their name in lower case.
+      others: number of files that are not images, by the ending of their name in lower case.
       of_folders: the first folders of these files' paths.
       litter: paths of folders that were not entered.
       eval_folders: paths of folders with the name of an evaluation split.
@@ -148,14 +149,14 @@ class _Rest:
         self.eval_folders: list[bytes] = []
 
     def add_file(self, path: bytes) -> None:
-        """Counts a file that is no image."""
+        """Counts a file that is not an image."""
         folder, name = os.path.split(path)
         if name.lower() not in LITTER_FILES:
             self.others[os.path.splitext(name)[1].lower()] += 1
             self.of_folders.add(folder.partition(b"/")[0])
 
     def others_text(self) -> str:
-        """The numbers of files that are no images, in words."""
+        """The numbers of files that are not images, in words."""
         numbers = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
         texts = [f"{n} {os.fsdecode(ending) or 'without ending'}" for ending, n in numbers]
         total = self.others.total()
@@ -170,10 +171,10 @@ class _Rest:
           found: the sub-folders that hold images.
         """
         parts = [f"images beside the folders of the classes: {_names(strays)}"] if strays else []
-        parts += [f"folders that are no part of the set: {_names(sorted(self.litter))}"] if self.litter else []
+        parts += [f"folders that are not part of the set: {_names(sorted(self.litter))}"] if self.litter else []
         parts += [self.others_text()] if self.others else []
         empty = sorted(self.of_folders - {b"", *found})
-        parts += [f"of the folders {_names(empty)} no image can be read, so that they are no class"] if empty else []
+        parts += [f"folders without a readable image, which are not classes: {_names(empty)}"] if empty else []
         if parts:
             _say(f"{root}: left out {'; '.join(parts)}")
 

@@ -33,7 +33,7 @@ DIGITS_TRAIN_SHARE = 0.8
 
 
 def split_role(name: str) -> str | None:
-    """Returns the key of SPLITS that a folder's or a split's name stands for; None if it is no split's name.
+    """Returns the key of SPLITS that a folder's or a split's name stands for; None if it is not the name of a split.
 
     >>> [split_role(name) for name in ("Train", "training_set", "VALID", "Test Images", "val2017", "testament", "cat")]
     ['train', 'train', 'val', 'test', 'val', None, None]
@@ -43,7 +43,7 @@ def split_role(name: str) -> str | None:
 
 
 def split_roles(names: Iterable[str]) -> dict[str, str]:
-    """Returns the keys of SPLITS that names beside each other stand for, without the names that are no split's.
+    """Returns the keys of SPLITS that names beside each other stand for, without the names of other things.
 
     Besides those of :func:`split_role` these are names that differ only in the split.
 

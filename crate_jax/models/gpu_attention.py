@@ -183,7 +183,7 @@ class _Shape:
         return triton.load(ref.at[at]).astype(jnp.float32)
 
     def logits(self, product_RC: jax.Array, bias_RC: jax.Array | None, other: Any) -> tuple[jax.Array, float]:
-        """The logits of a tile, -inf in columns that are no tokens, and the factor that makes them binary logarithms.
+        """The logits of a tile, -inf in columns that are not tokens, and the factor that makes them binary logarithms.
 
         Without a bias the factor is left to the exponential, where it costs nothing.
         """
@@ -286,7 +286,7 @@ def _first_kernel(
 class _Others:
     """A tile of other tokens as queries, of which the block's own tokens are the keys: rows are keys here.
 
-    Places that are no tokens have an inverse of 0, and so no weight.
+    Places that are not tokens have an inverse of 0, and so no weight.
     """
 
     def __init__(
@@ -385,7 +385,7 @@ def _bias_kernel(
 def _prepared(s: _Shape, bias_HNN: jax.Array | None, dtype: Any, turned: bool = False) -> jax.Array | None:
     """A bias as the kernels read it: binary logarithms, (H, M, M); columns, or when `turned` rows, are the keys.
 
-    Places of keys that are no tokens hold -inf. Rows of whole tiles let a thread read 16 bytes at once; rows of 197
+    Places of keys that are not tokens hold -inf. Rows of whole tiles let a thread read 16 bytes at once; rows of 197
     numbers would be read one number at a time. Beside bfloat16 it is float16, three bits more exact than queries and
     keys: each image reads it, and half the bytes take half the time. Float16 holds no more than 65504.
     """

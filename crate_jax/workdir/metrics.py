@@ -419,7 +419,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
-        # Names of folders and classes may hold bytes that are no text.
+        # Names of folders and classes may hold bytes that are not text.
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.write(text)
             f.flush()

@@ -111,7 +111,7 @@ PICKLES = {
     "a class of the old kind": (b"(icollections\nOrderedDict\n.", "the operation INST"),
     "an extension": (b"\x82\x01.", "the operation EXT1"),
     "a number as text": (b"I" + b"9" * 5000 + b"\n.", "damaged"),
-    "a name of another thing than text": (b"NN\x93.", "a global name that is no text"),
+    "a name of another thing than text": (b"NN\x93.", "a global name that is not a text"),
     "a shape of many numbers": (
         tensor((1,) * 40, (1,) * 40) + b".",
         "at most 32 numbers",
@@ -317,7 +317,7 @@ def test_many_networks_are_not_compared_with_each_other(tmp_path):
 
 
 def test_what_no_weight_has_is_left_out(tmp_path):
-    """A name of 501 characters and keys that are no names do not keep the rest from being read."""
+    """A name of 501 characters and keys that are not names do not keep the rest from being read."""
     odd = b"}(" + text("w") + tensor((3,), (1,)) + text("a" * 501) + b"N" + b"(K\x01K\x02tN" + b"NNu"
     read, _ = files.read(zip_of(tmp_path / "a.pth", {"model": odd}))
     assert list(read) == ["w"]

@@ -91,7 +91,7 @@ def test_litter_is_left_out(tmp_path, caplog):
     data.open_split(configured(f"folder:{tmp_path}"), "train")
     assert names(source) == ["a/1.png", "b/2.png"] and source.class_names == ["a", "b"]
     assert len(caplog.messages) == 1
-    assert "folders that are no part of the set: $RECYCLE.BIN, __MACOSX, a/@eaDir, lost+found" in caplog.text
+    assert "folders that are not part of the set: $RECYCLE.BIN, __MACOSX, a/@eaDir, lost+found" in caplog.text
 
 
 def test_other_files_are_counted_and_a_class_without_an_image_is_named(tmp_path, caplog):
@@ -102,7 +102,7 @@ def test_other_files_are_counted_and_a_class_without_an_image_is_named(tmp_path,
     assert data.open_split(configured(f"folder:{tmp_path}"), "train").class_names == ["a", "c"]
     assert len(caplog.messages) == 1
     assert "left out 4 other files: 2 .heic, 1 without ending, 1 .txt" in caplog.text
-    assert "of the folders b no image can be read, so that they are no class" in caplog.text
+    assert "folders without a readable image, which are not classes: b" in caplog.text
 
 
 def test_what_counts_as_an_image(tmp_path):
