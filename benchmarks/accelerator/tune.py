@@ -30,7 +30,7 @@ SUMS = (4, 16, 32)
 
 
 def cases(name: str, settings: Settings) -> Cases:
-    """The kernels of each shape, those of most worth first; TPUs have none of them."""
+    """The kernels of each shape, the most useful shapes first; there are no such kernels for TPUs."""
     if settings.platform == "tpu":
         return {}
     B = settings.batch
@@ -53,7 +53,7 @@ def cases(name: str, settings: Settings) -> Cases:
 
 
 def choices(default: Tiles, kernel: str, tiles: Sequence[Tile], sums: Sequence[int]) -> list[Tiles]:
-    """The default, then others that differ from it in one kernel."""
+    """The default, then tiles that differ from the default in one kernel."""
     found = [default, *(dataclasses.replace(default, **{kernel: tile}) for tile in tiles)]
     if kernel == "bias":
         found += [dataclasses.replace(default, sums=n) for n in sums]

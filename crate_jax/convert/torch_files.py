@@ -95,7 +95,7 @@ class Inert:
     """The stand-in for an object that no weight depends on; the reader does nothing with it.
 
     Attributes:
-      state: the attributes that a pickle sets on it, such as those of an argparse.Namespace.
+      state: the attributes that a pickle sets on the object, such as those of an argparse.Namespace.
     """
 
     __slots__ = ("state",)

@@ -347,7 +347,7 @@ def _mend_layout(image: TiffImageFile) -> None:
     compressed = _tag(image, COMPRESSION_TAG, 1) != 1
     bits, photometric = _tag(image, BITS_TAG, 1), _tag(image, PHOTOMETRIC_TAG, WHITE_IS_ZERO)
     if not compressed and _tag(image, PLANES_TAG, 1) == 2 and (bits != 8 or photometric == WHITE_IS_ZERO):
-        # Pillow takes a letter of its mode for each plane, and forgets the rest of it.
+        # Pillow takes a letter of its mode for each plane, and forgets the rest of the mode.
         raise DecodeError(f"a TIFF with separate planes of {bits} bits, uncompressed")
     if not compressed and photometric == YCBCR and tuple(image.tag_v2.get(SUBSAMPLING_TAG, (2, 2))) != (1, 1):
         raise DecodeError("a TIFF with subsampled colours, uncompressed")

@@ -190,7 +190,7 @@ def open_folder(
       train_split: sub-folder of the training images. 'train' (the default) also takes the sub-folder of another usual
         name, such as Train or training; if there is none, the whole tree is the training split and there is no
         evaluation split. '': the whole tree.
-      eval_split: sub-folder of the evaluation images; 'auto': the first with labels of those that have a usual name,
+      eval_split: sub-folder of the evaluation images; 'auto': the first with labels among those with a usual name,
         test before val (if none has labels, the first); '': there is no evaluation split.
       max_pixels: see FolderSource.
 

@@ -196,7 +196,7 @@ class _Solution(NamedTuple):
     Attributes:
       error: r^T M^-1 r of the residual r, with the preconditioner M.
       gain: what the step takes from the quadratic model of the loss.
-      recent: what about the last MEMORY products took from it.
+      recent: what about the last MEMORY products took from the model of the loss.
     """
 
     step: dict[str, jax.Array]

@@ -150,7 +150,7 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     (:meth:`crate_jax.evals.linear_sgd.Recipe.for_rows`); the record's ``recipe`` says how often.
 
     Raises:
-      DataError: no class has two training images, so that no learning rate can be chosen on a part of them.
+      DataError: no class has two training images, so that no learning rate can be chosen on a part of the images.
       NonFiniteError: the training diverged.
     """
     recipe = linear_sgd.RECIPES[options.recipe]

@@ -60,7 +60,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A protocol on frozen features, and the labelled data on which it judges each run's encoder.
+    """A protocol on frozen features, and the labelled data on which the protocol judges each run's encoder.
 
     Attributes:
       name: the entry of config.sweep.judge, such as ``logreg@tfds:cifar10``.

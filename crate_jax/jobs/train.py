@@ -237,7 +237,7 @@ def resume(
       The entries that checkpoints, summary and report record.
 
     Raises:
-      ConfigError: a key has changed that must not; the error names all of them.
+      ConfigError: keys have changed that must not change; the error names all such keys.
     """
     require_same_task(config, folder, before, other)
     found, allowed = resumed_changes(config, before), allowed_changes(config)

@@ -116,7 +116,7 @@ def backward(
     x: jax.Array, scale_D: jax.Array, g: tuple[jax.Array, ...], skip: jax.Array | None, eps: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The gradients of x, scale and bias from those of the result and of a skip connection, (B, ..., D) each.
+    """The gradients of x, scale and bias from the gradients of the result and of a skip, (B, ..., D) each.
 
     The gradient of the result is the sum of all `g`, added in float32.
     """

@@ -127,7 +127,7 @@ def _forward_image(width: int, parts: list[jax.Array], bias_ref: Any) -> list[ja
 
 
 def _backward_image(width: int, arrays: list[jax.Array], bias_ref: Any, dbias_ref: Any = None) -> list[jax.Array]:
-    """The gradients of the P parts from these and the gradient of the result, (N, G) each.
+    """The gradients of the P parts from the parts and the gradient of the result, (N, G) each.
 
     Keys come first and queries lie along the lanes, also in the bias and in its gradient, (S, N, N) each. Then only one
     of the last three products, not two, contracts over leading axes.

@@ -122,7 +122,7 @@ def make_meta(step: int, meta: Mapping[str, Any], arrays: Mapping[str, Mapping[s
 
 
 def versions() -> dict[str, str]:
-    """The versions of this library and of those that it computes with, by name."""
+    """The versions of this library and of the libraries that it computes with, by name."""
     found = {}
     for name in VERSIONS_OF:
         try:

@@ -86,7 +86,7 @@ class Writer:
         """Records scalars of a step; a slash groups names ("eval/knn_top1").
 
         Raises:
-          ValueError: a name is that of the step, or begins as those of pictures do.
+          ValueError: a name is the name of the step, or begins as the names of pictures do.
           UserError: a file cannot be written.
         """
         taken = [name for name in scalars if name == "step" or name.startswith(PICTURES)]
