@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax.data import DATA, VIEWS
+from crate_jax.data import DATA, VIEWS, write_out
 from crate_jax.errors import ConfigError
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.methods import METHODS
@@ -401,18 +401,19 @@ def is_read(config: ConfigDict, key: str, params: Mapping[str, Any] | None = Non
 
 
 def validate(config: ConfigDict, read: Sequence[str] | None = None) -> None:
-    """Checks all that can be checked without data and devices.
+    """Writes short forms of values out, and checks all that can be checked without data and devices.
 
     Every value must keep to its key's rule. The keys of a section must also go together, if the section is read.
 
     Args:
-      config: the config of :func:`base`, with changes.
+      config: the config of :func:`base`, with changes; :func:`crate_jax.data.write_out` changes it.
       read: the names of the sections that are read, among those that only some methods read; None: :func:`parts`.
 
     Raises:
       ConfigError: a value is wrong; the error names the key, the value and what would be right.
     """
     require_keys(config)
+    write_out(config.data)
     check_values(flatten(config), keys_of(config))
     read = parts(config) if read is None else read
     for section in SECTIONS:

@@ -31,6 +31,7 @@ from crate_jax.validation import (
     triple,
     within,
 )
+from crate_jax.workdir.folder import expanduser
 
 __all__ = [
     "DATA",
@@ -52,11 +53,21 @@ __all__ = [
     "preset",
     "shown_views",
     "views_of",
+    "write_out",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SOURCES = ("digits", "folder:PATH", "tfds:NAME", "synthetic")
+
+
+def write_out(data: ConfigDict) -> None:
+    """Writes short forms in `config.data` out, in place: the bare path of a folder, and one side of square images."""
+    bare = data.source and ":" not in data.source and not _is_source(data.source)
+    if bare and expanduser(data.source).is_dir():
+        data.source = f"folder:{data.source}"
+    if len(data.image_size) == 1:
+        data.image_size = (*data.image_size, *data.image_size)
 
 
 def open_split(config: ConfigDict, split: str, labels_required: bool = False) -> Source | None:
@@ -112,7 +123,10 @@ DATA = Section(
     of_the_run=True,
     keys=dict(
         source=Key(
-            "digits", must(f"be one of {', '.join(SOURCES)}", _is_source), "where the images come from", resume=RECORDED
+            "digits",
+            must(f"be one of {', '.join(SOURCES)}, or the path of a folder", _is_source),
+            "where the images come from",
+            resume=RECORDED,
         ),
         data_dir=Key("", anything, "tfds: the folder of the prepared (ArrayRecord) data sets", resume=RECORDED),
         train_split=Key(
@@ -124,7 +138,7 @@ DATA = Section(
         eval_split=Key(
             "auto", anything, "auto: of test, val, valid and the like, the first with labels", resume=RECORDED
         ),
-        image_size=Key((224, 224), anything, "height, width in pixels"),
+        image_size=Key((224, 224), anything, "height, width in pixels; one number: both"),
         mean=Key(IMAGENET_MEAN, triple, "mean per channel, of pixels scaled to [0, 1]"),
         std=Key(
             IMAGENET_STD,

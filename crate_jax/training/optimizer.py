@@ -56,8 +56,10 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
     warmup = options.warmup_steps or round(options.warmup_epochs * steps_per_epoch)
     if warmup > total_steps:
         key = "warmup_steps" if options.warmup_steps else "warmup_epochs"
+        tenth = total_steps // 10 if options.warmup_steps else float(f"{total_steps / steps_per_epoch / 10:.1g}")
         raise ConfigError(
-            f"config.optimizer.{key}={options[key]}: the warm-up takes {warmup} steps, the run has only {total_steps}"
+            f"config.optimizer.{key}={options[key]}: the warm-up takes {warmup} steps, the run has only {total_steps}; "
+            f"a tenth of the run is --config.optimizer.{key}={tenth}"
         )
     for key in ("warmup_lr", "min_lr"):
         if options[key] > options.lr:

@@ -363,6 +363,23 @@ def test_sources_are_picklable(name, tmp_path):
     assert (copy.fingerprint(), copy.name(1)) == (source.fingerprint(), source.name(1))
 
 
+def test_short_forms_are_written_out(tmp_path, monkeypatch):
+    """A bare folder and one side of a square; the names of our own sets stay theirs, whatever lies beside them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "digits", "a:b"):
+        (tmp_path / name).mkdir()
+    for given, source in (("photos", "folder:photos"), (str(tmp_path), f"folder:{tmp_path}"), ("digits", "digits")):
+        c = configured(given, image_size=(48,))
+        c.steps = 1
+        config_lib.validate(c)
+        assert (c.data.source, c.data.image_size) == (source, (48, 48))
+    for given in ("nothing", "a:b"):
+        with pytest.raises(
+            ConfigError, match=f"config.data.source='{given}': must be one of .*, or the path of a folder"
+        ):
+            config_lib.validate(configured(given))
+
+
 def test_unknown_source_and_split():
     with pytest.raises(ConfigError, match="digits, folder:PATH, tfds:NAME or synthetic"):
         data.open_split(configured("cifar"), "train")

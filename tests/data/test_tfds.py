@@ -105,7 +105,7 @@ def test_an_evaluation_reads_only_the_labels_of_its_sample(prepared):
     config.evaluation.train_images, config.evaluation.knn_k = 6, 1
     train = data.open_split(config, "train")
     evaluation = FrozenEvaluation(config, lambda params, x: x, train, sharding.make_mesh(16, 1))
-    assert evaluation.pixel_scores().keys() == {"knn_top1", "probe_top1"}
+    assert evaluation.pixel_scores()[0].keys() == {"knn_top1", "probe_top1"}
     assert train._labels is None, "all labels were read, and with them all images"
 
 

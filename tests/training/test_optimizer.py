@@ -158,14 +158,14 @@ def test_warm_up_and_cosine_are_solo_learns(solo):
 
 
 @pytest.mark.parametrize("options, word", [
-    (dict(warmup_steps=11), "config.optimizer.warmup_steps=11"),
-    (dict(warmup_epochs=2.0), "config.optimizer.warmup_epochs=2.0"),
+    (dict(warmup_steps=71), r"warmup_steps=71: .* a tenth of the run is --config.optimizer.warmup_steps=7$"),
+    (dict(warmup_epochs=9.0), r"warmup_epochs=9.0: .* a tenth of the run is --config.optimizer.warmup_epochs=0.7$"),
     (dict(min_lr=0.2), "config.optimizer.min_lr=0.2"),
     (dict(warmup_lr=0.2), "config.optimizer.warmup_lr=0.2"),
 ])  # fmt: skip
 def test_a_schedule_that_cannot_be_is_an_error(options, word):
     with pytest.raises(ConfigError, match=word):
-        optimizer.schedule(configured(**options), 10, 10)
+        optimizer.schedule(configured(**options), 70, 10)
 
 
 # -- which parameters ----------------------------------------------------------------------------
