@@ -13,8 +13,9 @@ DIR is the workdir of a pre-training run, or a file of weights. The config strin
 * ``task``: a data set's name; sets the splits and the metric of the papers;
 * ``debug``: a few images and steps.
 
-Image size, mean and standard deviation are the checkpoint's, unless flags set them; so is the share of an image that
-the central crop shows (config.data.eval_crop) on frozen features. Each run appends one line to W/results.jsonl.
+Image size, mean, standard deviation and pooling are the checkpoint's, unless flags set them; so is the share of an
+image that the central crop shows (config.data.eval_crop) on frozen features. finetune_mae and finetune_ropim pool the
+mean. Each run appends one line to W/results.jsonl.
 """
 
 from ml_collections import ConfigDict
@@ -53,6 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     c.data.source = "folder:images"
     c.data.image_size, c.data.mean, c.data.std = (0, 0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)  # the checkpoint's
+    c.evaluation.pool = ""  # likewise
     if frozen:
         c.data.eval_crop = 0.0  # likewise; a recipe of fine-tuning has its own
     c.evaluation.train_images = c.evaluation.test_images = 0

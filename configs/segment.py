@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     c.data.source = "folder:pairs"
     c.data.image_size, c.data.mean, c.data.std = (0, 0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)  # the checkpoint's
+    c.evaluation.pool = ""  # nothing is pooled
     c.data.crop_scale = (0.25, 1.0)
     c.data.eval_crop = 1.0
 

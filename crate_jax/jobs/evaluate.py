@@ -28,9 +28,8 @@ from crate_jax.data.sampling import sample
 from crate_jax.data.sources import digest
 from crate_jax.errors import ConfigError, DataError, escaped
 from crate_jax.evals.features import encode_split
-from crate_jax.evals.metrics import METRICS
+from crate_jax.evals.metrics import METRICS, guessing, reading
 from crate_jax.evals.protocols import PROTOCOLS, Features
-from crate_jax.methods import METHODS
 from crate_jax.models import ENCODERS, representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.parallel import distributed, sharding
@@ -49,9 +48,8 @@ VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-lear
 def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
     """The config of an evaluation, with the checkpoint's encoder, image size, central crop and pixel statistics.
 
-    The default pooling is replaced by that of a joint-embedding run, and by the mean where there is no class token. An
-    image size of (0, 0) and a crop of 0 are replaced by the checkpoint's, a standard deviation of 0 by the checkpoint's
-    mean and standard deviation.
+    An empty pooling, an image size of (0, 0) and a crop of 0 are replaced by the checkpoint's, a standard deviation of
+    0 by the checkpoint's mean and standard deviation.
 
     Raises:
       ConfigError: a key of config.encoder has a value that is neither the default nor the checkpoint's.
@@ -77,20 +75,16 @@ def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
 
 
 def _pool(config: ConfigDict, encoder: pretrained.Pretrained) -> str:
-    """The pooling: config.evaluation.pool or, where it is left at its default, what fits the encoder.
+    """The pooling: config.evaluation.pool or, if that is empty, that of the checkpoint's run.
 
-    That is the pooling that a joint-embedding run trained, and the mean if there is no class token.
+    A file of weights has the default pooling, an encoder without a class token the mean.
     """
     asked, theirs = config.evaluation.pool, encoder.config
-    if asked != base().evaluation.pool:
+    if asked:
         return asked
-    if "joint" in METHODS.get(theirs.get("method", ""), METHODS["reconstruction"]).parts:
-        asked = theirs["evaluation"]["pool"]
-    elif not ENCODERS[theirs["encoder"]["name"]].prefix:
-        asked = "mean"
-    if asked != config.evaluation.pool:
-        log.info("features are pooled by %s, as in the run of %s", asked, encoder.name)
-    return asked
+    pool = theirs["evaluation"]["pool"] if ENCODERS[theirs["encoder"]["name"]].prefix else "mean"
+    log.info("features are pooled by %s, as in the run of %s", pool, encoder.name)
+    return pool
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -133,6 +127,8 @@ def show(record: dict[str, Any]) -> None:
     for name, value in record.items():
         if isinstance(value, float) and name in SHOWN:
             print(f"{name:<20}{value:>8.1%}")
+    for line in reading(record):
+        print(line)
     if record.get("report"):  # after a training run
         print(escaped(f"report: {record['report']}"))
 
@@ -238,7 +234,7 @@ def extract_features(
         "train_split": config.data.train_split,
         "eval_split": config.data.eval_split,
         "train_images": len(train_x),
-        "test_images": len(test_x),
+        **guessing(test_y),
         "classes": classes,
         "image_size": list(config.data.image_size),
         "eval_crop": config.data.eval_crop,

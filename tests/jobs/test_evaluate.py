@@ -159,21 +159,21 @@ def test_the_crop_is_the_checkpoints_unless_set(pretraining, caplog):
     assert [full.data.eval_crop for full in crops] == [0.875, 1.0]
 
 
-def test_the_default_pooling_is_what_a_joint_embedding_run_trained(pretraining):
-    """Nothing trained the class token of such a run; a ResNet has none. A pooling that is asked for stays."""
+def test_the_pooling_is_that_of_the_run_unless_set(pretraining, caplog):
+    """The scores of the run's own evaluations are then those of the job; a ResNet has no class token."""
+    caplog.set_level("INFO")
     encoder = pretrained.load(str(pretraining), "")
-    trained = {**encoder.config, "evaluation": {**encoder.config["evaluation"], "pool": "mean"}}
-    joint = dataclasses.replace(encoder, config={**trained, "method": "simclr"})
-    resnet = dataclasses.replace(
-        encoder, config={**encoder.config, "encoder": {**encoder.config["encoder"], "name": "resnet18"}}
+    cls = dataclasses.replace(
+        encoder, config={**encoder.config, "evaluation": {**encoder.config["evaluation"], "pool": "cls"}}
     )
-    c = configured("", pretraining)
+    resnet = dataclasses.replace(cls, config={**cls.config, "encoder": {**cls.config["encoder"], "name": "resnet18"}})
+    c = evaluate.get_config("protocol=knn")
+    assert [job.inherit(c, x).evaluation.pool for x in (encoder, cls, resnet)] == ["mean", "cls", "mean"]
+    assert "features are pooled by mean, as in the run of" in caplog.text
     c.evaluation.pool = "cls"
-    pools = [job.inherit(c, x).evaluation.pool for x in (encoder, dataclasses.replace(encoder, config=trained))]
-    assert pools == ["cls", "cls"]  # reconstruction trains all tokens
-    assert [job.inherit(c, x).evaluation.pool for x in (joint, resnet)] == ["mean", "mean"]
-    c.evaluation.pool = "cls_mean"
-    assert job.inherit(c, joint).evaluation.pool == "cls_mean"
+    assert job.inherit(c, encoder).evaluation.pool == "cls"
+    pools = [finetune.resolve(evaluate.get_config(f"protocol=finetune_{x}"), cls) for x in ("mae", "crate")]
+    assert [full.evaluation.pool for full in pools] == ["mean", "cls"]
 
 
 def test_a_checkpoint_with_averaged_weights_is_judged_by_them(tmp_path):
