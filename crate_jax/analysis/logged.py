@@ -20,6 +20,7 @@ from PIL import Image
 
 from crate_jax.config import WITHOUT_METHOD, base, has_effect, is_read, method_name, parts
 from crate_jax.errors import DataError
+from crate_jax.evals.metrics import interval, reading
 from crate_jax.models import widths
 from crate_jax.parallel import parameters
 from crate_jax.report.section import Figure, Section, Subject, Table, short_names
@@ -145,6 +146,8 @@ def _text(logged: Mapping[str, Logged]) -> str:
             "pixels (at most 32 px a side). What an encoder has learned is its gain over both controls."
         )
     unfinished = [name for name, log in logged.items() if log.metrics and not log.summary]
+    for name, log in logged.items():
+        lines += [f"{name}, {line}." for line in reading(log.summary)]
     if unfinished:
         lines.append(f"Not finished when this page was written: {', '.join(unfinished)}.")
     return " ".join(lines)
@@ -231,6 +234,9 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
                 if summary.get(key + suffix) is not None:
                     look = {"color": colours[name], "linestyle": "none", **style}
                     ax.plot(100 * summary[key + suffix], y, label=escape(name), **look)
+            if summary.get("test_images"):
+                ends = [100 * end for end in interval(summary[key], summary["test_images"])]
+                ax.plot(ends, [y, y], "-", color=colours[name], alpha=0.4, linewidth=3, label=escape(name))
         ax.set_yticks(range(len(scored)), [escape(name) for name in scored])
         ax.set_ylim(len(scored) - 0.5, -0.5)
         ax.margins(x=0.08)
@@ -240,7 +246,10 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
             if any(s.get(key + suffix) is not None for s in scored.values())
         ]
         plot.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-        caption = f"Top-1 accuracy of the {protocol} on frozen features, against an untrained encoder and raw pixels."
+        caption = (
+            f"Top-1 accuracy of the {protocol} on frozen features, against an untrained encoder and raw pixels. A bar "
+            "is the 95 % interval (Wilson) that follows from the number of test images."
+        )
         figures.append(Figure(caption, plot))
     return figures
 

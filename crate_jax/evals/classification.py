@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -13,8 +15,10 @@ from crate_jax import data
 from crate_jax.data.sampling import sample
 from crate_jax.errors import DataError
 from crate_jax.evals.features import encode_split
-from crate_jax.evals.metrics import accuracies
+from crate_jax.evals.metrics import accuracies, guessing
 from crate_jax.parallel import sharding
+
+log = logging.getLogger(__name__)
 
 
 class ClassifierEvaluation:
@@ -43,16 +47,27 @@ class ClassifierEvaluation:
         self._config, self._mesh, self.shown = config, mesh, test
         self._classify = jax.jit(sharding.on_mesh(mesh, scores), out_shardings=sharding.split(mesh))
 
+    def _classified(self, params: dict) -> tuple[np.ndarray, np.ndarray]:
+        indices = sample(len(self.shown), self._config.evaluation.test_images, self._config.seed)
+        classify = functools.partial(self._classify, params)
+        return encode_split(classify, self._config, self.shown, indices, self._mesh)
+
     def scores(self, params: dict) -> dict[str, float]:
         """Returns :func:`crate_jax.evals.metrics.accuracies` on the test images, shares in 0..1.
 
         Raises:
           DataError: too many images cannot be decoded, or none can.
         """
-        indices = sample(len(self.shown), self._config.evaluation.test_images, self._config.seed)
-        classify = functools.partial(self._classify, params)
-        return accuracies(*encode_split(classify, self._config, self.shown, indices, self._mesh))
+        return accuracies(*self._classified(params))
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float]:
-        """Returns :meth:`scores` alone: the baseline is another run (``protocol=scratch``)."""
-        return self.scores(params)
+        """Returns :meth:`scores` and :func:`crate_jax.evals.metrics.guessing`.
+
+        The baseline is another run (``protocol=scratch``). A classifier that answers one class only is named in the
+        log.
+        """
+        scores, labels = self._classified(params)
+        answers = np.unique(np.argmax(scores, axis=1))
+        if len(answers) == 1 and len(np.unique(labels)) > 1 and self.shown.class_names:
+            log.warning("every test image is taken for %s", self.shown.class_names[answers[0]])
+        return {**accuracies(scores, labels), **guessing(labels)}

@@ -20,6 +20,7 @@ from crate_jax.data.views import augmented_views
 from crate_jax.errors import DataError
 from crate_jax.evals import collapse, evaluate, spectra
 from crate_jax.evals.features import encode_split, extract, images_per_process
+from crate_jax.evals.metrics import guessing
 from crate_jax.parallel import distributed, sharding
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 # Larger images are shrunk for the baseline of raw pixels: a probe on all pixels of 224 px images would need a
 # covariance matrix of 90 GB.
 MAX_PIXEL_SIDE = 32
+
+Rows = tuple[np.ndarray, np.ndarray]  # (n, D) and the labels (n,)
+Read = Callable[[data.Source, np.ndarray], Rows]  # of a split and the indices of images
 
 
 def pixel_rows(images: np.ndarray) -> np.ndarray:
@@ -127,25 +131,20 @@ class FrozenEvaluation:
             self._splits = (train, test)
             self._classes = max(len(train.class_names), len(test.class_names))
 
-    def _score(
-        self, read: Callable[[data.Source, np.ndarray], tuple[np.ndarray, np.ndarray]], with_collapse: bool
-    ) -> dict[str, float]:
-        """Returns the scores of the rows that `read` makes.
+    def _labelled(self, read: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What `read` makes of the samples of both splits: training rows and labels, test rows and labels."""
+        assert self._splits is not None
+        options = self._config.evaluation
+        train, test = (
+            read(source, sample(len(source), limit, self._config.seed))
+            for source, limit in zip(self._splits, (options.train_images, options.test_images), strict=True)
+        )
+        return *train, *test
 
-        Args:
-          read: the function (split, indices of images) -> (rows (n, D), labels (n,)).
-          with_collapse: whether to add :func:`collapse_scores` of the training rows, which need no labels.
-        """
-        options, parts = self._config.evaluation, []
-        if self._splits is None:
-            if not with_collapse:
-                return {}
-            return collapse_scores(read(self._train, self._chosen(options.train_images))[0])
-        for source, limit in zip(self._splits, (options.train_images, options.test_images), strict=True):
-            parts.append(read(source, sample(len(source), limit, self._config.seed)))
-        (train_x, train_y), (test_x, test_y) = parts
-        scores = evaluate(train_x, train_y, test_x, test_y, self._classes, self._config.evaluation)
-        return {**scores, **(collapse_scores(train_x) if with_collapse else {})}
+    def _accuracies(
+        self, train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray
+    ) -> dict[str, float]:
+        return evaluate(train_x, train_y, test_x, test_y, self._classes, self._config.evaluation)
 
     def scores(self, params: dict) -> dict[str, float]:
         """Returns ``{"knn_top1": .., "probe_top1": .., "rankme": ..}`` of an encoder.
@@ -159,10 +158,14 @@ class FrozenEvaluation:
         """
         encode = functools.partial(self._features, params)
 
-        def read(source: data.Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def read(source: data.Source, indices: np.ndarray) -> Rows:
             return encode_split(encode, self._config, source, indices, self._mesh)
 
-        return {**self._score(read, with_collapse=True), **self.lidar(params)}
+        if self._splits is None:
+            train_x = read(self._train, self._chosen(self._config.evaluation.train_images))[0]
+            return {**collapse_scores(train_x), **self.lidar(params)}
+        rows = self._labelled(read)
+        return {**self._accuracies(*rows), **collapse_scores(rows[0]), **self.lidar(params)}
 
     def lidar(self, params: dict) -> dict[str, float]:
         """Returns ``lidar`` and its upper bound ``lidar_limit``, of views of training images as training draws them.
@@ -239,17 +242,25 @@ class FrozenEvaluation:
             )
 
     def final_scores(self, params: dict, untrained: Callable[[], dict]) -> dict[str, float | None]:
-        """Returns :meth:`scores` of the encoder, of the untrained encoder and of raw pixels.
+        """Returns :meth:`scores` of the encoder, of the untrained encoder and of raw pixels (:func:`pixel_rows`).
 
-        Names of the latter two end in ``_untrained`` and ``_pixels``. If there are no labels, accuracies are None.
+        Names of the latter two end in ``_untrained`` and ``_pixels``. With labels there is also
+        :func:`crate_jax.evals.metrics.guessing`; without, accuracies are None.
         """
         unknown = dict.fromkeys(("knn_top1", "probe_top1", "probe_top1_untrained")) if self._splits is None else {}
-        baselines = {"_untrained": self.scores(untrained()), "_pixels": self.pixel_scores()}
-        named = {k + suffix: v for suffix, scores in baselines.items() for k, v in scores.items()}
+        before, (pixels, guesses) = self.scores(untrained()), self.pixel_scores()
         scores = self.scores(params)
-        self._watch(scores, lambda: baselines["_untrained"])
-        return {**unknown, **scores, **named}
+        self._watch(scores, lambda: before)
+        baselines = {"_untrained": before, "_pixels": pixels}
+        named = {k + suffix: v for suffix, found in baselines.items() for k, v in found.items()}
+        return {**unknown, **scores, **named, **guesses}
 
-    def pixel_scores(self) -> dict[str, float]:
-        """Returns the scores of k-NN and probe on raw pixels (:func:`pixel_rows`), a baseline for any encoder."""
-        return self._score(functools.partial(split_pixels, self._config), with_collapse=False)
+    def pixel_scores(self) -> tuple[dict[str, float], dict[str, float | int]]:
+        """Returns the scores of k-NN and probe on raw pixels, a baseline for any encoder, and the test images' guesses.
+
+        See :func:`pixel_rows` and :func:`crate_jax.evals.metrics.guessing`. Both are {} if there are no labels.
+        """
+        if self._splits is None:
+            return {}, {}
+        rows = self._labelled(functools.partial(split_pixels, self._config))
+        return self._accuracies(*rows), guessing(rows[3])

@@ -1,8 +1,14 @@
-"""Accuracies from predictions and from class scores."""
+"""Accuracies from predictions and from class scores, and what of them may be chance."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+
+# Accuracies that are shares of the test images -> their names for people.
+TOP1 = {"knn_top1": "k-NN", "probe_top1": "probe", "top1": "top-1"}
 
 
 def top1(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -44,3 +50,59 @@ def accuracies(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         best = np.argpartition(-scores, 5, axis=1)[:, :5]
         found["top5"] = float(np.mean((best == labels[:, None]).any(axis=1)))
     return found
+
+
+def guessing(labels: np.ndarray) -> dict[str, float | int]:
+    """What is needed to read an accuracy on images with `labels`, whole numbers (n,), at least one.
+
+    Returns:
+      ``test_images``, n; ``majority_top1``, the accuracy of always answering the most frequent label, in 0..1.
+
+    >>> guessing(np.array([2, 0, 2, 2]))
+    {'test_images': 4, 'majority_top1': 0.75}
+    """
+    return {"test_images": len(labels), "majority_top1": float(np.bincount(labels).max() / len(labels))}
+
+
+def interval(share: float, images: int) -> tuple[float, float]:
+    """Returns the 95 % confidence interval (Wilson's) of an accuracy in 0..1 that was measured on so many images.
+
+    >>> [round(end, 3) for end in interval(0.25, 372)]
+    [0.209, 0.296]
+    """
+    from scipy.stats import binomtest  # takes half a second to import
+
+    found = binomtest(round(share * images), images).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def reading(scores: Mapping[str, Any]) -> list[str]:
+    """Returns sentences that say how to read the accuracies of a run: how exact they are, and what of them is chance.
+
+    Args:
+      scores: accuracies in 0..1 by their names in TOP1, some perhaps None, and :func:`guessing`, which older records
+        lack. Those on raw pixels have the ending ``_pixels``.
+
+    >>> for line in reading({"knn_top1": 0.12, "knn_top1_pixels": 0.4, "test_images": 360, "majority_top1": 0.1}):
+    ...     print(line)
+    95 % intervals on 360 test images: k-NN 9.0 to 15.7 %
+    k-NN: not clearly above 10.0 %, the accuracy of always answering the most frequent class
+    k-NN: raw pixels, the values of the images themselves, beat the encoder; small and aligned images are easy for them
+    """
+    found = {name: scores[name] for name in TOP1 if scores.get(name) is not None}
+    if not found or "majority_top1" not in scores:
+        return []
+    images, chance = scores["test_images"], scores["majority_top1"]
+    ends = {name: interval(share, images) for name, share in found.items()}
+    ranges = ", ".join(f"{TOP1[name]} {100 * low:.1f} to {100 * high:.1f} %" for name, (low, high) in ends.items())
+    lines = [f"95 % intervals on {images:,} test images: {ranges}"]
+    if low := " and ".join(TOP1[name] for name in found if ends[name][0] <= chance):
+        lines.append(
+            f"{low}: not clearly above {100 * chance:.1f} %, the accuracy of always answering the most frequent class"
+        )
+    if beaten := " and ".join(TOP1[name] for name in found if (scores.get(f"{name}_pixels") or 0) > found[name]):
+        lines.append(
+            f"{beaten}: raw pixels, the values of the images themselves, beat the encoder; small and aligned images "
+            "are easy for them"
+        )
+    return lines

@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from crate_jax import config as configs, data
 from crate_jax.errors import DataError, NonFiniteError
+from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.features import extract
 from crate_jax.evals.frozen import FrozenEvaluation, pixel_rows
 from crate_jax.evals.knn import _top_k, knn_sweep, knn_top1
@@ -189,10 +190,26 @@ def test_frozen_evaluation_scores_an_encoder_and_pixels():
     evaluation = FrozenEvaluation(c, pixels, train, sharding.make_mesh(16, 1))
     scores = evaluation.scores({"scale": jnp.float32(2.0)})
     assert scores == evaluation.scores({"scale": jnp.float32(2.0)})
-    baseline = evaluation.pixel_scores()
+    baseline, guesses = evaluation.pixel_scores()
+    assert guesses["test_images"] == 200 and 0.1 < guesses["majority_top1"] < 0.15
     assert scores["knn_top1"] == pytest.approx(baseline["knn_top1"], abs=0.01)
     assert 0.85 < scores["probe_top1"] <= 1.0
     assert evaluation.scores({"scale": jnp.float32(0.0)})["probe_top1"] < 0.3
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_classifier_that_answers_one_class_is_named(answers, caplog):
+    c = configs.base()
+    c.data.source, c.data.image_size, c.evaluation.test_images = "digits", (8, 8), 90
+
+    def scores(params, x):
+        other = x[:, 0, 3, 0] > params if answers == 2 else jnp.zeros(len(x), bool)
+        return jax.nn.one_hot(jnp.where(other, 7, 4), 10)
+
+    evaluation = ClassifierEvaluation(c, scores, data.open_split(c, "train"), sharding.make_mesh(16, 1))
+    found = evaluation.final_scores(jnp.float32(90), lambda: {})
+    assert found["test_images"] == 90 and 0.1 < found["majority_top1"] < 0.2 and found["top1"] < 0.3
+    assert ("every test image is taken for 4" in caplog.text) == (answers == 1)
 
 
 def test_the_baseline_of_raw_pixels_stays_small_for_large_images():
