@@ -85,12 +85,24 @@ def test_a_run_leaves_what_it_should(finished):
 
 
 def test_running_again_changes_nothing(finished, run_cli, tmp_path):
+    """The scores of a copy are computed again, since its pictures lie elsewhere; then the command only prints them."""
     workdir = shutil.copytree(finished[0], tmp_path / "run")
-    result = run_cli([QUICK, "--config.steps=12", f"--workdir={workdir}"])
-    assert result.returncode == 0, result.stderr[-2000:]
+    shutil.move(finished[0] / "pictures", tmp_path / "moved")
+    command = [QUICK, "--config.steps=12", "--config.log.pictures_every=6", f"--workdir={workdir}"]
+    results = []
+    try:
+        results.append(run_cli(command))
+    finally:
+        shutil.move(tmp_path / "moved", finished[0] / "pictures")
     before, after = summary(finished[0]), summary(workdir)
     for key in SUMMARY - {"pictures"}:
         assert before[key] == after[key], key
+    files = {path: path.read_bytes() for path in workdir.glob("[!.]*.*")}
+    results.append(run_cli(command))
+    assert [r.returncode for r in results] == [0, 0], [r.stderr[-2000:] for r in results]
+    assert ["finished before" in r.stderr for r in results] == [False, True]
+    assert results[0].stdout == results[1].stdout and "trained encoder" in results[1].stdout
+    assert {path: path.read_bytes() for path in workdir.glob("[!.]*.*")} == files and len(files) > 5
 
 
 @pytest.mark.slow

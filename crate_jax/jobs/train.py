@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from crate_jax.data.sampling import sample
 from crate_jax.errors import ConfigError, escaped
 from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.frozen import FrozenEvaluation
+from crate_jax.evals.metrics import reading
 from crate_jax.evals.segmentation import SegmentationEvaluation
 from crate_jax.jobs import report
 from crate_jax.methods import METHODS
@@ -90,6 +93,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             if config.init_from else None,
             on_resume=functools.partial(resume, config, folder, changes),
         )  # fmt: skip
+        if (written := finished(loop, folder, changes)) is not None:
+            return written
         if isinstance(evaluation, FrozenEvaluation):
             evaluation.remember(loop.written(("rankme", "rankme_limit")))
         watching = observers(config, method, evaluation, mesh, loop.untrained)
@@ -109,6 +114,32 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         return summary
 
 
+def finished(loop: Loop, folder: Path, changes: Sequence[Any]) -> dict[str, Any] | None:
+    """The contents of summary.json, if the run was finished before and this start changes nothing; None otherwise.
+
+    All processes must call it.
+
+    Args:
+      loop: the training loop, which has not run.
+      folder: the workdir.
+      changes: the keys that this start changes.
+    """
+    if loop.start_step < loop.total or changes:
+        return None
+    sha256 = checkpoint.params_sha256(loop.state.params)
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        files = [summary[name] for name in ("pictures", "report") if summary[name]]
+        same = (summary["steps"], summary["params_sha256"]) == (loop.total, sha256)
+        whole = same and bool(summary["report"]) == loop.config.log.report and all(map(os.path.exists, files))
+    except (OSError, ValueError, TypeError, KeyError):
+        whole = False
+    if distributed.max_over_processes(int(not whole)):
+        return None
+    log.info("the run in %s was finished before; nothing is computed again", folder)
+    return summary
+
+
 def show(summary: Mapping[str, Any]) -> None:
     """Prints the results of a pre-training run for people."""
     print(f"steps {summary['steps']}  loss {summary['loss']:.4g}  parameters {summary['params']:,}")
@@ -116,6 +147,8 @@ def show(summary: Mapping[str, Any]) -> None:
         print(f"{'top-1 accuracy':<20}{'k-NN':>8}{'probe':>8}")
         for label, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
             print(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
+        for line in reading(summary):
+            print(line)
     for name, shown in (("rankme", "RankMe"), ("lidar", "LiDAR")):
         if name in summary:
             before = f"untrained {summary[name + '_untrained']:.1f}"
