@@ -132,6 +132,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.one_python
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc which processes live")
 def test_workers_end_with_a_killed_run(mixed, tmp_path):
     script = tmp_path / "run.py"

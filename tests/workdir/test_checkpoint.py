@@ -540,6 +540,7 @@ SAVES = """
 """
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_at_any_moment_loses_nothing(tmp_path: Path, kills: int) -> None:
     """Whatever was complete is still there, bit for bit, although every save deletes the one before (keep=1)."""
