@@ -369,7 +369,8 @@ def pictures(subjects: Sequence[Subject]) -> Section:
         raise DataError("no run has pictures; config.log.pictures says how many images they show")
     text = (
         "Images of the evaluation split, always the same ones, drawn during training. A reconstruction shows the "
-        "original, what the corruption left of it (P x), the decoder's output (x^), and both together: P x, and the "
-        "rest from x^, which is the part that the loss compares."
+        "original; what the encoder got of it (P x); what the decoder adds, which is the part that the loss compares "
+        "((I - P) x^; patches that the encoder saw have one colour, since nothing trains the decoder there); and both "
+        "together."
     )
     return Section("Pictures", text, tuple(figures))

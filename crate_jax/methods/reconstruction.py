@@ -132,7 +132,7 @@ def predict(
     return x_BNP, predicted_BNP
 
 
-COLUMNS = ("original", "corrupted P x", "reconstruction x^", "P x + (I - P) x^")
+COLUMNS = ("original", "the encoder gets P x", "the decoder adds (I - P) x^", "both together")
 
 
 def reconstruct(
@@ -140,20 +140,22 @@ def reconstruct(
 ) -> tuple[jax.Array, ...]:
     """Draws the four COLUMNS of the grid of pictures; arguments as in :func:`predict`.
 
-    The last column adds what the corruption left, P x, and what the decoder predicts of the rest, (I - P) x^. With a
-    perfect decoder the sum is the image.
+    The third column has only that part of the prediction which the loss compares by default, since nothing trains the
+    rest: where a mask left a patch it has the colour 0, the data's mean. Under a mask or a
+    projection the last column is the sum of the second and the third; with a perfect decoder it is the image.
 
     Returns:
       for each column images (B, H, W, 3) in 0..1.
     """
     x_BNP, predicted_BNP = predict(config, apply, corruption, params, images_BHWC)
+    added_BNP = corruption.complement(predicted_BNP)
     combined_BNP = x_BNP - corruption.complement(x_BNP - predicted_BNP)
 
     def image(v_BNP: jax.Array) -> jax.Array:
         pixels = unpatchify(v_BNP, config.data.image_size, config.encoder.patch_size)
         return jnp.clip(denormalise(pixels, config), 0.0, 1.0)
 
-    return tuple(image(v) for v in (x_BNP, corruption.view(x_BNP), predicted_BNP, combined_BNP))
+    return tuple(image(v) for v in (x_BNP, corruption.view(x_BNP), added_BNP, combined_BNP))
 
 
 def _check_corruption(c: ConfigDict) -> None:

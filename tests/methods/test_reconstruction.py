@@ -46,7 +46,7 @@ def drawn(c) -> tuple[np.ndarray, list[np.ndarray], jax.Array]:
 def test_the_last_picture_is_what_was_left_and_what_the_decoder_says_about_the_rest(corruption):
     """P x + (I - P) x^, with P as a matrix over the patches of each image."""
     c = tiny(corruption)
-    images, (original, corrupted, said, combined), keys = drawn(c)
+    images, (original, corrupted, added, combined), keys = drawn(c)
     np.testing.assert_allclose(original, images / 255, atol=1e-6)
     tokens, pixels = autoencoder.patch_numbers(c)
     corruption = corruptions.sampler(c, tokens, pixels)(keys)
@@ -60,15 +60,18 @@ def test_the_last_picture_is_what_was_left_and_what_the_decoder_says_about_the_r
         return np.clip(values * c.data.std + np.asarray(c.data.mean), 0, 1)
 
     np.testing.assert_allclose(corrupted, image(P @ x), atol=1e-5)
-    np.testing.assert_allclose(said, image(predicted), atol=1e-5)
+    np.testing.assert_allclose(added, image((np.eye(tokens) - P) @ predicted), atol=1e-5)
     np.testing.assert_allclose(combined, image(P @ x + (np.eye(tokens) - P) @ predicted), atol=1e-5)
-    assert np.abs(combined - said).max() > 0.1 < np.abs(combined - original).max()
+    assert np.abs(combined - added).max() > 0.1 < np.abs(combined - original).max()
 
 
 def test_what_is_said_about_normalised_patches_is_shown_with_each_patchs_mean_and_deviation():
     c = tiny("mask", "patch_normalised")
-    images, (_, _, said, _), _ = drawn(c)
+    images, (_, _, added, _), keys = drawn(c)
+    removed = np.asarray(corruptions.sampler(c, *autoencoder.patch_numbers(c))(keys).removed_BN) > 0
     x = np.asarray(patchify(normalise(jnp.asarray(images), c), 4))
     mean, std = x.mean(-1, keepdims=True), x.std(-1, keepdims=True, ddof=1)
-    shown = (np.asarray(patchify(jnp.asarray(said), 4)).reshape(*x.shape[:2], 16, 3) - c.data.mean) / c.data.std
-    np.testing.assert_allclose(shown, np.broadcast_to((mean + SAID * std)[..., None], shown.shape), atol=1e-4)
+    shown = (np.asarray(patchify(jnp.asarray(added), 4)).reshape(*x.shape[:2], 16, 3) - c.data.mean) / c.data.std
+    expected = np.broadcast_to((mean + SAID * std)[..., None], shown.shape)
+    np.testing.assert_allclose(shown[removed], expected[removed], atol=1e-4)
+    np.testing.assert_allclose(shown[~removed], 0, atol=1e-6)
