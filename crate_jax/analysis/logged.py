@@ -24,6 +24,7 @@ from crate_jax.evals.metrics import interval, reading
 from crate_jax.models import widths
 from crate_jax.parallel import parameters
 from crate_jax.report.section import Figure, Section, Subject, Table, short_names
+from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape, legend
 from crate_jax.validation import flatten
 from crate_jax.workdir import starts
@@ -46,9 +47,9 @@ SHARES = {  # key in summary.json of a number in 0..1 -> name of the column
     "pixel_accuracy": "pixel accuracy %",
 }  # fmt: skip
 LAYERS = {  # measure that telemetry logs for each layer -> label of the axis, caption
-    "encoder/subspace_rate": ("R^c (nats)", "coding rate of the patch tokens in each layer's own subspaces"),
-    "encoder/released_rate": ("R^c of unit tokens (nats)", "coding rate as the released script computes it"),
-    "encoder/rate": ("R (nats)", "coding rate of the patch tokens without subspaces"),
+    "encoder/subspace_rate": ("$R^c$ (nats)", "coding rate of the patch tokens in each layer's own subspaces"),
+    "encoder/released_rate": ("$R^c$ of unit tokens (nats)", "coding rate as the released script computes it"),
+    "encoder/rate": ("$R$ (nats)", "coding rate of the patch tokens without subspaces"),
     "encoder/nonzero": ("share of non-zero entries", "share of the entries that are not 0 after each layer"),
     "decoder/inversion_error_scaled": (
         "relative error",
@@ -153,13 +154,9 @@ def _text(logged: Mapping[str, Logged]) -> str:
     return " ".join(lines)
 
 
-def _axes(title: str, height: float) -> tuple[Plot, Any]:
+def _axes(height: float) -> tuple[Plot, Any]:
     plot = Plot(figsize=(4.2, height), layout="constrained")
-    ax = plot.subplots()
-    ax.set_title(title, fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.3)
-    return plot, ax
+    return plot, plot.subplots()
 
 
 def _curves(logged: Mapping[str, Logged], names: Mapping[str, str]) -> list[Figure]:
@@ -178,7 +175,7 @@ def _curves(logged: Mapping[str, Logged], names: Mapping[str, str]) -> list[Figu
         }
         if not any(len(line) > 1 for line in lines.values()):
             continue
-        plot, ax = _axes(label, 2.7 + 0.2 * (len(logged) > 1) * -(-len(logged) // 2))
+        plot, ax = _axes(2.7 + 0.2 * (len(logged) > 1) * -(-len(logged) // 2))
         for i, (name, line) in enumerate(lines.items()):
             if line:
                 ax.plot(*zip(*line, strict=True), "." if len(line) == 1 else "-", color=f"C{i}", label=escape(name))
@@ -186,6 +183,7 @@ def _curves(logged: Mapping[str, Logged], names: Mapping[str, str]) -> list[Figu
         if key in ("loss", "grad_norm") and min(values) > 0 and max(values) / min(values) > LOG_SPAN:
             ax.set_yscale("log")
         ax.set_xlabel("step")
+        tidy(ax, label)
         legend(plot, names, "outside lower center")
         figures.append(Figure(caption, plot))
     return figures
@@ -206,13 +204,14 @@ def _layers(logged: Mapping[str, Logged]) -> list[Figure]:
                 continue
             steps = sorted(looks)
             shown = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, MAX_STEPS_DRAWN)})]
-            plot, ax = _axes(label, 2.9)
+            plot, ax = _axes(2.9)
             # Both ends of this range of colours can be seen on white and on black.
             for step, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0.25, len(shown))), strict=True):
                 layers = range(1, len(looks[step]) + 1)
                 ax.plot(layers, looks[step], "o-", color=shade, markersize=3, label=f"step {step:,}")
             ax.set_xticks(range(1, max(map(len, looks.values())) + 1))
             ax.set_xlabel("layer")
+            tidy(ax, label)
             plot.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
             figures.append(Figure(f"{name}: {what}, during training; dark lines are late steps.", plot))
     return figures
@@ -226,9 +225,7 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
         colours = {name: f"C{i}" for i, name in enumerate(logged)}
         if not scored:
             continue
-        plot, ax = _axes(f"{protocol}, top-1 accuracy (%)", 1.5 + 0.32 * len(scored))
-        ax.grid(axis="y", visible=False)
-        ax.grid(axis="x", alpha=0.3)
+        plot, ax = _axes(1.5 + 0.32 * len(scored))
         for y, (name, summary) in enumerate(scored.items()):
             for suffix, style in MARKS.items():
                 if summary.get(key + suffix) is not None:
@@ -240,6 +237,7 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
         ax.set_yticks(range(len(scored)), [escape(name) for name in scored])
         ax.set_ylim(len(scored) - 0.5, -0.5)
         ax.margins(x=0.08)
+        tidy(ax, f"{protocol}, top-1 accuracy (%)", grid="x")
         marks = [
             Line2D([], [], linestyle="none", label=COMPARED[suffix], **{"color": "black", **style})
             for suffix, style in MARKS.items()

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from crate_jax.config import is_read
 from crate_jax.errors import escaped, in_markdown
 from crate_jax.parallel import distributed
+from crate_jax.report.style import tidy
 from crate_jax.workdir import metrics
 
 Record = Mapping[str, Any]
@@ -231,10 +232,8 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
             ax.axvline(x, color="tab:red", alpha=0.15, linewidth=8)
             ax.text(x, 0.5, "failed", color="tab:red", rotation=90, ha="center", va="center",
                     transform=ax.get_xaxis_transform())  # fmt: skip
-    ax.set_title({"probe_top1": "linear probe", "knn_top1": "k-NN"}.get(column, column.removeprefix(JUDGE)))
     ax.set_xlabel(key if ax.get_xscale() == "linear" else f"{key} (log scale)")
-    ax.grid(axis="y", alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax, {"probe_top1": "linear probe", "knn_top1": "k-NN"}.get(column, column.removeprefix(JUDGE)))
 
 
 def _place(ax: Any, values: Sequence[Any]) -> list[float]:

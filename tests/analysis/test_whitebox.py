@@ -399,8 +399,8 @@ def test_section_has_every_measure_of_every_run(subjects):
     ]
     value = dict(zip(table.columns, table.rows[1], strict=True))
     numbers = section.numbers["white"]["encoder"]
-    assert value["R^c after"] == numbers["subspace_rate"]["mean"][1]
-    assert value["change"] == pytest.approx(value["R^c after"] - value["R^c before"])
+    assert value["Rᶜ after"] == numbers["subspace_rate"]["mean"][1]
+    assert value["change"] == pytest.approx(value["Rᶜ after"] - value["Rᶜ before"])
     measured = {m for parts in section.numbers.values() for layers in parts.values() for m in layers}
     assert set(table.columns[3:]) == {sections.COLUMNS[m] for m in measured}
     assert not any("$" in figure.caption for figure in section.figures)  # captions are plain text

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from crate_jax.analysis.alignment.answer import Answer
+from crate_jax.report.style import tidy
 
 
 def curves(answer: Answer) -> Figure:
@@ -25,10 +25,9 @@ def curves(answer: Answer) -> Figure:
     for ax in (top, bottom):
         ax.axvline(answer.width, color="gray", linestyle=":", linewidth=1)
         ax.set_xscale("log")
-        _tidy(ax)
-    top.set_ylabel("alignment (%)")
+    tidy(top, "alignment (%)", grid="both")
     top.legend(frameon=False, fontsize=8)
-    bottom.set_ylabel("gain (points)")
+    tidy(bottom, "gain (points)", grid="both")
     bottom.set_xlabel(f"latents k (dotted: {answer.width})")
     return picture
 
@@ -43,9 +42,8 @@ def gain_by_ratio(answer: Answer) -> Figure:
         ax.errorbar([s.ratio for s in group], [100 * answer.gain(s) for s in group], error, fmt="o-", ms=3, label=name)
     ax.axhline(0, color="black", linewidth=1)
     ax.set_xlabel("ratio: removed (mask), kept (rop)")
-    ax.set_ylabel(f"gain at k = {answer.width} (points)")
     ax.legend(frameon=False, fontsize=8)
-    _tidy(ax)
+    tidy(ax, f"gain at k = {answer.width} (points)", grid="both")
     return picture
 
 
@@ -61,14 +59,7 @@ def gain_by_width(answer: Answer) -> Figure:
             ax.plot(k, change, color=colormaps["viridis"](setting.ratio), linewidth=1, label=f"{setting.ratio:.2g}")
         ax.axhline(0, color="black", linewidth=1)
         ax.set_xscale("log")
-        ax.set_title(name, fontsize=9)
-        ax.set_ylabel("gain (points)")
         ax.legend(frameon=False, fontsize=6, ncols=5)
-        _tidy(ax)
+        tidy(ax, f"{name}: gain (points)", grid="both")
     panels[-1].set_xlabel("latents k")
     return picture
-
-
-def _tidy(ax: Axes) -> None:
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)

@@ -22,6 +22,7 @@ from crate_jax.errors import UserError
 from crate_jax.models import ENCODERS, widths
 from crate_jax.parallel import distributed
 from crate_jax.report.section import Figure, Section, Subject, Table
+from crate_jax.report.style import tidy
 from crate_jax.workdir import checkpoint, checkpoint_files
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,5 @@ def band_figure(
             right.plot(*zip(*points, strict=True), "k:s", markersize=3)
             right.set_ylabel("probe accuracy (%), dotted")
             right.spines[["top", "left"]].set_visible(False)
-    ax.set_ylabel("error / variance")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.3)
+    tidy(ax, "error / variance")
     return picture

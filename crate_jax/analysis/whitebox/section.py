@@ -17,6 +17,7 @@ from crate_jax.data.sampling import sample
 from crate_jax.errors import DataError
 from crate_jax.models import ENCODERS
 from crate_jax.report.section import Figure, Section, Subject, Table
+from crate_jax.report.style import tidy
 
 BATCH = 64
 SHOWN = 8  # images in a picture
@@ -38,28 +39,29 @@ class Curve:
 PLOTS: tuple[tuple[str | None, str | None, str, str], ...] = (
     (
         "subspace_rate", "subspace_rate", "$R^c$ (nats)",
-        "Compression: coding rate R^c(Z^{l+1/2} | U^l) of the patch tokens in the layer's own subspaces, right after "
+        "Compression: coding rate Rᶜ(Z | U) of the patch tokens Z in the layer's own subspaces U, right after "
         "its attention step (eq. 2.5; the quantity of the paper's Figure 5). A lower rate means that the subspaces "
         "describe the tokens better; a layer that only makes tokens longer raises it.",
     ),
     (
         "compression", "compression", "change of $R^c$ (nats)",
-        "Effect of one attention step: R^c after the step minus R^c before it, in the same subspaces. By the theory, "
+        "Effect of one attention step: Rᶜ after the step minus Rᶜ before it, in the same subspaces. By the theory, "
         "encoder layers lie below the line at 0 and decoder layers above it.",
     ),
     (
         "released_rate", None, "$R^c$ of unit tokens (nats)",
-        "Compression as the released script computes it: R^c before the attention, with the class token, and with "
+        "Compression as the released script computes it: Rᶜ before the attention, with the class token, and with "
         "every token scaled to unit length in every head, so that length does not count.",
     ),
     (
         "rate", "rate", "$R$ (nats)",
-        "Expansion: coding rate R(Z^{l+1/2}) without subspaces (eq. 2.4); for a ViT, of the tokens after attention; "
+        "Expansion: coding rate R(Z) of the tokens after attention, without subspaces (eq. 2.4); "
         "for a decoder, of the layer's output. A small rate means that the tokens are alike; 0, that all are zero.",
     ),
     (
         "nonzero", None, "share of non-zero entries",
-        "Sparsity: |Z^{l+1}|_0 / (dN) after ISTA (Figure 5, right). A ViT's tokens have no zeros, so its share is 1.",
+        "Sparsity: share of the entries of the tokens that are not 0 after ISTA (Figure 5, right). A ViT's tokens have "
+        "no zeros, so its share is 1.",
     ),
     (
         "active", "active", "share of positive hidden units",
@@ -78,10 +80,10 @@ PLOTS: tuple[tuple[str | None, str | None, str, str], ...] = (
     ),
 )  # fmt: skip
 COLUMNS = {  # measure -> column of the table
-    "subspace_rate_before": "R^c before",
-    "subspace_rate": "R^c after",
+    "subspace_rate_before": "Rᶜ before",
+    "subspace_rate": "Rᶜ after",
     "compression": "change",
-    "released_rate": "R^c released",
+    "released_rate": "Rᶜ released",
     "rate": "R",
     "nonzero": "non-zero",
     "released_nonzero": "non-zero released",
@@ -232,8 +234,7 @@ def _plot(curves: Sequence[Curve], label: str, lines: Sequence[float]) -> Plot:
         axes.axhline(value, color="grey", linestyle=":", linewidth=1)
     axes.set_xticks(range(1, max(len(curve.mean) for curve in curves) + 1))
     axes.set_xlabel("layer")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.25)
+    tidy(axes, label)
     plot.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return plot
 
@@ -339,24 +340,22 @@ def theory_section(seeds: int = 3) -> Section:
     axes.loglog(SIGMAS, columns["error"], "o-", label="error of the theorem's formula")
     axes.loglog(SIGMAS, columns["bound"], "s--", label="its bound, without the constant")
     axes.set_xlabel("noise level sigma")
-    axes.set_ylabel("operator norm")
     left = Plot(figsize=PLOT, layout="constrained")
     other = left.subplots()
     other.semilogx(SIGMAS, columns["noise after the step"], "o-", label="one compression step")
     other.semilogx(SIGMAS, columns["noise after denoising"], "s--", label="exact denoiser, projection")
     other.axhline(share, color="grey", linestyle=":", linewidth=1, label="N / d")
     other.set_xlabel("noise level sigma")
-    other.set_ylabel("share of the noise outside")
-    for a in (axes, other):
-        a.grid(alpha=0.25)
-        a.legend(fontsize="small")
+    for a, title in ((axes, "operator norm"), (other, "share of the noise outside")):
+        tidy(a, title)
+        a.legend(frameon=False, fontsize=8)
     numbers: dict[str, Any] = {"setting": THEORY, **{name: values.tolist() for name, values in columns.items()}}
     return Section(
         title="Is compression denoising?",
         text=(
             "Theorem 3 of arXiv 2404.02446 on tokens from its own model: "
             f"{THEORY['N']} tokens of width {THEORY['d']} in {THEORY['K']} orthogonal subspaces, with noise of length "
-            "sigma. One gradient step on R^c is compared with the formula that the theorem gives for it, and with the "
+            "sigma. One gradient step on Rᶜ is compared with the formula that the theorem gives for it, and with the "
             "exact denoiser. The step removes noise outside a token's own subspace, but not all of it: about "
             "N / d of its energy stays, along the directions in which other subspaces hold tokens (eq. A.116)."
         ),
