@@ -20,10 +20,10 @@ from PIL import Image
 
 from crate_jax.config import WITHOUT_METHOD, base, has_effect, is_read, method_name, parts
 from crate_jax.errors import DataError
-from crate_jax.evals.metrics import interval, reading
+from crate_jax.evals.metrics import TOP1, interval, reading
 from crate_jax.models import widths
 from crate_jax.parallel import parameters
-from crate_jax.report.section import Figure, Section, Subject, Table, short_names
+from crate_jax.report.section import Estimate, Figure, Section, Subject, Table, short_names
 from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape, legend
 from crate_jax.validation import flatten
@@ -116,21 +116,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def section(subjects: Sequence[Subject]) -> Section:
-    """The section with the curves, scores and settings of the runs.
+    """The section with one line for each run, and its scores beside those of its controls.
 
     Raises:
       DataError: a record of a run is not JSON.
     """
     logged = {s.name: read(s.workdir) for s in subjects}
-    figures = [*_score_figures(logged), *_curves(logged, short_names(subjects)), *_layers(logged)]
-    tables = [t for t in (
-        _scores(logged), _runs(subjects, logged), _starts(logged), _results(logged), _settings(subjects, logged),
-    ) if t]  # fmt: skip
     return Section(
         title="Overview",
         text=_text(logged),
-        figures=tuple(figures),
-        tables=tuple(tables),
+        figures=tuple(_score_figures(logged)),
+        tables=tuple(t for t in (_verdict(subjects, logged), _scores(logged)) if t),
         numbers={
             name: {"summary": log.summary, "results": log.results, "starts": list(log.starts)}
             for name, log in logged.items()
@@ -138,8 +134,68 @@ def section(subjects: Sequence[Subject]) -> Section:
     )
 
 
+def details(subjects: Sequence[Subject]) -> Section:
+    """The section with the curves, results, starts and settings of the runs.
+
+    Raises:
+      DataError: a record of a run is not JSON.
+    """
+    logged = {s.name: read(s.workdir) for s in subjects}
+    tables = (_runs(subjects, logged), _starts(logged), _results(logged), _settings(subjects, logged))
+    return Section(
+        title="Curves and settings",
+        text="What the runs logged during training, and all that they were told.",
+        figures=(*_curves(logged, short_names(subjects)), *_layers(logged)),
+        tables=tuple(t for t in tables if t),
+    )
+
+
+def _verdict(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
+    """One line for each run: what it is, its scores with their intervals, its loss and its speed."""
+    named = {**TOP1, "miou": "mIoU"}
+    keys = [k for k in named if any(log.summary.get(k) is not None for log in logged.values())]
+    columns = [[_estimate(logged[s.name].summary, k) for s in subjects] for k in keys]
+    scores = [dict(zip(logged, _marked(column), strict=True)) for column in columns]
+    rows = []
+    for s in subjects:
+        summary, c = logged[s.name].summary, s.config
+        method = None if c.job in WITHOUT_METHOD else method_name(c)
+        found = (score[s.name] for score in scores)
+        rows.append((s.name, method, c.encoder.name, *found, summary.get("loss"), summary.get("images_per_sec")))
+    caption = (
+        "The runs. ± is half of the 95 % interval that follows from the number of test images; seeds add to it. A "
+        "score is bold if its interval lies above those of all other runs. Losses under different methods, corruptions "
+        "or targets cannot be compared."
+    )
+    names = ("run", "method", "encoder", *(f"{named[k]} %" for k in keys), "loss", "images/s")
+    return Table(caption, names, tuple(rows))
+
+
+def _estimate(summary: Mapping[str, Any], key: str) -> Estimate | float | None:
+    """An accuracy in per cent, with its interval if the number of test images is known."""
+    share = summary.get(key)
+    if share is None or key not in TOP1 or not summary.get("test_images"):
+        return None if share is None else 100 * share
+    low, high = interval(share, summary["test_images"])
+    return Estimate(100 * share, 100 * low, 100 * high)
+
+
+def _marked(column: Sequence[Estimate | float | None]) -> list[Estimate | float | None]:
+    """The column with a mark at the number whose interval lies above the intervals of all others.
+
+    >>> [x.best for x in _marked([Estimate(5.0, 4.0, 6.0), Estimate(9.0, 7.0, 11.0)])]
+    [False, True]
+    """
+    known = [x for x in column if isinstance(x, Estimate)]
+
+    def is_best(x: Estimate) -> bool:
+        return len(known) > 1 and all(x.low > other.high for other in known if other is not x)
+
+    return [dataclasses.replace(x, best=is_best(x)) if isinstance(x, Estimate) else x for x in column]
+
+
 def _text(logged: Mapping[str, Logged]) -> str:
-    lines = ["What the runs logged during training, and their scores at the end."]
+    lines = []
     if any(name in log.summary for log in logged.values() for name in ("probe_top1_pixels", "knn_top1_pixels")):
         lines.append(
             "Accuracies are top-1 on the evaluation split: logistic regression (probe) and nearest neighbours (k-NN) "
@@ -284,7 +340,7 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
         "run", "method", "encoder", "layers x width", "corruption", "penalty", "steps", "batch", "loss", "images/s",
         "parameters", "job", "images", "devices",
     )  # fmt: skip
-    caption = "The runs. Losses under different corruptions or targets cannot be compared: they do not rank runs."
+    caption = "What the runs are."
     return Table(caption, columns, tuple(rows))
 
 

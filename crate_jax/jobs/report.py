@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from crate_jax.convert import files, pretrained
 from crate_jax.errors import ConfigError, DataError, UserError, escaped
 from crate_jax.parallel import distributed, sharding
 from crate_jax.report import page
-from crate_jax.report.section import Section, Subject
+from crate_jax.report.section import Cell, Estimate, Section, Subject
 from crate_jax.validation import flatten
 from crate_jax.workdir import checkpoint, checkpoint_files, metrics
 from crate_jax.workdir.folder import expanduser, lock
@@ -42,18 +42,21 @@ class Analysis:
       run: the function from subjects to the section; it raises UserError if the section is not possible.
       needs_images: whether `run` gets only subjects whose images can be read.
       needs_runs: whether the section is about runs. If it is not, it is made only if config.report.sections names it.
+      folded: whether the page folds it, if it is not the only one.
     """
 
     title: str
     run: Callable[[Sequence[Subject]], Section]
     needs_images: bool = True
     needs_runs: bool = True
+    folded: bool = True
 
 
 # The page shows them in this order.
 SECTIONS: dict[str, Analysis] = {
-    "overview": Analysis("Overview", logged.section, needs_images=False),
-    "pictures": Analysis("Pictures", logged.pictures, needs_images=False),
+    "overview": Analysis("Overview", logged.section, needs_images=False, folded=False),
+    "pictures": Analysis("Pictures", logged.pictures, needs_images=False, folded=False),
+    "details": Analysis("Curves and settings", logged.details, needs_images=False),
     "whitebox": Analysis("White box", whitebox_section.section),
     "views": Analysis("What the encoder sees", whitebox_section.pictures_section),
     "collapse": Analysis("Collapse", collapse_section.section),
@@ -107,9 +110,12 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
         home = None if files.weights_file(path) else _home(path)
         subjects.append(Subject(name, full, encoder.params, home, train, test, mesh))
     with lock(workdir) as folder:
-        sections, left_out = analyse(subjects, chosen)
         origin = {s.name: encoder.name for s, encoder in zip(subjects, loaded, strict=True)}
-        return write(folder, origin, sections, missing | left_out)
+
+        def keep(sections: Sequence[Section], left_out: Mapping[str, str]) -> dict[str, Any]:
+            return write(folder, origin, sections, {**missing, **left_out})
+
+        return keep(*analyse(subjects, chosen, keep))
 
 
 def show(result: dict[str, Any]) -> None:
@@ -238,9 +244,21 @@ def _open(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
     return train, data.open_split(config, "eval")
 
 
-def analyse(subjects: Sequence[Subject], chosen: Sequence[str]) -> tuple[list[Section], dict[str, str]]:
-    """Makes the sections named in `chosen`; returns them, and {title of a missing section: why it is missing}."""
-    sections, missing = [], {}
+def analyse(
+    subjects: Sequence[Subject],
+    chosen: Sequence[str],
+    keep: Callable[[Sequence[Section], Mapping[str, str]], Any] = lambda sections, missing: None,
+) -> tuple[list[Section], dict[str, str]]:
+    """Makes the sections named in `chosen`; returns them, and {title of a missing section: why it is missing}.
+
+    Args:
+      subjects: the runs.
+      chosen: names of SECTIONS.
+      keep: called before each section that takes long, with what there is so far, so that a report that is stopped
+        leaves a page; the sections to come are missing there.
+    """
+    sections: list[Section] = []
+    missing: dict[str, str] = {}
     for name in chosen:
         analysis = SECTIONS[name]
         usable = [s for s in subjects if s.train is not None or not analysis.needs_images]
@@ -248,10 +266,13 @@ def analyse(subjects: Sequence[Subject], chosen: Sequence[str]) -> tuple[list[Se
             missing[analysis.title] = "there are no readable images"
             continue
         if analysis.needs_images:
+            to_come = {SECTIONS[later].title: "not computed yet" for later in chosen[chosen.index(name) :]}
+            keep(sections, {**missing, **to_come})
             log.info("%s ...", analysis.title)
         start = time.monotonic()
         try:
-            sections.append(analysis.run(usable))
+            section = analysis.run(usable)
+            sections.append(dataclasses.replace(section, folded=analysis.folded and len(chosen) > 1))
             if analysis.needs_images:
                 log.info("%s took %.1f s", analysis.title, time.monotonic() - start)
         except UserError as e:
@@ -279,7 +300,10 @@ def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], mis
             {
                 "title": s.title,
                 "numbers": s.numbers,
-                "tables": [{"caption": t.caption, "columns": t.columns, "rows": t.rows} for t in s.tables],
+                "tables": [
+                    {"caption": t.caption, "columns": t.columns, "rows": [[*map(_plain, row)] for row in t.rows]}
+                    for t in s.tables
+                ],
             }
             for s in sections
         ],
@@ -289,6 +313,11 @@ def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], mis
         metrics.write_json(folder / JSON, numbers)
         metrics.write_text(folder / HTML, html)
     return {"report": str(folder / HTML), "json": str(folder / JSON), "left_out": missing}
+
+
+def _plain(cell: Cell) -> Any:
+    """A cell of a table for JSON."""
+    return dataclasses.asdict(cell) if isinstance(cell, Estimate) else cell
 
 
 def write_for_training(folder: Path, config: ConfigDict, mesh: Mesh) -> str:

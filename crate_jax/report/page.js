@@ -56,6 +56,17 @@
     });
   }
 
+  // A folded section opens when the reader follows a link to it, and for print.
+  const unfold = () => {
+    const aim = location.hash && document.getElementById(location.hash.slice(1));
+    const folded = aim && aim.querySelector(":scope > details");
+    if (folded) folded.open = true;
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
+  document.querySelectorAll(".contents a").forEach((a) => a.addEventListener("click", () => setTimeout(unfold)));
+  addEventListener("beforeprint", () => document.querySelectorAll("main details").forEach((d) => { d.open = true; }));
+
   // Contents: closed on a small screen; the link to the section that the reader sees is marked.
   const contents = document.querySelector(".contents details");
   if (contents && matchMedia("(max-width: 60rem)").matches) contents.open = false;

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.report import svg
-from crate_jax.report.section import Figure, Section, Table
+from crate_jax.report.section import Cell, Estimate, Figure, Section, Table
 from crate_jax.workdir.metrics import format_number
 
 CSS = Path(__file__).with_name("page.css")
@@ -110,10 +110,13 @@ def _section(section: Section, slug: str, runs: Sequence[str]) -> str:
     tables = "".join(_table(table, f"{slug}-t{i}", runs) for i, table in enumerate(section.tables))
     if figures:
         figures = f'<div class="figures">{figures}</div>'
-    return (
-        f'<section id="{slug}" aria-labelledby="{slug}-h"><h2 id="{slug}-h">{escape(section.title)}</h2>'
-        f"<p>{escape(section.text)}</p>{figures}{tables}</section>\n"
-    )
+    head = f'<h2 id="{slug}-h">{escape(section.title)}</h2>'
+    body = f"<p>{escape(section.text)}</p>{figures}{tables}"
+    if section.folded:
+        body = f"<details><summary>{head}</summary>{body}</details>"
+    else:
+        body = head + body
+    return f'<section id="{slug}" aria-labelledby="{slug}-h">{body}</section>\n'
 
 
 def _figure(figure: Figure, name: str, runs: Sequence[str]) -> str:
@@ -182,14 +185,20 @@ def _table(table: Table, name: str, runs: Sequence[str]) -> str:
 
 def _is_numeric(cells: Sequence[object]) -> bool:
     given = [c for c in cells if c is not None]
-    return bool(given) and all(isinstance(c, int | float | np.number) and not isinstance(c, bool) for c in given)
+    kinds = int | float | np.number | Estimate
+    return bool(given) and all(isinstance(c, kinds) and not isinstance(c, bool) for c in given)
 
 
 def _class(is_number: bool) -> str:
     return ' class="number"' if is_number else ""
 
 
-def _cell(value: str | float | int | None, numeric: bool, owner: str, is_first: bool) -> str:
+def _cell(value: Cell, numeric: bool, owner: str, is_first: bool) -> str:
+    if isinstance(value, Estimate):
+        shown = f"{value.value:.1f} <small>± {(value.high - value.low) / 2:.1f}</small>"
+        shown = f"<strong>{shown}</strong>" if value.best else shown
+        title = f"{value.low!r} to {value.high!r}"
+        return f'<td data-number="{value.value!r}" title="{title}"{_class(numeric)}{owner}>{shown}</td>'
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or value != value:  # the script sorts empty cells last, in both directions
         return f"<td data-empty{_class(numeric)}{owner}>{'–' if value is None else 'NaN'}</td>"

@@ -53,12 +53,32 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number with an interval; the page shows half the interval's length after ±.
+
+    Attributes:
+      value: the number.
+      low: the interval's lower end.
+      high: its upper end.
+      best: whether the page marks the number as the best one of its column.
+    """
+
+    value: float
+    low: float
+    high: float
+    best: bool = False
+
+
+Cell = str | float | int | Estimate | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """Rows of texts and numbers under column names. Numbers have their full precision; the page rounds them."""
 
     caption: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | int | None, ...], ...]
+    rows: tuple[tuple[Cell, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +91,7 @@ class Section:
       figures: plots and pictures.
       tables: tables, which the reader can sort.
       numbers: the results for report.json.
+      folded: whether the page shows the title alone until the reader opens the section.
     """
 
     title: str
@@ -78,6 +99,7 @@ class Section:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    folded: bool = False
 
 
 def short_names(subjects: Sequence[Subject]) -> dict[str, str]:

@@ -109,7 +109,11 @@ def test_training_leaves_a_report(runs):
         assert summary["report"] == str(path / "report.html")
         assert json.loads((path / "summary.json").read_text())["report"] == summary["report"]
         assert "svg" in Page(html).tags and "img" in Page(html).tags
-        assert numbers["left_out"] == {} and [s["title"] for s in numbers["sections"]] == ["Overview", "Pictures"]
+        assert numbers["left_out"] == {} and [s["title"] for s in numbers["sections"]] == [
+            "Overview",
+            "Pictures",
+            "Curves and settings",
+        ]
         assert numbers["sections"][0]["numbers"][path.name]["summary"]["probe_top1"] == summary["probe_top1"]
 
 
@@ -138,7 +142,7 @@ def test_numbers_and_tables_are_those_of_the_summaries(runs, compared):
     html, numbers = read(compared[0])
     overview = numbers["sections"][0]
     cells = {c["data-number"] for c in Page(html).cells if "data-number" in c}
-    tables = {t["caption"]: t for t in overview["tables"]}
+    tables = {t["caption"]: t for section in numbers["sections"] for t in section["tables"]}
     scores = tables["Scores at the end of training."]
     assert scores["columns"] == ["run", "what", "probe %", "k-NN %"]
     found = {(row[0], row[1]): row[2:] for row in scores["rows"]}
@@ -149,8 +153,13 @@ def test_numbers_and_tables_are_those_of_the_summaries(runs, compared):
             expected = [100 * summary[k + suffix] for k in ("probe_top1", "knn_top1")]
             assert found[name, what] == expected and {repr(x) for x in expected} <= cells
         assert repr(summary["loss"]) in cells
-    of_runs = next(t for caption, t in tables.items() if caption.startswith("The runs."))
-    assert [row[:2] for row in of_runs["rows"]] == [[name, "reconstruction"] for name in NAMES]
+    verdict = next(t for caption, t in tables.items() if caption.startswith("The runs."))
+    assert [row[:3] for row in verdict["rows"]] == [[name, "reconstruction", "crate"] for name in NAMES]
+    for name, row in zip(NAMES, verdict["rows"], strict=True):
+        summary = runs[1][NAMES.index(name)]
+        knn = dict(zip(verdict["columns"], row, strict=True))["k-NN %"]
+        assert knn["value"] == 100 * summary["knn_top1"] and knn["low"] < knn["value"] < knn["high"]
+        assert not knn["best"] and knn["high"] - knn["low"] > 10  # of a few dozen images
     settings = next(t for caption, t in tables.items() if caption.startswith("Settings"))
     assert settings["columns"] == ["config", *NAMES]
     assert settings["rows"] == [["corruption.mask_ratio", 0.5, 0.25], ["evaluation.every", 0, 2]]
@@ -192,13 +201,18 @@ def test_a_folder_of_runs_is_all_of_them(runs, tmp_path):
 
 def test_slow_sections_say_that_they_begin_and_how_long_they_took(monkeypatch, caplog):
     caplog.set_level("INFO")
-    moments = iter((3.0, 10.5))
+    moments = iter((1.0, 3.0, 10.5))
     monkeypatch.setattr(job.time, "monotonic", lambda: next(moments))
+    early = job.Analysis("E", lambda _: Section("Early", ""), needs_images=False, needs_runs=False, folded=False)
+    monkeypatch.setitem(job.SECTIONS, "theory", early)
     monkeypatch.setitem(
         job.SECTIONS, "views", job.Analysis("Seen", lambda _: Section("Seen", "text"), needs_runs=False)
     )
-    sections, missing = job.analyse([], ["views"])
-    assert [s.title for s in sections] == ["Seen"] and not missing
+    kept = []
+    sections, missing = job.analyse([], ["theory", "views"], lambda s, missing: kept.append((len(s), missing)))
+    assert [s.title for s in sections] == ["Early", "Seen"] and not missing
+    assert [s.folded for s in sections] == [False, True]
+    assert kept == [(1, {"Seen": "not computed yet"})]  # a page for the reader, and for whoever stops the command
     assert [r.getMessage() for r in caplog.records] == ["Seen ...", "Seen took 7.5 s"]
 
 
@@ -392,9 +406,9 @@ def test_a_run_that_is_still_going_can_be_read(runs, tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     result = report([run])
-    overview = read(run)[1]["sections"][0]
+    tables = [t for section in read(run)[1]["sections"] for t in section["tables"]]
     assert result["left_out"] == {} and "Not finished" in read(run)[0]
-    table = next(t for t in overview["tables"] if t["caption"].startswith("The runs"))
+    table = next(t for t in tables if t["caption"].startswith("What the runs are"))
     assert dict(zip(table["columns"], table["rows"][0], strict=True))["steps"] == 4
     (run / "summary.json").write_text("{")
     broken = report([run], report__sections=("overview",))
