@@ -116,7 +116,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def section(subjects: Sequence[Subject]) -> Section:
-    """The section with one line for each run, and its scores beside those of its controls.
+    """The section with one line for each run, and figures of its scores beside those of its controls.
 
     Raises:
       DataError: a record of a run is not JSON.
@@ -126,7 +126,8 @@ def section(subjects: Sequence[Subject]) -> Section:
         title="Overview",
         text=_text(logged),
         figures=tuple(_score_figures(logged)),
-        tables=tuple(t for t in (_verdict(subjects, logged), _scores(logged)) if t),
+        tables=(_verdict(subjects, logged),),
+        leading=1,
         numbers={
             name: {"summary": log.summary, "results": log.results, "starts": list(log.starts)}
             for name, log in logged.items()
@@ -141,7 +142,7 @@ def details(subjects: Sequence[Subject]) -> Section:
       DataError: a record of a run is not JSON.
     """
     logged = {s.name: read(s.workdir) for s in subjects}
-    tables = (_runs(subjects, logged), _starts(logged), _results(logged), _settings(subjects, logged))
+    tables = (_scores(logged), _runs(subjects, logged), _starts(logged), _results(logged), _settings(subjects, logged))
     return Section(
         title="Curves and settings",
         text="What the runs logged during training, and all that they were told.",
@@ -187,9 +188,10 @@ def _marked(column: Sequence[Estimate | float | None]) -> list[Estimate | float 
     [False, True]
     """
     known = [x for x in column if isinstance(x, Estimate)]
+    comparable = 1 < len(known) == sum(x is not None for x in column)  # older records have no interval
 
     def is_best(x: Estimate) -> bool:
-        return len(known) > 1 and all(x.low > other.high for other in known if other is not x)
+        return comparable and all(x.low > other.high for other in known if other is not x)
 
     return [dataclasses.replace(x, best=is_best(x)) if isinstance(x, Estimate) else x for x in column]
 
@@ -300,10 +302,9 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
             if any(s.get(key + suffix) is not None for s in scored.values())
         ]
         plot.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-        caption = (
-            f"Top-1 accuracy of the {protocol} on frozen features, against an untrained encoder and raw pixels. A bar "
-            "is the 95 % interval (Wilson) that follows from the number of test images."
-        )
+        caption = f"Top-1 accuracy of the {protocol} on frozen features, against an untrained encoder and raw pixels."
+        if any("test_images" in summary for summary in scored.values()):
+            caption += " A bar is the 95 % interval (Wilson's) that follows from the number of test images."
         figures.append(Figure(caption, plot))
     return figures
 

@@ -107,11 +107,12 @@ def _chips(names: Sequence[str]) -> str:
 
 def _section(section: Section, slug: str, runs: Sequence[str]) -> str:
     figures = "".join(_figure(f, f"{slug}-f{i}", runs) for i, f in enumerate(section.figures))
-    tables = "".join(_table(table, f"{slug}-t{i}", runs) for i, table in enumerate(section.tables))
+    tables = [_table(table, f"{slug}-t{i}", runs) for i, table in enumerate(section.tables)]
     if figures:
         figures = f'<div class="figures">{figures}</div>'
     head = f'<h2 id="{slug}-h">{escape(section.title)}</h2>'
-    body = f"<p>{escape(section.text)}</p>{figures}{tables}"
+    first, rest = "".join(tables[: section.leading]), "".join(tables[section.leading :])
+    body = f"<p>{escape(section.text)}</p>{first}{figures}{rest}"
     if section.folded:
         body = f"<details><summary>{head}</summary>{body}</details>"
     else:

@@ -89,8 +89,9 @@ class Section:
       title: the question in a few words.
       text: one paragraph: what was measured, on which data, after which paper, and how to read the result.
       figures: plots and pictures.
-      tables: tables, which the reader can sort.
+      tables: tables, which the reader can sort; the first `leading` of them stand before the figures.
       numbers: the results for report.json.
+      leading: see `tables`.
       folded: whether the page shows the title alone until the reader opens the section.
     """
 
@@ -99,6 +100,7 @@ class Section:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    leading: int = 0
     folded: bool = False
 
 

@@ -19,6 +19,7 @@ from crate_jax.analysis import logged
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.jobs import report as job, train
 from crate_jax.report import Figure, Section, Table, page, svg
+from crate_jax.report.section import Estimate
 from crate_jax.validation import flatten
 from crate_jax.workdir import pictures
 
@@ -163,6 +164,14 @@ def test_numbers_and_tables_are_those_of_the_summaries(runs, compared):
     settings = next(t for caption, t in tables.items() if caption.startswith("Settings"))
     assert settings["columns"] == ["config", *NAMES]
     assert settings["rows"] == [["corruption.mask_ratio", 0.5, 0.25], ["evaluation.every", 0, 2]]
+
+
+@pytest.mark.parametrize(("second", "best"), [(Estimate(50.0, 46.0, 54.0), [False] * 3), (22.5, [False] * 2)])
+def test_a_score_is_best_where_its_interval_says_so(second, best):
+    """Older records have no interval; one such score beside others gives none of them a mark."""
+    first, third = Estimate(45.0, 41.0, 49.0), Estimate(30.0, 27.0, 33.0)
+    assert [x.best for x in logged._marked([first, second, third]) if isinstance(x, Estimate)] == best
+    assert [x.best for x in logged._marked([third, None, first]) if x] == [False, True]
 
 
 def test_what_belongs_to_a_run_is_marked(compared):

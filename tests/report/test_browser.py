@@ -151,6 +151,7 @@ def test_tables_are_sorted_as_numbers_by_click_and_by_key(opened):
     tab.locator("table").nth(last).locator("thead button").first.click()
     assert column(tab, last, 1) == ["all", "mask", "noise", "none", "rop"]
     assert head.get_attribute("aria-sort") == "none"
+    unfold(tab)
     tab.locator("table").nth(1).locator("thead button").nth(2).click()  # probe
     assert [x for x in column(tab, 1, 3)] == ["8"] * 3 + ["50"] * 3 + ["90"] * 3
     tab.locator("table").first.locator("thead button").nth(4).click()
