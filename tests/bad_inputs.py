@@ -255,6 +255,23 @@ file("weights_later x.safetensors", safetensors.numpy.save({"encoder/x": np.zero
 
 
 @maker
+def weights_resnet(folder: Path) -> None:
+    """A thin ResNet18 under torchvision's names."""
+    from tests.convert.test_convert import random_state, resnet
+
+    safetensors.numpy.save_file(random_state("resnet", resnet((2, 2, 2, 2), 4)), folder / "x.safetensors")
+
+
+@maker
+def weights_crate_torch(folder: Path) -> None:
+    """Weights under the names of modeling_crate.py, with a config.json that says nothing."""
+    from tests.convert.test_convert import crate_torch, random_state
+
+    safetensors.numpy.save_file(random_state("crate_torch", crate_torch(8, 1, 4, 16)), folder / "x.safetensors")
+    (folder / "config.json").write_text('{"model_type": "crate"}')
+
+
+@maker
 def weights_small_stem(folder: Path) -> None:
     """A thin ResNet18 under torchvision's names, with a 3 x 3 stem."""
     from tests.convert.test_convert import random_state, resnet

@@ -29,10 +29,13 @@ log = logging.getLogger(__name__)
 VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 CRATE_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}
 DECODER_HEADS = {512: 16}  # MAE's
-CRATE_LAMBDA = {"crate": 0.1, "crate_mae": 0.5}  # as released; CRATE-MAE's figures have 5.0
+CRATE_LAMBDA = {"crate": 0.1, "crate_mae": 0.5, "crate_torch": 0.5}  # as released; CRATE-MAE's figures have 5.0
 
 # Names of position tables: their rows are one per patch, and one for the class token.
-TABLES = ("pos_embed", "decoder_pos_embed", "pos_embedding", "encoder.pos_embed", "vit.embeddings.position_embeddings")
+TABLES = (
+    "pos_embed", "decoder_pos_embed", "pos_embedding", "encoder.pos_embed", "vit.embeddings.position_embeddings",
+    "encoder.embedding.positions",
+)  # fmt: skip
 LEARNED_TABLES = {  # family -> those that are parameters
     "timm_vit": ("pos_embed",), "beit": ("pos_embed",), "crate": ("pos_embedding",),
     "hf_vit": ("vit.embeddings.position_embeddings",),
@@ -46,6 +49,7 @@ PATCH_KERNELS = (
     "encoder.patch_embed.proj.weight",
     "vit.embeddings.patch_embeddings.projection.weight",
 )
+LINEAR_PATCH_KERNELS = ("to_patch_embedding.2.weight", "encoder.embedding.patch_embed.weight")  # CRATE's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +116,9 @@ def patch_size(name: str, state: Mapping[str, np.ndarray]) -> int:
             if shape[1] != 3 or shape[2] != shape[3]:
                 raise ConfigError(f"'{kernel}' has the shape {list(shape)}; expected square patches of 3 channels")
             return int(shape[2])
-    if "to_patch_embedding.2.weight" in found:  # CRATE: a linear layer
-        return math.isqrt(np.shape(found["to_patch_embedding.2.weight"])[-1] // 3)
+    for kernel in LINEAR_PATCH_KERNELS:
+        if kernel in found:
+            return math.isqrt(np.shape(found[kernel])[-1] // 3)
     raise ConfigError(f"{name} weights do not fit: missing a patch embedding such as '{PATCH_KERNELS[0]}'")
 
 
@@ -211,6 +216,10 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) ->
     if crate:
         c.encoder.lam = CRATE_LAMBDA[name] if hints.lam is None else hints.lam
         c.encoder.final_eps = 1e-5 if name == "crate" else 1e-6
+        c.encoder.tied_output = "encoder/blocks/mssa/output/kernel" not in ours
+        if "encoder/blocks/back/kernel" in ours:
+            c.encoder.dictionary = "overcomplete"
+            c.encoder.expansion = ours["encoder/blocks/back/kernel"][1] // c.encoder.width
     else:
         c.encoder.mlp_ratio = ours["encoder/blocks/mlp_in/kernel"][2] / c.encoder.width
         c.encoder.layer_scale = 0.1 if "encoder/blocks/layer_scale_1" in ours else 0.0  # a new one's initial value
@@ -286,7 +295,7 @@ def _positions(name: str, ours: Mapping[str, Any]) -> str:
     if len(found) > 1:
         raise ConfigError(f"{name} weights: both {' and '.join(found)} positions; an encoder here has one kind")
     if not found:
-        return "sincos" if name in ("vit_mae", "crate_mae", "hf_vit_mae") else "none"
+        return "sincos" if name in ("vit_mae", "crate_mae", "hf_vit_mae", "crate_torch") else "none"
     return found[0]
 
 

@@ -1,6 +1,6 @@
-"""Weights for other libraries: timm, transformers, and the authors' own code.
+"""Weights for other libraries: timm, transformers, the authors' own code, and CRATE as one file for PyTorch.
 
-Each format is a folder with ``model.safetensors`` and the JSON files that the library reads beside it. If a format
+Each format is a folder with ``model.safetensors`` and the files that the library reads beside it. If a format
 cannot hold a model, `export` raises and writes nothing. Only whole parts for which the format has no place (a decoder,
 a mask token, a classifier's head) are left out, and the summary names them.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flax import traverse_util
 from ml_collections import ConfigDict
 
 from crate_jax.config import base
-from crate_jax.convert import files
+from crate_jax.convert import files, torch_crate
 from crate_jax.convert.families import export_state_dict
 from crate_jax.convert.rules import Array
 from crate_jax.convert.weights import MASK_TOKENS, metadata, model_config
@@ -25,7 +26,7 @@ from crate_jax.models.patches import grid_shape, sincos_positions
 from crate_jax.models.resnet import ARCHITECTURES
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir.folder import expanduser
-from crate_jax.workdir.metrics import write_json
+from crate_jax.workdir.metrics import write_json, write_text
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers writes
 
@@ -39,12 +40,14 @@ class Export:
       state: tensors by name.
       json_files: further files, name -> content.
       left_out: parts of the model for which the format has no place.
+      copied: files of ours that are copied into the folder.
     """
 
     family: str
     state: dict[str, Array]
     json_files: dict[str, Any]
     left_out: tuple[str, ...]
+    copied: tuple[Path, ...] = ()
 
 
 def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, out: str | os.PathLike[str]) -> Export:
@@ -68,6 +71,8 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
     files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})
     for name, content in made.json_files.items():
         write_json(folder / name, content)
+    for path in made.copied:
+        write_text(folder / path.name, path.read_text())
     return made
 
 
@@ -100,7 +105,10 @@ def _require_vit(c: ConfigDict, library: str) -> None:
     if c.encoder.name in ARCHITECTURES:
         raise ConfigError(f"{library} has no {c.encoder.name}; --format=torchvision or timm writes it")
     if c.encoder.name != "vit":
-        raise ConfigError(f"{library} has no {c.encoder.name} encoder; --format=authors writes CRATE's own names")
+        raise ConfigError(
+            f"{library} has no {c.encoder.name} encoder; --format=torch writes it with its PyTorch code, "
+            "--format=authors under the names of its authors' code"
+        )
     if c.encoder.embed_norm:
         raise ConfigError(f"{library} has no norms around the patch embedding (config.encoder.embed_norm)")
 
@@ -297,6 +305,21 @@ def _has_mae_decoder(params: Mapping[str, Any]) -> bool:
     return {"embed", "mask_token", "blocks"} <= params.get("decoder", {}).keys()
 
 
+def to_torch(c: ConfigDict, params: Mapping[str, Any]) -> Export:
+    """CRATE with its code for PyTorch: the folder needs nothing else.
+
+    Raises:
+      ConfigError: the encoder is no CRATE.
+    """
+    if c.encoder.name != "crate":
+        others = "torchvision or timm" if c.encoder.name in ARCHITECTURES else "timm or hf"
+        raise ConfigError(f"--format=torch writes only crate, not {c.encoder.name}; --format={others} writes it")
+    params, left_out = _only(params, "encoder", "decoder")
+    state = export_state_dict(torch_crate.FAMILY, params, _grid(c))
+    about = torch_crate.config_json(c, params)
+    return Export(torch_crate.FAMILY, state, {"config.json": about}, left_out, (torch_crate.MODELING,))
+
+
 def to_authors(c: ConfigDict, params: Mapping[str, Any]) -> Export:
     """The model under the names of the code with which it was published.
 
@@ -329,5 +352,6 @@ FORMATS: dict[str, Callable[[ConfigDict, Mapping[str, Any]], Export]] = {
     "timm": to_timm,
     "hf": to_transformers,
     "torchvision": to_torchvision,
+    "torch": to_torch,
     "authors": to_authors,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -262,6 +262,52 @@ def _resnet() -> Family:
     )
 
 
+def _crate_torch() -> Family:
+    """CRATE under the names of torch_model/modeling_crate.py: ours, with dots."""
+
+    def layers(
+        part: str, norms: Sequence[str] = (), matrices: Sequence[str] = (), dense: Sequence[str] = ()
+    ) -> tuple[Rule, ...]:
+        theirs = part.replace("/", ".").replace("blocks", "blocks.{l}")
+        return tuple(
+            rule
+            for make, layers in ((_norm, norms), (_weight, matrices), (_dense, dense))
+            for layer in layers
+            for rule in make(f"{part}/{layer}", f"{theirs}.{layer.replace('/', '.')}")
+        )
+
+    embedding, encoder, decoder = "encoder/embedding", "encoder/blocks", "decoder/blocks"
+    mask_tokens = (f"{part}.mask_token" for part in ("encoder.embedding", "decoder"))
+    crate_decoder = layers(decoder, ["linear_norm", "mssa_norm"], ["linear", "mssa/subspaces"])
+    transformer = layers(
+        decoder, ["attention_norm", "mlp_norm"], [], ["attention/qkv", "attention/output", "mlp_in", "mlp_out"]
+    )
+    blocks = (
+        *layers(encoder, ["mssa_norm", "ista_norm"], ["mssa/subspaces"]),
+        Rule(f"{encoder}/dictionary/kernel", ("encoder.blocks.{l}.ista.dictionary",), LINEAR),
+    )
+    return Family(
+        groups=(
+            Group("embedding", (*layers(embedding, dense=["patch_embed"]), _cls_token("encoder.embedding.cls_token"))),
+            Group("norms of the embedding", layers(embedding, ["pixel_norm", "token_norm"]), optional=True),
+            Group(
+                "learned positions", (Rule(f"{embedding}/positions", ("encoder.embedding.positions",), TABLE),), True
+            ),
+            *(Group(token, (Rule(token.replace(".", "/"), (token,)),), optional=True) for token in mask_tokens),
+            Group("blocks", blocks),
+            Group("MSSA's output", layers(encoder, dense=["mssa/output"]), optional=True),
+            Group("second dictionary", layers(encoder, matrices=["back"]), optional=True),
+            Group("final norm", layers("encoder", ["norm"]), optional=True),
+            Group("decoder's embedding", layers("decoder", dense=["embed"]), optional=True),
+            Group("CRATE decoder", crate_decoder, optional=True),
+            Group("MSSA's output in the decoder", layers(decoder, dense=["mssa/output"]), optional=True),
+            Group("transformer decoder", transformer, optional=True),
+            Group("decoder's norm", layers("decoder", ["norm"]), optional=True),
+            Group("decoder's head", layers("decoder", dense=["head"]), optional=True),
+        )
+    )
+
+
 FAMILIES: dict[str, Family] = {
     # One encoder and one decoder block of CRATE-MAE, as in the files of reference numbers.
     "crate_blocks": Family(
@@ -392,6 +438,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "resnet": _resnet(),
+    "crate_torch": _crate_torch(),
 }
 
 
@@ -446,6 +493,7 @@ SIGNATURES = (
     ("beit", "blocks.0.attn.q_bias"),
     ("vit_mae", "decoder_blocks.0.attn.qkv.weight"),
     ("resnet", "layer1.0.conv1.weight"),
+    ("crate_torch", "encoder.blocks.0.mssa.subspaces.weight"),
 )
 ENCODER_OF_TIMM = "blocks.0.attn.qkv.weight"
 

@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax.config import base, parts, validate
-from crate_jax.convert import branches, files
+from crate_jax.convert import branches, files, torch_crate
 from crate_jax.convert.describe import Hints, config_of, grid_of, with_class_row
 from crate_jax.convert.families import FAMILIES, import_state_dict
 from crate_jax.convert.rules import Match, canonical_name, match
@@ -107,6 +107,8 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
         require_fit(config, params)
         return Weights(OURS, config, params, found)
     branch, found = choose(state, about, name or (own["family"] if own else ""), prefix)
+    if not own and branch.family == torch_crate.FAMILY and (beside := torch_crate.config_beside(path)):
+        own = {"family": branch.family, "config": beside}
     if about["others"] or branch.outside:
         read = ".".join([*about["nested"], branch.prefix or "all tensors"])
         left = some([*about["others"], *branch.outside], ", ")
@@ -175,6 +177,7 @@ def model_config(config: Mapping[str, Any], params: Mapping[str, Any]) -> Config
     try:
         for section in ("encoder", "decoder", "corruption", "loss", "data"):
             c[section].update({key: value for key, value in config[section].items() if key in c[section]})
+        c.evaluation.pool = config.get("evaluation", c.evaluation).get("pool", c.evaluation.pool)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ConfigError(f"its config is damaged ({type(e).__name__}: {e})") from None
     validate(c, parts(c, params))

@@ -129,6 +129,28 @@ def crate_mae(d: int, depth: int, p: int, n: int) -> Shapes:
     return shapes | linear("decoder_embed", d, d) | norm("decoder_norm", d) | linear("decoder_pred", 3 * p * p, d)
 
 
+def crate_torch(d: int, depth: int, p: int, n: int, atoms: int = 0, tied: bool = False) -> Shapes:
+    """modeling_crate.py's, with learned positions; with `atoms` over-complete and without a decoder."""
+
+    def mssa(name: str) -> Shapes:
+        shapes = norm(f"{name}.mssa_norm", d) | linear(f"{name}.mssa.subspaces", d, d, bias=False)
+        return shapes | ({} if tied else linear(f"{name}.mssa.output", d, d))
+
+    shapes = {"encoder.embedding.cls_token": (1, 1, d), "encoder.embedding.positions": (1, 1 + n, d)}
+    shapes |= linear("encoder.embedding.patch_embed", d, 3 * p * p) | norm("encoder.norm", d)
+    for layer in range(depth):
+        block = f"encoder.blocks.{layer}"
+        shapes |= mssa(block) | norm(f"{block}.ista_norm", d) | {f"{block}.ista.dictionary": (d, atoms or d)}
+        shapes |= linear(f"{block}.back", d, atoms, bias=False) if atoms else {}
+    if atoms:
+        return shapes
+    shapes |= {"encoder.embedding.mask_token": (1, 1, d)} | norm("decoder.norm", d)
+    for layer in range(2):
+        block = f"decoder.blocks.{layer}"
+        shapes |= norm(f"{block}.linear_norm", d) | linear(f"{block}.linear", d, d, bias=False) | mssa(block)
+    return shapes | linear("decoder.head", 3 * p * p, d)
+
+
 def hf_block(name: str, d: int) -> Shapes:
     shapes = norm(f"{name}.layernorm_before", d) | norm(f"{name}.layernorm_after", d)
     for part in ("query", "key", "value"):
@@ -217,6 +239,8 @@ TINY = {  # family and kind -> names and shapes of a small model; 16 px images, 
     "crate_mae": crate_mae(8, 3, 4, 16),
     "hf_vit_mae": hf(8, 3, 4, 16, decoder=4, decoder_depth=2),
     "hf_vit": {n: s for n, s in hf(8, 3, 4, 16).items() if n.startswith("vit.")},
+    "crate_torch": crate_torch(8, 3, 4, 16),
+    "crate_torch over-complete, tied": crate_torch(8, 2, 4, 16, atoms=24, tied=True),
     "resnet": resnet((2, 2, 2, 2), 4),
     "resnet bottleneck": resnet((3, 4, 6, 3), 2, factor=4, inner=2),
 }
@@ -826,6 +850,8 @@ EXPORTS = [  # kind, format, family of the names, parts that come back
     ("vit_mae", "authors", "vit_mae", ("encoder", "decoder")),
     ("crate_mae", "authors", "crate_mae", ("encoder", "decoder")),
     ("crate", "authors", "crate", ("encoder",)),
+    ("crate_mae", "torch", "crate_torch", ("encoder", "decoder")),
+    ("crate", "torch", "crate_torch", ("encoder",)),
     ("ropim", "authors", "ropim", ("encoder", "decoder")),
     ("simmim", "authors", "simmim", ("encoder", "decoder")),
     ("resnet", "torchvision", "resnet", ("encoder",)),
@@ -884,8 +910,10 @@ REFUSED = [  # kind, changes to the config, format, message
     ("resnet", {"encoder.stem": "cifar", "encoder.stage_width": 64}, "timm", "not 'cifar' and 64"),
     ("resnet", {}, "hf", "ViTMAE has no resnet18; --format=torchvision or timm"),
     ("resnet", {}, "authors", "resnet18 use torchvision's names; --format=torchvision"),
+    ("resnet", {}, "torch", "writes only crate, not resnet18; --format=torchvision or timm writes it"),
+    ("vit_mae", {}, "torch", "writes only crate, not vit; --format=timm or hf writes it"),
     ("crate_mae", {}, "torchvision", "writes only resnet18, .*, not crate"),
-    ("vit_mae", {}, "onnx", "must be one of timm, hf, torchvision, authors"),
+    ("vit_mae", {}, "onnx", "must be one of timm, hf, torchvision, torch, authors"),
 ]
 
 
