@@ -72,7 +72,7 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
     for name, content in made.json_files.items():
         write_json(folder / name, content)
     for path in made.copied:
-        write_text(folder / path.name, path.read_text())
+        write_text(folder / path.name, path.read_text("utf-8"))
     return made
 
 

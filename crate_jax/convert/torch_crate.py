@@ -17,7 +17,7 @@ from crate_jax.errors import ConfigError
 
 FAMILY = "crate_torch"
 MODELING = Path(__file__).parent / "torch_model" / "modeling_crate.py"
-MODEL_TYPE = "crate"  # of transformers' configs
+MODEL_TYPE = "crate"  # what config.json calls this kind of model
 # Fields of CrateConfig -> the keys they come from. Their values are ours, but for two: `decoder` is none without a
 # decoder, and without one `corruption` is mask only where the encoder has a mask token.
 KEYS = {

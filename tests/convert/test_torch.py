@@ -16,6 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from crate_jax import config
 from crate_jax.config import base
 from crate_jax.convert import export_state_dict, files, pretrained, weights
 from crate_jax.convert.export import export
@@ -92,8 +93,12 @@ def exported(name: str, folder, parts=("encoder", "decoder")) -> tuple[ConfigDic
 
 
 def config_class() -> type:
-    """CrateConfig alone, taken out of the file, which cannot be imported without torch."""
-    body = [node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == "CrateConfig"]
+    """CrateConfig and CHOICES, taken out of the file, which cannot be imported without torch."""
+
+    def name(node: ast.stmt) -> str:
+        return getattr(node, "name", ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else "")
+
+    body = [node for node in TREE.body if name(node) in ("CHOICES", "CrateConfig")]
     scope = {"dataclasses": dataclasses, "__name__": __name__}
     exec(compile(ast.Module(body, []), MODELING.name, "exec"), scope)
     return scope["CrateConfig"]
@@ -105,11 +110,11 @@ def test_the_folder_holds_code_config_and_weights(tmp_path, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", MODELING.name]
     assert (tmp_path / MODELING.name).read_bytes() == MODELING.read_bytes()
     about = json.loads((tmp_path / "config.json").read_text())
-    config = config_class()(**about)  # every key is a field
-    assert set(about) == {field.name for field in dataclasses.fields(config)}
+    written = config_class()(**about)  # every key is a field
+    assert set(about) == {field.name for field in dataclasses.fields(written)}
     for field, key in KEYS.items():
         section, part = key.split(".")
-        assert getattr(config, field) == c[section][part], field
+        assert getattr(written, field) == c[section][part], field
     # The file has an attribute of each part of each tensor's name.
     assigned = {
         target.attr
@@ -123,15 +128,20 @@ def test_the_folder_holds_code_config_and_weights(tmp_path, name):
 
 
 def test_new_configs_are_those_of_crate_mae():
-    """The defaults of CrateConfig are the library's; it checks model_type and takes JSON's lists."""
+    """The defaults of CrateConfig are the library's, so are its choices; it takes JSON's lists."""
     Config = config_class()
     assert dataclasses.asdict(Config()) == config_json(base(), {"encoder": {}, "decoder": {}})
-    assert (Config(image_size=[20, 28]).image_size, Config(image_size=[20, 28], patch_size=4).grid) == (
-        (20, 28),
-        (5, 7),
-    )
-    with pytest.raises(ValueError, match="model_type is 'vit', not 'crate'"):
+    small = Config(image_size=[20, 28], patch_size=4)
+    assert (small.image_size, small.grid) == ((20, 28), (5, 7))
+    with pytest.raises(ValueError, match="model_type='vit': must be one of crate"):
         Config(model_type="vit")
+    rules = {field: config.KEYS[key].rule.text for field, key in KEYS.items()}
+    choices = Config.__post_init__.__globals__["CHOICES"]
+    for field in choices.keys() - {"model_type", "positions"}:  # the encoder of CRATE has fewer kinds of positions
+        ours = rules[field].removeprefix("must be one of ").split(", ")
+        assert set(choices[field]) - ({"none"} if field == "decoder" else set()) == set(ours), field
+    named = {field for field, rule in rules.items() if rule.startswith("must be one of ")}
+    assert named == choices.keys() - {"model_type"}
 
 
 def test_the_file_needs_torch_only():
@@ -155,8 +165,8 @@ def test_a_folder_that_torch_wrote_comes_back_with_the_same_bits(tmp_path, name)
 
 def test_an_encoder_alone_has_no_decoder_and_perhaps_a_mask_token(tmp_path):
     c, params = exported("mask token, learned positions", tmp_path / "token", ["encoder"])
-    del params["encoder"]["embedding"]["mask_token"]
-    export(c.to_dict(), {**params, "head": {"kernel": np.ones((8, 3))}}, "torch", tmp_path / "none")
+    flat = {n: array for n, array in names(params).items() if not n.endswith("mask_token")}
+    export(c.to_dict(), nest({**flat, "head/kernel": np.ones((8, 3))}), "torch", tmp_path / "none")
     for folder, corruption in (("token", "mask"), ("none", "none")):
         about = json.loads((tmp_path / folder / "config.json").read_text())
         assert (about["decoder"], about["corruption"]) == ("none", corruption)
@@ -379,6 +389,8 @@ def test_torch_shows_attention_and_preprocesses(tmp_path):
 
     rng = np.random.default_rng(0)
     image = np.asarray(Image.fromarray(rng.integers(0, 256, (8, 12, 3), np.uint8)).resize((96, 64), Image.BICUBIC))
+    with pytest.raises(ValueError, match="pool='max': must be one of cls, mean, cls_mean"):
+        model.features(pixels, "max")
     model.config.image_size = (28, 28)
     box = central_box(64, 96, (28, 28), 0.875)
     ours = np.asarray(decoding.crop_resize(Image.fromarray(image), box, (28, 28), Image.Resampling.BICUBIC), np.float32)

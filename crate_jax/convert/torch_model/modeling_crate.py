@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """CRATE and CRATE-MAE in PyTorch, in one file that needs nothing besides PyTorch.
 
-Each layer of CRATE (arXiv 2306.01129) is derived, not guessed: it compresses the tokens against subspaces (MSSA), then
-makes them sparse in a dictionary (ISTA). CRATE-MAE (arXiv 2404.02446) pre-trains it as a masked autoencoder; the
-numbers of equations are those of that paper. In the folder that holds this file, config.json and model.safetensors:
+CRATE (arXiv 2306.01129) is a transformer whose layers are steps of an optimisation: each compresses the tokens against
+subspaces (MSSA), then makes them sparse in a dictionary (ISTA). CRATE-MAE (arXiv 2404.02446) pre-trains it as a masked
+autoencoder; the numbers of equations are those of that paper. In the folder that holds this file, config.json and
+model.safetensors:
 
     from modeling_crate import CrateModel
 
@@ -36,6 +37,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK_EPS, FINAL_EPS = 1e-5, 1e-6  # of layer norms: CRATE's blocks; a decoder's last norm and the transformer decoder
+
+CHOICES = {  # the values that fields of CrateConfig may have
+    "model_type": ("crate",),
+    "interpolation": ("bicubic", "bilinear"),
+    "pool": ("cls", "mean", "cls_mean"),
+    "positions": ("sincos", "learned", "none"),
+    "dictionary": ("complete", "overcomplete"),
+    "corruption": ("mask", "rop", "noise", "none"),
+    "mask_fill": ("token", "zero", "drop"),
+    "rop_buckets": ("balanced", "independent"),
+    "rop_signs": ("independent", "balanced"),
+    "decoder": ("crate", "transformer", "linear", "none"),
+    "decoder_residual": ("stream", "normalised"),
+    "init": ("xavier", "trunc_normal"),
+    "loss_target": ("pixel", "patch_normalised"),
+    "loss_norm": ("l2", "l1"),
+    "loss_region": ("complement", "all"),
+}
 
 
 @dataclasses.dataclass
@@ -114,8 +133,9 @@ class CrateConfig:
     loss_region: str = "complement"
 
     def __post_init__(self) -> None:
-        if self.model_type != "crate":
-            raise ValueError(f"config.json: model_type is {self.model_type!r}, not 'crate'")
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field}={getattr(self, field)!r}: must be one of {', '.join(choices)}")
         self.image_size, self.mean, self.std = tuple(self.image_size), tuple(self.mean), tuple(self.std)
 
     @property
@@ -588,6 +608,8 @@ class CrateModel(nn.Module):
 
     @staticmethod
     def _pool(tokens_BND: Tensor, pool: str) -> Tensor:
+        if pool not in CHOICES["pool"]:
+            raise ValueError(f"pool={pool!r}: must be one of {', '.join(CHOICES['pool'])}")
         cls_BD, mean_BD = tokens_BND[:, 0], tokens_BND[:, 1:].mean(1)
         return {"cls": cls_BD, "mean": mean_BD, "cls_mean": torch.cat([cls_BD, mean_BD], -1)}[pool]
 
