@@ -13,16 +13,14 @@ k-NN has k = 200 and T = 0.1; --config=configs/evaluate.py has both.
 
 from ml_collections import ConfigDict
 
-from configs import joint
 from crate_jax.config import parse_arg
+from crate_jax.config_files import named
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``penalty`` and ``debug``."""
     arg = parse_arg(arg, penalty=("none", "so", "srip"), debug=False)
-    c = joint.get_config(
-        f"method=byol,encoder=resnet50,data=imagenet,penalty={arg.penalty}{',debug' if arg.debug else ''}"
-    )
+    c = named(f"joint:method=byol,encoder=resnet50,data=imagenet,penalty={arg.penalty}{',debug' if arg.debug else ''}")
     if not arg.debug:
         c.batch_size = 128
         c.joint.update(dict(hidden=4096, out=256, predictor_hidden=4096))

@@ -42,19 +42,11 @@ such as ``encoder.lam=0.5,seed=0``.
 
 from ml_collections import ConfigDict
 
-from configs import cifar10, crate_mae, joint, joint_lightly, quickstart, rop_vitb, vit_mae
 from crate_jax.config import parse_arg
+from crate_jax.config_files import named
 from crate_jax.errors import ConfigError
 
-BASES = {
-    "cifar10": cifar10,
-    "quickstart": quickstart,
-    "crate_mae": crate_mae,
-    "rop_vitb": rop_vitb,
-    "vit_mae": vit_mae,
-    "joint": joint,
-    "joint_lightly": joint_lightly,
-}
+BASES = ("cifar10", "quickstart", "crate_mae", "rop_vitb", "vit_mae", "joint", "joint_lightly")
 PENALTY_VALUES = {"so": (0.0, 1e-7, 1e-6, 1e-5), "srip": (0.0, 1e-5, 1e-4, 1e-3)}
 OVER = {  # over -> key, values
     "mask_ratio": ("corruption.mask_ratio", (0.25, 0.5, 0.75, 0.9)),
@@ -73,12 +65,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     items = [item for item in (arg or "").split(",") if item]
     of_sweep = [item for item in items if item.partition("=")[0] in ("over", "base", "seeds")]
     of_base = [item for item in items if item not in of_sweep]
-    arg = parse_arg(",".join(of_sweep), over=tuple(OVER), base=tuple(BASES), seeds=1)
+    arg = parse_arg(",".join(of_sweep), over=tuple(OVER), base=BASES, seeds=1)
     implied = IMPLIED.get((arg.over, arg.base), "")
     if implied and not any(item.partition("=")[0] == implied.partition("=")[0] for item in of_base):
         of_base.append(implied)
     try:
-        c = BASES[arg.base].get_config(",".join(of_base))
+        c = named(f"{arg.base}:{','.join(of_base)}")
     except ConfigError as e:
         raise ConfigError(f"{e} (in base={arg.base}; the sweep itself knows over, base, seeds)") from e
     c.job = "sweep"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
+from crate_jax import config_files
 from crate_jax.config import require_keys
 from crate_jax.errors import ConfigError, UserError, escaped, print_error
 from crate_jax.parallel import distributed
@@ -23,9 +23,10 @@ USAGE = "python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --wor
 def define_flags() -> None:
     """Defines the flags of the command line. The import does not, since other commands import this module too."""
     try:
-        config_flags.DEFINE_config_file("config", None, "A file in configs/; its argument follows a colon.")
+        config_flags.DEFINE_config_file("config", None, "A config's name or file; its argument follows a colon.")
     except flags.Error as e:  # absl reads --flagfile here
         fail(e)
+    flags.DEFINE_string("job", None, "The job that the config must have; `crate-jax JOB` sets it.")
     flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, pictures, summary.")
     flags.DEFINE_string("coordinator_address", "", "For several processes: HOST:PORT of process 0.")
     flags.DEFINE_integer("num_processes", 0, "For several processes: their number.", lower_bound=0)
@@ -39,16 +40,19 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
       the arguments that are not flags: the program's name only.
     """
     try:
-        path = _config_path(argv)
-        if path and not os.path.isfile(path):
-            what = "is a folder, not a config file" if os.path.isdir(path) else "no such file"
-            raise ConfigError(f"--config={path}: {what}; this library's config files are configs/*.py")
-        rest = flags.FLAGS(list(argv))
-        if not path:
+        sys.argv = argv = _with_paths(argv)  # ml_collections reads sys.argv
+        rest = flags.FLAGS(argv)
+        if not _config_path(argv):
             raise ConfigError(f"--config is missing; usage: {USAGE}")
         require_keys(flags.FLAGS.config)
-        if not flags.FLAGS["workdir"].present and flags.FLAGS.config.job != "report":
-            raise ConfigError(f"--workdir is missing; usage: {USAGE}")
+        job, wanted = flags.FLAGS.config.job, flags.FLAGS.job
+        if wanted and job != wanted:
+            raise ConfigError(
+                f"the config has config.job={job!r}, not {wanted!r}: use crate-jax {job}, or another --config"
+            )
+        if not flags.FLAGS["workdir"].present and job != "report":
+            usage = f"crate-jax {job} --config=NAME[:key=value,...] --workdir=DIR" if wanted else USAGE
+            raise ConfigError(f"--workdir is missing; usage: {usage}")
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
@@ -132,13 +136,37 @@ def _config_file_error(chain: Sequence[BaseException]) -> str:
     return ""
 
 
-def _config_path(argv: Sequence[str]) -> str:
-    """The path of --config without the colon and the text after it; empty if there is no --config."""
+def _configs(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Each value of --config: the argument that holds it, what stands before it there, the value."""
     for i, arg in enumerate(argv):
         flag, equals, value = arg.partition("=")
         if flag in ("--config", "-config"):
-            return (value if equals else "".join(argv[i + 1 : i + 2])).partition(":")[0]
-    return ""
+            if equals:
+                yield i, f"{flag}=", value
+            elif i + 1 < len(argv):
+                yield i + 1, "", argv[i + 1]
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """The path of --config without the colon and the text after it; empty if there is no --config."""
+    return next((value.partition(":")[0] for _, _, value in _configs(argv)), "")
+
+
+def _with_paths(argv: Sequence[str]) -> list[str]:
+    """The arguments with the path of each config file in place of its name.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    out = list(argv)
+    for i, before, value in _configs(argv):
+        name, colon, argument = value.partition(":")
+        if name:
+            try:
+                out[i] = f"{before}{config_files.find(name)}{colon}{argument}"
+            except ConfigError as e:
+                raise ConfigError(f"--config={e}") from None
+    return out
 
 
 def is_out_of_memory(error: Exception) -> bool:

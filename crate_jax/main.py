@@ -32,7 +32,6 @@ from absl import app, flags, logging as absl_logging
 
 from crate_jax.errors import ConfigError, UserError, escaped
 from crate_jax.flags import OUT_OF_MEMORY, define_flags, fail, is_out_of_memory, parse_flags
-from crate_jax.jobs import JOBS
 from crate_jax.parallel import distributed
 from crate_jax.parallel.interrupt import Interrupted
 
@@ -62,6 +61,8 @@ def set_up_log(process: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job of the config; returns the exit status."""
+    from crate_jax.jobs import JOBS  # here: a second and a half that `--help` and a wrong flag need not spend
+
     set_up_log(process=0)
     config = flags.FLAGS.config
     try:
@@ -104,4 +105,5 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     define_flags()
+    flags.adopt_module_key_flags(sys.modules["crate_jax.flags"])  # `--help` lists them
     app.run(main, flags_parser=parse_flags)

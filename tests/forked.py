@@ -18,7 +18,7 @@ import traceback
 
 from absl import app
 
-from crate_jax import main as jobs
+from crate_jax import jobs as _jobs, main as jobs  # noqa: F401  (what `main` imports later)
 from crate_jax.convert import __main__ as convert
 
 SECONDS = 300

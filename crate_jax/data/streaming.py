@@ -11,9 +11,9 @@ import dataclasses
 import multiprocessing
 import os
 import threading
+from typing import TYPE_CHECKING
 
 import absl.flags
-import grain
 import numpy as np
 from PIL import Image
 
@@ -22,6 +22,9 @@ from crate_jax.data.augmentation import DRAWS, Augmentation, Layout, empty, numb
 from crate_jax.data.pairs import IGNORED, PairSource, crop_mask
 from crate_jax.data.randaugment import randaugment
 from crate_jax.data.sources import Source
+
+if TYPE_CHECKING:
+    import grain
 
 CHUNK = 64  # images at most
 MAX_ATTEMPTS = 32  # images that are tried for one position
@@ -151,6 +154,8 @@ def chunk_iterator(chunks: ChunkSource, workers: int, threads: int) -> grain.Dat
     Returns:
       The iterator; its `close()` ends the workers.
     """
+    import grain  # here: a second that `--help` need not spend
+
     per_batch = chunks.chunks_per_batch
     dataset = grain.MapDataset.source(chunks)
     ahead = max(threads, -(-per_batch // max(workers, 1)))

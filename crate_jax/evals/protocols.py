@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from sklearn.model_selection import train_test_split
 
 from crate_jax.errors import DataError, NonFiniteError
 from crate_jax.evals import linear_sgd
@@ -270,6 +269,8 @@ def hold_out(f: Features, share: float, seed: int) -> Features:
     Raises:
       DataError: no class has two rows.
     """
+    from sklearn.model_selection import train_test_split  # here: a second that `--help` need not spend
+
     y, seed = f.train_y, seed % 2**32
     counts = np.bincount(y, minlength=f.num_classes)
     try:

@@ -1,0 +1,80 @@
+"""The library's config files, by name: ``cifar10:encoder=crate`` stands for ``configs/cifar10.py:encoder=crate``.
+
+In a checkout they lie beside the package, in ``configs/``; an installed package holds them.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+from crate_jax.errors import ConfigError
+
+
+def folder() -> Path:
+    """The folder of the library's config files."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def names() -> list[str]:
+    """The names of the library's config files, sorted."""
+    return sorted(path.stem for path in folder().glob("*.py") if path.stem != "__init__")
+
+
+def card(name: str) -> str:
+    """What a config file is for: the first line of its docstring.
+
+    >>> card("quickstart")
+    "A white-box masked autoencoder on scikit-learn's digits, without a download."
+    """
+    return (ast.get_docstring(ast.parse((folder() / f"{name}.py").read_text())) or "").partition("\n")[0]
+
+
+def find(name: str) -> str:
+    """The path of a config file.
+
+    Args:
+      name: a path; or the name of one of the library's files, perhaps written as in a checkout, ``configs/NAME.py``. A
+        file at that path comes first.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return str(path)
+    for ours in names():
+        if name in (ours, f"{ours}.py", f"configs/{ours}.py"):
+            return str(folder() / f"{ours}.py")
+    what = "is a folder, not a config file" if path.is_dir() else "no such file"
+    raise ConfigError(f"{name}: {what}; this library's configs are {', '.join(names())}")
+
+
+def named(text: str) -> ConfigDict:
+    """The config of a file, as its ``get_config`` returns it.
+
+    Args:
+      text: a name or path as for :func:`find`; what follows a colon is the file's argument.
+
+    Raises:
+      ConfigError: there is no such file, it has no ``get_config``, or that refuses the argument.
+
+    >>> named("cifar10:encoder=vit").encoder.name
+    'vit'
+    """
+    name, colon, argument = text.partition(":")
+    path = find(name)
+    loader = SourceFileLoader(f"crate_jax_config_{Path(path).stem}", path)
+    module = sys.modules[loader.name] = ModuleType(loader.name)  # registered: a dataclass in the file looks it up
+    module.__file__ = path
+    loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError(f"{path}: has no function get_config, which returns the config")
+    return module.get_config(*[argument] * bool(colon))
