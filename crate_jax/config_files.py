@@ -47,7 +47,7 @@ def find(name: str) -> str:
     Raises:
       ConfigError: there is no such file.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         return str(path)
     for ours in names():

@@ -61,6 +61,22 @@ def test_a_job_by_name_in_any_folder(cli_env, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("args", "passed"),
+    [
+        (["evaluate", "--workdir=W"], ["--job=evaluate", "--config=evaluate", "--workdir=W"]),
+        (["sweep", "--config", "sweep:over=lam"], ["--job=sweep", "--config", "sweep:over=lam"]),
+        (["align", "--config.seed=3"], ["--job=align", "--config=align", "--config.seed=3"]),
+        (["pretrain", "--help"], ["--job=pretrain", "--help"]),
+    ],
+)
+def test_a_job_gets_its_own_config_unless_one_is_given(args, passed, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["crate-jax", *args])
+    monkeypatch.setattr(command.runpy, "run_module", lambda name, **_: seen.append((name, sys.argv[1:])))
+    assert command.main() == 0 and seen == [("crate_jax.main", passed)]
+
+
+@pytest.mark.parametrize(
     ("args", "line"),
     [
         (["pretrian"], "error: crate-jax: there is no command 'pretrian'; did you mean pretrain?"),

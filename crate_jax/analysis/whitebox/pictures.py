@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -71,7 +70,7 @@ def penultimate(config: ConfigDict) -> int:
 
 
 def queries_and_keys(
-    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, block: int
+    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray | jax.Array, block: int
 ) -> tuple[jax.Array, jax.Array]:
     """Queries and keys of a block's attention for clean images uint8, (B, H, prefix + N, K) each.
 
@@ -96,8 +95,8 @@ def queries_and_keys(
 
 
 def class_attention(
-    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray, block: int | None = None
-) -> np.ndarray:
+    config: ConfigDict, params: dict[str, Any], images_uint8: np.ndarray | jax.Array, block: int | None = None
+) -> jax.Array:
     """The attention of a block's class token to the patches (eqs. B.4, B.5), (B, H, h, w); each map sums to 1.
 
     It has the model's scale 1 / sqrt(K) and relative bias, which the equations leave out.
@@ -123,7 +122,7 @@ def class_attention(
         table = params["encoder"]["blocks"]["relative_bias"][block]
     if table is not None:
         logits_BHN = logits_BHN + table[relative_position_index(grid)[0, 1:]].T
-    weights_BHN = np.asarray(jax.nn.softmax(logits_BHN, axis=-1))
+    weights_BHN = jax.nn.softmax(logits_BHN, axis=-1)
     return weights_BHN.reshape(*weights_BHN.shape[:2], *grid)
 
 
@@ -135,7 +134,9 @@ def attention_maps(config: ConfigDict, params: dict[str, Any], images_uint8: np.
     Returns:
       uint8 (H, W, 3).
     """
-    maps_BHhw = class_attention(config, params, images_uint8)
+    import matplotlib  # here: the maps themselves do not need it
+
+    maps_BHhw = np.asarray(class_attention(config, params, images_uint8))
     low, high = maps_BHhw.min((2, 3), keepdims=True), maps_BHhw.max((2, 3), keepdims=True)
     stretched = (maps_BHhw - low) / np.maximum(high - low, 1e-12)
     coloured = matplotlib.colormaps["viridis"](stretched)[..., :3]

@@ -1,0 +1,427 @@
+"""What ``import crate_jax`` offers in Python: encoders that others or you have trained, and pre-training.
+
+    import crate_jax
+
+    encoder = crate_jax.load("runs/mine")  # a run's workdir; or weights of MAE, timm, CRATE, solo-learn ...
+    features = encoder.features("photos/")  # (n, D) float32: a folder, a NumPy array, images of PIL
+
+Wrong arguments raise :class:`crate_jax.UserError` (ConfigError, DataError, CheckpointError) with one clear line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from crate_jax import config_files
+from crate_jax.analysis.whitebox import measures, pictures
+from crate_jax.config import parts, require_keys, validate
+from crate_jax.convert import pretrained, weights
+from crate_jax.data import decoding
+from crate_jax.data.folder import FolderSource
+from crate_jax.data.pixels import normalise
+from crate_jax.data.sources import Source
+from crate_jax.errors import ConfigError, DataError, UserError
+from crate_jax.evals.features import encode_split
+from crate_jax.methods.reconstruction import reconstruct
+from crate_jax.models import (
+    ENCODERS,
+    autoencoder,
+    build_encoder,
+    corruption as corruptions,
+    prefix_tokens,
+    representation,
+)
+from crate_jax.parallel import sharding
+from crate_jax.validation import flatten
+from crate_jax.workdir.folder import expanduser
+
+__all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
+
+Images = np.ndarray | Image.Image | str | os.PathLike[str] | Sequence[Any] | Source
+Params = dict[str, Any]
+Read = Callable[[Params, jax.Array], jax.Array]  # (parameters, images uint8 (b, H, W, 3)) -> (b, ...)
+
+
+def list_configs() -> dict[str, str]:
+    """The library's configs, name -> what it is for.
+
+    >>> list_configs()["vit_mae"]
+    'ViT-MAE on ImageNet-1K at 224 px (He et al. 2022), the baseline of both reconstruction papers.'
+    """
+    return {name: config_files.card(name) for name in config_files.names()}
+
+
+def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """A config of the library or of a file, as ``--config`` and ``--config.KEY`` give it on the command line.
+
+    Args:
+      name: a name of :func:`list_configs`, or a path; what follows a colon is the file's argument.
+      overrides: values by the whole names of keys.
+
+    Raises:
+      ConfigError: there is no such file, or no such key, or a value has the wrong type.
+
+    >>> get_config("cifar10:encoder=vit", {"optimizer.lr": 3e-4, "data.image_size": (64, 64)}).data.image_size
+    (64, 64)
+    """
+    config = config_files.named(name)
+    require_keys(config)
+    for key, value in (overrides or {}).items():
+        _set(config, key, value)
+    return config
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    keys = flatten(config)
+    if key not in keys:
+        close = difflib.get_close_matches(key, keys, 1)
+        raise ConfigError(f"config: there is no key {key!r}" + (f"; did you mean {close[0]}?" if close else ""))
+    *section, leaf = key.split(".")
+    group = config[section[0]] if section else config
+    try:
+        group[leaf] = value
+    except TypeError as e:
+        with group.ignore_type():
+            group[leaf] = value
+        require_keys(config)  # says what type the key must have
+        raise ConfigError(f"config.{key}={value!r}: {e}") from None
+
+
+def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Pre-trains an encoder, or continues the run that `workdir` holds, as ``crate-jax pretrain`` does.
+
+    Ctrl-C saves the state and raises :class:`crate_jax.parallel.interrupt.Interrupted`; the same call continues.
+
+    Args:
+      config: a config, or a name as for :func:`get_config`.
+      workdir: the run's folder, which :func:`load` reads afterwards.
+
+    Returns:
+      what the run writes to ``summary.json``: steps, loss, k-NN and probe accuracy ...
+
+    Raises:
+      UserError: something that you can mend, in one line.
+    """
+    from crate_jax.jobs import JOBS  # here: with Matplotlib and all jobs, which an encoder does not need
+
+    config = get_config(config) if isinstance(config, str) else config
+    require_keys(config)
+    if config.job != "pretrain":
+        raise ConfigError(f"config.job={config.job!r}: must be pretrain; crate-jax {config.job} runs the other jobs")
+    return JOBS["pretrain"].run(config, os.fspath(workdir))
+
+
+def load(path: str | os.PathLike[str]) -> Encoder:
+    """A pre-trained encoder.
+
+    Args:
+      path: a run's workdir; or a file or folder of weights: ours, or those of MAE, timm, Hugging Face, CRATE, ROPIM,
+        solo-learn, lightly and others (docs/weights.md). Nothing in a file is executed.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is damaged, or its model is unknown.
+    """
+    found = pretrained.load(os.fspath(path), "path")
+    try:
+        config = weights.model_config(found.config, found.params)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from None
+    config.encoder.norm_groups = 1  # of the run's batches
+    theirs = found.config.get("evaluation", {})
+    for key in ("pool", "layer"):
+        config.evaluation[key] = theirs.get(key, config.evaluation[key])
+    if not prefix_tokens(config):
+        config.evaluation.pool = "mean"
+    return Encoder(found.name, config, found.params)
+
+
+class Reconstruction(NamedTuple):
+    """What :meth:`Encoder.reconstruct` returns, each float32 (n, H, W, 3) in 0..1.
+
+    Attributes:
+      original: the images after the evaluation crop.
+      corrupted: what the encoder got, P x.
+      decoded: the decoder's output x^.
+      completed: what the corruption left, and the decoder's output in place of the rest, P x + (I - P) x^.
+    """
+
+    original: np.ndarray
+    corrupted: np.ndarray
+    decoded: np.ndarray
+    completed: np.ndarray
+
+
+class Encoder:
+    """An encoder, with the transform of its images; :func:`load` and :meth:`untrained` make one.
+
+    All methods take `images` in one of these forms, any number of them, and return NumPy arrays with one row per image:
+
+    * an array, uint8 (n, H, W, 3), or one image (H, W, 3);
+    * an image of PIL, or a list of images of PIL, of arrays (H, W, 3) and of paths, of any sizes;
+    * the path of an image, or of a folder, whose images are taken in the order of their paths, without labels.
+
+    Images are cropped and resized as in evaluation (``config.data.eval_crop``, ``config.data.image_size``), encoded in
+    batches on all devices, and not corrupted. An image that cannot be decoded is an error. The programs are compiled
+    once per number of images up to the next power of two, at most `batch_size`.
+
+    Attributes:
+      name: the encoder's origin.
+      config: a whole config. The sections data, encoder, decoder, corruption and loss are those of the training run;
+        evaluation.pool and evaluation.layer say which tokens :meth:`features` reads.
+      params: nested dictionaries of NumPy arrays with the keys ``encoder`` and, after a reconstruction, ``decoder``.
+      module: the Linen module ``(images, float32, normalised) -> tokens``, for your own code and, by
+        ``flax.nnx.bridge.ToNNX``, for NNX.
+      batch_size: images encoded at once, over all devices.
+
+    >>> encoder = Encoder.untrained("quickstart:debug")  # 8 x 8 images, 16 patches, 64 numbers per token
+    >>> encoder.features(np.zeros((3, 20, 28, 3), np.uint8)).shape
+    (3, 64)
+    """
+
+    def __init__(self, name: str, config: ConfigDict, params: Params, batch_size: int = 256) -> None:
+        self.name = name
+        self.config = config
+        self.params = params
+        self.module: nn.Module = build_encoder(config)
+        self.batch_size = batch_size
+        self._compiled: dict[tuple[Any, ...], tuple[Callable[..., jax.Array], tuple[int, ...]]] = {}
+
+    @classmethod
+    def untrained(cls, config: ConfigDict | str, seed: int = 0) -> Encoder:
+        """A random encoder, a baseline or a start for your own training; `config` as for :func:`pretrain`.
+
+        Raises:
+          ConfigError: the config cannot be built.
+        """
+        config = get_config(config) if isinstance(config, str) else config
+        validate(config)
+        params = jax.device_get(jax.jit(functools.partial(representation.init_params, config))(jax.random.key(seed)))
+        return cls("untrained", config, params)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"Encoder({self.name!r}, {c.encoder.name}, image_size={tuple(c.data.image_size)})"
+
+    def features(self, images: Images, pool: str | None = None, layer: int | None = None) -> np.ndarray:
+        """One vector per image, (n, D) float32, (n, 2 D) for ``cls_mean``.
+
+        Args:
+          images: see the class.
+          pool: ``cls``, the class token; ``mean``, the mean of the patch tokens; ``cls_mean``, both. None: as
+            config.evaluation.pool says, which is the run's own.
+          layer: the block (ResNet: stage) whose tokens are read, from 1; 0: the output. None: config.evaluation.layer.
+
+        Raises:
+          ConfigError: there is no such pooling or layer, or no class token.
+          DataError: an image cannot be decoded, or `images` is none of the forms.
+        """
+        config = self._with(pool=pool, layer=layer)
+        read = representation.build(config)
+        key = ("features", config.evaluation.pool, config.evaluation.layer)
+        return self._rows(images, key, lambda params, x: read(params, normalise(x, config)))
+
+    def tokens(self, images: Images, layer: int | None = 0) -> np.ndarray:
+        """The tokens of each image, (n, T + N, D) float32: T = 1 class token (ResNet: none), then N patch tokens.
+
+        Args:
+          images: see the class.
+          layer: the block (ResNet: stage) whose tokens are read, from 1; 0: the output, after the final norm.
+
+        Raises:
+          ConfigError: there is no such layer.
+          DataError: see :meth:`features`.
+
+        >>> Encoder.untrained("quickstart:debug").tokens(np.zeros((8, 8, 3), np.uint8), layer=1).shape
+        (1, 17, 64)
+        """
+        config = self._with(layer=layer)
+        chosen, layers = config.evaluation.layer, representation.layers(config)
+
+        def read(params: Params, images_uint8: jax.Array) -> jax.Array:
+            output, by_layer = layers(params, normalise(images_uint8, config))
+            return by_layer[chosen - 1] if chosen else output
+
+        return self._rows(images, ("tokens", chosen), read)
+
+    def attention(self, images: Images, layer: int | None = None) -> np.ndarray:
+        """The attention of the class token to the patches, (n, heads, h, w) float32; each map sums to 1.
+
+        Args:
+          images: see the class.
+          layer: the block, from 1; None: the last but one, as in arXiv 2404.02446, section B.3.2.
+
+        Raises:
+          ConfigError: the encoder has no class token (ResNet), or there is no such layer.
+          DataError: see :meth:`features`.
+        """
+        config = self._with(layer=layer)
+        block = config.evaluation.layer - 1 if layer else None
+        read = functools.partial(pictures.class_attention, config, block=block)
+        return self._rows(images, ("attention", block), read)
+
+    def coding_rate(self, images: Images, subspaces: bool = False) -> np.ndarray:
+        """The coding rate of the patch tokens after the attention step of each block, (n, L) float32, in nats.
+
+        Args:
+          images: see the class.
+          subspaces: False: R(Z), eq. 2.4 of arXiv 2404.02446; True: R^c(Z | U_1..U_H), eq. 2.5, only for CRATE.
+
+        Raises:
+          ConfigError: the encoder has no blocks (ResNet), or no subspaces.
+          DataError: see :meth:`features`.
+        """
+        config, name = self.config, self.config.encoder.name
+        if not ENCODERS[name].patches or (subspaces and name != "crate"):
+            what = "subspaces" if subspaces else "attention"
+            raise ConfigError(f"config.encoder.name={name!r}: has no {what}, so it has no such coding rate")
+        measure, measured = measures.build(config, ("paper",)), "subspace_rate" if subspaces else "rate"
+
+        def read(params: Params, images_uint8: jax.Array) -> jax.Array:
+            keys_B = jax.random.split(jax.random.key(0), len(images_uint8))  # of a corruption that is not used
+            layers = measure({"encoder": params["encoder"]}, normalise(images_uint8, config), keys_B)
+            return layers["encoder"][measured].T
+
+        return self._rows(images, ("coding_rate", subspaces), read)
+
+    def reconstruct(self, images: Images, seed: int = 0) -> Reconstruction:
+        """Images, their corruption, and what the decoder makes of it.
+
+        Args:
+          images: see the class.
+          seed: seed of the corruptions. An image's corruption also depends on its place in its batch.
+
+        Raises:
+          ConfigError: there is no decoder.
+          DataError: see :meth:`features`.
+        """
+        config = self.config
+        if "decoder" not in self.params:
+            raise ConfigError(f"{self.name}: has no decoder, so it reconstructs nothing")
+        apply: Any = autoencoder.build(config).apply
+        sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
+
+        def read(params: Params, images_uint8: jax.Array) -> jax.Array:
+            trained = {name: params[name] for name in ("encoder", "decoder")}
+            corruption = sample(jax.random.split(jax.random.key(seed), len(images_uint8)))
+            return jnp.stack(reconstruct(config, apply, corruption, trained, normalise(images_uint8, config)), axis=1)
+
+        columns = self._rows(images, ("reconstruct", seed), read)
+        return Reconstruction(*np.moveaxis(columns, 1, 0))
+
+    def _with(self, **evaluation: Any) -> ConfigDict:
+        """The config with other entries of config.evaluation, validated; those that are None stay."""
+        config = self.config.copy_and_resolve_references()
+        for key, value in evaluation.items():
+            if value is not None:
+                _set(config, f"evaluation.{key}", value)
+        validate(config, parts(config, self.params))
+        return config
+
+    @functools.cached_property
+    def _placed(self) -> Params:
+        return jax.device_put(self.params, sharding.replicated(self._mesh))
+
+    @functools.cached_property
+    def _mesh(self) -> jax.sharding.Mesh:
+        return sharding.make_mesh(len(sharding.all_devices()), 1)
+
+    def _rows(self, images: Images, key: tuple[Any, ...], read: Read) -> np.ndarray:
+        """What `read` returns for each image; `key` names it, so that it is compiled once."""
+        source = _source(images)
+        config = self.config.copy_and_resolve_references()
+        config.data.max_undecodable = 0.0  # rows and images go together
+        config.evaluation.batch_size = min(self.batch_size, 1 << (len(source) - 1).bit_length())
+        if key not in self._compiled:
+
+            def flat(params: Params, images_uint8: jax.Array) -> jax.Array:
+                return read(params, images_uint8).reshape(len(images_uint8), -1).astype(jnp.float32)
+
+            one = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), np.uint8)
+            jitted = jax.jit(sharding.on_mesh(self._mesh, flat), out_shardings=sharding.split(self._mesh))
+            self._compiled[key] = jitted, jax.eval_shape(read, self.params, one).shape[1:]
+        compiled, shape = self._compiled[key]
+        rows, _ = encode_split(
+            functools.partial(compiled, self._placed), config, source, np.arange(len(source)), self._mesh
+        )
+        return rows.reshape(len(rows), *shape)
+
+
+class _Given(Source):
+    """Images that the caller holds."""
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def open(self, index: int) -> Image.Image:
+        """See Source.open."""
+        image = self._images[index]
+        if isinstance(image, Image.Image):
+            try:
+                return image.copy()  # decoding may change it, and the caller's stays as it is
+            except Exception as e:  # the file under it is damaged
+                raise decoding.DecodeError(str(e)) from e
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(image)
+        return decoding.open_image(decoding.read_file(str(expanduser(image))))
+
+    def name(self, index: int) -> str:
+        """See Source.name."""
+        image = self._images[index]
+        return os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{index}]"
+
+    def fingerprint(self) -> str:
+        """See Source.fingerprint; nothing asks for it."""
+        raise NotImplementedError
+
+
+def _source(images: Images) -> Source:
+    """The images as a source.
+
+    Raises:
+      DataError: they are none of the forms that :class:`Encoder` takes, or there are none.
+    """
+    if isinstance(images, Source):
+        return images
+    if isinstance(images, str | os.PathLike) and not Path(expanduser(images)).is_file():
+        return FolderSource(str(expanduser(images)), labelled=False)
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return _Given([images])
+    if hasattr(images, "__array__"):
+        array = np.asarray(images)
+        _require_image(array, "images", (3, 4))
+        images = list(array[None] if array.ndim == 3 else array)
+    elif not isinstance(images, Sequence):
+        raise DataError(f"images: {FORMS}, not {type(images).__name__}")
+    else:
+        images = [np.asarray(x) if hasattr(x, "__array__") and not isinstance(x, Image.Image) else x for x in images]
+        for i, image in enumerate(images):
+            if not isinstance(image, str | os.PathLike | Image.Image):
+                _require_image(image, f"images[{i}]", (3,))
+    if not len(images):
+        raise DataError("images: there are none")
+    return _Given(images)
+
+
+FORMS = "must be uint8 (n, H, W, 3), images of PIL, a list of images, or the path of an image or a folder"
+
+
+def _require_image(image: Any, what: str, dimensions: tuple[int, ...]) -> None:
+    if not isinstance(image, np.ndarray):
+        raise DataError(f"{what}: {FORMS}, not {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim not in dimensions or image.shape[-1] != 3 or not all(image.shape[-3:]):
+        raise DataError(f"{what}: {image.dtype} {image.shape}: {FORMS}; values are 0..255, the channels come last")

@@ -1,0 +1,186 @@
+"""The Python API: what is public, its page, the images it takes, and the functions below that it must agree with."""
+
+from __future__ import annotations
+
+import doctest
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import crate_jax
+from crate_jax import data
+from crate_jax.analysis.whitebox import measures
+from crate_jax.convert import weights
+from crate_jax.data.pixels import normalise
+from crate_jax.errors import CheckpointError, ConfigError, DataError
+from crate_jax.methods.reconstruction import reconstruct
+from crate_jax.models import autoencoder, corruption, representation
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.one_python
+
+RNG = np.random.default_rng(3)
+IMAGES = RNG.integers(0, 256, (5, 20, 28, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The folder in which the examples of docs/api.md have run, and their failures, as text."""
+    folder = tmp_path_factory.mktemp("api")
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        text = (ROOT / "docs" / "api.md").read_text()
+        test = doctest.DocTestParser().get_doctest(text, {}, "api.md", "docs/api.md", 0)
+        results = doctest.DocTestRunner(verbose=False).run(test, out=told.append)
+    return folder, results, "".join(told)
+
+
+@pytest.fixture(scope="module")
+def encoder(page):
+    """The encoder of the page's run."""
+    return crate_jax.load(page[0] / "runs" / "first")
+
+
+def test_the_examples_of_the_page_hold(page):
+    assert page[1].attempted > 20 and not page[1].failed, page[2]
+
+
+def test_what_is_public():
+    """Whoever adds or removes a name decides it here."""
+    assert crate_jax.__all__ == ["Encoder", "UserError", "get_config", "list_configs", "load", "pretrain"]
+    public = {name for name in vars(crate_jax.Encoder) if not name.startswith("_")}
+    assert public == {"untrained", "features", "tokens", "attention", "coding_rate", "reconstruct"}
+    assert set(crate_jax.__all__) <= set(dir(crate_jax))
+    assert all(getattr(crate_jax, name).__doc__ for name in crate_jax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
+        crate_jax.nonesuch  # noqa: B018
+
+
+def test_features_are_those_of_the_evaluation(encoder):
+    """Of the run's own transform and pooling, row by row, whatever number is encoded at once."""
+    c = encoder.config
+    assert c.evaluation.pool == "mean"  # the run's; the default is cls
+    pixels = data.eval_images(c, crate_jax.api._source(IMAGES), np.arange(5))[0]
+    want = representation.build(c)(encoder.params, normalise(jnp.asarray(pixels), c))
+    found = encoder.features(IMAGES)
+    np.testing.assert_allclose(found, want, atol=2e-5)
+    small = crate_jax.Encoder(encoder.name, c, encoder.params, batch_size=1)  # one row per device
+    np.testing.assert_allclose(small.features(np.concatenate([IMAGES] * 3)), np.concatenate([found] * 3), atol=2e-5)
+    tokens = encoder.tokens(IMAGES)
+    np.testing.assert_allclose(encoder.features(IMAGES, pool="cls"), tokens[:, 0], atol=2e-5)
+    np.testing.assert_allclose(encoder.features(IMAGES, pool="mean"), tokens[:, 1:].mean(1), atol=2e-5)
+    first = encoder.tokens(IMAGES, layer=1)
+    np.testing.assert_allclose(encoder.features(IMAGES, pool="cls", layer=1), first[:, 0], atol=2e-5)
+    assert np.abs(first - tokens).max() > 0.1
+
+
+def test_all_forms_of_images_are_the_same_images(encoder, tmp_path):
+    want = encoder.features(IMAGES)
+    pictures = [Image.fromarray(x) for x in IMAGES]
+    for i in (3, 1, 0, 4, 2):
+        pictures[i].save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    opened = [Image.open(path) for path in paths]
+    mixed = [IMAGES[0], pictures[1], str(paths[2]), paths[3], opened[4]]
+    for images in (list(IMAGES), pictures, tmp_path, str(tmp_path), opened, mixed, jnp.asarray(IMAGES)):
+        np.testing.assert_array_equal(encoder.features(images), want)
+    for image in (IMAGES[2], pictures[2], paths[2]):
+        np.testing.assert_allclose(encoder.features(image), want[2:3], atol=2e-5)
+    sizes = [IMAGES[0], IMAGES[1].transpose(1, 0, 2), IMAGES[2, :11]]
+    for row, image in zip(encoder.features(sizes), sizes, strict=True):
+        np.testing.assert_allclose(row, encoder.features(image)[0], atol=2e-5)
+
+
+def test_attention_rates_and_pictures(encoder):
+    attention = encoder.attention(IMAGES, layer=2)
+    np.testing.assert_allclose(attention.sum((2, 3)), 1.0, rtol=1e-5)
+    assert np.abs(attention - encoder.attention(IMAGES)).max() > 1e-4  # the last block but one is the first of two
+    np.testing.assert_array_equal(encoder.attention(IMAGES), encoder.attention(IMAGES, layer=1))
+    c, pictures = encoder.config, encoder.reconstruct(IMAGES, seed=4)
+    pixels = data.eval_images(c, crate_jax.api._source(IMAGES), np.arange(5))[0]
+    points = representation.points(c)(encoder.params, normalise(jnp.asarray(pixels), c))[1]["after_mssa"][:, :, 1:]
+    whole, parts = encoder.coding_rate(IMAGES), encoder.coding_rate(IMAGES, subspaces=True)
+    np.testing.assert_allclose(whole[:, 1], measures.coding_rate(points[1]), rtol=1e-4)
+    assert whole.shape == parts.shape == (5, 2) and np.abs(whole - parts).min() > 1e-2
+    drawn = corruption.sampler(c, *autoencoder.patch_numbers(c))(jax.random.split(jax.random.key(4), 5))
+    draw = functools.partial(reconstruct, c, autoencoder.build(c).apply)
+    for found, want in zip(pictures, draw(drawn, encoder.params, normalise(jnp.asarray(pixels), c)), strict=True):
+        np.testing.assert_allclose(found, want, atol=2e-5)
+    assert np.abs(pictures.corrupted - encoder.reconstruct(IMAGES, seed=5).corrupted).max() > 0.1
+
+
+def test_weights_of_a_file(encoder, tmp_path):
+    weights.save(tmp_path / "mine.safetensors", encoder.config.to_dict(), {"encoder": encoder.params["encoder"]})
+    loaded = crate_jax.load(tmp_path / "mine.safetensors")
+    np.testing.assert_array_equal(loaded.features(IMAGES), encoder.features(IMAGES))
+    with pytest.raises(ConfigError, match="has no decoder"):
+        loaded.reconstruct(IMAGES)
+    shutil.copy(tmp_path / "mine.safetensors", tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="several files of weights"):
+        crate_jax.load(tmp_path)
+
+
+def test_a_resnet_has_a_mean_and_no_attention(tmp_path):
+    c = crate_jax.get_config("cifar10:encoder=resnet18,debug", {"evaluation.pool": "cls"})
+    shapes = jax.eval_shape(lambda: representation.init_params(c, jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    weights.save(tmp_path / "resnet.safetensors", c.to_dict(), params)
+    encoder = crate_jax.load(tmp_path / "resnet.safetensors")
+    assert encoder.config.evaluation.pool == "mean"
+    for wrong in (encoder.attention, encoder.coding_rate):
+        with pytest.raises(ConfigError, match="'resnet18'.*has no"):
+            wrong(IMAGES)
+    with pytest.raises(ConfigError, match="no class token; set it to mean"):
+        encoder.features(IMAGES, pool="cls")
+
+
+NO_IMAGES = "must be uint8"
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "message"),
+    [
+        (IMAGES / 255.0, {}, DataError, rf"images: float64 \(5, 20, 28, 3\): {NO_IMAGES}"),
+        (IMAGES.transpose(0, 3, 1, 2), {}, DataError, rf"images: uint8 \(5, 3, 20, 28\): {NO_IMAGES}"),
+        (IMAGES[:0], {}, DataError, "images: there are none"),
+        ([IMAGES[0], 7], {}, DataError, rf"images\[1\]: {NO_IMAGES}.*, not int"),
+        (7, {}, DataError, f"images: {NO_IMAGES}.*, not int"),
+        ("nonesuch", {}, DataError, "nonesuch: cannot be read"),
+        # 1 of 151: a run would go on without it
+        ([IMAGES[0]] * 150 + [__file__], {}, DataError, "test_api.py .not an image in a known format"),
+        (IMAGES, {"pool": "max"}, ConfigError, "evaluation.pool='max': must be one of cls, mean, cls_mean"),
+        (IMAGES, {"layer": 3}, ConfigError, "evaluation.layer=3: the encoder has 2 blocks"),
+        (IMAGES, {"layer": "last"}, ConfigError, "evaluation.layer='last': must be a whole number"),
+    ],
+)
+def test_wrong_images_and_options_are_one_line(encoder, images, options, error, message):
+    with pytest.raises(error, match=message) as told:
+        encoder.features(images, **options)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("nonesuch", {}, "nonesuch: no such file; this library's configs are align, cifar10"),
+        ("quickstart:colour=red", {}, "unknown key 'colour'"),
+        ("quickstart", {"encoder.widht": 3}, "no key 'encoder.widht'; did you mean encoder.width"),
+        ("quickstart", {"encoder.width": "wide"}, "config.encoder.width='wide': must be a whole number"),
+    ],
+)
+def test_wrong_configs_are_one_line(name, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        crate_jax.get_config(name, overrides)
+
+
+def test_a_config_gets_the_values_and_only_pretrain_trains(tmp_path):
+    c = crate_jax.get_config("cifar10:encoder=vit", {"data.image_size": [16, 24], "steps": 9, "optimizer.lr": 1})
+    assert (c.data.image_size, c.steps, c.optimizer.lr) == ((16, 24), 9, 1.0)
+    with pytest.raises(ConfigError, match="config.job='report': must be pretrain; crate-jax report"):
+        crate_jax.pretrain("report", tmp_path)
