@@ -242,9 +242,6 @@ class Encoder:
         Raises:
           ConfigError: there is no such layer.
           DataError: see :meth:`features`.
-
-        >>> Encoder.untrained("quickstart:debug").tokens(np.zeros((8, 8, 3), np.uint8), layer=1).shape
-        (1, 17, 64)
         """
         config = self._with(layer=layer)
         chosen, layers = config.evaluation.layer, representation.layers(config)
