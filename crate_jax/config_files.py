@@ -41,20 +41,20 @@ def find(name: str) -> str:
     """The path of a config file.
 
     Args:
-      name: a path; or the name of one of the library's files, perhaps written as in a checkout, ``configs/NAME.py``. A
-        file at that path comes first.
+      name: the name of one of the library's files; or a path; or, where there is no such file, the path that one of
+        the library's has in a checkout, ``configs/NAME.py``.
 
     Raises:
       ConfigError: there is no such file.
     """
-    path = Path(name)
-    if path.is_file():
+    path, library = Path(name), names()
+    if name not in library and path.is_file():
         return str(path)
-    for ours in names():
+    for ours in library:
         if name in (ours, f"{ours}.py", f"configs/{ours}.py"):
             return str(folder() / f"{ours}.py")
     what = "is a folder, not a config file" if path.is_dir() else "no such file"
-    raise ConfigError(f"{name}: {what}; this library's configs are {', '.join(names())}")
+    raise ConfigError(f"{name}: {what}; this library's configs are {', '.join(library)}")
 
 
 def named(text: str) -> ConfigDict:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import functools
+import importlib
+import re
 import shutil
 
 import jax
@@ -49,6 +51,14 @@ def encoder(page):
 
 def test_the_examples_of_the_page_hold(page):
     assert page[1].attempted > 20 and not page[1].failed, page[2]
+
+
+def test_the_page_names_what_there_is():
+    rows = re.findall(r"`(crate_jax\.[\w.]+)(?:: ([\w, ]+))?`", (ROOT / "docs" / "api.md").read_text())
+    assert len(rows) > 7
+    for module, names in rows:
+        for name in filter(None, names.split(", ")):
+            assert hasattr(importlib.import_module(module), name), (module, name)
 
 
 def test_what_is_public():
