@@ -14,7 +14,6 @@ import difflib
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,7 +30,7 @@ from crate_jax.convert import pretrained, weights
 from crate_jax.data import decoding
 from crate_jax.data.folder import FolderSource
 from crate_jax.data.pixels import normalise
-from crate_jax.data.sources import Source
+from crate_jax.data.sources import Source, digest
 from crate_jax.errors import ConfigError, DataError, UserError
 from crate_jax.evals.features import encode_split
 from crate_jax.methods.reconstruction import reconstruct
@@ -90,6 +89,8 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
         raise ConfigError(f"config: there is no key {key!r}" + (f"; did you mean {close[0]}?" if close else ""))
     *section, leaf = key.split(".")
     group = config[section[0]] if section else config
+    if isinstance(group[leaf], tuple) and not isinstance(value, list | tuple):
+        value = (value,)  # as a flag is read: data.image_size=64
     try:
         group[leaf] = value
     except TypeError as e:
@@ -129,6 +130,9 @@ def load(path: str | os.PathLike[str]) -> Encoder:
     Args:
       path: a run's workdir; or a file or folder of weights: ours, or those of MAE, timm, Hugging Face, CRATE, ROPIM,
         solo-learn, lightly and others (docs/weights.md). Nothing in a file is executed.
+
+    Returns:
+      the encoder; its activations are in float32, as in evaluation, whatever the run's were in.
 
     Raises:
       CheckpointError: there is no checkpoint, it is damaged, or its model is unknown.
@@ -382,8 +386,8 @@ class _Given(Source):
         return os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{index}]"
 
     def fingerprint(self) -> str:
-        """See Source.fingerprint; nothing asks for it."""
-        raise NotImplementedError
+        """See Source.fingerprint."""
+        return digest(*map(self.name, range(len(self))))
 
 
 def _source(images: Images) -> Source:
@@ -394,7 +398,7 @@ def _source(images: Images) -> Source:
     """
     if isinstance(images, Source):
         return images
-    if isinstance(images, str | os.PathLike) and not Path(expanduser(images)).is_file():
+    if isinstance(images, str | os.PathLike) and not expanduser(images).is_file():
         return FolderSource(str(expanduser(images)), labelled=False)
     if isinstance(images, str | os.PathLike | Image.Image):
         return _Given([images])

@@ -192,5 +192,6 @@ def test_wrong_configs_are_one_line(name, overrides, message):
 def test_a_config_gets_the_values_and_only_pretrain_trains(tmp_path):
     c = crate_jax.get_config("cifar10:encoder=vit", {"data.image_size": [16, 24], "steps": 9, "optimizer.lr": 1})
     assert (c.data.image_size, c.steps, c.optimizer.lr) == ((16, 24), 9, 1.0)
+    assert crate_jax.get_config("cifar10", {"data.image_size": 24}).data.image_size == (24,)  # `validate` makes it two
     with pytest.raises(ConfigError, match="config.job='report': must be pretrain; crate-jax report"):
         crate_jax.pretrain("report", tmp_path)
