@@ -31,7 +31,7 @@ from crate_jax.data import decoding
 from crate_jax.data.folder import FolderSource
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sources import Source, digest
-from crate_jax.errors import ConfigError, DataError, UserError
+from crate_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from crate_jax.evals.features import encode_split
 from crate_jax.methods.reconstruction import reconstruct
 from crate_jax.models import (
@@ -140,12 +140,13 @@ def load(path: str | os.PathLike[str]) -> Encoder:
     found = pretrained.load(os.fspath(path), "path")
     try:
         config = weights.model_config(found.config, found.params)
+        theirs = found.config.get("evaluation")
+        for key in ("pool", "layer"):
+            if isinstance(theirs, Mapping) and key in theirs:  # a file's config may hold anything
+                _set(config, f"evaluation.{key}", theirs[key])
     except ConfigError as e:
-        raise ConfigError(f"{path}: {e}") from None
+        raise CheckpointError(f"{path}: {e}") from None
     config.encoder.norm_groups = 1  # of the run's batches
-    theirs = found.config.get("evaluation", {})
-    for key in ("pool", "layer"):
-        config.evaluation[key] = theirs.get(key, config.evaluation[key])
     if not prefix_tokens(config):
         config.evaluation.pool = "mean"
     return Encoder(found.name, config, found.params)
