@@ -140,10 +140,6 @@ def load(path: str | os.PathLike[str]) -> Encoder:
     found = pretrained.load(os.fspath(path), "path")
     try:
         config = weights.model_config(found.config, found.params)
-        theirs = found.config.get("evaluation")
-        for key in ("pool", "layer"):
-            if isinstance(theirs, Mapping) and key in theirs:  # a file's config may hold anything
-                _set(config, f"evaluation.{key}", theirs[key])
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e}") from None
     config.encoder.norm_groups = 1  # of the run's batches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import doctest
 import functools
 import importlib
@@ -132,10 +131,10 @@ def test_weights_of_a_file(encoder, tmp_path):
     np.testing.assert_array_equal(loaded.features(IMAGES), encoder.features(IMAGES))
     with pytest.raises(ConfigError, match="has no decoder"):
         loaded.reconstruct(IMAGES)
-    for wrong, message in (({"pool": 3}, "evaluation.pool=3: must be a text"), (3, "")):
+    for wrong in ({"pool": 3}, 3):
         config = encoder.config.to_dict() | {"evaluation": wrong}
         weights.save(tmp_path / "wrong", config, {"encoder": encoder.params["encoder"]})
-        with pytest.raises(CheckpointError, match=message) if message else contextlib.nullcontext():
+        with pytest.raises(CheckpointError, match="its config is damaged"):
             crate_jax.load(tmp_path / "wrong")
     shutil.copy(tmp_path / "mine.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="several files of weights"):

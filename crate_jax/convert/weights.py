@@ -177,7 +177,8 @@ def model_config(config: Mapping[str, Any], params: Mapping[str, Any]) -> Config
     try:
         for section in ("encoder", "decoder", "corruption", "loss", "data"):
             c[section].update({key: value for key, value in config[section].items() if key in c[section]})
-        c.evaluation.pool = config.get("evaluation", c.evaluation).get("pool", c.evaluation.pool)
+        read = config.get("evaluation", {})
+        c.evaluation.update({key: read.get(key, c.evaluation[key]) for key in ("pool", "layer")})
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ConfigError(f"its config is damaged ({type(e).__name__}: {e})") from None
     validate(c, parts(c, params))
