@@ -246,7 +246,10 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
         path.parent.mkdir(parents=True, exist_ok=True)
         check_free_space(path.parent, sum(a.nbytes for a in dense.values()) + 2**20)
         partial = path.with_name(f"{path.name}.partial")
+        partial.write_bytes(b"")
+        mode = partial.stat().st_mode  # that of any new file; safetensors gives its own file to the owner alone
         safetensors.numpy.save_file(dense, partial, dict(metadata))
+        partial.chmod(mode)
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as e:  # the latter if the disk is full
         raise CheckpointError(f"{path}: cannot be written ({getattr(e, 'strerror', e)})") from None

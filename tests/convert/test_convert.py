@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import struct
@@ -1067,3 +1068,14 @@ def test_pixels_of_a_pixel_shuffle_head_land_where_torch_puts_them(tmp_path):
     theirs = torch.nn.functional.pixel_shuffle(torch.nn.functional.conv2d(grid, *head), 4).numpy()
     ours = tokens @ params["decoder"]["head"]["kernel"] + params["decoder"]["head"]["bias"]
     np.testing.assert_allclose(unpatchify(jnp.asarray(ours), (16, 16), 4).transpose(0, 3, 1, 2), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o002])
+def test_a_file_of_weights_has_the_mode_of_any_new_file(umask, tmp_path):
+    """As the files beside it, so that others in a group can read an export."""
+    before = os.umask(umask)
+    try:
+        files.write(tmp_path / "x.safetensors", {"a": np.ones(3, np.float32)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
