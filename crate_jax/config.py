@@ -39,6 +39,7 @@ from crate_jax.validation import (
     positive,
     within,
 )
+from crate_jax.workdir import starts
 
 # The middle of the range that arXiv 2411.00392 searched. It studies joint embedding, not reconstruction, so these are
 # only starting points.
@@ -100,7 +101,7 @@ RUN = Section(
 
 
 def _check_job(c: ConfigDict) -> None:
-    unknown = [key for key in allowed_changes(c) if key not in KEYS]
+    unknown = [key for key in allowed_changes(c) if key not in KEYS and key != starts.RUN]
     if unknown:
         close = difflib.get_close_matches(unknown[0], KEYS, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -122,7 +123,11 @@ JOB = Section(
             resume=RECORDED,
         ),
         allow_change=Key(
-            (), anything, "keys that this start may change although the run that it continues may not", items=str
+            (),
+            anything,
+            "keys that this start may change although the run that it continues may not; run: a checkpoint of another "
+            "run may be continued",
+            items=str,
         ),
     ),
 )

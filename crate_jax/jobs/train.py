@@ -103,7 +103,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             raise Interrupted(signum, "before the first step")
         if distributed.first():
             metrics.write_json(folder / "config.json", as_begun(config, loop.changed))
-            starts.append(folder, loop.start_step, changes, devices(mesh))
+            starts.append(folder, loop.run_id, loop.start_step, changes, devices(mesh))
         loop.run(watching)
         summary = summarise(loop)
         if distributed.first():
@@ -254,7 +254,13 @@ def devices(mesh: Mesh) -> str:
 
 
 def resume(
-    config: ConfigDict, folder: Path, changes: list[dict[str, Any]], step: int, before: Mapping[str, Any], other: bool
+    config: ConfigDict,
+    folder: Path,
+    changes: list[dict[str, Any]],
+    step: int,
+    before: Mapping[str, Any],
+    other: bool,
+    runs: tuple[str, str] | None,
 ) -> list[dict[str, Any]]:
     """Compares a start with the run that it continues.
 
@@ -265,15 +271,23 @@ def resume(
       step: the step of the checkpoint.
       before: the config of the checkpoint.
       other: whether the training images have changed.
+      runs: the ids of the checkpoint's run and of this one; None: it is the same run.
 
     Returns:
       The entries that checkpoints, summary and report record.
 
     Raises:
-      ConfigError: keys have changed that must not change; the error names all such keys.
+      ConfigError: the checkpoint is another run's, or keys have changed that must not change; the error names all such
+        keys.
     """
+    allowed = allowed_changes(config)
+    if runs is not None and starts.RUN not in allowed:
+        raise ConfigError(
+            f"{folder} holds a checkpoint of step {step} of another run ({runs[0]}; this run is {runs[1]}); move it "
+            f"away, choose another --workdir, or allow it by --config.allow_change={starts.RUN}"
+        )
     require_same_task(config, folder, before, other)
-    found, allowed = resumed_changes(config, before), allowed_changes(config)
+    found = resumed_changes(config, before)
     refused = {key: (old, new) for key, (old, new, may) in found.items() if may == FIXED and key not in allowed}
     if refused:
         listed = ", ".join(f"config.{key}={old!r}, not {new!r}" for key, (old, new) in refused.items())
@@ -287,6 +301,10 @@ def resume(
         images = {"step": step, "key": IMAGES, "old": "those of the checkpoint", "new": "others"}
         changes.append(images)
         recorded.append(images)
+    if runs is not None:
+        run = {"step": step, "key": starts.RUN, "old": runs[0], "new": runs[1]}
+        changes.append(run)
+        recorded.append(run)
     return recorded
 
 

@@ -239,19 +239,26 @@ def run_in_first(act: Callable[[], T]) -> T | None:
         return act()
     result: T | None = None
     error: Exception | None = None
-    text = b""
     if first():
         try:
             result = act()
         except (UserError, OSError) as e:
-            error, text = e, str(e).encode()[:MAX_MESSAGE_BYTES]
-    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(MAX_MESSAGE_BYTES, b"\0"), np.uint8))
+            error = e
+    message = text_of_first("" if error is None else str(error))
     if error is not None:
         raise error
-    message = bytes(np.asarray(sent, np.uint8)).rstrip(b"\0").decode(errors="ignore")
     if message:
         raise UserError(message)
     return result
+
+
+def text_of_first(text: str) -> str:
+    """Process 0's `text`, cut to MAX_MESSAGE_BYTES bytes. All processes must call it."""
+    if _processes == 1:
+        return text
+    own = text.encode()[:MAX_MESSAGE_BYTES].ljust(MAX_MESSAGE_BYTES, b"\0")
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8))
+    return bytes(np.asarray(sent, np.uint8)).rstrip(b"\0").decode(errors="ignore")
 
 
 def leave(status: int) -> NoReturn:

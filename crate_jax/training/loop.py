@@ -103,7 +103,7 @@ class Observer:
     at_end: Callable[[Params], Observation] | None = None
 
 
-OnResume = Callable[[int, Mapping[str, Any], bool], Sequence[Mapping[str, Any]]]
+OnResume = Callable[[int, Mapping[str, Any], bool, tuple[str, str] | None], Sequence[Mapping[str, Any]]]
 
 
 class Speed:
@@ -144,8 +144,9 @@ class Loop:
       interrupt: says whether a signal came.
       stack: closes, at the end, the files that the loop opens.
       start: reads the encoder that a fresh run starts from; None: random parameters.
-      on_resume: the loop calls it when it continues from a checkpoint, with the step, the checkpoint's config and
-        whether the training images have changed. It returns the changes that this and all later checkpoints record,
+      on_resume: the loop calls it when it continues from a checkpoint, with the step, the checkpoint's config,
+        whether the training images have changed, and the ids of the checkpoint's run and of this one if they differ,
+        else None. It returns the changes that this and all later checkpoints record,
         each as a JSON-like mapping, and raises if the run must not continue.
 
     Attributes:
@@ -226,7 +227,9 @@ class Loop:
             other_images = restored.meta["data"] != self.source.fingerprint()
             self.changed = restored.meta.get("changed", [])  # a version that did not record them has none
             if on_resume is not None:
-                self.changed = [*self.changed, *on_resume(restored.step, restored.meta["config"], other_images)]
+                runs = (restored.other_run, self.run_id) if restored.other_run else None
+                changed = on_resume(restored.step, restored.meta["config"], other_images, runs)
+                self.changed = [*self.changed, *changed]
             if other_images:
                 log.warning("the training images are not those of the checkpoint; their order differs from here on")
             return TrainState(params=restored.params, **restored.rest), restored.step, restored.meta["record"]
@@ -241,6 +244,11 @@ class Loop:
             log.info("encoder taken from %s", encoder.name)
             state = init(params)
         return state, 0, {}
+
+    @property
+    def run_id(self) -> str:
+        """The id that the run's checkpoints and starts hold."""
+        return self._checkpoints.run
 
     def _log_layout(self) -> None:
         """Logs each parameter's rules, and the memory on each device between two steps (without activations)."""

@@ -27,7 +27,7 @@ from crate_jax.errors import CheckpointError
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.validation import flatten
-from crate_jax.workdir import checkpoint_files as files
+from crate_jax.workdir import checkpoint_files as files, starts
 from crate_jax.workdir.folder import check_free_space, expanduser
 
 log = logging.getLogger(__name__)
@@ -49,12 +49,14 @@ class Restored:
       params: the parameters, placed as the abstract tree says.
       rest: the rest of the state, placed as the abstract tree says.
       meta: the meta that was saved, with the keys that `save` added.
+      other_run: the id of the run that saved it, if that is not the workdir's run.
     """
 
     step: int
     params: PyTree
     rest: PyTree
     meta: dict[str, Any]
+    other_run: str = ""
 
 
 class Checkpoints:
@@ -64,8 +66,12 @@ class Checkpoints:
       workdir: the run's folder; the caller holds its lock (`crate_jax.workdir.folder.lock`).
       keep: number of checkpoints to keep; an older one is deleted only when a newer one is complete.
 
+    Attributes:
+      folder: where the checkpoints are.
+      run: the run's id, the same in every process; '' before `restore` if no start of the run is on record.
+
     Raises:
-      CheckpointError: the folder cannot be created.
+      CheckpointError: the folder cannot be created, or something in the way of a checkpoint cannot be moved.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int) -> None:
@@ -75,7 +81,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
-            distributed.barrier("unfinished checkpoints removed")
+            distributed.run_in_first(self._move_strays)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_names=(*files.ITEMS, files.META),
@@ -83,6 +89,7 @@ class Checkpoints:
             )
         except OSError as e:
             raise CheckpointError(f"{self.folder}: cannot be used for checkpoints ({e.strerror})") from None
+        self.run = distributed.text_of_first(starts.run_of(self.folder.parent) if distributed.first() else "")
 
     def latest(self) -> int | None:
         """Returns the step of the newest checkpoint on disk, verified or not; None if there is none."""
@@ -97,7 +104,7 @@ class Checkpoints:
           step: optimiser steps done.
           params: nested dictionaries of arrays.
           rest: any tree of arrays, typed keys and numbers.
-          meta: a JSON-like mapping with the config under 'config'. 'step', 'versions' and 'arrays' are added.
+          meta: a JSON-like mapping with the config under 'config'. 'run', 'step', 'versions' and 'arrays' are added.
 
         Raises:
           CheckpointError: this save, or the one before it, could not be written; earlier checkpoints are intact.
@@ -113,7 +120,7 @@ class Checkpoints:
         distributed.run_in_first(lambda: check_free_space(self.folder, needed))  # it raises in all processes or in none
         trees = {item: files.storable(x) for item, x in arrays.items()}
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in trees.items() if tree}
-        items[files.META] = ocp.args.JsonSave(files.make_meta(step, meta, arrays))
+        items[files.META] = ocp.args.JsonSave(files.make_meta(step, {**meta, starts.RUN: self.run}, arrays))
         self._saving = step
         try:
             saved = self._manager.save(step, args=ocp.args.Composite(**items))
@@ -126,7 +133,7 @@ class Checkpoints:
             )
 
     def restore(self, abstract_params: PyTree, abstract_rest: PyTree, config: Mapping[str, Any]) -> Restored | None:
-        """Reads the newest usable checkpoint.
+        """Reads the newest usable checkpoint, which may be another run's: `Restored.other_run` says so.
 
         The log names unusable checkpoints; those newer than the one used are moved to ``checkpoints/damaged``, so that
         the run can save these steps again.
@@ -157,17 +164,23 @@ class Checkpoints:
             except files.DamagedError as e:
                 problems[step] = _warn_unusable(step, folder, e)
                 continue
-            self._set_aside(problems)
+            self._set_aside(problems, step)
             known = flatten(meta["config"])  # a key that came later had no other value than its default
             changed = [change for change in files.changes(meta, config) if change.partition(":")[0] in known]
             if changed:
                 log.warning("resuming step %d with a changed config: %s", step, "; ".join(changed))
             params = jax.tree.unflatten(jax.tree.structure(abstract_params), read["params"].values())
             rest = jax.tree.unflatten(jax.tree.structure(abstract_rest), read["rest"].values())
-            return Restored(step, params, rest, meta)
+            its_run = meta.get(starts.RUN, "")  # a version without ids saved it
+            self._know_run(its_run)
+            return Restored(step, params, rest, meta, its_run if its_run != self.run else "")
         if problems:
             raise CheckpointError(_none_usable(self.folder, problems))
+        self._know_run("")
         return None
+
+    def _know_run(self, found: str) -> None:
+        self.run = self.run or found or distributed.text_of_first(starts.new_run())
 
     def _candidates(self) -> Iterator[int]:
         """Yields the steps on disk, newest first; every process yields a step that any process sees."""
@@ -223,19 +236,46 @@ class Checkpoints:
                 if any(path.exists() for path in left):
                     time.sleep(0.1)
 
-    def _set_aside(self, steps: Iterable[int]) -> None:
-        if distributed.first():
+    def _set_aside(self, steps: Iterable[int], used: int) -> None:
+        """Moves unusable checkpoints away; the run goes on from the step `used`."""
+
+        def move() -> None:
             for step in steps:
-                (self.folder / DAMAGED).mkdir(exist_ok=True)
-                target = self.folder / DAMAGED / str(step)
-                copy = 0
-                while target.exists():
-                    copy += 1
-                    target = target.with_name(f"{step}.{copy}")
-                (self.folder / str(step)).rename(target)
-                log.warning("moved the unusable checkpoint of step %d to %s", step, target)
-        distributed.barrier("damaged checkpoints set aside")
+                target = _move_away(self.folder / str(step))
+                log.warning(
+                    "moved the unusable checkpoint of step %d to %s; the run goes on from step %d, and the steps from "
+                    "there to %d are done again", step, target, used, step,
+                )  # fmt: skip
+
+        distributed.run_in_first(move)
         self._manager.reload()
+
+    def _move_strays(self) -> None:
+        for path in files.strays(self.folder):
+            log.warning("moved %s, which is no checkpoint, to %s", path, _move_away(path))
+
+
+def _move_away(path: Path) -> Path:
+    """Moves a checkpoint into the folder DAMAGED, or gives it another name where it is; returns the new path.
+
+    Who may not write to a folder may not move it into another one, but may rename it.
+
+    Raises:
+      CheckpointError: neither is possible.
+    """
+    for target in (path.parent / DAMAGED / path.name, path.with_name(f"{path.name}.{DAMAGED}")):
+        try:
+            target.parent.mkdir(exist_ok=True)
+            free, copy = target, 0
+            while os.path.lexists(free):
+                copy += 1
+                free = target.with_name(f"{target.name}.{copy}")
+            return path.rename(free)
+        except OSError as e:
+            problem = e.strerror
+    raise CheckpointError(
+        f"{path}: cannot be used, nor moved away ({problem}); move it, and run the same command again"
+    )
 
 
 def _arrays(tree: PyTree) -> dict[str, jax.Array]:

@@ -34,6 +34,7 @@ from crate_jax.workdir.checksum import checksums
 
 ITEMS = ("params", "rest")
 META = "meta"
+MAX_STEP = 2**31 - 1  # that processes can tell each other
 VERSIONS_OF = ("crate-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 IGNORED_CHANGES = ("log.", "save.", "evaluation.", "mesh.")  # config keys that do not change the training state
 
@@ -71,7 +72,17 @@ def steps(folder: Path) -> list[int]:
     """Returns the steps whose complete checkpoints, damaged or not, are in `folder`, newest first."""
     if not folder.is_dir():
         return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)
+    return sorted((int(p.name) for p in folder.iterdir() if _is_step(p.name) and p.is_dir()), reverse=True)
+
+
+def _is_step(name: str) -> bool:
+    """Returns whether the folder of a step has this name: ``7`` is one, ``007`` and other scripts' digits are not."""
+    return re.fullmatch("0|[1-9][0-9]{0,9}", name) is not None and int(name) <= MAX_STEP
+
+
+def strays(folder: Path) -> list[Path]:
+    """Returns what is in `folder` under a number, or what Orbax or a person could take for one, and is no step's."""
+    return sorted(p for p in folder.iterdir() if p.name.isdecimal() and not (_is_step(p.name) and p.is_dir()))
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,12 +161,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Reads and verifies the meta of the checkpoint in `folder`; all processes must call it.
 
     Raises:
-      DamagedError: the meta is missing or is not what was written.
+      DamagedError: the meta is missing or is not what was written, or the folder has the name of another step.
     """
     path = folder / META / "metadata"
     stored: Any = None
     problem = ""
     try:
+        if path.exists() and not path.is_file():  # to open a pipe could take for ever
+            raise OSError(0, "not a regular file")
         stored = json.loads(path.read_text(encoding="utf-8"))
         whole = isinstance(stored, dict) and set(stored) == {"sha256", "body"}
         if not whole or _digest(stored["body"]) != stored["sha256"]:
@@ -164,9 +177,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
             problem = (
                 f"{path.relative_to(folder)} is not in the format of this version; another version may have written it"
             )
+        elif str(stored["body"]["step"]) != folder.name:
+            problem = f"it is the checkpoint of step {stored['body']['step']}, under another name"
     except OSError as e:
         problem = f"{path.relative_to(folder)}: {e.strerror}"
-    except ValueError:
+    except (ValueError, RecursionError):
         problem = f"{path.relative_to(folder)} is not valid JSON"
     agree(problem)
     return stored["body"]
@@ -341,6 +356,12 @@ def quiet_orbax() -> None:
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_FILTER)  # to add it again has no effect
+    with contextlib.suppress(ImportError):  # another version of Orbax has it elsewhere
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        # Orbax asks TensorStore at each save how much it has written, for a message of its own. TensorStore never frees
+        # the lists in which it answers: about 40 kB per save.
+        tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0
     before = sys.unraisablehook
     if getattr(before, "__name__", "") == "no_orbax":
         return

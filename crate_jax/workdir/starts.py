@@ -1,10 +1,15 @@
-"""The record of a run's starts, ``starts.jsonl``: one line for each, which nothing deletes or changes afterwards."""
+"""The record of a run's starts, ``starts.jsonl``: one line for each, which nothing deletes or changes afterwards.
+
+Each line also holds the run's id, which every checkpoint of the run repeats: so a checkpoint that was copied from
+another workdir is noticed.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +18,32 @@ from crate_jax.workdir.checkpoint_files import versions
 from crate_jax.workdir.metrics import writing
 
 FILE = "starts.jsonl"
+RUN = "run"  # the key of the id, in lines and in checkpoints; config.allow_change takes it in place of a key
 
 
-def append(folder: Path, step: int, changed: Sequence[Mapping[str, Any]], devices: str) -> None:
+def new_run() -> str:
+    """An id for a run: random, since two runs may have the same config."""
+    return secrets.token_hex(8)
+
+
+def run_of(folder: Path) -> str:
+    """The id of the run in the workdir `folder`, to which its checkpoints must belong.
+
+    Returns:
+      The newest start's id; a new id if only a version without ids has started it; '' if there is no start, since
+      then the checkpoints, if any, say which run it is.
+    """
+    found = read(folder)
+    ids = [start[RUN] for start in found if start.get(RUN) and isinstance(start[RUN], str)]
+    return ids[-1] if ids else new_run() if found else ""
+
+
+def append(folder: Path, run: str, step: int, changed: Sequence[Mapping[str, Any]], devices: str) -> None:
     """Appends the line of a start. Only one process may call it.
 
     Args:
       folder: the workdir; the caller holds its lock.
+      run: the run's id.
       step: the step from which the start continues; 0: it is a new run.
       changed: the changed keys, each with ``key``, ``old`` and ``new``.
       devices: number and kind of the devices.
@@ -28,7 +52,7 @@ def append(folder: Path, step: int, changed: Sequence[Mapping[str, Any]], device
       UserError: the file cannot be written.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    start = {"step": step, "time": now, "changed": list(changed), "devices": devices, "versions": versions()}
+    start = {RUN: run, "step": step, "time": now, "changed": list(changed), "devices": devices, "versions": versions()}
     path = folder / FILE
     with writing(path), path.open("a+b") as file:
         if file.tell():  # a line that a crash cut short stays a line of its own

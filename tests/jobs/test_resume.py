@@ -58,16 +58,16 @@ def test_each_key_that_is_read_is_treated_as_it_says():
         changes: list = []
         chooser, *values = key.read_by or ("",)
         if not is_read(c, name) or (chooser and flatten(c)[chooser] not in values):
-            assert train.resume(c, Path("run"), changes, 40, before, False) == changes == []
+            assert train.resume(c, Path("run"), changes, 40, before, False, None) == changes == []
             continue
         seen.add(name)
         if key.resume == FIXED:
             with pytest.raises(ConfigError, match=rf"^run holds a run with config\.{name}='another', not .*={name}$"):
-                train.resume(c, Path("run"), changes, 40, before, False)
+                train.resume(c, Path("run"), changes, 40, before, False, None)
             c.allow_change = ("nonesuch", f"save.keep,{name}")  # a flag gives A,B as one text
             before["allow_change"] = c.allow_change
         entry = {"step": 40, "key": name, "old": "another", "new": flatten(c)[name]}
-        assert train.resume(c, Path("run"), changes, 40, before, False) == [entry] * (key.resume != FREE), name
+        assert train.resume(c, Path("run"), changes, 40, before, False, None) == [entry] * (key.resume != FREE), name
         c.allow_change = ()
         assert changes == [entry]
     assert {"encoder.heads", "encoder.lam", "penalty.weight", "log.every"} <= seen
@@ -109,7 +109,7 @@ def test_what_changes_is_recorded_with_its_step(begun, tmp_path):
     (folder / starts.FILE).unlink()
     meta = folder / "checkpoints" / "2" / "meta" / "metadata"
     body = json.loads(meta.read_text())["body"]
-    assert body.pop("changed") == []
+    assert body.pop("changed") == [] and body.pop("run") == first["run"]
     meta.write_text(json.dumps({"sha256": checkpoint_files._digest(body), "body": body}))
 
     changes = {"optimizer.lr": 3e-4, "encoder.heads": 4, "log.every": 2, "allow_change": ("encoder.heads",)}
@@ -141,9 +141,28 @@ def test_what_changes_is_recorded_with_its_step(begun, tmp_path):
     assert cells["encoder.heads"] == "2; from step 2 on 4"
 
 
+def test_a_checkpoint_of_another_run_is_refused_or_recorded(begun, tmp_path):
+    """The folder has the run `begun`, and the checkpoint that another run of the same config saved."""
+    folder = shutil.copytree(begun, tmp_path / "run")
+    (start,) = starts.read(folder)
+    (folder / starts.FILE).write_text(json.dumps(start | {"run": "feed"}) + "\n")
+    before = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    with pytest.raises(ConfigError) as error:
+        train.run(tiny(steps=4), str(folder))
+    assert str(error.value) == (
+        f"{folder} holds a checkpoint of step 2 of another run ({start['run']}; this run is feed); move it away, "
+        "choose another --workdir, or allow it by --config.allow_change=run"
+    )
+    assert before == {path: path.read_bytes() for path in folder.glob("*.json*")}
+    summary = train.run(tiny(steps=4, allow_change=("run",)), str(folder))
+    assert summary["changed"] == [{"step": 2, "key": "run", "old": start["run"], "new": "feed"}]
+    assert checkpoint_files.read_meta(folder / "checkpoints" / "4")["run"] == "feed"
+    assert starts.read(folder)[-1]["run"] == "feed"
+
+
 def test_other_images_are_recorded(tmp_path):
     changes: list = []
-    recorded = train.resume(tiny(), tmp_path, changes, 7, tiny().to_dict(), True)
+    recorded = train.resume(tiny(), tmp_path, changes, 7, tiny().to_dict(), True, None)
     assert (
         recorded
         == changes

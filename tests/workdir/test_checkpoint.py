@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -192,6 +193,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in d.iterdir() if p.name != "meta"],
         "params is missing",
     ),
+    "a copy of another step": (
+        lambda d: (shutil.rmtree(d), shutil.copytree(d.parent / "10", d)),
+        "it is the checkpoint of step 10, under another name",
+    ),
+    "a pipe for meta": (
+        lambda d: ((d / "meta" / "metadata").unlink(), os.mkfifo(d / "meta" / "metadata")),
+        "meta/metadata: not a regular file",
+    ),
+    "meta deeper than Python goes": (
+        lambda d: (d / "meta" / "metadata").write_text("[" * 100_000),
+        "meta/metadata is not valid JSON",
+    ),
 }
 
 
@@ -205,6 +218,9 @@ def test_damaged_newest_is_named_and_the_one_before_used(
         assert_is(run.restore(*shapes(), CONFIG), 20)
     lines = [r.getMessage() for r in caplog.records if "cannot be used" in r.getMessage()]
     assert len(lines) == 1 and lines[0].startswith(f"checkpoint of step 30 ({run.folder / '30'})")
+    assert (
+        caplog.records[-1].getMessage().endswith("goes on from step 20, and the steps from there to 30 are done again")
+    )
     assert any(part in lines[0] for part in message.split("|"))
     assert "\n" not in lines[0] and "tensorstore_spec" not in lines[0]
     # The run gets to step 30 again, and its checkpoint is the new one; the damaged one is still there.
@@ -221,6 +237,98 @@ def test_damaged_twice(run: checkpoint.Checkpoints) -> None:
         run.save(30, *make(30), {"config": CONFIG})
         run.wait()
     assert sorted(p.name for p in (run.folder / checkpoint.DAMAGED).iterdir()) == ["30", "30.1"]
+
+
+def test_what_cannot_be_moved_far_is_renamed(run: checkpoint.Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder without the permission to write, which Linux does not move into another folder."""
+    for name in ("30.damaged", "30.damaged.1"):
+        (run.folder / checkpoint.DAMAGED).touch()
+        largest(run.folder / "30").unlink()
+        assert_is(run.restore(*shapes(), CONFIG), 20)
+        assert (run.folder / name).is_dir()
+        run.save(30, *make(30), {"config": CONFIG})
+        run.wait()
+    largest(run.folder / "30").unlink()
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"30: cannot be used, nor moved away \(Permission denied\); move it"):
+        run.restore(*shapes(), CONFIG)
+
+
+def test_what_is_no_step_is_not_in_the_way(pristine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Names that int() takes for the number of a step, or Orbax does, or that no process could tell another."""
+    folder = shutil.copytree(pristine, tmp_path / "run") / checkpoint.FOLDER
+    shutil.copytree(folder / "30", folder / "007")
+    for name in ("٤٠", "1٤", str(2**31), "9" * 30):
+        (folder / name).mkdir()
+    (folder / "40").touch()
+    (folder / "50").symlink_to("nowhere")
+    strays = {"007", "٤٠", "1٤", str(2**31), "9" * 30, "40", "50"}
+    again = checkpoint.Checkpoints(tmp_path / "run", keep=3)
+    assert {r.getMessage().split(",")[0] for r in caplog.records} == {f"moved {folder / name}" for name in strays}
+    assert {path.name for path in (folder / checkpoint.DAMAGED).iterdir()} == strays
+    assert_is(again.restore(*shapes(), CONFIG), 30)
+    for step in (40, 50):
+        again.save(step, *make(step), {"config": CONFIG})
+    assert_is(again.restore(*shapes(), CONFIG), 50)
+    again.close()
+
+
+def _saved_by(folder: Path, run: str) -> None:
+    """Gives the checkpoint in `folder` the id of a run; '': a version without ids saved it."""
+    meta = folder / "meta" / "metadata"
+    body = json.loads(meta.read_text())["body"]
+    body.pop("run")
+    body |= {"run": run} if run else {}
+    meta.write_text(json.dumps({"sha256": checkpoint_files._digest(body), "body": body}))
+
+
+@pytest.mark.parametrize(
+    ("begun", "saved", "other"),
+    [
+        ([], "", ""),
+        ([], "feed", ""),  # the checkpoints alone were copied: they say which run it is
+        (["", "beef"], "", ""),
+        (["", "beef"], "beef", ""),
+        (["", "beef"], "feed", "feed"),
+        ([""], "", ""),  # all is as a version without ids left it
+        ([""], "feed", "feed"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_told_from_the_runs_own(
+    begun: list[str], saved: str, other: str, pristine: Path, tmp_path: Path
+) -> None:
+    """`begun`: the ids in the record of starts; `saved`: that in the checkpoint."""
+    folder = shutil.copytree(pristine, tmp_path / "run")
+    _saved_by(folder / checkpoint.FOLDER / "30", saved)
+    lines = [json.dumps({"step": 0} | ({"run": run} if run else {})) for run in begun]
+    (folder / "starts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    run = checkpoint.Checkpoints(folder, keep=3)
+    restored = run.restore(*shapes(), CONFIG)
+    assert restored is not None and restored.other_run == other
+    assert run.run == (begun[-1] if begun and begun[-1] else saved if not begun and saved else run.run)
+    assert len(run.run) == 16 or run.run in ("beef", "feed")
+    run.save(40, *make(40), {"config": CONFIG})
+    run.close()
+    assert checkpoint_files.read_meta(run.folder / "40")["run"] == run.run
+
+
+def test_a_save_leaves_nothing_in_memory(run: checkpoint.Checkpoints) -> None:
+    """Of what Python collects. TensorStore never frees what it answers, so it must not be asked at each save."""
+    state = make(100)
+
+    def after(steps: range) -> int:
+        for step in steps:
+            run.save(step, *state, {"config": CONFIG})
+        run.wait()
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = after(range(100, 103))
+    assert after(range(103, 109)) - before < 10
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
