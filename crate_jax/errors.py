@@ -47,6 +47,17 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def open_closed_streams() -> None:
+    """Opens the null device in place of standard streams that the shell closed (`>&-`).
+
+    Such a stream is None in Python, and the next file that is opened gets its number: what a library writes to stderr
+    would go into that file.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which the lowest free one is taken
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+
+
 def print_error(message: str) -> None:
     """Prints a message of one line to stderr, and what stdout still holds, though nobody may read them any more.
 

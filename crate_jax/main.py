@@ -14,12 +14,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from crate_jax.errors import ConfigError, UserError, escaped, open_closed_streams
+
 if __name__ == "__main__":
-    # A stream that the shell closed (`>&-`) is None in Python, and the next file that is opened gets its number: what
-    # a library writes to stderr would go into that file. This must come before the imports, which keep the streams.
-    for _name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which the lowest free one is taken
-        if getattr(sys, _name) is None:
-            setattr(sys, _name, open(os.devnull, "r+"))  # noqa: SIM115
+    open_closed_streams()  # before the other imports, which keep the streams
 
 try:
     import jax  # noqa: F401
@@ -30,7 +28,6 @@ except ValueError as e:  # a bad environment variable, such as JAX_NUM_CPU_DEVIC
     sys.exit(2)
 from absl import app, flags, logging as absl_logging
 
-from crate_jax.errors import ConfigError, UserError, escaped
 from crate_jax.flags import OUT_OF_MEMORY, define_flags, fail, is_out_of_memory, parse_flags
 from crate_jax.parallel import distributed
 from crate_jax.parallel.interrupt import Interrupted

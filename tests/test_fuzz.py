@@ -55,11 +55,14 @@ def test_the_targets_notice_what_they_are_for(monkeypatch):
             subject.case(random.Random(0))
 
 
-def test_printing_to_a_full_disk_ends_in_a_line(tmp_path, capsys):
+@pytest.mark.parametrize("buffering", [-1, 1])
+@pytest.mark.parametrize("command", ["inspect", "--help"])
+def test_printing_to_a_full_disk_ends_in_a_line(command, buffering, tmp_path, capsys):
+    """Buffered, and each line at once."""
     subject = fuzz.ConvertTarget(tmp_path)
     subject.path.write_bytes(subject.seeds[0])
-    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
-        assert fuzz.convert.main(["inspect", str(subject.path)]) == 2
+    with open("/dev/full", "w", buffering) as full, contextlib.redirect_stdout(full):
+        assert fuzz.convert.main([command, str(subject.path)]) == 2
     assert capsys.readouterr().err == "error: the output cannot be written (No space left on device)\n"
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from crate_jax.errors import ConfigError, UserError, escaped, open_closed_streams, print_error, some
+
+if __name__ == "__main__":
+    open_closed_streams()  # before the other imports, which keep the streams
 
 from crate_jax.config import base, parts
 from crate_jax.convert import files, pretrained, weights
@@ -14,7 +21,6 @@ from crate_jax.convert.describe import Hints
 from crate_jax.convert.export import FORMATS, export
 from crate_jax.convert.families import FAMILIES
 from crate_jax.convert.rules import Match
-from crate_jax.errors import ConfigError, UserError, escaped, print_error, some
 from crate_jax.parallel.parameters import count
 from crate_jax.validation import changed_keys
 
@@ -126,6 +132,22 @@ class Parser(argparse.ArgumentParser):
         print_error(f"{escaped(message)}; python -m crate_jax.convert --help says more")
         sys.exit(2)
 
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help; argparse would not say that it cannot be written."""
+        print(self.format_help(), end="", file=file)
+        end_output()
+
+
+def end_output() -> None:
+    """Writes what stdout still holds.
+
+    Raises:
+      OSError: stdout is closed, its disk is full or its reader is gone.
+    """
+    if getattr(sys.stdout, "name", "") == os.devnull:  # it was closed, see `open_closed_streams`
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    sys.stdout.flush()
+
 
 def parser() -> Parser:
     """The parser of the command line."""
@@ -164,10 +186,10 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns the exit status, which is 2 if the user can mend what went wrong: one line says it."""
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         args.run(args)
-        sys.stdout.flush()  # raises OSError if the disk is full or the reader is gone
+        end_output()
     except (UserError, OSError) as e:
         message = str(e)
         if isinstance(e, OSError) and e.filename is None:  # of all that a command writes, only stdout has no name

@@ -8,6 +8,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from crate_jax.models.corruption import Identity, Masking
 from crate_jax.models.patches import relative_position_index, sincos_positions, unpatchify
 from crate_jax.parallel.parameters import count, names
 from crate_jax.workdir.checkpoint_files import nest
+from tests.conftest import ROOT
 
 # --- The names and shapes of published models, written down from their code and not from our rules.
 
@@ -713,6 +716,14 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
 
 
 # --- Through files and commands.
+
+
+def test_a_command_whose_output_is_closed_fails_in_one_line(tmp_path, cli_env):
+    """As after `>&-`; the file of the weights must not get the stream's number."""
+    path = write_zip(tmp_path / "a.pth", random_state("timm_vit", vit(192, 1, 4, 16)))
+    script = f"exec {sys.executable} -m crate_jax.convert inspect {path} >&-"
+    done = subprocess.run(["sh", "-c", script], cwd=ROOT, env=cli_env, timeout=200, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: the output cannot be written (Bad file descriptor)\n")
 
 
 def mae_file(path: Path, **more) -> Path:
