@@ -5,6 +5,7 @@ import re
 import sys
 
 MAX_LISTED = 5  # texts that one message lists
+MAX_LENGTH = 200  # characters of each
 
 
 class UserError(ValueError):
@@ -84,10 +85,11 @@ def in_markdown(text: str) -> str:
 
 
 def some(texts: list[str], separator: str) -> str:
-    """Joins the first MAX_LISTED texts and says how many more there are.
+    """Joins the first MAX_LISTED texts, each cut to MAX_LENGTH characters, and says how many more there are.
 
     >>> some(list("abcdefg"), ", ")
     'a, b, c, d, e, and 2 more'
     """
     more = [f"and {len(texts) - MAX_LISTED} more"] if len(texts) > MAX_LISTED else []
-    return separator.join(texts[:MAX_LISTED] + more)
+    first = [text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}..." for text in texts[:MAX_LISTED]]
+    return separator.join(first + more)

@@ -20,7 +20,7 @@ from crate_jax.convert.layouts import (
     Layout,
 )
 from crate_jax.convert.rules import Constant, Family, Grid, Group, Rule, canonical_name, export_tensors, import_tensors
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, some
 from crate_jax.models.patches import relative_position_index, sincos_positions
 
 Array = np.ndarray
@@ -515,9 +515,8 @@ def detect(state: Mapping[str, Array]) -> str:
             return name
     if any(canonical_name(FAMILIES["timm_vit"], name) == ENCODER_OF_TIMM for name in state):
         return "vit_mae" if _is_sincos(state.get("pos_embed")) else "timm_vit"
-    some = ", ".join(sorted(state)[:4])
     raise ConfigError(
-        f"not a known model (its {len(state)} tensors are named {some}, ...); "
+        f"not a known model (its {len(state)} tensors are named {some(sorted(state), ', ')}); "
         f"known: {', '.join(name for name in FAMILIES if name != 'crate_blocks')}"
     )
 

@@ -15,8 +15,8 @@ import safetensors
 import safetensors.numpy
 
 from crate_jax.convert.branches import MAX_NETWORKS, fits, holds_network
-from crate_jax.convert.torch_files import PICKLE_START, ZIP_START, Inert, Tensor, open_checkpoint
-from crate_jax.errors import CheckpointError, ConfigError, some
+from crate_jax.convert.torch_files import MAX_NAME, PICKLE_START, ZIP_START, Inert, Tensor, open_checkpoint
+from crate_jax.errors import MAX_LENGTH, CheckpointError, ConfigError, some
 from crate_jax.workdir.checkpoint import FOLDER
 from crate_jax.workdir.checkpoint_files import steps
 from crate_jax.workdir.folder import check_free_space, expanduser
@@ -33,7 +33,7 @@ NESTED = (
 STANDARD = ("model.safetensors", "pytorch_model.bin")  # names of a folder's weights
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")  # by which others are found in a folder
 MAX_DEPTH = 4  # of dictionaries in each other
-MAX_HEADER = 2**24  # bytes of a .safetensors file's header; a tensor takes about 100
+MAX_HEADER = 2**22  # bytes of a .safetensors file's header; a tensor takes about 100
 # Prefixes of wrappers; a prefix is removed if all names have it.
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 
@@ -140,6 +140,10 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
     for name, entry in json.loads(data[8:start]).items():
         if name == "__metadata__":
             continue
+        if len(name) > MAX_NAME:
+            raise CheckpointError(
+                f"{path}: '{name[:MAX_LENGTH]}...' is longer than the {MAX_NAME} characters of a name"
+            )
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise CheckpointError(f"{path}: '{name}' has the type {entry['dtype']}, which is not supported")
         first, last = entry["data_offsets"]

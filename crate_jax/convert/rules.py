@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 
 from crate_jax.convert.layouts import AS_IS, Layout
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, some
 from crate_jax.parallel.parameters import names
 
 Array = np.ndarray
@@ -120,11 +120,18 @@ class Match:
             return f"{self.variant}, which is not supported"
         if not self.missing and not self.unknown:
             return ""
-        return f"missing {list(self.missing) or 'none'}; not used {list(self.unknown) or 'none'}"
+        return _not_fitting(self.missing, self.unknown)
+
+
+def _not_fitting(missing: Collection[str], unused: Collection[str]) -> str:
+    return "; ".join(
+        f"{what} {some([*names], ', ') or 'none'}" for what, names in (("missing", missing), ("not used", unused))
+    )
 
 
 def match(family: Family, state: Collection[str]) -> Match:
     """Compares names with a family's rules; `state` holds names in the rules' spelling (:func:`canonical_name`)."""
+    state = dict.fromkeys(state)  # in which a name is found at once, also among many
     family = unrolled(family, state)
     used: set[str] = set()
     groups, absent, missing = [], [], []
@@ -221,8 +228,8 @@ def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: 
       check_constants: compare the constants in `state` with ours.
 
     Raises:
-      ConfigError: missing or unknown names (all listed), layers of different shapes, or a constant that differs
-        from ours.
+      ConfigError: missing or unknown names (the first are listed), layers of different shapes, or a constant that
+        differs from ours.
     """
     state = {canonical_name(family, n): a for n, a in state.items()}
     family = unrolled(family, state)
@@ -262,7 +269,7 @@ def export_tensors(family: Family, name: str, params: Mapping, grid: Grid) -> di
     """Converts our nested parameters to their state dict; the inverse of :func:`import_tensors`.
 
     Raises:
-      ConfigError: arrays that no rule uses, or that a rule needs and `params` does not have (all listed).
+      ConfigError: arrays that no rule uses, or that a rule needs and `params` does not have (the first are listed).
     """
     ours = {n: np.asarray(a) for n, a in names(params).items()}
     family = unrolled(family, ours)
@@ -279,7 +286,7 @@ def export_tensors(family: Family, name: str, params: Mapping, grid: Grid) -> di
                 state |= _tensors(rule, ours[rule.ours])
     left = [n for n in ours if n not in used]
     if missing or left:
-        raise ConfigError(f"not a {name} model: missing {missing or 'none'}; not used {left or 'none'}")
+        raise ConfigError(f"not a {name} model: {_not_fitting(missing, left)}")
     for constant in family.constants:
         if constant.array in ours:
             state |= _constants(constant, grid, ours[constant.array])

@@ -58,6 +58,7 @@ MAX_WORK = 1_000_000  # operations, which take 2 to 5 s and up to 0.2 GB; a tens
 MAX_LINE = 1000  # bytes of a line in a pickle, which is a module's or a class's name
 MAX_NAME = 500  # characters of a key; a dictionary leaves out longer ones
 MAX_DIMENSIONS = 32
+MAX_DIRECTORY = 2**23  # bytes of a zip file's directory; a storage takes about 100
 MAX_SHARED = 4  # times as many bytes as the file has, that its tensors may take if they share storages
 
 
@@ -401,7 +402,8 @@ def open_checkpoint(path: Path, start: bytes) -> Iterator[Checkpoint]:
     """
     try:
         if start.startswith(ZIP_START):
-            with zipfile.ZipFile(path) as archive:
+            with path.open("rb") as file, zipfile.ZipFile(cast("IO[bytes]", directory := _Directory(file))) as archive:
+                directory.read_once = True
                 yield _open_zip(archive, path.stat().st_size)
         else:
             with path.open("rb") as file:
@@ -412,6 +414,26 @@ def open_checkpoint(path: Path, start: bytes) -> Iterator[Checkpoint]:
         raise
     except Exception as e:  # unpickling damaged bytes raises almost anything
         raise CheckpointError(f"{path}: damaged, or not a PyTorch checkpoint ({_one_line(e)})") from None
+
+
+class _Directory:
+    """A zip file, of which `zipfile` reads the whole directory and makes an object of each entry when it opens it.
+
+    Attributes:
+      read_once: whether the directory is read; before, no more than MAX_DIRECTORY bytes are.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.read_once = file, False
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes."""
+        if size > MAX_DIRECTORY and not self.read_once:
+            raise RefusedError(
+                f"a zip file whose directory has {size} bytes, more than the {MAX_DIRECTORY} of a checkpoint"
+            )
+        return self._file.read(size)
 
 
 def _one_line(e: Exception) -> str:

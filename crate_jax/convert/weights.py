@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax.config import base, parts, validate
-from crate_jax.convert import branches, files, torch_crate
+from crate_jax.convert import beside, branches, files, torch_crate
 from crate_jax.convert.describe import Hints, config_of, grid_of, with_class_row
 from crate_jax.convert.families import FAMILIES, import_state_dict
 from crate_jax.convert.rules import Match, canonical_name, match
@@ -122,7 +122,7 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
         grid = (0, 0) if name == "resnet" else grid_shape(c.data.image_size, c.encoder.patch_size)
         params = import_state_dict(name, state, grid)
     else:
-        hints = hints.or_else(_hints_beside(path)).or_else(_hints_of_script(about["args"]))
+        hints = hints.or_else(beside.hints(path.parent)).or_else(_hints_of_script(about["args"]))
         hints = hints.or_else(_hints_of_names(branch))
         if found.problem():  # before grid_of, which needs some of these tensors
             raise ConfigError(f"{name} weights do not fit: {found.problem()}")
@@ -221,47 +221,3 @@ def _hints_of_script(args: Mapping[str, Any]) -> Hints:
         target=None if normalised is None else "patch_normalised" if normalised else "pixel",
         mask_ratio=ratio if isinstance(ratio, float) else None,
     )
-
-
-def _hints_beside(path: Path) -> Hints:
-    """Hints from a config.json of transformers or timm in the file's folder."""
-    try:
-        about = json.loads((path.parent / "config.json").read_text())
-    except (OSError, ValueError):
-        return Hints()
-    if not isinstance(about, dict):
-        return Hints()
-    if about.get("model_type") in ("vit", "vit_mae"):
-        return _hints_of_transformers(about, path.parent)
-    if "architecture" in about:
-        image = about.get("pretrained_cfg", about)
-        size = image.get("input_size")
-        return Hints(
-            heads=about.get("model_args", {}).get("num_heads"),
-            architecture=about["architecture"],
-            image_size=(size[1], size[2]) if size else None,
-            mean=_triple(image.get("mean")),
-            std=_triple(image.get("std")),
-        )
-    return Hints()
-
-
-def _hints_of_transformers(about: Mapping[str, Any], folder: Path) -> Hints:
-    size = about.get("image_size")
-    try:
-        images = json.loads((folder / "preprocessor_config.json").read_text())
-    except (OSError, ValueError):
-        images = {}
-    return Hints(
-        heads=about.get("num_attention_heads"),
-        decoder_heads=about.get("decoder_num_attention_heads"),
-        image_size=(size, size) if isinstance(size, int) else tuple(size) if size else None,
-        mean=_triple(images.get("image_mean")),
-        std=_triple(images.get("image_std")),
-        target="patch_normalised" if about.get("norm_pix_loss") else "pixel",
-        mask_ratio=about.get("mask_ratio"),
-    )
-
-
-def _triple(value: Any) -> tuple[float, ...] | None:
-    return tuple(map(float, value)) if isinstance(value, list) and len(value) == 3 else None

@@ -339,7 +339,7 @@ def test_a_classifier_gives_its_encoder():
     assert not c.encoder.final_norm
     weights.require_fit(c.to_dict(), import_state_dict("vit_mae", state, (4, 4)))
     del state["fc_norm.weight"], state["fc_norm.bias"]
-    with pytest.raises(ConfigError, match=r"missing \['norm.bias', 'norm.weight'\]"):
+    with pytest.raises(ConfigError, match=r"missing norm.bias, norm.weight"):
         import_state_dict("vit_mae", state, (4, 4))
 
 
@@ -438,7 +438,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="both relative and relative_per_block positions"):
         describe(family, both)
     del both["encoder.blocks.1.attn.relative_position_bias_table"]
-    with pytest.raises(ConfigError, match=r"missing \['encoder.blocks.1.attn.relative_position_bias_table'\]"):
+    with pytest.raises(ConfigError, match=r"missing encoder.blocks.1.attn.relative_position_bias_table"):
         import_state_dict(family, both, (4, 4))
     family, state = tiny("vit_mae")
     with pytest.raises(ConfigError, match="no published encoder has the width 8.*--heads"):
@@ -453,7 +453,7 @@ def test_what_does_not_fit_is_named():
         describe(family, state, Hints(image_size=(18, 16)))
     with pytest.raises(ConfigError, match="not the table of a"):
         describe(family, state, Hints(heads=2, decoder_heads=2, image_size=(32, 8)))  # as many patches
-    with pytest.raises(ConfigError, match=r"not used \['encoder/relative_bias'\]"):
+    with pytest.raises(ConfigError, match=r"not used encoder/relative_bias"):
         export_state_dict(
             "vit_mae", {"encoder": imported("vit_mae")[1]["encoder"] | {"relative_bias": np.ones(3)}}, (4, 4)
         )

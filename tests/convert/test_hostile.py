@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import pickle
 import signal
 import struct
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crate_jax.convert import branches, files, torch_files, weights
+from crate_jax.convert import FAMILIES, beside, branches, files, rules, torch_files, weights
 from crate_jax.errors import CheckpointError, ConfigError
 from tests.convert.test_convert import Pickled, random_state, vit, write_legacy, write_zip
 
@@ -36,7 +38,7 @@ def bounded():
     signal.signal(signal.SIGALRM, before)
 
 
-def line(path: Path, read=files.read) -> str:
+def line(path: Path, read=files.read, length: int = 500) -> str:
     """The one line that reading a file ends in, without much memory."""
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
@@ -45,7 +47,7 @@ def line(path: Path, read=files.read) -> str:
     taken = tracemalloc.get_traced_memory()[1] - before
     assert taken < BYTES, f"{taken} bytes"
     text = str(e.value)
-    assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < 500
+    assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < length
     return text.removeprefix(f"{path}: ")
 
 
@@ -230,6 +232,17 @@ def test_parts_of_a_zip_file_are_no_larger_than_the_file(tmp_path):
             assert "parts have more bytes than the file" in line(tmp_path / "b.pth")
 
 
+def test_the_directory_of_a_zip_file_is_bounded(tmp_path):
+    """Each of its entries, of 47 bytes, becomes an object of 600."""
+    path, count = tmp_path / "a.pth", 2**18
+    whole = members(path, 3).read_bytes()
+    start = whole.index(b"PK\x01\x02")
+    one = b"PK\x01\x02" + bytes(24) + struct.pack("<H", 1) + bytes(16) + b"x"
+    end = b"PK\x05\x06" + bytes(4) + struct.pack("<HHIIH", 0xFFFF, 0xFFFF, count * len(one), start, 0)
+    path.write_bytes(whole[:start] + one * count + end)
+    assert f"whose directory has {count * len(one)} bytes, more than the" in line(path)
+
+
 def test_storages_of_the_older_format_are_no_larger_than_the_file(tmp_path):
     state = {"a": np.arange(12, dtype=np.float32)}
     good = write_legacy(tmp_path / "a.pth", state).read_bytes()
@@ -286,6 +299,30 @@ def test_a_header_is_no_larger_than_it_need_be(tmp_path):
     assert "its header has 94371840 bytes" in line(path)
 
 
+def test_names_in_a_line_are_few_and_short(tmp_path):
+    path = tmp_path / "a.safetensors"
+    assert "is longer than the 500 characters" in line(safetensors_of(path, {"a" * 10_000: entry([1], 4)}, bytes(4)))
+    state = random_state("vit", vit(192, 2, 4, 4))
+    other = {f"{'b' * 400}{i}": state["cls_token"] for i in range(20)}
+    for broken, lists in (({"cls_token"}, 1), ({n for n in state if "mlp" in n}, 2)):
+        files.write(path, {n: a for n, a in state.items() if n not in broken} | other, {})
+        said = line(path, weights.load, 2000)
+        assert (
+            "missing " in said and "not used bbb" in said and said.count(" more") == lists and said.count("b...") == 5
+        )
+
+
+def test_names_are_not_looked_for_one_by_one():
+    """A header of the largest size has 50,000: compared with each other they would take an hour."""
+
+    class Names(list):
+        def __contains__(self, name: object) -> bool:
+            raise AssertionError("searched from the beginning")
+
+    names = Names(f"blocks.{i}.attn.qkv.weight" for i in range(9))
+    assert "blocks.8.norm1.bias" in rules.match(FAMILIES["timm_vit"], names).missing
+
+
 def test_metadata_as_deep_as_python_cannot_go_is_damaged(tmp_path):
     metadata = {"crate_jax": "[" * 5_000}
     path = safetensors_of(tmp_path / "a.safetensors", {"__metadata__": metadata, "w": entry([1], 4)}, bytes(4))
@@ -302,6 +339,81 @@ def test_an_array_without_numbers_is_named(tmp_path):
             state[name] = empty[tuple(slice(0) if a == axis else slice(None) for a in range(empty.ndim))]
             files.write(tmp_path / "a.safetensors", state, {})
             assert f"weights: arrays without numbers, {name}" in line(tmp_path / "a.safetensors", weights.load)
+
+
+TIMM = {
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {"num_heads": 3},
+    "pretrained_cfg": {"input_size": [3, 28, 20], "mean": [0.4, 0.5, 0], "std": [0.2, 0.3, 1]},
+}
+TRANSFORMERS = {
+    "model_type": "vit_mae", "num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": [28, 20],
+    "norm_pix_loss": True, "mask_ratio": 0.8,
+}  # fmt: skip
+IMAGES = {"image_mean": [0.4, 0.5, 0], "image_std": [0.2, 0.3, 1]}
+JUNK = (
+    None, True, False, 0, -1, 3, 10**30, 1.5, -0.1, float("nan"), float("inf"), 1e300, "", "3", "a\nb", [], [3],
+    [3, -4, 5], [3, "a", 5], [3, [4], 5], [None] * 3, [0.1, 0.2, float("nan")], [10**400] * 3, {}, {"a": 1}, [[[]]],
+    "x" * 100_000,
+)  # fmt: skip
+
+
+def test_what_a_config_beside_says_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TIMM))
+    read = beside.hints(tmp_path)
+    assert (read.heads, read.architecture, read.image_size) == (3, "vit_tiny_patch16_224", (28, 20))
+    assert (read.mean, read.std) == ((0.4, 0.5, 0), (0.2, 0.3, 1))
+    (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(IMAGES))
+    read = beside.hints(tmp_path)
+    assert (read.heads, read.decoder_heads, read.image_size, read.mask_ratio) == (3, 2, (28, 20), 0.8)
+    assert (read.mean, read.std, read.target) == ((0.4, 0.5, 0), (0.2, 0.3, 1), "patch_normalised")
+
+
+def test_a_config_beside_of_other_types_is_one_line(tmp_path):
+    """Whatever stands in the place of a value, its hint is of the right type, or the error names key and value."""
+    refused = 0
+    places = [(TIMM, (key,)) for key in TIMM] + [(TRANSFORMERS, (key,)) for key in TRANSFORMERS]
+    places += [(TIMM, (section, key)) for section in ("model_args", "pretrained_cfg") for key in TIMM[section]]
+    places += [(IMAGES, (key,)) for key in IMAGES]
+    for about, (*section, key) in places:
+        for junk in JUNK:
+            changed = copy.deepcopy(about)
+            (changed[section[0]] if section else changed)[key] = junk
+            files_of = (
+                {"config.json": TRANSFORMERS, "preprocessor_config.json": changed}
+                if about is IMAGES
+                else {"config.json": changed}
+            )
+            for name, content in files_of.items():
+                (tmp_path / name).write_text(json.dumps(content))
+            try:
+                read = beside.hints(tmp_path)
+            except ConfigError as e:
+                refused += 1
+                said = str(e)
+                assert f" has {key}=" in said and "must be " in said and "\n" not in said and len(said) < 400
+                continue
+            sizes = (read.heads, read.decoder_heads, *(read.image_size or ()))
+            assert all(size is None or (type(size) is int and 1 <= size <= 2**14) for size in sizes)
+            numbers = (*(read.mean or ()), *(read.std or ()), *([] if read.mask_ratio is None else [read.mask_ratio]))
+            assert all(abs(number) < 1e9 for number in numbers) and min(read.std or (1,)) > 0
+            assert read.architecture is None or isinstance(read.architecture, str)
+    assert refused > 200
+    for name in ("config.json", "preprocessor_config.json"):
+        for content in (b"[" * 100_000, b"\xff", b"", b"3", b"9" * 5000, b'{"model_type": "vit"}' + b" " * 2**21):
+            (tmp_path / name).write_bytes(content)
+            beside.hints(tmp_path)
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        beside.hints(tmp_path)
+
+
+def test_a_config_beside_is_named_with_the_weights(tmp_path):
+    files.write(tmp_path / "a.safetensors", random_state("vit", vit(192, 1, 4, 4)), {})
+    (tmp_path / "config.json").write_text(json.dumps(TIMM | {"model_args": {"num_heads": [3]}}))
+    said = line(tmp_path / "a.safetensors", weights.load)
+    assert said == "config.json beside it has num_heads=[3]: must be a whole number from 1 to 16384"
 
 
 def test_many_networks_are_not_compared_with_each_other(tmp_path):
