@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,25 @@ def test_two_processes_name_a_damaged_checkpoint_once_and_use_the_one_before(dam
     shutil.rmtree(workdir / "checkpoints" / "damaged")
     check_clean(workdir)
     check_same(workdir, finished)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_is_the_runs_own(finished, cli_env, tmp_path):
+    """A copy of step 8 stands for step 12; then the checkpoints are those of another run."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    shutil.copytree(workdir / "checkpoints" / "8", workdir / "checkpoints" / "12")
+    life = Life(cli_env, [*FLAGS, "--config.steps=12"], workdir, 2)
+    life.end()
+    text = life.errors[0].read_text()
+    assert text.count("it is the checkpoint of step 8, under another name") == 1 and "continuing from step 8" in text
+    check_same(workdir, finished)
+    starts = workdir / "starts.jsonl"
+    starts.write_text(re.sub('"run": "[0-9a-f]{16}"', '"run": "feed"', starts.read_text()))
+    life = Life(cli_env, [*FLAGS, "--config.steps=16"], workdir, 2)
+    assert statuses(life) == [2, 2]
+    for process in (0, 1):
+        assert "holds a checkpoint of step 12 of another run" in error_line(life, process)
 
 
 @pytest.mark.slow
