@@ -199,10 +199,15 @@ class Checkpoints:
         """
         if self._saving is None:
             return
+        step = self._saving
         try:
             self._manager.wait_until_finished()
         except Exception as e:
-            raise self._save_failed(e) from e
+            failed = self._save_failed(e)
+            if not isinstance(e, OSError) or step not in files.steps(self.folder):
+                raise failed from e
+            # It is under its name, so it is complete: what failed came after it.
+            log.warning("checkpoint of step %d is saved; an older one cannot be deleted: %s", step, files.one_line(e))
         self._saving = None
 
     def close(self) -> None:

@@ -277,6 +277,26 @@ def test_what_is_no_step_is_not_in_the_way(pristine: Path, tmp_path: Path, caplo
     again.close()
 
 
+def test_what_cannot_be_deleted_stops_nothing(
+    run: checkpoint.Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an old checkpoint whose permissions have changed; what cannot be written still is an error."""
+    delete = shutil.rmtree
+
+    def refuse(path: Any, *args: Any, **options: Any) -> None:
+        if Path(path).name == "10":
+            raise PermissionError(13, "Permission denied", str(path))
+        delete(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (40, 50):
+        run.save(step, *make(step), {"config": CONFIG})
+        run.wait()
+    assert {50, 40, 10} <= set(checkpoint_files.steps(run.folder))
+    assert "checkpoint of step 40 is saved; an older one cannot be deleted: PermissionError" in caplog.text
+    assert_is(run.restore(*shapes(), CONFIG), 50)
+
+
 def _saved_by(folder: Path, run: str) -> None:
     """Gives the checkpoint in `folder` the id of a run; '': a version without ids saved it."""
     meta = folder / "meta" / "metadata"
