@@ -11,7 +11,7 @@ import runpy
 import sys
 
 from crate_jax import __version__
-from crate_jax.errors import escaped, print_error
+from crate_jax.errors import end_output, escaped, open_closed_streams, print_error
 
 # The jobs of crate_jax.jobs.JOBS, which takes a second to import.
 JOBS = {
@@ -53,12 +53,14 @@ def cards() -> str:
 
 def main() -> int:
     """Runs the command of sys.argv; returns the exit status."""
+    open_closed_streams()
     command, *rest = sys.argv[1:] or ["--help"]
     answers = {"configs": cards, "--help": usage, "-h": usage, "--version": lambda: f"crate-jax {__version__}"}
     if command in answers:
         try:
-            print(answers[command](), flush=True)
-        except OSError as e:  # the disk is full or the reader is gone
+            print(answers[command]())
+            end_output()
+        except OSError as e:
             print_error(f"the output cannot be written ({e.strerror})")
             return 2
     elif command == "convert":

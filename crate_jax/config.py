@@ -39,7 +39,6 @@ from crate_jax.validation import (
     positive,
     within,
 )
-from crate_jax.workdir import starts
 
 # The middle of the range that arXiv 2411.00392 searched. It studies joint embedding, not reconstruction, so these are
 # only starting points.
@@ -100,8 +99,11 @@ RUN = Section(
 )  # fmt: skip
 
 
+OTHER_RUN = "run"  # in config.allow_change, in place of a key: a checkpoint of another run
+
+
 def _check_job(c: ConfigDict) -> None:
-    unknown = [key for key in allowed_changes(c) if key not in KEYS and key != starts.RUN]
+    unknown = [key for key in allowed_changes(c) if key not in KEYS and key != OTHER_RUN]
     if unknown:
         close = difflib.get_close_matches(unknown[0], KEYS, 1)
         hint = f"; did you mean {close[0]}?" if close else ""

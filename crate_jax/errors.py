@@ -1,5 +1,6 @@
 """The errors that a user can cause; a command prints each in one line and exits with status 2."""
 
+import errno
 import os
 import re
 import sys
@@ -57,6 +58,17 @@ def open_closed_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which the lowest free one is taken
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+
+
+def end_output() -> None:
+    """Writes what stdout still holds.
+
+    Raises:
+      OSError: stdout is closed, its disk is full or its reader is gone.
+    """
+    if getattr(sys.stdout, "name", "") == os.devnull:  # it was closed, see `open_closed_streams`
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    sys.stdout.flush()
 
 
 def print_error(message: str) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from crate_jax.errors import ConfigError, UserError, escaped, open_closed_streams, print_error, some
+from crate_jax.errors import ConfigError, UserError, end_output, escaped, open_closed_streams, print_error, some
 
 if __name__ == "__main__":
     open_closed_streams()  # before the other imports, which keep the streams
@@ -136,17 +134,6 @@ class Parser(argparse.ArgumentParser):
         """Prints the help; argparse would not say that it cannot be written."""
         print(self.format_help(), end="", file=file)
         end_output()
-
-
-def end_output() -> None:
-    """Writes what stdout still holds.
-
-    Raises:
-      OSError: stdout is closed, its disk is full or its reader is gone.
-    """
-    if getattr(sys.stdout, "name", "") == os.devnull:  # it was closed, see `open_closed_streams`
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-    sys.stdout.flush()
 
 
 def parser() -> Parser:

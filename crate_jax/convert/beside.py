@@ -69,15 +69,16 @@ def hints(folder: Path) -> Hints:
     Raises:
       ConfigError: a value of it is of another type or size than such a value can have.
     """
-    about = _Entries(CONFIG, _read(folder / CONFIG))
+    about = _Entries(CONFIG, read_object(folder / CONFIG))
     if about.of.get("model_type") in ("vit", "vit_mae"):
-        return _of_transformers(about, _Entries(IMAGES, _read(folder / IMAGES)))
+        return _of_transformers(about, _Entries(IMAGES, read_object(folder / IMAGES)))
     if "architecture" in about.of:
         return _of_timm(about)
     return Hints()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no such file, or it holds something else or too much."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             return {}

@@ -5,7 +5,6 @@ That file imports nothing from crate_jax and is copied into the exported folder 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from crate_jax.config import base
+from crate_jax.convert import beside
 from crate_jax.errors import ConfigError
 
 FAMILY = "crate_torch"
@@ -67,11 +67,8 @@ def config_beside(path: Path) -> dict[str, Any] | None:
     Raises:
       ConfigError: a field is missing.
     """
-    try:
-        about = json.loads((path.parent / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(about, dict) or about.get("model_type") != MODEL_TYPE:
+    about = beside.read_object(path.parent / beside.CONFIG)
+    if about.get("model_type") != MODEL_TYPE:
         return None
     config = base().to_dict()
     for field, (section, name) in _places():

@@ -35,6 +35,7 @@ from crate_jax.workdir.checkpoint_files import nest
 log = logging.getLogger(__name__)
 
 METADATA_KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
+MAX_MESSAGE = 2000  # characters; it may hold values from a file
 MASK_TOKENS = ("encoder/embedding/mask_token", "encoder/mask_token")  # of patches; of a ResNet's pixels
 
 
@@ -76,7 +77,10 @@ def load(path: str | os.PathLike[str], name: str = "", hints: Hints | None = Non
     try:
         return _load(Path(path), state, about, name, hints or Hints(), prefix)
     except ConfigError as e:
-        raise CheckpointError(f"{path}: {e}") from None
+        message = str(e)
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:MAX_MESSAGE]}..."
+        raise CheckpointError(f"{path}: {message}") from None
 
 
 def choose(state: files.Arrays, about: Mapping[str, Any], name: str, prefix: str) -> tuple[branches.Branch, Match]:
@@ -107,8 +111,8 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
         require_fit(config, params)
         return Weights(OURS, config, params, found)
     branch, found = choose(state, about, name or (own["family"] if own else ""), prefix)
-    if not own and branch.family == torch_crate.FAMILY and (beside := torch_crate.config_beside(path)):
-        own = {"family": branch.family, "config": beside}
+    if not own and branch.family == torch_crate.FAMILY and (theirs := torch_crate.config_beside(path)):
+        own = {"family": branch.family, "config": theirs}
     if about["others"] or branch.outside:
         read = ".".join([*about["nested"], branch.prefix or "all tensors"])
         left = some([*about["others"], *branch.outside], ", ")

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.analysis.whitebox import measures
-from crate_jax.config import KEYS, allowed_changes, base, method_name, resumed_changes, validate
+from crate_jax.config import KEYS, OTHER_RUN, allowed_changes, base, method_name, resumed_changes, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
@@ -281,10 +281,10 @@ def resume(
         keys.
     """
     allowed = allowed_changes(config)
-    if runs is not None and starts.RUN not in allowed:
+    if runs is not None and OTHER_RUN not in allowed:
         raise ConfigError(
             f"{folder} holds a checkpoint of step {step} of another run ({runs[0]}; this run is {runs[1]}); move it "
-            f"away, choose another --workdir, or allow it by --config.allow_change={starts.RUN}"
+            f"away, choose another --workdir, or allow it by --config.allow_change={OTHER_RUN}"
         )
     require_same_task(config, folder, before, other)
     found = resumed_changes(config, before)
@@ -302,7 +302,7 @@ def resume(
         changes.append(images)
         recorded.append(images)
     if runs is not None:
-        run = {"step": step, "key": starts.RUN, "old": runs[0], "new": runs[1]}
+        run = {"step": step, "key": OTHER_RUN, "old": runs[0], "new": runs[1]}
         changes.append(run)
         recorded.append(run)
     return recorded

@@ -18,7 +18,7 @@ from crate_jax.workdir.checkpoint_files import versions
 from crate_jax.workdir.metrics import writing
 
 FILE = "starts.jsonl"
-RUN = "run"  # the key of the id, in lines and in checkpoints; config.allow_change takes it in place of a key
+RUN = "run"  # the key of the id, in lines and in checkpoints
 
 
 def new_run() -> str:
