@@ -132,10 +132,10 @@ def test_what_changes_is_recorded_with_its_step(begun, tmp_path):
     assert [start["step"] for start in starts.read(folder)] == [2, 4]
     assert json.loads((folder / "config.json").read_text())["optimizer"]["lr"] == 1e-4
 
-    found = json.loads((folder / "report.json").read_text())["sections"][0]
-    (table,) = (t for t in found["tables"] if t["caption"].startswith("Starts"))
+    tables = [t for s in json.loads((folder / "report.json").read_text())["sections"] for t in s["tables"]]
+    (table,) = (t for t in tables if t["caption"].startswith("Starts"))
     assert [row[1] for row in table["rows"]] == [2, 4] and "optimizer.lr: 0.0003 -> 0.0002" in table["rows"][1][3]
-    (settings,) = (t for t in found["tables"] if t["caption"].startswith("Settings"))
+    (settings,) = (t for t in tables if t["caption"].startswith("Settings"))
     cells = {row[0]: row[1] for row in settings["rows"]}
     assert cells["optimizer.lr"] == "0.0001; from step 2 on 0.0003; from step 4 on 0.0002"
     assert cells["encoder.heads"] == "2; from step 2 on 4"
