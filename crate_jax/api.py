@@ -154,13 +154,13 @@ class Reconstruction(NamedTuple):
     Attributes:
       original: the images after the evaluation crop.
       corrupted: what the encoder got, P x.
-      decoded: the decoder's output x^.
-      completed: what the corruption left, and the decoder's output in place of the rest, P x + (I - P) x^.
+      added: what the decoder adds, (I - P) x^; where a mask left a patch, the colour of 0, the data's mean.
+      completed: both together, P x + (I - P) x^.
     """
 
     original: np.ndarray
     corrupted: np.ndarray
-    decoded: np.ndarray
+    added: np.ndarray
     completed: np.ndarray
 
 
