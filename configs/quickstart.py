@@ -3,8 +3,9 @@
     python -m crate_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 A CRATE-MAE (arXiv 2404.02446) of four layers reconstructs 8 x 8 digits from half of their 2 x 2
-patches. Measured (seed 0, one CPU): k-NN 86.4 %, probe 88.3 %; untrained encoder 60.3 % and 72.8 %;
-raw pixels, which are hard to beat on such small digits, 98.3 % and 97.5 %.
+patches. Measured (seed 0, two CPU cores): k-NN 86.1 %, probe 90.3 %; untrained encoder 60.3 % and 72.8 %;
+raw pixels, which are hard to beat on such small digits, 98.3 % and 97.5 %. docs/results.md says how far rounding
+moves these numbers.
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,7 @@ from crate_jax.workdir.folder import expanduser
 __all__ = ["run", "show"]  # the scores are printed like those of frozen features
 
 # {name: version}. The recipes are in configs/evaluate.py and configs/segment.py.
-PROTOCOLS = {"finetune_crate": 1, "finetune_mae": 1, "finetune_ropim": 1}
+PROTOCOLS = {"finetune_crate": 2, "finetune_mae": 1, "finetune_ropim": 1}
 SEGMENTERS = {"segment_linear": 1, "segment_upernet": 1}
 
 
