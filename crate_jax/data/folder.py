@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -93,6 +94,9 @@ class FolderSource(Source):
             number = {name: k for k, name in enumerate(names)}
             self._labels = np.array([number[first] for first, slash, _ in firsts if slash], np.int32)
             self.class_names = [escaped(os.fsdecode(name)) for name in names]
+            alike = [] if like else _alike(names)
+            if alike:
+                _say(f"{root}: names that differ only in case or encoding are classes of their own: {_names(alike)}")
             absent = [name for name in names if name not in found]
             if absent:
                 _say(f"{root}: has no image of {len(absent)} of {len(names)} classes: {_names(absent)}")
@@ -203,6 +207,14 @@ def open_folder(
         names of other splits hold images; or FolderSource raises the error.
     """
     path = str(expanduser(path))
+    source = _open_split(path, split, train_split, eval_split, max_pixels)
+    if source is not None and source.root != path:
+        source.split = os.path.relpath(source.root, path)
+    return source
+
+
+def _open_split(path: str, split: str, train_split: str, eval_split: str, max_pixels: int) -> FolderSource | None:
+    """See :func:`open_folder`."""
     _check_folder(path)
     names = sub_folders(path)
     train_root = _train_root(path, names, train_split)
@@ -351,6 +363,17 @@ def _class_names(root: str, found: list[bytes], like: str | None) -> list[bytes]
             "not classes, set config.data.eval_split=''"
         )
     return classes
+
+
+def _alike(names: Sequence[bytes]) -> list[bytes]:
+    """Returns the names that other names equal but for case, spaces around them, and encoding of their letters.
+
+    >>> _alike([b"Cat", b"cat", b"dog"])
+    [b'Cat', b'cat']
+    """
+    plain = [unicodedata.normalize("NFKC", os.fsdecode(name)).casefold().strip() for name in names]
+    times = collections.Counter(plain)
+    return [name for name, text in zip(names, plain, strict=True) if times[text] > 1]
 
 
 def _find_classes(root: str) -> list[bytes] | None:

@@ -225,16 +225,17 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
         )
     elif split == "eval" and wanted == "auto":
         tried = eval_splits(names)
-    folders = next(filter(None, (_find(root, name) for name in tried)), None)
-    if folders is None:
+    found = next(((name, folders) for name in tried if (folders := _find(root, name))), None)
+    if found is None:
         if split == "eval" and wanted == "auto":
             return None
         raise DataError(
             f"{root}: has no pairs of split {' or '.join(map(repr, tried))}; expected images/SPLIT and MASKS/SPLIT, or "
             f"SPLIT/images and SPLIT/MASKS, MASKS being one of {', '.join(MASKS)}"
         )
-    pair = [FolderSource(folder, data.max_pixels, labelled=False) for folder in folders]
+    pair = [FolderSource(folder, data.max_pixels, labelled=False) for folder in found[1]]
     source = PairSource(pair[0], pair[1], options.ignore_index, options.reduce_zero_label)
+    source.split = found[0]
     source.check(options.classes, data.threads)
     return source
 

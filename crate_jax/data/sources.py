@@ -80,8 +80,10 @@ class Source(abc.ABC):
 
     Attributes:
       class_names: one name per class, fit to be shown, or None if the set has no labels.
+      split: the split's name in the set, such as that of a sub-folder; '' for a whole set.
     """
 
+    split: str = ""
     class_names: list[str] | None = None
 
     @abc.abstractmethod
@@ -178,18 +180,18 @@ class SyntheticSource(Source):
     """
 
     def __init__(self, split: str, size: Sequence[int]):
-        self._split = split
+        self.split = split
         self._size = (int(size[0]), int(size[1]))
         self.class_names = [f"class{k}" for k in range(SYNTHETIC_CLASSES)]
 
     def __len__(self) -> int:
-        return SYNTHETIC_IMAGES[self._split]
+        return SYNTHETIC_IMAGES[self.split]
 
     def read(self, index: int) -> np.ndarray:
         """See Source.read."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        split = sorted(SYNTHETIC_IMAGES).index(self._split)
+        split = sorted(SYNTHETIC_IMAGES).index(self.split)
         rng = np.random.Generator(np.random.Philox(key=[split, index]))
         frequency = 1 + index % SYNTHETIC_CLASSES
         height, width = self._size
@@ -211,7 +213,7 @@ class SyntheticSource(Source):
 
     def fingerprint(self) -> str:
         """See Source.fingerprint."""
-        return digest("synthetic", self._split, self._size, len(self))
+        return digest("synthetic", self.split, self._size, len(self))
 
     @property
     def labels(self) -> np.ndarray:
@@ -244,7 +246,9 @@ def digits(split: str) -> ArraySource:
     grey = np.rint(data.images[chosen] * (255 / 16)).astype(np.uint8)  # stored as 0..16
     images = np.ascontiguousarray(np.broadcast_to(grey[..., None], (*grey.shape, 3)))
     names = [str(name) for name in data.target_names]
-    return ArraySource(f"digits/{split}", images, data.target[chosen].astype(np.int32), names)
+    source = ArraySource(f"digits/{split}", images, data.target[chosen].astype(np.int32), names)
+    source.split = split
+    return source
 
 
 def digest(*parts: object) -> str:

@@ -33,7 +33,7 @@ class TfdsSource(Source):
         max_pixels: int = decoding.LARGEST,
     ):
         self._name = name
-        self._split = split
+        self.split = split
         self._data = data
         self.class_names = class_names
         self._max_pixels = max_pixels
@@ -48,11 +48,11 @@ class TfdsSource(Source):
 
     def name(self, index: int) -> str:
         """See Source.name."""
-        return f"{self._name}/{self._split}[{index}]"
+        return f"{self._name}/{self.split}[{index}]"
 
     def fingerprint(self) -> str:
         """See Source.fingerprint."""
-        return digest(self._name, self._split, len(self), self.class_names, str(self._data.dataset_info.version))
+        return digest(self._name, self.split, len(self), self.class_names, str(self._data.dataset_info.version))
 
     def labels_of(self, indices: Any) -> np.ndarray | None:
         """See Source.labels_of."""

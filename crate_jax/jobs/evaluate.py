@@ -231,8 +231,8 @@ def extract_features(
     classes = len(train.class_names or ())
     description = {
         "data": config.data.source,
-        "train_split": config.data.train_split,
-        "eval_split": config.data.eval_split,
+        "train_split": train.split,
+        "eval_split": test.split,
         "train_images": len(train_x),
         **guessing(test_y),
         "classes": classes,

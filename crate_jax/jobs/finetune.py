@@ -49,8 +49,6 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     summary = train.run(full, workdir)
     description = {
         "data": full.data.source,
-        "train_split": full.data.train_split,
-        "eval_split": full.data.eval_split,
         "image_size": list(full.data.image_size),
         "scratch": config.protocol.scratch,
         "freeze": full.finetune.freeze,

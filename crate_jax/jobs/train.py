@@ -105,7 +105,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             metrics.write_json(folder / "config.json", as_begun(config, loop.changed))
             starts.append(folder, loop.run_id, loop.start_step, changes, devices(mesh))
         loop.run(watching)
-        summary = summarise(loop)
+        eval_split = "" if evaluation.shown is source else evaluation.shown.split
+        summary = {**summarise(loop), "train_split": source.split, "eval_split": eval_split}
         if distributed.first():
             metrics.write_json(folder / "summary.json", summary)
             summary["report"] = write_report(folder, config, mesh)  # the report reads summary.json

@@ -183,6 +183,7 @@ def test_splits_by_other_names(tmp_path, train, test, caplog):
     config = configured(tree(tmp_path, [f"{part}/{name}" for part in (train, test) for name in ("a/1.png", "b/2.png")]))
     sources = [data.open_split(config, split, labels_required=True) for split in ("train", "eval")]
     assert [source.root for source in sources] == [str(tmp_path / train), str(tmp_path / test)]
+    assert [source.split for source in sources] == [train, test]
     assert all(source.class_names == ["a", "b"] for source in sources)
     assert train == "train" or f"training on the sub-folder {train}" in caplog.text
     assert f"the evaluation split is {test}" in caplog.text
@@ -206,7 +207,7 @@ def test_the_evaluation_split_is_the_first_with_labels(tmp_path, unlabelled, cap
     tree(tmp_path, SPLITS + unlabelled)
     (tmp_path / "test").mkdir(exist_ok=True)
     source = data.open_split(configured(f"folder:{tmp_path}"), "eval")
-    assert source.root == str(tmp_path / "val") and source.class_names == ["a", "b"]
+    assert source.root == str(tmp_path / "val") and source.class_names == ["a", "b"] and source.split == "val"
     assert "the evaluation split is val; passed over: " in caplog.text and "test" in caplog.text
 
 
@@ -222,6 +223,15 @@ def test_labels_go_by_the_classes_of_training(tmp_path, found, labels, caplog):
     assert source.class_names == ["a", "b", "c"] and source.labels.tolist() == labels
     absent = [name for k, name in enumerate("abc") if k not in labels]
     assert f"has no image of {len(absent)} of 3 classes: {', '.join(absent)}" in caplog.text
+
+
+@pytest.mark.parametrize("other", ["cat", "Cat ", "\uff23at"])
+def test_classes_of_almost_one_name_are_told(tmp_path, other, caplog):
+    source = data.open_split(
+        configured(tree(tmp_path, ["train/Cat/1.png", f"train/{other}/2.png", "train/d/3.png"])), "train"
+    )
+    assert len(source.class_names) == 3
+    assert f"names that differ only in case or encoding are classes of their own: Cat, {other}" in caplog.text
 
 
 def test_splits_are_no_classes(tmp_path, caplog):

@@ -68,6 +68,7 @@ def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, 
         assert record["versions"]["jax"] == jax.__version__ and record["seed"] == 0
         assert record["versions"]["crate-jax"] == crate_jax.__version__
         assert (record["train_images"], record["test_images"], record["classes"]) == (1437, 360, 10)
+        assert (record["train_split"], record["eval_split"]) == ("train", "eval")  # what was taken, not 'auto'
         assert record["eval_crop"] == 1.0  # the checkpoint's; the record's config holds only what is not the default
     job.run(configured("protocol=knn", pretraining, evaluation__pool="cls"), str(tmp_path))
     assert len(calls) > computed  # other tokens, other features
@@ -203,6 +204,7 @@ def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretrain
     assert record["config"]["optimizer.lr"] == 1e-2 and record["config"]["encoder.depth"] == 2  # recipes can be changed
     assert "decoder.depth" not in record["config"] and "seed" not in record["config"]
     assert record["params_sha256"] != frozen["checkpoint_sha256"] and record["pool"] == "mean"
+    assert (record["train_split"], record["eval_split"]) == ("train", "eval")
     assert record["checkpoint_sha256"] == frozen["checkpoint_sha256"] and record["checkpoint"] == frozen["checkpoint"]
     again = finetune.run(c, str(tmp_path))
     assert {k: v for k, v in again.items() if k != "images_per_sec"} == {
