@@ -1,6 +1,8 @@
-"""Random and mutated inputs: configs, images, files of weights, metas of checkpoints. None may end in a traceback.
+"""Random and mutated inputs: configs, images, files of weights, metas of checkpoints, what a report reads.
 
-    python -m tests.fuzz SECONDS [config image weights convert meta] [--seed=N]
+    python -m tests.fuzz SECONDS [config image weights convert meta records report] [--seed=N]
+
+None may end in a traceback.
 
 Each target is a class whose `case(rng)` makes one input, hands it to the library and raises what it should not have
 raised; what an input is, is a function of the seed and the example's number, which a failure names.
@@ -10,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
 import random
 import resource
+import shutil
 import struct
 import sys
 import tempfile
@@ -31,6 +35,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
+from configs import quickstart, report as report_config
 from crate_jax.config import base, validate
 from crate_jax.convert import __main__ as convert, weights
 from crate_jax.convert.export import FORMATS
@@ -39,8 +44,11 @@ from crate_jax.data import decoding
 from crate_jax.data.sources import SyntheticSource
 from crate_jax.errors import UserError
 from crate_jax.flags import define_flags, fail, parse_flags
-from crate_jax.jobs import JOBS, sweep
+from crate_jax.jobs import JOBS, report, sweep, train
 from crate_jax.jobs.train import method_of
+from crate_jax.models import representation
+from crate_jax.parallel import sharding
+from crate_jax.report import Subject
 from crate_jax.training.step import make_recipe
 from crate_jax.validation import flatten
 from crate_jax.workdir import checkpoint_files
@@ -101,6 +109,21 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
             case 6 if rng.random() < 0.3:
                 del out[where:]
     return bytes(out)
+
+
+def spoiled(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a record in which up to three keys, at any depth, are missing or have values of another kind."""
+    record = copy.deepcopy(record)
+    for _ in range(rng.randint(1, 3)):
+        node, keys = record, []
+        while isinstance(node, dict) and node and (not keys or rng.random() < 0.8):
+            keys.append(rng.choice(sorted(node)))
+            parent, node = node, node[keys[-1]]
+        if keys and rng.random() < 0.2:
+            del parent[keys[-1]]
+        elif keys:
+            parent[keys[-1]] = rng.choice(ODD_JSON)
+    return record
 
 
 class ConfigTarget:
@@ -356,16 +379,7 @@ class MetaTarget:
         if rng.random() < 0.3:
             self.path.write_bytes(mutated(rng, json.dumps(self.meta).encode()))
         else:
-            body = copy.deepcopy(self.meta["body"])
-            for _ in range(rng.randint(1, 3)):
-                node, keys = body, []
-                while isinstance(node, dict) and node and (not keys or rng.random() < 0.8):
-                    keys.append(rng.choice(sorted(node)))
-                    parent, node = node, node[keys[-1]]
-                if keys and rng.random() < 0.2:
-                    del parent[keys[-1]]
-                elif keys:
-                    parent[keys[-1]] = rng.choice(ODD_JSON)
+            body = spoiled(rng, self.meta["body"])
             self.path.write_text(json.dumps({"sha256": checkpoint_files._digest(body), "body": body}))
         with contextlib.suppress(checkpoint_files.DamagedError, MemoryError):  # main has a line for both
             meta = checkpoint_files.read_meta(self.folder)
@@ -375,14 +389,132 @@ class MetaTarget:
             checkpoint_files.changes(meta, base().to_dict())
 
 
+class RecordsTarget:
+    """The report at the end of a run whose records and pictures are damaged."""
+
+    LINES = {
+        "metrics.jsonl": [
+            {"step": 1, "loss": 1.7, "whitebox/encoder/rate/01": 34.5, "whitebox/encoder/rate/02": 3.5},
+            {"step": 2, "loss": 1.6, "whitebox/encoder/rate/01": 30.5, "whitebox/encoder/rate/02": None},
+        ],
+        "results.jsonl": [{"protocol": "knn", "data": "digits", "top1": 0.5, "top5": None}],
+        "starts.jsonl": [
+            {"step": 0, "time": "2026", "changed": [], "devices": "2 x cpu", "versions": {"jax": "0.10"}},
+            {"step": 1, "changed": [{"key": "seed", "old": 0, "new": 1, "step": 1}], "devices": "2 x cpu"},
+        ],
+    }
+    SUMMARY = {
+        "steps": 2, "loss": 1.6, "images_per_sec": 9.5, "params": 2204, "devices": "2 x cpu", "probe_top1": 0.5,
+        "probe_top1_untrained": 0.25, "probe_top1_pixels": 0.75, "knn_top1": None,
+    }  # fmt: skip
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "run"
+        (self.folder / "pictures").mkdir(parents=True)
+        self.picture = io.BytesIO()
+        Image.new("RGB", (9, 5), (200, 10, 10)).save(self.picture, "PNG")
+        self.config, self.mesh = base(), sharding.make_mesh(jax.device_count(), 1)
+        self.config.steps = 2
+
+    def case(self, rng: random.Random) -> None:
+        """A page without what cannot be read, and one line for each section that is left out."""
+        files = {name: "".join(json.dumps(x) + "\n" for x in lines) for name, lines in self.LINES.items()}
+        files |= {"summary.json": json.dumps(self.SUMMARY)}
+        files = {name: text.encode() for name, text in files.items()}
+        files["pictures/grid_0000001.png"] = self.picture.getvalue()
+        for name in rng.sample(sorted(files), rng.randint(1, 2)):
+            match rng.randrange(4):
+                case 0:
+                    files[name] = mutated(rng, files[name])
+                case 1:
+                    files[name] = rng.choice((b"", b"\n", b"3\n", b"[]\n", b"null\n", b"[" * 10**5 + b"\n", b"\xff\n"))
+                case _ if name in self.LINES:
+                    lines = [spoiled(rng, x) if rng.random() < 0.7 else x for x in self.LINES[name]]
+                    files[name] = "".join(json.dumps(x) + "\n" for x in lines).encode()
+                case _ if name == "summary.json":
+                    files[name] = json.dumps(spoiled(rng, self.SUMMARY)).encode()
+        for name, content in files.items():
+            (self.folder / name).write_bytes(content)
+        subject = Subject("run", self.config, {}, self.folder, None, None, self.mesh)
+        sections, missing = report.analyse([subject], ["overview", "pictures"])
+        assert all(text and "Traceback" not in text and "\n" not in text for text in missing.values()), missing
+        if rng.random() < 0.1:  # drawing takes long
+            report.write(self.folder, {"run": "run"}, sections, missing)
+
+
+class ReportTarget:
+    """Reports on small encoders, also of a run with damaged checkpoints, about few or odd images."""
+
+    SECTIONS = ("whitebox", "views", "collapse", "alignment")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run = folder, folder / "run"
+        self.paths = []
+        for name in ("crate", "vit", "resnet18"):
+            c = quickstart.get_config("debug")
+            c.encoder.name, c.encoder.width, c.encoder.depth, c.encoder.heads = name, 16, 1, 2
+            c.decoder.depth, c.decoder.heads, c.encoder.stage_width = 1, 2, 4
+            if name == "crate":
+                c.batch_size, c.steps, c.save.every, c.log.pictures, c.log.report = 16, 2, 1, 0, False
+                train.run(c, str(self.run))
+                continue
+            params = jax.jit(functools.partial(representation.init_params, c))(jax.random.key(0))
+            self.paths.append(folder / f"{name}.safetensors")
+            weights.save(self.paths[-1], c.to_dict(), jax.device_get(params))
+
+    def damaged(self, rng: random.Random) -> Path:
+        """A copy of the run in which one file is missing or damaged."""
+        copied = self.folder / f"run {rng.random()}"
+        shutil.copytree(self.run, copied)
+        file = rng.choice(sorted(path for path in copied.rglob("*") if path.is_file()))
+        if rng.random() < 0.3:
+            file.unlink()
+        else:
+            file.write_bytes(mutated(rng, file.read_bytes()))
+        return copied
+
+    def images(self, rng: random.Random) -> str:
+        """A folder with few images, of one size or of several, some damaged, with classes or without."""
+        folder = self.folder / str(rng.random())
+        for split in rng.choice((("train",), ("train", "val"), ("",))):
+            for name in rng.choice((("",), ("a",), ("a", "b"), ("a", "b", "c"))):
+                (folder / split / name).mkdir(parents=True, exist_ok=True)
+                for i in range(rng.choice((1, 1, 2, 3, 5))):
+                    size = (rng.choice((1, 2, 8, 33)), rng.choice((1, 8, 9)))
+                    pixels = np.random.default_rng(i).integers(0, rng.choice((1, 255)), (*size, 3), np.uint8)
+                    Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+                if rng.random() < 0.3:
+                    (folder / split / name / "bad.png").write_bytes(b"no image")
+        return f"folder:{folder}"
+
+    def case(self, rng: random.Random) -> None:
+        """A report, or one line; a section that cannot be made is named."""
+        c = report_config.get_config()
+        paths = [*self.paths, self.damaged(rng) if rng.random() < 0.5 else self.run]
+        c.checkpoint = ",".join(map(str, rng.sample(paths, rng.choice((1, 1, 2)))))
+        c.report.sections = (rng.choice(self.SECTIONS),)
+        c.data.source = self.images(rng)
+        c.data.max_undecodable = rng.choice((0.01, 0.5, 1.0))
+        c.whitebox.images = rng.choice((1, 2, 3, 256))
+        c.whitebox.measure = rng.choice(("paper", "released", "both"))
+        c.evaluation.batch_size = rng.choice((1, 2, 64))
+        with contextlib.suppress(UserError):
+            found = report.run(c, str(self.folder / "report"))
+            assert all(text and "\n" not in text for text in found["left_out"].values()), found
+
+
 def target(name: str, folder: Path) -> Target:
     """A target by name; `folder` is its own."""
-    if name in ("weights", "convert", "meta"):
-        return {"weights": WeightsTarget, "convert": ConvertTarget, "meta": MetaTarget}[name](folder)
+    if name in OF_A_FOLDER:
+        return OF_A_FOLDER[name](folder)
     return {"config": ConfigTarget, "image": ImageTarget}[name]()
 
 
-NAMES = ("config", "image", "weights", "convert", "meta")
+OF_A_FOLDER = {
+    "weights": WeightsTarget, "convert": ConvertTarget, "meta": MetaTarget, "records": RecordsTarget,
+    "report": ReportTarget,
+}  # fmt: skip
+NAMES = ("config", "image", *OF_A_FOLDER)
 
 
 def campaign(seconds: float, names: list[str], seed: int) -> int:

@@ -20,7 +20,7 @@ from tests import fuzz
 
 pytestmark = pytest.mark.one_python
 
-COUNTS = {"config": 120, "image": 1500, "weights": 200, "convert": 40, "meta": 1000}
+COUNTS = {"config": 120, "image": 1500, "weights": 200, "convert": 40, "meta": 1000, "records": 40, "report": 3}
 
 
 def failures(name: str, folder, seed: int, count: int, **options) -> list[str]:
@@ -35,7 +35,7 @@ def failures(name: str, folder, seed: int, count: int, **options) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", fuzz.NAMES)
+@pytest.mark.parametrize("name", [name for name in fuzz.NAMES if name != "report"])  # that one compiles each time
 def test_no_input_ends_in_a_traceback(name, tmp_path):
     assert not failures(name, tmp_path, 0, COUNTS[name], **({"builds": 4} if name == "config" else {}))
 

@@ -6,9 +6,8 @@ Reads ``metrics.jsonl``, ``summary.json``, ``results.jsonl`` and ``pictures/`` o
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure as Plot
 from matplotlib.lines import Line2D
-from PIL import Image
 
 from crate_jax.config import WITHOUT_METHOD, base, has_effect, is_read, method_name, parts
+from crate_jax.data import decoding
 from crate_jax.errors import DataError
 from crate_jax.evals.metrics import TOP1, interval, reading
 from crate_jax.models import widths
@@ -27,7 +26,7 @@ from crate_jax.report.section import Estimate, Figure, Section, Subject, Table, 
 from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape, legend
 from crate_jax.validation import flatten
-from crate_jax.workdir import starts
+from crate_jax.workdir import reading, starts
 
 CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
@@ -46,6 +45,7 @@ SHARES = {  # key in summary.json of a number in 0..1 -> name of the column
     "mean_per_class": "mean per class %", "miou": "mIoU %", "mean_accuracy": "mean accuracy %",
     "pixel_accuracy": "pixel accuracy %",
 }  # fmt: skip
+OF_A_SUMMARY = ("steps", "loss", "images_per_sec", "params")  # numbers that the table of the runs has
 LAYERS = {  # measure that telemetry logs for each layer -> label of the axis, caption
     "encoder/subspace_rate": ("$R^c$ (nats)", "coding rate of the patch tokens in each layer's own subspaces"),
     "encoder/released_rate": ("$R^c$ of unit tokens (nats)", "coding rate as the released script computes it"),
@@ -91,35 +91,51 @@ def read(workdir: Path | None) -> Logged:
       workdir: the run's folder; None gives empty records.
 
     Raises:
-      DataError: summary.json, or a whole line of a .jsonl file, is not JSON.
+      DataError: summary.json, or a whole line of a .jsonl file, is not what a run writes.
     """
     if workdir is None:
         return Logged([], {}, [])
-    path = workdir / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as e:
-        raise DataError(f"{path}: is not JSON ({e}); run the training command again, which writes it anew") from None
-    metrics, results = _lines(workdir / "metrics.jsonl"), _lines(workdir / "results.jsonl")
-    return Logged(metrics, summary, results, starts.lineage(starts.read(workdir)))
+    metrics = _lines(workdir / "metrics.jsonl", reading.scalars)
+    results = _lines(workdir / "results.jsonl", _result)
+    return Logged(metrics, _summary(workdir / "summary.json"), results, starts.lineage(starts.read(workdir)))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line without its end is skipped, since it is still being written."""
-    if not path.exists():
+def _summary(path: Path) -> dict[str, Any]:
+    """The object of summary.json; {} if there is no file."""
+    if not path.is_file():
+        return {}
+    summary = reading.parse(path.read_text(encoding="utf-8", errors="replace"))
+    scores = (score + suffix for score in SHARES for suffix in COMPARED)
+    wrong = None if summary is None else reading.not_numbers(summary, (*OF_A_SUMMARY, *scores))
+    if summary is None or wrong:
+        what = f"has no number at {wrong[0]!r}" if wrong else "is not JSON with an object"
+        raise DataError(f"{path}: {what}; run the training command again, which writes it anew")
+    return summary
+
+
+def _result(line: str) -> dict[str, Any] | None:
+    record = reading.parse(line)
+    return None if record is None or reading.not_numbers(record, SHARES) else record
+
+
+def _lines(path: Path, parse: Callable[[str], dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; a last line without its end is skipped, since it is still being written."""
+    if not path.is_file():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as e:
-        raise DataError(f"{path}: holds a line that is not JSON ({e})") from None
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+        record = parse(line + "\n")
+        if record is None:
+            raise DataError(f"{path}: line {number} is not a record that a run writes; delete this line")
+        found.append(record)
+    return found
 
 
 def section(subjects: Sequence[Subject]) -> Section:
     """The section with one line for each run, and figures of its scores beside those of its controls.
 
     Raises:
-      DataError: a record of a run is not JSON.
+      DataError: a record of a run is damaged.
     """
     logged = {s.name: read(s.workdir) for s in subjects}
     return Section(
@@ -407,7 +423,7 @@ def pictures(subjects: Sequence[Subject]) -> Section:
     """The section with the newest picture of each kind of each run.
 
     Raises:
-      DataError: no run has pictures.
+      DataError: no run has pictures, or one of them cannot be decoded.
     """
     figures = []
     for s in subjects:
@@ -417,8 +433,10 @@ def pictures(subjects: Sequence[Subject]) -> Section:
             if match:
                 newest[match[1]] = (int(match[2]), path)  # paths are sorted by step, so the newest one stays
         for kind, (step, path) in newest.items():
-            with Image.open(path) as picture:
-                array = np.asarray(picture.convert("RGB"))
+            try:
+                array = decoding.decode(decoding.open_image(decoding.read_file(str(path))))
+            except decoding.DecodeError as e:
+                raise DataError(f"{path}: {e}; delete it") from None
             figures.append(Figure(f"{s.name}, {kind} at step {step:,}.", array))
     if not figures:
         raise DataError("no run has pictures; config.log.pictures says how many images they show")

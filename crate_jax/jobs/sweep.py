@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import gc
-import json
 import logging
 import math
 import re
@@ -32,6 +31,7 @@ from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training.step import make_recipe
 from crate_jax.validation import changed_keys, flatten
+from crate_jax.workdir import reading
 from crate_jax.workdir.folder import lock
 
 log = logging.getLogger(__name__)
@@ -249,11 +249,11 @@ def _is_finished(folder: Path, setting: Setting) -> bool:
       CheckpointError: the folder's config.json cannot be read.
     """
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored = reading.parse((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return False
-    except ValueError:
-        raise CheckpointError(f"{folder / 'config.json'}: is not JSON; delete {folder} to run it again") from None
+    if stored is None:
+        raise CheckpointError(f"{folder / 'config.json'}: is not JSON; delete {folder} to run it again")
     stored = flatten(base()) | flatten(stored)  # a key that is newer than the run had its default
     # Keys without effect on the numbers may differ: the run can still continue, or is finished.
     changed = [c for c in changed_keys(stored, setting.config.to_dict()) if has_effect(c.partition(":")[0])]
@@ -349,15 +349,16 @@ def _judged(config: ConfigDict, folder: Path, setting: Setting, record: dict[str
         for judge in judges(config):
             home = folder / setting.name / JUDGED / re.sub(r"[^-+.\w]", "_", judge.name)
             try:
-                result = json.loads((home / evaluate.RESULTS).read_text(encoding="utf-8").splitlines()[-1])
-            except (OSError, ValueError, IndexError):
-                result = None
-            if distributed.max_over_processes(int(result is None)):
+                lines = (home / evaluate.RESULTS).read_text(encoding="utf-8", errors="replace").splitlines()
+            except OSError:
+                lines = []
+            top1 = (reading.parse(lines[-1]) or {}).get("top1") if lines else None
+            if distributed.max_over_processes(int(not isinstance(top1, float))):
                 try:
-                    result = evaluate.run(judge.config(setting.config, folder / setting.name), str(home))
+                    top1 = evaluate.run(judge.config(setting.config, folder / setting.name), str(home))["top1"]
                 except UserError as e:
                     raise UserError(f"{setting.name}, judged by {judge.name}: {e}") from e
-            record[f"{sweep_table.JUDGE}{judge.name}"] = result["top1"]
+            record[f"{sweep_table.JUDGE}{judge.name}"] = top1
     return record
 
 
@@ -367,10 +368,11 @@ def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
     record = {"value": setting.value, "seed": setting.seed, "folder": setting.name}
     if error:
         return {**record, "status": "failed", "error": error}
-    try:
-        return {**record, "status": "done", **json.loads(path.read_text(encoding="utf-8"))}
-    except ValueError:
-        raise CheckpointError(f"{path}: is not JSON; delete it and repeat the command to write it again") from None
+    summary = reading.parse(path.read_text(encoding="utf-8", errors="replace"))
+    if summary is None or reading.not_numbers(summary, sweep_table.NUMBERS):
+        what = "is not JSON" if summary is None else "holds other than numbers"
+        raise CheckpointError(f"{path}: {what}; delete it and repeat the command to write it again")
+    return {**record, "status": "done", **summary}
 
 
 def _report(config: ConfigDict, folder: Path, settings: Sequence[Setting], records: dict[int, dict[str, Any]]) -> str:

@@ -26,6 +26,7 @@ JUDGE = "judge "  # begins the names of accuracies by config.sweep.judge
 RANKS = {"rankme": "RankMe", "lidar": "LiDAR"}
 RANKS_TEXT = "RankMe and LiDAR say how many dimensions the features use; more is not better by itself."
 BASELINES = {"_untrained": "untrained", "_pixels": "pixels"}
+NUMBERS = ("loss", *(name + suffix for name in (*SCORES, *RANKS) for suffix in ("", *BASELINES)))
 LOG_SPAN = 20  # the axis is logarithmic if the largest value / the smallest value is above this
 
 

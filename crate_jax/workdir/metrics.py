@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress as RichProgress, TextColumn
 
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.parallel import distributed
+from crate_jax.workdir import reading
 from crate_jax.workdir.pictures import save_png
 
 log = logging.getLogger(__name__)
@@ -172,10 +173,11 @@ class JsonLines:
     """
 
     def __init__(self, path: str, start_step: int) -> None:
-        """Opens the file to append to it, and keeps only its lines up to `start_step` (none if it is 0)."""
+        """Opens the file to append to it, and keeps only its whole lines up to `start_step` (none if it is 0)."""
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as f:
-                kept = [line for line in f if start_step > 0 and _step_of(line) <= start_step]
+                read = [(line, reading.scalars(line)) for line in f if start_step > 0]
+            kept = [line for line, record in read if record is not None and record["step"] <= start_step]
             write_text(path, "".join(kept))
         with writing(path):
             self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -193,14 +195,6 @@ class JsonLines:
         """Closes the file."""
         with contextlib.suppress(OSError):  # the failed write of a line was already reported
             self._file.close()
-
-
-def _step_of(line: str) -> float:
-    """Returns the step of a line; infinity for a line that a crash cut short, so that it is deleted."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 class TensorBoard:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crate_jax.workdir import reading
 from crate_jax.workdir.checkpoint_files import versions
 from crate_jax.workdir.metrics import writing
 
@@ -67,20 +68,29 @@ def append(folder: Path, run: str, step: int, changed: Sequence[Mapping[str, Any
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All starts, the oldest first; without lines that a crash cut short. [] if an older version made the run."""
+    """All starts, the oldest first; without lines that are damaged. [] if an older version made the run."""
     try:
         lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     starts = []
     for line in lines:
-        try:
-            start = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(start, dict) and isinstance(start.get("step"), int):
+        start = reading.parse(line)
+        if start is not None and _is_whole(start):
             starts.append(start)
     return starts
+
+
+def _is_whole(start: Mapping[str, Any]) -> bool:
+    """Whether a line has the entries of a start, so that a crash or an editor has not changed them."""
+    changed, versions = start.get("changed", []), start.get("versions", {})
+    return (
+        type(start.get("step")) is int
+        and isinstance(versions, dict)
+        and isinstance(changed, list)
+        and all(isinstance(c, dict) and {"key", "old", "new"} <= c.keys() for c in changed)
+        and all(isinstance(c["key"], str) and type(c.get("step")) is int for c in changed)
+    )
 
 
 def lineage(starts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

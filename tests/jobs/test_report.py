@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html import escape
@@ -18,7 +19,7 @@ from crate_jax import config as configs, validation
 from crate_jax.analysis import logged
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.jobs import report as job, train
-from crate_jax.report import Figure, Section, Table, page, svg
+from crate_jax.report import Figure, Section, Subject, Table, page, svg
 from crate_jax.report.section import Estimate
 from crate_jax.validation import flatten
 from crate_jax.workdir import pictures
@@ -430,6 +431,42 @@ def test_evaluations_in_the_workdir_are_shown(tmp_path):
     table = logged._results({"r": logged.read(tmp_path)})
     assert table.columns == ("run", "protocol", "data", "top-1 %")
     assert table.rows == (("r", "knn", "digits", 25.0), ("r", "x", "d", None))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b'{"step": 1}\n{"step": 2, "loss": "x"}\n', "line 2 is not a record"),
+        ("metrics.jsonl", b'{"loss": 0.5}\n', "line 1 is not a record"),
+        ("metrics.jsonl", b'{"step": 1, "loss": 1e999}\n', "line 1 is not a record"),
+        ("results.jsonl", b"3\n", "line 1 is not a record"),
+        ("results.jsonl", b'{"top1": [0.5]}\n', "line 1 is not a record"),
+        ("results.jsonl", b'{"data": "\xff"\n', "line 1 is not a record"),
+        ("summary.json", b"[" * 10**5, "is not JSON with an object"),
+        ("summary.json", b'{"knn_top1_pixels": "x"}', "has no number at 'knn_top1_pixels'"),
+        ("summary.json", b'{"loss": true}', "has no number at 'loss'"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: {message}"):
+        logged.read(tmp_path)
+
+
+def test_a_pipe_is_no_record_of_a_run(tmp_path):
+    """Nobody writes to it: who opened it would wait for ever."""
+    for name in ("metrics.jsonl", "summary.json"):
+        os.mkfifo(tmp_path / name)
+    found = logged.read(tmp_path)
+    assert found.metrics == [] and found.summary == {}
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "grid_0000001.png").write_bytes(b"no picture")
+    subject = Subject("run", configs.base(), {}, tmp_path, None, None, None)
+    sections, missing = job.analyse([subject], ["pictures"])
+    assert sections == [] and "grid_0000001.png: not an image in a known format; delete it" in missing["Pictures"]
 
 
 def plot(label="a"):
