@@ -44,7 +44,7 @@ def test_lines_after_the_step_resumed_from_are_dropped(tmp_path):
         for step in (10, 20, 30):
             writer.write(step, {"loss": 1.0 / step})
     with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write('{"step": "9", "loss": 1.0}\n[9]\n{"step": 9, "loss": "x"}\n')  # no run has written these
+        f.write('{"step": "9"}\n{"step": null}\n[9]\n{"step": 9, "loss": "x"}\n')  # no run has written these
         f.write('{"step": 40, "lo')  # the process was killed while writing
     with metrics.Writer(tmp_path, quiet(), 20) as writer:
         writer.write(30, {"loss": 0.5})
