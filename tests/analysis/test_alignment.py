@@ -470,8 +470,9 @@ def test_shrinking_takes_means_of_boxes():
     np.testing.assert_allclose(small[1, 2, 3], x[1, 4:6, 6:8].mean((0, 1)))
 
 
-def test_the_subspace_with_the_signal_is_found():
+def test_the_subspace_with_the_signal_is_found(caplog):
     """Labels in the last components only: the bottom has them, the top is at chance."""
+    caplog.set_level("INFO")
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 600).astype(np.int32)
     rows = rng.normal(size=(600, 12)) * np.repeat([10, 0.1], [5, 7])
@@ -484,10 +485,12 @@ def test_the_subspace_with_the_signal_is_found():
     assert (top.place, bottom.place) == ("top", "bottom")
     assert top.probe < 0.65 < 0.95 < bottom.probe
     assert (top.dimensions, bottom.dimensions) == (5, 7)
+    assert "1 of 2: accuracy from 5 top components" in caplog.text
+    assert "2 of 2: accuracy from 7 bottom components" in caplog.text
     assert top.variance >= 0.9 and top.variance + bottom.variance == pytest.approx(1)
 
 
-def test_section_of_a_run(images, tmp_path, monkeypatch):
+def test_section_of_a_run(images, tmp_path, monkeypatch, caplog):
     """A run with two checkpoints on the digits, and one without labels or decoder."""
     monkeypatch.setattr(section, "SHARES", (0.9,))
     c = quickstart.get_config("debug")
@@ -504,7 +507,9 @@ def test_section_of_a_run(images, tmp_path, monkeypatch):
     other = Subject("other", c, {"encoder": params["encoder"]}, None, unlabelled, None, subject.mesh)
     again = Subject("again", c.copy_and_resolve_references(), subject.params, None, *splits, subject.mesh)
     again.config.corruption.mask_ratio = 0.3
+    caplog.set_level("INFO")
     made = section.section([subject, other, again])
+    assert "quick: error by band at step 2 of 2" in caplog.text
     assert (
         "other: no alignment, as there are no labelled training images" in made.text
         and "Images of quick and again: " in made.text

@@ -9,6 +9,8 @@ Shapes: N images, D numbers per (shrunk) image, L bands.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,6 +25,8 @@ from crate_jax.evals.probe import probe_top1
 from crate_jax.methods.reconstruction import predict
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify, unpatchify
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +212,12 @@ def accuracy_by_subspace(
     for share in shares:
         cut = min(int(np.searchsorted(cumulated, share)) + 1, len(cumulated) - 1)
         for place, part in (("top", slice(0, cut)), ("bottom", slice(cut, None))):
+            start = time.monotonic()
             a, b = (x[:, part] for x in coordinates)
             variance = float(components.variances_D[part].sum() / components.variances_D.sum())
             probe = probe_top1(a, train[1], b, test[1], classes, evaluation.probe_c)
             knn = knn_top1(a, train[1], b, test[1], classes, evaluation.knn_k, evaluation.knn_temperature)
             out.append(SubspaceAccuracy(place, a.shape[1], variance, probe, knn))
+            count, seconds = 2 * len(shares), time.monotonic() - start
+            log.info("%d of %d: accuracy from %d %s components (%.1f s)", len(out), count, a.shape[1], place, seconds)
     return out

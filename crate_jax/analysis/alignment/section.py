@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,10 +206,13 @@ def _bands_together(
         errors = bands.errors_of(subject.config, side)
         found_by_step = []
         for step in steps:
+            start = time.monotonic()
             params = checkpoint.read_params(subject.workdir, step, judged=True)[0]
             found_by_step.append(
                 bands.reconstruction_by_band(subject.config, params, test_images, components, edges, errors)
             )
+            seconds = time.monotonic() - start
+            log.info("%s: error by band at step %d of %d (%.1f s)", subject.name, step, steps[-1], seconds)
         by_step = np.stack(found_by_step)
         probes = logged_probes(subject, steps)
         numbers["bands"][subject.name] = {"steps": steps, "edges": edges, "error": by_step, "probe": probes}
