@@ -108,7 +108,7 @@ def _summary(path: Path) -> dict[str, Any]:
     scores = (score + suffix for score in SHARES for suffix in COMPARED)
     wrong = None if summary is None else reading.not_numbers(summary, (*OF_A_SUMMARY, *scores))
     if summary is None or wrong:
-        what = f"has no number at {wrong[0]!r}" if wrong else "is not JSON with an object"
+        what = f"has no number at {wrong[0]!r}" if wrong else "is not a JSON object"
         raise DataError(f"{path}: {what}; run the training command again, which writes it anew")
     return summary
 

@@ -253,7 +253,7 @@ def _is_finished(folder: Path, setting: Setting) -> bool:
     except FileNotFoundError:
         return False
     if stored is None:
-        raise CheckpointError(f"{folder / 'config.json'}: is not JSON; delete {folder} to run it again")
+        raise CheckpointError(f"{folder / 'config.json'}: is not a JSON object; delete {folder} to run it again")
     stored = flatten(base()) | flatten(stored)  # a key that is newer than the run had its default
     # Keys without effect on the numbers may differ: the run can still continue, or is finished.
     changed = [c for c in changed_keys(stored, setting.config.to_dict()) if has_effect(c.partition(":")[0])]
@@ -370,7 +370,7 @@ def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
         return {**record, "status": "failed", "error": error}
     summary = reading.parse(path.read_text(encoding="utf-8", errors="replace"))
     if summary is None or reading.not_numbers(summary, sweep_table.NUMBERS):
-        what = "is not JSON" if summary is None else "holds other than numbers"
+        what = "is not a JSON object" if summary is None else "holds something else where a number belongs"
         raise CheckpointError(f"{path}: {what}; delete it and repeat the command to write it again")
     return {**record, "status": "done", **summary}
 

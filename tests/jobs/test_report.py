@@ -422,7 +422,7 @@ def test_a_run_that_is_still_going_can_be_read(runs, tmp_path):
     assert dict(zip(table["columns"], table["rows"][0], strict=True))["steps"] == 4
     (run / "summary.json").write_text("{")
     broken = report([run], report__sections=("overview",))
-    assert "summary.json: is not JSON" in broken["left_out"]["Overview"]
+    assert "summary.json: is not a JSON object" in broken["left_out"]["Overview"]
 
 
 def test_evaluations_in_the_workdir_are_shown(tmp_path):
@@ -442,7 +442,7 @@ def test_evaluations_in_the_workdir_are_shown(tmp_path):
         ("results.jsonl", b"3\n", "line 1 is not a record"),
         ("results.jsonl", b'{"top1": [0.5]}\n', "line 1 is not a record"),
         ("results.jsonl", b'{"data": "\xff"\n', "line 1 is not a record"),
-        ("summary.json", b"[" * 10**5, "is not JSON with an object"),
+        ("summary.json", b"[" * 10**5, "is not a JSON object"),
         ("summary.json", b'{"knn_top1_pixels": "x"}', "has no number at 'knn_top1_pixels'"),
         ("summary.json", b'{"loss": true}', "has no number at 'loss'"),
     ],

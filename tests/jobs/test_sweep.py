@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from configs import sweep as sweep_config
-from crate_jax.errors import ConfigError, NonFiniteError, UserError
+from crate_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from crate_jax.jobs import sweep, sweep_table
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from tests.conftest import ROOT
@@ -237,6 +237,19 @@ def test_a_stopped_command_continues_where_it_was(cli_env, tmp_path):
     assert (first / "summary.json").stat().st_mtime_ns == written
     assert summaries(tmp_path / "sweep")[second.name]["steps"] == 600
     assert "2 of 2 runs finished" in again.stdout and "--config.sweep.values=0.5,0.75" in again.stdout
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path):
+    setting = sweep.expand(tiny(**TWO_BY_TWO))[0]
+    home = tmp_path / setting.name
+    home.mkdir()
+    (home / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="config.json: is not a JSON object; delete"):
+        sweep._is_finished(home, setting)
+    for text, what in (("[1]", "is not a JSON object"), ('{"rankme_untrained": "x"}', "where a number belongs")):
+        (home / "summary.json").write_text(text)
+        with pytest.raises(CheckpointError, match=f"summary.json: .*{what}; delete it and repeat"):
+            sweep._record(tmp_path, setting)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGQUIT"])
