@@ -406,6 +406,7 @@ class RecordsTarget:
     SUMMARY = {
         "steps": 2, "loss": 1.6, "images_per_sec": 9.5, "params": 2204, "devices": "2 x cpu", "probe_top1": 0.5,
         "probe_top1_untrained": 0.25, "probe_top1_pixels": 0.75, "knn_top1": None,
+        "test_images": 60, "majority_top1": 0.1,
     }  # fmt: skip
 
     def __init__(self, folder: Path) -> None:

@@ -26,7 +26,7 @@ from crate_jax.report.section import Estimate, Figure, Section, Subject, Table, 
 from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape, legend
 from crate_jax.validation import flatten
-from crate_jax.workdir import reading, starts
+from crate_jax.workdir import readback, starts
 
 CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
@@ -45,7 +45,6 @@ SHARES = {  # key in summary.json of a number in 0..1 -> name of the column
     "mean_per_class": "mean per class %", "miou": "mIoU %", "mean_accuracy": "mean accuracy %",
     "pixel_accuracy": "pixel accuracy %",
 }  # fmt: skip
-OF_A_SUMMARY = ("steps", "loss", "images_per_sec", "params")  # numbers that the table of the runs has
 LAYERS = {  # measure that telemetry logs for each layer -> label of the axis, caption
     "encoder/subspace_rate": ("$R^c$ (nats)", "coding rate of the patch tokens in each layer's own subspaces"),
     "encoder/released_rate": ("$R^c$ of unit tokens (nats)", "coding rate as the released script computes it"),
@@ -58,6 +57,12 @@ LAYERS = {  # measure that telemetry logs for each layer -> label of the axis, c
 }  # fmt: skip
 MAX_STEPS_DRAWN = 5  # steps for which a run's layers are drawn
 COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
+OF_A_SUMMARY = {  # what is read in summary.json, and the check of its value
+    **dict.fromkeys(("steps", "params", "test_images"), readback.is_count),
+    **dict.fromkeys(("loss", "images_per_sec"), readback.is_number),
+    **{score + suffix: readback.is_share for score in SHARES for suffix in COMPARED},
+    "majority_top1": readback.is_share,
+}
 MARKS: dict[str, dict[str, Any]] = {
     "_pixels": dict(marker="|", color="C7", markersize=13, markeredgewidth=2),
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
@@ -95,7 +100,7 @@ def read(workdir: Path | None) -> Logged:
     """
     if workdir is None:
         return Logged([], {}, [])
-    metrics = _lines(workdir / "metrics.jsonl", reading.scalars)
+    metrics = _lines(workdir / "metrics.jsonl", readback.scalars)
     results = _lines(workdir / "results.jsonl", _result)
     return Logged(metrics, _summary(workdir / "summary.json"), results, starts.lineage(starts.read(workdir)))
 
@@ -104,18 +109,17 @@ def _summary(path: Path) -> dict[str, Any]:
     """The object of summary.json; {} if there is no file."""
     if not path.is_file():
         return {}
-    summary = reading.parse(path.read_text(encoding="utf-8", errors="replace"))
-    scores = (score + suffix for score in SHARES for suffix in COMPARED)
-    wrong = None if summary is None else reading.not_numbers(summary, (*OF_A_SUMMARY, *scores))
+    summary = readback.parse(path.read_text(encoding="utf-8", errors="replace"))
+    wrong = None if summary is None else readback.wrong(summary, OF_A_SUMMARY)
     if summary is None or wrong:
-        what = f"has no number at {wrong[0]!r}" if wrong else "is not a JSON object"
+        what = f"{wrong[0]!r} has no possible value" if wrong else "is not a JSON object"
         raise DataError(f"{path}: {what}; run the training command again, which writes it anew")
     return summary
 
 
 def _result(line: str) -> dict[str, Any] | None:
-    record = reading.parse(line)
-    return None if record is None or reading.not_numbers(record, SHARES) else record
+    record = readback.parse(line)
+    return None if record is None or readback.wrong(record, dict.fromkeys(SHARES, readback.is_share)) else record
 
 
 def _lines(path: Path, parse: Callable[[str], dict[str, Any] | None]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training.step import make_recipe
 from crate_jax.validation import changed_keys, flatten
-from crate_jax.workdir import reading
+from crate_jax.workdir import readback
 from crate_jax.workdir.folder import lock
 
 log = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def _is_finished(folder: Path, setting: Setting) -> bool:
       CheckpointError: the folder's config.json cannot be read.
     """
     try:
-        stored = reading.parse((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
+        stored = readback.parse((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return False
     if stored is None:
@@ -352,7 +352,7 @@ def _judged(config: ConfigDict, folder: Path, setting: Setting, record: dict[str
                 lines = (home / evaluate.RESULTS).read_text(encoding="utf-8", errors="replace").splitlines()
             except OSError:
                 lines = []
-            top1 = (reading.parse(lines[-1]) or {}).get("top1") if lines else None
+            top1 = (readback.parse(lines[-1]) or {}).get("top1") if lines else None
             if distributed.max_over_processes(int(not isinstance(top1, float))):
                 try:
                     top1 = evaluate.run(judge.config(setting.config, folder / setting.name), str(home))["top1"]
@@ -368,8 +368,8 @@ def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
     record = {"value": setting.value, "seed": setting.seed, "folder": setting.name}
     if error:
         return {**record, "status": "failed", "error": error}
-    summary = reading.parse(path.read_text(encoding="utf-8", errors="replace"))
-    if summary is None or reading.not_numbers(summary, sweep_table.NUMBERS):
+    summary = readback.parse(path.read_text(encoding="utf-8", errors="replace"))
+    if summary is None or readback.wrong(summary, dict.fromkeys(sweep_table.NUMBERS, readback.is_number)):
         what = "is not a JSON object" if summary is None else "holds something else where a number belongs"
         raise CheckpointError(f"{path}: {what}; delete it and repeat the command to write it again")
     return {**record, "status": "done", **summary}

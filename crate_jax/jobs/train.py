@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import nonfinite
 from crate_jax.training.loop import Loop, Observer, Picture
 from crate_jax.validation import FIXED, FREE, changed_keys, flatten
-from crate_jax.workdir import checkpoint, metrics, pictures, starts
+from crate_jax.workdir import checkpoint, metrics, pictures, readback, starts
 from crate_jax.workdir.folder import lock
 
 log = logging.getLogger(__name__)
@@ -129,10 +128,11 @@ def finished(loop: Loop, folder: Path, changes: Sequence[Any]) -> dict[str, Any]
         return None
     sha256 = checkpoint.params_sha256(loop.state.params)
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary: Any = readback.parse((folder / "summary.json").read_text(encoding="utf-8", errors="replace"))
         files = [summary[name] for name in ("pictures", "report") if summary[name]]
         same = (summary["steps"], summary["params_sha256"]) == (loop.total, sha256)
         whole = same and bool(summary["report"]) == loop.config.log.report and all(map(os.path.exists, files))
+        _ = told(summary) if loop.config.job == "pretrain" else reading(summary)  # as it will be printed
     except (OSError, ValueError, TypeError, KeyError):
         whole = False
     if distributed.max_over_processes(int(not whole)):
@@ -143,21 +143,22 @@ def finished(loop: Loop, folder: Path, changes: Sequence[Any]) -> dict[str, Any]
 
 def show(summary: Mapping[str, Any]) -> None:
     """Prints the results of a pre-training run for people."""
-    print(f"steps {summary['steps']}  loss {summary['loss']:.4g}  parameters {summary['params']:,}")
+    print("\n".join(told(summary)))
+
+
+def told(summary: Mapping[str, Any]) -> list[str]:
+    """The results of a pre-training run in lines for people."""
+    lines = [f"steps {summary['steps']}  loss {summary['loss']:.4g}  parameters {summary['params']:,}"]
     if summary["knn_top1"] is not None:
-        print(f"{'top-1 accuracy':<20}{'k-NN':>8}{'probe':>8}")
+        lines.append(f"{'top-1 accuracy':<20}{'k-NN':>8}{'probe':>8}")
         for label, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
-            print(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
-        for line in reading(summary):
-            print(line)
+            lines.append(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
+        lines += reading(summary)
     for name, shown in (("rankme", "RankMe"), ("lidar", "LiDAR")):
         if name in summary:
             before = f"untrained {summary[name + '_untrained']:.1f}"
-            print(f"{shown:<20}{summary[name]:>8.1f} of {summary[name + '_limit']:.0f}, {before}")
-    if summary["pictures"]:
-        print(escaped(f"pictures: {summary['pictures']}"))
-    if summary["report"]:
-        print(escaped(f"report: {summary['report']}"))
+            lines.append(f"{shown:<20}{summary[name]:>8.1f} of {summary[name + '_limit']:.0f}, {before}")
+    return lines + [escaped(f"{name}: {summary[name]}") for name in ("pictures", "report") if summary[name]]
 
 
 def observers(

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress as RichProgress, TextColumn
 
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.parallel import distributed
-from crate_jax.workdir import reading
+from crate_jax.workdir import readback
 from crate_jax.workdir.pictures import save_png
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class JsonLines:
         """Opens the file to append to it, and keeps only its whole lines up to `start_step` (none if it is 0)."""
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as f:
-                read = [(line, reading.scalars(line)) for line in f if start_step > 0]
+                read = [(line, readback.scalars(line)) for line in f if start_step > 0]
             kept = [line for line, record in read if record is not None and record["step"] <= start_step]
             write_text(path, "".join(kept))
         with writing(path):

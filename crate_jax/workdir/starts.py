@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crate_jax.workdir import reading
+from crate_jax.workdir import readback
 from crate_jax.workdir.checkpoint_files import versions
 from crate_jax.workdir.metrics import writing
 
@@ -75,7 +75,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         return []
     starts = []
     for line in lines:
-        start = reading.parse(line)
+        start = readback.parse(line)
         if start is not None and _is_whole(start):
             starts.append(start)
     return starts

@@ -443,8 +443,10 @@ def test_evaluations_in_the_workdir_are_shown(tmp_path):
         ("results.jsonl", b'{"top1": [0.5]}\n', "line 1 is not a record"),
         ("results.jsonl", b'{"data": "\xff"\n', "line 1 is not a record"),
         ("summary.json", b"[" * 10**5, "is not a JSON object"),
-        ("summary.json", b'{"knn_top1_pixels": "x"}', "has no number at 'knn_top1_pixels'"),
-        ("summary.json", b'{"loss": true}', "has no number at 'loss'"),
+        ("summary.json", b'{"knn_top1_pixels": "x"}', "'knn_top1_pixels' has no possible value"),
+        ("summary.json", b'{"loss": true}', "'loss' has no possible value"),
+        ("summary.json", b'{"probe_top1": 1.5}', "'probe_top1' has no possible value"),
+        ("summary.json", b'{"test_images": 0}', "'test_images' has no possible value"),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, name, content, message):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from crate_jax.analysis import logged
-from crate_jax.config import KEYS, SECTIONS, is_read, validate
+from crate_jax.config import KEYS, SECTIONS, base, is_read, validate
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
 from crate_jax.validation import FIXED, FREE, RECORDED, flatten
-from crate_jax.workdir import checkpoint_files, starts
+from crate_jax.workdir import checkpoint, checkpoint_files, starts
 from tests.training.test_loop import small
 
 pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
@@ -175,3 +177,21 @@ def test_starts_whose_steps_are_lost_do_not_count():
     found = [{"step": 0}, {"step": 40, "changed": lr[:1]}, {"step": 60}, {"step": 40, "changed": lr[1:]}]
     log = logged.Logged([], {}, [], starts.lineage(found))
     assert log.told() == {"optimizer.lr": "0.1; from step 40 on 0.3"}
+
+
+def test_a_summary_that_cannot_be_printed_is_computed_again(tmp_path):
+    c, params = base(), {"a": np.ones(3, np.float32)}
+    c.log.report = False
+    loop = types.SimpleNamespace(start_step=2, total=2, state=types.SimpleNamespace(params=params), config=c)
+    whole = {
+        "steps": 2, "loss": 0.5, "params": 3, "params_sha256": checkpoint.params_sha256(params), "knn_top1": None,
+        "pictures": None, "report": None,
+    }  # fmt: skip
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(whole))
+    assert train.finished(loop, tmp_path, ()) == whole
+    for change in ({"loss": "x"}, {"params": None}, {"knn_top1": 0.5}, {"rankme": 3.0}, {"pictures": [1]}):
+        path.write_text(json.dumps({**whole, **change}))
+        assert train.finished(loop, tmp_path, ()) is None, change
+    path.write_text("[" * 10**5)
+    assert train.finished(loop, tmp_path, ()) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 LARGEST = 3.5e38  # no number of a run is larger: they come from float32
@@ -33,9 +33,23 @@ def is_number(value: Any) -> bool:
     return value is None or abs(value) < LARGEST
 
 
-def not_numbers(record: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """Those of `keys` whose values in a record are not numbers; a key that is missing is none of them."""
-    return [key for key in keys if not is_number(record.get(key))]
+def is_share(value: Any) -> bool:
+    """Returns whether a value is a share in 0..1, or null."""
+    return is_number(value) and (value is None or 0 <= value <= 1)
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value is a positive whole number, or null."""
+    return is_number(value) and (value is None or isinstance(value, int) and value > 0)
+
+
+def wrong(record: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> list[str]:
+    """The keys whose values in a record do not pass their checks; a key that is missing has the value None.
+
+    >>> wrong({"steps": "4", "top1": 0.5}, {"steps": is_count, "loss": is_number, "top1": is_share})
+    ['steps']
+    """
+    return [key for key, check in checks.items() if not check(record.get(key))]
 
 
 def scalars(line: str) -> dict[str, Any] | None:
@@ -45,6 +59,6 @@ def scalars(line: str) -> dict[str, Any] | None:
     ({'step': 100, 'loss': None}, None, None)
     """
     record = parse(line) if line.endswith("\n") else None
-    if record is None or type(record.get("step")) is not int or not_numbers(record, record):
+    if record is None or type(record.get("step")) is not int or not all(map(is_number, record.values())):
         return None
     return record
