@@ -437,7 +437,7 @@ class RecordsTarget:
         for name, content in files.items():
             (self.folder / name).write_bytes(content)
         subject = Subject("run", self.config, {}, self.folder, None, None, self.mesh)
-        sections, missing = report.analyse([subject], ["overview", "pictures"])
+        sections, missing = report.analyse([subject], ["overview", "pictures", "details"])
         assert all(text and "Traceback" not in text and "\n" not in text for text in missing.values()), missing
         if rng.random() < 0.1:  # drawing takes long
             report.write(self.folder, {"run": "run"}, sections, missing)

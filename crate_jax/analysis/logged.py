@@ -159,7 +159,7 @@ def details(subjects: Sequence[Subject]) -> Section:
     """The section with the curves, results, starts and settings of the runs.
 
     Raises:
-      DataError: a record of a run is not JSON.
+      DataError: a record of a run is damaged.
     """
     logged = {s.name: read(s.workdir) for s in subjects}
     tables = (_scores(logged), _runs(subjects, logged), _starts(logged), _results(logged), _settings(subjects, logged))

@@ -83,6 +83,8 @@ def reading(scores: Mapping[str, Any]) -> list[str]:
       scores: accuracies in 0..1 by their names in TOP1, some perhaps None, and :func:`guessing`, which older records
         lack. Those on raw pixels have the ending ``_pixels``.
 
+    >>> reading({"knn_top1": 0.12, "majority_top1": 0.1, "test_images": None})  # a record that somebody has changed
+    []
     >>> for line in reading({"knn_top1": 0.12, "knn_top1_pixels": 0.4, "test_images": 360, "majority_top1": 0.1}):
     ...     print(line)
     95 % intervals on 360 test images: k-NN 9.0 to 15.7 %
@@ -90,7 +92,7 @@ def reading(scores: Mapping[str, Any]) -> list[str]:
     k-NN: raw pixels, the values of the images themselves, beat the encoder; small and aligned images are easy for them
     """
     found = {name: scores[name] for name in TOP1 if scores.get(name) is not None}
-    if not found or "majority_top1" not in scores:
+    if not found or scores.get("majority_top1") is None or not scores.get("test_images"):
         return []
     images, chance = scores["test_images"], scores["majority_top1"]
     ends = {name: interval(share, images) for name, share in found.items()}
