@@ -20,7 +20,7 @@ from tests import fuzz
 
 pytestmark = pytest.mark.one_python
 
-COUNTS = {"config": 120, "image": 1500, "weights": 200, "convert": 40, "meta": 1000, "records": 40, "report": 3}
+COUNTS = {"config": 120, "image": 1500, "weights": 200, "convert": 40, "meta": 1000, "records": 40, "report": 2}
 
 
 def failures(name: str, folder, seed: int, count: int, **options) -> list[str]:
