@@ -77,6 +77,7 @@ def small(folder: Path, arg: str = "", **values):
     c.data.mean, c.data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     c.encoder.patch_size, c.encoder.width, c.encoder.depth, c.encoder.heads = 4, 32, 2, 2
     c.save.every, c.log.tensorboard, c.log.pictures, c.evaluation.every = 100, False, 0, 0
+    c.evaluation.pool = "mean"  # the job takes the checkpoint's
     for key, value in values.items():
         *section, leaf = key.split("__")
         (c[section[0]] if section else c)[leaf] = value
