@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from crate_jax.errors import ConfigError, UserError, escaped, open_closed_streams
+from crate_jax.errors import ConfigError, UserError, escaped, open_closed_streams, print_error
 
 if __name__ == "__main__":
     open_closed_streams()  # before the other imports, which keep the streams
@@ -28,9 +28,11 @@ except ValueError as e:  # a bad environment variable, such as JAX_NUM_CPU_DEVIC
     sys.exit(2)
 from absl import app, flags, logging as absl_logging
 
+from crate_jax.data.reading import Stalled, kill_workers, leave_if_hung
 from crate_jax.flags import OUT_OF_MEMORY, define_flags, fail, is_out_of_memory, parse_flags
 from crate_jax.parallel import distributed
 from crate_jax.parallel.interrupt import Interrupted
+from crate_jax.parallel.watch import LOST
 
 
 class PrintableFormatter(logging.Formatter):
@@ -58,6 +60,16 @@ def set_up_log(process: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job of the config; returns the exit status."""
+    try:
+        status = _run(argv)
+    except SystemExit as e:
+        leave_if_hung(int(e.code or 0))
+        raise
+    leave_if_hung(status)
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
     from crate_jax.jobs import JOBS  # here: a second and a half that `--help` and a wrong flag need not spend
 
     set_up_log(process=0)
@@ -83,6 +95,12 @@ def main(argv: Sequence[str]) -> int:
             with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
                 print(escaped(f"{e}; the same command continues it"), file=sys.stderr)
         return e.exit_code
+    except Stalled as e:
+        print_error(str(e) + "; the same command continues it")
+        if distributed.processes() > 1:
+            kill_workers()
+            distributed.leave(LOST)
+        return 128 + e.signum if e.signum else LOST
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         print("stopped by SIGINT; the same command continues from the last checkpoint, if any", file=sys.stderr)
         if distributed.processes() > 1:

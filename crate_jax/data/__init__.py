@@ -28,6 +28,7 @@ from crate_jax.validation import (
     increasing_pair,
     must,
     one_of,
+    positive,
     triple,
     within,
 )
@@ -167,6 +168,9 @@ DATA = Section(
         workers=Key(0, within(0, 1024), "decoding processes; 0: threads of this process decode", effect=False),
         threads=Key(4, within(1, 1024), "reading threads per process", effect=False),
         prefetch=Key(2, within(1, 1024), "batches that are kept ready on the device", effect=False),
+        stall_seconds=Key(
+            600.0, positive, "after so many seconds without images a run saves and ends with status 75", effect=False
+        ),
         memory_mb=Key(1024, at_least(0), "decoded sets up to this size, in MiB, are kept in memory", effect=False),
         # From here on Pillow warns of bombs. It takes up to 10 bytes per pixel: 0.9 GB in each reading thread.
         max_pixels=Key(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.data import decoding
 from crate_jax.data.pairs import PairSource, crop_mask
+from crate_jax.data.reading import Readers, reading
 from crate_jax.data.sources import Source
 from crate_jax.data.undecodable import Undecodable
 from crate_jax.errors import DataError
@@ -73,6 +73,7 @@ def eval_batches(
 
     Raises:
       DataError: too many images cannot be decoded, or none can.
+      Stalled: an image cannot be read in time.
     """
     size, share = tuple(config.data.image_size), config.data.eval_crop
     resample = decoding.RESAMPLING[config.data.interpolation]
@@ -80,14 +81,16 @@ def eval_batches(
 
     def load(index: int) -> dict[str, np.ndarray] | str:
         try:
-            image = source.open(index)
+            with reading(source, index):
+                image = source.open(index)
+                mask = source.mask(index) if isinstance(source, PairSource) else None
             height, width = decoding.oriented_size(image)
-            if isinstance(source, PairSource):
+            if mask is not None:
                 box = whole_box(height, width, share)
-                mask = {"mask": crop_mask(source.mask(index), box, size)}
+                ours = {"mask": crop_mask(mask, box, size)}
             else:
-                box, mask = central_box(height, width, size, share), {}
-            return {"image": np.asarray(decoding.crop_resize(image, box, size, resample))} | mask
+                box, ours = central_box(height, width, size, share), {}
+            return {"image": np.asarray(decoding.crop_resize(image, box, size, resample))} | ours
         except decoding.DecodeError as e:
             return str(e)
 
@@ -95,10 +98,10 @@ def eval_batches(
     images: list[dict[str, np.ndarray]] = []
     kept: list[int] = []
     nothing_yielded = True
-    with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
+    with Readers(config.data.threads, config.data.stall_seconds) as readers:
         for start in range(0, len(indices), batch_size):
             chunk = indices[start : start + batch_size].tolist()
-            loaded = list(pool.map(load, chunk))
+            loaded = list(readers.map(load, chunk, "an evaluation image"))
             bad = [(i, x) for i, x in zip(chunk, loaded, strict=True) if isinstance(x, str)]
             undecodable.add(bad, len(chunk))
             images += [x for x in loaded if not isinstance(x, str)]

@@ -14,6 +14,7 @@ from PIL import Image
 from crate_jax.data import decoding, sampling
 from crate_jax.data.augmentation import DRAWS, Augmentation, Layout, empty, numbered, packed
 from crate_jax.data.randaugment import randaugment
+from crate_jax.data.reading import Readers, reading
 from crate_jax.data.resampling import BatchResizer
 from crate_jax.data.sources import Source
 from crate_jax.data.undecodable import Undecodable
@@ -41,7 +42,9 @@ class DecodedSet:
     bad: np.ndarray
 
 
-def decode_set(source: Source, memory_mb: float, threads: int, undecodable: Undecodable) -> DecodedSet | None:
+def decode_set(
+    source: Source, memory_mb: float, threads: int, undecodable: Undecodable, stall_seconds: float
+) -> DecodedSet | None:
     """Decodes a whole set if all its images have one size and fit in memory.
 
     Args:
@@ -49,14 +52,16 @@ def decode_set(source: Source, memory_mb: float, threads: int, undecodable: Unde
       memory_mb: MiB that the decoded images may take.
       threads: number of decoding threads.
       undecodable: the record of files that cannot be decoded, to which these files are added.
+      stall_seconds: the deadline of each 64 images.
 
     Returns:
       The images, or None if their sizes differ or the set is too large.
 
     Raises:
       DataError: too many images cannot be decoded.
+      Stalled: images cannot be read in time.
     """
-    size = _common_size(source)
+    size = _common_size(source, stall_seconds)
     if size is None or len(source) * size[0] * size[1] * 3 > memory_mb * 2**20:
         return None
     start = time.monotonic()
@@ -67,7 +72,8 @@ def decode_set(source: Source, memory_mb: float, threads: int, undecodable: Unde
     def decode(chunk: range) -> bool:
         for i in chunk:
             try:
-                image = source.read(i)
+                with reading(source, i):
+                    image = source.read(i)
             except decoding.DecodeError as e:
                 bad[i] = True
                 reasons.append((i, str(e)))
@@ -78,28 +84,32 @@ def decode_set(source: Source, memory_mb: float, threads: int, undecodable: Unde
         return True
 
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-    with concurrent.futures.ThreadPoolExecutor(1 if max(size) <= MAX_ONE_THREAD_SIDE else threads) as pool:
-        futures = [pool.submit(decode, chunk) for chunk in chunks]
-        for future in futures:
-            if not future.result():
-                pool.shutdown(cancel_futures=True)
-                return None
+    with Readers(1 if max(size) <= MAX_ONE_THREAD_SIDE else threads, stall_seconds) as readers:
+        if not all(readers.map(decode, chunks, "images of the training set")):
+            return None
     seconds, mb = time.monotonic() - start, planar.nbytes / 2**20
     log.info("decoded %d images of %dx%d into %.0f MiB of memory in %.1f s", len(source), *size, mb, seconds)
     undecodable.add(sorted(reasons), len(source))
     return DecodedSet(planar, bad)
 
 
-def _common_size(source: Source) -> tuple[int, int] | None:
+def _common_size(source: Source, stall_seconds: float) -> tuple[int, int] | None:
     """Returns the (height, width) of a sample of the images, from their headers; None if they differ."""
-    sizes = set()
-    for i in np.unique(np.linspace(0, len(source) - 1, HEADERS).astype(int)):
+
+    def size_of(i: int) -> tuple[int, int] | None:
         try:
-            sizes.add(decoding.oriented_size(source.open(int(i))))
+            with reading(source, i):
+                return decoding.oriented_size(source.open(i))
         except decoding.DecodeError:
-            continue
-        if len(sizes) > 1:
             return None
+
+    sizes = set()
+    chosen = np.unique(np.linspace(0, len(source) - 1, HEADERS).astype(int)).tolist()
+    with Readers(1, stall_seconds) as readers:
+        for size in readers.map(size_of, chosen, "the size of an image"):
+            sizes |= {size} - {None}
+            if len(sizes) > 1:
+                return None
     return sizes.pop() if sizes else None
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Generator, Iterable
+import re
+import signal
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +17,7 @@ from crate_jax.data import recipes
 from crate_jax.data.augmentation import Augmentation, Layout
 from crate_jax.data.memory import BatchAugmenter, decode_set
 from crate_jax.data.pairs import PairSource
+from crate_jax.data.reading import Stalled
 from crate_jax.data.sources import Source
 from crate_jax.data.streaming import MAX_ATTEMPTS, ChunkSource, chunk_iterator
 from crate_jax.data.undecodable import Undecodable
@@ -44,6 +49,7 @@ class TrainPipeline:
     Raises:
       ConfigError: the batch size is not a multiple of the number of hosts.
       DataError: too many images cannot be decoded.
+      Stalled: an image cannot be read in time.
     """
 
     def __init__(
@@ -66,13 +72,14 @@ class TrainPipeline:
         self._rows = self._batch_size // process_count
         self._offset = process_index * self._rows
         self._workers, self._threads = int(data.workers), int(data.threads)
+        self._stall_seconds = float(data.stall_seconds)
         self._layout: Layout = recipes.layout(config) if views else {"image": (Augmentation.from_config(config),)}
         self.undecodable = Undecodable(source, data.max_undecodable)
         self._iterators: list[Generator[Batch, None, None]] = []
         self._augmenter: BatchAugmenter | None = None
         decoded = None
         if not isinstance(source, PairSource):
-            decoded = decode_set(source, data.memory_mb, self._threads, self.undecodable)
+            decoded = decode_set(source, data.memory_mb, self._threads, self.undecodable, self._stall_seconds)
         if decoded is not None:
             if decoded.bad.all():
                 raise DataError(f"none of the {len(source)} images can be decoded: {self.undecodable.named()}")
@@ -90,6 +97,7 @@ class TrainPipeline:
 
         Raises:
           DataError: too many images cannot be decoded.
+          Stalled: a worker process is gone.
         """
         augmenter = self._augmenter
         iterator = self._from_files(start_step) if augmenter is None else self._from_memory(augmenter, start_step)
@@ -97,9 +105,10 @@ class TrainPipeline:
         return iterator
 
     def close(self) -> None:
-        """Ends threads and worker processes; first, no other thread may use an iterator of :meth:`batches` any more."""
+        """Ends threads and worker processes, except an iterator of :meth:`batches` in which another thread hangs."""
         for iterator in self._iterators:
-            iterator.close()
+            with contextlib.suppress(ValueError):  # another thread is in it
+                iterator.close()
         self._iterators.clear()
         if self._augmenter is not None:
             self._augmenter.close()
@@ -120,10 +129,10 @@ class TrainPipeline:
             self._rows,
             start_step,
         )
-        reader = chunk_iterator(chunks, self._workers, self._threads)
+        reader = chunk_iterator(chunks, self._workers, self._threads, self._stall_seconds)
         try:
             while True:
-                parts = [next(reader) for _ in range(chunks.chunks_per_batch)]
+                parts = [self._chunk(reader) for _ in range(chunks.chunks_per_batch)]
                 bad = [entry for part in parts for entry in part["bad"]]
                 self.undecodable.add(bad, self._rows)
                 indices = np.concatenate([part["index"] for part in parts])
@@ -136,6 +145,28 @@ class TrainPipeline:
                 yield {**arrays, "index": indices, "undecodable": np.array(len(bad), np.int32)}
         finally:
             reader.close()
+
+    @staticmethod
+    def _chunk(reader: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return next(reader)
+        except RuntimeError as e:
+            if gone := re.match(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(e)):
+                raise Stalled(ended(int(gone[1]))) from None
+            raise
+
+
+def ended(status: int) -> str:
+    """What became of a worker process, for people.
+
+    >>> ended(-9)
+    'a worker process of config.data.workers was ended by SIGKILL, perhaps because memory was short'
+    """
+    if status >= 0:
+        return f"a worker process of config.data.workers ended with status {status}; read its last lines"
+    name = signal.Signals(-status).name
+    perhaps = ", perhaps because memory was short" if name == "SIGKILL" else ""
+    return f"a worker process of config.data.workers was ended by {name}{perhaps}"
 
 
 def batch_shapes(config: ConfigDict, inputs: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,16 +8,14 @@ chunks, not whole batches, which may be large.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
-import threading
+import functools
 from typing import TYPE_CHECKING
 
 import absl.flags
 import numpy as np
 from PIL import Image
 
-from crate_jax.data import decoding, sampling
+from crate_jax.data import decoding, reading, sampling
 from crate_jax.data.augmentation import DRAWS, Augmentation, Layout, empty, numbered, packed
 from crate_jax.data.pairs import IGNORED, PairSource, crop_mask
 from crate_jax.data.randaugment import randaugment
@@ -107,7 +105,8 @@ class ChunkSource:
         opened, failed = [], []
         for row in rows:
             try:
-                image = self.source.open(int(indices[row]))
+                with reading.reading(self.source, int(indices[row])):
+                    image = self.source.open(int(indices[row]))
                 opened.append((row, image, decoding.oriented_size(image)))
             except decoding.DecodeError as e:
                 bad.append((int(indices[row]), str(e)))
@@ -128,7 +127,9 @@ class ChunkSource:
                 for (name, place, a), crop, flip in zip(views, cut, flips, strict=True):
                     crops[name][row, place] = self._augment(a, crop, bool(flip[i]), first + row)
                 if masks is not None and isinstance(self.source, PairSource):
-                    mask = crop_mask(self.source.mask(int(indices[row])), boxes[0][i], first_view.size)
+                    with reading.reading(self.source, int(indices[row])):
+                        mask = self.source.mask(int(indices[row]))
+                    mask = crop_mask(mask, boxes[0][i], first_view.size)
                     masks[row] = mask[:, ::-1] if flips[0][i] else mask
             except decoding.DecodeError as e:
                 bad.append((int(indices[row]), str(e)))
@@ -143,13 +144,14 @@ class ChunkSource:
         return np.asarray(crop)
 
 
-def chunk_iterator(chunks: ChunkSource, workers: int, threads: int) -> grain.DatasetIterator:
+def chunk_iterator(chunks: ChunkSource, workers: int, threads: int, stall_seconds: float) -> grain.DatasetIterator:
     """Iterates over chunks that worker processes read ahead.
 
     Args:
       chunks: the chunks.
       workers: number of worker processes; 0: threads of this process read.
       threads: number of reading threads per process.
+      stall_seconds: the deadline of a batch.
 
     Returns:
       The iterator; its `close()` ends the workers.
@@ -164,20 +166,6 @@ def chunk_iterator(chunks: ChunkSource, workers: int, threads: int) -> grain.Dat
         if not absl.flags.FLAGS.is_parsed():  # Grain reads absl flags; not every program uses absl.app
             absl.flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+        watch = functools.partial(reading.watch_worker, seconds=stall_seconds)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=watch)
     return iter(dataset)
-
-
-def _end_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker process when the process that started it ends; otherwise the worker would wait for ever.
-
-    A run that is killed, or that calls os._exit, cannot close its iterators.
-    """
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()

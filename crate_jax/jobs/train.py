@@ -75,6 +75,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: something that the user can mend, in one line.
       Interrupted: one of `interrupt.SIGNALS` came; the state is saved.
+      Stalled: images do not come.
     """
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)

@@ -45,6 +45,11 @@ class Interrupt:
         """The number of the signal that came; None: no signal came."""
         return (Interrupt._outermost or self)._signal
 
+    @classmethod
+    def came(cls) -> int | None:
+        """The number of the signal that the outermost open context keeps; None: no signal, or no context."""
+        return None if cls._outermost is None else cls._outermost._signal
+
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self._signal = signum
         self._restore()

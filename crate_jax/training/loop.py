@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import data, models
+from crate_jax.data.reading import Stalled
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals import collapse
 from crate_jax.methods.method import Batch, Method, Params, Scalars
@@ -202,6 +203,7 @@ class Loop:
         self._pending: list[tuple[Scalars, int, np.ndarray]] = []
         counted = self.record.get(nonfinite.SKIPPED, {})
         self.nonfinite = nonfinite.Watch(config, folder, source, **counted)
+        self._done = self._saved = self.start_step  # steps that `state` holds, and that a checkpoint holds
         self._signal: int | None = None  # a signal that came to any process; all processes know it
         self._train_step = make_train_step(config, method, self._recipe, mesh)
         self._judged_names = self.state.judged_names(method)  # raises now, not at the first save, if `judged` computes
@@ -291,6 +293,7 @@ class Loop:
 
         Raises:
           Interrupted: one of `interrupt.SIGNALS` came; the state is saved.
+          Stalled: images do not come, which the message explains; of a single process the state is saved.
           NonFiniteError: a loss, a gradient or a weight is NaN or infinite.
         """
         log.info(
@@ -298,20 +301,41 @@ class Loop:
             self.start_step, self.total, self.config.batch_size, self.mesh.size,
             self.mesh.devices.flat[0].device_kind, f"{parameters.count(self.state.params):,}",
         )  # fmt: skip
-        with metrics.Progress(self.total, self.start_step, self.config.batch_size) as progress:
-            with contextlib.closing(self._batches()) as batches:
-                self._speed.restart()
-                for step in range(self.start_step + 1, self.total + 1):
-                    batch, undecodable, indices = next(batches)
-                    self.state, scalars = self._train_step(self.state, batch)
-                    self._pending.append((scalars, undecodable, indices))
-                    if len(self._pending) > IN_FLIGHT:
-                        self._note_signal([jax.block_until_ready(self._pending[-1 - IN_FLIGHT][0])])
-                    self._after(step, progress, observers)
-        for observer in observers:
-            if observer.at_end is not None:
-                self.results[observer.name] = self._write(self.total, observer.at_end(self._judged()))
+        try:
+            with metrics.Progress(self.total, self.start_step, self.config.batch_size) as progress:
+                self._steps(progress, observers)
+            for observer in observers:
+                if observer.at_end is not None:
+                    self.results[observer.name] = self._write(self.total, observer.at_end(self._judged()))
+        except Stalled as e:
+            raise self._stalled(e, progress) from None
         self._checkpoints.wait()
+
+    def _steps(self, progress: metrics.Progress, observers: Sequence[Observer]) -> None:
+        with contextlib.closing(self._batches()) as batches:
+            self._speed.restart()
+            for step in range(self.start_step + 1, self.total + 1):
+                batch, undecodable, indices = next(batches)
+                self.state, scalars = self._train_step(self.state, batch)
+                self._done = step
+                self._pending.append((scalars, undecodable, indices))
+                if len(self._pending) > IN_FLIGHT:
+                    self._note_signal([jax.block_until_ready(self._pending[-1 - IN_FLIGHT][0])])
+                self._after(step, progress, observers)
+
+    def _stalled(self, e: Stalled, progress: metrics.Progress) -> Exception:
+        """Saves the present step without waiting for images; returns what ends the run.
+
+        Of several processes none saves: the others wait inside the next step for this one, and cannot leave it.
+        """
+        if distributed.processes() > 1:
+            return e
+        if self._done > self._saved:
+            self._log(self._done, progress)
+            self._save(self._done)
+            self._checkpoints.wait()
+        where = f"at step {self._done}, state saved" if self._done else "before the first step"
+        return Interrupted(e.signum, f"{where} ({e})") if e.signum else Stalled(f"{e}; stopped {where}")
 
     def _judged(self) -> Params:
         return self.state.judged(self.method)
@@ -339,7 +363,9 @@ class Loop:
         with (
             contextlib.closing(pipeline),
             contextlib.closing(
-                data.device_prefetch(pipeline.batches(self.start_step), put, self.config.data.prefetch)
+                data.device_prefetch(
+                    pipeline.batches(self.start_step), put, self.config.data.prefetch, self.config.data.stall_seconds
+                )
             ) as ready,
         ):
             yield from ready
@@ -466,3 +492,4 @@ class Loop:
             "judged": self._judged_names,
         }
         self._checkpoints.save(step, self.state.params, self.state.rest(), meta)
+        self._saved = step

@@ -1,0 +1,51 @@
+"""Images that stop coming in the middle of a run: what the device has is saved, and the same command continues it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from crate_jax.data import pipeline, reading
+from crate_jax.jobs import train
+from crate_jax.parallel.interrupt import Interrupted
+from tests.jobs.test_resume import tiny
+
+pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
+
+
+@pytest.fixture
+def hang_before(monkeypatch):
+    """A function that makes the images of a step hang, after `act` if it is given."""
+    answer, whole = threading.Event(), pipeline.TrainPipeline._from_memory
+    monkeypatch.setattr(reading, "_left_behind", False)
+    monkeypatch.setattr(reading, "SIGNAL_SECONDS", 0.3)
+
+    def hang(step, act=lambda: None):
+        def batches(self, augmenter, first):
+            for number, batch in enumerate(whole(self, augmenter, first), first + 1):
+                if number == step:
+                    act()
+                    answer.wait(60)
+                yield batch
+
+        monkeypatch.setattr(pipeline.TrainPipeline, "_from_memory", batches)
+
+    yield hang
+    answer.set()
+
+
+def test_a_run_without_images_saves_and_continues_with_the_same_bits(hang_before, tmp_path):
+    keys = {"steps": 4, "save.every": 100, "log.every": 1, "data.prefetch": 1}
+    hang_before(3, threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start)
+    with pytest.raises(Interrupted, match="SIGTERM at step 2, state saved .waited") as stopped:
+        train.run(tiny(**keys), str(tmp_path / "run"))
+    assert stopped.value.exit_code == 143
+    hang_before(3)
+    with pytest.raises(reading.Stalled, match="waited 1 s for the next batch; .*; stopped at step 2, state saved"):
+        train.run(tiny(**keys, **{"data.stall_seconds": 1.0}), str(tmp_path / "run"))
+    hang_before(0)
+    ends = [train.run(tiny(**keys), str(tmp_path / name)) for name in ("run", "whole")]
+    assert ends[0]["params_sha256"] == ends[1]["params_sha256"] and ends[0]["loss"] == ends[1]["loss"]
