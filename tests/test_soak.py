@@ -220,6 +220,8 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(processes, kills, 
     for folder in folders:
         check_clean(folder)
         check_same(folder, tmp_path / "whole")
+        goodput = json.loads((folder / "summary.json").read_text())["goodput"]
+        assert 0 < goodput["restarts"] < 1 and 0 < goodput["steps"] < 1
 
 
 @pytest.mark.slow

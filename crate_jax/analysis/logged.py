@@ -25,6 +25,7 @@ from crate_jax.parallel import parameters
 from crate_jax.report.section import Estimate, Figure, Section, Subject, Table, short_names
 from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape, legend
+from crate_jax.training.clock import PARTS
 from crate_jax.validation import flatten
 from crate_jax.workdir import readback, starts
 
@@ -162,7 +163,10 @@ def details(subjects: Sequence[Subject]) -> Section:
       DataError: a record of a run is damaged.
     """
     logged = {s.name: read(s.workdir) for s in subjects}
-    tables = (_scores(logged), _runs(subjects, logged), _starts(logged), _results(logged), _settings(subjects, logged))
+    tables = (
+        _scores(logged), _runs(subjects, logged), _goodput(logged), _starts(logged), _results(logged),
+        _settings(subjects, logged),
+    )  # fmt: skip
     return Section(
         title="Curves and settings",
         text="What the runs logged during training, and all that they were told.",
@@ -363,6 +367,18 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
     )  # fmt: skip
     caption = "What the runs are."
     return Table(caption, columns, tuple(rows))
+
+
+def _goodput(logged: Mapping[str, Logged]) -> Table | None:
+    """Where the wall time of the finished runs went."""
+    rows = [
+        (name, goodput["wall_seconds"] / 60, *(100 * goodput[part] for part in PARTS))
+        for name, goodput in ((name, log.summary.get("goodput")) for name, log in logged.items())
+        if goodput
+    ]
+    meanings = "; ".join(f"{part}: {meaning}" for part, meaning in PARTS.items())
+    caption = f"Wall time of the runs over all their starts, and its shares. {meanings[0].upper()}{meanings[1:]}."
+    return Table(caption, ("run", "minutes", *(f"{part} %" for part in PARTS)), tuple(rows)) if rows else None
 
 
 def _starts(logged: Mapping[str, Logged]) -> Table | None:

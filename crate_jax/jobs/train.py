@@ -32,6 +32,7 @@ from crate_jax.methods.method import Method, Params, Scalars
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import nonfinite
+from crate_jax.training.clock import Clock
 from crate_jax.training.loop import Loop, Observer, Picture
 from crate_jax.validation import FIXED, FREE, changed_keys, flatten
 from crate_jax.workdir import checkpoint, metrics, pictures, readback, starts
@@ -77,6 +78,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       Interrupted: one of `interrupt.SIGNALS` came; the state is saved.
       Stalled: images do not come.
     """
+    clock = Clock()
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)
     # Interrupt begins before the set-up: a library's callback could swallow the exception that a signal raises there.
@@ -92,6 +94,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             start=functools.partial(pretrained.load, config.init_from, "config.init_from")
             if config.init_from else None,
             on_resume=functools.partial(resume, config, folder, changes),
+            clock=clock,
         )  # fmt: skip
         if (written := finished(loop, folder, changes)) is not None:
             return written
@@ -356,6 +359,7 @@ def summarise(loop: Loop) -> dict[str, Any]:
         "steps": loop.total,
         "loss": loop.record["loss"],
         "images_per_sec": loop.record["images_per_sec"],
+        "goodput": loop.clock.goodput(),
         **skipped,
         **loop.results["evaluation"],
         "params": parameters.count(loop.state.params),

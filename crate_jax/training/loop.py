@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from crate_jax.evals import collapse
 from crate_jax.methods.method import Batch, Method, Params, Scalars
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
-from crate_jax.training import groups, nonfinite, optimizer
+from crate_jax.training import clock as clocks, groups, nonfinite, optimizer
 from crate_jax.training.step import (
     SIGNAL,
     TrainState,
@@ -41,7 +41,7 @@ from crate_jax.training.step import (
     make_train_step,
     state_shardings,
 )
-from crate_jax.workdir import checkpoint, metrics
+from crate_jax.workdir import checkpoint, metrics, starts
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 # this bound, runs on several CPU devices sometimes stopped for ever on a busy machine: one device waited in an
 # all-reduce, the other for a place among the programs that XLA allows in flight. With the bound no run did.
 IN_FLIGHT = 8
+BUSY_POLL = 0.005  # seconds between two looks at whether the device has done its steps, while images are awaited
 
 
 class Pretrained(Protocol):
@@ -104,6 +105,9 @@ class Observer:
     at_end: Callable[[Params], Observation] | None = None
 
 
+# A batch on the device, the number of undecodable images in it, and the indices of the images in this process's rows.
+Placed = tuple[Batch, int, np.ndarray]
+
 OnResume = Callable[[int, Mapping[str, Any], bool, tuple[str, str] | None], Sequence[Mapping[str, Any]]]
 
 
@@ -149,6 +153,7 @@ class Loop:
         whether the training images have changed, and the ids of the checkpoint's run and of this one if they differ,
         else None. It returns the changes that this and all later checkpoints record,
         each as a JSON-like mapping, and raises if the run must not continue.
+      clock: runs since the job began; None: since now.
 
     Attributes:
       total: optimiser steps of the run.
@@ -175,9 +180,11 @@ class Loop:
         stack: contextlib.ExitStack,
         start: Callable[[], Pretrained] | None = None,
         on_resume: OnResume | None = None,
+        clock: clocks.Clock | None = None,
     ) -> None:
         self.config, self.method, self.source, self.mesh, self.folder = config, method, source, mesh, folder
         self._interrupt = interrupt
+        self.clock = clock or clocks.Clock()
         self._falls = {name: collapse.Fall(collapse.SPREAD_SHARE) for name in method.healthy}
         self._recipe = make_recipe(config, method, len(source))
         self.total = self._recipe.total
@@ -222,9 +229,11 @@ class Loop:
             shapes,
             state_shardings(shapes, self.mesh),
         )
+        last_sign = metrics.last_written(self.folder)
         restored = self._checkpoints.restore(abstract.params, abstract.rest(), self.config.to_dict())
         if restored is not None:
             log.info("continuing from step %d of %s", restored.step, self._checkpoints.folder)
+            self._resume_clock(restored.meta.get("clock"), last_sign)
             self.origin = restored.meta.get("origin", {})
             other_images = restored.meta["data"] != self.source.fingerprint()
             self.changed = restored.meta.get("changed", [])  # a version that did not record them has none
@@ -235,6 +244,8 @@ class Loop:
             if other_images:
                 log.warning("the training images are not those of the checkpoint; their order differs from here on")
             return TrainState(params=restored.params, **restored.rest), restored.step, restored.meta["record"]
+        if earlier := starts.read(self.folder):
+            self._resume_clock({"seconds": {}, "time": starts.seconds(earlier[0])}, last_sign)
         state = init()
         if start is not None:
             encoder = start()
@@ -251,6 +262,14 @@ class Loop:
     def run_id(self) -> str:
         """The id that the run's checkpoints and starts hold."""
         return self._checkpoints.run
+
+    def _resume_clock(self, saved: Mapping[str, Any] | None, last_sign: float | None) -> None:
+        """Adds what earlier starts took. What they did after the checkpoint, up to their last sign of life, is lost.
+
+        The checkpoint of a version without a clock has none; then the clock knows only this start.
+        """
+        saved = saved or {"seconds": {}, "time": math.inf}
+        self.clock.resume(saved["seconds"], max(0.0, (last_sign or 0.0) - saved["time"]))
 
     def _log_layout(self) -> None:
         """Logs each parameter's rules, and the memory on each device between two steps (without activations)."""
@@ -306,22 +325,39 @@ class Loop:
                 self._steps(progress, observers)
             for observer in observers:
                 if observer.at_end is not None:
-                    self.results[observer.name] = self._write(self.total, observer.at_end(self._judged()))
+                    with self.clock.spent(clocks.EVALUATION):
+                        self.results[observer.name] = self._write(self.total, observer.at_end(self._judged()))
         except Stalled as e:
             raise self._stalled(e, progress) from None
-        self._checkpoints.wait()
+        self._wait_for_saves()
 
     def _steps(self, progress: metrics.Progress, observers: Sequence[Observer]) -> None:
-        with contextlib.closing(self._batches()) as batches:
+        with self._batches() as batches:
             self._speed.restart()
             for step in range(self.start_step + 1, self.total + 1):
-                batch, undecodable, indices = next(batches)
+                batch, undecodable, indices = self._next(batches)
+                self.clock.turn(clocks.COMPILATION if step == self.start_step + 1 else clocks.STEPS)
                 self.state, scalars = self._train_step(self.state, batch)
+                self.clock.turn(clocks.STEPS)
                 self._done = step
                 self._pending.append((scalars, undecodable, indices))
                 if len(self._pending) > IN_FLIGHT:
                     self._note_signal([jax.block_until_ready(self._pending[-1 - IN_FLIGHT][0])])
                 self._after(step, progress, observers)
+            self.clock.turn(clocks.OTHER)
+
+    def _next(self, batches: data.DevicePrefetch[dict[str, np.ndarray], Placed]) -> Placed:
+        """The next batch. The wait for it counts as such only from when the device has done all steps before."""
+        while self._pending and not batches.within(0):
+            if next(iter(self._pending[-1][0].values())).is_ready():  # type: ignore[attr-defined]
+                break
+            batches.within(BUSY_POLL)
+        with self.clock.spent(clocks.INPUT):
+            return next(batches)
+
+    def _wait_for_saves(self) -> None:
+        with self.clock.spent(clocks.SAVING):
+            self._checkpoints.wait()
 
     def _stalled(self, e: Stalled, progress: metrics.Progress) -> Exception:
         """Saves the present step without waiting for images; returns what ends the run.
@@ -333,24 +369,26 @@ class Loop:
         if self._done > self._saved:
             self._log(self._done, progress)
             self._save(self._done)
-            self._checkpoints.wait()
+            self._wait_for_saves()
         where = f"at step {self._done}, state saved" if self._done else "before the first step"
         return Interrupted(e.signum, f"{where} ({e})") if e.signum else Stalled(f"{e}; stopped {where}")
 
     def _judged(self) -> Params:
         return self.state.judged(self.method)
 
-    def _batches(self) -> Generator[tuple[Batch, int, np.ndarray], None, None]:
-        """Yields batches on the device, the number of undecodable images in each, and this process's image indices."""
-        pipeline = data.TrainPipeline(
-            self.config,
-            self.source,
-            views="views" in self.method.inputs,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+    @contextlib.contextmanager
+    def _batches(self) -> Iterator[data.DevicePrefetch[dict[str, np.ndarray], Placed]]:
+        """A context with the batches from `start_step` on."""
+        with self.clock.spent(clocks.INPUT):
+            pipeline = data.TrainPipeline(
+                self.config,
+                self.source,
+                views="views" in self.method.inputs,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
 
-        def put(batch: dict[str, np.ndarray]) -> tuple[Batch, int, np.ndarray]:
+        def put(batch: dict[str, np.ndarray]) -> Placed:
             if "label" in self.method.inputs:
                 labels = self.source.labels_of(batch["index"])
                 unlabelled = np.full(len(batch["index"]), -1, np.int32)
@@ -368,7 +406,7 @@ class Loop:
                 )
             ) as ready,
         ):
-            yield from ready
+            yield ready
 
     def _note_signal(self, scalars: Sequence[Scalars]) -> None:
         """Notes a signal that came to any process: the step passes it on, so all processes note it at the same step."""
@@ -392,10 +430,11 @@ class Loop:
         if save:
             self._save(step)
         if self._signal is not None and save and not last:
-            self._checkpoints.wait()
+            self._wait_for_saves()
             raise Interrupted(self._signal, f"at step {step}, state saved")
         for observer in looking:
-            self._write(step, observer.look(self._judged()))
+            with self.clock.spent(clocks.EVALUATION):
+                self._write(step, observer.look(self._judged()))
         self._speed.restart()
 
     def _write(self, step: int, observation: Observation) -> dict[str, Any]:
@@ -480,6 +519,11 @@ class Loop:
         )
 
     def _save(self, step: int) -> None:
+        with self.clock.spent(clocks.SAVING):
+            self._save_now(step)
+        self._saved = step
+
+    def _save_now(self, step: int) -> None:
         # A step computes its loss before its update, so a finite loss does not mean finite weights.
         if not all_finite((self.state.params, self.state.rest())):
             raise self._non_finite(f"the weights or the rest of the state are not finite after step {step}")
@@ -490,6 +534,6 @@ class Loop:
             "origin": self.origin,
             "changed": self.changed,
             "judged": self._judged_names,
+            "clock": {"seconds": self.clock.seconds(), "time": time.time()},
         }
         self._checkpoints.save(step, self.state.params, self.state.rest(), meta)
-        self._saved = step

@@ -35,6 +35,14 @@ JSON_LINES = "metrics.jsonl"
 PICTURES = "pictures/"
 
 
+def last_written(workdir: str | os.PathLike[str]) -> float | None:
+    """When a run last wrote to its metrics.jsonl, in seconds since 1970; None: there is no such file."""
+    try:
+        return os.path.getmtime(os.path.join(workdir, JSON_LINES))
+    except OSError:
+        return None
+
+
 class Sink(Protocol):
     """One destination of scalars and pictures."""
 

@@ -93,6 +93,11 @@ def _is_whole(start: Mapping[str, Any]) -> bool:
     )
 
 
+def seconds(start: Mapping[str, Any]) -> float:
+    """When a start was, in seconds since 1970."""
+    return datetime.datetime.fromisoformat(start["time"]).timestamp()
+
+
 def lineage(starts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The starts whose steps are in the run's present state: what came after the step of a later start is lost.
 

@@ -112,6 +112,7 @@ def test_what_changes_is_recorded_with_its_step(begun, tmp_path):
     meta = folder / "checkpoints" / "2" / "meta" / "metadata"
     body = json.loads(meta.read_text())["body"]
     assert body.pop("changed") == [] and body.pop("run") == first["run"]
+    assert body.pop("clock")["seconds"]["steps"] > 0
     meta.write_text(json.dumps({"sha256": checkpoint_files._digest(body), "body": body}))
 
     changes = {"optimizer.lr": 3e-4, "encoder.heads": 4, "log.every": 2, "allow_change": ("encoder.heads",)}
@@ -137,6 +138,8 @@ def test_what_changes_is_recorded_with_its_step(begun, tmp_path):
     tables = [t for s in json.loads((folder / "report.json").read_text())["sections"] for t in s["tables"]]
     (table,) = (t for t in tables if t["caption"].startswith("Starts"))
     assert [row[1] for row in table["rows"]] == [2, 4] and "optimizer.lr: 0.0003 -> 0.0002" in table["rows"][1][3]
+    (wall,) = (t for t in tables if t["caption"].startswith("Wall time"))
+    assert sum(wall["rows"][0][2:]) == pytest.approx(100) and wall["columns"][2:4] == ["steps %", "input %"]
     (settings,) = (t for t in tables if t["caption"].startswith("Settings"))
     cells = {row[0]: row[1] for row in settings["rows"]}
     assert cells["optimizer.lr"] == "0.0001; from step 2 on 0.0003; from step 4 on 0.0002"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+import time
 
 import pytest
 
 from crate_jax.data import pipeline, reading
 from crate_jax.jobs import train
 from crate_jax.parallel.interrupt import Interrupted
+from crate_jax.training.clock import PARTS, RESTARTS
 from tests.jobs.test_resume import tiny
 
 pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
@@ -37,8 +40,11 @@ def hang_before(monkeypatch):
     answer.set()
 
 
-def test_a_run_without_images_saves_and_continues_with_the_same_bits(hang_before, tmp_path):
+def test_a_run_without_images_saves_and_continues_with_the_same_bits(
+    hang_before, tmp_path
+):
     keys = {"steps": 4, "save.every": 100, "log.every": 1, "data.prefetch": 1}
+    began = time.monotonic()
     hang_before(3, threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start)
     with pytest.raises(Interrupted, match="SIGTERM at step 2, state saved .waited") as stopped:
         train.run(tiny(**keys), str(tmp_path / "run"))
@@ -47,5 +53,17 @@ def test_a_run_without_images_saves_and_continues_with_the_same_bits(hang_before
     with pytest.raises(reading.Stalled, match="waited 1 s for the next batch; .*; stopped at step 2, state saved"):
         train.run(tiny(**keys, **{"data.stall_seconds": 1.0}), str(tmp_path / "run"))
     hang_before(0)
-    ends = [train.run(tiny(**keys), str(tmp_path / name)) for name in ("run", "whole")]
+    ends, took = [], {}
+    for name in ("run", "whole"):
+        ends.append(train.run(tiny(**keys), str(tmp_path / name)))
+        took[name] = time.monotonic() - began
+        began = time.monotonic()
+    for end in ends:
+        shares = {part: end["goodput"][part] for part in PARTS}
+        assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
+        assert {part for part, share in shares.items() if not share} == ({RESTARTS} if end is ends[1] else set())
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["goodput"] == ends[0]["goodput"]
+    seconds = ends[0]["goodput"]["wall_seconds"]
+    assert seconds * ends[0]["goodput"]["input"] > 0.3 and seconds * ends[0]["goodput"]["restarts"] > 1.0
+    assert 0.8 * took["whole"] < ends[1]["goodput"]["wall_seconds"] < took["whole"] and seconds < took["run"]
     assert ends[0]["params_sha256"] == ends[1]["params_sha256"] and ends[0]["loss"] == ends[1]["loss"]
