@@ -13,18 +13,26 @@
 #   PYTHON                interpreter (python)
 #   PORT                  port at which the processes meet (a number made from the launcher's process id)
 #   GRACE                 seconds between the failure of one process and SIGKILL for the others (120)
+#   RESTARTS              how often the run is started again after a status of 75 or a process that was killed (0)
+#   MIN                   the smallest number of processes: a restart leaves out those that were killed, with their
+#                         GPUs, as long as so many stay; the batch must be divisible by the devices that stay (N)
 #
-# The launcher passes INT, TERM, USR1, USR2 and QUIT on to every process, and HUP as TERM. It ends after all processes,
-# with the first status that is not 0. If kill -9 ends the launcher, its processes get SIGTERM (on Linux).
+# The launcher passes INT, TERM, USR1, USR2 and QUIT on to every process, and HUP as TERM; after one of these it starts
+# nothing again. It ends after all processes, with the first status that is not 0. If kill -9 ends the launcher, its
+# processes get SIGTERM (on Linux).
 
 # shellcheck source=launch/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
 read_arguments "$@"
-PYTHON=${PYTHON:-python} GRACE=${GRACE:-120} PORT=${PORT:-$((20000 + $$ % 10000))}
+PYTHON=${PYTHON:-python} GRACE=${GRACE:-120} PORT=${PORT:-$((20000 + $$ % 10000))} RESTARTS=${RESTARTS:-0}
 need N "the number of processes, as in N=2"
 need_count N
 need_count GRACE
+need_count RESTARTS 0
+MIN=${MIN:-$N}
+need_count MIN
+((MIN <= N)) || fail "MIN=$MIN: must be at most N=$N"
 need_count PORT
 ((PORT < 65536)) || fail "PORT=$PORT: must be at most 65535"
 
@@ -70,7 +78,7 @@ if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then fail "PORT=$PORT is in
 # And the launcher can end with the group what a process leaves behind.
 set -m
 declare -A running=()
-received=()
+received=() starting='' stopped=''
 
 pass_on() {
   local pid
@@ -82,44 +90,86 @@ end_groups() {
   for pid in "$@"; do kill -s KILL -- "-$pid" 2>/dev/null || true; done
 }
 
-trap 'end_groups "${!running[@]}"' EXIT
-signals=(INT TERM QUIT USR1 USR2)
 # A signal is kept until all processes have started, so that none misses it.
-for signal in "${signals[@]}"; do
-  # shellcheck disable=SC2064
-  trap "received+=($signal)" "$signal"
-done
-trap 'received+=(TERM)' HUP
-for ((i = 0; i < N; i++)); do
-  set_command "$i"
-  "${COMMAND[@]}" </dev/null &
-  running[$!]=$i
-done
-for signal in "${signals[@]}"; do
-  # shellcheck disable=SC2064
-  trap "pass_on $signal" "$signal"
-done
-trap 'pass_on TERM' HUP
-for signal in "${received[@]}"; do pass_on "$signal"; done
+# shellcheck disable=SC2329
+on_signal() {
+  stopped=$1
+  if [[ -n $starting ]] || ((!${#running[@]})); then received+=("$1"); else pass_on "$1"; fi
+}
 
-first=0 deadline=
-while ((${#running[@]})) && [[ -z $deadline || $SECONDS -lt $deadline ]]; do
-  # The loop checks five times a second, and at once after a signal. `wait -n` can miss one of two processes that end
-  # together.
-  sleep 0.2 &
-  wait $! || true
-  for pid in "${!running[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then continue; fi
-    status=0
-    wait "$pid" || status=$?
-    unset "running[$pid]"
-    end_groups "$pid"
-    if ((status && !first)); then
-      first=$status
-      # The others get no TERM: they may be saving after the same signal, and a second one would end that. They
-      # notice by themselves that a process is gone, name it and stop.
-      deadline=$((SECONDS + GRACE))
-    fi
+trap 'end_groups "${!running[@]}"' EXIT
+for signal in INT TERM QUIT USR1 USR2; do
+  # shellcheck disable=SC2064
+  trap "on_signal $signal" "$signal"
+done
+trap 'on_signal TERM' HUP
+
+start_all() {
+  local i signal
+  starting=yes
+  for ((i = 0; i < N; i++)); do
+    set_command "$i"
+    "${COMMAND[@]}" </dev/null &
+    running[$!]=$i
   done
+  starting=''
+  for signal in "${received[@]}"; do pass_on "$signal"; done
+}
+
+# is_gone STATUS: whether a signal ended a process without its consent. Of the others the run says that it has saved.
+is_gone() { (($1 > 128)) && [[ ! $1 =~ ^(129|130|131|138|143)$ ]]; }
+
+# Waits until all processes have ended. Sets `first` to the first status that is not 0, `who` to the number of its
+# process, and `gone` to the numbers of the processes that were killed, each between spaces.
+wait_for_all() {
+  local pid status deadline=
+  first=0 who='' gone=' '
+  while ((${#running[@]})); do
+    if [[ -n $deadline && $SECONDS -ge $deadline ]]; then
+      end_groups "${!running[@]}"
+      wait "${!running[@]}" || true
+      running=()
+      break
+    fi
+    # The loop checks five times a second, and at once after a signal. `wait -n` can miss one of two processes that end
+    # together.
+    sleep 0.2 &
+    wait $! || true
+    for pid in "${!running[@]}"; do
+      if kill -0 "$pid" 2>/dev/null; then continue; fi
+      status=0
+      wait "$pid" || status=$?
+      if is_gone "$status"; then gone+="${running[$pid]} "; fi
+      if ((status && !first)); then
+        first=$status who=${running[$pid]}
+        # The others get no TERM: they may be saving after the same signal, and a second one would end that. They
+        # notice by themselves that a process is gone, name it and stop.
+        deadline=$((SECONDS + GRACE))
+      fi
+      unset "running[$pid]"
+      end_groups "$pid"
+    done
+  done
+}
+
+# Leaves out the processes in `gone`, with their GPUs, as long as MIN processes stay.
+leave_out() {
+  local i share=$((${#gpus[@]} / N)) left=() gone_count
+  read -r -a gone_count <<<"$gone"
+  ((N - ${#gone_count[@]} >= MIN)) || return 0
+  for ((i = 0; i < N; i++)); do
+    [[ $gone == *" $i "* ]] || left+=("${gpus[@]:i*share:share}")
+  done
+  gpus=("${left[@]}") N=$((N - ${#gone_count[@]}))
+}
+
+for ((restart = 1; ; restart++)); do
+  start_all
+  wait_for_all
+  # Another failure would only repeat itself.
+  if [[ -n $stopped ]] || ((restart > RESTARTS)) || { ((first != 75)) && ! is_gone "$first"; }; then break; fi
+  leave_out
+  printf '%s: process %s ended with status %s; restart %s of %s, with %s processes\n' \
+    "${0##*/}" "$who" "$first" "$restart" "$RESTARTS" "$N" >&2
 done
 exit "$first"

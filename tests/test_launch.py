@@ -147,6 +147,8 @@ GKE = KUBERNETES | {"ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4"}
         ("local.sh", {"N": "two"}, "N=two"),
         ("local.sh", {"N": 2, "CUDA_VISIBLE_DEVICES": "0,1,2"}, "3 GPUs cannot be cut into N=2 equal parts"),
         ("local.sh", {"N": 2, "JAX_NUM_CPU_DEVICES": 0}, "JAX_NUM_CPU_DEVICES=0"),
+        ("local.sh", {"N": 2, "MIN": 3}, "MIN=3: must be at most N=2"),
+        ("local.sh", {"N": 2, "RESTARTS": "often"}, "RESTARTS=often"),
         ("local.sh", {"N": 2, "PORT": 70000}, "PORT=70000: must be at most 65535"),
         ("local.sh", {"N": 2, "PYTHON": "no-such-python"}, "PYTHON=no-such-python: no such command"),
     ],
@@ -380,13 +382,18 @@ class Local:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.read(n)
+
+    def read(self, n):
+        """The first lines of `n` processes."""
         lines = sorted(self.process.stdout.readline().rstrip("\n").split("\t") for _ in range(n))
         self.pids = [int(line[1]) for line in lines]
         self.shown = [line[2:] for line in lines]
 
     def wait(self):
         """The launcher's status, when it and all its processes and their children are gone."""
-        _, self.errors = self.process.communicate(timeout=20)  # ends when nobody holds the pipe any more
+        rest, self.errors = self.process.communicate(timeout=20)  # ends when nobody holds the pipe any more
+        self.rest = rest.splitlines()
         deadline = time.monotonic() + 5  # a process lets go of the pipe shortly before it is gone
         while alive := [pid for pid in self.pids if is_alive(pid)]:
             assert time.monotonic() < deadline, alive
@@ -416,6 +423,35 @@ def test_local_ends_with_the_first_failure_and_leaves_nobody(env, tmp_path):
     assert 1 < time.monotonic() - start < 10  # the others had their time, and no more
     # Those that stop by themselves are waited for, with the first status kept.
     assert Local(env, tmp_path, "fail0=143", "fail1=7", n=2).wait() == 143
+
+
+def test_local_starts_again_what_lost_a_process_but_no_other_failure(env, tmp_path):
+    """Up to RESTARTS times, with the same command; a mistake of the user would only come again."""
+    for status, restarts, said in [
+        (75, 2, [f"local.sh: process 1 ended with status 75; restart {i} of 2, with 2 processes" for i in (1, 2)]),
+        (2, 2, []),
+        (75, 0, []),
+    ]:
+        local = Local(env, tmp_path, "end", f"fail1={status}", RESTARTS=restarts)
+        assert local.wait() == status and local.errors.splitlines() == said
+        again = sorted(line.split("\t")[2:] for line in local.rest)
+        assert again == sorted(local.shown * len(said))
+
+
+def test_local_leaves_a_killed_process_out_with_its_gpu(env, tmp_path):
+    """As long as MIN stay; after a signal to the launcher it starts nothing again."""
+    local = Local(env, tmp_path, n=3, MIN=2, RESTARTS=5, GRACE=1, CUDA_VISIBLE_DEVICES="4,5,6")
+    for n, victim, gpus in [(2, local.pids[1], ["4", "6"]), (2, None, ["4", "6"])]:
+        os.kill(victim or local.pids[0], signal.SIGKILL)
+        local.read(n)
+        assert [shown[2] for shown in local.shown] == gpus
+        assert [shown[-2:] for shown in local.shown] == [["--num_processes=2", f"--process_id={i}"] for i in range(2)]
+    local.process.send_signal(signal.SIGTERM)
+    assert local.wait() == 143
+    assert [line.rpartition("; ")[2] for line in local.errors.splitlines() if line.startswith("local.sh")] == [
+        "restart 1 of 5, with 2 processes",
+        "restart 2 of 5, with 2 processes",
+    ]
 
 
 @pytest.mark.parametrize(
