@@ -100,7 +100,8 @@ class Wait:
 
     def _hung(self, waited: float) -> str:
         culprits = [*stopped_workers(), slowest(waited / 2)]
-        known = "; ".join(filter(None, culprits)) or "what hangs is unknown"
+        others = "its worker processes say what hangs, if they know" if multiprocessing.active_children() else ""
+        known = "; ".join(filter(None, culprits)) or others or "what hangs is unknown"
         return escaped(f"waited {waited:.0f} s for {self._what}; {known}")
 
 

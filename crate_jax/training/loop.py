@@ -193,6 +193,7 @@ class Loop:
         self.origin: dict[str, str] = {}
         self.changed: list[Mapping[str, Any]] = []
         self.results: dict[str, dict[str, Any]] = {}
+        self._images = source.fingerprint()  # now: it may read files, for which no save must wait
         self.state, self.start_step, self.record = self._begin(start, on_resume)
         if self.start_step > self.total:
             raise ConfigError(
@@ -235,7 +236,7 @@ class Loop:
             log.info("continuing from step %d of %s", restored.step, self._checkpoints.folder)
             self._resume_clock(restored.meta.get("clock"), last_sign)
             self.origin = restored.meta.get("origin", {})
-            other_images = restored.meta["data"] != self.source.fingerprint()
+            other_images = restored.meta["data"] != self._images
             self.changed = restored.meta.get("changed", [])  # a version that did not record them has none
             if on_resume is not None:
                 runs = (restored.other_run, self.run_id) if restored.other_run else None
@@ -529,7 +530,7 @@ class Loop:
             raise self._non_finite(f"the weights or the rest of the state are not finite after step {step}")
         meta = {
             "config": self.config.to_dict(),
-            "data": self.source.fingerprint(),
+            "data": self._images,
             "record": self.record,
             "origin": self.origin,
             "changed": self.changed,
