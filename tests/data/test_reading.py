@@ -33,7 +33,7 @@ class Hung(sources.SyntheticSource):
 
     def read(self, index: int) -> np.ndarray:
         if index == self.hangs:
-            self.answer.wait(20)
+            self.answer.wait(5)
         return super().read(index)
 
 
@@ -120,7 +120,7 @@ def test_a_thread_that_hangs_does_not_keep_the_process():
         "from crate_jax.data import reading\n"
         "try:\n"
         "    with reading.Readers(1, 0.1) as readers:\n"
-        "        list(readers.map(lambda i: threading.Event().wait(99), [0], 'an image'))\n"
+        "        list(readers.map(lambda i: threading.Event().wait(20), [0], 'an image'))\n"
         "except reading.Stalled as e:\n"
         "    print(e, end='')\n"
         "reading.leave_if_hung(75)\n"
