@@ -17,7 +17,8 @@ ROWS = mutate.mutations()
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_row_fits_the_code_and_names_a_test(row):
     changed = row.applied((ROOT / row.file).read_text())
-    ast.parse(changed)
+    if row.file.endswith(".py"):
+        ast.parse(changed)
     file, name = row.test.partition("[")[0].split("::")
     tests = [node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)]
     assert tests.count(name) == 1

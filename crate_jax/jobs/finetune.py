@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = resolve(config, encoder)
     summary = train.run(full, workdir)
-    del summary["goodput"]  # of the machine, not of the result
+    summary.pop("goodput", None)  # of the machine, not of the result; summaries of older versions have none
     description = {
         "data": full.data.source,
         "image_size": list(full.data.image_size),
