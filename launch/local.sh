@@ -116,8 +116,9 @@ start_all() {
   for signal in "${received[@]}"; do pass_on "$signal"; done
 }
 
-# is_gone STATUS: whether a signal ended a process without its consent. Of the others the run says that it has saved.
-is_gone() { (($1 > 128)) && [[ ! $1 =~ ^(129|130|131|138|143)$ ]]; }
+# is_gone STATUS: whether a process was killed. After the other signals the run has saved; with SIGABRT (134) JAX ends a
+# process that has lost another one.
+is_gone() { (($1 > 128)) && [[ ! $1 =~ ^(129|130|131|134|138|143)$ ]]; }
 
 # Waits until all processes have ended. Sets `first` to the first status that is not 0, `who` to the number of its
 # process, and `gone` to the numbers of the processes that were killed, each between spaces.
@@ -154,20 +155,20 @@ wait_for_all() {
 
 # Leaves out the processes in `gone`, with their GPUs, as long as MIN processes stay.
 leave_out() {
-  local i share=$((${#gpus[@]} / N)) left=() gone_count
-  read -r -a gone_count <<<"$gone"
-  ((N - ${#gone_count[@]} >= MIN)) || return 0
+  local i share=$((${#gpus[@]} / N)) left=() lost
+  read -r -a lost <<<"$gone"
+  ((N - ${#lost[@]} >= MIN)) || return 0
   for ((i = 0; i < N; i++)); do
     [[ $gone == *" $i "* ]] || left+=("${gpus[@]:i*share:share}")
   done
-  gpus=("${left[@]}") N=$((N - ${#gone_count[@]}))
+  gpus=("${left[@]}") N=$((N - ${#lost[@]}))
 }
 
 for ((restart = 1; ; restart++)); do
   start_all
   wait_for_all
   # Another failure would only repeat itself.
-  if [[ -n $stopped ]] || ((restart > RESTARTS)) || { ((first != 75)) && ! is_gone "$first"; }; then break; fi
+  if [[ -n $stopped ]] || ((restart > RESTARTS)) || { ((first != 75 && first != 134)) && ! is_gone "$first"; }; then break; fi
   leave_out
   printf '%s: process %s ended with status %s; restart %s of %s, with %s processes\n' \
     "${0##*/}" "$who" "$first" "$restart" "$RESTARTS" "$N" >&2

@@ -87,10 +87,10 @@ def eval_batches(
             height, width = decoding.oriented_size(image)
             if mask is not None:
                 box = whole_box(height, width, share)
-                ours = {"mask": crop_mask(mask, box, size)}
+                more = {"mask": crop_mask(mask, box, size)}
             else:
-                box, ours = central_box(height, width, size, share), {}
-            return {"image": np.asarray(decoding.crop_resize(image, box, size, resample))} | ours
+                box, more = central_box(height, width, size, share), {}
+            return {"image": np.asarray(decoding.crop_resize(image, box, size, resample))} | more
         except decoding.DecodeError as e:
             return str(e)
 

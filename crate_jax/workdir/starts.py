@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -94,8 +95,11 @@ def _is_whole(start: Mapping[str, Any]) -> bool:
 
 
 def seconds(start: Mapping[str, Any]) -> float:
-    """When a start was, in seconds since 1970."""
-    return datetime.datetime.fromisoformat(start["time"]).timestamp()
+    """When a start was, in seconds since 1970; infinite if its line does not say it."""
+    try:
+        return datetime.datetime.fromisoformat(start["time"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return math.inf
 
 
 def lineage(starts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
