@@ -63,6 +63,12 @@ OF_A_SUMMARY = {  # what is read in summary.json, and the check of its value
     **dict.fromkeys(("loss", "images_per_sec"), readback.is_number),
     **{score + suffix: readback.is_share for score in SHARES for suffix in COMPARED},
     "majority_top1": readback.is_share,
+    "goodput": lambda value: (
+        value is None
+        or (  # summaries of older versions have none
+            isinstance(value, dict) and all(type(value.get(part)) is float for part in ("wall_seconds", *PARTS))
+        )
+    ),
 }
 MARKS: dict[str, dict[str, Any]] = {
     "_pixels": dict(marker="|", color="C7", markersize=13, markeredgewidth=2),
