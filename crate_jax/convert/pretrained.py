@@ -47,7 +47,6 @@ def load(path: str, key: str) -> Pretrained:
     """
     if not path:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
-    distributed.watch()  # a process that cannot read the file ends the others
     file = files.weights_file(path)
     if distributed.max_over_processes(int(file is not None)):
         loaded = weights.load(file or expanduser(path))

@@ -1,7 +1,8 @@
 """Several processes, one per host, that run one job together: how they start, agree and end.
 
-Flags, environment variables, SLURM or the TPU's metadata say which processes there are (:func:`find`). Once the job
-holds its workdir, the processes watch each other (:mod:`crate_jax.parallel.watch`).
+Flags, environment variables, SLURM or the TPU's metadata say which processes there are (:func:`find`). They meet
+(:mod:`crate_jax.parallel.meeting`) before JAX connects them: its service believes whoever comes, and a second process
+of the same number makes it end all of them. From then on they watch each other (:mod:`crate_jax.parallel.watch`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -23,7 +27,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from crate_jax.errors import ConfigError, UserError
+from crate_jax.parallel import meeting
 from crate_jax.parallel.watch import BYE, LOST, SILENCE, Watch, die
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -33,7 +40,7 @@ MAX_MESSAGE_BYTES = 2048  # size of an error message that process 0 sends to the
 
 _processes = 1
 _process = 0
-_address = ""
+_watch: Watch | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +52,14 @@ class Cluster:
       processes: the number of processes.
       process: this process's number, from 0.
       device: the number of the one local accelerator that this process uses; None: it uses all.
+      token: a text that only the processes of this job know.
     """
 
     address: str = ""
     processes: int = 0
     process: int = 0
     device: int | None = None
+    token: str = dataclasses.field(default="", repr=False)
 
 
 def find(environ: Mapping[str, str], address: str = "", processes: int = 0, process: int = -1) -> Cluster | None:
@@ -60,6 +69,7 @@ def find(environ: Mapping[str, str], address: str = "", processes: int = 0, proc
       environ: the environment. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or, in a Kubernetes
         indexed Job, JOB_COMPLETION_INDEX) stand for flags that are not given. Without flags and without these, SLURM's
         variables count if the step has several tasks; without those, the TPU's metadata if there are several hosts.
+        CRATE_JAX_TOKEN is the token.
       address: the flag --coordinator_address, HOST:PORT of process 0.
       processes: the flag --num_processes; 0: not given.
       process: the flag --process_id; -1: not given.
@@ -77,10 +87,11 @@ def find(environ: Mapping[str, str], address: str = "", processes: int = 0, proc
     count = str(processes or environ.get("JAX_NUM_PROCESSES", ""))
     given = environ.get("JAX_PROCESS_ID", "") if process < 0 else str(process)
     index = given or environ.get("JOB_COMPLETION_INDEX", "")
+    token = environ.get("CRATE_JAX_TOKEN", "")
     if address or count or given:
-        return _explicit(address, count, index)
+        return _explicit(address, count, index, token)
     if _number(environ, "SLURM_NTASKS") > 1 and {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST"} <= set(environ):
-        return _slurm(environ)
+        return dataclasses.replace(_slurm(environ), token=token)
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
     several = "," in hosts or not hosts or _number(environ, "MEGASCALE_NUM_SLICES") > 1
     if _has_tpu(environ) and several:
@@ -88,7 +99,7 @@ def find(environ: Mapping[str, str], address: str = "", processes: int = 0, proc
     return None
 
 
-def _explicit(address: str, count: str, index: str) -> Cluster | None:
+def _explicit(address: str, count: str, index: str, token: str) -> Cluster | None:
     values = {
         "--coordinator_address (JAX_COORDINATOR_ADDRESS)": address,
         "--num_processes (JAX_NUM_PROCESSES)": count,
@@ -106,7 +117,7 @@ def _explicit(address: str, count: str, index: str) -> Cluster | None:
         raise ConfigError(f"{next(iter(values))}={address!r}: must be HOST:PORT of process 0")
     if not int(index) < int(count):
         raise ConfigError(f"--process_id={index}: must be below --num_processes={count}, counted from 0")
-    return Cluster(address, int(count), int(index))
+    return Cluster(address, int(count), int(index), token=token)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
@@ -136,15 +147,15 @@ def _has_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
-    """Connects this process to the others. Must be called before JAX is used.
+    """Connects this process to the others, which then watch each other. Must be called before JAX is used.
 
     If after `seconds` some processes are still missing, this process ends with one line and status LOST. JAX would
     abort it without such a line.
 
     Raises:
-      UserError: this process cannot join the others.
+      UserError: this process cannot join the others, or it is already there.
     """
-    global _processes, _process, _address
+    global _processes, _process, _watch
     # SIGTERM must reach our own handler (crate_jax.parallel.interrupt); the train step tells it to all processes.
     jax.config.update("jax_enable_preemption_service", False)
     who = f"process {cluster.process} of {cluster.processes}" if cluster.address else "this TPU host"
@@ -152,32 +163,101 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
 
     def give_up() -> None:
         role = "starts the meeting point at" if cluster.address and cluster.process == 0 else "looks for process 0 at"
+        missing = ", ".join(map(str, _watch.missing() if _watch is not None and cluster.process == 0 else []))
         die(
-            f"{who} {role} {where}, but not all processes met there within {seconds:.0f} s; start all of them, with "
-            "the same address and number of processes, and open the port", LOST,
+            f"{who} {role} {where}, but not all processes met there within {seconds:.0f} s"
+            f"{missing and f' (missing: {missing})'}; start all of them, with the same address and number of "
+            "processes, and open the port", LOST,
         )  # fmt: skip
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
     try:
+        address, bind = _meet(cluster) if cluster.address else (None, None)
         jax.distributed.initialize(
-            cluster.address or None,
+            address,
             cluster.processes or None,
             cluster.process if cluster.address else None,
             local_device_ids=cluster.device,
             cluster_detection_method="deactivate" if cluster.address else None,
             initialization_timeout=int(seconds) + 60,
-            heartbeat_timeout_seconds=int(SILENCE + 20),
+            coordinator_bind_address=bind,
+            # JAX's own end is an abort with a stack (status 134): with a watch it comes last, also to a process that
+            # was stopped for minutes and is continued.
+            heartbeat_timeout_seconds=600 if cluster.address else int(SILENCE + 20),
             shutdown_timeout_seconds=int(SILENCE),
         )
-    except (RuntimeError, ValueError, OSError) as e:
+    except (RuntimeError, ValueError, OSError, meeting.RefusedError) as e:
         raise UserError(f"{who} cannot join the others at {where}: {' '.join(str(e).split())[:300]}") from None
     finally:
         timer.cancel()
-    _processes = cluster.processes or jax.process_count()
-    _process = cluster.process if cluster.address else jax.process_index()
-    _address = cluster.address
+    if not cluster.address:
+        _processes, _process = jax.process_count(), jax.process_index()
+        _watch = _watch_without_address() if _processes > 1 else None
+
+
+def _meet(cluster: Cluster) -> tuple[str, str]:
+    """Meets the others at the cluster's address, and starts the watch.
+
+    JAX's service gets another port: there nobody comes by accident, such as the same command started twice.
+
+    Returns:
+      HOST:PORT at which to reach JAX's service, and HOST:PORT at which process 0 lets it listen.
+
+    Raises:
+      meeting.RefusedError: this process is already there.
+      OSError: in process 0, the port is in use by another program, or not allowed.
+    """
+    global _processes, _process, _watch
+    host, port = meeting.split(cluster.address)
+    bind, token = meeting.bind_host(host), cluster.token.encode()
+    if cluster.process == 0:
+        try:
+            listener = meeting.listen(bind, port)
+        except OSError:
+            with contextlib.suppress(OSError):  # a run there says that it is one
+                meeting.knock(cluster.address, 0, cluster.processes, token, attempts=1)
+            raise
+        with meeting.listen(bind, 0) as free:
+            service = free.getsockname()[1]
+        _watch = Watch(0, cluster.processes, token, listener, service)
+        _watch.met.wait()
+    else:
+        peer, answer = meeting.knock(cluster.address, cluster.process, cluster.processes, token)
+        service = answer.port
+        _watch = Watch(cluster.process, cluster.processes, token, first=(peer, answer.name))
+    _processes, _process = cluster.processes, cluster.process
+    return f"{_join(host)}:{service}", f"{_join(bind or '::')}:{service}"
+
+
+def _join(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _watch_without_address() -> Watch | None:
+    """Starts the watch of a cluster that only the TPU's metadata describe; None, with a warning, if it cannot."""
+    own, token, listener = "0.0.0.0", secrets.token_bytes(32), None  # nobody can connect to this address
+    if first():
+        with contextlib.suppress(OSError):
+            own = socket.gethostbyname(socket.gethostname())
+            listener = meeting.listen("" if own.startswith("127.") else own, 0)
+    port = listener.getsockname()[1] if listener is not None else 0
+    sent = multihost_utils.broadcast_one_to_all(
+        np.frombuffer(socket.inet_aton(own) + port.to_bytes(2, "big") + token, np.uint8)
+    )
+    told = bytes(np.asarray(sent, np.uint8))
+    address, token = f"{socket.inet_ntoa(told[:4])}:{int.from_bytes(told[4:6], 'big')}", told[6:]
+    if listener is not None:
+        return Watch(0, _processes, token, listener, patience=SILENCE / 2)
+    try:
+        peer, answer = meeting.knock(address, _process, _processes, token, attempts=3)
+    except (OSError, meeting.RefusedError) as e:
+        log.warning(
+            "process %d: cannot watch the other processes (%s); JAX notices later that one is gone", _process, e
+        )
+        return None
+    return Watch(_process, _processes, token, first=(peer, answer.name))
 
 
 def processes() -> int:
@@ -284,16 +364,6 @@ def leave_last() -> NoReturn:
     """
     time.sleep(SILENCE if _watch is not None else 0)
     leave(1)
-
-
-_watch: Watch | None = None
-
-
-def watch() -> None:
-    """Starts the watch; a second call does nothing. All processes must call it."""
-    global _watch
-    if _processes > 1 and _watch is None:
-        _watch = Watch(_process, _processes, _address)
 
 
 def unwatch() -> None:

@@ -38,7 +38,6 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
       UserError: the folder cannot be created or written to, another process holds the lock, or not all processes of the
         run see the same folder.
     """
-    distributed.watch()
     folder = distributed.run_in_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
     file = distributed.run_in_first(lambda: _take(folder))
     with file or contextlib.nullcontext():

@@ -6,11 +6,11 @@ import contextlib
 import functools
 import importlib
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ import pytest
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
 from crate_jax.methods import METHODS
-from crate_jax.parallel import distributed, watch
+from crate_jax.parallel import distributed, meeting, watch
 from crate_jax.parallel.distributed import Cluster
 from crate_jax.workdir import checkpoint, pictures
 from tests.conftest import ROOT
@@ -152,26 +152,6 @@ def check_equal(workdir: Path, reference: Path) -> None:
         assert ours["rankme"] == pytest.approx(theirs["rankme"], rel=1e-3)
     params = checkpoint.read_params(workdir)[0]
     assert checkpoint.params_sha256(params) == ours["params_sha256"]
-
-
-def test_a_watch_sends_a_sign_of_life_now_and_then(monkeypatch):
-    """Not an answer to each: two processes that did would keep each other, and their interpreters, busy."""
-    monkeypatch.setattr(watch, "BEAT", 0.2)
-    ours, theirs = socket.socketpair()
-    one = object.__new__(watch.Watch)
-    one._me, one._names, one._peers, one._ended = 1, ["a", "b"], {0: ours}, threading.Event()
-    thread = threading.Thread(target=one._run)
-    thread.start()
-    for _ in range(50):
-        theirs.sendall(watch.ALIVE)
-        time.sleep(0.02)
-    one.end()
-    theirs.sendall(watch.ALIVE)
-    thread.join(5)
-    sent = theirs.recv(10_000)
-    assert not thread.is_alive() and set(sent) == set(watch.ALIVE) and 3 <= len(sent) <= 8, sent
-    ours.close()
-    theirs.close()
 
 
 @pytest.mark.slow
@@ -332,12 +312,14 @@ def test_what_stops_one_process_stops_all_in_one_line(cli_env, tmp_path):
         holder.wait()
 
 
+# JAX would read address, number and processes from the TPU's metadata.
 FAILING = """
 import sys, time
+import jax
 from crate_jax.parallel import distributed
-address, process = sys.argv[1], int(sys.argv[2])
-distributed.start(distributed.Cluster(address, 3, process))
-distributed.watch()
+address, process, initialize = sys.argv[1], int(sys.argv[2]), jax.distributed.initialize
+jax.distributed.initialize = lambda *_, **options: initialize(address, 3, process)
+distributed.start(distributed.Cluster())
 if process == 1:
     distributed.leave(2)
 time.sleep(60)
@@ -345,7 +327,7 @@ time.sleep(60)
 
 
 def test_a_process_that_fails_ends_the_others_with_its_own_status(cli_env):
-    """So that a launcher does not try a mistake again. Process 2 hears of it from process 0."""
+    """So that a launcher does not try a mistake again. Process 2 hears of it from process 0. They have no address."""
     address = f"127.0.0.1:{free_port()}"
     with spawned([[sys.executable, "-c", FAILING, address, str(i)] for i in range(3)], cli_env) as processes:
         ended = ends(processes, 50)
@@ -353,6 +335,52 @@ def test_a_process_that_fails_ends_the_others_with_its_own_status(cli_env):
     for i in (0, 2):
         line = ended[i][2].splitlines()[-1]
         assert line.startswith("error: process 1 of 3 (") and f"pid {processes[1].pid}) failed with status 2" in line
+
+
+MEETING = """
+import sys, time
+from crate_jax.parallel import distributed, watch
+watch.BEAT, watch.SILENCE = 0.5, 3.0
+distributed.start(distributed.Cluster(sys.argv[1], 2, int(sys.argv[2])))
+distributed.barrier("all are there")
+print("met", flush=True)
+time.sleep(60)
+"""
+
+
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F")  # 127.0.0.1 in /proc/net
+
+
+def listening(pid: int) -> set[str]:
+    """ADDRESS:PORT, as in /proc/net, at which a process listens."""
+    inodes = {os.readlink(path)[8:-1] for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return {line[1] for line in lines if line[3] == "0A" and line[9] in inodes}
+
+
+def test_second_starts_are_refused_and_a_stopped_process_is_named(cli_env):
+    """JAX's service believes them, and aborts both healthy processes with a stack."""
+    address = f"127.0.0.1:{free_port()}"
+    commands = [[sys.executable, "-c", MEETING, address, str(i)] for i in range(2)]
+    with spawned(commands, cli_env) as healthy:
+        for process in healthy:
+            assert "met\n" in iter(process.stdout.readline, "")
+        places = listening(healthy[0].pid)  # the meeting point, JAX's service, gloo
+        assert len(places) > 1 and all(place.startswith(LOOPBACK) for place in places), places
+        with spawned(commands, cli_env) as second:
+            ended = ends(second, 50)
+        for i in range(2):
+            line = ended[i][2].splitlines()[-1]
+            assert f"process {i} of 2 cannot join the others at {address}: it is already there (" in line
+            assert f"pid {healthy[i].pid})" in line
+        assert all(status for status, _, _ in ended) and all(process.poll() is None for process in healthy)
+        healthy[1].send_signal(signal.SIGSTOP)
+        assert healthy[0].wait(20) == watch.LOST
+        line = healthy[0].communicate()[1].splitlines()[-1]
+        assert line.startswith("error: process 1 of 2 (") and "has been silent for 3 s: it is stopped or hangs" in line
+        healthy[1].send_signal(signal.SIGCONT)
+        assert healthy[1].wait(20) == watch.LOST
+        assert f"error: process 0 of 2 ({meeting.own_name().split()[0]}" in healthy[1].communicate()[1]
 
 
 @pytest.mark.parametrize(("process", "role"), [(0, "starts the meeting point at"), (1, "looks for process 0 at")])
