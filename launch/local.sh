@@ -11,6 +11,7 @@
 #   JAX_NUM_CPU_DEVICES   number of virtual devices of each process on the CPU (cores / N)
 #   NCCL_*                settings of NCCL, which the processes get; NCCL_DEBUG is WARN if it is not set
 #   PYTHON                interpreter (python)
+#   CRATE_JAX_TOKEN       text that a process must know to join the run (random)
 #   PORT                  port at which the processes meet (a number made from the launcher's process id)
 #   GRACE                 seconds between the failure of one process and SIGKILL for the others (120)
 #   RESTARTS              how often the run is started again after a status of 75 or a process that was killed (0)
@@ -72,6 +73,9 @@ fi
 command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: no such command"
 # Our processes would join another run whose coordinator uses this port.
 if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then fail "PORT=$PORT is in use; choose another"; fi
+
+CRATE_JAX_TOKEN=${CRATE_JAX_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+export CRATE_JAX_TOKEN
 
 # Each process gets its own group, for three reasons. Ctrl-C then reaches the launcher alone, which passes it on once
 # (a second one would end a run without saving). The process does not ignore SIGINT, as other background commands do.

@@ -6,6 +6,7 @@
 #
 #   PYTHON     interpreter (python)
 #   RESTARTS   how often the job may be requeued (100)
+#   CRATE_JAX_TOKEN   text that a process must know to join the run (random)
 #
 # JAX finds its processes by SLURM's variables. The script ends with srun's status, the highest of all processes.
 
@@ -35,6 +36,7 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 
+export CRATE_JAX_TOKEN=${CRATE_JAX_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')} # srun passes it on
 "${command[@]}"
 status=$?
 # 143 and 130: a signal stopped the run (before the time limit or pre-emption), and its state is saved. 75: a process is

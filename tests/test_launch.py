@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,7 +34,7 @@ case "${0##*/} $*" in
   'gcloud compute tpus tpu-vm ssh'*)
     cd && for argument in "$@"; do [[ $argument != --command=* ]] || bash -c "${argument#*=}"; done ;;
   'kubectl create'*) cat >"$HOME/manifest" ;;
-  srun*) exit "${SRUN_STATUS:-0}" ;;
+  srun*) [[ $CRATE_JAX_TOKEN =~ ^[0-9a-f]{32}$ ]] && exit "${SRUN_STATUS:-0}" ;;
   squeue*) echo "${STATE:-RUNNING}" ;;
 esac
 """
@@ -464,6 +465,10 @@ def test_local_passes_signals_on_once(env, tmp_path, sent, status):
 
 
 def test_local_killed_takes_its_processes_along(env, tmp_path):
+    """They share a token, which nobody else knows."""
     local = Local(env, tmp_path)
+    named = re.compile(rb"CRATE_JAX_TOKEN=[0-9a-f]{32}\0")
+    tokens = [named.search(Path(f"/proc/{pid}/environ").read_bytes())[0] for pid in local.pids]
+    assert tokens[0] == tokens[1]
     local.process.kill()
     assert local.wait() == -signal.SIGKILL
