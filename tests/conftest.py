@@ -75,7 +75,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --optimised."""
+    """Adds --optimised and --soak."""
+    parser.addoption("--soak", type=float, default=180.0, help="seconds of the soak of tests/test_soak.py")
     parser.addoption("--optimised", action="store_true", help="compile programs as users do; takes three times as long")
 
 

@@ -1,4 +1,4 @@
-"""Real processes killed with SIGKILL at random moments, saves included, until the run is through: nothing is lost."""
+"""Real processes killed, stopped and started twice at random moments, until the run is through: nothing is lost."""
 
 from __future__ import annotations
 
@@ -46,15 +46,19 @@ class Life:
             command += [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
         self.workdir, self.processes, self.errors = workdir, [], []
         self.before = unfinished(workdir)
+        self.env = env | {"JAX_NUM_CPU_DEVICES": str(devices)}
+        self.commands: list[list[str]] = []
         for i in range(processes):
             self.errors.append((logs or workdir.parent) / f"{workdir.name}.{i}.err")
-            with open(self.errors[i], "w") as errors:
-                process = subprocess.Popen(
-                    [*prefixes.get(i, ()), *command, *([f"--process_id={i}"] if processes > 1 else [])],
-                    cwd=ROOT, stderr=errors,
-                    stdout=subprocess.DEVNULL, env=env | {"JAX_NUM_CPU_DEVICES": str(devices)},
-                )  # fmt: skip
-            self.processes.append(process)
+            number = [f"--process_id={i}"] if processes > 1 else []
+            self.commands.append([*prefixes.get(i, ()), *command, *number])
+            self.processes.append(self._start(i, self.errors[i]))
+
+    def _start(self, process: int, log: Path) -> subprocess.Popen:
+        with open(log, "w") as errors:
+            return subprocess.Popen(
+                self.commands[process], cwd=ROOT, stderr=errors, stdout=subprocess.DEVNULL, env=self.env
+            )
 
     def runs(self) -> bool:
         return all(process.poll() is None for process in self.processes)
@@ -93,6 +97,43 @@ class Life:
             expected = -signal.SIGKILL if i in victims else watch.LOST
             assert status == expected, f"process {i}, victims {victims}: {status}\n{self.errors[i].read_text()[-3000:]}"
         self.left_after = time.monotonic() - start
+
+    def stop(self, victim: int, seconds: float) -> None:
+        """SIGSTOP to one; the others must leave by themselves, and so must it, when it goes on later."""
+        self.processes[victim].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        for i in [*(i for i in range(len(self.processes)) if i != victim), victim]:
+            if i == victim:
+                time.sleep(seconds)
+                self.processes[i].send_signal(signal.SIGCONT)
+            status = self.processes[i].wait(watch.SILENCE + LEAVE_SECONDS)
+            assert status == watch.LOST, (
+                f"process {i}, stopped {victim}: {status}\n{self.errors[i].read_text()[-3000:]}"
+            )
+        self.left_after = time.monotonic() - start - seconds
+
+    def pause(self, victims: Sequence[int], seconds: float) -> None:
+        """SIGSTOP to some, so short that nobody minds."""
+        for signum in (signal.SIGSTOP, signal.SIGCONT):
+            for i in victims:
+                self.processes[i].send_signal(signum)
+            time.sleep(seconds if signum == signal.SIGSTOP else 0)
+
+    def start_again(self, again: Sequence[int]) -> None:
+        """The same command a second time, in some processes; they are refused in a line."""
+        logs = [self.errors[i].with_suffix(".second") for i in again]
+        second = [self._start(i, log) for i, log in zip(again, logs, strict=True)]
+        for process, log in zip(second, logs, strict=True):
+            try:
+                process.wait(LEAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                assert not self.runs(), log.read_text()[-3000:]
+                process.kill()
+            if self.runs():  # else this life has ended meanwhile
+                text = log.read_text()
+                lines = [line for line in text.splitlines() if line.startswith("error: ")]
+                assert process.wait() == 2 and len(lines) == 1 and "Traceback" not in text, text[-3000:]
+                assert "it is already there (" in lines[0] or "is in use by process" in lines[0]
 
     def end(self) -> None:
         for i, process in enumerate(self.processes):
@@ -188,6 +229,59 @@ def soak(env: dict, root: Path, steps: int, kills: int, shapes: Sequence[tuple[i
     return folders
 
 
+def disturb(life: Life, rng: random.Random, how: str, last: int) -> str:
+    """Something that happens to a life before step `last`; how it is called, empty if nothing happened."""
+    everyone = range(len(life.processes))
+    old = checkpoints(life.workdir)
+    if max(map(int, old), default=0) > last:
+        return ""
+    if how == "kill":
+        return how if kill_at_random(life, rng, rng.choice(["save", "step", "start-up"])) else ""
+    if not life.wait_for(life.locked if rng.random() < 0.3 else lambda: bool(checkpoints(life.workdir) - old)):
+        return ""
+    time.sleep(rng.uniform(0.0, 0.5))
+    victims = rng.choice([everyone, *([i] for i in everyone)])
+    if how == "second start":
+        life.start_again(victims)
+    elif how == "stop" and len(everyone) > 1:
+        life.stop(rng.choice(everyone), rng.uniform(0.0, 3.0))
+    elif how == "stand still":  # as SLURM suspends a job
+        life.pause(everyone, watch.SILENCE + 5)
+    else:
+        how = "pause"
+        life.pause(victims, rng.uniform(0.1, 5.0))
+    return how
+
+
+HOW = ["second start", "pause", "stop", "second start", "kill", "pause", "kill", "stand still"]
+
+
+def disturbed(env: dict, root: Path, processes: int, seconds: float, steps: int) -> list[Path]:
+    """Starts runs and disturbs them for so many seconds, then lets the last one end; returns their folders."""
+    rng, flags = random.Random(processes), [*FLAGS, f"--config.steps={steps}", f"--config.save.every={SAVE_EVERY}"]
+    count: collections.Counter[str] = collections.Counter()
+    folders, end = [root / "run0"], time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (folders[-1] / "summary.json").exists():
+            folders.append(root / f"run{len(folders)}")
+        life, how = Life(env, flags, folders[-1], processes), "started"
+        try:
+            while how and life.runs() and time.monotonic() < end:
+                how = disturb(life, rng, HOW[sum(count.values()) % len(HOW)], steps - 80)
+                count[how] += bool(how)
+            if life.runs() or not how:
+                life.end()
+        finally:
+            for process in life.processes:
+                process.kill()
+                process.wait()
+        assert not orphans(folders[-1])
+    Life(env, flags, folders[-1], processes).end()
+    print(f"{processes} processes: {dict(count)}, {len(folders)} runs")
+    assert count["pause"] and count["second start"]
+    return folders
+
+
 def check_clean(workdir: Path) -> None:
     assert not orphans(workdir)
     assert not list((workdir / "checkpoints").glob(UNFINISHED)) and not list(workdir.glob("*.tmp"))
@@ -232,3 +326,14 @@ def test_killed_and_continued_on_other_devices_the_losses_are_the_same(cli_env, 
     for folder in folders:
         check_clean(folder)
         np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole"), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_whatever_happens_to_its_processes_a_run_ends_with_the_same_bits(processes, cli_env, tmp_path, request):
+    """For a third of --soak seconds each, what HOW names."""
+    folders = disturbed(cli_env, tmp_path, processes, request.config.getoption("--soak") / 3, 300)
+    Life(cli_env, [*FLAGS, "--config.steps=300"], tmp_path / "whole", processes).end()
+    for folder in folders:
+        check_clean(folder)
+        check_same(folder, tmp_path / "whole")
