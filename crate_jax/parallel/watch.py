@@ -158,7 +158,7 @@ class Watch:
                     self._accept()
                 elif isinstance(key.data, Stranger):
                     self._hear_stranger(key.data)
-                elif key.data.process in self._peers:
+                elif key.data in self._peers.values():
                     self._hear(key.data)
             now = time.monotonic()
             if now - looked > 2 * BEAT:  # this process itself stood still, so it could not hear the others
