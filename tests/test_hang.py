@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import subprocess
@@ -16,29 +15,19 @@ import pytest
 
 from crate_jax.parallel import watch
 from tests.conftest import ROOT
-from tests.data.test_pipeline import photo
 from tests.hung_disk import HungDisk
 from tests.parallel.test_distributed import free_port
-from tests.test_soak import FLAGS, Life, check_clean, check_same, orphans
+from tests.test_soak import FLAGS, Life, check_clean, check_same, orphans, pictures
 
 pytestmark = [pytest.mark.one_python, pytest.mark.slow]
 
 KEYS = ["--config.steps=90", "--config.save.every=1000", "--config.data.threads=1"]
 
 
-def files() -> dict[str, bytes]:
-    """Images of many sizes, which are read from their files in each step."""
-    contents = {}
-    for i in range(40):
-        photo(i, (20 + i, 70 - i)).save(buffer := io.BytesIO(), "PNG")
-        contents[f"{i:02d}.png"] = buffer.getvalue()
-    return contents
-
-
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("images")
-    for name, content in files().items():
+    for name, content in pictures().items():
         (root / name).write_bytes(content)
     return [*FLAGS, *KEYS, f"--config.data.source=folder:{root}"]
 
@@ -120,7 +109,7 @@ def disk(tmp_path) -> Iterator[HungDisk]:
     (tmp_path / "disk").mkdir()
     with contextlib.ExitStack() as stack:
         try:
-            disk = stack.enter_context(HungDisk(tmp_path / "disk", files()))
+            disk = stack.enter_context(HungDisk(tmp_path / "disk", pictures()))
         except OSError as e:
             pytest.skip(f"a disk that hangs needs root and FUSE: {e}")
         yield disk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import json
 import os
 import random
@@ -21,6 +22,8 @@ import pytest
 from crate_jax.parallel import watch
 from crate_jax.workdir import folder as workdirs
 from tests.conftest import ROOT
+from tests.data.test_pipeline import photo
+from tests.hung_disk import HungDisk
 from tests.parallel.test_distributed import free_port
 
 pytestmark = pytest.mark.one_python
@@ -229,7 +232,27 @@ def soak(env: dict, root: Path, steps: int, kills: int, shapes: Sequence[tuple[i
     return folders
 
 
-def disturb(life: Life, rng: random.Random, how: str, last: int) -> str:
+def pictures() -> dict[str, bytes]:
+    """Images of many sizes, which a run reads from their files in each step."""
+    contents = {}
+    for i in range(40):
+        photo(i, (20 + i, 70 - i)).save(buffer := io.BytesIO(), "PNG")
+        contents[f"{i:02d}.png"] = buffer.getvalue()
+    return contents
+
+
+def mounted(folder: Path) -> contextlib.AbstractContextManager[HungDisk | None]:
+    """The pictures as a disk that may hang, where the tests may mount one; else as files, and None."""
+    folder.mkdir(exist_ok=True)
+    try:
+        return HungDisk(folder, pictures())
+    except OSError:
+        for name, content in pictures().items():
+            (folder / name).write_bytes(content)
+        return contextlib.nullcontext()
+
+
+def disturb(life: Life, rng: random.Random, how: str, last: int, disk: HungDisk | None) -> str:
     """Something that happens to a life before step `last`; how it is called, empty if nothing happened."""
     everyone = range(len(life.processes))
     old = checkpoints(life.workdir)
@@ -241,7 +264,11 @@ def disturb(life: Life, rng: random.Random, how: str, last: int) -> str:
         return ""
     time.sleep(rng.uniform(0.0, 0.5))
     victims = rng.choice([everyone, *([i] for i in everyone)])
-    if how == "second start":
+    if how == "hung disk" and disk is not None:
+        disk.hang()
+        for process, errors in zip(life.processes, life.errors, strict=True):
+            assert process.wait(STALL_SECONDS + 2 * LEAVE_SECONDS) == watch.LOST, errors.read_text()[-3000:]
+    elif how == "second start":
         life.start_again(victims)
     elif how == "stop" and len(everyone) > 1:
         life.stop(rng.choice(everyone), rng.uniform(0.0, 3.0))
@@ -253,30 +280,38 @@ def disturb(life: Life, rng: random.Random, how: str, last: int) -> str:
     return how
 
 
-HOW = ["second start", "pause", "stop", "second start", "kill", "pause", "kill", "stand still"]
+HOW = ["second start", "pause", "stop", "hung disk", "second start", "kill", "pause", "kill", "stand still"]
+STALL_SECONDS = 45  # more than the processes stand still
 
 
 def disturbed(env: dict, root: Path, processes: int, seconds: float, steps: int) -> list[Path]:
-    """Starts runs and disturbs them for so many seconds, then lets the last one end; returns their folders."""
+    """Starts runs and disturbs them for so many seconds, then lets the last one end; returns their folders.
+
+    Afterwards runs one that nobody disturbs, in the folder `whole`.
+    """
     rng, flags = random.Random(processes), [*FLAGS, f"--config.steps={steps}", f"--config.save.every={SAVE_EVERY}"]
+    flags += [f"--config.data.source=folder:{root / 'disk'}", f"--config.data.stall_seconds={STALL_SECONDS}"]
     count: collections.Counter[str] = collections.Counter()
     folders, end = [root / "run0"], time.monotonic() + seconds
     while time.monotonic() < end:
         if (folders[-1] / "summary.json").exists():
             folders.append(root / f"run{len(folders)}")
-        life, how = Life(env, flags, folders[-1], processes), "started"
-        try:
-            while how and life.runs() and time.monotonic() < end:
-                how = disturb(life, rng, HOW[sum(count.values()) % len(HOW)], steps - 80)
-                count.update([how] if how else [])
-            if life.runs() or not how:
-                life.end()
-        finally:
-            for process in life.processes:
-                process.kill()
-                process.wait()
+        with mounted(root / "disk") as disk:
+            life, how = Life(env, flags, folders[-1], processes), "started"
+            try:
+                while how and life.runs() and time.monotonic() < end:
+                    how = disturb(life, rng, HOW[sum(count.values()) % len(HOW)], steps - 80, disk)
+                    count.update([how] if how else [])
+                if life.runs() or not how:
+                    life.end()
+            finally:
+                for process in life.processes:
+                    process.kill()
+                    process.wait()
         assert not orphans(folders[-1])
-    Life(env, flags, folders[-1], processes).end()
+    with mounted(root / "disk"):
+        for folder in (folders[-1], root / "whole"):
+            Life(env, flags, folder, processes).end()
     print(f"{processes} processes: {dict(count)}, {len(folders)} runs")
     assert count.total()
     return folders
@@ -333,7 +368,6 @@ def test_killed_and_continued_on_other_devices_the_losses_are_the_same(cli_env, 
 def test_whatever_happens_to_its_processes_a_run_ends_with_the_same_bits(processes, cli_env, tmp_path, request):
     """For a third of --soak seconds each, what HOW names."""
     folders = disturbed(cli_env, tmp_path, processes, request.config.getoption("--soak") / 3, 300)
-    Life(cli_env, [*FLAGS, "--config.steps=300"], tmp_path / "whole", processes).end()
     for folder in folders:
         check_clean(folder)
         check_same(folder, tmp_path / "whole")
