@@ -328,6 +328,12 @@ def image_with_codes(folder: Path) -> None:
 
 
 @maker
+def arrays(folder: Path) -> None:
+    """Images whose values are floats."""
+    np.savez(folder / "a.npz", x=np.zeros((9, 12, 12, 3), np.float32))
+
+
+@maker
 def weights_npz(folder: Path) -> None:
     """NumPy's format."""
     np.savez(folder / "x.npz", a=np.zeros(3))

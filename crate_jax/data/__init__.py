@@ -10,6 +10,7 @@ from crate_jax.data.decoding import LARGEST, DecodeError
 from crate_jax.data.device_augmentation import pictures_of, views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
+from crate_jax.data.npz import open_npz
 from crate_jax.data.pairs import IGNORED, PairSource, open_pairs
 from crate_jax.data.pipeline import TrainPipeline, batch_shapes
 from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
@@ -59,7 +60,7 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SOURCES = ("digits", "folder:PATH", "tfds:NAME", "synthetic")
+SOURCES = ("digits", "folder:PATH", "npz:PATH", "tfds:NAME", "synthetic")
 
 
 def write_out(data: ConfigDict) -> None:
@@ -101,10 +102,13 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
         source = SyntheticSource(split, data.image_size)
     elif kind == "folder":
         source = open_folder(where, split, data.train_split, data.eval_split, data.max_pixels)
+    elif kind == "npz":
+        columns = (data.image_column, data.label_column)
+        source = open_npz(where, split, data.train_split, data.eval_split, *columns, data.max_pixels)
     elif kind == "tfds":
         source = open_tfds(where, split, data.data_dir, data.train_split, data.eval_split, data.max_pixels)
     else:
-        raise ConfigError(f"config.data.source={data.source!r}: must be digits, folder:PATH, tfds:NAME or synthetic")
+        raise ConfigError(f"config.data.source={data.source!r}: must be one of {', '.join(SOURCES)}")
     if labels_required and source is not None and source.class_names is None:
         raise DataError(
             f"config.data.source={data.source!r}: this job needs labels, but the {split} split has none; a folder has "
@@ -115,7 +119,7 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
 
 def _is_source(text: str) -> bool:
     kind, _, rest = text.partition(":")
-    return kind in ("folder", "tfds") if rest else text in ("digits", "synthetic")
+    return kind in ("folder", "npz", "tfds") if rest else text in ("digits", "synthetic")
 
 
 DATA = Section(
@@ -130,6 +134,8 @@ DATA = Section(
             resume=RECORDED,
         ),
         data_dir=Key("", anything, "tfds: the folder of the prepared (ArrayRecord) data sets", resume=RECORDED),
+        image_column=Key("auto", anything, "npz: the images' array, apart from _train or _test", resume=RECORDED),
+        label_column=Key("auto", anything, "npz: the labels' array; empty: no labels", resume=RECORDED),
         train_split=Key(
             "train",
             anything,

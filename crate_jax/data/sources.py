@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.errors import DataError
+from crate_jax.errors import DataError, escaped, some
 
 # Usual names of splits, in lower case; config.data.eval_split='auto' looks for those of 'test' first.
 SPLITS = {
@@ -27,9 +28,11 @@ _SPLIT = re.compile(
     r"(?:[ _.-]*(?:set|split|data|dataset|images?|imgs?|folder))*[ _.-]*\d{0,4}"
 )
 _PART = re.compile(rf"(?<![a-z]){_WORD}(?![a-z])")
+AnySource = TypeVar("AnySource", bound="Source")
 SYNTHETIC_CLASSES = 10
 SYNTHETIC_IMAGES = {"train": 4096, "eval": 1024}
 DIGITS_TRAIN_SHARE = 0.8
+MAX_CLASSES = 2**20  # a higher label is an identity or a measurement, not the number of a class
 
 
 def split_role(name: str) -> str | None:
@@ -73,6 +76,94 @@ def eval_splits(names: Iterable[str]) -> list[str]:
         return order.index(found[name]), usual.index(name) if name in usual else len(usual), name
 
     return sorted(found, key=rank)
+
+
+def candidates(where: str, names: Sequence[str], split: str, train_split: str, eval_split: str) -> list[str]:
+    """Returns which of a set's named splits may be the one to open; :func:`first_labelled` decides.
+
+    >>> candidates("npz:a", ["Training", "val", "test"], "eval", "train", "auto")
+    ['test', 'val']
+
+    Args:
+      where: the source, as the config names it, for messages.
+      names: the names of the set's splits.
+      split: 'train' or 'eval'.
+      train_split: name of the training split; 'train' also takes the one that has another usual name.
+      eval_split: name of the evaluation split; 'auto': those with a usual name, test before val; '': there is none.
+
+    Raises:
+      DataError: the set has no such split, or several splits may be the training split.
+    """
+    wanted = train_split if split == "train" else eval_split
+    if split == "eval" and wanted in ("", "auto"):
+        return eval_splits(names) if wanted else []
+    found = [wanted] if wanted in names else []
+    if split == "train" and not found and wanted in ("", "train"):
+        found = [name for name, role in split_roles(names).items() if role == "train"]
+    if len(found) != 1:
+        raise DataError(
+            f"config.data.source={where!r}: has no split {wanted!r}; it has {some(list(names), ', ')}; set "
+            f"config.data.{split}_split to one of them"
+        )
+    return found
+
+
+def first_labelled(sources: Iterable[AnySource]) -> AnySource | None:
+    """Returns the first set that has labels; if none has, the first one, or None if there are no sets."""
+    first = None
+    for source in sources:
+        if source.class_names is not None:
+            return source
+        first = first or source
+    return first
+
+
+def class_numbers(columns: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray | None], list[str]]:
+    """Turns the labels of a set's splits into the numbers of classes, the same in all splits.
+
+    Args:
+      columns: the labels of each split by the name that messages shall show, (n,) or (n, 1): whole numbers from 0 on,
+        which are the numbers of the classes, or texts, whose byte order numbers them. In a split whose labels are not
+        public all are negative.
+
+    Returns:
+      The labels of each split, int32 (n,), None where they are not public; one name per class.
+
+    Raises:
+      DataError: the labels are neither, or only some of a split are negative.
+
+    >>> class_numbers({"train": np.array(["dog", "cat"]), "test": np.array([["dog"]])})
+    ({'train': array([1, 0], dtype=int32), 'test': array([1], dtype=int32)}, ['cat', 'dog'])
+    """
+    flat = {}
+    for name, column in columns.items():
+        flat[name] = column[:, 0] if column.ndim == 2 and column.shape[1] == 1 else column
+        problem = ""
+        if flat[name].ndim != 1:
+            problem = f"has the shape {column.shape}"
+        elif column.dtype.kind not in "iubUS":
+            problem = f"holds {column.dtype}"
+        elif column.dtype.kind in "iu" and len(column):
+            low, high = int(column.min()), int(column.max())
+            if low < 0 <= high or high >= MAX_CLASSES:
+                problem = f"holds numbers from {low} to {high}"
+        if problem:
+            raise DataError(
+                f"{name}: {problem}; labels are one class per image, a text or a number from 0 to {MAX_CLASSES - 1}; "
+                "config.data.label_column='' goes without labels"
+            )
+    if len({column.dtype.kind in "US" for column in flat.values()}) > 1:
+        raise DataError(
+            f"{', '.join(flat)}: some labels are texts, some numbers; config.data.label_column='' goes without"
+        )
+    if any(column.dtype.kind in "US" for column in flat.values()):
+        flat = {name: np.char.decode(c, "utf-8", "replace") if c.dtype.kind == "S" else c for name, c in flat.items()}
+        texts, numbers = np.unique(np.concatenate(list(flat.values())), return_inverse=True)
+        parts = np.split(numbers.astype(np.int32), np.cumsum([len(column) for column in flat.values()])[:-1])
+        return dict(zip(flat, parts, strict=True)), [escaped(str(text)) for text in texts]
+    public = {name: c.astype(np.int32) for name, c in flat.items() if len(c) and c.min() >= 0}
+    classes = max((int(column.max()) + 1 for column in public.values()), default=0)
+    return {name: public.get(name) for name in flat}, [str(k) for k in range(classes)]
 
 
 class Source(abc.ABC):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import Source, digest, eval_splits
+from crate_jax.data.sources import Source, digest, eval_splits, first_labelled
 from crate_jax.errors import DataError
 from crate_jax.workdir.folder import expanduser
 
@@ -136,8 +136,7 @@ def open_tfds(
 
     if not automatic:
         return read(chosen)
-    found = [read(s) for s in eval_splits(splits)]
-    return next((s for s in found if s.class_names is not None), found[0] if found else None)
+    return first_labelled(map(read, eval_splits(splits)))
 
 
 def _builder(name: str, data_dir: str, where: str) -> tuple[Any, Any, list[str]]:
