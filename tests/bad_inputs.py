@@ -334,6 +334,13 @@ def arrays(folder: Path) -> None:
 
 
 @maker
+def parquet_lost(folder: Path) -> None:
+    """The first of two shards; it is not read."""
+    (folder / "set").mkdir()
+    (folder / "set" / "train-00000-of-00002.parquet").touch()
+
+
+@maker
 def weights_npz(folder: Path) -> None:
     """NumPy's format."""
     np.savez(folder / "x.npz", a=np.zeros(3))

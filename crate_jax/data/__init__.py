@@ -10,6 +10,7 @@ from crate_jax.data.decoding import LARGEST, DecodeError
 from crate_jax.data.device_augmentation import pictures_of, views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
+from crate_jax.data.hugging_face import open_tables
 from crate_jax.data.npz import open_npz
 from crate_jax.data.pairs import IGNORED, PairSource, open_pairs
 from crate_jax.data.pipeline import TrainPipeline, batch_shapes
@@ -60,7 +61,8 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SOURCES = ("digits", "folder:PATH", "npz:PATH", "tfds:NAME", "synthetic")
+SOURCES = ("digits", "folder:PATH", "npz:PATH", "hf:PATH", "tfds:NAME", "synthetic")
+COLUMNS = {"npz": open_npz, "hf": open_tables}  # sets that name their images and labels
 
 
 def write_out(data: ConfigDict) -> None:
@@ -102,9 +104,9 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
         source = SyntheticSource(split, data.image_size)
     elif kind == "folder":
         source = open_folder(where, split, data.train_split, data.eval_split, data.max_pixels)
-    elif kind == "npz":
+    elif kind in COLUMNS:
         columns = (data.image_column, data.label_column)
-        source = open_npz(where, split, data.train_split, data.eval_split, *columns, data.max_pixels)
+        source = COLUMNS[kind](where, split, data.train_split, data.eval_split, *columns, data.max_pixels)
     elif kind == "tfds":
         source = open_tfds(where, split, data.data_dir, data.train_split, data.eval_split, data.max_pixels)
     else:
@@ -119,7 +121,7 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
 
 def _is_source(text: str) -> bool:
     kind, _, rest = text.partition(":")
-    return kind in ("folder", "npz", "tfds") if rest else text in ("digits", "synthetic")
+    return kind in ("folder", "tfds", *COLUMNS) if rest else text in ("digits", "synthetic")
 
 
 DATA = Section(
@@ -134,8 +136,10 @@ DATA = Section(
             resume=RECORDED,
         ),
         data_dir=Key("", anything, "tfds: the folder of the prepared (ArrayRecord) data sets", resume=RECORDED),
-        image_column=Key("auto", anything, "npz: the images' array, apart from _train or _test", resume=RECORDED),
-        label_column=Key("auto", anything, "npz: the labels' array; empty: no labels", resume=RECORDED),
+        image_column=Key(
+            "auto", anything, "npz: the array of images, apart from _train or _test; hf: the column", resume=RECORDED
+        ),
+        label_column=Key("auto", anything, "npz, hf: the same for the labels; empty: there are none", resume=RECORDED),
         train_split=Key(
             "train",
             anything,

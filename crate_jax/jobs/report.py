@@ -64,7 +64,14 @@ SECTIONS: dict[str, Analysis] = {
     "theory": Analysis("Theorem 3", lambda _: whitebox_section.theory_section(), needs_images=False, needs_runs=False),
 }
 
-DATA_KEYS = ("source", "data_dir", "image_column", "label_column", "train_split", "eval_split")  # read from the report's config if it names a source
+DATA_KEYS = (
+    "source",
+    "data_dir",
+    "image_column",
+    "label_column",
+    "train_split",
+    "eval_split",
+)  # read from the report's config if it names a source
 
 
 def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:

@@ -89,19 +89,6 @@ def test_the_fingerprint_knows_pixels_labels_and_names(tmp_path):
     assert len(prints) == 4
 
 
-def test_batches_come_from_worker_processes_too(tmp_path):
-    np.savez_compressed(tmp_path / "a.npz", x=IMAGES)
-    batches = []
-    for options in ({"workers": 0, "memory_mb": 0}, {"workers": 1, "memory_mb": 0}):
-        config = config_lib.base()
-        config.data.update({"source": f"npz:{tmp_path / 'a.npz'}", "image_size": (16, 16)} | options)
-        config.batch_size = 8
-        pipeline = data.TrainPipeline(config, data.open_split(config, "train"))
-        batches.append(next(pipeline.batches(3)))
-        pipeline.close()
-    np.testing.assert_array_equal(batches[0]["image"], batches[1]["image"])
-
-
 @pytest.mark.parametrize(
     "arrays,options,message",
     [
