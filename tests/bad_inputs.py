@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import struct
+import tarfile
 import tomllib
 import zipfile
 import zlib
@@ -338,6 +339,14 @@ def parquet_lost(folder: Path) -> None:
     """The first of two shards; it is not read."""
     (folder / "set").mkdir()
     (folder / "set" / "train-00000-of-00002.parquet").touch()
+
+
+@maker
+def shard_cut(folder: Path) -> None:
+    """A tar file whose only image ends early."""
+    info = tarfile.TarInfo("0.png")
+    info.size = 5000
+    (folder / "train-0.tar").write_bytes(info.tobuf() + bytes(2000))
 
 
 @maker

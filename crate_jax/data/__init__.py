@@ -19,6 +19,7 @@ from crate_jax.data.recipes import VIEWS, preset
 from crate_jax.data.sources import Source, SyntheticSource, digits
 from crate_jax.data.tfds_source import open_tfds
 from crate_jax.data.views import shown_views
+from crate_jax.data.webdataset import open_shards
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.validation import (
     FREE,
@@ -61,8 +62,8 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SOURCES = ("digits", "folder:PATH", "npz:PATH", "hf:PATH", "tfds:NAME", "synthetic")
-COLUMNS = {"npz": open_npz, "hf": open_tables}  # sets that name their images and labels
+SOURCES = ("digits", "folder:PATH", "npz:PATH", "hf:PATH", "webdataset:SHARDS", "tfds:NAME", "synthetic")
+COLUMNS = {"npz": open_npz, "hf": open_tables, "webdataset": open_shards}  # sets that name their images and labels
 
 
 def write_out(data: ConfigDict) -> None:
@@ -137,9 +138,14 @@ DATA = Section(
         ),
         data_dir=Key("", anything, "tfds: the folder of the prepared (ArrayRecord) data sets", resume=RECORDED),
         image_column=Key(
-            "auto", anything, "npz: the array of images, apart from _train or _test; hf: the column", resume=RECORDED
+            "auto",
+            anything,
+            "npz: array of images, apart from _train or _test; hf: column; webdataset: ending",
+            resume=RECORDED,
         ),
-        label_column=Key("auto", anything, "npz, hf: the same for the labels; empty: there are none", resume=RECORDED),
+        label_column=Key(
+            "auto", anything, "the same for the labels, or a field of .json; empty: none", resume=RECORDED
+        ),
         train_split=Key(
             "train",
             anything,

@@ -23,15 +23,12 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import Source, candidates, class_numbers, digest, first_labelled, split_role
+from crate_jax.data.sources import LABELS, SHARD, Source, candidates, class_numbers, digest, first_labelled, split_of
 from crate_jax.errors import DataError, escaped, some
 from crate_jax.workdir.folder import expanduser
 
 ENDINGS = (".parquet", ".arrow")
-LABELS = ("label", "labels", "class", "target")  # of columns that no metadata describes
 CACHE_BYTES = 256 * 2**20  # of unpacked row groups that a process keeps
-# What follows the name of a split in the name of a shard; a hash may come after it.
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?:-\w+)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,14 +402,14 @@ def _splits(root: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     folders: dict[str, set[Path]] = {}
     for path in paths:
-        name, folder = _split_of(path.relative_to(root))
+        name, folder = split_of(path.relative_to(root))
         found.setdefault(name, []).append(path)
         folders.setdefault(name, set()).add(folder)
     for name, files in found.items():
         if len(folders[name]) > 1:
             several = some(sorted(str(root / folder) for folder in folders[name]), ", ")
             raise DataError(f"{root}: holds several configurations; set config.data.source to hf: and one of {several}")
-        shards = [match for file in files if (match := _SHARD.search(file.stem))]
+        shards = [match for file in files if (match := SHARD.search(file.stem))]
         total = max((int(shard[2]) for shard in shards), default=0)
         missing = sorted(set(range(total)) - {int(shard[1]) for shard in shards})
         if missing or len(shards) > total:
@@ -427,23 +424,6 @@ def _saved(folder: Path) -> list[Path]:
         folder / os.path.basename(file["filename"])
         for file in json.loads((folder / "state.json").read_text())["_data_files"]
     ]
-
-
-def _split_of(path: Path) -> tuple[str, Path]:
-    """Returns the name of the split that a file belongs to, and the folder of its configuration, both below the root.
-
-    >>> [_split_of(Path(name))[0] for name in ("data/train-00000-of-00002.parquet", "c/validation/0000.parquet")]
-    ['train', 'validation']
-    >>> [_split_of(Path(name))[0] for name in ("a/cifar10-test.arrow", "a/extra-00000-of-00001.parquet", "a/b.parquet")]
-    ['test', 'extra', 'train']
-    """
-    stem = _SHARD.sub("", path.stem)
-    for text, folder in ((stem, path.parent), (path.parent.name, path.parent.parent)):
-        for word in re.split(r"[-_. ]", text):
-            if split_role(word):
-                return word, folder
-    numbered = stem != path.stem and stem not in ("data", "part")
-    return (stem if numbered else "train"), path.parent
 
 
 def _one_line(e: Exception) -> str:

@@ -6,6 +6,7 @@ import abc
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +33,9 @@ AnySource = TypeVar("AnySource", bound="Source")
 SYNTHETIC_CLASSES = 10
 SYNTHETIC_IMAGES = {"train": 4096, "eval": 1024}
 DIGITS_TRAIN_SHARE = 0.8
+LABELS = ("label", "labels", "class", "target")  # usual names of a field of labels
+# What follows the name of a split in the name of one of Hugging Face's shards; a hash may come after it.
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?:-\w+)?$")
 MAX_CLASSES = 2**20  # a higher label is an identity or a measurement, not the number of a class
 
 
@@ -76,6 +80,23 @@ def eval_splits(names: Iterable[str]) -> list[str]:
         return order.index(found[name]), usual.index(name) if name in usual else len(usual), name
 
     return sorted(found, key=rank)
+
+
+def split_of(path: Path) -> tuple[str, Path]:
+    """Returns the name of the split that a file belongs to, and the folder of its configuration, both below the root.
+
+    >>> [split_of(Path(name))[0] for name in ("data/train-00000-of-00002.parquet", "c/validation/0000.parquet")]
+    ['train', 'validation']
+    >>> [split_of(Path(name))[0] for name in ("a/cifar10-test.arrow", "a/extra-00000-of-00001.parquet", "a/b.parquet")]
+    ['test', 'extra', 'train']
+    """
+    stem = SHARD.sub("", path.stem)
+    for text, folder in ((stem, path.parent), (path.parent.name, path.parent.parent)):
+        for word in re.split(r"[-_. ]", text):
+            if split_role(word):
+                return word, folder
+    numbered = stem != path.stem and stem not in ("data", "part")
+    return (stem if numbered else "train"), path.parent
 
 
 def candidates(where: str, names: Sequence[str], split: str, train_split: str, eval_split: str) -> list[str]:

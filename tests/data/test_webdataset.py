@@ -1,0 +1,189 @@
+"""Shards of WebDataset: what makes a sample, random access by the index, what is kept, damage in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crate_jax import config as config_lib, data
+from crate_jax.data import decoding, webdataset
+from crate_jax.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def png(value):
+    out = io.BytesIO()
+    Image.new("RGB", (7, 5), (value, 0, 255 - value)).save(out, "PNG")
+    return out.getvalue()
+
+
+def shard(path, files):
+    """A tar file of {name: bytes}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def samples(first, count):
+    """Images of the colours `first` ... with the class i % 3, as WebDataset's writer orders them."""
+    files = {}
+    for i in range(first, first + count):
+        files |= {f"a/{i:04d}.cls": b"%d" % (i % 3), f"a/{i:04d}.png": png(i), f"a/{i:04d}.txt": b"a text"}
+    return files
+
+
+def two_splits(root):
+    shard(root / "train-000000.tar", samples(0, 4))
+    shard(root / "train-000001.tar", samples(4, 3))
+    shard(root / "val-000000.tar", samples(7, 2))
+
+
+def opened(path, split="train", **options):
+    config = config_lib.base()
+    config.data.update({"source": f"webdataset:{path}", "image_size": (16, 16)} | options)
+    return data.open_split(config, split)
+
+
+def values(source):
+    return [int(source.read(i)[0, 0, 0]) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("pattern", ["", "{train-000000,train-000001,val-000000}.tar", "*.tar"])
+def test_shards_of_two_splits(tmp_path, pattern):
+    two_splits(tmp_path)
+    train, test = (opened(tmp_path / pattern, split) for split in ("train", "eval"))
+    assert (values(train), values(test)) == (list(range(7)), [7, 8])
+    assert train.class_names == test.class_names == ["0", "1", "2"]
+    np.testing.assert_array_equal(train.labels, np.arange(7) % 3)
+    np.testing.assert_array_equal(test.labels_of([1]), [8 % 3])
+    assert [train.name(i) for i in (0, 3, 4)] == [
+        "train-000000.tar/a/0000.png", "train-000000.tar/a/0003.png", "train-000001.tar/a/0004.png"
+    ]  # fmt: skip
+    assert values(pickle.loads(pickle.dumps(train))) == list(range(7))
+
+
+def test_a_range_of_shards(tmp_path, caplog):
+    two_splits(tmp_path)
+    assert values(opened(tmp_path / "train-{000000..000001}.tar")) == list(range(7))
+    assert not caplog.records
+    assert values(opened(tmp_path / "train-000001.tar")) == [4, 5, 6]  # what a shell makes of it without quotes
+    assert "train-000001.tar: only this one of 3 shards is read" in caplog.text
+    with pytest.raises(DataError, match="train-000002.tar: no such shard"):
+        opened(tmp_path / "train-{000000..000002}.tar")
+
+
+def test_labels_of_json_files(tmp_path):
+    named = {"0.jpg": png(0), "0.json": json.dumps({"label": "dog", "n": 2}).encode()}
+    shard(tmp_path / "a.tar", named | {"1.jpg": png(1), "1.json": json.dumps({"label": "cat", "n": 0}).encode()})
+    assert opened(tmp_path).class_names == ["cat", "dog"] and opened(tmp_path).labels.tolist() == [1, 0]
+    assert opened(tmp_path, label_column="n").labels.tolist() == [2, 0]
+    assert opened(tmp_path, label_column="").labels is None
+
+
+def test_images_of_one_ending_among_several(tmp_path):
+    shard(tmp_path / "a.tar", {"0.Left.png": png(0), "0.right.png": png(1), "notes": b"x", "1.txt": b"x"})
+    assert values(opened(tmp_path, image_column="right.png")) == [1]
+    assert values(opened(tmp_path, image_column="left.png")) == [0]
+
+
+def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, cache, monkeypatch):
+    two_splits(tmp_path)
+    reads = []
+    read = webdataset._members
+    monkeypatch.setattr(webdataset, "_members", lambda path: reads.append(path.name) or read(path))
+    prints = [opened(tmp_path).fingerprint() for _ in range(2)]
+    assert len(reads) == 3 and prints[0] == prints[1]
+    shard(tmp_path / "train-000001.tar", samples(4, 2))
+    assert values(opened(tmp_path)) == list(range(6)) and opened(tmp_path).fingerprint() != prints[0]
+    assert len(reads) == 5
+    for kept in (cache / "crate_jax").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-50])
+    assert values(opened(tmp_path)) == list(range(6)), "a damaged index is made anew"
+
+
+def test_without_a_cache_folder(tmp_path, cache, monkeypatch):
+    two_splits(tmp_path)
+    (cache / "crate_jax").touch()  # where the folder should be
+    assert values(opened(tmp_path)) == list(range(7))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert values(opened(tmp_path)) == list(range(7)) and not (tmp_path / "~").exists()
+
+
+def test_an_image_that_a_shard_lost_since_is_undecodable(tmp_path):
+    two_splits(tmp_path)
+    source = opened(tmp_path)
+    os.truncate(tmp_path / "train-000001.tar", 1600)
+    with pytest.raises(decoding.DecodeError, match="train-000001.tar: ends within the image at offset"):
+        source.open(4)
+    (tmp_path / "train-000001.tar").unlink()
+    with pytest.raises(decoding.DecodeError, match="cannot be read"):
+        source.open(4)
+
+
+def cut(root):
+    two_splits(root)
+    os.truncate(root / "train-000001.tar", 1600)
+
+
+def overwritten(root):
+    two_splits(root)
+    with (root / "train-000000.tar").open("r+b") as file:
+        file.seek(1024)
+        file.write(b"x" * 512)
+
+
+def packed(root):
+    (root / "train-000000.tar.gz").touch()
+
+
+def one_without_label(root):
+    shard(root / "a.tar", samples(0, 2) | {"b.png": png(3)})
+
+
+def one_with_label(root):
+    shard(root / "a.tar", {"0.png": png(3)} | samples(0, 2))
+
+
+@pytest.mark.parametrize(
+    "write,options,message",
+    [
+        (cut, {}, "train-000001.tar: damaged or cut short at offset 1536"),
+        (overwritten, {}, "train-000000.tar: damaged at offset 1024, no header"),
+        (lambda root: (root / "a.tar").touch(), {}, "a.tar: damaged or cut short at offset 0"),
+        (packed, {}, "holds no .tar file, only train-000000.tar.gz: unpack them with gunzip"),
+        (one_without_label, {}, "sample b at offset .* has no label, though others have one; .*='' goes without"),
+        (one_with_label, {}, "sample a/0000 at offset .* has a label, though others have none"),
+        (two_splits, {"train_split": "dev"}, "has no split 'dev'; it has train, val"),
+        (two_splits, {"image_column": "jpg"}, "no image in 2 shards; its endings are to be jpg"),
+        (lambda root: shard(root / "a.tar", {"0.png": b"", "0.jpg": b""}), {}, "sample 0 has images png and jpg"),
+        (lambda root: shard(root / "a.tar", {"0.png": b"", "0.json": b"{"}), {}, "0.json at offset 1024 is damaged"),
+        (
+            lambda root: shard(root / "a.tar", {"0.png": b"", "0.cls": bytes(2**20 + 1)}),
+            {},
+            "1048577 bytes are no label",
+        ),
+    ],
+)
+def test_errors_are_one_line(tmp_path, write, options, message):
+    write(tmp_path)
+    with pytest.raises(DataError, match=message) as e:
+        opened(tmp_path, **options)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
