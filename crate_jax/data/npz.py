@@ -36,6 +36,7 @@ class Member:
       shape: the array's shape.
       dtype: the type of its numbers.
       fortran: whether the first axis is the fastest.
+      size: the bytes of its numbers, unpacked, as the zip archive has it.
       start: where the numbers begin in the file; None: they are compressed.
       crc: the checksum that the zip archive has of it.
     """
@@ -45,6 +46,7 @@ class Member:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     fortran: bool
+    size: int
     start: int | None
     crc: int
 
@@ -152,7 +154,8 @@ def open_npz(
     for file in files:
         default = file.stem if root.is_dir() else "train"
         _find(images, members[file], IMAGES if image_column == "auto" else (image_column,), default)
-        _find(columns, members[file], LABELS if label_column == "auto" else (label_column,), default)
+        if label_column:
+            _find(columns, members[file], LABELS if label_column == "auto" else (label_column,), default)
     there = some([str(member) for found in members.values() for member in found], ", ")
     if not images:
         names = "/".join(IMAGES) if image_column == "auto" else image_column
@@ -160,6 +163,8 @@ def open_npz(
             f"{root}: has no array of images; it holds {there}; name it {names}, with _train or _test if there are "
             "several, or set config.data.image_column"
         )
+    for member in (*images.values(), *columns.values()):
+        _require_readable(member)
     for member in images.values():
         _require_images(member, max_pixels)
     numbers: dict[str, np.ndarray | None] = {}
@@ -198,6 +203,8 @@ def _find(found: dict[str, Member], members: list[Member], names: tuple[str, ...
                 split = folded[: -len(name) - 1]
             else:
                 continue
+            if split in found and found[split].path != member.path:
+                raise DataError(f"{found[split].path} and {member.path} both hold the split {split}; name one file")
             if split in found:
                 raise DataError(
                     f"{member.path}: both {found[split]} and {member} may be meant; set config.data.image_column and "
@@ -210,7 +217,7 @@ def _members(path: Path) -> list[Member]:
     """Reads the headers of a file's arrays.
 
     Raises:
-      DataError: the file is not an .npz file, is damaged, holds a pickle, or would not fit in memory.
+      DataError: the file is not an .npz file, or is damaged.
     """
     members = []
     try:
@@ -227,28 +234,13 @@ def _members(path: Path) -> list[Member]:
                     )
                     shape, fortran, dtype = read(file)
                     header = file.tell()
-                name = info.filename.removesuffix(".npy")
-                if dtype.hasobject:
-                    raise DataError(f"{path}: the array {name} holds Python objects, and pickles are not read")
-                size = math.prod(shape) * dtype.itemsize
-                if size != info.file_size - header:
-                    raise DataError(
-                        f"{path}: the array {name} {dtype} {shape} must have {size} bytes, but has "
-                        f"{info.file_size - header}"
-                    )
                 start = None
                 if info.compress_type == zipfile.ZIP_STORED:
                     raw.seek(info.header_offset)
                     lengths = LOCAL_HEADER.unpack(raw.read(LOCAL_HEADER.size))[1:]
                     start = raw.tell() + sum(lengths) + header
-                elif size > machine_memory() // 2:
-                    raise DataError(
-                        f"{path}: the array {name} {dtype} {shape} takes {size / 2**30:.1f} GiB unpacked, more than "
-                        "half of this machine's memory; save it with numpy.savez, which does not compress"
-                    )
-                members.append(Member(str(path), name, shape, dtype, fortran, start, info.CRC))
-    except DataError:
-        raise
+                name, size = info.filename.removesuffix(".npy"), info.file_size - header
+                members.append(Member(str(path), name, shape, dtype, fortran, size, start, info.CRC))
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror or e})") from None
     except Exception as e:  # a damaged file may raise any error
@@ -259,6 +251,24 @@ def _members(path: Path) -> list[Member]:
 def machine_memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _require_readable(member: Member) -> None:
+    """Checks, before an array is read, that it can be.
+
+    Raises:
+      DataError: it is a pickle, has not the size that its header says, or would not fit in memory.
+    """
+    size = math.prod(member.shape) * member.dtype.itemsize
+    if member.dtype.hasobject:
+        raise DataError(f"{member.path}: the array {member.name} holds Python objects, and pickles are not read")
+    if size != member.size:
+        raise DataError(f"{member.path}: the array {member} must have {size} bytes, but has {member.size}")
+    if member.start is None and size > machine_memory() // 2:
+        raise DataError(
+            f"{member.path}: the array {member} takes {size / 2**30:.1f} GiB unpacked, more than half of this "
+            "machine's memory; save it with numpy.savez, which does not compress"
+        )
 
 
 def _require_images(member: Member, max_pixels: int) -> None:

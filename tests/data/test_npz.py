@@ -62,7 +62,8 @@ def test_layouts_of_the_axes(tmp_path, array, expected):
 
 def test_a_file_for_each_split_and_names_of_ones_own(tmp_path):
     names = np.array(["dog", "cat", "Eel"])
-    np.savez(tmp_path / "train.npz", pictures=IMAGES, animal=names[LABELS % 3], y=LABELS)
+    pickled = np.array([None, 1], object)  # and not used
+    np.savez(tmp_path / "train.npz", pictures=IMAGES, animal=names[LABELS % 3], y=LABELS, z=pickled)
     np.savez(tmp_path / "test.npz", pictures=IMAGES[:2], animal=names[[0, 1]], y=LABELS[:2])
     own = {"image_column": "pictures", "label_column": "animal"}
     train, test = (opened(tmp_path, split, **own) for split in ("train", "eval"))
@@ -70,6 +71,13 @@ def test_a_file_for_each_split_and_names_of_ones_own(tmp_path):
     np.testing.assert_array_equal(train.labels[:3], [2, 1, 0])
     np.testing.assert_array_equal(test.labels, [2, 1])
     assert opened(tmp_path, image_column="pictures", label_column="").labels is None
+
+
+def test_a_folder_of_several_sets_is_one_line(tmp_path):
+    for name in ("blood", "path"):
+        np.savez(tmp_path / f"{name}.npz", **LAYOUTS["medmnist"])
+    with pytest.raises(DataError, match="blood.npz and .*path.npz both hold the split train; name one file"):
+        opened(tmp_path)
 
 
 def test_labels_that_are_not_public_are_no_labels(tmp_path):
