@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import tarfile
@@ -140,8 +141,8 @@ def open_shards(
       The split, or None if there is no evaluation split.
 
     Raises:
-      DataError: a shard is missing, compressed, cut short or damaged; or a sample has no image, several images, or no
-        label though others have one.
+      DataError: a shard is missing, compressed, cut short or damaged; no sample has an image; or a sample has several
+        images, or no label though others have one.
     """
     shards: dict[str, list[Path]] = {}
     root, paths = _shards(pattern)
@@ -196,12 +197,13 @@ def _expanded(pattern: str) -> Iterator[str]:
     for part in re.split(r"(\{[^{}]*\})", pattern):
         span = re.fullmatch(r"\{(\d{1,9})\.\.(\d{1,9})\}", part)
         if span:
-            numbers = range(int(span[1]), int(span[2]) + 1)
-            if len(numbers) > MAX_SHARDS:
-                raise DataError(f"{pattern}: names more than {MAX_SHARDS} shards")
+            numbers = range(int(span[1]), min(int(span[2]), int(span[1]) + MAX_SHARDS) + 1)
             parts.append([f"{number:0{len(span[1])}d}" for number in numbers])
         else:
             parts.append(part[1:-1].split(",") if part.startswith("{") and part.endswith("}") else [part])
+    count = math.prod(map(len, parts))
+    if not 0 < count <= MAX_SHARDS:
+        raise DataError(f"{pattern}: names {'no shard' if not count else f'more than {MAX_SHARDS} shards'}")
     return map("".join, itertools.product(*parts))
 
 

@@ -84,6 +84,9 @@ def test_a_range_of_shards(tmp_path, caplog):
     assert not caplog.records
     assert values(opened(tmp_path / "train-000001.tar")) == [4, 5, 6]  # what a shell makes of it without quotes
     assert "train-000001.tar: only this one of 3 shards is read" in caplog.text
+    for pattern, message in (("{1..0}.tar", "names no shard"), ("{0..9999}{0..9999}.tar", "names more than 1000000")):
+        with pytest.raises(DataError, match=message):
+            opened(tmp_path / pattern)
     with pytest.raises(DataError, match="train-000002.tar: no such shard"):
         opened(tmp_path / "train-{000000..000002}.tar")
 
