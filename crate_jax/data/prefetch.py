@@ -56,12 +56,12 @@ class DevicePrefetch(Generic[Host, Device]):
 
     def _take(self) -> tuple[str, Any]:
         wait = reading.Wait("the next batch", self._stall_seconds)
-        while not self.within(reading.POLL):
-            try:
+        try:
+            while not self.within(reading.POLL):
                 wait.check()
-            except reading.Stalled as e:
-                self._ended, self._patience = ("error", e), 0.0
-                raise
+        except (reading.Stalled, KeyboardInterrupt) as e:  # a second Ctrl-C acts at once
+            self._ended, self._patience = ("error", e), 0.0
+            raise
         item, self._next = self._next, None
         assert item is not None
         return item

@@ -154,7 +154,7 @@ class Readers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        hung = kind is not None and issubclass(kind, Stalled)
+        hung = kind is not None and issubclass(kind, Stalled | KeyboardInterrupt)  # a second Ctrl-C acts at once
         if hung:
             leave_behind()
         self._pool.shutdown(wait=not hung, cancel_futures=True)
@@ -217,7 +217,8 @@ def watch_worker(worker: int, workers: int, seconds: float) -> None:
             read = slowest(first_line(seconds))
             if read and read.partition(" has been ")[0] != said:
                 said = read.partition(" has been ")[0]
-                print(escaped(f"worker process {os.getpid()} ({worker + 1} of {workers}): {read}"), file=sys.stderr)
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it; the watch must go on
+                    print(escaped(f"worker process {os.getpid()} ({worker + 1} of {workers}): {read}"), file=sys.stderr)
         os._exit(1)
 
     threading.Thread(target=watch, name="watch_worker", daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -111,6 +113,35 @@ def test_a_signal_ends_a_wait_early_but_not_at_once(hung, monkeypatch):
         with pytest.raises(reading.Stalled) as caught:
             list(data.eval_batches(configured(stall_seconds=1e3), hung, range(9), 3))
     assert 0.2 <= time.monotonic() - start < 5 and caught.value.signum == signal.SIGUSR1
+
+
+@pytest.mark.parametrize("where", ["evaluation", "training"])
+def test_a_second_ctrl_c_waits_for_no_image(where, hung, monkeypatch):
+    def interrupted(self: reading.Wait) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reading.Wait, "check", interrupted)
+    start = time.monotonic()
+    if where == "evaluation":
+        with pytest.raises(KeyboardInterrupt):
+            list(data.eval_batches(configured(), hung, range(9), 3))
+    else:
+        images = iter(lambda: hung.read(hung.hangs), None)
+        with data.device_prefetch(images, lambda x: x, 1, stall_seconds=9.0) as ready, pytest.raises(KeyboardInterrupt):
+            next(ready)
+    assert time.monotonic() - start < 3 and reading._left_behind
+
+
+def test_a_worker_whose_words_nobody_reads_ends_with_its_parent(hung, monkeypatch):
+    ended, lives, text = threading.Event(), [True, True, False], io.StringIO()
+    text.close()  # as a stderr whose reader is gone, it raises
+    parent = types.SimpleNamespace(is_alive=lambda: lives.pop(0), join=lambda seconds: None)
+    monkeypatch.setattr(reading.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(reading, "slowest", lambda seconds: f"{len(lives)} has been read for 30 s")
+    monkeypatch.setattr(reading.sys, "stderr", text)
+    monkeypatch.setattr(reading.os, "_exit", lambda status: ended.set())
+    reading.watch_worker(0, 2, 0.3)
+    assert ended.wait(5) and not lives
 
 
 def test_a_thread_that_hangs_does_not_keep_the_process():
