@@ -236,7 +236,8 @@ class Loop:
             log.info("continuing from step %d of %s", restored.step, self._checkpoints.folder)
             self._resume_clock(restored.meta.get("clock"), last_sign)
             self.origin = restored.meta.get("origin", {})
-            other_images = restored.meta["data"] != self._images
+            # One host may see other files; but all must take the same way from here.
+            other_images = bool(distributed.max_over_processes(int(restored.meta["data"] != self._images)))
             self.changed = restored.meta.get("changed", [])  # a version that did not record them has none
             if on_resume is not None:
                 runs = (restored.other_run, self.run_id) if restored.other_run else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import types
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from crate_jax.analysis import logged
 from crate_jax.config import KEYS, SECTIONS, base, is_read, validate
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
+from crate_jax.training import loop
 from crate_jax.validation import FIXED, FREE, RECORDED, flatten
 from crate_jax.workdir import checkpoint, checkpoint_files, starts
 from tests.training.test_loop import small
@@ -163,6 +165,26 @@ def test_a_checkpoint_of_another_run_is_refused_or_recorded(begun, tmp_path):
     assert summary["changed"] == [{"step": 2, "key": "run", "old": start["run"], "new": "feed"}]
     assert checkpoint_files.read_meta(folder / "checkpoints" / "4")["run"] == "feed"
     assert starts.read(folder)[-1]["run"] == "feed"
+
+
+def test_images_that_one_process_finds_changed_are_changed_for_all(begun, tmp_path, monkeypatch):
+    """Else some would take the run for finished, and the others wait for them."""
+    found = []
+
+    def resume(config, folder, changes, step, before, other, runs):
+        found.append(other)
+        raise ConfigError("seen")
+
+    def of_all(value: int) -> int:
+        return 1 if sys._getframe(1).f_code.co_name == "_begin" else value  # another one says so
+
+    monkeypatch.setattr(train, "resume", resume)
+    folder = shutil.copytree(begun, tmp_path / "run")
+    for expected in (False, True):
+        with pytest.raises(ConfigError, match="seen"):
+            train.run(tiny(), str(folder))
+        assert found.pop() is expected
+        monkeypatch.setattr(loop.distributed, "max_over_processes", of_all)
 
 
 def test_other_images_are_recorded(tmp_path):
