@@ -437,7 +437,7 @@ class _Directory:
 
 
 def _one_line(e: Exception) -> str:
-    text = " ".join(f"{type(e).__name__}: {e}".split())
+    text = " ".join(f"{type(e).__name__}: {str(e)[: 9 * MAX_MESSAGE]}".split())  # the pieces of all would take memory
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
 
 

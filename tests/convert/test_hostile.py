@@ -113,6 +113,7 @@ PICKLES = {
     "a class of the old kind": (b"(icollections\nOrderedDict\n.", "the operation INST"),
     "an extension": (b"\x82\x01.", "the operation EXT1"),
     "a number as text": (b"I" + b"9" * 5000 + b"\n.", "damaged"),
+    "a name of many short words": (text("ab " * 300_000) + b"q\x00h\x00\x93.", "asks for 'ab ab ab "),
     "a name of another thing than text": (b"NN\x93.", "a global name that is not a text"),
     "a shape of many numbers": (
         tensor((1,) * 40, (1,) * 40) + b".",
