@@ -228,15 +228,16 @@ class Watch:
 
     def _judge(self, stranger: Stranger, hello: Hello, right: bool) -> None:
         """Lets a process in that proved itself and whose place is free; answers why not to another one."""
-        holder = self._name if hello.process == 0 else getattr(self._peers.get(hello.process), "name", "")
+        there = {process: peer.name for process, peer in self._peers.items()} | {0: self._name}
         if not right:
             self._send_away(stranger, f"has another token ({hello.name})", hello, Answer(meeting.TOKEN, 0, ""))
         elif hello.processes != self._processes or hello.process >= self._processes:
             count = Answer(meeting.COUNT, min(self._processes, 65535), "")
             self._send_away(stranger, f"is one of {hello.processes} processes ({hello.name})", hello, count)
-        elif holder or self.met.is_set():
+        elif hello.process in there or self.met.is_set():
             why = f"says that it is process {hello.process} too ({hello.name})"
-            self._send_away(stranger, why, hello, Answer(meeting.TAKEN, 0, holder or "it has ended"))
+            holder = there.get(hello.process, "it has ended")
+            self._send_away(stranger, why, hello, Answer(meeting.TAKEN, 0, holder))
         else:
             self._leave_strangers(stranger)
             peer = Peer(hello.process, hello.name, stranger.connection)

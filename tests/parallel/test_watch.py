@@ -59,7 +59,8 @@ class Job:
         raise AssertionError("nothing ended the job")
 
     def runs(self) -> bool:
-        return not self.ends and "watch" in {thread.name for thread in threading.enumerate()}
+        """Whether the watch still challenges who connects."""
+        return not self.ends and meeting.receive(self.connect(), meeting.CHALLENGE.size)[:8] == meeting.MAGIC
 
 
 @pytest.fixture
@@ -190,6 +191,16 @@ def test_a_second_process_of_a_number_is_refused_in_a_line(job):
             job.say(2)
             assert job.watch.met.wait(5)
     assert job.runs()
+
+
+def test_a_process_without_a_name_keeps_its_place(job):
+    peers = []
+    for _ in range(2):
+        peers.append(job.connect())
+        challenge = meeting.receive(peers[-1], meeting.CHALLENGE.size)[8:]
+        peers[-1].sendall(meeting.pack_hello(Hello(NONCE, 1, 3, ""), challenge, TOKEN))
+    answer, right = meeting.unpack_answer(meeting.receive(peers[1], meeting.ANSWER.size), NONCE, TOKEN)
+    assert right and answer == Answer(meeting.TAKEN, 0, "") and job.watch.missing() == [2]
 
 
 def test_who_leaves_before_all_have_come_may_come_again(job):
