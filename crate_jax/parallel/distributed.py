@@ -113,8 +113,10 @@ def _explicit(address: str, count: str, index: str, token: str) -> Cluster | Non
     for name, value in list(values.items())[1:]:
         if not value.isdecimal():
             raise ConfigError(f"{name}={value!r}: must be a whole number")
-    if not re.fullmatch(r"\S+:\d+", address):
-        raise ConfigError(f"{next(iter(values))}={address!r}: must be HOST:PORT of process 0")
+    if not re.fullmatch(r"\S+:\d{1,5}", address) or not 0 < meeting.split(address)[1] < 2**16:
+        raise ConfigError(f"{next(iter(values))}={address!r}: must be HOST:PORT of process 0, with a PORT up to 65535")
+    if int(count) >= 2**16:
+        raise ConfigError(f"--num_processes={count}: must be at most 65535")
     if not int(index) < int(count):
         raise ConfigError(f"--process_id={index}: must be below --num_processes={count}, counted from 0")
     return Cluster(address, int(count), int(index), token=token)
@@ -219,10 +221,10 @@ def _meet(cluster: Cluster) -> tuple[str, str]:
             with contextlib.suppress(OSError):  # a run there says that it is one
                 meeting.knock(cluster.address, 0, cluster.processes, token, attempts=1)
             raise
-        with meeting.listen(bind, 0) as free:
-            service = free.getsockname()[1]
-        _watch = Watch(0, cluster.processes, token, listener, service)
-        _watch.met.wait()
+        with meeting.listen(bind, 0) as held:  # else another program may get the port while this one waits
+            service = held.getsockname()[1]
+            _watch = Watch(0, cluster.processes, token, listener, service)
+            _watch.met.wait()
     else:
         peer, answer = meeting.knock(cluster.address, cluster.process, cluster.processes, token)
         service = answer.port

@@ -71,6 +71,9 @@ def test_flags_come_before_the_environment():
         (("", 2, 0), "missing: --coordinator_address"),
         (("a:1", 0, 0), "missing: --num_processes"),
         (("a", 2, 0), "must be HOST:PORT of process 0"),
+        (("a:65536", 2, 0), "='a:65536': must be HOST:PORT of process 0, with a PORT up to 65535"),
+        (("a:0", 2, 0), "with a PORT up to 65535"),
+        (("a:1", 65536, 0), "--num_processes=65536: must be at most 65535"),
         (("a:1", 2, 2), "--process_id=2: must be below --num_processes=2"),
     ],
 )
