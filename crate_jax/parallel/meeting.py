@@ -21,7 +21,7 @@ CHALLENGE = struct.Struct(">8s32s")  # MAGIC, a nonce
 HELLO = struct.Struct(">8s32sII128s32s")  # MAGIC, a nonce, the process, the number of processes, its name, a proof
 ANSWER = struct.Struct(">cH128s32s")  # the verdict, the port of JAX's service, a process's name, a proof
 PROOF_BYTES = 32
-WELCOME, TAKEN, COUNT, TOKEN = b"w", b"t", b"c", b"k"  # verdicts; of COUNT the port's place holds the true number
+WELCOME, TAKEN, COUNT, TOKEN = b"w", b"t", b"c", b"k"  # verdicts
 HELLO_SECONDS = 10.0  # within which a connection must have proved itself
 RETRY_SECONDS = 0.3  # between two attempts to reach process 0
 
@@ -36,7 +36,13 @@ class Hello(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What process 0 answers: a verdict, the port of JAX's service, and the name of the process that it is about."""
+    """What process 0 answers.
+
+    Attributes:
+      verdict: WELCOME, TAKEN, COUNT or TOKEN.
+      port: of WELCOME the port of JAX's service, of COUNT the number of processes, else 0.
+      name: of WELCOME process 0's name, of TAKEN that of the process which is there, else empty.
+    """
 
     verdict: bytes
     port: int
