@@ -24,6 +24,7 @@
 #   RESTARTS     how often the pods are restarted (100)
 #   NCCL_*       settings of NCCL for pods with GPUs; NCCL_DEBUG is WARN if it is not set
 #   PYTHON       interpreter in the image (python)
+#   CRATE_JAX_TOKEN  text that a process must know to join the run (random; who may read the JobSet can read it)
 #   WORKER       number of the pod whose log is followed (0)
 #
 # The cluster needs the JobSet controller, v0.7 or newer.
@@ -124,6 +125,9 @@ else
   ((GPUS == 0)) || resources=(nvidia.com/gpu "$GPUS")
 fi
 variables=(PYTHONUNBUFFERED 1)
+if [[ -z $ACCELERATOR ]]; then
+  variables+=(CRATE_JAX_TOKEN "${CRATE_JAX_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}")
+fi
 if ((GPUS)); then
   NCCL_DEBUG=${NCCL_DEBUG:-WARN}
   for name in "${!NCCL_@}"; do variables+=("$name" "${!name}"); done

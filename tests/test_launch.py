@@ -107,7 +107,7 @@ def test_help_is_the_comment_at_the_top(env, script):
 
 TPU = {"PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v5litepod-16"}
 SLURM = {"NODES": 2, "GPUS": 8}
-KUBERNETES = {"IMAGE": "images/crate:1", "CLAIM": "runs"}
+KUBERNETES = {"IMAGE": "images/crate:1", "CLAIM": "runs", "CRATE_JAX_TOKEN": 'known"'}
 GKE = KUBERNETES | {"ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4"}
 
 
@@ -326,10 +326,18 @@ def test_kubernetes_gpus(env):
     ]
     assert jobset["spec"]["replicatedJobs"][0]["name"] == "host"  # of the coordinator's name
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"} and pod["nodeSelector"] == {}
-    variables = {"PYTHONUNBUFFERED": "1", "NCCL_DEBUG": "WARN", "NCCL_IB_HCA": '=mlx5_"$$(A)'}
+    variables = {"PYTHONUNBUFFERED": "1", "CRATE_JAX_TOKEN": 'known"', "NCCL_DEBUG": "WARN"}
+    variables["NCCL_IB_HCA"] = '=mlx5_"$$(A)'
     assert {v["name"]: v["value"] for v in container["env"]} == variables
     assert container["image"] == KUBERNETES["IMAGE"]
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == KUBERNETES["CLAIM"]
+
+
+def test_kubernetes_makes_a_token_for_each_run(env):
+    settings = KUBERNETES | {"HOSTS": 2, "CRATE_JAX_TOKEN": ""}
+    shown = [launch(env, "kubernetes.sh", "run", "--dry-run", *ARGS, **settings).stdout for _ in range(2)]
+    tokens = [re.search(r'"CRATE_JAX_TOKEN", "?value"?: "(\w{32})"', text)[1] for text in shown]
+    assert tokens[0] != tokens[1]
 
 
 def test_kubernetes_restarts_all_but_the_users_mistake(env):
