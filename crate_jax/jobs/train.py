@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import data
+from crate_jax.analysis import logged
 from crate_jax.analysis.whitebox import measures
 from crate_jax.config import KEYS, OTHER_RUN, allowed_changes, base, method_name, resumed_changes, validate
 from crate_jax.convert import pretrained
@@ -121,7 +122,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 def finished(loop: Loop, folder: Path, changes: Sequence[Any]) -> dict[str, Any] | None:
     """The contents of summary.json, if the run was finished before and this start changes nothing; None otherwise.
 
-    All processes must call it.
+    A start that changed only how the run is judged wrote another summary and no checkpoint, so config.json, which is
+    written before each summary, is compared too. All processes must call it.
 
     Args:
       loop: the training loop, which has not run.
@@ -134,7 +136,11 @@ def finished(loop: Loop, folder: Path, changes: Sequence[Any]) -> dict[str, Any]
     try:
         summary: Any = readback.parse((folder / "summary.json").read_text(encoding="utf-8", errors="replace"))
         files = [summary[name] for name in ("pictures", "report") if summary[name]]
-        same = (summary["steps"], summary["params_sha256"]) == (loop.total, sha256)
+        stored: Any = readback.parse((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
+        found = (summary["steps"], summary["params_sha256"], summary.get("changed", []))
+        same = found == (loop.total, sha256, loop.changed)
+        same = same and not resumed_changes(ConfigDict(as_begun(loop.config, loop.changed)), stored)
+        same = same and not readback.wrong(summary, logged.OF_A_SUMMARY)  # else the report asks for another one
         whole = same and bool(summary["report"]) == loop.config.log.report and all(map(os.path.exists, files))
         _ = told(summary) if loop.config.job == "pretrain" else reading(summary)  # as it will be printed
     except (OSError, ValueError, TypeError, KeyError):

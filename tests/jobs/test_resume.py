@@ -207,16 +207,34 @@ def test_starts_whose_steps_are_lost_do_not_count():
 def test_a_summary_that_cannot_be_printed_is_computed_again(tmp_path):
     c, params = base(), {"a": np.ones(3, np.float32)}
     c.log.report = False
-    loop = types.SimpleNamespace(start_step=2, total=2, state=types.SimpleNamespace(params=params), config=c)
+    state = types.SimpleNamespace(params=params)
+    loop = types.SimpleNamespace(start_step=2, total=2, state=state, config=c, changed=[])
     whole = {
         "steps": 2, "loss": 0.5, "params": 3, "params_sha256": checkpoint.params_sha256(params), "knn_top1": None,
         "pictures": None, "report": None,
     }  # fmt: skip
     path = tmp_path / "summary.json"
     path.write_text(json.dumps(whole))
+    assert train.finished(loop, tmp_path, ()) is None  # without config.json nobody knows what was computed
+    (tmp_path / "config.json").write_text(json.dumps(c.to_dict()))
     assert train.finished(loop, tmp_path, ()) == whole
-    for change in ({"loss": "x"}, {"params": None}, {"knn_top1": 0.5}, {"rankme": 3.0}, {"pictures": [1]}):
+    for change in (
+        {"loss": "x"},
+        {"params": None},
+        {"knn_top1": 0.5},
+        {"rankme": 3.0},
+        {"pictures": [1]},
+        {"test_images": 0},
+    ):
         path.write_text(json.dumps({**whole, **change}))
         assert train.finished(loop, tmp_path, ()) is None, change
     path.write_text("[" * 10**5)
     assert train.finished(loop, tmp_path, ()) is None
+
+
+def test_scores_of_a_start_that_judged_in_another_way_are_not_taken_for_the_run(begun, tmp_path):
+    folder = shutil.copytree(begun, tmp_path / "run")
+    commands = [tiny(), tiny(**{"evaluation.test_images": 9}), tiny(seed=5), tiny()]
+    summaries = [train.run(c, str(folder)) for c in commands]
+    assert [s["test_images"] for s in summaries] == [16, 9, 16, 16]
+    assert ["changed" in s for s in summaries] == [False, False, True, False]
