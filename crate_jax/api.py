@@ -89,6 +89,7 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
         raise ConfigError(f"config: there is no key {key!r}" + (f"; did you mean {close[0]}?" if close else ""))
     *section, leaf = key.split(".")
     group = config[section[0]] if section else config
+    value = value.item() if isinstance(value, np.generic) else value  # out of np.linspace, say
     if isinstance(group[leaf], tuple) and not isinstance(value, list | tuple):
         value = (value,)  # as a flag is read: data.image_size=64
     try:
@@ -114,6 +115,7 @@ def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> dict[
 
     Raises:
       UserError: something that you can mend, in one line.
+      crate_jax.data.reading.Stalled: images do not come (config.data.stall_seconds); the same call continues.
     """
     from crate_jax.jobs import JOBS  # here: with Matplotlib and all jobs, which an encoder does not need
 
@@ -258,13 +260,16 @@ class Encoder:
 
         Args:
           images: see the class.
-          layer: the block, from 1; None: the last but one, as in arXiv 2404.02446, section B.3.2.
+          layer: the block, from 1; None: the last but one, as in arXiv 2404.02446, section B.3.2. The output, 0, has
+            none.
 
         Raises:
           ConfigError: the encoder has no class token (ResNet), or there is no such layer.
           DataError: see :meth:`features`.
         """
         config = self._with(layer=layer)
+        if layer == 0:
+            raise ConfigError("layer=0: the output has no attention; blocks count from 1")
         block = config.evaluation.layer - 1 if layer else None
         read = functools.partial(pictures.class_attention, config, block=block)
         return self._rows(images, ("attention", block), read)

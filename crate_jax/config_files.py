@@ -6,6 +6,7 @@ In a checkout they lie beside the package, in ``configs/``; an installed package
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -64,7 +65,7 @@ def named(text: str) -> ConfigDict:
       text: a name or path as for :func:`find`; what follows a colon is the file's argument.
 
     Raises:
-      ConfigError: there is no such file, it has no ``get_config``, or that refuses the argument.
+      ConfigError: there is no such file, it has no ``get_config``, or that takes no argument or refuses this one.
 
     >>> named("cifar10:encoder=vit").encoder.name
     'vit'
@@ -77,4 +78,10 @@ def named(text: str) -> ConfigDict:
     loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise ConfigError(f"{path}: has no function get_config, which returns the config")
-    return module.get_config(*[argument] * bool(colon))
+    arguments = [argument] * bool(colon)
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as e:
+        right = f"take one argument, here {argument!r}" if colon else "work without an argument"
+        raise ConfigError(f"{path}: get_config must {right} ({e})") from None
+    return module.get_config(*arguments)

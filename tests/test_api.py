@@ -112,6 +112,8 @@ def test_attention_rates_and_pictures(encoder):
     np.testing.assert_allclose(attention.sum((2, 3)), 1.0, rtol=1e-5)
     assert np.abs(attention - encoder.attention(IMAGES)).max() > 1e-4  # the last block but one is the first of two
     np.testing.assert_array_equal(encoder.attention(IMAGES), encoder.attention(IMAGES, layer=1))
+    with pytest.raises(ConfigError, match="layer=0: the output has no attention"):
+        encoder.attention(IMAGES, layer=0)
     c, pictures = encoder.config, encoder.reconstruct(IMAGES, seed=4)
     pixels = data.eval_images(c, crate_jax.api._source(IMAGES), np.arange(5))[0]
     points = representation.points(c)(encoder.params, normalise(jnp.asarray(pixels), c))[1]["after_mssa"][:, :, 1:]
@@ -195,7 +197,9 @@ def test_wrong_configs_are_one_line(name, overrides, message):
 
 
 def test_a_config_gets_the_values_and_only_pretrain_trains(tmp_path):
-    c = crate_jax.get_config("cifar10:encoder=vit", {"data.image_size": [16, 24], "steps": 9, "optimizer.lr": 1})
+    c = crate_jax.get_config(
+        "cifar10:encoder=vit", {"data.image_size": [16, 24], "steps": np.int64(9), "optimizer.lr": 1}
+    )
     assert (c.data.image_size, c.steps, c.optimizer.lr) == ((16, 24), 9, 1.0)
     assert crate_jax.get_config("cifar10", {"data.image_size": 24}).data.image_size == (24,)  # `validate` makes it two
     with pytest.raises(ConfigError, match="config.job='report': must be pretrain; crate-jax report"):

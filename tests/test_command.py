@@ -46,7 +46,12 @@ def test_a_name_stands_for_a_file_of_the_library_and_a_path_for_a_file_there(tmp
     assert config_files.named("cifar10.py:word") == {"mine": "word"} and config_files.named("cifar10").epochs == 6
     assert config_files.named("cifar10.py") == {"mine": None}
     (tmp_path / "empty.py").touch()
-    for name, message in (("nonesuch", "no such file.*, vit_mae"), (".", "is a folder"), ("empty.py", "no function")):
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {}\n")
+    wrong = {
+        "nonesuch": "no such file.*, vit_mae", ".": "is a folder", "empty.py": "no function",
+        "plain.py:word": "must take one argument, here 'word'",
+    }  # fmt: skip
+    for name, message in wrong.items():
         with pytest.raises(ConfigError, match=message):
             config_files.named(name)
 
