@@ -81,14 +81,16 @@ def reading(scores: Mapping[str, Any]) -> list[str]:
 
     Args:
       scores: accuracies in 0..1 by their names in TOP1, some perhaps None, and :func:`guessing`, which older records
-        lack. Those on raw pixels have the ending ``_pixels``.
+        lack. Those on raw pixels have the ending ``_pixels``, those of the encoder before training ``_untrained``.
 
     >>> reading({"knn_top1": 0.12, "majority_top1": 0.1, "test_images": None})  # a record that somebody has changed
     []
-    >>> for line in reading({"knn_top1": 0.12, "knn_top1_pixels": 0.4, "test_images": 360, "majority_top1": 0.1}):
+    >>> scores = {"knn_top1": 0.12, "knn_top1_untrained": 0.12, "knn_top1_pixels": 0.4}
+    >>> for line in reading({**scores, "test_images": 360, "majority_top1": 0.1}):
     ...     print(line)
     95 % intervals on 360 test images: k-NN 9.0 to 15.7 %
     k-NN: not clearly above 10.0 %, the accuracy of always answering the most frequent class
+    k-NN: not above the untrained encoder
     k-NN: raw pixels, the values of the images themselves, beat the encoder; small and aligned images are easy for them
     """
     found = {name: scores[name] for name in TOP1 if scores.get(name) is not None}
@@ -102,6 +104,9 @@ def reading(scores: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{low}: not clearly above {100 * chance:.1f} %, the accuracy of always answering the most frequent class"
         )
+    untrained = {name: scores.get(f"{name}_untrained") for name in found}
+    if level := " and ".join(TOP1[name] for name, x in untrained.items() if x is not None and found[name] <= x):
+        lines.append(f"{level}: not above the untrained encoder")
     if beaten := " and ".join(TOP1[name] for name in found if (scores.get(f"{name}_pixels") or 0) > found[name]):
         lines.append(
             f"{beaten}: raw pixels, the values of the images themselves, beat the encoder; small and aligned images "
