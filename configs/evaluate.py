@@ -74,8 +74,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def _crate(c: ConfigDict) -> None:
     """Fine-tuning of CRATE-MAE, arXiv 2404.02446 appendix B.1: layer norm and a linear head on the class token.
 
-    The paper gives optimiser, rate, decay and batch. Epochs, betas, crop and interpolation come from the authors'
-    finetune.py, which fine-tunes supervised CRATE; docs/evaluation.md lists what differs from it.
+    A run that pooled otherwise keeps its pooling, unless config.evaluation.pool is set. The paper gives optimiser,
+    rate, decay and batch. Epochs, betas, crop and interpolation come from the authors' finetune.py, which fine-tunes
+    supervised CRATE; docs/evaluation.md lists what differs from it.
     """
     c.epochs, c.batch_size = 200.0, 256
     c.data.crop_scale, c.data.interpolation = (0.08, 1.0), "bilinear"

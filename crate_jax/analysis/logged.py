@@ -194,9 +194,9 @@ def _verdict(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table
         found = (score[s.name] for score in scores)
         rows.append((s.name, method, c.encoder.name, *found, summary.get("loss"), summary.get("images_per_sec")))
     caption = (
-        "The runs. ± is half of the 95 % interval that follows from the number of test images; seeds add to it. A "
-        "score is bold if its interval lies above those of all other runs. Losses under different methods, corruptions "
-        "or targets cannot be compared."
+        "The runs. ± is half of the 95 % interval that follows from the number of test images; scores also differ "
+        "from seed to seed, which it leaves out. A score is bold if its interval lies above those of all other runs. "
+        "Losses under different methods, corruptions or targets cannot be compared."
     )
     names = ("run", "method", "encoder", *(f"{named[k]} %" for k in keys), "loss", "images/s")
     return Table(caption, names, tuple(rows))
