@@ -326,7 +326,7 @@ def read_params(
     files.quiet_orbax()
     folder = expanduser(workdir).absolute()
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; expected the workdir of another run")
+        raise CheckpointError(f"{folder}: no such folder or file; expected weights or the workdir of a run")
     if (folder / FOLDER).is_dir():
         folder = folder / FOLDER
     steps = files.steps(folder)
