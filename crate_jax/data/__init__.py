@@ -71,7 +71,7 @@ def write_out(data: ConfigDict) -> None:
     bare = data.source and ":" not in data.source and not _is_source(data.source)
     if bare and expanduser(data.source).is_dir():
         data.source = f"folder:{data.source}"
-    if len(data.image_size) == 1:
+    if len(data.image_size) == 1 and isinstance(data.image_size[0], int):  # else the error shows what was given
         data.image_size = (*data.image_size, *data.image_size)
 
 
