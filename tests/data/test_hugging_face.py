@@ -15,6 +15,8 @@ from crate_jax import config as config_lib, data
 from crate_jax.data import decoding, hugging_face
 from crate_jax.errors import DataError
 
+pytestmark = pytest.mark.one_python
+
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
