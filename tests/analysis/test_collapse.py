@@ -456,4 +456,5 @@ def test_frozen_evaluation_logs_collapse_beside_accuracy():
     assert 1 < scores["rankme"] < scores["rankme_limit"] == 24
     assert scores["rankme_untrained"] == pytest.approx(1, abs=1e-3)  # all features zero
     assert "alpha_req_untrained" not in scores and "rankme_pixels" not in scores
+    assert scores.pop("test_images") == len(data.open_split(c, "eval"))
     assert all(isinstance(v, float) for v in scores.values())

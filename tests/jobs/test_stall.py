@@ -62,6 +62,6 @@ def test_a_run_without_images_saves_and_continues_with_the_same_bits(hang_before
         assert {part for part, share in shares.items() if not share} == ({RESTARTS} if end is ends[1] else set())
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["goodput"] == ends[0]["goodput"]
     seconds = ends[0]["goodput"]["wall_seconds"]
-    assert seconds * ends[0]["goodput"]["input"] > 0.3 and seconds * ends[0]["goodput"]["restarts"] > 1.0
-    assert 0.8 * took["whole"] < ends[1]["goodput"]["wall_seconds"] < took["whole"] and seconds < took["run"]
+    assert seconds * ends[0]["goodput"]["input"] > 0.3 and seconds * ends[0]["goodput"]["restarts"] > 0.2
+    assert 0.6 * took["whole"] < ends[1]["goodput"]["wall_seconds"] < took["whole"] and seconds < took["run"]
     assert ends[0]["params_sha256"] == ends[1]["params_sha256"] and ends[0]["loss"] == ends[1]["loss"]

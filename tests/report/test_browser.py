@@ -192,7 +192,7 @@ def test_runs_can_be_hidden_and_shown(opened):
     assert settings.locator("tbody tr").first.locator("td:visible").count() == 2
     chip.click()
     assert tab.locator("table").nth(1).locator("tbody tr:visible").count() == 9
-    assert np.abs(pixels(loss) - before).max() == 0
+    assert np.abs(pixels(loss) - before)[2:-2].max() == 0  # at the edges the page may shine through a part of a pixel
 
 
 def test_a_phone_needs_no_sideways_scrolling_and_can_reach_every_part(opened):
