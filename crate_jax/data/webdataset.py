@@ -22,7 +22,7 @@ from PIL import Image
 
 from crate_jax.data import decoding
 from crate_jax.data.sources import LABELS, Source, candidates, class_numbers, digest, first_labelled, split_of
-from crate_jax.errors import DataError, some
+from crate_jax.errors import DataError, UserError, some
 from crate_jax.parallel import distributed
 from crate_jax.workdir.folder import expanduser
 
@@ -207,15 +207,21 @@ def _expanded(pattern: str) -> Iterator[str]:
     return map("".join, itertools.product(*parts))
 
 
+def _cache() -> Path:
+    """The user's folder for caches; a relative path, where nothing is kept, if there is no home folder."""
+    try:
+        return expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    except UserError:
+        return Path("~/.cache")
+
+
 def _index(shards: Sequence[Path], image_column: str, label_column: str) -> Index:
     """Returns the index of shards: the one that was kept if the shards are the same, or else a new one."""
     try:
         states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
     except OSError as e:
         raise DataError(f"{e.filename}: cannot be read ({e.strerror})") from None
-    # Without a home folder the ~ stays, and no folder of that name is made.
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = Path(cache, "crate_jax", f"webdataset-{digest(VERSION, states, image_column, label_column)}.npz")
+    kept = Path(_cache(), "crate_jax", f"webdataset-{digest(VERSION, states, image_column, label_column)}.npz")
     try:
         with np.load(kept, allow_pickle=False) as arrays:
             return Index(**arrays)
