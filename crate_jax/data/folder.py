@@ -130,11 +130,6 @@ class FolderSource(Source):
                 sizes.append(-1)
         return digest(self._blob, self._ends, self._labels, sizes)
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        """See Source.labels."""
-        return self._labels
-
 
 class _Rest:
     """What lies between the images of a tree.

@@ -129,11 +129,6 @@ class TableSource(Source):
         files = [(os.path.basename(path), os.stat(path).st_size) for path in self._paths]
         return digest(files, self._ends, self._column, self._labels, self.class_names)
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        """See Source.labels."""
-        return self._labels
-
 
 class _Opened:
     """What one process holds of the files: all maps of Arrow files, and the row groups of Parquet files used last."""

@@ -110,11 +110,6 @@ class NpzSource(Source):
         member = self._member
         return digest(os.path.basename(member.path), str(member), member.crc, self._labels, self.class_names)
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        """See Source.labels."""
-        return self._labels
-
 
 def open_npz(
     path: str,
@@ -134,7 +129,8 @@ def open_npz(
       train_split: see :func:`crate_jax.data.sources.candidates`.
       eval_split: see there.
       image_column: the name of the arrays of images, apart from the name of a split; 'auto': one of IMAGES.
-      label_column: the same for the labels; 'auto': one of LABELS, if there is one; '': there are no labels.
+      label_column: the name of the arrays of labels; 'auto': one of LABELS if it is there; '': the set is read
+        without labels.
       max_pixels: the largest height x width.
 
     Returns:

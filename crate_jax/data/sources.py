@@ -197,6 +197,7 @@ class Source(abc.ABC):
 
     split: str = ""
     class_names: list[str] | None = None
+    _labels: np.ndarray | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -221,7 +222,7 @@ class Source(abc.ABC):
     @property
     def labels(self) -> np.ndarray | None:
         """The label of each image, int32 (n,), or None if the set has no labels."""
-        return None
+        return self._labels
 
     def labels_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
         """Returns the labels of the images at `indices`, int32 (b,), without reading the labels of all images.
@@ -274,11 +275,6 @@ class ArraySource(Source):
     def fingerprint(self) -> str:
         """See Source.fingerprint."""
         return digest(self._name, self._images.shape, self._images.tobytes(), self._labels)
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """See Source.labels."""
-        return self._labels
 
 
 class SyntheticSource(Source):

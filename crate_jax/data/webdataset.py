@@ -109,11 +109,6 @@ class ShardSource(Source):
         shards, i = [os.path.basename(path) for path in self._paths], self._index
         return digest(shards, i.shards, i.starts, i.sizes, i.names, self._labels, self.class_names)
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        """See Source.labels."""
-        return self._labels
-
 
 def open_shards(
     pattern: str,

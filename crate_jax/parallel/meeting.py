@@ -40,8 +40,8 @@ class Answer(NamedTuple):
 
     Attributes:
       verdict: WELCOME, TAKEN, COUNT or TOKEN.
-      port: of WELCOME the port of JAX's service, of COUNT the number of processes, else 0.
-      name: of WELCOME process 0's name, of TAKEN that of the process which is there, else empty.
+      port: the port of JAX's service after WELCOME; the number of processes after COUNT; otherwise 0.
+      name: the name of process 0 after WELCOME; the name of the process in this place after TAKEN; otherwise empty.
     """
 
     verdict: bytes

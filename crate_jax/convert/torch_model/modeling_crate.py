@@ -84,7 +84,7 @@ class CrateConfig:
       paper_scale: 0: an exact projector; else the factor on each bucket's sum.
       noise_std: in units of normalised pixels.
       decoder: crate | transformer | linear | none.
-      decoder_width: of the transformer; 0: the encoder's.
+      decoder_width: the width of a transformer decoder; 0: it is as wide as the encoder.
       decoder_positions: whether a CRATE decoder adds positions again.
       decoder_residual: stream, g - MSSA(LN(g)); normalised, LN(g) - MSSA(LN(g)).
       init: initial weights of a linear decoder: xavier | trunc_normal.
@@ -158,7 +158,7 @@ class Corruption:
     """Hides nothing; the others replace some of these methods.
 
     Attributes:
-      share: of the N patches, those over which the loss is a mean.
+      share: the share of the N patches over which the loss is a mean.
     """
 
     share = 1.0
