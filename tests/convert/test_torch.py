@@ -377,6 +377,9 @@ def test_torch_shows_attention_and_preprocesses(tmp_path):
     torch, module, model = torch_model(tmp_path)
     pixels = torch.randn(2, 3, 10, 14, generator=torch.Generator().manual_seed(0))
     weights_BHNN = model.attention(pixels, 1)
+    assert torch.equal(model.attention(pixels), model.attention(pixels, max(len(model.encoder.blocks) - 2, 0)))
+    one = module.CrateModel(dataclasses.replace(model.config, depth=1))
+    assert torch.equal(one.attention(pixels), one.attention(pixels, 0))  # there is no last block but one
     block, z = model.encoder.blocks[1], None
 
     def keep(module, inputs, output):

@@ -613,10 +613,14 @@ class CrateModel(nn.Module):
         cls_BD, mean_BD = tokens_BND[:, 0], tokens_BND[:, 1:].mean(1)
         return {"cls": cls_BD, "mean": mean_BD, "cls_mean": torch.cat([cls_BD, mean_BD], -1)}[pool]
 
-    def attention(self, pixel_values: Tensor, block: int = -2) -> Tensor:
-        """Attention of one block, (B, H, 1 + N, 1 + N); `[:, :, 0, 1:]` is the class token's (eqs. B.4, B.5)."""
+    def attention(self, pixel_values: Tensor, block: int | None = None) -> Tensor:
+        """Attention of one block, (B, H, 1 + N, 1 + N); `[:, :, 0, 1:]` is the class token's (eqs. B.4, B.5).
+
+        None stands for the last block but one, as in the paper (B.3.2), or for the only block.
+        """
         x = self.encoder.embedding(pixel_values, Corruption())
         blocks = list(self.encoder.blocks)
+        block = max(len(blocks) - 2, 0) if block is None else block
         for before in blocks[: range(len(blocks))[block]]:
             x = before(x)
         return blocks[block].mssa.attention(blocks[block].mssa_norm(x))
