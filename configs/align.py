@@ -4,7 +4,7 @@
     python -m crate_jax.main --config=configs/align.py --config.checkpoint=RUN \
         --config.data.source=folder:DIR --workdir=W
 
-The measure is the alignment of Balestriero & LeCun, "Learning by Reconstruction Produces Uninformative Features For
+The measure is the alignment of Balestriero & LeCun, "How Learning by Reconstruction Produces Uninformative Features For
 Perception" (ICML 2024): the share of the label Gram matrix that k latents of the best linear (denoising) auto-encoder
 hold. The corruptions are masks of three patch sizes at ten ratios each (the paper's Figure 7 has 0 .. 0.99), and ten
 ratios of random orthogonal projection (docs/alignment.md). DIR holds one folder of images per class. The width is that

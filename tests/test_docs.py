@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from tests import config_page
 from tests.conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")])
+KEYS = set(re.findall(r"^\| `([\w.]+)`", (ROOT / "docs/config.md").read_text(), re.MULTILINE))
+NOTEBOOK = ROOT / "docs/tour.ipynb"
 
 
 def names(path: Path) -> set[str]:
@@ -37,6 +41,10 @@ def test_files_names_and_links_exist(page):
         return
     for config in re.findall(r"--config=(\S+?\.py)", text):
         assert (ROOT / config).exists() or "NAME" in config, f"{page.name}: no file {config}"
+    for config in re.findall(r"--config=([a-z]\w*)(?=[:\s`])", text):
+        assert (ROOT / f"configs/{config}.py").exists(), f"{page.name}: no config {config}"
+    for key in re.findall(r"(?:--config|`config)\.(?!json`|py`|x`)([a-z][\w.]*)[=`]", text):
+        assert key in KEYS or any(name.startswith(f"{key}.") for name in KEYS), f"{page.name}: no key {key}"
 
 
 def test_the_page_of_all_keys_is_made_of_their_lines():
@@ -47,3 +55,21 @@ def test_the_page_of_all_keys_is_made_of_their_lines():
 def test_pages_name_something():
     """The patterns above still match how the pages are written."""
     assert sum(len(re.findall(r"`[\w/]+\.py: [\w.]+`", page.read_text())) for page in PAGES) > 20
+
+
+@pytest.mark.one_python
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its cells in order, with the tiny form of its config."""
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells), "clear the outputs before you commit"
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    assert text.count('get_config("quickstart")') == 1
+    text = text.replace('get_config("quickstart")', 'get_config("quickstart:debug", {"steps": 2, "log.report": False})')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: shown.append(matplotlib.pyplot.gcf()))
+    matplotlib.use("Agg")
+    shown: list = []
+    told: dict = {}
+    exec(compile(text, NOTEBOOK.name, "exec"), told)
+    assert len(shown) == 4 and told["features"].shape == (48, 64)
+    matplotlib.pyplot.close("all")

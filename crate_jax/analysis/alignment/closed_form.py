@@ -1,4 +1,4 @@
-"""Closed forms of Balestriero & LeCun, "Learning by Reconstruction Produces Uninformative Features For Perception".
+"""Closed forms of Balestriero & LeCun, "How Learning by Reconstruction Produces Uninformative Features For Perception".
 
 Everything is computed in float64 on the host, from second moments (:class:`.moments.Moments`); docs/alignment.md
 derives the equations. Shapes: D numbers per image, C classes, K latents.
