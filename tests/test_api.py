@@ -5,11 +5,13 @@ from __future__ import annotations
 import doctest
 import functools
 import importlib
+import json
 import re
 import shutil
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,6 +61,26 @@ def test_the_page_names_what_there_is():
     for module, names in rows:
         for name in filter(None, names.split(", ")):
             assert hasattr(importlib.import_module(module), name), (module, name)
+
+
+def test_the_notebook_runs(page, monkeypatch):
+    """Its cells in order, with the tiny form of its config: that of the page's run, which is not trained again."""
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells), "clear the outputs before you commit"
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    tiny = 'get_config("quickstart:debug", {"steps": 3, "log.report": False, "log.pictures": 0})'
+    for whole, small in (('get_config("quickstart")', tiny), ("runs/tour", "runs/first")):
+        assert whole in text
+        text = text.replace(whole, small)
+    shown: list[int] = []
+    monkeypatch.chdir(page[0])
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf().number))
+    told: dict = {}
+    with plt.ioff():
+        exec(compile(text, "tour.ipynb", "exec"), told)
+    plt.close("all")
+    assert len(shown) == 4 and told["features"].shape == (48, 64)
 
 
 def test_what_is_public():

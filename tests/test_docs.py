@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 from tests import config_page
@@ -15,7 +13,6 @@ from tests.conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")])
 KEYS = set(re.findall(r"^\| `([\w.]+)`", (ROOT / "docs/config.md").read_text(), re.MULTILINE))
-NOTEBOOK = ROOT / "docs/tour.ipynb"
 
 
 def names(path: Path) -> set[str]:
@@ -55,21 +52,3 @@ def test_the_page_of_all_keys_is_made_of_their_lines():
 def test_pages_name_something():
     """The patterns above still match how the pages are written."""
     assert sum(len(re.findall(r"`[\w/]+\.py: [\w.]+`", page.read_text())) for page in PAGES) > 20
-
-
-@pytest.mark.one_python
-def test_the_notebook_runs(tmp_path, monkeypatch):
-    """Its cells in order, with the tiny form of its config."""
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert not any(cell["outputs"] for cell in cells), "clear the outputs before you commit"
-    text = "\n".join("".join(cell["source"]) for cell in cells)
-    assert text.count('get_config("quickstart")') == 1
-    text = text.replace('get_config("quickstart")', 'get_config("quickstart:debug", {"steps": 2, "log.report": False})')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("matplotlib.pyplot.show", lambda: shown.append(matplotlib.pyplot.gcf()))
-    matplotlib.use("Agg")
-    shown: list = []
-    told: dict = {}
-    exec(compile(text, NOTEBOOK.name, "exec"), told)
-    assert len(shown) == 4 and told["features"].shape == (48, 64)
-    matplotlib.pyplot.close("all")
