@@ -18,7 +18,7 @@ unexport JAX_PLATFORMS JAX_PLATFORM_NAME JAX_NUM_CPU_DEVICES JAX_ENABLE_X64 JAX_
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install install-test install-browser quickstart test test-slow mutate docs lint format types ci lock clean
+.PHONY: help install install-test install-browser quickstart test test-slow mutate docs site lint format types ci lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,7 +62,7 @@ $(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
 
 install: $(VENV)/.installed ## create the environment from the lock file
 
-install-test: $(VENV)/.installed-test ## the same plus the extra named test
+install-test: $(VENV)/.installed-test ## the same plus the extras test and docs
 
 # Chromium of the system, else Debian's (as root), else the one that playwright downloads.
 install-browser: $(VENV)/.installed-test ## what the tests of the report's page need besides: playwright and a Chromium
@@ -89,6 +89,10 @@ docs: $(VENV)/.installed-test ## write the generated pages anew: all keys, all b
 	@$(BIN)/python -m tests.config_page > .cache/page && mv .cache/page docs/config.md
 	@$(BIN)/python -m tests.bad_inputs > .cache/page && mv .cache/page docs/bad_inputs.md
 
+site: $(VENV)/.installed-test ## build/site: the pages of docs/ as a site; a broken link or equation is an error
+	@$(BIN)/python -m sphinx -q -W -d build/doctrees -c docs . build/site
+	@echo "build/site/index.html"
+
 lint: $(VENV)/.installed-test ## ruff: rules and format, without changing a file; shellcheck
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
@@ -110,7 +114,7 @@ LOCK = $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11
 lock: $(VENV)/.created ## write both lock files anew (ARGS=--upgrade takes the newest versions)
 	@$(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check uv
 	@$(LOCK) --output-file requirements.lock pyproject.toml
-	@$(LOCK) --output-file requirements-test.lock --extra test --constraint requirements.lock pyproject.toml
+	@$(LOCK) --output-file requirements-test.lock --extra test --extra docs --constraint requirements.lock pyproject.toml
 
 clean: ## remove the environments and caches; runs/ stays
 	@rm -rf .venv .venv-* .cache build dist *.egg-info
