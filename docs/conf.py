@@ -29,7 +29,6 @@ root_doc = "docs/index"
 include_patterns = ["docs/**", "launch/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 exclude_patterns = [".*", "build", "dist", "runs", "tests", "crate_jax", "benchmarks", "configs"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode", "sphinx_copybutton"]
-suppress_warnings = ["config.cache"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
@@ -80,19 +79,13 @@ def lead_to_code(app: Sphinx, doctree: nodes.document, name: str) -> None:
     """Makes links of the names of functions, and of the links to files of code."""
     for node in list(doctree.findall(nodes.literal)):
         match = CODE.fullmatch(node.astext())
-        path = file_of(match[1]) if match else ""
-        if match and path and not isinstance(node.parent, nodes.reference):
+        path = f"crate_jax/{match[1]}" if match else ""
+        if match and (ROOT / path).is_file() and not isinstance(node.parent, nodes.reference):
             node.replace_self(nodes.reference("", "", node.deepcopy(), refuri=address(name, path, match[2])))
     for node in list(doctree.findall(lambda n: n.tagname == "download_reference")):
         path = str(Path(ROOT, Path(name).parent, node["reftarget"]).resolve().relative_to(ROOT))
         if path.endswith(".py"):
             node.replace_self(nodes.reference("", "", *node.children, refuri=address(name, path)))
-
-
-def file_of(name: str) -> str:
-    """`models/crate.py` -> `crate_jax/models/crate.py`, `configs/x.py` -> itself; "" if there is no such file."""
-    paths = (f"crate_jax/{name}", name if name.startswith("configs/") else "")
-    return next((path for path in paths if (ROOT / path).is_file()), "")
 
 
 def address(page: str, path: str, name: str | None = None) -> str:
