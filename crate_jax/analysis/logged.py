@@ -91,8 +91,8 @@ class Logged:
         """For each key that a start has changed its values in order, as a text for a cell."""
         cells: dict[str, str] = {}
         for change in (change for start in self.starts for change in start.get("changed", ())):
-            before = cells.get(change["key"], str(_value(change["old"])))
-            cells[change["key"]] = f"{before}; from step {change['step']:,} on {_value(change['new'])}"
+            before = cells.get(change["key"], str(shown(change["old"])))
+            cells[change["key"]] = f"{before}; from step {change['step']:,} on {shown(change['new'])}"
         return cells
 
 
@@ -394,7 +394,7 @@ def _starts(logged: Mapping[str, Logged]) -> Table | None:
     rows = []
     for name, log in logged.items():
         for start in log.starts:
-            changes = (f"{c['key']}: {_value(c['old'])} -> {_value(c['new'])}" for c in start.get("changed", ()))
+            changes = (f"{c['key']}: {shown(c['old'])} -> {shown(c['new'])}" for c in start.get("changed", ()))
             versions = ", ".join(f"{package} {version}" for package, version in start.get("versions", {}).items())
             cells = start["step"], start.get("time"), "; ".join(changes), start.get("devices"), versions
             rows.append((name, *cells))
@@ -424,7 +424,7 @@ def _settings(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Tabl
     read = {k for s in subjects for k in flatten(s.config) if has_effect(k) and is_read(s.config, k, s.params)}
     keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if k in read)
     differing = [k for k in keys if len({repr(f.get(k)) for f in flat.values()}) > 1]
-    rows = [(k, *(_value(f.get(k)) for f in flat.values())) for k in differing]
+    rows = [(k, *(shown(f.get(k)) for f in flat.values())) for k in differing]
     if not rows:
         return None
     names = ["this run", "default"] if len(subjects) == 1 else list(flat)
@@ -432,14 +432,14 @@ def _settings(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Tabl
     return Table(f"Settings {what}.", ("config", *names), tuple(rows))
 
 
-def _value(value: Any) -> str | float | int | None:
+def shown(value: Any) -> str | float | int | None:
     """A config value as a cell of a table.
 
-    >>> _value([1, ""]), _value([]), _value(True)
+    >>> shown([1, ""]), shown([]), shown(True)
     ('1, ""', '()', 'True')
     """
     if isinstance(value, list):
-        return ", ".join(str(_value(v)) for v in value) or "()"
+        return ", ".join(str(shown(v)) for v in value) or "()"
     if isinstance(value, str):
         return value or '""'
     return str(value) if isinstance(value, bool) else value

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import __version__, data
-from crate_jax.analysis import logged
+from crate_jax.analysis import logged, recipes
 from crate_jax.analysis.alignment import section as alignment_section
 from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import section as whitebox_section
@@ -39,14 +39,15 @@ class Analysis:
 
     Attributes:
       title: the section's title, which the page shows if the section is missing.
-      run: the function from subjects to the section; it raises UserError if the section is not possible.
+      run: the function from subjects to the section; it raises UserError if the section is not possible, and returns
+        None if the section has nothing to say about these subjects.
       needs_images: whether `run` gets only subjects whose images can be read.
       needs_runs: whether the section is about runs. If it is not, it is made only if config.report.sections names it.
       folded: whether the page folds it, if it is not the only one.
     """
 
     title: str
-    run: Callable[[Sequence[Subject]], Section]
+    run: Callable[[Sequence[Subject]], Section | None]
     needs_images: bool = True
     needs_runs: bool = True
     folded: bool = True
@@ -55,6 +56,7 @@ class Analysis:
 # The page shows them in this order.
 SECTIONS: dict[str, Analysis] = {
     "overview": Analysis("Overview", logged.section, needs_images=False, folded=False),
+    "recipes": Analysis("Recipes over seeds", recipes.section, needs_images=False, folded=False),
     "pictures": Analysis("Pictures", logged.pictures, needs_images=False, folded=False),
     "details": Analysis("Curves and settings", logged.details, needs_images=False),
     "whitebox": Analysis("White box", whitebox_section.section),
@@ -279,6 +281,8 @@ def analyse(
         start = time.monotonic()
         try:
             section = analysis.run(usable)
+            if section is None:
+                continue
             sections.append(dataclasses.replace(section, folded=analysis.folded and len(chosen) > 1))
             if analysis.needs_images:
                 log.info("%s took %.1f s", analysis.title, time.monotonic() - start)

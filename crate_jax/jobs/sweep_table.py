@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.config import is_read
 from crate_jax.errors import escaped, in_markdown
+from crate_jax.evals import seeds
 from crate_jax.parallel import distributed
 from crate_jax.report.style import tidy
 from crate_jax.workdir import metrics
@@ -93,16 +94,17 @@ def judged(records: Sequence[Record]) -> dict[str, str]:
     return {name: name.removeprefix(JUDGE) for record in records for name in record if name.startswith(JUDGE)}
 
 
-def mean_std(runs: Sequence[Record], name: str) -> tuple[float, float] | None:
-    """Mean and sample standard deviation (0 for one run) of a number over runs; None if no run has the number.
+def per_seed(runs: Sequence[Record], name: str) -> dict[int, float]:
+    """{seed: number} of the runs that have the number.
 
-    >>> mean_std([{"loss": 1.0}, {"loss": 3.0}, {"loss": None}], "loss")
-    (2.0, 1.4142135623730951)
+    >>> per_seed([{"seed": 0, "loss": 1.0}, {"seed": 7, "loss": 3.0}, {"seed": 8, "loss": None}], "loss")
+    {0: 1.0, 7: 3.0}
     """
-    found = [r[name] for r in runs if r.get(name) is not None]
-    if not found:
-        return None
-    return float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+    return {r["seed"]: r[name] for r in runs if r.get(name) is not None}
+
+
+def _mean(runs: Sequence[Record], name: str) -> seeds.Mean | None:
+    return seeds.mean(list(per_seed(runs, name).values()))
 
 
 def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
@@ -114,17 +116,15 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
     columns |= {name: f"{shown} %" for name, shown in judged(records).items()}
     for suffix, name in {"": "", "_untrained": "untrained"}.items():
         columns |= {rank + suffix: f"{name} {shown}".strip() for rank, shown in RANKS.items()}
-    columns = {c: shown for c, shown in columns.items() if any(mean_std(done, c) for _, done, _ in rows)}
-    best = {c: max(_means(rows, c), default=None) for c in (*SCORES, *judged(records))}
+    columns = {c: shown for c, shown in columns.items() if any(_mean(done, c) for _, done, _ in rows)}
+    scores = {c: columns[c] for c in (*SCORES, *judged(records)) if c in columns}
+    best = {c: seeds.best([per_seed(done, c) for _, done, _ in rows]) for c in scores}
     cells = [[key, "seeds", *columns.values()]]
-    for value, done, failed in rows:
-        seeds = f"{len(done)} + {failed} failed" if failed else str(len(done))
-        cells.append([in_markdown(label(value)), seeds])
+    for i, (value, done, failed) in enumerate(rows):
+        cells.append([in_markdown(label(value)), f"{len(done)} + {failed} failed" if failed else str(len(done))])
         for column in columns:
-            entry = mean_std(done, column)
-            text = _entry(entry, len(done), column.startswith((*SCORES, JUDGE)))
-            is_best = len(rows) > 1 and entry is not None and entry[0] == best.get(column)
-            cells[-1].append(f"**{text}**" if is_best else text)
+            text = _entry(_mean(done, column), column.startswith((*SCORES, JUDGE)), column in scores)
+            cells[-1].append(f"**{text}**" if best.get(column) == i else text)
     done_count = sum(r["status"] == "done" for r in records)
     failed_runs = [(escaped(r["folder"]).replace("`", "'"), r["error"]) for r in records if r["status"] == "failed"]
     failures = [f"* `{name}` failed: {in_markdown(error)}" for name, error in failed_runs]
@@ -137,29 +137,70 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
         "",
         "Accuracies are top-1 of frozen features on the evaluation split: logistic regression (probe) and nearest "
         "neighbours (k-NN) on the trained encoder, on the same encoder untrained, and on raw pixels. "
-        "± is the standard deviation over seeds. Bold: the best accuracy. The loss is that of the training "
-        "objective, which the swept key may change: it does not rank the rows.",
+        "± is the standard deviation over seeds, [ ] the 95 % interval of their mean (Student's t). Bold: an accuracy "
+        "that differs clearly from that of every other row (paired t-test over the seeds, p < 0.05 after Holm's "
+        "correction). The loss is that of the training objective, which the swept key may change: it does not rank the "
+        "rows.",
         *(
             [f"Of the trained encoder by config.sweep.judge: {', '.join(found)}."]
             if (found := judged(records).values())
             else []
         ),
         *(["", RANKS_TEXT] if RANKS.keys() & columns.keys() else []),
+        *_differences(key, rows, scores),
         *(["", *failures] if failures else []),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _means(rows: Sequence[tuple[Any, list[Record], int]], column: str) -> list[float]:
-    return [entry[0] for _, done, _ in rows if (entry := mean_std(done, column)) is not None]
+def _differences(key: str, rows: Sequence[tuple[Any, list[Record], int]], scores: Mapping[str, str]) -> list[str]:
+    """Lines of Markdown: what each value gains over the first one, in points, and whether that is more than noise."""
+    found = {c: seeds.compare([per_seed(done, c) for _, done, _ in rows], 0) for c in scores}
+    if len(rows) < 2 or not scores:
+        return []
+    if not any(d for differences in found.values() for d in differences):
+        return ["", "Two seeds or more for each value would tell which differences are more than noise."]
+    cells = [[key, "seeds", *scores.values()]]
+    for i, (value, done, _) in enumerate(rows[1:], start=1):
+        both = {d.seeds for differences in found.values() if (d := differences[i])}
+        cells.append([in_markdown(label(value)), str(max(both, default=len(done)))])
+        cells[-1] += [difference(found[c][i]) for c in scores]
+    first = in_markdown(label(rows[0][0]))
+    return [
+        "",
+        f"Differences from `{key}` {first}, in points, seed by seed, with their 95 % intervals and p-values (paired "
+        "t-test, Holm's correction over the rows). What is within the noise may come from the seeds alone.",
+        "",
+        *_aligned(cells),
+    ]
 
 
-def _entry(entry: tuple[float, float] | None, count: int, is_share: bool) -> str:
-    if entry is None:
+def difference(found: seeds.Difference | None) -> str:
+    """A difference of two accuracies as text, in points.
+
+    >>> difference(seeds.Difference(0.012, 0.003, 0.021, 0.031, 3))
+    '+1.2 [+0.3, +2.1], p = 0.031'
+    """
+    if found is None:
         return "-"
-    mean, std = entry
-    numbers = [f"{100 * x:.1f}" for x in entry] if is_share else [metrics.format_number(mean), f"{std:.2g}"]
-    return " ± ".join(numbers[: 2 if count > 1 else 1])
+    text = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    if not found.clear:
+        text += ", within the noise"
+    return text if found.p != found.p else f"{text}, p = {found.p:.2g}"
+
+
+def _entry(found: seeds.Mean | None, is_share: bool, with_interval: bool) -> str:
+    if found is None:
+        return "-"
+    numbers = (found.value, found.std, found.low, found.high)
+    mean, std, low, high = (
+        (f"{100 * x:.1f}" for x in numbers)
+        if is_share
+        else (metrics.format_number(found.value), f"{found.std:.2g}", "", "")
+    )
+    if found.seeds == 1:
+        return mean
+    return f"{mean} ± {std} [{low}, {high}]" if with_interval else f"{mean} ± {std}"
 
 
 def _aligned(cells: list[list[str]]) -> list[str]:
@@ -177,7 +218,7 @@ def figure(config: ConfigDict, records: Sequence[Record]) -> Any:
     from matplotlib.figure import Figure  # here: 0.3 s that no other job has to spend
 
     rows = groups(records)
-    panels = [score for score in (*SCORES, *judged(records)) if _means(rows, score)] or ["loss"]
+    panels = [c for c in (*SCORES, *judged(records)) if any(_mean(done, c) for _, done, _ in rows)] or ["loss"]
     picture = Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
     picture.suptitle(_title(config, rows), fontsize=10)
     axes = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -206,11 +247,11 @@ def _title(config: ConfigDict, rows: Sequence[tuple[Any, list[Record], int]]) ->
 
 
 def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], column: str) -> None:
-    """Draws one score of the trained encoder with error bars, and its baselines."""
+    """Draws one score of the trained encoder, each seed and their mean with its interval, and the baselines."""
     at = _place(ax, [value for value, _, _ in rows])
     scale = 1 if column == "loss" else 100
-    seeds = max(len(done) for _, done, _ in rows)
-    names = {"": f"trained (mean ± std, {seeds} seeds)" if seeds > 1 else "trained"}
+    count = max(len(done) for _, done, _ in rows)
+    names = {"": f"trained (mean, 95 % interval; {count} seeds)" if count > 1 else "trained"}
     if column != "loss":
         names |= {"_untrained": "untrained encoder", "_pixels": "raw pixels"}
     styles: dict[str, dict[str, Any]] = {
@@ -219,15 +260,21 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
         "_pixels": dict(fmt="--", color="tab:orange", dashes=(1, 1.5)),
     }
     for suffix, name in names.items():
-        found = [(x, mean_std(done, column + suffix)) for x, (_, done, _) in zip(at, rows, strict=True)]
-        points = sorted((x, entry) for x, entry in found if entry is not None)
+        found = [(x, _mean(done, column + suffix)) for x, (_, done, _) in zip(at, rows, strict=True)]
+        points = sorted((x, mean) for x, mean in found if mean is not None)
         if not points:
             continue
-        places, means, stds = zip(*[(x, scale * mean, scale * std) for x, (mean, std) in points], strict=True)
+        places, means = [x for x, _ in points], [scale * mean.value for _, mean in points]
         if len(points) == 1 and suffix:  # one point does not make a line
             ax.axhline(means[0], label=name, **{k: v for k, v in styles[suffix].items() if k != "fmt"}, linestyle="--")
             continue
-        ax.errorbar(places, means, stds if seeds > 1 and not suffix else None, label=name, **styles[suffix])
+        halves = [scale * np.nan_to_num(mean.high - mean.value) for _, mean in points]
+        ax.errorbar(places, means, halves if count > 1 and not suffix else None, label=name, **styles[suffix])
+    if count > 1:
+        every = [
+            (x, scale * y) for x, (_, done, _) in zip(at, rows, strict=True) for y in per_seed(done, column).values()
+        ]
+        ax.plot(*zip(*every, strict=True), ".", color="tab:blue", alpha=0.5, label="each seed")
     for x, (_, done, failed) in zip(at, rows, strict=True):
         if failed and not done:
             ax.axvline(x, color="tab:red", alpha=0.15, linewidth=8)

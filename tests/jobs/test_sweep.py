@@ -76,13 +76,16 @@ def test_table_csv_and_json_hold_the_numbers_of_the_summaries(finished):
     text = (folder / "table.md").read_text()
     assert result["table"] == text and "`encoder.lam`: 4 of 4 runs finished" in text
     header, *rows = table_rows(text)
+    rows, differences = rows[:2], rows[2:]
     assert [row[:2] for row in rows] == [["0.1", "2"], ["5", "2"]]
+    assert [row[:2] for row in differences] == [["encoder.lam", "seeds"], ["5", "2"]]
     names = {"probe %": "probe_top1", "untrained k-NN %": "knn_top1_untrained", "pixels probe %": "probe_top1_pixels"}
     for value, row in zip(("0.1", "5"), rows, strict=True):
         runs = [summaries(folder)[f"encoder.lam={value},seed={s}"] for s in (0, 1)]
         for shown, name in names.items():
             a, b = (100 * r[name] for r in runs)
-            mean, std = map(float, row[header.index(shown)].strip("*").split(" ± "))
+            mean, std, *ends = map(float, re.findall(r"-?[\d.]+", row[header.index(shown)]))
+            assert (len(ends) == 2) == (name == "probe_top1")  # the interval of the mean
             assert mean == pytest.approx((a + b) / 2, abs=0.051)
             assert std == pytest.approx(abs(a - b) / 2**0.5, abs=0.051)  # of two, with n - 1
         mean = float(row[header.index("loss")].split(" ± ")[0])
@@ -106,6 +109,9 @@ def test_judges_score_each_run_once_on_their_own_data(finished, tmp_path, monkey
     shutil.copytree(folder, tmp_path / "sweep")
     c = tiny(**TWO_BY_TWO, sweep__judge=("knn", name))
     header, *rows = table_rows(sweep.run(c, str(tmp_path / "sweep"))["table"])
+    rows, against = rows[:2], rows[2]
+    assert against == ["encoder.lam", "seeds", *(column for column in header if column in against[2:])]
+    assert {f"{name} %", "knn %"} < set(against)
     records = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [record[f"judge {name}"] for record in records] == [1.0] * 4  # colours, not digits
     for record in records:
@@ -113,7 +119,7 @@ def test_judges_score_each_run_once_on_their_own_data(finished, tmp_path, monkey
         (line,) = (home / "results.jsonl").read_text().splitlines()
         assert json.loads(line)["top1"] == record["judge knn"] < 1 and json.loads(line)["data"] == "digits"
         assert json.loads(line)["train_images"] == 1437
-    assert [row[header.index(f"{name} %")] for row in rows] == ["**100.0 ± 0.0**"] * 2 and "knn %" in header
+    assert [row[header.index(f"{name} %")] for row in rows] == ["100.0 ± 0.0 [100.0, 100.0]"] * 2
     monkeypatch.setattr(sweep.evaluate, "run", lambda *args: 1 / 0)
     sweep.run(c, str(tmp_path / "sweep"))
     assert sweep.run(tiny(**TWO_BY_TWO), str(tmp_path / "sweep"))["failed"] == []
@@ -425,11 +431,25 @@ def axis_of(values, **numbers):
     return sweep_table.figure(tiny(sweep__key="x"), records).axes
 
 
-def test_the_best_mean_is_bold_and_one_seed_has_no_deviation():
+def test_only_a_clear_difference_is_bold_and_one_seed_has_no_deviation():
     records = [made_up(1, 0, probe_top1=0.9), made_up(1, 1, probe_top1=0.1), made_up(2, 0, probe_top1=0.6)]
-    header, one, two = table_rows(sweep_table.table("x", records, 4, "command"))
+    text = sweep_table.table("x", records, 4, "command")
+    header, one, two = table_rows(text)
     at = header.index("probe %")
-    assert one[at] == "50.0 ± 56.6" and two[at] == "**60.0**"
+    assert one[at] == "50.0 ± 56.6 [-458.2, 558.2]" and two[at] == "60.0"
+    assert "Two seeds or more for each value would tell" in text
+    scores = {1: (0.5, 0.52, 0.49), 2: (0.552, 0.571, 0.54), 3: (0.49, 0.515, 0.5)}
+    records = [made_up(v, seed, probe_top1=x) for v, xs in scores.items() for seed, x in enumerate(xs)]
+    text = sweep_table.table("x", records, 9, "command")
+    _, *rows = table_rows(text)
+    assert [row[at] for row in rows[:3]] == [
+        "50.3 ± 1.5 [46.5, 54.1]", "**55.4 ± 1.6 [51.6, 59.3]**", "50.2 ± 1.3 [47.0, 53.3]"
+    ]  # fmt: skip
+    assert rows[3:] == [
+        ["x", "seeds", "probe %", "k-NN %"],
+        ["2", "3", "+5.1 [+4.9, +5.3], p = 0.00026", "+0.0 [+0.0, +0.0], within the noise"],
+        ["3", "3", "-0.2 [-2.8, +2.4], within the noise, p = 0.81", "+0.0 [+0.0, +0.0], within the noise"],
+    ]
 
 
 @pytest.mark.parametrize(
