@@ -17,7 +17,7 @@ from crate_jax import __version__, data
 from crate_jax.analysis import logged, recipes
 from crate_jax.analysis.alignment import section as alignment_section
 from crate_jax.analysis.collapse import section as collapse_section
-from crate_jax.analysis.whitebox import section as whitebox_section
+from crate_jax.analysis.whitebox import completion, section as whitebox_section
 from crate_jax.config import KEYS, OF_THE_RUN, base, validate
 from crate_jax.convert import files, pretrained
 from crate_jax.errors import ConfigError, DataError, UserError, escaped
@@ -59,6 +59,7 @@ SECTIONS: dict[str, Analysis] = {
     "recipes": Analysis("Recipes over seeds", recipes.section, needs_images=False, folded=False),
     "pictures": Analysis("Pictures", logged.pictures, needs_images=False, folded=False),
     "details": Analysis("Curves and settings", logged.details, needs_images=False),
+    "completion": Analysis("What was removed, restored", completion.section),
     "whitebox": Analysis("White box", whitebox_section.section),
     "views": Analysis("What the encoder sees", whitebox_section.pictures_section),
     "collapse": Analysis("Collapse", collapse_section.section),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -196,7 +197,9 @@ def _class(is_number: bool) -> str:
 
 def _cell(value: Cell, numeric: bool, owner: str, is_first: bool) -> str:
     if isinstance(value, Estimate):
-        shown = f"{value.value:.1f} <small>± {(value.high - value.low) / 2:.1f}</small>"
+        half = (value.high - value.low) / 2
+        digits = max(1, -math.floor(math.log10(half))) if half > 0 else 1  # one digit of the interval, at least
+        shown = f"{value.value:.{digits}f} <small>± {half:.{digits}f}</small>"
         shown = f"<strong>{shown}</strong>" if value.best else shown
         title = f"{value.low!r} to {value.high!r}"
         return f'<td data-number="{value.value!r}" title="{title}"{_class(numeric)}{owner}>{shown}</td>'
