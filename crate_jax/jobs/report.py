@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import __version__, data
-from crate_jax.analysis import logged, recipes
+from crate_jax.analysis import logged, projection, recipes
 from crate_jax.analysis.alignment import section as alignment_section
 from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import completion, section as whitebox_section
@@ -65,6 +65,7 @@ SECTIONS: dict[str, Analysis] = {
     "collapse": Analysis("Collapse", collapse_section.section),
     "alignment": Analysis("Alignment", alignment_section.section),
     "theory": Analysis("Theorem 3", lambda _: whitebox_section.theory_section(), needs_images=False, needs_runs=False),
+    "projection": Analysis("Projections and masks", lambda _: projection.section(), False, needs_runs=False),
 }
 
 DATA_KEYS = (
