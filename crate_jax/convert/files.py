@@ -31,6 +31,7 @@ NESTED = (
     "model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "encoder", "params",
 )  # fmt: skip
 STANDARD = ("model.safetensors", "pytorch_model.bin")  # names of a folder's weights
+BUNDLED = Path(__file__).with_name("bundled")  # a folder for each model that comes with the package
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")  # by which others are found in a folder
 MAX_DEPTH = 4  # of dictionaries in each other
 MAX_HEADER = 2**22  # bytes of a .safetensors file's header; a tensor takes about 100
@@ -55,7 +56,8 @@ def weights_file(path: str | os.PathLike[str]) -> Path | None:
     """The file of weights that a path means: the path itself, or the file in a folder that is not a run's.
 
     Args:
-      path: a file; or a folder with one of STANDARD, as exports and libraries write it, or with one file of SUFFIXES.
+      path: a file; or a folder with one of STANDARD, as exports and libraries write it, or with one file of SUFFIXES;
+        or the name of a model in BUNDLED, if there is no file or folder of that name.
 
     Returns:
       The file; None if there is no such file or folder, or the folder has no file of weights, or has checkpoints.
@@ -64,6 +66,8 @@ def weights_file(path: str | os.PathLike[str]) -> Path | None:
       CheckpointError: the folder holds several files of weights.
     """
     path = expanduser(path)
+    if path.name == str(path) and not path.exists() and (BUNDLED / path).is_dir():
+        path = BUNDLED / path
     if path.is_file():
         return path
     if not path.is_dir() or steps(path) or (path / FOLDER).is_dir():
