@@ -58,7 +58,7 @@ MENU = [
         "views, optimisers, differences",
     ),
     ("Reference", "api, reference, config, runs, survival, distributed, /launch/README, weights, bad_inputs"),
-    ("Results", "results, scale"),
+    ("Results", "results, claims, scale"),
     ("Project", "architecture, security, /CONTRIBUTING, /CHANGELOG"),
 ]
 
