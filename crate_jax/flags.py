@@ -31,6 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator_address", "", "For several processes: HOST:PORT of process 0.")
     flags.DEFINE_integer("num_processes", 0, "For several processes: their number.", lower_bound=0)
     flags.DEFINE_integer("process_id", -1, "For several processes: this one's number, from 0.", lower_bound=-1)
+    flags.DEFINE_string("cluster_detection_method", "", "For several processes: how JAX finds them, such as mpi4py.")
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -78,7 +78,13 @@ def _run(argv: Sequence[str]) -> int:
         if config.job not in JOBS:
             raise ConfigError(f"config.job={config.job!r}: must be one of {', '.join(JOBS)}")
         given = flags.FLAGS
-        cluster = distributed.find(os.environ, given.coordinator_address, given.num_processes, given.process_id)
+        cluster = distributed.find(
+            os.environ,
+            given.coordinator_address,
+            given.num_processes,
+            given.process_id,
+            given.cluster_detection_method,
+        )
         if cluster is not None:
             set_up_log(cluster.process)
             distributed.start(cluster)

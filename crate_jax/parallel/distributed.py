@@ -1,8 +1,9 @@
 """Several processes, one per host, that run one job together: how they start, agree and end.
 
-Flags, environment variables, SLURM or the TPU's metadata say which processes there are (:func:`find`). They meet
-(:mod:`crate_jax.parallel.meeting`) before JAX connects them: its service believes whoever comes, and a second process
-of the same number makes it end all of them. From then on they watch each other (:mod:`crate_jax.parallel.watch`).
+Flags, environment variables, MPI's or SLURM's launcher, or JAX's own detection say which processes there are
+(:func:`find`). They meet (:mod:`crate_jax.parallel.meeting`) before JAX connects them: its service believes whoever
+comes, and a second process of the same number makes it end all of them. From then on they watch each other
+(:mod:`crate_jax.parallel.watch`).
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ class Cluster:
     """Which process this is, of how many.
 
     Attributes:
-      address: HOST:PORT of process 0; empty: JAX reads address, processes and process from the TPU's metadata.
+      address: HOST:PORT of process 0; empty: JAX detects address, processes and process.
       processes: the number of processes.
       process: this process's number, from 0.
       device: the number of the one local accelerator that this process uses; None: it uses all.
       token: a text that only the processes of this job know.
+      method: JAX's name of the way in which it detects them; empty: it chooses, and only a TPU is detected so.
     """
 
     address: str = ""
@@ -60,19 +62,42 @@ class Cluster:
     process: int = 0
     device: int | None = None
     token: str = dataclasses.field(default="", repr=False)
+    method: str = ""
 
 
-def find(environ: Mapping[str, str], address: str = "", processes: int = 0, process: int = -1) -> Cluster | None:
+# Variables that a launcher gives to each process: the number of processes, this one's, the number of those on this
+# host, and this one's among them. mpirun comes before SLURM, since in a SLURM job its processes also see SLURM's
+# variables, which then are those of the batch script or of mpirun's own helper.
+LAUNCHERS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+    ("PMI_SIZE", "PMI_RANK", "PMI_LOCAL_SIZE", "PMI_LOCAL_RANK"),  # Cray
+    ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"),
+)
+# A batch system's variables: the job's number, its hosts, the first of which runs process 0, and the file of its hosts.
+BATCH_SYSTEMS = (
+    ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", ""),
+    ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", ""),
+    ("PBS_JOBID", "", "PBS_NODEFILE"),
+    ("LSB_JOBID", "LSB_HOSTS", "LSB_DJOB_HOSTFILE"),
+)
+
+
+def find(
+    environ: Mapping[str, str], address: str = "", processes: int = 0, process: int = -1, method: str = ""
+) -> Cluster | None:
     """Finds out whether this process is one of several.
 
     Args:
       environ: the environment. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or, in a Kubernetes
-        indexed Job, JOB_COMPLETION_INDEX) stand for flags that are not given. Without flags and without these, SLURM's
-        variables count if the step has several tasks; without those, the TPU's metadata if there are several hosts.
-        CRATE_JAX_TOKEN is the token.
-      address: the flag --coordinator_address, HOST:PORT of process 0.
+        indexed Job, JOB_COMPLETION_INDEX) stand for flags that are not given. Without flags and without these, the
+        variables of mpirun or srun (LAUNCHERS) count if there are several processes; without those, the TPU's metadata
+        if there are several hosts. CRATE_JAX_TOKEN is the token.
+      address: the flag --coordinator_address, HOST:PORT of process 0. A launcher may give the other two values.
       processes: the flag --num_processes; 0: not given.
       process: the flag --process_id; -1: not given.
+      method: the flag --cluster_detection_method, a value of the argument of `jax.distributed.initialize`; empty: not
+        given.
 
     Returns:
       the cluster; None if this is the only process.
@@ -81,17 +106,26 @@ def find(environ: Mapping[str, str], address: str = "", processes: int = 0, proc
       ConfigError: one or two of the three flags are missing, or a value is wrong.
 
     >>> find({}, "localhost:8476", processes=4, process=1)
-    Cluster(address='localhost:8476', processes=4, process=1, device=None)
+    Cluster(address='localhost:8476', processes=4, process=1, device=None, method='')
     """
+    if method:
+        if address or processes or process >= 0:
+            raise ConfigError(
+                f"--cluster_detection_method={method}: JAX then finds address, number of processes and this one's "
+                "number; leave --coordinator_address, --num_processes and --process_id out"
+            )
+        return Cluster(method=method)
     address = address or environ.get("JAX_COORDINATOR_ADDRESS", "")
     count = str(processes or environ.get("JAX_NUM_PROCESSES", ""))
     given = environ.get("JAX_PROCESS_ID", "") if process < 0 else str(process)
     index = given or environ.get("JOB_COMPLETION_INDEX", "")
     token = environ.get("CRATE_JAX_TOKEN", "")
+    launched = _launched(environ)
+    if launched is not None and not (count or given):
+        checked = _explicit(address or _address(environ, launched), launched[0], launched[1], token)
+        return checked and dataclasses.replace(checked, device=_device(environ, launched))
     if address or count or given:
         return _explicit(address, count, index, token)
-    if _number(environ, "SLURM_NTASKS") > 1 and {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST"} <= set(environ):
-        return dataclasses.replace(_slurm(environ), token=token)
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
     several = "," in hosts or not hosts or _number(environ, "MEGASCALE_NUM_SLICES") > 1
     if _has_tpu(environ) and several:
@@ -127,19 +161,37 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdecimal() else 0
 
 
-def _slurm(environ: Mapping[str, str]) -> Cluster:
-    """Process 0 runs on the first node of the step; the port follows from the job's number."""
-    first = re.match(r"([^,\[]+)(?:\[(\w+))?", environ["SLURM_STEP_NODELIST"])
-    if first is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST={environ['SLURM_STEP_NODELIST']!r}: must name the nodes of the step")
-    port = 61440 + _number(environ, "SLURM_JOB_ID") % 4096
-    # One task per node uses all accelerators. Of several tasks per node each uses one, and SLURM may already hide the
-    # others from it.
-    shared = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0] != "1"
+def _launched(environ: Mapping[str, str]) -> tuple[str, str, str, str] | None:
+    """What the launcher of several processes says: their number, this one's, and the same two on this host."""
+    for names in LAUNCHERS:
+        # SLURM's batch script is no task, and sees no step.
+        needed = {*names[:2], "SLURM_STEP_NODELIST"} if names[0] == "SLURM_NTASKS" else set(names)
+        if needed <= environ.keys() and _number(environ, names[0]) > 1:
+            size, rank, local_size, local_rank = (environ.get(name, "") for name in names)
+            return size, rank, re.split(r"[,(]", local_size)[0], local_rank  # SLURM's "2(x3),1" is that of all hosts
+    return None
+
+
+def _address(environ: Mapping[str, str], launched: tuple[str, str, str, str]) -> str:
+    """Where process 0 is: on the batch job's first host, or here if all are here; the port follows from the job."""
+    for job, names, file in BATCH_SYSTEMS:
+        if job not in environ:
+            continue
+        port = 61440 + int(re.sub(r"\D.*", "", environ[job]) or 0) % 4096
+        hosts = environ.get(names, "").strip()
+        with contextlib.suppress(OSError):
+            hosts = hosts or Path(environ.get(file, "")).read_text().strip()
+        first = re.match(r"([^,\[\s]+)(?:\[(\w+))?", hosts)  # also SLURM's gpu[007-010]
+        if first is not None:
+            return f"{first[1]}{first[2] or ''}:{port}"
+    return "127.0.0.1:61440" if launched[0] == launched[2] else ""
+
+
+def _device(environ: Mapping[str, str], launched: tuple[str, str, str, str]) -> int | None:
+    """The only process of a host uses all accelerators; of several each uses one, unless the others are hidden."""
+    shared = launched[2] not in ("", "1") and launched[3].isdecimal()
     hidden = len(environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
-    device = _number(environ, "SLURM_LOCALID") if shared and not hidden else None
-    address = f"{first[1]}{first[2] or ''}:{port}"
-    return Cluster(address, _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_PROCID"), device)
+    return int(launched[3]) if shared and not hidden else None
 
 
 def _has_tpu(environ: Mapping[str, str]) -> bool:
@@ -160,8 +212,8 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
     global _processes, _process, _watch
     # SIGTERM must reach our own handler (crate_jax.parallel.interrupt); the train step tells it to all processes.
     jax.config.update("jax_enable_preemption_service", False)
-    who = f"process {cluster.process} of {cluster.processes}" if cluster.address else "this TPU host"
-    where = cluster.address or "the address in the TPU's metadata"
+    who = f"process {cluster.process} of {cluster.processes}" if cluster.address else "this process"
+    where = cluster.address or f"the address that JAX detects ({cluster.method or 'TPU'})"
 
     def give_up() -> None:
         role = "starts the meeting point at" if cluster.address and cluster.process == 0 else "looks for process 0 at"
@@ -172,6 +224,8 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
             "processes, and open the port", LOST,
         )  # fmt: skip
 
+    if cluster.method:
+        logging.getLogger("jax._src.clusters.cluster").setLevel(logging.CRITICAL)  # its line would come beside ours
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
@@ -182,7 +236,7 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
             cluster.processes or None,
             cluster.process if cluster.address else None,
             local_device_ids=cluster.device,
-            cluster_detection_method="deactivate" if cluster.address else None,
+            cluster_detection_method="deactivate" if cluster.address else cluster.method or None,
             initialization_timeout=int(seconds) + 60,
             coordinator_bind_address=bind,
             # JAX's own end is an abort with a stack (status 134): with a watch it comes last, also to a process that
@@ -191,6 +245,10 @@ def start(cluster: Cluster, seconds: float = START_SECONDS) -> None:
             shutdown_timeout_seconds=int(SILENCE),
         )
     except (RuntimeError, ValueError, OSError, meeting.RefusedError) as e:
+        if cluster.method and isinstance(e, ValueError):
+            raise ConfigError(
+                f"--cluster_detection_method={cluster.method}: JAX does not know it, or finds no cluster in this way"
+            ) from None
         raise UserError(f"{who} cannot join the others at {where}: {' '.join(str(e).split())[:300]}") from None
     finally:
         timer.cancel()
@@ -238,7 +296,7 @@ def _join(host: str) -> str:
 
 
 def _watch_without_address() -> Watch | None:
-    """Starts the watch of a cluster that only the TPU's metadata describe; None, with a warning, if it cannot."""
+    """Starts the watch of a cluster that only JAX has detected; None, with a warning, if it cannot."""
     own, token, listener = "0.0.0.0", secrets.token_bytes(32), None  # nobody can connect to this address
     if first():
         with contextlib.suppress(OSError):

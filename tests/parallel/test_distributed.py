@@ -29,6 +29,16 @@ from tests.conftest import ROOT
 
 SLURM = {"SLURM_JOB_ID": "70000", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "gpu[007-010],x1"}
 NAMED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "6",
+    "OMPI_COMM_WORLD_RANK": "4",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+HERE = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "6", "OMPI_COMM_WORLD_LOCAL_RANK": "4"}
+MPICH = {"PMI_SIZE": "6", "PMI_RANK": "4", "MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0"}
+PBS = {"PBS_JOBID": "5000[2].server", "PBS_NODEFILE": "HOSTS"}
+LSF = {"LSB_JOBID": "9", "LSB_HOSTS": "c3 c3 c4"}
 FOUND = {
     "nothing": ({}, None),
     "environment": (NAMED, Cluster("a:1", 2, 1)),
@@ -50,13 +60,46 @@ FOUND = {
     "slurm, one task": (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
     "slurm, outside a step": ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),
     "named inside slurm": (SLURM | NAMED, Cluster("a:1", 2, 1)),
+    "an address inside slurm": (SLURM | {"JAX_COORDINATOR_ADDRESS": "b:7"}, Cluster("b:7", 4, 3)),
+    "open mpi, one host": (HERE, Cluster("127.0.0.1:61440", 6, 4, 4)),
+    "open mpi, an address": (OPEN_MPI | {"JAX_COORDINATOR_ADDRESS": "b:7"}, Cluster("b:7", 6, 4, 1)),
+    "open mpi in pbs": (OPEN_MPI | PBS, Cluster("n7.cluster:62344", 6, 4, 1)),
+    "mpich in lsf, one process per host": (MPICH | LSF, Cluster("c3:61449", 6, 4)),
+    "lsf names its hosts in a file": (
+        MPICH | {"LSB_JOBID": "9", "LSB_DJOB_HOSTFILE": "HOSTS"},
+        Cluster("n7.cluster:61449", 6, 4),
+    ),
+    "cray": (
+        {"PMI_SIZE": "6", "PMI_RANK": "4", "PMI_LOCAL_SIZE": "3", "PMI_LOCAL_RANK": "1"} | LSF,
+        Cluster("c3:61449", 6, 4, 1),
+    ),
+    # What mpirun's processes see in a batch script of SLURM 22.05: SLURM_PROCID is the script's, or that of a helper.
+    "open mpi in slurm": (
+        OPEN_MPI | {"SLURM_JOB_ID": "70000", "SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "x[3,7]"},
+        Cluster("x3:61808", 6, 4, 1),
+    ),
+    "mpich in slurm": (SLURM | MPICH, Cluster("gpu007:61808", 6, 4)),
+    "one process of mpirun": (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
 }
 
 
 @pytest.mark.parametrize("where", FOUND)
-def test_processes_are_found_in_the_environment(where):
+def test_processes_are_found_in_the_environment(where, tmp_path):
     environ, cluster = FOUND[where]
+    (tmp_path / "hosts").write_text("n7.cluster\nn7.cluster\nn8.cluster\n")
+    environ = {name: str(tmp_path / "hosts") if value == "HOSTS" else value for name, value in environ.items()}
     assert distributed.find(environ) == cluster
+
+
+def test_mpirun_on_several_hosts_without_a_batch_system_needs_an_address():
+    with pytest.raises(ConfigError, match=r"missing: --coordinator_address \(JAX_COORDINATOR_ADDRESS\)"):
+        distributed.find(OPEN_MPI)
+
+
+def test_jax_detects_where_a_flag_says_so():
+    assert distributed.find(SLURM | NAMED, method="mpi4py") == Cluster(method="mpi4py")
+    with pytest.raises(ConfigError, match="--cluster_detection_method=k8s: JAX then finds"):
+        distributed.find({}, "a:1", method="k8s")
 
 
 def test_flags_come_before_the_environment():
