@@ -14,7 +14,7 @@
 #   CLAIM        persistent volume claim that all pods can write, mounted at /shared (required by run)
 #   HOSTS        number of pods (required by run; for TPUs the topology says it)
 #   GPUS         number of NVIDIA GPUs of each pod; 0: the CPU (0)
-#   ACCELERATOR  GKE's name of the TPU: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice or tpu-v4-podslice
+#   ACCELERATOR  GKE's name of the TPU: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice, tpu-v4-podslice or tpu7x
 #   TOPOLOGY     the TPU slice's topology, such as 4x4 or 2x2x2
 #   CHIPS        number of TPU chips of each host (4, or all chips of a smaller topology)
 #   SLICES       number of TPU slices (1)
@@ -101,8 +101,8 @@ need_count RESTARTS 0
 selector=() resources=() annotations=()
 if [[ -n $ACCELERATOR ]]; then
   case $ACCELERATOR in
-    tpu-v5-lite-podslice | tpu-v6e-slice | tpu-v5p-slice | tpu-v4-podslice) ;;
-    *) fail "ACCELERATOR=$ACCELERATOR: must be tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice or tpu-v4-podslice" ;;
+    tpu-v5-lite-podslice | tpu-v6e-slice | tpu-v5p-slice | tpu-v4-podslice | tpu7x) ;;
+    *) fail "ACCELERATOR=$ACCELERATOR: must be tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice, tpu-v4-podslice or tpu7x" ;;
   esac
   need TOPOLOGY "the topology of the TPU slice, as in TOPOLOGY=4x4"
   [[ $TOPOLOGY =~ ^[1-9][0-9]?(x[1-9][0-9]?){1,2}$ ]] || fail "TOPOLOGY=$TOPOLOGY: must be like 4x4 or 2x2x2"

@@ -44,11 +44,38 @@ need_label() {
 # need_switch NAME: fails unless NAME is 0 or 1.
 need_switch() { [[ ${!1} == [01] ]] || fail "$1=${!1}: must be 0 or 1"; }
 
-# Prints a command as one line that a shell reads as the same command.
+# need_one SETTING...: fails if more than one of these settings is given.
+need_one() {
+  local name given=()
+  for name in "$@"; do [[ -z ${!name:-} || ${!name} == 0 ]] || given+=("$name=${!name}"); done
+  ((${#given[@]} < 2)) || fail "${given[0]} and ${given[1]}: must be one or the other"
+}
+
+# split NAME: puts the setting's options into WORDS, split as a shell does it, with quotes but without patterns.
+split() {
+  # shellcheck disable=SC2034
+  WORDS=()
+  (set -f && eval "WORDS=(${!1:-})") 2>/dev/null || fail "$1=${!1}: must be options with blanks between them"
+  set -f
+  eval "WORDS=(${!1:-})"
+  set +f
+}
+
+# Prints a command as one line that a shell reads as the same command. Words with other than plain characters stand in
+# quotes, of the other kind around a command that has quotes itself, so that a person can read it too.
 show() {
-  local line
-  printf -v line '%q ' "$@"
-  printf '%s\n' "${line% }"
+  local word line='' quote="'\\''"
+  for word in "$@"; do
+    if [[ $word == *[[:cntrl:]]* ]]; then
+      printf -v word '%q' "$word"
+    elif [[ $word == *\'* && $word != *[\"\$\`\\!]* ]]; then
+      word="\"$word\""
+    elif [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
+      word="'${word//\'/"$quote"}'"
+    fi
+    line+=" $word"
+  done
+  printf '%s\n' "${line# }"
 }
 
 run() {

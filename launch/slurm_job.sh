@@ -7,8 +7,9 @@
 #   PYTHON     interpreter (python)
 #   RESTARTS   how often the job may be requeued (100)
 #   CRATE_JAX_TOKEN   text that a process must know to join the run (random)
+#   SETUP, SRUN_ARGS, PYXIS, APPTAINER, MOUNTS, GPUS   as in slurm.sh
 #
-# JAX finds its processes by SLURM's variables. The script ends with srun's status, the highest of all processes.
+# The processes find each other by SLURM's variables. The script ends with srun's status, the highest of all processes.
 
 # This file sources no other, since SLURM runs a copy of it in another folder.
 set -uo pipefail
@@ -22,12 +23,45 @@ case ${1:-} in
   --dry-run) dry_run=yes && shift ;;
 esac
 
+# SETUP before all else, since it may change the PATH; conda's and modules' own scripts read variables that are not set.
+if [[ -n ${SETUP:-} && -n $dry_run ]]; then
+  printf '%s\n' "$SETUP"
+elif [[ -n ${SETUP:-} ]]; then
+  set +u
+  eval "$SETUP"
+  status=$?
+  set -u
+  if ((status)); then
+    echo "slurm_job.sh: SETUP ended with status $status: $SETUP" >&2
+    exit 2
+  fi
+fi
+
+mounts=$PWD:$PWD
+IFS=, read -r -a folders <<<"${MOUNTS:-}"
+for folder in ${folders[@]+"${folders[@]}"}; do
+  [[ $folder == *:* ]] || folder=$folder:$folder
+  mounts+=,$folder
+done
+set -f
+eval "options=(${SRUN_ARGS:-})"
+set +f
+container=()
+if [[ -n ${PYXIS:-} ]]; then
+  options+=(--container-image="$PYXIS" --container-mounts="$mounts" --container-workdir="$PWD")
+elif [[ -n ${APPTAINER:-} ]]; then
+  container=(apptainer exec --bind "$mounts" --pwd "$PWD")
+  [[ ${GPUS:-0} == 0 ]] || container+=(--nv)
+  container+=("$APPTAINER")
+fi
+
 command=(
   # A process that fails does not end the others at once: they may be saving, and they notice by themselves that a
   # process is gone, name it and stop. After five minutes SLURM ends the rest.
   srun --kill-on-bad-exit=0 --wait=300
   # Since SLURM 22.05 a step no longer inherits this from its job.
   ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
+  ${options[@]+"${options[@]}"} ${container[@]+"${container[@]}"}
   "${PYTHON:-python}" -m crate_jax.main "$@"
 )
 if [[ -n $dry_run ]]; then

@@ -14,9 +14,15 @@
 # --dry-run prints the commands; `create` prints those for a new resource.
 #
 #   PROJECT, ZONE   Google Cloud project and zone (required)
-#   ACCELERATOR     kind and size, such as v5litepod-16, v6e-16, v5p-16, v4-16 (required by create and up)
+#   ACCELERATOR     kind and size, such as v5litepod-16, v6e-16, v5p-16, v4-16, tpu7x-128 (required by create and up)
 #   NAME            name of the queued resource and its machines (crate-jax)
 #   SPOT            1: spot machines, which are cheaper and can be pre-empted (0)
+#   RESERVED        1: machines of your project's reservation (0)
+#   FLEX_START      time for which flex-start lends the machines, as in 4h (gcloud alpha)
+#   NETWORK, SUBNETWORK, SERVICE_ACCOUNT, LABELS    passed to gcloud if set; LABELS as in team=vision,user=me
+#   INTERNAL_IPS    1: machines without external addresses, reached through IAP (gcloud alpha) (0)
+#   IAP             0: with INTERNAL_IPS=1, this machine is in their network and needs no IAP (1)
+#   CREATE_ARGS     more options of `gcloud compute tpus queued-resources create`
 #   SLICES          number of slices, which the data-centre network connects (1)
 #   RUNTIME         machine image (depends on the accelerator's kind)
 #   WAIT, POLL      seconds to wait for ACTIVE, seconds between two checks (3600, 30)
@@ -24,7 +30,7 @@
 #   WORKER          number of the worker whose log is followed (0)
 #
 # The workdir must be a folder that all workers share and that outlives the slice. JAX finds its processes by the TPU's
-# metadata.
+# metadata. Google names Kubernetes first for TPU7x (kubernetes.sh with ACCELERATOR=tpu7x); not every project gets it here.
 
 # shellcheck source=launch/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
@@ -32,6 +38,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 read_arguments "$@"
 COMMAND=${ARGS[0]:-}
 ARGS=("${ARGS[@]:1}")
+RESERVED=${RESERVED:-0} FLEX_START=${FLEX_START:-} INTERNAL_IPS=${INTERNAL_IPS:-0} IAP=${IAP:-1}
 NAME=${NAME:-crate-jax} SPOT=${SPOT:-0} SLICES=${SLICES:-1} WAIT=${WAIT:-3600} POLL=${POLL:-30} WORKER=${WORKER:-0}
 
 case $COMMAND in
@@ -44,6 +51,12 @@ need PROJECT "the Google Cloud project"
 need ZONE "the zone of the TPU, as in ZONE=us-west4-a"
 need_label NAME
 need_switch SPOT
+need_switch RESERVED
+need_one SPOT RESERVED FLEX_START
+[[ -z $FLEX_START || $FLEX_START =~ ^[1-9][0-9]*[smhd]$ ]] || fail "FLEX_START=$FLEX_START: must be a time as in 4h"
+need_switch INTERNAL_IPS
+need_switch IAP
+split CREATE_ARGS
 need_count SLICES
 need_count WAIT
 need_count POLL
@@ -51,12 +64,13 @@ need_count WORKER 0
 
 if [[ $COMMAND == create || $COMMAND == up ]]; then
   need ACCELERATOR "the kind and size of the TPU, as in ACCELERATOR=v5litepod-16"
-  [[ $ACCELERATOR =~ ^(v5litepod|v6e|v5p|v4|v3|v2)-[1-9][0-9]*$ ]] ||
-    fail "ACCELERATOR=$ACCELERATOR: must be v5litepod-N, v6e-N, v5p-N, v4-N, v3-N or v2-N"
+  [[ $ACCELERATOR =~ ^(tpu7x|v5litepod|v6e|v5p|v4|v3|v2)-[1-9][0-9]*$ ]] ||
+    fail "ACCELERATOR=$ACCELERATOR: must be v5litepod-N, v6e-N, v5p-N, v4-N, v3-N, v2-N or tpu7x-N"
   case ${ACCELERATOR%-*} in
     v5litepod) image=v2-alpha-tpuv5-lite ;;
     v6e) image=v2-alpha-tpuv6e ;;
     v5p) image=v2-alpha-tpuv5 ;;
+    tpu7x) image=v2-alpha-tpu7-ubuntu2404 ;;
     *) image=tpu-ubuntu2204-base ;;
   esac
   RUNTIME=${RUNTIME:-$image}
@@ -71,15 +85,21 @@ if ((SLICES > 1)); then
   NODE_OPTIONS=(--node-count="$SLICES" --node-prefix="$NAME")
 fi
 
+SSH=(gcloud) REACH=()
+if ((INTERNAL_IPS && IAP)); then
+  SSH+=(alpha) # where alone --tunnel-through-iap exists
+  REACH=(--tunnel-through-iap)
+elif ((INTERNAL_IPS)); then
+  REACH=(--internal-ip)
+fi
+
 queued() { run gcloud compute tpus queued-resources "$@" "${PLACE[@]}"; }
 
-# on WORKERS COMMAND...: runs the command on these workers of every slice, also after it failed on one; the workers get
-# its words unchanged.
+# on WORKERS LINE: runs a line of shell on these workers of every slice, also after it failed on one.
 on() {
-  local workers=$1 status=0 node
-  shift
+  local status=0 node
   for node in "${NODES[@]}"; do
-    run gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" --quiet --worker="$workers" --command="$(show "$@")" ||
+    run "${SSH[@]}" compute tpus tpu-vm ssh "$node" "${PLACE[@]}" --quiet "${REACH[@]}" --worker="$1" --command="$2" ||
       status=$?
   done
   return "$status"
@@ -92,9 +112,20 @@ resource_state() {
 }
 
 request_resource() {
-  local spot=()
-  ((SPOT == 0)) || spot=(--spot)
-  queued create "$NAME" "${NODE_OPTIONS[@]}" --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" "${spot[@]}"
+  local options=() release=()
+  ((SPOT == 0)) || options+=(--spot)
+  ((RESERVED == 0)) || options+=(--reserved)
+  ((INTERNAL_IPS == 0)) || options+=(--internal-ips)
+  [[ -z ${NETWORK:-} ]] || options+=(--network="$NETWORK")
+  [[ -z ${SUBNETWORK:-} ]] || options+=(--subnetwork="$SUBNETWORK")
+  [[ -z ${SERVICE_ACCOUNT:-} ]] || options+=(--service-account="$SERVICE_ACCOUNT")
+  [[ -z ${LABELS:-} ]] || options+=(--labels="$LABELS")
+  if [[ -n $FLEX_START ]]; then
+    release=(alpha)
+    options+=(--provisioning-model=flex-start --max-run-duration="$FLEX_START")
+  fi
+  run gcloud "${release[@]}" compute tpus queued-resources create "$NAME" "${NODE_OPTIONS[@]}" \
+    --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" "${options[@]}" "${WORDS[@]}" "${PLACE[@]}"
 }
 
 delete() { queued delete "$NAME" --force --quiet; }
@@ -148,19 +179,20 @@ sync() {
   trap 'rm -f "$ARCHIVE"' EXIT
   run git -C "$root" archive --format=tar.gz --output="$ARCHIVE" "${tree:-HEAD}"
   for node in "${NODES[@]}"; do
-    run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$node:crate_jax.tar.gz" "${PLACE[@]}" --quiet --worker=all
+    run "${SSH[@]}" compute tpus tpu-vm scp "$ARCHIVE" "$node:crate_jax.tar.gz" "${PLACE[@]}" --quiet "${REACH[@]}" \
+      --worker=all
   done
   # The folder is new, so that it holds no file that is deleted here. The lock of tpu_worker.sh is needed since a run
   # in progress would lose its code.
-  on all bash -c 'if ! flock --nonblock crate_jax.lock rm -rf crate_jax; then echo "a run is in progress here; stop it first" >&2; exit 2; fi; mkdir crate_jax && tar -xzf crate_jax.tar.gz -C crate_jax'
-  on all crate_jax/launch/tpu_worker.sh setup ${SETUP:+"$SETUP"}
+  on all 'flock --nonblock crate_jax.lock rm -rf crate_jax || { echo "a run is in progress here; stop it first" >&2; exit 2; }; mkdir crate_jax && tar -xzf crate_jax.tar.gz -C crate_jax'
+  on all "$(show crate_jax/launch/tpu_worker.sh setup ${SETUP:+"$SETUP"})"
 }
 
-start() { on all crate_jax/launch/tpu_worker.sh run "${ARGS[@]}"; }
+start() { on all "$(show crate_jax/launch/tpu_worker.sh run "${ARGS[@]}")"; }
 
 logs() {
   NODES=("${NODES[0]}")
-  on "$WORKER" crate_jax/launch/tpu_worker.sh logs
+  on "$WORKER" 'crate_jax/launch/tpu_worker.sh logs'
 }
 
 case $COMMAND in
@@ -171,6 +203,6 @@ case $COMMAND in
     logs
     ;;
   run) start ;;
-  stop) on all crate_jax/launch/tpu_worker.sh stop ;;
+  stop) on all 'crate_jax/launch/tpu_worker.sh stop' ;;
   *) "$COMMAND" ;;
 esac

@@ -36,7 +36,7 @@ start() {
     "$HERE/crate_jax_env/bin/python" -u -m crate_jax.main "${ARGS[@]}"
   )
   if [[ -n $DRY_RUN ]]; then
-    show setsid nohup "${command[@]}"
+    printf '%s </dev/null >>crate_jax.log 2>&1 &\n' "$(show setsid nohup "${command[@]}")"
     return
   fi
   ! is_running || fail "a run is in progress here; stop it first"

@@ -88,6 +88,11 @@ def launch(env, script, *args, folder=LAUNCH, **settings):
     )
 
 
+def words(lines):
+    """The words of each line, as a shell reads it."""
+    return [shlex.split(line) for line in lines]
+
+
 def recorded(env):
     """What the stand-ins were asked since the last call, one line each."""
     path = Path(env["RECORD"])
@@ -125,6 +130,9 @@ GKE = KUBERNETES | {"ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4"}
         ("tpu.sh create", TPU | {"SPOT": "yes"}, "SPOT=yes: must be 0 or 1"),
         ("tpu.sh create", TPU | {"SLICES": 0}, "SLICES=0: must be a whole number, 1 or more"),
         ("tpu.sh create", TPU | {"NAME": "a b"}, "NAME=a b: must be lower-case"),
+        ("tpu.sh create", TPU | {"SPOT": 1, "FLEX_START": "4h"}, "SPOT=1 and FLEX_START=4h: must be one or the other"),
+        ("tpu.sh create", TPU | {"FLEX_START": "4"}, "FLEX_START=4: must be a time as in 4h"),
+        ("tpu.sh create", TPU | {"CREATE_ARGS": "--tags='a"}, "CREATE_ARGS=--tags='a: must be options"),
         ("tpu_worker.sh", {}, "no command"),
         ("slurm.sh", {"GPUS": 8}, "NODES is not set"),
         ("slurm.sh", {"NODES": 2}, "GPUS is not set"),
@@ -132,6 +140,10 @@ GKE = KUBERNETES | {"ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4"}
         ("slurm.sh", SLURM | {"GPUS": "08"}, "GPUS=08"),
         ("slurm.sh", SLURM | {"TIME": "1 day"}, "TIME=1 day: must be"),
         ("slurm.sh", SLURM | {"LEAD": 99999}, "LEAD=99999"),
+        ("slurm.sh", SLURM | {"PYXIS": "a", "APPTAINER": "b"}, "PYXIS=a and APPTAINER=b: must be one or the other"),
+        ("slurm.sh", SLURM | {"MOUNTS": "/data"}, "MOUNTS=/data: needs a container"),
+        ("slurm.sh", SLURM | {"GPUS": 0, "GRES": "gpu:2"}, "GRES=gpu:2 and GPUS=0"),
+        ("slurm.sh", SLURM | {"EXCLUSIVE": "yes"}, "EXCLUSIVE=yes: must be 0 or 1"),
         ("kubernetes.sh", KUBERNETES, "no command"),
         ("kubernetes.sh run", KUBERNETES, "HOSTS is not set"),
         ("kubernetes.sh run", {"HOSTS": 1, "IMAGE": "i"}, "CLAIM is not set"),
@@ -169,10 +181,17 @@ ARGS = ("--config=configs/cifar10.py:debug", "--config.data.source=folder:/a b/i
     [
         ("slurm.sh", ARGS, SLURM | {"TIME": "1-00:00:00", "PARTITION": "gpu", "CPUS": 8, "MEMORY": "200G"}),
         ("slurm.sh", ARGS, {"NODES": 1, "GPUS": 0}),
+        (
+            "slurm.sh",
+            ARGS,
+            SLURM | {"GRES": "gpu:a100:8", "EXCLUSIVE": 1, "SBATCH_ARGS": "--mail-type=END -x 'n[1-3]'"},
+        ),
         ("slurm_job.sh", ARGS, {"SLURM_CPUS_PER_TASK": 8}),
+        ("slurm_job.sh", ARGS, {"SLURM_CPUS_PER_TASK": 8, "PYXIS": "nvcr.io#nvidia/jax", "MOUNTS": "/data,/a:/b"}),
         ("tpu.sh", ["stop"], TPU | {"SLICES": 2}),
         ("tpu.sh", ["logs"], TPU | {"WORKER": 3}),
         ("tpu.sh", ["delete"], TPU),
+        ("tpu.sh", ["stop"], TPU | {"INTERNAL_IPS": 1}),
         ("tpu.sh", ["create"], TPU | {"SPOT": 1, "RUNTIME": "other"}),
         ("kubernetes.sh", ["logs"], {"WORKER": 1, "NAMESPACE": "team"}),
         ("kubernetes.sh", ["delete"], {}),
@@ -183,7 +202,7 @@ def test_dry_run_prints_what_is_run_and_runs_nothing(env, script, args, settings
     assert shown.returncode == 0 and shown.stderr == "" and recorded(env) == []
     (Path(env["HOME"]) / "states").write_text("\nACTIVE\tv5litepod-16\n")
     launch(env, script, *args, **settings)
-    assert recorded(env) == shown.stdout.splitlines() != []
+    assert words(recorded(env)) == words(shown.stdout.splitlines()) != []
 
 
 def test_slurm_asks_for_a_process_per_gpu_and_a_signal_to_them(env):
@@ -195,6 +214,44 @@ def test_slurm_asks_for_a_process_per_gpu_and_a_signal_to_them(env):
     launch(env, "slurm.sh", *ARGS, **SLURM | {"GPUS": 0}, NCCL_DEBUG="INFO")
     launch(env, "slurm.sh", *ARGS, **SLURM, NCCL_DEBUG="INFO")
     assert ["NCCL_DEBUG=INFO" in line for line in recorded(env)] == [False, True]
+
+
+def test_slurm_for_sites_with_other_habits(env):
+    """GPUs by --gres, whole nodes, any other option; last, so that they count more than ours."""
+    settings = SLURM | {"GRES": "gpu:a100:8", "EXCLUSIVE": 1, "SBATCH_ARGS": "--nodes=3 --comment='a b' -x n[1-3]"}
+    launch(env, "slurm.sh", *ARGS, **settings)
+    asked = shlex.split(recorded(env)[0])
+    assert {"--gres=gpu:a100:8", "--exclusive", "--ntasks-per-node=8"} <= set(asked)
+    assert not [word for word in asked if word.startswith("--gpus-per-node")]
+    assert asked[-8:-4] == ["--nodes=3", "--comment=a b", "-x", "n[1-3]"]
+
+
+def test_slurm_job_sets_up_the_shell_of_srun(env, tmp_path):
+    """SETUP changes the environment that srun gets (a module, conda); if it fails, nothing is started or requeued."""
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "bin" / "srun", tmp_path / "other" / "srun")
+    done = launch(env, "slurm_job.sh", SETUP='test -z "$NO_SUCH"; PATH=$HOME/../other:$PATH RECORD=$RECORD.2')
+    assert done.returncode == 0 and recorded(env) == []
+    assert recorded(env | {"RECORD": env["RECORD"] + ".2"})[0].startswith("srun ")
+    done = launch(env, "slurm_job.sh", SETUP="no-such-module 2>/dev/null")
+    assert done.returncode == 2 and recorded(env) == []
+    assert done.stderr == "slurm_job.sh: SETUP ended with status 127: no-such-module 2>/dev/null\n"
+
+
+def test_slurm_job_starts_containers(env):
+    """Each sees the folder of submission, where relative paths of the arguments lie, and MOUNTS."""
+    here, settings = str(ROOT), {"MOUNTS": "/data,/a:/b", "SRUN_ARGS": "--mpi=none"}
+    launch(env, "slurm_job.sh", *ARGS, PYXIS="image.sqsh", **settings)
+    assert shlex.split(recorded(env)[0])[1:] == [
+        *("--kill-on-bad-exit=0", "--wait=300", "--mpi=none", "--container-image=image.sqsh"),
+        *(f"--container-mounts={here}:{here},/data:/data,/a:/b", f"--container-workdir={here}"),
+        *("python", "-m", "crate_jax.main", *ARGS),
+    ]
+    launch(env, "slurm_job.sh", *ARGS, APPTAINER="image.sif", GPUS=8, **settings)
+    assert shlex.split(recorded(env)[0])[3:] == [
+        *("--mpi=none", "apptainer", "exec", "--bind", f"{here}:{here},/data:/data,/a:/b", "--pwd", here, "--nv"),
+        *("image.sif", "python", "-m", "crate_jax.main", *ARGS),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +314,24 @@ def test_tpu_create_names_machines_image_and_slices(env):
     assert "--node-count=2 --node-prefix=crate-jax" in asked[1] and "--node-id" not in asked[1]
 
 
+def test_tpu_of_an_own_network(env):
+    place = {"NETWORK": "n", "SUBNETWORK": "s", "SERVICE_ACCOUNT": "a@b", "LABELS": "team=vision", "INTERNAL_IPS": 1}
+    more = {"RESERVED": 1, "ACCELERATOR": "tpu7x-128", "CREATE_ARGS": "--tags=x,y"}
+    asked = launch(env, "tpu.sh", "create", "--dry-run", **TPU | place | more).stdout.splitlines()[1]
+    wanted = {"--network=n", "--subnetwork=s", "--service-account=a@b", "--labels=team=vision", "--internal-ips"}
+    assert wanted | {"--reserved", "--tags=x,y", "--runtime-version=v2-alpha-tpu7-ubuntu2404"} <= set(
+        shlex.split(asked)
+    )
+    asked = launch(env, "tpu.sh", "create", "--dry-run", **TPU, FLEX_START="4h").stdout.splitlines()[1]
+    assert asked.startswith("gcloud alpha ") and "--provisioning-model=flex-start --max-run-duration=4h" in asked
+    reach = [
+        launch(env, "tpu.sh", "stop", "--dry-run", **TPU | place, IAP=iap).stdout.removeprefix("gcloud ")
+        for iap in (1, 0)
+    ]
+    assert reach[0].startswith("alpha compute") and " --tunnel-through-iap " in reach[0]
+    assert reach[1].startswith("compute") and " --internal-ip " in reach[1]
+
+
 def test_tpu_up_runs_on_the_workers(env, tmp_path):
     """From an empty worker to a run that is followed, refused a second time, and stopped; ssh is a local shell."""
     checkout, home = tmp_path / "checkout", Path(env["HOME"])
@@ -287,8 +362,11 @@ def test_tpu_up_runs_on_the_workers(env, tmp_path):
     assert (home / "mounted").read_text().strip() == str(home)
     assert done.stdout.splitlines()[-2].split("\t")[5:] == ["-u", "-m", "crate_jax.main", *ARGS, "end"]
     assert done.stdout.splitlines()[-1] == "ended with status 0"
-    run = next(line for line in shown.stdout.splitlines() if "tpu_worker.sh\\ run" in line)
-    assert run in asked and "--worker=all" in run and "--worker=0" in asked[-1]
+    run = next(line for line in shown.stdout.splitlines() if "tpu_worker.sh run" in line)
+    assert shlex.split(run) in words(asked) and "--worker=all" in run and "--worker=0" in asked[-1]
+    # What is printed can be pasted: the worker's shell gets the arguments as they were given, quoted once for each shell.
+    assert shlex.split(shlex.split(run)[-1].removeprefix("--command="))[2:] == [*ARGS, "end"]
+    assert "\\\\" not in shown.stdout
     assert any(line.startswith("python3 -m uv pip install") and line.endswith("crate_jax\\[tpu\\]") for line in asked)
 
     assert tpu("run", "--workdir=x").returncode == 0
