@@ -93,10 +93,11 @@ site: $(VENV)/.installed-test ## build/site: the pages of docs/ as a site; a bro
 	@$(BIN)/python -m sphinx -q -W -d build/doctrees -c docs . build/site
 	@echo "build/site/index.html"
 
-lint: $(VENV)/.installed-test ## ruff: rules and format, without changing a file; shellcheck
+lint: $(VENV)/.installed-test ## ruff: rules and format, without changing a file; shellcheck; hadolint
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/shellcheck -x .ci/run launch/*.sh
+	@$(BIN)/hadolint launch/Dockerfile
 
 format: $(VENV)/.installed-test ## ruff: fix what can be fixed, and format
 	@$(BIN)/python -m ruff check --fix .

@@ -24,6 +24,7 @@
 #   RESTARTS     how often the pods are restarted (100)
 #   NCCL_*       settings of NCCL for pods with GPUs; NCCL_DEBUG is WARN if it is not set
 #   PYTHON       interpreter in the image (python)
+#   RUN_AS       user id of the processes, such as that of the owner of CLAIM's files (the image's; of Dockerfile, 1000)
 #   CRATE_JAX_TOKEN  text that a process must know to join the run (random; who may read the JobSet can read it)
 #   WORKER       number of the pod whose log is followed (0)
 #
@@ -97,6 +98,7 @@ need_count GPUS 0
 need_count SLICES
 need_switch SPOT
 need_count RESTARTS 0
+[[ -z ${RUN_AS:-} ]] || need_count RUN_AS 0
 
 selector=() resources=() annotations=()
 if [[ -n $ACCELERATOR ]]; then
@@ -147,6 +149,7 @@ command=("$PYTHON" -m crate_jax.main "${ARGS[@]}")
 declare -A values=(
   [NAME]=$(json "$NAME") [RESTARTS]=$RESTARTS [SLICES]=$SLICES [HOSTS]=$HOSTS
   [IMAGE]=$(json "$IMAGE") [CLAIM]=$(json "$CLAIM") [COMMAND]=$(json_list "${command[@]}")
+  [SECURITY]="{${RUN_AS:+\"runAsUser\": $RUN_AS}}"
   [NODE_SELECTOR]=$(json_map "${selector[@]}") [RESOURCES]=$(json_map "${resources[@]}")
   [VARIABLES]=$(json_variables "${variables[@]}") [ANNOTATIONS]=$(json_map "${annotations[@]}")
 )

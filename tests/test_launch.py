@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from tests.parallel.test_distributed import free_port
 
 pytestmark = pytest.mark.one_python
 
@@ -277,6 +279,119 @@ def test_slurm_job_requeues_what_a_signal_or_a_lost_process_stopped(env, status,
     assert ("scontrol requeue 77" in asked) is requeued
 
 
+# Meets the other processes and says so; the first start of the job then waits for a signal.
+MEETS = f"""#!{sys.executable}
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+sys.path.insert(0, {str(ROOT)!r})
+from crate_jax.parallel import distributed
+cluster = distributed.find(os.environ)
+distributed.start(cluster)
+distributed.barrier("all are there")
+os.write(1, f"met {{distributed.process()}} of {{distributed.processes()}} {{sys.argv[1:]}}\\n".encode())
+if "SLURM_JOB_ID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+    signal.pause()
+distributed.unwatch()
+"""
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+MpiDefault=none
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4
+PartitionName=all Nodes=ALL Default=YES
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A real SLURM of one node, this machine; its environment."""
+    daemons = [["munged", "--force"], ["slurmctld", "-i", "-D"], ["slurmd", "-D"]]
+    if os.getuid() or not all(shutil.which(daemon[0]) for daemon in daemons):
+        pytest.skip("needs root, and Debian's packages slurm-wlm and munge")
+    for name in ("state", "spool"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "key").write_bytes(os.urandom(1024))
+    (tmp_path / "key").chmod(0o600)
+    ports, host = [free_port(), free_port()], socket.gethostname().partition(".")[0]
+    (tmp_path / "slurm.conf").write_text(SLURM_CONF.format(folder=tmp_path, ports=ports, host=host))
+    files = {"socket": "munge.sock", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    daemons[0] += ["--foreground", *(f"--{flag}={tmp_path}/{name}" for flag, name in files.items())]
+    env = os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    with contextlib.ExitStack() as stack:
+        for daemon in daemons:
+            log = stack.enter_context(open(tmp_path / f"{daemon[0]}.out", "w"))
+            process = subprocess.Popen(daemon, env=env, stdout=log, stderr=log)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            time.sleep(1)
+        yield env
+
+
+def waited_for(said, path, seconds=120):
+    """The text of a file that is written meanwhile, when it has `said`."""
+    deadline = time.monotonic() + seconds
+    while said not in (text := path.read_text() if path.exists() else ""):
+        assert time.monotonic() < deadline, text
+        time.sleep(0.2)
+    return text
+
+
+@pytest.mark.slow
+def test_a_real_slurm_runs_two_tasks_and_requeues_them_after_a_signal(slurm, tmp_path):
+    (tmp_path / "meets").write_text(MEETS)
+    (tmp_path / "meets").chmod(0o755)
+    settings = {"NODES": "1", "GPUS": "0", "PYTHON": f"{tmp_path}/meets", "SBATCH_ARGS": "--ntasks-per-node=2"}
+    settings |= {"SETUP": "export JAX_PLATFORMS=cpu", "SRUN_ARGS": "--label"}
+    submitted = subprocess.run(
+        [LAUNCH / "slurm.sh", *ARGS], cwd=tmp_path, env=slurm | settings, capture_output=True, text=True, check=True
+    )
+    job = submitted.stdout.split()[-1]
+    log = tmp_path / f"crate-jax-{job}.log"
+    started = [f"{i}: met {i} of 2 {['-m', 'crate_jax.main', *ARGS]}" for i in range(2)]
+    for line in started:
+        waited_for(line, log)
+    subprocess.run(["scancel", "--signal=TERM", job], env=slurm, check=True)
+    deadline = time.monotonic() + 200  # SLURM lets a requeued job wait
+    while any(log.read_text().count(line) < 2 for line in started):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mpirun", ["mpirun.openmpi", "mpiexec.hydra"])
+def test_real_mpiruns_start_processes_that_find_each_other(mpirun, tmp_path):
+    if shutil.which(mpirun) is None:
+        pytest.skip("needs Debian's package " + {"mpirun.openmpi": "openmpi-bin", "mpiexec.hydra": "mpich"}[mpirun])
+    (tmp_path / "meets").write_text(MEETS)
+    (tmp_path / "meets").chmod(0o755)
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(
+        [mpirun, "-n", "2", tmp_path / "meets", "x"],
+        env=os.environ | as_root,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done
+    assert {f"met {i} of 2 ['x']" for i in range(2)} <= set(done.stdout.splitlines())
+
+
 ON = "gcloud compute tpus queued-resources"
 
 
@@ -364,7 +479,7 @@ def test_tpu_up_runs_on_the_workers(env, tmp_path):
     assert done.stdout.splitlines()[-1] == "ended with status 0"
     run = next(line for line in shown.stdout.splitlines() if "tpu_worker.sh run" in line)
     assert shlex.split(run) in words(asked) and "--worker=all" in run and "--worker=0" in asked[-1]
-    # What is printed can be pasted: the worker's shell gets the arguments as they were given, quoted once for each shell.
+    # What is printed can be pasted: the worker's shell gets the arguments as they were given.
     assert shlex.split(shlex.split(run)[-1].removeprefix("--command="))[2:] == [*ARGS, "end"]
     assert "\\\\" not in shown.stdout
     assert any(line.startswith("python3 -m uv pip install") and line.endswith("crate_jax\\[tpu\\]") for line in asked)
@@ -445,6 +560,28 @@ def test_kubernetes_tpus(env, settings, hosts, chips):
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     assert container["command"][-1] == ARGS[-1]  # JAX reads GKE's variables
     assert container["env"] == [{"name": "PYTHONUNBUFFERED", "value": "1"}]
+
+
+def test_kubernetes_runs_as_the_owner_of_the_volume(env):
+    pods = [manifest(env, **KUBERNETES, HOSTS=1, RUN_AS=user)[2] for user in ("", 4321)]
+    assert [pod["securityContext"] for pod in pods] == [{}, {"runAsUser": 4321}]
+
+
+def test_the_image_has_the_locked_versions_no_root_and_no_secret():
+    """`make lint` runs hadolint besides."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    steps = [line.split(maxsplit=1) for line in re.sub(r"\\\n", "", text).splitlines() if line and line[0] != "#"]
+    assert [
+        re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", rest) is not None for step, rest in steps if step == "FROM"
+    ] == [True]
+    installs = [part for step, rest in steps if step == "RUN" for part in rest.split("&&") if "pip install" in part]
+    assert installs and all("requirements.lock" in part or "--no-deps" in part for part in installs)
+    assert [rest for step, rest in steps if step == "USER"] == ["1000"]
+    assert not re.search(r"(?i)token|password|secret|credential", text)
+    # Only what is named is sent to the builder, and all that is copied is named.
+    sent = {line[1:] for line in (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
+    copied = {name for step, rest in steps if step == "COPY" for name in rest.split()[:-1]}
+    assert copied - {"crate_jax/__init__.py"} == sent and all((ROOT / name).exists() for name in sent)
 
 
 def is_alive(group):
