@@ -325,6 +325,15 @@ LOG = Section(
         tensorboard=Key(True, anything, "also write TensorBoard's files; needs tensorboardX"),
         wandb=Key("", anything, "project of Weights & Biases; empty: off"),
         report=Key(True, anything, "write report.html at the end: curves, scores and pictures"),
+        profile=Key(
+            (),
+            must(
+                "be FROM,TO: two numbers of steps, 1 <= FROM <= TO",
+                lambda v: not v or len(v) == 2 and 1 <= v[0] <= v[1],
+            ),
+            "first and last step of a trace by jax.profiler; of several processes, process 0 writes it",
+            items=int,
+        ),
     ),
 )
 

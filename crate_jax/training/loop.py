@@ -29,7 +29,7 @@ from crate_jax.evals import collapse
 from crate_jax.methods.method import Batch, Method, Params, Scalars
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
-from crate_jax.training import clock as clocks, groups, nonfinite, optimizer
+from crate_jax.training import clock as clocks, groups, nonfinite, optimizer, trace
 from crate_jax.training.step import (
     SIGNAL,
     TrainState,
@@ -200,6 +200,8 @@ class Loop:
                 f"config.steps or config.epochs: ask for {self.total} steps, but {folder} is already at step "
                 f"{self.start_step}; ask for more, or choose another --workdir"
             )
+        self._trace = trace.Trace(config.log.profile, self.total, folder / "tensorboard")
+        stack.callback(self._trace.close)
         self._writer = stack.enter_context(metrics.Writer(folder, config, self.start_step))
         self.written = self._writer.written
         for name in method.healthy:
@@ -337,9 +339,12 @@ class Loop:
         with self._batches() as batches:
             self._speed.restart()
             for step in range(self.start_step + 1, self.total + 1):
+                self._trace.begin(step, self.state)
                 batch, undecodable, indices = self._next(batches)
                 self.clock.turn(clocks.COMPILATION if step == self.start_step + 1 else clocks.STEPS)
-                self.state, scalars = self._train_step(self.state, batch)
+                with self._trace.step(step):
+                    self.state, scalars = self._train_step(self.state, batch)
+                self._trace.end(step, self.state)
                 self.clock.turn(clocks.STEPS)
                 self._done = step
                 self._pending.append((scalars, undecodable, indices))
