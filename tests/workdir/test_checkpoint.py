@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1
 
 from crate_jax.config import base
 from crate_jax.errors import CheckpointError
@@ -111,6 +112,20 @@ def test_round_trip(run: checkpoint.Checkpoints) -> None:
     assert restored is not None
     assert restored.meta["data"] == "fingerprint" and restored.meta["config"] == json.loads(CONFIG.to_json())
     assert restored.meta["versions"]["jax"] == jax.__version__
+
+
+def test_orbax_v1_reads_it(pristine: Path) -> None:
+    """Its next API, which is to be the only one some day, restores what this one saves, placed as asked."""
+    folder, (params, _) = pristine / "checkpoints" / "30", make(30)
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,), devices=jax.devices()[:4])
+    split = NamedSharding(mesh, PartitionSpec(None, "x"))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    kernel = params["encoder"]["blocks"]["kernel"]
+    abstract["encoder"]["blocks"]["kernel"] = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=split)
+    read = v1.load(folder, abstract, checkpointable_name="params")
+    assert read["encoder"]["blocks"]["kernel"].sharding == split
+    chex.assert_trees_all_equal(jax.device_get(read), jax.device_get(params))
+    assert v1.load_checkpointables(folder, {"meta": None})["meta"]["body"]["step"] == 30
 
 
 def test_empty_workdir(tmp_path: Path) -> None:
