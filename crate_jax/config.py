@@ -320,6 +320,7 @@ LOG = Section(
     effect=False,
     keys=dict(
         every=Key(50, positive, "steps between log points"),
+        parameters=Key(False, anything, "log a table of the parameters: shape, weight decay, penalty, layout"),
         pictures=Key(8, at_least(0), "number of images in the grid of pictures; 0: no pictures"),
         pictures_every=Key(0, at_least(0), "steps between grids; 0: only at the end"),
         tensorboard=Key(True, anything, "also write TensorBoard's files; needs tensorboardX"),

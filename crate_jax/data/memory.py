@@ -88,7 +88,8 @@ def decode_set(
         if not all(readers.map(decode, chunks, "images of the training set")):
             return None
     seconds, mb = time.monotonic() - start, planar.nbytes / 2**20
-    log.info("decoded %d images of %dx%d into %.0f MiB of memory in %.1f s", len(source), *size, mb, seconds)
+    taken = f"{mb:.{0 if mb >= 10 else 2}f}"
+    log.info("decoded %d images of %dx%d into %s MiB of memory in %.1f s", len(source), *size, taken, seconds)
     undecodable.add(sorted(reasons), len(source))
     return DecodedSet(planar, bad)
 

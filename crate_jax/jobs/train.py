@@ -99,8 +99,9 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         )  # fmt: skip
         if (written := finished(loop, folder, changes)) is not None:
             return written
+        records = loop.open_records()
         if isinstance(evaluation, FrozenEvaluation):
-            evaluation.remember(loop.written(("rankme", "rankme_limit")))
+            evaluation.remember(records(("rankme", "rankme_limit")))
         watching = observers(config, method, evaluation, mesh, loop.untrained)
         signum = distributed.max_over_processes(interrupt.signal or 0)
         if signum:

@@ -163,7 +163,6 @@ class Loop:
       record: the numbers that a checkpoint and the summary hold: loss, speed, skipped steps.
       origin: name and digest of the encoder that the run started from; {} if there is none.
       results: the observers' results after the last step, by the observers' names.
-      written: :meth:`crate_jax.workdir.metrics.Writer.written` of the run's records.
 
     Raises:
       UserError: something that the user can mend, in one line.
@@ -202,11 +201,7 @@ class Loop:
             )
         self._trace = trace.Trace(config.log.profile, self.total, folder / "tensorboard")
         stack.callback(self._trace.close)
-        self._writer = stack.enter_context(metrics.Writer(folder, config, self.start_step))
-        self.written = self._writer.written
-        for name in method.healthy:
-            for scalars in self.written((name,)):
-                self._fallen(name, scalars[name])  # what the log has said before the run was stopped is not said again
+        self._stack = stack
         self._speed = Speed()
         # Per step since the last log point: scalars on the device, number of undecodable images, indices of the images
         # in this process's rows.
@@ -262,6 +257,18 @@ class Loop:
             state = init(params)
         return state, 0, {}
 
+    def open_records(self) -> Callable[[Sequence[str]], list[dict[str, float]]]:
+        """Opens the run's records, which `run` needs; a run that is only read back leaves them as they are.
+
+        Returns:
+          :meth:`crate_jax.workdir.metrics.Writer.written` of the run's records.
+        """
+        self._writer = self._stack.enter_context(metrics.Writer(self.folder, self.config, self.start_step))
+        for name in self.method.healthy:
+            for scalars in self._writer.written((name,)):
+                self._fallen(name, scalars[name])  # what the log has said before the run was stopped is not said again
+        return self._writer.written
+
     @property
     def run_id(self) -> str:
         """The id that the run's checkpoints and starts hold."""
@@ -276,13 +283,14 @@ class Loop:
         self.clock.resume(saved["seconds"], max(0.0, (last_sign or 0.0) - saved["time"]))
 
     def _log_layout(self) -> None:
-        """Logs each parameter's rules, and the memory on each device between two steps (without activations)."""
+        """Logs the memory on each device between two steps (without activations), and each parameter's rules if asked."""
         shapes = self.state.params
-        decayed, penalised = optimizer.decayed(self.config, shapes), self._recipe.penalty.names
-        of = groups.groups(self.config, shapes, self._recipe.per_epoch, self.method.held)
-        layouts = sharding.layouts(shapes, self.mesh)
-        notes = {name: ", ".join(filter(None, (str(group), layouts.get(name)))) for name, group in of.items()}
-        parameters.log_rules(shapes, decayed, penalised, notes)
+        if self.config.log.parameters:
+            decayed, penalised = optimizer.decayed(self.config, shapes), self._recipe.penalty.names
+            of = groups.groups(self.config, shapes, self._recipe.per_epoch, self.method.held)
+            layouts = sharding.layouts(shapes, self.mesh)
+            notes = {name: ", ".join(filter(None, (str(group), layouts.get(name)))) for name, group in of.items()}
+            parameters.log_rules(shapes, decayed, penalised, notes)
         place = state_shardings(self.state, self.mesh)
         batch = data.batch_shapes(self.config, self.method.inputs)
         averages = (self.state.ema, self.state.ema_carried), (place.ema, place.ema_carried)
@@ -320,12 +328,14 @@ class Loop:
           NonFiniteError: a loss, a gradient or a weight is NaN or infinite.
         """
         log.info(
-            "training %d -> %d of batch %d on %d x %s, %s parameters",
+            "training %d -> %d of batch %d on %d x %s; %s parameters, %s of them the encoder's",
             self.start_step, self.total, self.config.batch_size, self.mesh.size,
             self.mesh.devices.flat[0].device_kind, f"{parameters.count(self.state.params):,}",
+            f"{parameters.count(self.state.params['encoder']):,}",
         )  # fmt: skip
         try:
-            with metrics.Progress(self.total, self.start_step, self.config.batch_size) as progress:
+            per_epoch = self._recipe.per_epoch
+            with metrics.Progress(self.total, self.start_step, self.config.batch_size, per_epoch) as progress:
                 self._steps(progress, observers)
             for observer in observers:
                 if observer.at_end is not None:
@@ -345,11 +355,14 @@ class Loop:
                 with self._trace.step(step):
                     self.state, scalars = self._train_step(self.state, batch)
                 self._trace.end(step, self.state)
+                if step == self.start_step + 1:
+                    progress.reached(self.start_step)  # it is compiled
                 self.clock.turn(clocks.STEPS)
                 self._done = step
                 self._pending.append((scalars, undecodable, indices))
                 if len(self._pending) > IN_FLIGHT:
                     self._note_signal([jax.block_until_ready(self._pending[-1 - IN_FLIGHT][0])])
+                    progress.reached(step - IN_FLIGHT)
                 self._after(step, progress, observers)
             self.clock.turn(clocks.OTHER)
 

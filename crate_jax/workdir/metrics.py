@@ -33,6 +33,7 @@ JSON_LINES = "metrics.jsonl"
 # TensorBoard and W&B know a record by its name alone, and TensorBoard drops a picture with the name of a scalar: the
 # names of pictures begin with this there, and those of scalars do not.
 PICTURES = "pictures/"
+COMPILING = "compiling ..."  # the bar's text before the first step
 
 
 def last_written(workdir: str | os.PathLike[str]) -> float | None:
@@ -296,9 +297,10 @@ class Progress:
     block ends, also by an error, the terminal is restored.
     """
 
-    def __init__(self, total_steps: int, start_step: int, batch_size: int) -> None:
-        """Takes the run's last step, the step from which it starts, and the number of images per step."""
+    def __init__(self, total_steps: int, start_step: int, batch_size: int, steps_per_epoch: float) -> None:
+        """Takes the run's last step, the step from which it starts, images per step, and steps per epoch."""
         self._total, self._start, self._batch_size = total_steps, start_step, batch_size
+        self._per_epoch = steps_per_epoch
         self._bar: RichProgress | None = None
         self._stack = contextlib.ExitStack()
 
@@ -311,7 +313,7 @@ class Progress:
             if sys.stdout.isatty():
                 original[sys.stdout] = "stdout"
             bar = RichProgress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("epoch {task.fields[epoch]}  step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[text]}"),
                 console=console,
@@ -319,7 +321,8 @@ class Progress:
                 redirect_stdout=sys.stdout in original,  # output to a file must stay in the file
                 expand=True,
             )
-            self._task = bar.add_task("", total=self._total, completed=self._start, text="")
+            epoch = self._epoch(self._start)
+            self._task = bar.add_task("", total=self._total, completed=self._start, epoch=epoch, text=COMPILING)
             self._bar = stack.enter_context(bar)
             stack.enter_context(_redirected_handlers(original))
             self._stack = stack.pop_all()
@@ -330,6 +333,17 @@ class Progress:
     ) -> None:
         self._bar = None
         self._stack.close()
+
+    def _epoch(self, step: int) -> str:
+        """The epoch of the step after `step`, from 1, and their number: 6/20."""
+        epochs = max(1, math.ceil(round(self._total / self._per_epoch, 6)))
+        return f"{min(int(step / self._per_epoch) + 1, epochs)}/{epochs}"
+
+    def reached(self, step: int) -> None:
+        """Moves the bar to a step of which nothing else is known; the bar shows "compiling" until the first call."""
+        if self._bar is not None:
+            compiled = {"text": ""} if self._bar.tasks[0].fields["text"] == COMPILING else {}
+            self._bar.update(self._task, completed=step, epoch=self._epoch(step), **compiled)
 
     def update(self, step: int, scalars: Mapping[str, float], images_per_sec: float) -> None:
         """Reports a step.
@@ -348,7 +362,7 @@ class Progress:
         speed = f"{images_per_sec:.0f} images/s  left {left}"
         if self._bar is not None:
             loss = f"loss {format_number(scalars['loss'])}  " if "loss" in scalars else ""
-            self._bar.update(self._task, completed=step, text=loss + speed)
+            self._bar.update(self._task, completed=step, epoch=self._epoch(step), text=loss + speed)
             return
         numbers = "".join(f"  {name} {format_number(value)}" for name, value in scalars.items())
         log.info("step %d/%d%s  %s", step, self._total, numbers, speed)

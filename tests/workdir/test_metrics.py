@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import re
 import resource
 import struct
 import sys
@@ -187,10 +188,32 @@ def test_wandb_wanted_but_missing_is_one_line(tmp_path):
 
 
 def test_progress_is_plain_lines_without_a_terminal(caplog):
-    with caplog.at_level(logging.INFO), metrics.Progress(100, 0, 10) as progress:
+    with caplog.at_level(logging.INFO), metrics.Progress(100, 0, 10, 30.0) as progress:
         progress.update(50, {"loss": 0.25, "lr": 1e-3}, 20.0)
     assert "step 50/100" in caplog.text and "loss 0.25" in caplog.text
     assert "20 images/s" in caplog.text and "0:00:25" in caplog.text  # 50 steps of 10 at 20 a second
+
+
+def test_the_bar_says_that_it_compiles_and_counts_epochs(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    shown = []
+    with metrics.Progress(100, 0, 10, 28.5) as progress:
+        for look in (lambda: None, lambda: progress.reached(0), lambda: progress.reached(57),
+                     lambda: progress.update(60, {"loss": 0.25}, 20.0), lambda: progress.reached(100)):  # fmt: skip
+            look()
+            progress._bar.refresh()
+            shown.append("epoch" + sys.stderr.getvalue().rpartition("epoch")[2])
+    assert ["compiling" in line for line in shown] == [True, False, False, False, False]
+    assert [re.match(r"epoch (\S+)  step (\S+)", line).groups() for line in shown] == [
+        ("1/4", "0/100"), ("1/4", "0/100"), ("3/4", "57/100"), ("3/4", "60/100"), ("4/4", "100/100"),
+    ]  # fmt: skip
+    assert "loss 0.25" not in shown[2] and all("loss 0.25  20 images/s  left 0:00:20" in line for line in shown[3:])
 
 
 def test_write_json_replaces_whole_files(tmp_path):
