@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import operator
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
@@ -25,7 +27,7 @@ from PIL import Image
 
 from crate_jax import config_files
 from crate_jax.analysis.whitebox import measures, pictures
-from crate_jax.config import parts, require_keys, validate
+from crate_jax.config import keys_of, parts, require_keys, validate
 from crate_jax.convert import pretrained, weights
 from crate_jax.data import decoding
 from crate_jax.data.folder import FolderSource
@@ -43,14 +45,15 @@ from crate_jax.models import (
     representation,
 )
 from crate_jax.parallel import sharding
-from crate_jax.validation import flatten
+from crate_jax.validation import check_values, flatten
 from crate_jax.workdir.folder import expanduser
 
 __all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
 
 Images = np.ndarray | Image.Image | str | os.PathLike[str] | Sequence[Any] | Source
 Params = dict[str, Any]
-Read = Callable[[Params, jax.Array], jax.Array]  # (parameters, images uint8 (b, H, W, 3)) -> (b, ...)
+Read = Callable[..., jax.Array]  # (parameters, ..., images uint8 (b, H, W, 3)) -> (b, ...)
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 def list_configs() -> dict[str, str]:
@@ -70,7 +73,7 @@ def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigD
       overrides: values by the whole names of keys.
 
     Raises:
-      ConfigError: there is no such file, or no such key, or a value has the wrong type.
+      ConfigError: there is no such file, it fails, or there is no such key, or a value breaks its rule.
 
     >>> get_config("cifar10:encoder=vit", {"optimizer.lr": 3e-4, "data.image_size": (64, 64)}).data.image_size
     (64, 64)
@@ -79,6 +82,9 @@ def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigD
     require_keys(config)
     for key, value in (overrides or {}).items():
         _set(config, key, value)
+    require_keys(config)
+    given = {key: value for key, value in flatten(config).items() if key in (overrides or {})}
+    check_values(given, {key: keys_of(config)[key] for key in given})
     return config
 
 
@@ -150,6 +156,31 @@ def load(path: str | os.PathLike[str]) -> Encoder:
     return Encoder(found.name, config, found.params)
 
 
+# Errors name the keys of a config; whoever calls a method of an encoder has given an argument instead.
+REWORDED = (
+    (r"config\.evaluation\.(pool|layer)=", r"\1="),
+    (r"config\.encoder\.name='(\w+)':? has", r"\1 has"),
+    (r" \([^()]*max_undecodable[^()]*\); repair or remove them, or allow more", "; repair them, or leave them out"),
+    (r"^evaluation: ", ""),
+)
+
+
+def _worded(method: Callable[P, R]) -> Callable[P, R]:
+    """Words the errors of an encoder's method for people who have set no keys."""
+
+    @functools.wraps(method)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except UserError as e:
+            text = str(e)
+            for pattern, words in REWORDED:
+                text = re.sub(pattern, words, text)
+            raise (e if text == str(e) else type(e)(text)) from None
+
+    return called
+
+
 class Reconstruction(NamedTuple):
     """What :meth:`Encoder.reconstruct` returns, each float32 (n, H, W, 3) in 0..1.
 
@@ -173,7 +204,7 @@ class Encoder:
 
     * an array, uint8 (n, H, W, 3), or one image (H, W, 3);
     * an image of PIL, or a list of images of PIL, of arrays (H, W, 3) and of paths, of any sizes;
-    * the path of an image, or of a folder, whose images are taken in the order of their paths, without labels.
+    * the path of an image, or of a folder, whose images are taken without labels, in the order of :meth:`paths`.
 
     Images are cropped and resized as in evaluation (``config.data.eval_crop``, ``config.data.image_size``), encoded in
     batches on all devices, and not corrupted. An image that cannot be decoded is an error. The programs are compiled
@@ -184,6 +215,7 @@ class Encoder:
       config: a whole config. The sections data, encoder, decoder, corruption and loss are those of the training run;
         evaluation.pool and evaluation.layer say which tokens :meth:`features` reads.
       params: nested dictionaries of NumPy arrays with the keys ``encoder`` and, after a reconstruction, ``decoder``.
+        Arrays may be replaced by others; numbers that change inside an array are not seen.
       module: the Linen module ``(images, float32, normalised) -> tokens``, for your own code and, by
         ``flax.nnx.bridge.ToNNX``, for NNX.
       batch_size: images encoded at once, over all devices.
@@ -200,6 +232,7 @@ class Encoder:
         self.module: nn.Module = build_encoder(config)
         self.batch_size = batch_size
         self._compiled: dict[tuple[Any, ...], tuple[Callable[..., jax.Array], tuple[int, ...]]] = {}
+        self._copied: tuple[list[Any], Params] = ([], {})  # arrays of `params`, and their copies on the devices
 
     @classmethod
     def untrained(cls, config: ConfigDict | str, seed: int = 0) -> Encoder:
@@ -217,6 +250,21 @@ class Encoder:
         c = self.config
         return f"Encoder({self.name!r}, {c.encoder.name}, image_size={tuple(c.data.image_size)})"
 
+    @staticmethod
+    def paths(images: Images) -> list[str]:
+        """What each row that the other methods return for `images` comes from.
+
+        Of a folder these are the paths of all images below it, as bytes in increasing order ("B" before "a"); a path is
+        itself, and another image ``images[3]``.
+
+        Raises:
+          DataError: `images` is none of the forms, or there are none.
+        """
+        source = _source(images)
+        name = source.path if isinstance(source, FolderSource) else source.name
+        return [name(i) for i in range(len(source))]
+
+    @_worded
     def features(self, images: Images, pool: str | None = None, layer: int | None = None) -> np.ndarray:
         """One vector per image, (n, D) float32, (n, 2 D) for ``cls_mean``.
 
@@ -235,6 +283,7 @@ class Encoder:
         key = ("features", config.evaluation.pool, config.evaluation.layer)
         return self._rows(images, key, lambda params, x: read(params, normalise(x, config)))
 
+    @_worded
     def tokens(self, images: Images, layer: int | None = 0) -> np.ndarray:
         """The tokens of each image, (n, T + N, D) float32: T = 1 class token (ResNet: none), then N patch tokens.
 
@@ -255,6 +304,7 @@ class Encoder:
 
         return self._rows(images, ("tokens", chosen), read)
 
+    @_worded
     def attention(self, images: Images, layer: int | None = None) -> np.ndarray:
         """The attention of the class token to the patches, (n, heads, h, w) float32; each map sums to 1.
 
@@ -274,6 +324,7 @@ class Encoder:
         read = functools.partial(pictures.class_attention, config, block=block)
         return self._rows(images, ("attention", block), read)
 
+    @_worded
     def coding_rate(self, images: Images, subspaces: bool = False) -> np.ndarray:
         """The coding rate of the patch tokens after the attention step of each block, (n, L) float32, in nats.
 
@@ -288,7 +339,7 @@ class Encoder:
         config, name = self.config, self.config.encoder.name
         if not ENCODERS[name].patches or (subspaces and name != "crate"):
             what = "subspaces" if subspaces else "attention"
-            raise ConfigError(f"config.encoder.name={name!r}: has no {what}, so it has no such coding rate")
+            raise ConfigError(f"{name} has no {what}, so it has no such coding rate")
         measure, measured = measures.build(config, ("paper",)), "subspace_rate" if subspaces else "rate"
 
         def read(params: Params, images_uint8: jax.Array) -> jax.Array:
@@ -298,6 +349,7 @@ class Encoder:
 
         return self._rows(images, ("coding_rate", subspaces), read)
 
+    @_worded
     def reconstruct(self, images: Images, seed: int = 0) -> Reconstruction:
         """Images, their corruption, and what the decoder makes of it.
 
@@ -315,12 +367,12 @@ class Encoder:
         apply: Any = autoencoder.build(config).apply
         sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
 
-        def read(params: Params, images_uint8: jax.Array) -> jax.Array:
+        def read(params: Params, key: jax.Array, images_uint8: jax.Array) -> jax.Array:
             trained = {name: params[name] for name in ("encoder", "decoder")}
-            corruption = sample(jax.random.split(jax.random.key(seed), len(images_uint8)))
+            corruption = sample(jax.random.split(key, len(images_uint8)))
             return jnp.stack(reconstruct(config, apply, corruption, trained, normalise(images_uint8, config)), axis=1)
 
-        columns = self._rows(images, ("reconstruct", seed), read)
+        columns = self._rows(images, ("reconstruct",), read, jax.random.key(seed))
         return Reconstruction(*np.moveaxis(columns, 1, 0))
 
     def _with(self, **evaluation: Any) -> ConfigDict:
@@ -332,31 +384,35 @@ class Encoder:
         validate(config, parts(config, self.params))
         return config
 
-    @functools.cached_property
     def _placed(self) -> Params:
-        return jax.device_put(self.params, sharding.replicated(self._mesh))
+        """The parameters on the devices."""
+        arrays = jax.tree.leaves(self.params)
+        if len(arrays) != len(self._copied[0]) or any(map(operator.is_not, arrays, self._copied[0])):
+            self._copied = arrays, jax.device_put(self.params, sharding.replicated(self._mesh))
+        return self._copied[1]
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
         return sharding.make_mesh(len(sharding.all_devices()), 1)
 
-    def _rows(self, images: Images, key: tuple[Any, ...], read: Read) -> np.ndarray:
-        """What `read` returns for each image; `key` names it, so that it is compiled once."""
+    def _rows(self, images: Images, key: tuple[Any, ...], read: Read, *more: jax.Array) -> np.ndarray:
+        """What `read`(parameters, *more, images) returns for each image; `key` names it, so that it is compiled once."""
         source = _source(images)
         config = self.config.copy_and_resolve_references()
         config.data.max_undecodable = 0.0  # rows and images go together
         config.evaluation.batch_size = min(self.batch_size, 1 << (len(source) - 1).bit_length())
         if key not in self._compiled:
 
-            def flat(params: Params, images_uint8: jax.Array) -> jax.Array:
-                return read(params, images_uint8).reshape(len(images_uint8), -1).astype(jnp.float32)
+            def flat(*args: Any) -> jax.Array:
+                found = read(*args)
+                return found.reshape(len(found), -1).astype(jnp.float32)
 
             one = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), np.uint8)
             jitted = jax.jit(sharding.on_mesh(self._mesh, flat), out_shardings=sharding.split(self._mesh))
-            self._compiled[key] = jitted, jax.eval_shape(read, self.params, one).shape[1:]
+            self._compiled[key] = jitted, jax.eval_shape(read, self.params, *more, one).shape[1:]
         compiled, shape = self._compiled[key]
         rows, _ = encode_split(
-            functools.partial(compiled, self._placed), config, source, np.arange(len(source)), self._mesh
+            functools.partial(compiled, self._placed(), *more), config, source, np.arange(len(source)), self._mesh
         )
         return rows.reshape(len(rows), *shape)
 

@@ -6,15 +6,19 @@ In a checkout they lie beside the package, in ``configs/``; an installed package
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+import re
 import sys
+import traceback
+from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, UserError
 
 
 def folder() -> Path:
@@ -65,7 +69,8 @@ def named(text: str) -> ConfigDict:
       text: a name or path as for :func:`find`; what follows a colon is the file's argument.
 
     Raises:
-      ConfigError: there is no such file, it has no ``get_config``, or that takes no argument or refuses this one.
+      ConfigError: there is no such file, it has no ``get_config``, or that takes no argument or refuses this one, or
+        the file raises an error, whose line the message names.
 
     >>> named("cifar10:encoder=vit").encoder.name
     'vit'
@@ -75,7 +80,8 @@ def named(text: str) -> ConfigDict:
     loader = SourceFileLoader(f"crate_jax_config_{Path(path).stem}", path)
     module = sys.modules[loader.name] = ModuleType(loader.name)  # registered: a dataclass in the file looks it up
     module.__file__ = path
-    loader.exec_module(module)
+    with _failing(path):
+        loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise ConfigError(f"{path}: has no function get_config, which returns the config")
     arguments = [argument] * bool(colon)
@@ -84,4 +90,30 @@ def named(text: str) -> ConfigDict:
     except TypeError as e:
         right = f"take one argument, here {argument!r}" if colon else "work without an argument"
         raise ConfigError(f"{path}: get_config must {right} ({e})") from None
-    return module.get_config(*arguments)
+    with _failing(path):
+        return module.get_config(*arguments)
+
+
+@contextlib.contextmanager
+def _failing(path: str) -> Iterator[None]:
+    """Turns what a config file raises into a ConfigError with the line of the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        line = e.lineno if isinstance(e, SyntaxError) else lines[-1]
+        raise ConfigError(" ".join(f"{path}, line {line}: {type(e).__name__}: {message(e)}".split())) from e
+
+
+def message(error: BaseException) -> str:
+    """The message of an error of a config file; for an unknown key our own, with a similar key if there is one."""
+    if error.args and isinstance(error.args[0], KeyError):  # an AttributeError holds the KeyError
+        error = error.args[0]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = re.sub(r" Other fields present: .*?}\"", "", text, flags=re.DOTALL)  # a locked config lists all its keys
+    if not (isinstance(error, KeyError) and text.startswith(("'", '"'))):
+        return text
+    key, _, hint = " ".join(text.split()).partition(" Did you mean ")
+    return f"config: unknown key {key}" + (f"; did you mean {hint.partition(' instead')[0]}?" if hint else "")

@@ -77,7 +77,6 @@ REWORDED = (
     (r"Failed to parse .* as a ConfigDict: .*", "is a group of keys; set one of them, as in --config.log.every=10"),
     (r"Error while parsing string: .* as tuple\. .*", "must be values with commas between them, texts in quotes"),
     (r"Attribute .* does not exist and .* Attempting to lookup: (\S+)", r"config: unknown key '\1'"),
-    (r" Other fields present: .*?}\"", ""),  # a locked config lists all its keys
     (r"^ERROR:: ", ""),
 )
 OUT_OF_MEMORY = (
@@ -102,23 +101,12 @@ def one_line(error: BaseException) -> str:
         chain.append(following)
     chain = [e for e in chain if not str(e).startswith(FROM_CONFIG_FILE)] or chain
     message = (
-        next((str(e) for e in chain if isinstance(e, UserError)), "") or _config_file_error(chain) or _message(chain[0])
+        next((str(e) for e in chain if isinstance(e, UserError)), "") or _config_file_error(chain) or config_files.message(chain[0])
     )
     message = " ".join(message.split())
     for pattern, text in REWORDED:
         message = re.sub(pattern, text, message)
     return escaped(message)
-
-
-def _message(error: BaseException) -> str:
-    """An error's message; for an unknown key our own, with a key of a similar name if there is one."""
-    if error.args and isinstance(error.args[0], KeyError):  # an AttributeError holds the KeyError
-        error = error.args[0]
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if not (isinstance(error, KeyError) and text.startswith(("'", '"'))):
-        return text
-    key, _, hint = " ".join(text.split()).partition(" Did you mean ")
-    return f"config: unknown key {key}" + (f"; did you mean {hint.partition(' instead')[0]}?" if hint else "")
 
 
 def _config_file_error(chain: Sequence[BaseException]) -> str:
@@ -129,7 +117,7 @@ def _config_file_error(chain: Sequence[BaseException]) -> str:
             return f"{e.filename or path}, line {e.lineno or 1}: SyntaxError: {e.msg}"
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         if lines:
-            return f"{path}, line {lines[-1]}: {type(e).__name__}: {_message(e)}"
+            return f"{path}, line {lines[-1]}: {type(e).__name__}: {config_files.message(e)}"
         if isinstance(e, AttributeError) and "has no attribute 'get_config'" in str(e):
             return f"--config={path}: has no function get_config, which returns the config"
         if isinstance(e, TypeError) and "get_config()" in str(e):

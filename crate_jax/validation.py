@@ -201,6 +201,10 @@ def check_types(flat: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
         kinds = KINDS[type(key.default)]
         if not isinstance(flat[name], kinds) or (isinstance(flat[name], bool) and bool not in kinds):
             raise _error(name, flat[name], f"must be {KIND_NAMES[type(key.default)]}")
+        if isinstance(flat[name], list) and key.item_type in ITEM_NAMES:
+            kinds = KINDS[key.item_type]
+            if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in flat[name]):
+                raise _error(name, flat[name], f"must hold {ITEM_NAMES[key.item_type]} only")
 
 
 def check_values(flat: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
@@ -221,10 +225,6 @@ def check_values(flat: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
 
 def _problem(value: Any, key: Key) -> str:
     numbers = value if isinstance(value, list) else [value]
-    if isinstance(value, list) and key.item_type in ITEM_NAMES:
-        kinds = KINDS[key.item_type]
-        if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in value):
-            return f"must hold {ITEM_NAMES[key.item_type]} only"
     if any(isinstance(n, float) and not abs(n) < float("inf") for n in numbers):
         return "must be finite" if isinstance(value, list) else "must be a finite number"
     if not key.wide and any(isinstance(n, int) and abs(n) > MAX_WHOLE for n in numbers):

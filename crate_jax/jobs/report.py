@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import __version__, data
-from crate_jax.analysis import logged, projection, recipes
+from crate_jax.analysis import logged, neighbours, projection, recipes
 from crate_jax.analysis.alignment import section as alignment_section
 from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import completion, section as whitebox_section
@@ -30,7 +32,7 @@ from crate_jax.workdir.folder import expanduser, lock
 
 log = logging.getLogger(__name__)
 
-HTML, JSON = "report.html", "report.json"
+HTML, JSON, PARTIAL = "report.html", "report.json", "report.partial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ SECTIONS: dict[str, Analysis] = {
     "recipes": Analysis("Recipes over seeds", recipes.section, needs_images=False, folded=False),
     "pictures": Analysis("Pictures", logged.pictures, needs_images=False, folded=False),
     "details": Analysis("Curves and settings", logged.details, needs_images=False),
+    "neighbours": Analysis("Nearest neighbours", neighbours.section),
     "completion": Analysis("What was removed, restored", completion.section),
     "whitebox": Analysis("White box", whitebox_section.section),
     "views": Analysis("What the encoder sees", whitebox_section.pictures_section),
@@ -123,10 +126,11 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     with lock(workdir) as folder:
         origin = {s.name: encoder.name for s, encoder in zip(subjects, loaded, strict=True)}
 
-        def keep(sections: Sequence[Section], left_out: Mapping[str, str]) -> dict[str, Any]:
-            return write(folder, origin, sections, {**missing, **left_out})
+        def keep(sections: Sequence[Section], left_out: Mapping[str, str]) -> None:
+            write(folder, origin, sections, {**missing, **left_out}, whole=False)
 
-        return keep(*analyse(subjects, chosen, keep))
+        sections, left_out = analyse(subjects, chosen, keep)
+        return write(folder, origin, sections, {**missing, **left_out})
 
 
 def show(result: dict[str, Any]) -> None:
@@ -295,14 +299,20 @@ def analyse(
     return sections, missing
 
 
-def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], missing: dict[str, str]) -> dict[str, Any]:
+def write(
+    folder: Path, origin: dict[str, str], sections: Sequence[Section], missing: dict[str, str], whole: bool = True
+) -> dict[str, Any]:
     """Writes both files, so that each is whole or missing; returns their paths and `missing`.
+
+    A page that is not whole yet does not replace a page with more sections: it goes to the folder PARTIAL, which the
+    whole page removes.
 
     Args:
       folder: the folder for the files, which must exist.
       origin: {name of a run: the name of its checkpoint}.
       sections: the page's sections.
       missing: {title of a missing section: why it is missing}.
+      whole: whether no more sections are to come.
     """
     title = next(iter(origin)) if len(origin) == 1 else f"{len(origin)} runs compared" if origin else sections[0].title
     html = page.render(title, origin, sections, missing)
@@ -323,9 +333,25 @@ def write(folder: Path, origin: dict[str, str], sections: Sequence[Section], mis
         "left_out": missing,
     }
     if distributed.first():
-        metrics.write_json(folder / JSON, numbers)
-        metrics.write_text(folder / HTML, html)
+        beside = not whole and bool(_titles(folder / JSON) - {s.title for s in sections})
+        home = folder / PARTIAL if beside else folder
+        with metrics.writing(home):
+            home.mkdir(exist_ok=True)
+        metrics.write_json(home / JSON, numbers)
+        metrics.write_text(home / HTML, html)
+        if beside:
+            log.info("%s keeps the earlier report until this one is whole; so far: %s", folder / HTML, home / HTML)
+        else:
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     return {"report": str(folder / HTML), "json": str(folder / JSON), "left_out": missing}
+
+
+def _titles(path: Path) -> set[str]:
+    """The titles of an earlier report's sections; {} if there is none that can be read."""
+    try:
+        return {section["title"] for section in json.loads(path.read_text(encoding="utf-8"))["sections"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
 def _plain(cell: Cell) -> Any:
