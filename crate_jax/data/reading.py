@@ -149,15 +149,24 @@ class Readers:
     def __init__(self, threads: int, seconds: float) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         self._seconds = seconds
+        self._asked: set[concurrent.futures.Future[Any]] = set()  # whose result nobody has had yet
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         hung = kind is not None and issubclass(kind, Stalled | KeyboardInterrupt)  # a second Ctrl-C acts at once
-        if hung:
-            leave_behind()
-        self._pool.shutdown(wait=not hung, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            if not hung:  # what is being read may hang, whatever ended the block
+                hung = bool(concurrent.futures.wait(self._asked, min(SIGNAL_SECONDS, self._seconds)).not_done)
+        except KeyboardInterrupt:
+            hung = True
+            raise
+        finally:
+            if hung:
+                leave_behind()
+            self._pool.shutdown(wait=not hung)
 
     def map(self, function: Callable[[T], R], items: Iterable[T], what: str) -> Iterator[R]:
         """Yields the results of `function` for all items, in their order.
@@ -170,10 +179,13 @@ class Readers:
         Raises:
           Stalled: a result did not come in time.
         """
-        for future in [self._pool.submit(function, item) for item in items]:
+        futures = [self._pool.submit(function, item) for item in items]
+        self._asked.update(futures)
+        for future in futures:
             wait = Wait(what, self._seconds)
             while not concurrent.futures.wait([future], POLL).done:
                 wait.check()
+            self._asked.discard(future)
             yield future.result()
 
 

@@ -145,6 +145,17 @@ class Watch:
         self.tell(GONE + GONE_FORMAT.pack(self._me, status, meeting.pack_name(self._name)))
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as e:  # without a watch, a process that is gone would be waited for
+            if not self._ended.is_set():
+                die(
+                    f"process {self._me} of {self._processes} cannot watch the others any more "
+                    f"({type(e).__name__}: {e}) and stops; the same command in all processes continues from the last "
+                    "checkpoint", LOST,
+                )  # fmt: skip
+
+    def _watch(self) -> None:
         next_beat = looked = time.monotonic()
         while not self._ended.is_set() and (self._listener is not None or self._peers):
             if time.monotonic() >= next_beat:

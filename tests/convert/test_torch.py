@@ -135,6 +135,9 @@ def test_new_configs_are_those_of_crate_mae():
     assert (small.image_size, small.grid) == ((20, 28), (5, 7))
     with pytest.raises(ValueError, match="model_type='vit': must be one of crate"):
         Config(model_type="vit")
+    assert Config.from_dict({"width": 24}).width == 24
+    with pytest.raises(ValueError, match="config.json: unknown field 'widht'"):
+        Config.from_dict({"widht": 24, "width": 24})
     rules = {field: config.KEYS[key].rule.text for field, key in KEYS.items()}
     choices = Config.__post_init__.__globals__["CHOICES"]
     for field in choices.keys() - {"model_type", "positions"}:  # the encoder of CRATE has fewer kinds of positions
@@ -402,5 +405,10 @@ def test_torch_shows_attention_and_preprocesses(tmp_path):
     theirs = 255 * (theirs * torch.tensor(model.config.std) + torch.tensor(model.config.mean))
     difference = np.abs(theirs.numpy() - ours)
     assert difference.mean() < 0.5 and difference.max() < 4
+    batch = model.preprocess(torch.tensor(image.transpose(2, 0, 1).copy())[None])
+    for one in (Image.fromarray(image), image, image[None], torch.tensor(image.transpose(2, 0, 1).copy())):
+        assert torch.equal(model.preprocess(one), batch)
     with pytest.raises(ValueError, match="uint8"):
         model.preprocess(torch.zeros(1, 3, 64, 96))
+    with pytest.raises(ValueError, match=r"not \(64, 96\)"):
+        model.preprocess(image[..., 0])

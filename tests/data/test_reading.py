@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -113,6 +114,20 @@ def test_a_signal_ends_a_wait_early_but_not_at_once(hung, monkeypatch):
         with pytest.raises(reading.Stalled) as caught:
             list(data.eval_batches(configured(stall_seconds=1e3), hung, range(9), 3))
     assert 0.2 <= time.monotonic() - start < 5 and caught.value.signum == signal.SIGUSR1
+
+
+@pytest.mark.parametrize("ends", ["by an error", "before all results are taken", "when the last image comes"])
+def test_readers_wait_for_what_is_read_but_not_for_ever(ends, hung, monkeypatch):
+    monkeypatch.setattr(reading, "SIGNAL_SECONDS", 0.3)
+    start = time.monotonic()
+    with pytest.raises(KeyError) if ends == "by an error" else contextlib.nullcontext(), reading.Readers(2, 9.0) as readers:
+        assert len(next(readers.map(hung.read, [4, 5], "images"))) == 7
+        if ends == "by an error":
+            raise KeyError
+        if ends == "when the last image comes":
+            hung.answer.set()
+    assert reading._left_behind == (ends != "when the last image comes")
+    assert (0.3 <= time.monotonic() - start < 3) or not reading._left_behind
 
 
 @pytest.mark.parametrize("where", ["evaluation", "training"])

@@ -269,6 +269,15 @@ def test_silence_names_the_process_unless_this_one_stood_still_itself(quick, job
     assert status == watch.LOST and line.startswith("process 1 of 3 (the 1.) has been silent for 1 s: it is stopped")
 
 
+def test_a_watch_that_fails_ends_its_process_with_a_line(job, monkeypatch):
+    """A process that watched nobody would wait for ever for one that is gone."""
+    peers = job.meet()
+    monkeypatch.setattr(job.watch._selector, "select", lambda timeout: 1 / 0)
+    peers[0].sendall(watch.ALIVE)
+    line, status = job.ended()
+    assert status == watch.LOST and line.startswith("process 0 of 3 cannot watch the others any more (ZeroDivisionError")
+
+
 ALL = ("::", "0.0.0.0")
 
 

@@ -132,6 +132,14 @@ class CrateConfig:
     loss_norm: str = "l2"
     loss_region: str = "complement"
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CrateConfig:
+        """The config of config.json; it must have no other fields."""
+        unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"config.json: unknown field {unknown[0]!r}; a newer modeling_crate.py may have written it")
+        return cls(**fields)
+
     def __post_init__(self) -> None:
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
@@ -668,13 +676,22 @@ class CrateModel(nn.Module):
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
         return pixel_values.shape[2] // self.config.patch_size, pixel_values.shape[3] // self.config.patch_size
 
-    def preprocess(self, images: Tensor) -> Tensor:
+    def preprocess(self, images: Any) -> Tensor:
         """RGB images uint8 (B, 3, h, w) of any size -> pixel_values (B, 3, *config.image_size), float32.
 
-        The central part, `config.eval_crop` of the shorter side, is resized with antialiasing, as torchvision does.
+        The channels may come last, as in NumPy; one image may lack the batch axis, or be one of PIL. The central part, `config.eval_crop` of the shorter side, is resized with antialiasing, as torchvision does.
         """
+        if hasattr(images, "convert"):  # of PIL
+            pixels = bytearray(images.convert("RGB").tobytes())
+            images = torch.frombuffer(pixels, dtype=torch.uint8).reshape(images.height, images.width, 3)
+        images = torch.as_tensor(images)
         if images.dtype != torch.uint8:
             raise ValueError(f"preprocess takes uint8 images in 0..255, not {images.dtype}")
+        images = images[None] if images.ndim == 3 else images
+        if images.ndim == 4 and images.shape[1] != 3:
+            images = images.movedim(-1, 1)
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"preprocess takes RGB images (B, 3, h, w), or (h, w, 3), not {tuple(images.shape)}")
         (H, W), (h, w) = self.config.image_size, images.shape[2:]
         scale = max(H / h, W / w) / self.config.eval_crop
         size = [max(H, round(h * scale)), max(W, round(w * scale))]
@@ -688,7 +705,7 @@ class CrateModel(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> CrateModel:
         """Reads config.json and model.safetensors of a folder; parameters are float32, whatever the file holds."""
         folder = Path(folder).expanduser()
-        model = cls(CrateConfig(**json.loads((folder / "config.json").read_text())))
+        model = cls(CrateConfig.from_dict(json.loads((folder / "config.json").read_text())))
         model.load_state_dict(read_safetensors(folder / "model.safetensors"))
         return model.eval()
 
