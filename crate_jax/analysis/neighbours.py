@@ -24,7 +24,7 @@ from crate_jax.report.svg import escape
 IMAGES = 2000  # training images that are searched
 SHOWN, NEAREST = 5, 5  # test images, and neighbours of each
 BATCH = 64
-CELL, TEXT = 0.8, 0.22  # height of an image and of the text above it, in inches
+CELL, TEXT = 0.78, 0.22  # height of an image and of the text above it, in inches
 SMALLEST = 96  # smallest side of a picture in pixels; smaller images are enlarged by a whole factor
 LONGEST = 14  # letters of a class's name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure as Plot
 
+import crate_jax
 from configs import quickstart, report as report_config
-from crate_jax import config as configs, validation
-from crate_jax.analysis import logged
+from crate_jax import config as configs, data, validation
+from crate_jax.analysis import logged, neighbours
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.jobs import report as job, train
 from crate_jax.report import Figure, Section, Subject, Table, page, svg
@@ -224,6 +226,45 @@ def test_slow_sections_say_that_they_begin_and_how_long_they_took(monkeypatch, c
     assert [s.folded for s in sections] == [False, True]
     assert kept == [(1, {"Seen": "not computed yet"})]  # a page for the reader, and for whoever stops the command
     assert [r.getMessage() for r in caplog.records] == ["Seen ...", "Seen took 7.5 s"]
+
+
+def test_a_report_that_is_stopped_leaves_an_earlier_one_whole(runs, tmp_path, monkeypatch):
+    def section(subjects):
+        if stopped:
+            raise KeyboardInterrupt
+        return Section("Seen", f"time {times}")
+
+    monkeypatch.setitem(job.SECTIONS, "views", job.Analysis("Seen", section))
+    pages = []
+    for times, stopped in enumerate([True, False, True, False]):
+        with pytest.raises(KeyboardInterrupt) if stopped else contextlib.nullcontext():
+            report(runs[0][:1], tmp_path, report__sections=("details", "views"))
+        pages.append([*(s["title"] for s in read(tmp_path)[1]["sections"]), *re.findall(r"time \d", read(tmp_path)[0])])
+        assert (tmp_path / job.PARTIAL).exists() == (times == 2)
+    first = "Curves and settings"
+    assert pages == [[first], [first, "Seen", "time 1"], [first, "Seen", "time 1"], [first, "Seen", "time 3"]]
+
+
+def test_test_images_stand_beside_the_training_images_nearest_to_them(runs, tmp_path):
+    """As the cosines of the run's own features say; a set is nearest to itself."""
+    report(runs[0][:1], tmp_path, report__sections=("neighbours",))
+    html, numbers = read(tmp_path)
+    [found] = numbers["sections"][0]["numbers"].values()
+    encoder = crate_jax.load(runs[0][0])
+    train, test = (data.open_split(encoder.config, split) for split in ("train", "eval"))
+    place = [{source.name(i): i for i in range(len(source))} for source in (train, test)]
+    chosen = [place[1][name] for name in found["test"]]
+    features = [encoder.features(source) for source in (train, test)]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in features]
+    cosine = unit[1][chosen] @ unit[0].T
+    want = np.sort(cosine, axis=1)[:, ::-1][:, : neighbours.NEAREST]
+    assert want.shape == (5, 5) and want[:, -1].max() < 1 - 1e-6
+    np.testing.assert_allclose(found["cosine"], want, atol=1e-5)
+    rows = [[place[0][name] for name in row] for row in found["nearest"]]
+    np.testing.assert_allclose(np.take_along_axis(cosine, np.array(rows), axis=1), want, atol=1e-5)
+    labels = train.labels_of(np.array(rows).ravel()).reshape(5, 5) == test.labels_of(np.array(chosen))[:, None]
+    assert (html.count("✓") - 1, html.count("✗") - 1) == (labels.sum(), (~labels).sum())  # and once in the text
+    assert html.count("data:image/png") == 30
 
 
 def test_a_section_that_needs_no_run_is_had_without_one(tmp_path, monkeypatch):
