@@ -9,7 +9,8 @@ unrounded numbers; with --workdir both files go to W.
 
 The images are the run's own. --config.data.source=folder:DIR (and data_dir, train_split, eval_split) takes others.
 Without images the page has only the sections that need none, and names the others. Sections are chosen by
---config.report.sections=overview,pictures, out of overview, pictures, details, whitebox, views, collapse and alignment.
+--config.report.sections=overview,pictures, out of overview, pictures, details, neighbours, whitebox, views, collapse
+and alignment.
 --config.whitebox.images sets the number of images on which the layers are measured.
 Theorem 3 of arXiv 2404.02446 as an experiment needs neither a run nor images. The page has it only on request:
 

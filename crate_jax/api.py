@@ -396,7 +396,7 @@ class Encoder:
         return sharding.make_mesh(len(sharding.all_devices()), 1)
 
     def _rows(self, images: Images, key: tuple[Any, ...], read: Read, *more: jax.Array) -> np.ndarray:
-        """What `read`(parameters, *more, images) returns for each image; `key` names it, so that it is compiled once."""
+        """What `read` (parameters, *more, images) returns for each image; `key` names it: it is compiled once."""
         source = _source(images)
         config = self.config.copy_and_resolve_references()
         config.data.max_undecodable = 0.0  # rows and images go together

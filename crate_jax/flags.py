@@ -101,7 +101,9 @@ def one_line(error: BaseException) -> str:
         chain.append(following)
     chain = [e for e in chain if not str(e).startswith(FROM_CONFIG_FILE)] or chain
     message = (
-        next((str(e) for e in chain if isinstance(e, UserError)), "") or _config_file_error(chain) or config_files.message(chain[0])
+        next((str(e) for e in chain if isinstance(e, UserError)), "")
+        or _config_file_error(chain)
+        or config_files.message(chain[0])
     )
     message = " ".join(message.split())
     for pattern, text in REWORDED:

@@ -225,8 +225,10 @@ NO_IMAGES = "must be uint8"
         ("nonesuch", {}, DataError, "nonesuch: cannot be read"),
         # 1 of 151: a run would go on without it
         (
-            [IMAGES[0]] * 150 + [__file__], {}, DataError,
-            r"^1 of 151 images cannot be decoded; repair them, or leave them out: \S*test_api.py .not an image in a known",
+            [IMAGES[0]] * 150 + [__file__],
+            {},
+            DataError,
+            r"^1 of 151 images cannot be decoded; repair them, or leave them out: \S*test_api.py .not an image in a",
         ),
         (IMAGES, {"pool": "max"}, ConfigError, "^pool='max': must be one of cls, mean, cls_mean"),
         (IMAGES, {"layer": 3}, ConfigError, "^layer=3: the encoder has 2 blocks"),
@@ -257,7 +259,13 @@ def test_wrong_images_and_options_are_one_line(encoder, images, options, error, 
 def test_wrong_configs_are_one_line(name, overrides, message, tmp_path, monkeypatch):
     if name.startswith("c.py"):
         monkeypatch.chdir(tmp_path)
-        lines = "from crate_jax.config import base", "def get_config():", "    c = base()", "    " + name[5:], "    return c"
+        lines = (
+            "from crate_jax.config import base",
+            "def get_config():",
+            "    c = base()",
+            "    " + name[5:],
+            "    return c",
+        )
         (tmp_path / "c.py").write_text("\n".join(lines))
         name = "c.py"
     with pytest.raises(ConfigError, match=message) as told:

@@ -207,8 +207,9 @@ def test_a_missing_platform_is_one_line(run_cli, tmp_path):
 def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
     """Another corruption may continue from it; another width may not."""
     start = [QUICK, f"--config.init_from={finished[0]}", "--config.corruption.name=rop"]
-    result = run_cli([*start, "--config.steps=2", f"--workdir={tmp_path / 'a'}"])
+    result = run_cli([*start, "--config.steps=2", "--config.log.parameters", f"--workdir={tmp_path / 'a'}"])
     assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r"\nencoder/.* decay", result.stderr) and ", under weight decay " in result.stderr
     assert "encoder taken from step 12" in result.stderr
     line = one_line_error(run_cli([*start, "--config.encoder.width=32", f"--workdir={tmp_path / 'b'}"]))
     assert "encoder/blocks" in line and "init_from" in line

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure as Plot
+from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
-from crate_jax.errors import DataError
 from crate_jax.evals.features import extract, images_per_process, process_batches
 from crate_jax.models import representation
 from crate_jax.parallel import distributed, sharding
@@ -47,27 +47,31 @@ class Found:
 def section(subjects: Sequence[Subject]) -> Section:
     """The section with one figure for each run: test images, always the same ones, and their nearest training images.
 
+    Args:
+      subjects: the runs, whose training images can be read; those without an evaluation split show training images,
+        and their neighbours among the other ones.
+
     Raises:
-      DataError: no run has training images and an evaluation split, or too many images cannot be decoded.
+      DataError: too many images cannot be decoded, or none can.
     """
     figures, numbers = [], {}
     for s in subjects:
-        if s.train is None or s.test is None:
-            continue
-        found = search(s, s.train, s.test)
-        figures.append(Figure(f"{s.name}: test images (left), and their nearest training images.", draw(s, found)))
+        assert s.train is not None
+        test = s.train if s.test is None else s.test
+        found = search(s, s.train, test)
+        shown = draw(s.config, s.train, test, found)
+        figures.append(Figure(f"{s.name}: test images (left), and their nearest training images.", shown))
         numbers[s.name] = {
-            "test": [s.test.name(int(i)) for i in found.queries],
+            "test": [test.name(int(i)) for i in found.queries],
             "nearest": [[s.train.name(int(i)) for i in row] for row in found.nearest],
             "cosine": found.cosine.tolist(),
         }
-    if not figures:
-        raise DataError("no run has training images and an evaluation split")
     text = (
-        f"What the encoder takes for alike: {SHOWN} images of the evaluation split, drawn by the seed, and the {NEAREST} "
-        f"nearest of at most {IMAGES:,} training images by the cosine of their features, which are pooled as for k-NN; "
-        "the nearest stands first. With labels, a solid frame and ✓ say that the class is the same, a dashed frame and ✗ "
-        "that it is another one. A few images are no score: see k-NN in the overview."
+        f"What the encoder takes for alike: {SHOWN} images of the evaluation split (of the training images if there is "
+        f"none), drawn by the seed, and the {NEAREST} nearest of at most {IMAGES:,} training images by the cosine of "
+        "their features, which are pooled as for k-NN; the nearest stands first. With labels, a solid frame and ✓ say "
+        "that the class is the same, a dashed frame and ✗ that it is another one. A few images are no score: see k-NN "
+        "in the overview."
     )
     return Section("Nearest neighbours", text, tuple(figures), numbers=numbers)
 
@@ -103,27 +107,24 @@ def search(subject: Subject, train: data.Source, test: data.Source) -> Found:
 
     (test_x, queries), (train_x, gallery) = features(test, SHOWN), features(train, IMAGES)
     cosine = test_x @ train_x.T
-    order = np.argsort(-cosine, axis=1, kind="stable")[:, :NEAREST]
+    if test is train:
+        cosine[queries[:, None] == gallery] = -np.inf  # an image is not its own neighbour
+    order = np.argsort(-cosine, axis=1, kind="stable")[:, : min(NEAREST, len(gallery) - (test is train))]
     return Found(queries, gallery[order], np.take_along_axis(cosine, order, axis=1))
 
 
-def draw(subject: Subject, found: Found) -> Plot:
+def draw(config: ConfigDict, train: data.Source, test: data.Source, found: Found) -> Plot:
     """One row for each test image: the image, then its neighbours, each with its class, if there are classes."""
-    train, test = subject.train, subject.test
-    assert train is not None and test is not None
     rows, columns = found.nearest.shape[0], 1 + found.nearest.shape[1]
-    height, width = subject.config.data.image_size
+    height, width = config.data.image_size
     size = (columns * CELL * width / height, rows * (CELL + TEXT))
     plot = Plot(figsize=size)
-    gap = TEXT / CELL
-    axes = plot.subplots(
-        rows, columns, squeeze=False,
-        gridspec_kw=dict(left=0.01, right=0.99, bottom=0.01, top=1 - TEXT / size[1], wspace=0.12, hspace=gap),
-    )  # fmt: skip
+    place = dict(left=0.01, right=0.99, bottom=0.01, top=1 - TEXT / size[1], wspace=0.12, hspace=TEXT / CELL)
+    axes = plot.subplots(rows, columns, squeeze=False, gridspec_kw=place)
     for row, query, nearest in zip(axes, found.queries, found.nearest, strict=True):
         own = _class(test, query)
         for ax, source, index in zip(row, [test] + [train] * len(nearest), [query, *nearest], strict=True):
-            image = data.eval_images(subject.config, source, [int(index)])[0][0]
+            image = data.eval_images(config, source, [int(index)])[0][0]
             scale = -(-SMALLEST // min(*image.shape[:2], SMALLEST))
             ax.imshow(np.repeat(np.repeat(image, scale, axis=0), scale, axis=1), interpolation="none")
             ax.set_xticks([])

@@ -32,6 +32,7 @@ from crate_jax.workdir.folder import expanduser, lock
 
 log = logging.getLogger(__name__)
 
+MAX_SHOWN = 4  # figures of a section that are not folded: those of more runs would fill many screens
 HTML, JSON, PARTIAL = "report.html", "report.json", "report.partial"
 
 
@@ -45,7 +46,7 @@ class Analysis:
         None if the section has nothing to say about these subjects.
       needs_images: whether `run` gets only subjects whose images can be read.
       needs_runs: whether the section is about runs. If it is not, it is made only if config.report.sections names it.
-      folded: whether the page folds it, if it is not the only one.
+      folded: whether the page folds it, if it is not the only one; it always folds more than MAX_SHOWN figures.
     """
 
     title: str
@@ -289,7 +290,8 @@ def analyse(
             section = analysis.run(usable)
             if section is None:
                 continue
-            sections.append(dataclasses.replace(section, folded=analysis.folded and len(chosen) > 1))
+            long = analysis.folded or len(section.figures) > MAX_SHOWN
+            sections.append(dataclasses.replace(section, folded=long and len(chosen) > 1))
             if analysis.needs_images:
                 log.info("%s took %.1f s", analysis.title, time.monotonic() - start)
         except UserError as e:

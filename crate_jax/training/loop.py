@@ -283,7 +283,7 @@ class Loop:
         self.clock.resume(saved["seconds"], max(0.0, (last_sign or 0.0) - saved["time"]))
 
     def _log_layout(self) -> None:
-        """Logs the memory on each device between two steps (without activations), and each parameter's rules if asked."""
+        """Logs the memory on each device between two steps (without activations), and parameters' rules if asked."""
         shapes = self.state.params
         if self.config.log.parameters:
             decayed, penalised = optimizer.decayed(self.config, shapes), self._recipe.penalty.names

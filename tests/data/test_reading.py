@@ -120,7 +120,10 @@ def test_a_signal_ends_a_wait_early_but_not_at_once(hung, monkeypatch):
 def test_readers_wait_for_what_is_read_but_not_for_ever(ends, hung, monkeypatch):
     monkeypatch.setattr(reading, "SIGNAL_SECONDS", 0.3)
     start = time.monotonic()
-    with pytest.raises(KeyError) if ends == "by an error" else contextlib.nullcontext(), reading.Readers(2, 9.0) as readers:
+    with (
+        pytest.raises(KeyError) if ends == "by an error" else contextlib.nullcontext(),
+        reading.Readers(2, 9.0) as readers,
+    ):
         assert len(next(readers.map(hung.read, [4, 5], "images"))) == 7
         if ends == "by an error":
             raise KeyError

@@ -215,7 +215,8 @@ def test_slow_sections_say_that_they_begin_and_how_long_they_took(monkeypatch, c
     caplog.set_level("INFO")
     moments = iter((1.0, 3.0, 10.5))
     monkeypatch.setattr(job.time, "monotonic", lambda: next(moments))
-    early = job.Analysis("E", lambda _: Section("Early", ""), needs_images=False, needs_runs=False, folded=False)
+    figures = ()
+    early = job.Analysis("E", lambda _: Section("Early", "", figures), False, needs_runs=False, folded=False)
     monkeypatch.setitem(job.SECTIONS, "theory", early)
     monkeypatch.setitem(
         job.SECTIONS, "views", job.Analysis("Seen", lambda _: Section("Seen", "text"), needs_runs=False)
@@ -226,6 +227,10 @@ def test_slow_sections_say_that_they_begin_and_how_long_they_took(monkeypatch, c
     assert [s.folded for s in sections] == [False, True]
     assert kept == [(1, {"Seen": "not computed yet"})]  # a page for the reader, and for whoever stops the command
     assert [r.getMessage() for r in caplog.records] == ["Seen ...", "Seen took 7.5 s"]
+    for count in (4, 5):  # as many pictures as a sweep has runs
+        figures = (Figure("f", np.zeros((1, 1, 3), np.uint8)),) * count
+        monkeypatch.setattr(job.time, "monotonic", lambda: 0.0)
+        assert [s.folded for s in job.analyse([], ["theory", "views"])[0]] == [count == 5, True]
 
 
 def test_a_report_that_is_stopped_leaves_an_earlier_one_whole(runs, tmp_path, monkeypatch):

@@ -275,7 +275,9 @@ def test_a_watch_that_fails_ends_its_process_with_a_line(job, monkeypatch):
     monkeypatch.setattr(job.watch._selector, "select", lambda timeout: 1 / 0)
     peers[0].sendall(watch.ALIVE)
     line, status = job.ended()
-    assert status == watch.LOST and line.startswith("process 0 of 3 cannot watch the others any more (ZeroDivisionError")
+    assert status == watch.LOST and line.startswith(
+        "process 0 of 3 cannot watch the others any more (ZeroDivisionError"
+    )
 
 
 ALL = ("::", "0.0.0.0")

@@ -137,7 +137,9 @@ class CrateConfig:
         """The config of config.json; it must have no other fields."""
         unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"config.json: unknown field {unknown[0]!r}; a newer modeling_crate.py may have written it")
+            raise ValueError(
+                f"config.json: unknown field {unknown[0]!r}; a newer modeling_crate.py may have written it"
+            )
         return cls(**fields)
 
     def __post_init__(self) -> None:
@@ -679,7 +681,8 @@ class CrateModel(nn.Module):
     def preprocess(self, images: Any) -> Tensor:
         """RGB images uint8 (B, 3, h, w) of any size -> pixel_values (B, 3, *config.image_size), float32.
 
-        The channels may come last, as in NumPy; one image may lack the batch axis, or be one of PIL. The central part, `config.eval_crop` of the shorter side, is resized with antialiasing, as torchvision does.
+        The channels may come last, as in NumPy; one image may lack the batch axis, or be an image of PIL. The central
+        part, `config.eval_crop` of the shorter side, is resized with antialiasing, as torchvision does.
         """
         if hasattr(images, "convert"):  # of PIL
             pixels = bytearray(images.convert("RGB").tobytes())
