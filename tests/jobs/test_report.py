@@ -19,8 +19,10 @@ import crate_jax
 from configs import quickstart, report as report_config
 from crate_jax import config as configs, data, validation
 from crate_jax.analysis import logged, neighbours
+from crate_jax.data.sources import SyntheticSource
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.jobs import report as job, train
+from crate_jax.parallel import sharding
 from crate_jax.report import Figure, Section, Subject, Table, page, svg
 from crate_jax.report.section import Estimate
 from crate_jax.validation import flatten
@@ -270,6 +272,25 @@ def test_test_images_stand_beside_the_training_images_nearest_to_them(runs, tmp_
     labels = train.labels_of(np.array(rows).ravel()).reshape(5, 5) == test.labels_of(np.array(chosen))[:, None]
     assert (html.count("✓") - 1, html.count("✗") - 1) == (labels.sum(), (~labels).sum())  # and once in the text
     assert html.count("data:image/png") == 30
+
+
+def test_without_an_evaluation_split_an_image_is_not_its_own_neighbour(runs):
+    """Of five images, each of its own class, all others are neighbours."""
+    encoder = crate_jax.load(runs[0][0])
+
+    class Five(SyntheticSource):
+        def __len__(self) -> int:
+            return 5
+
+    five = Five("train", (8, 8))
+    mesh = sharding.make_mesh(1, 1)
+    section = neighbours.section([Subject("a", encoder.config, encoder.params, None, five, None, mesh)])
+    found = section.numbers["a"]
+    assert sorted(found["test"]) == sorted(map(five.name, range(5)))
+    for own, nearest, cosine in zip(found["test"], found["nearest"], found["cosine"], strict=True):
+        assert sorted([own, *nearest]) == sorted(found["test"]) and np.isfinite(cosine).all()
+    drawn = svg.element(section.figures[0].content, "f", (), "")[0]
+    assert drawn.count("✗") == 20 and "✓" not in drawn
 
 
 def test_a_section_that_needs_no_run_is_had_without_one(tmp_path, monkeypatch):
