@@ -53,7 +53,8 @@ __all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "li
 Images = np.ndarray | Image.Image | str | os.PathLike[str] | Sequence[Any] | Source
 Params = dict[str, Any]
 Read = Callable[..., jax.Array]  # (parameters, ..., images uint8 (b, H, W, 3)) -> (b, ...)
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def list_configs() -> dict[str, str]:

@@ -342,8 +342,8 @@ class Progress:
     def reached(self, step: int) -> None:
         """Moves the bar to a step of which nothing else is known; the bar shows "compiling" until the first call."""
         if self._bar is not None:
-            compiled = {"text": ""} if self._bar.tasks[0].fields["text"] == COMPILING else {}
-            self._bar.update(self._task, completed=step, epoch=self._epoch(step), **compiled)
+            text = self._bar.tasks[0].fields["text"].removeprefix(COMPILING)
+            self._bar.update(self._task, completed=step, epoch=self._epoch(step), text=text)
 
     def update(self, step: int, scalars: Mapping[str, float], images_per_sec: float) -> None:
         """Reports a step.
