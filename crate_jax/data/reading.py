@@ -159,7 +159,8 @@ class Readers:
         self._pool.shutdown(wait=False, cancel_futures=True)
         try:
             if not hung:  # what is being read may hang, whatever ended the block
-                hung = bool(concurrent.futures.wait(self._asked, min(SIGNAL_SECONDS, self._seconds)).not_done)
+                begun = [future for future in self._asked if not future.cancelled()]
+                hung = bool(concurrent.futures.wait(begun, min(SIGNAL_SECONDS, self._seconds)).not_done)
         except KeyboardInterrupt:
             hung = True
             raise
