@@ -406,7 +406,8 @@ def test_torch_shows_attention_and_preprocesses(tmp_path):
     difference = np.abs(theirs.numpy() - ours)
     assert difference.mean() < 0.5 and difference.max() < 4
     batch = model.preprocess(torch.tensor(image.transpose(2, 0, 1).copy())[None])
-    for one in (Image.fromarray(image), image, image[None], torch.tensor(image.transpose(2, 0, 1).copy())):
+    flipped = image[::-1].copy()[::-1]  # the same numbers, with a negative stride
+    for one in (Image.fromarray(image), image, flipped, image[None], torch.tensor(image.transpose(2, 0, 1).copy())):
         assert torch.equal(model.preprocess(one), batch)
     with pytest.raises(ValueError, match="uint8"):
         model.preprocess(torch.zeros(1, 3, 64, 96))

@@ -687,7 +687,8 @@ class CrateModel(nn.Module):
         if hasattr(images, "convert"):  # of PIL
             pixels = bytearray(images.convert("RGB").tobytes())
             images = torch.frombuffer(pixels, dtype=torch.uint8).reshape(images.height, images.width, 3)
-        images = torch.as_tensor(images)
+        if not isinstance(images, Tensor):
+            images = torch.as_tensor(images.copy())  # an array may be read-only or run backwards
         if images.dtype != torch.uint8:
             raise ValueError(f"preprocess takes uint8 images in 0..255, not {images.dtype}")
         images = images[None] if images.ndim == 3 else images
