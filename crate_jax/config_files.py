@@ -103,8 +103,9 @@ def _failing(path: str) -> Iterator[None]:
         raise
     except Exception as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        line = e.lineno if isinstance(e, SyntaxError) else lines[-1]
-        raise ConfigError(" ".join(f"{path}, line {line}: {type(e).__name__}: {message(e)}".split())) from e
+        line = e.lineno if isinstance(e, SyntaxError) else next(reversed(lines), None)  # None: it cannot be read
+        where = f"{path}, line {line}" if line else path
+        raise ConfigError(" ".join(f"{where}: {type(e).__name__}: {message(e)}".split())) from e
 
 
 def message(error: BaseException) -> str:

@@ -254,6 +254,7 @@ def test_wrong_images_and_options_are_one_line(encoder, images, options, error, 
         ("c.py:c.encoder.widht = 3", {}, "c.py, line 4: AttributeError: Key .widht. .* Did you mean .width."),
         ("c.py:c.data.image_size = ('a', 3)", {}, "config.data.image_size=.*: must hold whole numbers only"),
         ("c.py:c.steps = (", {}, "c.py, line 4: SyntaxError"),
+        ("c.py:'\x00'", {}, "c.py.*: .*null bytes"),
     ],
 )
 def test_wrong_configs_are_one_line(name, overrides, message, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def search(subject: Subject, train: data.Source, test: data.Source) -> Found:
     def encode(params: Any, images_uint8: jax.Array) -> jax.Array:
         return represent(params, normalise(images_uint8, config))
 
-    apply = functools.partial(encode, jax.device_put(subject.params, sharding.replicated(mesh)))
+    apply = functools.partial(encode, jax.device_put({"encoder": subject.params["encoder"]}, sharding.replicated(mesh)))
 
     def features(source: data.Source, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Unit features (n, D) and the indices (n,) of the decodable ones of `count` images."""

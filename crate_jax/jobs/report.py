@@ -349,7 +349,7 @@ def write(
 
 
 def _titles(path: Path) -> set[str]:
-    """The titles of an earlier report's sections; {} if there is none that can be read."""
+    """The titles of an earlier report's sections; none if there is no report that can be read."""
     try:
         return {section["title"] for section in json.loads(path.read_text(encoding="utf-8"))["sections"]}
     except (OSError, ValueError, TypeError, KeyError):
