@@ -6,17 +6,19 @@ import math
 
 from ml_collections import ConfigDict
 
+from crate_jax.data.array_record import open_records
 from crate_jax.data.decoding import LARGEST, DecodeError
 from crate_jax.data.device_augmentation import pictures_of, views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
 from crate_jax.data.hugging_face import open_tables
+from crate_jax.data.imagenet import open_archives
 from crate_jax.data.npz import open_npz
 from crate_jax.data.pairs import IGNORED, PairSource, open_pairs
 from crate_jax.data.pipeline import TrainPipeline, batch_shapes
 from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
 from crate_jax.data.recipes import VIEWS, preset
-from crate_jax.data.sources import Source, SyntheticSource, digits
+from crate_jax.data.sources import Request, Source, SyntheticSource, digits
 from crate_jax.data.tfds_source import open_tfds
 from crate_jax.data.views import shown_views
 from crate_jax.data.webdataset import open_shards
@@ -62,8 +64,24 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SOURCES = ("digits", "folder:PATH", "npz:PATH", "hf:PATH", "webdataset:SHARDS", "tfds:NAME", "synthetic")
-COLUMNS = {"npz": open_npz, "hf": open_tables, "webdataset": open_shards}  # sets that name their images and labels
+SOURCES = (
+    "digits",
+    "folder:PATH",
+    "npz:PATH",
+    "hf:PATH",
+    "webdataset:SHARDS",
+    "array_record:SHARDS",
+    "imagenet:PATH",
+    "tfds:NAME",
+    "synthetic",
+)
+COLUMNS = {  # sets that name their images and labels
+    "npz": open_npz,
+    "hf": open_tables,
+    "webdataset": open_shards,
+    "array_record": open_records,
+    "imagenet": open_archives,
+}
 
 
 def write_out(data: ConfigDict) -> None:
@@ -106,8 +124,7 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
     elif kind == "folder":
         source = open_folder(where, split, data.train_split, data.eval_split, data.max_pixels)
     elif kind in COLUMNS:
-        columns = (data.image_column, data.label_column)
-        source = COLUMNS[kind](where, split, data.train_split, data.eval_split, *columns, data.max_pixels)
+        source = COLUMNS[kind](where, Request.from_config(config, split))
     elif kind == "tfds":
         source = open_tfds(where, split, data.data_dir, data.train_split, data.eval_split, data.max_pixels)
     else:
@@ -140,11 +157,14 @@ DATA = Section(
         image_column=Key(
             "auto",
             anything,
-            "npz: array of images, apart from _train or _test; hf: column; webdataset: ending",
+            "name of the images: npz: array (without _train); hf: column; webdataset: ending; array_record: feature",
             resume=RECORDED,
         ),
         label_column=Key(
-            "auto", anything, "the same for the labels, or a field of .json; empty: none", resume=RECORDED
+            "auto",
+            anything,
+            "the same for the labels, or a field of .json; imagenet: file with the validation labels; empty: none",
+            resume=RECORDED,
         ),
         train_split=Key(
             "train",

@@ -23,8 +23,19 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import LABELS, SHARD, Source, candidates, class_numbers, digest, first_labelled, split_of
-from crate_jax.errors import DataError, escaped, some
+from crate_jax.data.sources import (
+    LABELS,
+    ColumnSource,
+    Request,
+    candidates,
+    class_numbers,
+    digest,
+    first_labelled,
+    named,
+    require_all_shards,
+    split_of,
+)
+from crate_jax.errors import DataError, some
 from crate_jax.workdir.folder import expanduser
 
 ENDINGS = (".parquet", ".arrow")
@@ -63,7 +74,7 @@ class Table:
             raise DataError(f"{self.path}: the column {name} cannot be read ({_one_line(e)})") from None
 
 
-class TableSource(Source):
+class TableSource(ColumnSource):
     """The images of one column of several files; files are opened again in each process.
 
     An image of a Parquet file costs its row group, of which each process keeps CACHE_BYTES; one of an Arrow file only
@@ -72,9 +83,9 @@ class TableSource(Source):
     Args:
       tables: the files.
       column: the name of the column of images: encoded images, or structs with a field 'bytes'.
-      labels: the label of each row, int32 (n,), or None.
-      class_names: one name per class.
-      max_pixels: see :func:`crate_jax.data.decoding.open_image`.
+      labels: see ColumnSource.
+      class_names: see ColumnSource.
+      max_pixels: see ColumnSource.
     """
 
     def __init__(
@@ -85,14 +96,12 @@ class TableSource(Source):
         class_names: list[str],
         max_pixels: int = decoding.LARGEST,
     ):
+        super().__init__(labels, class_names, max_pixels)
         self._paths = [table.path for table in tables]
         self._groups = [(file, group) for file, table in enumerate(tables) for group in range(len(table.rows))]
         self._ends = np.cumsum([rows for table in tables for rows in table.rows], dtype=np.int64)
         self._firsts = np.cumsum([0, *(sum(table.rows) for table in tables)], dtype=np.int64)  # of each file
         self._column = column
-        self._labels = labels
-        self.class_names = None if labels is None else class_names
-        self._max_pixels = max_pixels
         self._opened = _Opened()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,27 +215,14 @@ def _table(path: Path) -> Table:
         raise DataError(f"{path}: damaged, cut short or not a {path.suffix} file ({_one_line(e)})") from None
 
 
-def open_tables(
-    path: str,
-    split: str,
-    train_split: str,
-    eval_split: str,
-    image_column: str = "auto",
-    label_column: str = "auto",
-    max_pixels: int = decoding.LARGEST,
-) -> TableSource | None:
+def open_tables(path: str, request: Request) -> TableSource | None:
     """Opens the training or the evaluation split of a data set as Hugging Face stores it.
 
     Args:
       path: the folder, one file, or the name of a data set in Hugging Face's cache, such as NAME, OWNER/NAME and
         OWNER/NAME/CONFIGURATION.
-      split: 'train' or 'eval'.
-      train_split: see :func:`crate_jax.data.sources.candidates`.
-      eval_split: see there.
-      image_column: the column of images; 'auto': the only one that the file's metadata, or else its type, call so.
-      label_column: the column of labels; 'auto': the only one that the metadata call so, or else one of LABELS, if
-        there is one; '': there are no labels.
-      max_pixels: see :func:`crate_jax.data.decoding.open_image`.
+      request: what is asked for. The column of images 'auto' is the only one that the file's metadata, or else its
+        type, call so; that of labels the only one that the metadata call so, or else one of LABELS.
 
     Returns:
       The split, or None if there is no evaluation split.
@@ -237,7 +233,7 @@ def open_tables(
     """
     root = _root(path)
     files = _splits(root)
-    chosen = candidates(f"hf:{path}", list(files), split, train_split, eval_split)
+    chosen = candidates(list(files), request)
     if not chosen:
         return None
     tables = {name: [_table(file) for file in files[name]] for name in chosen}
@@ -246,8 +242,8 @@ def open_tables(
             raise DataError(f"{root}: split {name}: has no rows")
     first = tables[chosen[0]][0]
     features = _features(first)
-    image = _image_column(first, features, image_column)
-    label = _label_column(first, features, label_column)
+    image = _image_column(first, features, request.image_column)
+    label = _label_column(first, features, request.label_column)
     for table in (table for found in tables.values() for table in found):
         lacking = [column for column in (image, label) if column and column not in table.schema.names]
         if lacking:
@@ -262,11 +258,9 @@ def open_tables(
         numbers, class_names = class_numbers(columns)
         labels = dict(zip(tables, numbers.values(), strict=True))
         if isinstance(names, list):
-            if len(class_names) > len(names):
-                raise DataError(f"{root}: {label} holds class {len(class_names) - 1}, but there are {len(names)} names")
-            class_names = [escaped(str(name)) for name in names]
+            class_names = named(f"{root}: {label}", class_names, names)
     return first_labelled(
-        TableSource(tables[name], image, labels.get(name), class_names, max_pixels) for name in chosen
+        TableSource(tables[name], image, labels.get(name), class_names, request.max_pixels) for name in chosen
     )
 
 
@@ -404,12 +398,7 @@ def _splits(root: Path) -> dict[str, list[Path]]:
         if len(folders[name]) > 1:
             several = some(sorted(str(root / folder) for folder in folders[name]), ", ")
             raise DataError(f"{root}: holds several configurations; set config.data.source to hf: and one of {several}")
-        shards = [match for file in files if (match := SHARD.search(file.stem))]
-        total = max((int(shard[2]) for shard in shards), default=0)
-        missing = sorted(set(range(total)) - {int(shard[1]) for shard in shards})
-        if missing or len(shards) > total:
-            fault = f"shard {missing[0]} of {total} is missing" if missing else "shards of several versions"
-            raise DataError(f"{files[0].parent}: split {name}: {fault}")
+        require_all_shards(name, files)
     return found
 
 

@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from crate_jax.data import decoding
-from crate_jax.data.sources import Source, candidates, class_numbers, digest, first_labelled, split_role
+from crate_jax.data.sources import (
+    ColumnSource,
+    Request,
+    candidates,
+    class_numbers,
+    digest,
+    first_labelled,
+    split_role,
+)
 from crate_jax.errors import DataError, some
 from crate_jax.workdir.folder import expanduser
 
@@ -69,19 +76,19 @@ class Member:
             raise DataError(f"{self.path}: the array {self.name} cannot be read ({' '.join(str(e).split())})") from None
 
 
-class NpzSource(Source):
+class NpzSource(ColumnSource):
     """The images of one array; a copy of the source in another process reads them again from the file.
 
     Args:
       images: the array, uint8 (n, H, W), (n, H, W, C) or (n, C, H, W) with C channels, 1 or 3.
-      labels: the label of each image, int32 (n,), or None.
-      class_names: one name per class.
+      labels: see ColumnSource.
+      class_names: see ColumnSource.
+      max_pixels: see ColumnSource.
     """
 
-    def __init__(self, images: Member, labels: np.ndarray | None, class_names: list[str]):
+    def __init__(self, images: Member, labels: np.ndarray | None, class_names: list[str], max_pixels: int):
+        super().__init__(labels, class_names, max_pixels)
         self._member = images
-        self._labels = labels
-        self.class_names = None if labels is None else class_names
         self._channels_first = len(images.shape) == 4 and images.shape[3] not in CHANNELS
         self._images: np.ndarray | None = None
 
@@ -111,27 +118,14 @@ class NpzSource(Source):
         return digest(os.path.basename(member.path), str(member), member.crc, self._labels, self.class_names)
 
 
-def open_npz(
-    path: str,
-    split: str,
-    train_split: str,
-    eval_split: str,
-    image_column: str = "auto",
-    label_column: str = "auto",
-    max_pixels: int = decoding.LARGEST,
-) -> NpzSource | None:
+def open_npz(path: str, request: Request) -> NpzSource | None:
     """Opens the training or the evaluation split of an .npz file, or of a folder with one such file per split.
 
     Args:
       path: the file, whose arrays have names such as images and labels (of the training split), x_train, test_images;
         or the folder, of train.npz, test.npz and the like.
-      split: 'train' or 'eval'.
-      train_split: see :func:`crate_jax.data.sources.candidates`.
-      eval_split: see there.
-      image_column: the name of the arrays of images, apart from the name of a split; 'auto': one of IMAGES.
-      label_column: the name of the arrays of labels; 'auto': one of LABELS if it is there; '': the set is read
-        without labels.
-      max_pixels: the largest height x width.
+      request: what is asked for. The columns are the names of arrays, apart from the name of a split; 'auto': one of
+        IMAGES, one of LABELS.
 
     Returns:
       The split, or None if there is no evaluation split.
@@ -139,7 +133,6 @@ def open_npz(
     Raises:
       DataError: a file cannot be read, its arrays have no such names, or they are not images and their labels.
     """
-    where = f"npz:{path}"
     root = expanduser(path)
     files = sorted(root.glob("*.npz")) if root.is_dir() else [root]
     if not files:
@@ -149,12 +142,13 @@ def open_npz(
     columns: dict[str, Member] = {}
     for file in files:
         default = file.stem if root.is_dir() else "train"
-        _find(images, members[file], IMAGES if image_column == "auto" else (image_column,), default)
-        if label_column:
-            _find(columns, members[file], LABELS if label_column == "auto" else (label_column,), default)
+        _find(images, members[file], IMAGES if request.image_column == "auto" else (request.image_column,), default)
+        if request.label_column:
+            wanted = LABELS if request.label_column == "auto" else (request.label_column,)
+            _find(columns, members[file], wanted, default)
     there = some([str(member) for found in members.values() for member in found], ", ")
     if not images:
-        names = "/".join(IMAGES) if image_column == "auto" else image_column
+        names = "/".join(IMAGES) if request.image_column == "auto" else request.image_column
         raise DataError(
             f"{root}: has no array of images; it holds {there}; name it {names}, with _train or _test if there are "
             "several, or set config.data.image_column"
@@ -162,7 +156,7 @@ def open_npz(
     for member in (*images.values(), *columns.values()):
         _require_readable(member)
     for member in images.values():
-        _require_images(member, max_pixels)
+        _require_images(member, request.max_pixels)
     numbers: dict[str, np.ndarray | None] = {}
     class_names: list[str] = []
     for name, member in columns.items():
@@ -172,13 +166,13 @@ def open_npz(
         texts = {f"{member.path}: {member.name}": member.read() for member in columns.values()}
         found, class_names = class_numbers(texts)
         numbers = dict(zip(columns, found.values(), strict=True))
-    elif label_column not in ("", "auto"):
+    elif request.label_column not in ("", "auto"):
         raise DataError(
-            f"{root}: has no array {label_column!r}, which config.data.label_column names; it holds {there}"
+            f"{root}: has no array {request.label_column!r}, which config.data.label_column names; it holds {there}"
         )
     return first_labelled(
-        NpzSource(images[name], numbers.get(name), class_names)
-        for name in candidates(where, list(images), split, train_split, eval_split)
+        NpzSource(images[name], numbers.get(name), class_names, request.max_pixels)
+        for name in candidates(list(images), request)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from crate_jax.data import decoding
@@ -37,6 +39,35 @@ LABELS = ("label", "labels", "class", "target")  # usual names of a field of lab
 # What follows the name of a split in the name of one of Hugging Face's shards; a hash may come after it.
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?:-\w+)?$")
 MAX_CLASSES = 2**20  # a higher label is an identity or a measurement, not the number of a class
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `config.data` asks of a set that names its splits, images and labels.
+
+    Attributes:
+      source: config.data.source, for messages.
+      split: 'train' or 'eval'.
+      train_split: name of the training split; 'train' also takes the one that has another usual name.
+      eval_split: name of the evaluation split; 'auto': those with a usual name, test before val; '': there is none.
+      image_column: the name of the images; 'auto': a usual one, which each source documents.
+      label_column: the name of the labels; 'auto': a usual one if it is there; '': the set is read without labels.
+      max_pixels: see :func:`crate_jax.data.decoding.open_image`.
+    """
+
+    source: str
+    split: str
+    train_split: str
+    eval_split: str
+    image_column: str
+    label_column: str
+    max_pixels: int
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, split: str) -> Request:
+        """Reads `config.data`."""
+        d = config.data
+        return cls(d.source, split, d.train_split, d.eval_split, d.image_column, d.label_column, int(d.max_pixels))
 
 
 def split_role(name: str) -> str | None:
@@ -99,32 +130,39 @@ def split_of(path: Path) -> tuple[str, Path]:
     return (stem if numbered else "train"), path.parent
 
 
-def candidates(where: str, names: Sequence[str], split: str, train_split: str, eval_split: str) -> list[str]:
+def require_all_shards(split: str, paths: Sequence[Path]) -> None:
+    """Checks the numbers of shards, if their names have such: k-of-n.
+
+    Raises:
+      DataError: a shard is missing, or there are more than n.
+    """
+    shards = [match for path in paths if (match := SHARD.search(path.stem))]
+    total = max((int(shard[2]) for shard in shards), default=0)
+    missing = sorted(set(range(total)) - {int(shard[1]) for shard in shards})
+    if missing or len(shards) > total:
+        fault = f"shard {missing[0]} of {total} is missing" if missing else "shards of several versions"
+        raise DataError(f"{paths[0].parent}: split {split}: {fault}")
+
+
+def candidates(names: Sequence[str], request: Request) -> list[str]:
     """Returns which of a set's named splits may be the one to open; :func:`first_labelled` decides.
 
-    >>> candidates("npz:a", ["Training", "val", "test"], "eval", "train", "auto")
+    >>> candidates(["Training", "val", "test"], Request("npz:a", "eval", "train", "auto", "auto", "auto", 9))
     ['test', 'val']
-
-    Args:
-      where: the source, as the config names it, for messages.
-      names: the names of the set's splits.
-      split: 'train' or 'eval'.
-      train_split: name of the training split; 'train' also takes the one that has another usual name.
-      eval_split: name of the evaluation split; 'auto': those with a usual name, test before val; '': there is none.
 
     Raises:
       DataError: the set has no such split, or several splits may be the training split.
     """
-    wanted = train_split if split == "train" else eval_split
-    if split == "eval" and wanted in ("", "auto"):
+    wanted = request.train_split if request.split == "train" else request.eval_split
+    if request.split == "eval" and wanted in ("", "auto"):
         return eval_splits(names) if wanted else []
     found = [wanted] if wanted in names else []
-    if split == "train" and not found and wanted in ("", "train"):
+    if request.split == "train" and not found and wanted in ("", "train"):
         found = [name for name, role in split_roles(names).items() if role == "train"]
     if len(found) != 1:
         raise DataError(
-            f"config.data.source={where!r}: has no split {wanted!r}; it has {some(list(names), ', ')}; set "
-            f"config.data.{split}_split to one of them"
+            f"config.data.source={request.source!r}: has no split {wanted!r}; it has {some(list(names), ', ')}; set "
+            f"config.data.{request.split}_split to one of them"
         )
     return found
 
@@ -187,6 +225,17 @@ def class_numbers(columns: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarr
     return {name: public.get(name) for name in flat}, [str(k) for k in range(classes)]
 
 
+def named(where: str, class_names: list[str], names: Sequence[object]) -> list[str]:
+    """Returns the names of classes, fit to be shown, in place of their numbers.
+
+    Raises:
+      DataError: there are fewer names than classes.
+    """
+    if len(class_names) > len(names):
+        raise DataError(f"{where} holds class {len(class_names) - 1}, but there are {len(names)} names")
+    return [escaped(str(name)) for name in names]
+
+
 class Source(abc.ABC):
     """A finite, indexable set of images; picklable, because worker processes get a copy.
 
@@ -239,6 +288,21 @@ class Source(abc.ABC):
           DecodeError: the file is damaged or is not an image.
         """
         return decoding.decode(self.open(index))
+
+
+class ColumnSource(Source):
+    """Images of a set that has a column of labels, or none.
+
+    Args:
+      labels: the label of each image, int32 (n,), or None.
+      class_names: one name per class.
+      max_pixels: see :func:`crate_jax.data.decoding.open_image`.
+    """
+
+    def __init__(self, labels: np.ndarray | None, class_names: list[str], max_pixels: int):
+        self._labels = labels
+        self.class_names = None if labels is None else class_names
+        self._max_pixels = max_pixels
 
 
 class ArraySource(Source):

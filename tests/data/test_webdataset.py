@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from crate_jax import config as config_lib, data
-from crate_jax.data import decoding, webdataset
+from crate_jax.data import decoding, tar
 from crate_jax.errors import DataError
 
 
@@ -108,8 +108,8 @@ def test_images_of_one_ending_among_several(tmp_path):
 def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, cache, monkeypatch):
     two_splits(tmp_path)
     reads = []
-    read = webdataset._members
-    monkeypatch.setattr(webdataset, "_members", lambda path: reads.append(path.name) or read(path))
+    read = tar.members
+    monkeypatch.setattr(tar, "members", lambda path: reads.append(path.name) or read(path))
     prints = [opened(tmp_path).fingerprint() for _ in range(2)]
     assert len(reads) == 3 and prints[0] == prints[1]
     shard(tmp_path / "train-000001.tar", samples(4, 2))
