@@ -73,9 +73,7 @@ def parquet(images: Sequence[Sample], out: Path) -> str:
 
     parts = in_shards(images)
     for k, part in enumerate(parts):
-        pq.write_table(
-            pa.table(table(part)), out / f"train-{k:05d}-of-{len(parts):05d}.parquet", row_group_size=ROWS
-        )
+        pq.write_table(pa.table(table(part)), out / f"train-{k:05d}-of-{len(parts):05d}.parquet", row_group_size=ROWS)
     return f"hf:{out}"
 
 

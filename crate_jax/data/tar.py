@@ -46,13 +46,15 @@ def members(path: Path, part: Member | None = None) -> Iterator[Member]:
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                while tar.offset < end and (info := tar.next()) is not None:
+                while (info := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # else all of them stay in memory
                     offset = info.offset_data
                     if offset + info.size > end:
                         raise tarfile.ReadError("cut short")
                     if info.isreg():
                         yield Member(info.name, info.offset_data, info.size)
+                    if tar.offset >= end:  # what follows is not of this part
+                        break
                 offset = tar.offset
         except (OSError, tarfile.TarError, ValueError) as e:
             raise DataError(f"{where}: damaged or cut short at offset {offset} ({' '.join(str(e).split())})") from None

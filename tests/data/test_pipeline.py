@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import sources
 from crate_jax import config as config_lib, data
 from crate_jax.errors import ConfigError, DataError
 from tests.conftest import ROOT
@@ -49,10 +50,28 @@ def equal(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("equal"), lambda i: (24, 20))
 
 
+@pytest.fixture(scope="module")
+def in_classes(tmp_path_factory):
+    """Images of one size in folders of classes."""
+    root = tmp_path_factory.mktemp("in_classes")
+    for k in range(3):
+        write_set(root / str(k), lambda i, k=k: (24, 20), count=10 + k)
+    return root
+
+
+@pytest.fixture(scope="module", params=sources.KINDS)
+def other(request, in_classes, tmp_path_factory):
+    """The same images in each other kind of set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield sources.KINDS[request.param](sources.samples(in_classes), tmp_path_factory.mktemp("other"))
+
+
 def configured(root, batch_size=BATCH, seed=0, **options):
     config = config_lib.base()
     config.batch_size, config.seed = batch_size, seed
-    config.data.update({"source": f"folder:{root}", "image_size": (16, 12), "threads": 2} | options)
+    source = root if ":" in str(root) else f"folder:{root}"
+    config.data.update({"source": source, "image_size": (16, 12), "threads": 2} | options)
     return config
 
 
@@ -97,9 +116,23 @@ def test_shapes_are_told_without_the_images(equal, small):
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("memory_mb", [0, 100])
+def test_every_kind_of_set_gives_the_batches_and_labels_of_a_folder(other, in_classes, memory_mb):
+    theirs, folder = (configured(source, memory_mb=memory_mb) for source in (other, in_classes))
+    assert_same(take(theirs, 3), take(folder, 3))
+    np.testing.assert_array_equal(*(data.open_split(config, "train").labels for config in (theirs, folder)))
+
+
+def test_hosts_share_the_batches_of_every_kind_of_set(other):
+    check_hosts(configured(other, memory_mb=0), 2)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_hosts_share_the_batch(root, processes):
-    config = configured(root, randaugment_layers=2)
+    check_hosts(configured(root, randaugment_layers=2), processes)
+
+
+def check_hosts(config, processes):
     whole = take(config, 3, start=5)
     hosts = [take(config, 3, start=5, process_index=p, process_count=processes) for p in range(processes)]
     for step in range(3):
@@ -118,7 +151,16 @@ def test_threads_do_not_matter(root, threads):
 
 
 def test_workers_do_not_matter(mixed):
-    config = configured(mixed, batch_size=150, randaugment_layers=1)  # three chunks a batch
+    check_workers(configured(mixed, batch_size=150, randaugment_layers=1))  # three chunks a batch
+
+
+@pytest.mark.slow
+@pytest.mark.one_python
+def test_workers_do_not_matter_for_any_kind_of_set(other):
+    check_workers(configured(other, batch_size=150, memory_mb=0))
+
+
+def check_workers(config):
     expected = take(config, 4, start=2)
     config.data.workers = 2
     assert_same(take(config, 4, start=2), expected)
@@ -165,6 +207,11 @@ def test_workers_end_with_a_killed_run(mixed, tmp_path):
 def test_a_resumed_run_continues(root):
     config = configured(root)
     assert_same(take(config, 9)[4:], take(config, 5, start=4))
+
+
+def test_a_resumed_run_continues_with_any_kind_of_set(other):
+    config = configured(other, memory_mb=0)
+    assert_same(take(config, 5)[2:], take(config, 3, start=2))
 
 
 def test_the_seed_matters(root):
