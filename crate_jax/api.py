@@ -398,7 +398,7 @@ class Encoder:
 
     def _rows(self, images: Images, key: tuple[Any, ...], read: Read, *more: jax.Array) -> np.ndarray:
         """What `read` (parameters, *more, images) returns for each image; `key` names it: it is compiled once."""
-        source = _source(images)
+        source = _source(images, int(self.config.data.channels))
         config = self.config.copy_and_resolve_references()
         config.data.max_undecodable = 0.0  # rows and images go together
         config.evaluation.batch_size = min(self.batch_size, 1 << (len(source) - 1).bit_length())
@@ -408,7 +408,7 @@ class Encoder:
                 found = read(*args)
                 return found.reshape(len(found), -1).astype(jnp.float32)
 
-            one = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), np.uint8)
+            one = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), np.uint8)
             jitted = jax.jit(sharding.on_mesh(self._mesh, flat), out_shardings=sharding.split(self._mesh))
             self._compiled[key] = jitted, jax.eval_shape(read, self.params, *more, one).shape[1:]
         compiled, shape = self._compiled[key]
@@ -421,13 +421,14 @@ class Encoder:
 class _Given(Source):
     """Images that the caller holds."""
 
-    def __init__(self, images: Sequence[Any]) -> None:
+    def __init__(self, images: Sequence[Any], channels: int) -> None:
         self._images = images
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> decoding.Picture:
         """See Source.open."""
         image = self._images[index]
         if isinstance(image, Image.Image):
@@ -436,7 +437,7 @@ class _Given(Source):
             except Exception as e:  # the file under it is damaged
                 raise decoding.DecodeError(str(e)) from e
         if isinstance(image, np.ndarray):
-            return Image.fromarray(image)
+            return decoding.picture(image)
         return decoding.open_image(decoding.read_file(str(expanduser(image))))
 
     def name(self, index: int) -> str:
@@ -449,39 +450,48 @@ class _Given(Source):
         return digest(*map(self.name, range(len(self))))
 
 
-def _source(images: Images) -> Source:
-    """The images as a source.
+def _source(images: Images, channels: int) -> Source:
+    """The images as a source; `channels` is how many an image of the encoder has.
 
     Raises:
       DataError: they are none of the forms that :class:`Encoder` takes, or there are none.
     """
     if isinstance(images, Source):
+        if images.channels != channels:
+            raise DataError(f"images: of {images.channels} channels, where the encoder takes {channels}")
         return images
+    if channels != 3 and not hasattr(images, "__array__"):
+        raise DataError(f"images: {_forms(channels)}")
     if isinstance(images, str | os.PathLike) and not expanduser(images).is_file():
         return FolderSource(str(expanduser(images)), labelled=False)
     if isinstance(images, str | os.PathLike | Image.Image):
-        return _Given([images])
+        return _Given([images], channels)
     if hasattr(images, "__array__"):
         array = np.asarray(images)
-        _require_image(array, "images", (3, 4))
+        _require_image(array, "images", (3, 4), channels)
         images = list(array[None] if array.ndim == 3 else array)
     elif not isinstance(images, Sequence):
-        raise DataError(f"images: {FORMS}, not {type(images).__name__}")
+        raise DataError(f"images: {_forms(channels)}, not {type(images).__name__}")
     else:
         images = [np.asarray(x) if hasattr(x, "__array__") and not isinstance(x, Image.Image) else x for x in images]
         for i, image in enumerate(images):
             if not isinstance(image, str | os.PathLike | Image.Image):
-                _require_image(image, f"images[{i}]", (3,))
+                _require_image(image, f"images[{i}]", (3,), channels)
     if not len(images):
         raise DataError("images: there are none")
-    return _Given(images)
+    return _Given(images, channels)
 
 
-FORMS = "must be uint8 (n, H, W, 3), images of PIL, a list of images, or the path of an image or a folder"
+def _forms(channels: int) -> str:
+    array = f"must be uint8 (n, H, W, {channels})"
+    return array if channels != 3 else f"{array}, images of PIL, a list of images, or the path of an image or a folder"
 
 
-def _require_image(image: Any, what: str, dimensions: tuple[int, ...]) -> None:
+def _require_image(image: Any, what: str, dimensions: tuple[int, ...], channels: int) -> None:
     if not isinstance(image, np.ndarray):
-        raise DataError(f"{what}: {FORMS}, not {type(image).__name__}")
-    if image.dtype != np.uint8 or image.ndim not in dimensions or image.shape[-1] != 3 or not all(image.shape[-3:]):
-        raise DataError(f"{what}: {image.dtype} {image.shape}: {FORMS}; values are 0..255, the channels come last")
+        raise DataError(f"{what}: {_forms(channels)}, not {type(image).__name__}")
+    fits = image.ndim in dimensions and image.shape[-1] == channels and all(image.shape[-3:])
+    if image.dtype != np.uint8 or not fits:
+        raise DataError(
+            f"{what}: {image.dtype} {image.shape}: {_forms(channels)}; values are 0..255, the channels come last"
+        )

@@ -103,6 +103,9 @@ OTHER_RUN = "run"  # in config.allow_change, in place of a key: a checkpoint of 
 
 
 def _check_job(c: ConfigDict) -> None:
+    if c.data.channels != 3 and (c.job in ("segment", "align") or "views" in parts(c)):
+        what = f"config.method={c.method!r} changes" if c.job == "pretrain" else f"job {c.job} reads"
+        raise ConfigError(f"config.data.channels={c.data.channels}: must be 3, since {what} red, green and blue")
     unknown = [key for key in allowed_changes(c) if key not in KEYS and key != OTHER_RUN]
     if unknown:
         close = difflib.get_close_matches(unknown[0], KEYS, 1)

@@ -48,7 +48,6 @@ def must(text: str, holds: Callable[[Any], bool]) -> Rule:
 
 anything = Rule("", lambda value: "")
 positive = must("be greater than 0", lambda value: value > 0)
-triple = must("be three numbers, one per channel", lambda value: len(value) == 3)
 
 
 def at_least(low: float) -> Rule:

@@ -65,7 +65,12 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
     """
     if format not in FORMATS:
         raise ConfigError(f"--format={format}: must be one of {', '.join(FORMATS)}")
-    made = FORMATS[format](model_config(config, params), params)
+    model = model_config(config, params)
+    if model.data.channels != 3:
+        raise ConfigError(
+            f"--format={format}: takes images of 3 channels, not config.data.channels={model.data.channels}"
+        )
+    made = FORMATS[format](model, params)
     config = _without_paths(config)
     folder = expanduser(out)
     files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})

@@ -34,7 +34,6 @@ from crate_jax.validation import (
     must,
     one_of,
     positive,
-    triple,
     within,
 )
 from crate_jax.workdir.folder import expanduser
@@ -54,6 +53,7 @@ __all__ = [
     "device_prefetch",
     "eval_batches",
     "eval_images",
+    "is_source",
     "open_split",
     "pictures_of",
     "preset",
@@ -64,6 +64,7 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_CHANNELS = 1024
 SOURCES = (
     "digits",
     "folder:PATH",
@@ -86,7 +87,7 @@ COLUMNS = {  # sets that name their images and labels
 
 def write_out(data: ConfigDict) -> None:
     """Writes short forms in `config.data` out, in place: the bare path of a folder, and one side of square images."""
-    bare = data.source and ":" not in data.source and not _is_source(data.source)
+    bare = data.source and ":" not in data.source and not is_source(data.source)
     if bare and expanduser(data.source).is_dir():
         data.source = f"folder:{data.source}"
     if len(data.image_size) == 1 and isinstance(data.image_size[0], int):  # else the error shows what was given
@@ -137,19 +138,38 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
     return source
 
 
-def _is_source(text: str) -> bool:
+def is_source(text: str) -> bool:
+    """Whether a text has the form of one of SOURCES."""
     kind, _, rest = text.partition(":")
     return kind in ("folder", "tfds", *COLUMNS) if rest else text in ("digits", "synthetic")
+
+
+def _check_channels(c: ConfigDict) -> None:
+    data = c.data
+    for name in ("mean", "std"):
+        if len(data[name]) != data.channels:
+            raise ConfigError(
+                f"config.data.{name}={list(data[name])!r}: must be {data.channels} numbers, one per channel "
+                f"(config.data.channels={data.channels})"
+            )
+    if data.channels == 3:
+        return
+    other = f"config.data.channels={data.channels}"
+    if not data.source.startswith("npz:"):
+        raise ConfigError(f"{other}: must be 3 with config.data.source={data.source!r}; npz: keeps other channels")
+    if data.randaugment_layers:
+        raise ConfigError(f"{other}: config.data.randaugment_layers must be 0, since it changes red, green and blue")
 
 
 DATA = Section(
     "data",
     "Images, how they are read, cropped and changed.",
     of_the_run=True,
+    check=_check_channels,
     keys=dict(
         source=Key(
             "digits",
-            must(f"be one of {', '.join(SOURCES)}, or the path of a folder", _is_source),
+            must(f"be one of {', '.join(SOURCES)}, or the path of a folder", is_source),
             "where the images come from",
             resume=RECORDED,
         ),
@@ -176,10 +196,11 @@ DATA = Section(
             "auto", anything, "auto: of test, val, valid and the like, the first with labels", resume=RECORDED
         ),
         image_size=Key((224, 224), anything, "height, width in pixels; one number: both"),
-        mean=Key(IMAGENET_MEAN, triple, "mean per channel, of pixels scaled to [0, 1]"),
+        channels=Key(3, within(1, MAX_CHANNELS), "channels of an image; others than 3: npz, reconstruction"),
+        mean=Key(IMAGENET_MEAN, must("be numbers, one per channel", bool), "mean per channel, of pixels scaled to [0, 1]"),
         std=Key(
             IMAGENET_STD,
-            must("be three numbers, one per channel, all positive", lambda v: len(v) == 3 and min(v) > 0),
+            must("be numbers, one per channel, all positive", lambda v: bool(v) and min(v) > 0),
             "standard deviation per channel, of pixels scaled to [0, 1]",
         ),
         crop_scale=Key(

@@ -110,6 +110,13 @@ def open_records(path: str, request: Request) -> RecordSource | None:
       DataError: a file is missing or damaged; its records are not tf.train.Example; or the features of images and
         labels are not known.
     """
+    try:
+        import array_record.python.array_record_module  # noqa: F401
+    except ImportError as e:
+        raise DataError(
+            f"config.data.source={request.source!r} needs array_record, which cannot be imported ({e}): pip install "
+            "array_record"
+        ) from None
     root, paths = _shards(path)
     files: dict[str, list[Path]] = {}
     folders: dict[str, set[Path]] = {}

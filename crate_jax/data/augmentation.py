@@ -101,7 +101,7 @@ class Augmentation:
 
 
 # For each entry of a training batch the crops that it holds of an image, such as {"image": (crop,)}. The entry has an
-# axis of crops, (b, crops, H, W, 3), unless it is "image".
+# axis of crops, (b, crops, H, W, C), unless it is "image".
 Layout = Mapping[str, tuple[Augmentation, ...]]
 
 
@@ -112,9 +112,9 @@ def numbered(layout: Layout) -> Iterator[tuple[str, int, Augmentation]]:
             yield name, place, augmentation
 
 
-def empty(layout: Layout, count: int) -> dict[str, np.ndarray]:
-    """Zeros for the crops of `count` images: for each entry uint8 (count, crops, H, W, 3)."""
-    return {name: np.zeros((count, len(crops), *crops[0].size, 3), np.uint8) for name, crops in layout.items()}
+def empty(layout: Layout, count: int, channels: int) -> dict[str, np.ndarray]:
+    """Zeros for the crops of `count` images: for each entry uint8 (count, crops, H, W, channels)."""
+    return {name: np.zeros((count, len(crops), *crops[0].size, channels), np.uint8) for name, crops in layout.items()}
 
 
 def packed(crops: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

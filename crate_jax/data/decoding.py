@@ -68,6 +68,10 @@ DRAFT_MARGIN = 2.0
 _RAW_MODE, _DATA = "crate_jax raw mode", "crate_jax data"  # entries of Image.info
 
 
+# An opened image, or the pixels of one that has another number of channels than 3, uint8 (H, W, C).
+Picture = Image.Image | np.ndarray
+
+
 class DecodeError(Exception):
     """A file that is not an image, is damaged, or is too large to decode."""
 
@@ -133,12 +137,19 @@ def read_file(path: str) -> bytes:
         raise DecodeError(f"cannot be read ({e.strerror})") from e
 
 
-def oriented_size(image: Image.Image) -> tuple[int, int]:
+def picture(pixels: np.ndarray) -> Picture:
+    """Pixels, uint8 (H, W, C), as an opened image."""
+    return Image.fromarray(pixels) if pixels.shape[-1] == 3 else pixels
+
+
+def oriented_size(image: Picture) -> tuple[int, int]:
     """Returns (height, width) in pixels as displayed, after the EXIF orientation.
 
     Raises:
       DecodeError: the header is damaged, or the image has no pixels.
     """
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
     try:
         width, height = image.size
         if min(width, height) < 1:
@@ -150,8 +161,8 @@ def oriented_size(image: Image.Image) -> tuple[int, int]:
         raise DecodeError(_reason(e)) from e
 
 
-def decode(image: Image.Image) -> np.ndarray:
-    """Decodes a whole image to uint8 (H, W, 3), oriented as displayed.
+def decode(image: Picture) -> np.ndarray:
+    """Decodes a whole image to uint8 (H, W, 3), oriented as displayed; pixels (H, W, C) stay as they are.
 
     >>> decode(Image.new("LA", (2, 1), (0, 0))).tolist()  # black, but transparent
     [[[255, 255, 255], [255, 255, 255]]]
@@ -159,6 +170,8 @@ def decode(image: Image.Image) -> np.ndarray:
     Raises:
       DecodeError: the pixels cannot be decoded.
     """
+    if isinstance(image, np.ndarray):
+        return image
     try:
         return np.asarray(_upright(image))
     except Exception as e:
@@ -166,54 +179,70 @@ def decode(image: Image.Image) -> np.ndarray:
 
 
 def crop_resize(
-    image: Image.Image, box: Sequence[float] | np.ndarray, size: Sequence[int], resample: Image.Resampling
-) -> Image.Image:
+    image: Picture, box: Sequence[float] | np.ndarray, size: Sequence[int], resample: Image.Resampling
+) -> Picture:
     """Cuts `box` out of an image and resizes it, antialiased, to `size`; see :func:`crops`."""
     return crops(image, [box], [size], resample)[0]
 
 
 def crops(
-    image: Image.Image,
+    image: Picture,
     boxes: Sequence[Sequence[float] | np.ndarray],
     sizes: Sequence[Sequence[int]],
     resample: Image.Resampling,
     alone: bool = False,
-) -> list[Image.Image]:
+) -> list[Picture]:
     """Cuts boxes out of an image and resizes them, antialiased; the image is decoded once.
 
     Args:
-      image: an opened image, whose pixels may not be decoded yet.
+      image: an opened image, whose pixels may not be decoded yet, or pixels (H, W, C), whose channels are resized one
+        by one, as Pillow does it.
       boxes: (top, left, height, width) of each crop in pixels of the displayed image; may be fractional.
       sizes: (height, width) of each result in pixels.
       resample: Pillow's filter.
       alone: whether the filter does not see the pixels around a box.
 
     Returns:
-      RGB images of `sizes`.
+      RGB images of `sizes`, or pixels (h, w, C).
 
     Raises:
       DecodeError: the pixels cannot be decoded.
     """
     numbers = [tuple(float(v) for v in box) for box in boxes]
+    if isinstance(image, np.ndarray):
+        bands = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(image.shape[-1])]
+        cut = [_cut(band, numbers, sizes, 1, resample, alone) for band in bands]
+        return [np.stack(channels, axis=-1) for channels in zip(*cut, strict=True)]
     try:
         shrink = 1
         if _orientation(image) == 1:
             reductions = [(h / size[0], w / size[1]) for (_, _, h, w), size in zip(numbers, sizes, strict=True)]
             shrink = _draft(image, min(h for h, _ in reductions), min(w for _, w in reductions))
-        rgb = _upright(image)
-        out = []
-        for (top, left, height, width), size in zip(numbers, sizes, strict=True):
-            right, bottom = min((left + width) / shrink, rgb.width), min((top + height) / shrink, rgb.height)
-            left, top = left / shrink, top / shrink
-            source = rgb
-            if alone:
-                x, y = math.floor(left), math.floor(top)
-                source = rgb.crop((x, y, math.ceil(right), math.ceil(bottom)))
-                left, top, right, bottom = left - x, top - y, right - x, bottom - y
-            out.append(source.resize((size[1], size[0]), resample, box=(left, top, right, bottom)))
-        return out
+        return list(_cut(_upright(image), numbers, sizes, shrink, resample, alone))
     except Exception as e:
         raise DecodeError(_reason(e)) from e
+
+
+def _cut(
+    image: Image.Image,
+    boxes: Sequence[tuple[float, ...]],
+    sizes: Sequence[Sequence[int]],
+    shrink: int,
+    resample: Image.Resampling,
+    alone: bool,
+) -> list[Image.Image]:
+    """See :func:`crops`; the decoder has divided the sides of `image` by `shrink`."""
+    out = []
+    for (top, left, height, width), size in zip(boxes, sizes, strict=True):
+        right, bottom = min((left + width) / shrink, image.width), min((top + height) / shrink, image.height)
+        left, top = left / shrink, top / shrink
+        source = image
+        if alone:
+            x, y = math.floor(left), math.floor(top)
+            source = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+            left, top, right, bottom = left - x, top - y, right - x, bottom - y
+        out.append(source.resize((size[1], size[0]), resample, box=(left, top, right, bottom)))
+    return out
 
 
 def _reason(error: Exception) -> str:

@@ -68,7 +68,7 @@ def eval_batches(
       batch_size: images per batch.
 
     Yields:
-      'image', uint8 (b, H, W, 3); 'index', int32 (b,); 'label', int32 (b,), if the set has labels; 'mask', int16
+      'image', uint8 (b, H, W, C); 'index', int32 (b,); 'label', int32 (b,), if the set has labels; 'mask', int16
       (b, H, W), if it has masks.
 
     Raises:
@@ -122,13 +122,15 @@ def eval_images(
     """Loads all evaluation images at `indices` into one array; see :func:`eval_batches`.
 
     Returns:
-      Images, uint8 (n, H, W, 3), and labels, int32 (n,) (None if the set has none), without the undecodable images.
+      Images, uint8 (n, H, W, C), and labels, int32 (n,) (None if the set has none), without the undecodable images.
 
     Raises:
       DataError: too many images cannot be decoded, or none can.
     """
     parts = list(eval_batches(config, source, indices, 256))
-    images = [part["image"] for part in parts] or [np.zeros((0, *config.data.image_size, 3), np.uint8)]
+    images = [part["image"] for part in parts] or [
+        np.zeros((0, *config.data.image_size, config.data.channels), np.uint8)
+    ]
     if source.class_names is None:
         return np.concatenate(images), None
     return np.concatenate(images), np.concatenate([part["label"] for part in parts] or [np.zeros(0, np.int32)])

@@ -34,7 +34,7 @@ class DecodedSet:
     """All images of a set.
 
     Attributes:
-      planar: the images, uint8 (n, 3, H, W).
+      planar: the images, uint8 (n, C, H, W).
       bad: whether an image cannot be decoded, bool (n,).
     """
 
@@ -62,10 +62,10 @@ def decode_set(
       Stalled: images cannot be read in time.
     """
     size = _common_size(source, stall_seconds)
-    if size is None or len(source) * size[0] * size[1] * 3 > memory_mb * 2**20:
+    if size is None or len(source) * size[0] * size[1] * source.channels > memory_mb * 2**20:
         return None
     start = time.monotonic()
-    planar = np.zeros((len(source), 3, *size), np.uint8)
+    planar = np.zeros((len(source), source.channels, *size), np.uint8)
     bad = np.zeros(len(source), bool)
     reasons: list[tuple[int, str]] = []
 
@@ -133,7 +133,7 @@ class BatchAugmenter:
         """Makes the images of the positions first ... first + count - 1.
 
         Returns:
-          The entries of the layout, such as 'image', uint8 (count, H, W, 3); the images' indices, int32 (count,); how
+          The entries of the layout, such as 'image', uint8 (count, H, W, C); the images' indices, int32 (count,); how
           many of them replace undecodable ones.
         """
         size = len(self._data.bad)
@@ -144,7 +144,7 @@ class BatchAugmenter:
             while self._data.bad[indices[row]]:
                 indices[row] = sampling.replacement(self._seed, first + int(row), attempt, size)
                 attempt += 1
-        crops = empty(self._layout, count)
+        crops = empty(self._layout, count, self._data.planar.shape[1])
 
         def fill(i: int) -> None:
             self._fill({k: x[i : i + CHUNK] for k, x in crops.items()}, indices[i : i + CHUNK], first + i)
@@ -175,7 +175,7 @@ class BatchAugmenter:
         if slow:
             sizes, a = [a.size for _, _, a in slow], slow[0][2]
             for row, image in enumerate(planar):
-                whole = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                whole = decoding.picture(np.ascontiguousarray(image.transpose(1, 2, 0)))
                 cut = decoding.crops(whole, [boxes[row] for _, boxes, _ in slow], sizes, a.resample, a.alone)
                 for (images, _, _), crop in zip(slow, cut, strict=True):
                     images[row] = np.asarray(crop)

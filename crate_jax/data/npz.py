@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from crate_jax.data import decoding
 from crate_jax.data.sources import (
     ColumnSource,
     Request,
@@ -28,7 +29,6 @@ from crate_jax.workdir.folder import expanduser
 
 IMAGES = ("images", "image", "imgs", "x", "data")
 LABELS = ("labels", "label", "y", "targets", "target")
-CHANNELS = (1, 3)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member; its last two numbers are the lengths of name and extra
 _READING = threading.Lock()  # threads that ask for the first images wait for one of them to read the array
 
@@ -80,16 +80,20 @@ class NpzSource(ColumnSource):
     """The images of one array; a copy of the source in another process reads them again from the file.
 
     Args:
-      images: the array, uint8 (n, H, W), (n, H, W, C) or (n, C, H, W) with C channels, 1 or 3.
+      images: the array, uint8 (n, H, W), (n, H, W, C) or (n, C, H, W).
+      channels: C; images of 3 channels may be stored as grey ones.
       labels: see ColumnSource.
       class_names: see ColumnSource.
       max_pixels: see ColumnSource.
     """
 
-    def __init__(self, images: Member, labels: np.ndarray | None, class_names: list[str], max_pixels: int):
+    def __init__(
+        self, images: Member, channels: int, labels: np.ndarray | None, class_names: list[str], max_pixels: int
+    ):
         super().__init__(labels, class_names, max_pixels)
         self._member = images
-        self._channels_first = len(images.shape) == 4 and images.shape[3] not in CHANNELS
+        self.channels = channels
+        self._channels_first = len(images.shape) == 4 and images.shape[3] not in _stored(channels)
         self._images: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,7 +102,7 @@ class NpzSource(ColumnSource):
     def __len__(self) -> int:
         return self._member.shape[0]
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> decoding.Picture:
         """See Source.open."""
         with _READING:
             if self._images is None:
@@ -106,6 +110,8 @@ class NpzSource(ColumnSource):
         image = self._images[index]
         if self._channels_first:
             image = image.transpose(1, 2, 0)
+        if self.channels != 3:
+            return np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)
         return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1:] == (1,) else image))
 
     def name(self, index: int) -> str:
@@ -156,7 +162,7 @@ def open_npz(path: str, request: Request) -> NpzSource | None:
     for member in (*images.values(), *columns.values()):
         _require_readable(member)
     for member in images.values():
-        _require_images(member, request.max_pixels)
+        _require_images(member, request.channels, request.max_pixels)
     numbers: dict[str, np.ndarray | None] = {}
     class_names: list[str] = []
     for name, member in columns.items():
@@ -171,7 +177,7 @@ def open_npz(path: str, request: Request) -> NpzSource | None:
             f"{root}: has no array {request.label_column!r}, which config.data.label_column names; it holds {there}"
         )
     return first_labelled(
-        NpzSource(images[name], numbers.get(name), class_names, request.max_pixels)
+        NpzSource(images[name], request.channels, numbers.get(name), class_names, request.max_pixels)
         for name in candidates(list(images), request)
     )
 
@@ -261,14 +267,21 @@ def _require_readable(member: Member) -> None:
         )
 
 
-def _require_images(member: Member, max_pixels: int) -> None:
-    shape = member.shape
-    last, second = (shape[3] in CHANNELS, shape[1] in CHANNELS) if len(shape) == 4 else (len(shape) == 3, False)
+def _stored(channels: int) -> tuple[int, ...]:
+    """The numbers of channels that an array may have: grey images are read as images of 3 channels, too."""
+    return (1, 3) if channels == 3 else (channels,)
+
+
+def _require_images(member: Member, channels: int, max_pixels: int) -> None:
+    shape, stored = member.shape, _stored(channels)
+    last, second = (shape[3] in stored, shape[1] in stored) if len(shape) == 4 else (False, False)
+    last |= len(shape) == 3 and 1 in stored
     if member.dtype != np.uint8 or last == second:
         raise DataError(
             f"{member.path}: the array {member} must be images, uint8 (n, height, width), (n, height, width, channels) "
-            "or (n, channels, height, width) with 1 or 3 channels"
+            f"or (n, channels, height, width) with {' or '.join(map(str, stored))} channels"
             + (", but it may be either" if last and second else "")
+            + ("; config.data.channels says how many" if member.dtype == np.uint8 else "")
         )
     height, width = (shape[1], shape[2]) if last else (shape[2], shape[3])
     if not 0 < height * width <= max_pixels or not shape[0]:

@@ -91,7 +91,7 @@ class TrainPipeline:
         """Yields the batches of the steps start_step, start_step + 1, ... without end.
 
         Yields:
-          'image', uint8 (b, H, W, 3), or 'views', uint8 (b, 2, H, W, 3), and 'small_views', uint8 (b, S, h, w, 3), if
+          'image', uint8 (b, H, W, C), or 'views', uint8 (b, 2, H, W, 3), and 'small_views', uint8 (b, S, h, w, 3), if
           there are small ones; 'mask', int16 (b, H, W), if the source has masks; 'index', int32 (b,), the images'
           indices in the set; 'undecodable', int32 (), how many files could not be decoded for this batch.
 
@@ -176,14 +176,14 @@ def batch_shapes(config: ConfigDict, inputs: Iterable[str]) -> dict[str, jax.Sha
       config: a validated config.
       inputs: the names of the entries, as in `Method.inputs`.
     """
-    B, size = int(config.batch_size), tuple(config.data.image_size)
+    B, size, C = int(config.batch_size), tuple(config.data.image_size), int(config.data.channels)
     shapes = {
-        "image": ((*size, 3), np.uint8),
+        "image": ((*size, C), np.uint8),
         "mask": (size, np.int16),
         "label": ((), np.int32),
         "index": ((), np.int32),
     }
     if "views" in (names := tuple(inputs)):
         crops = recipes.layout(config)
-        shapes |= {name: ((len(views), *views[0].size, 3), np.uint8) for name, views in crops.items()}
+        shapes |= {name: ((len(views), *views[0].size, C), np.uint8) for name, views in crops.items()}
     return {name: jax.ShapeDtypeStruct((B, *shapes[name][0]), shapes[name][1]) for name in names}

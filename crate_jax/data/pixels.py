@@ -12,11 +12,11 @@ def normalise(images_uint8: jax.Array, config: ConfigDict) -> jax.Array:
     """Scales bytes to [0, 1], subtracts config.data.mean and divides by config.data.std, per channel.
 
     Args:
-      images_uint8: images, uint8 (..., 3).
+      images_uint8: images, uint8 (..., C).
       config: the whole config; reads config.data.mean and config.data.std.
 
     Returns:
-      Normalised pixels, float32 (..., 3).
+      Normalised pixels, float32 (..., C).
 
     >>> config = ConfigDict({"data": {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.5)}})
     >>> normalise(jnp.array([[255, 0, 255]], jnp.uint8), config).tolist()
@@ -27,7 +27,7 @@ def normalise(images_uint8: jax.Array, config: ConfigDict) -> jax.Array:
 
 
 def denormalise(images: jax.Array, config: ConfigDict) -> jax.Array:
-    """Inverts :func:`normalise`, up to pixels (..., 3) in 0..1, which are not clipped.
+    """Inverts :func:`normalise`, up to pixels (..., C) in 0..1, which are not clipped.
 
     >>> config = ConfigDict({"data": {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.5)}})
     >>> denormalise(jnp.array([[2.0, -2.0, 1.0]]), config).tolist()

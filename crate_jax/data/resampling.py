@@ -42,11 +42,11 @@ class BatchResizer:
         """Resizes one box of each image.
 
         Args:
-          images: planar images, uint8 (B, 3, H, W).
+          images: planar images, uint8 (B, C, H, W).
           boxes: top, left, height and width of each box in pixels, int64 (B, 4).
 
         Returns:
-          The resized boxes, uint8 (B, h, w, 3).
+          The resized boxes, uint8 (B, h, w, C).
         """
         batch, channels, height, width = images.shape
         across = self._columns[_box_number(boxes[:, 1], boxes[:, 3], width)]

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,12 +83,12 @@ def kept(
         raise DataError(f"{e.filename}: cannot be read ({e.strerror})") from None
     file = Path(_cache(), "crate_jax", f"{kind}-{digest(VERSION, states, *options)}.npz")
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+        with np.load(file, allow_pickle=False) as found:
+            return dict(found)
     except Exception as e:  # a damaged file may raise any error; the arrays are made anew
         log.debug("%s: %s", file, e)
     log.info("reading %d file%s of %s", len(paths), "s" * (len(paths) > 1), paths[0].parent)
-    arrays = read()
+    arrays: dict[str, Any] = read()
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         if not file.is_absolute():

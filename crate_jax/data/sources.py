@@ -53,6 +53,7 @@ class Request:
       image_column: the name of the images; 'auto': a usual one, which each source documents.
       label_column: the name of the labels; 'auto': a usual one if it is there; '': the set is read without labels.
       max_pixels: see :func:`crate_jax.data.decoding.open_image`.
+      channels: the number of channels of the images.
     """
 
     source: str
@@ -62,12 +63,14 @@ class Request:
     image_column: str
     label_column: str
     max_pixels: int
+    channels: int
 
     @classmethod
     def from_config(cls, config: ConfigDict, split: str) -> Request:
         """Reads `config.data`."""
         d = config.data
-        return cls(d.source, split, d.train_split, d.eval_split, d.image_column, d.label_column, int(d.max_pixels))
+        columns = (d.image_column, d.label_column)
+        return cls(d.source, split, d.train_split, d.eval_split, *columns, int(d.max_pixels), int(d.channels))
 
 
 def split_role(name: str) -> str | None:
@@ -147,7 +150,7 @@ def require_all_shards(split: str, paths: Sequence[Path]) -> None:
 def candidates(names: Sequence[str], request: Request) -> list[str]:
     """Returns which of a set's named splits may be the one to open; :func:`first_labelled` decides.
 
-    >>> candidates(["Training", "val", "test"], Request("npz:a", "eval", "train", "auto", "auto", "auto", 9))
+    >>> candidates(["Training", "val", "test"], Request("npz:a", "eval", "train", "auto", "auto", "auto", 9, 3))
     ['test', 'val']
 
     Raises:
@@ -242,9 +245,11 @@ class Source(abc.ABC):
     Attributes:
       class_names: one name per class, fit to be shown, or None if the set has no labels.
       split: the split's name in the set, such as that of a sub-folder; '' for a whole set.
+      channels: C, the number of channels of an image.
     """
 
     split: str = ""
+    channels: int = 3
     class_names: list[str] | None = None
     _labels: np.ndarray | None = None
 
@@ -253,8 +258,8 @@ class Source(abc.ABC):
         """Number of images."""
 
     @abc.abstractmethod
-    def open(self, index: int) -> Image.Image:
-        """Opens an image without necessarily decoding its pixels.
+    def open(self, index: int) -> decoding.Picture:
+        """Opens an image without necessarily decoding its pixels; pixels, uint8 (H, W, C), if C is not 3.
 
         Raises:
           DecodeError: the file is damaged or is not an image.
@@ -282,7 +287,7 @@ class Source(abc.ABC):
         return None if labels is None else labels[np.asarray(indices, np.int64)]
 
     def read(self, index: int) -> np.ndarray:
-        """Decodes an image to uint8 (H, W, 3).
+        """Decodes an image to uint8 (H, W, C).
 
         Raises:
           DecodeError: the file is damaged or is not an image.

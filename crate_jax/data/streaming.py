@@ -78,7 +78,7 @@ class ChunkSource:
         indices = sampling.indices(self.seed, np.arange(first, first + count), len(self.source))
         views = list(numbered(self.layout))
         uniforms = np.stack([sampling.uniforms(self.seed, first, count, DRAWS, view) for view in range(len(views))])
-        crops = empty(self.layout, count)
+        crops = empty(self.layout, count, self.source.channels)
         masks = np.full((count, *views[0][2].size), IGNORED, np.int16) if isinstance(self.source, PairSource) else None
         bad: list[tuple[int, str]] = []
         rows = list(range(count))
@@ -136,7 +136,9 @@ class ChunkSource:
                 failed.append(row)
         return failed
 
-    def _augment(self, a: Augmentation, crop: Image.Image, flip: bool, position: int) -> np.ndarray:
+    def _augment(self, a: Augmentation, crop: decoding.Picture, flip: bool, position: int) -> np.ndarray:
+        if isinstance(crop, np.ndarray):
+            return crop[:, ::-1] if flip else crop
         if flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if a.layers:

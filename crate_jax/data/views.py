@@ -35,7 +35,7 @@ def augmented_views(
         bytes. Otherwise crop, flip and RandAugment of config.data.
 
     Yields:
-      The views of one image, uint8 (q, H, W, 3), and its index; undecodable images are skipped.
+      The views of one image, uint8 (q, H, W, C), and its index; undecodable images are skipped.
 
     Raises:
       DataError: too many images cannot be decoded.
@@ -44,7 +44,7 @@ def augmented_views(
     undecodable = Undecodable(source, config.data.max_undecodable)
     for index in map(int, indices):
         try:
-            image = Image.fromarray(source.read(index))
+            image = decoding.picture(source.read(index))
         except decoding.DecodeError as e:
             undecodable.add([(index, str(e))], 1)
             continue
@@ -52,18 +52,19 @@ def augmented_views(
         yield draw(image, index), index
 
 
-Draw = Callable[[Image.Image, int], np.ndarray]  # (an image, its index) -> views, uint8 (q, H, W, 3)
+Draw = Callable[[decoding.Picture, int], np.ndarray]  # (an image, its index) -> views, uint8 (q, H, W, C)
 
 
 def _by_augmentation(config: ConfigDict, views: int) -> Draw:
     augmentation = Augmentation.from_config(config)
 
-    def draw(image: Image.Image, index: int) -> np.ndarray:
+    def draw(image: decoding.Picture, index: int) -> np.ndarray:
         first = index * views
         uniforms = sampling.uniforms(config.seed, first, views, DRAWS)
-        boxes = augmentation.boxes(uniforms, np.full(views, image.height), np.full(views, image.width))
+        height, width = decoding.oriented_size(image)
+        boxes = augmentation.boxes(uniforms, np.full(views, height), np.full(views, width))
         flips = augmentation.flips(uniforms)
-        out = np.empty((views, *augmentation.size, 3), np.uint8)
+        out = np.empty((views, *augmentation.size, config.data.channels), np.uint8)
         for view in range(views):
             cropped = decoding.crop_resize(image, boxes[view], augmentation.size, augmentation.resample)
             pixels = np.asarray(cropped)[:, ::-1] if flips[view] else np.asarray(cropped)
@@ -81,7 +82,7 @@ def _by_recipe(config: ConfigDict, views: int) -> Draw:
     crops = recipes.layout(config)["views"]
     options = tuple(device_augmentation.Options.of(config, kind) for kind in range(recipes.LARGE))
 
-    def draw(image: Image.Image, index: int) -> np.ndarray:
+    def draw(image: decoding.Picture, index: int) -> np.ndarray:
         cropped = [_crop(config, image, index, view, crops[view % recipes.LARGE]) for view in range(views)]
         return np.asarray(_changed(np.stack(cropped), config.seed, np.int32(index), options, config.views.sigma[1]))
 
@@ -109,10 +110,11 @@ def _changed(
     return out_qHWC
 
 
-def _crop(config: ConfigDict, image: Image.Image, index: int, view: int, augmentation: Augmentation) -> np.ndarray:
+def _crop(config: ConfigDict, image: decoding.Picture, index: int, view: int, augmentation: Augmentation) -> np.ndarray:
     """A view's crop, flipped or not, uint8 (H, W, 3)."""
     uniforms = sampling.uniforms(config.seed, index, 1, DRAWS, view)
-    (box,) = augmentation.boxes(uniforms, np.array([image.height]), np.array([image.width]))
+    height, width = decoding.oriented_size(image)
+    (box,) = augmentation.boxes(uniforms, np.array([height]), np.array([width]))
     (crop,) = decoding.crops(image, [box], [augmentation.size], augmentation.resample, augmentation.alone)
     return np.asarray(crop)[:, :: -1 if augmentation.flips(uniforms)[0] else 1]
 
@@ -134,7 +136,7 @@ def shown_views(config: ConfigDict, source: Source, indices: np.ndarray) -> dict
       DecodeError: an image cannot be decoded.
     """
     layout = recipes.layout(config)
-    out = empty(layout, len(indices))
+    out = empty(layout, len(indices), 3)
     for row, index in enumerate(map(int, indices)):
         image = Image.fromarray(source.read(index))
         for view, (name, place, a) in enumerate(numbered(layout)):

@@ -110,7 +110,7 @@ def process_batches(
     """
     parts = np.array_split(np.asarray(indices), distributed.processes())
     batches = eval_batches(config, source, parts[distributed.process()], images_per_process(config, mesh))
-    empty = {"image": np.zeros((0, *config.data.image_size, 3), np.uint8)}
+    empty = {"image": np.zeros((0, *config.data.image_size, config.data.channels), np.uint8)}
     for _ in range(-(-len(parts[0]) // images_per_process(config, mesh))):
         yield next(batches, empty)
 

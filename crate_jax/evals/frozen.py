@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from crate_jax import data
+from crate_jax.data import decoding
 from crate_jax.data.evaluation import CHUNK
 from crate_jax.data.sampling import sample
 from crate_jax.data.views import augmented_views
@@ -34,7 +35,7 @@ Read = Callable[[data.Source, np.ndarray], Rows]  # of a split and the indices o
 
 
 def pixel_rows(images: np.ndarray) -> np.ndarray:
-    """Returns images, uint8 (n, H, W, 3), as rows of numbers in 0..1, float32 (n, h * w * 3).
+    """Returns images, uint8 (n, H, W, C), as rows of numbers in 0..1, float32 (n, h * w * C).
 
     Larger images are first averaged to h and w of at most MAX_PIXEL_SIDE pixels.
 
@@ -44,8 +45,9 @@ def pixel_rows(images: np.ndarray) -> np.ndarray:
     height, width = images.shape[1:3]
     shrink = max(height, width) / MAX_PIXEL_SIDE
     if shrink > 1:
-        size = max(1, round(width / shrink)), max(1, round(height / shrink))
-        images = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BOX)) for x in images])
+        size = max(1, round(height / shrink)), max(1, round(width / shrink))
+        box, filter = (0, 0, height, width), Image.Resampling.BOX
+        images = np.stack([np.asarray(decoding.crop_resize(decoding.picture(x), box, size, filter)) for x in images])
     return images.reshape(len(images), -1).astype(np.float32) / 255.0
 
 
@@ -61,7 +63,7 @@ def split_pixels(config: ConfigDict, source: data.Source, indices: np.ndarray) -
     chunks = [(pixel_rows(b["image"]), b["label"]) for b in data.eval_batches(config, source, own, CHUNK)]
     if distributed.max_over_processes(len(chunks)) == 0:
         raise DataError(f"evaluation: none of {len(indices)} images can be decoded, for example {source.name(0)}")
-    width = pixel_rows(np.zeros((1, *config.data.image_size, 3), np.uint8)).shape[1]
+    width = pixel_rows(np.zeros((1, *config.data.image_size, config.data.channels), np.uint8)).shape[1]
     rows = np.concatenate([np.zeros((0, width), np.float32), *(x for x, _ in chunks)])
     labels = np.concatenate([np.zeros(0, np.int32), *(y for _, y in chunks)])
     return distributed.gather_rows(rows), distributed.gather_rows(labels)
@@ -187,10 +189,12 @@ class FrozenEvaluation:
         views = augmented_views(self._config, self._train, parts[distributed.process()], q, self._recipe)
         images = (view for views_q, _ in views for view in views_q)
 
+        size = self._config.data.image_size
+
         def batches() -> Iterator[np.ndarray]:  # as many in every process
             for _ in range(-(-len(parts[0]) * q // rows)):
                 batch = list(itertools.islice(images, rows))
-                yield np.stack(batch) if batch else np.zeros((0, *self._config.data.image_size, 3), np.uint8)
+                yield np.stack(batch) if batch else np.zeros((0, *size, self._config.data.channels), np.uint8)
 
         encode = functools.partial(self._features, params)
         features = distributed.gather_rows(extract(encode, batches(), rows, sharding.split(self._mesh)))

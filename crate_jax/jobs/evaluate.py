@@ -60,6 +60,7 @@ def inherit(config: ConfigDict, encoder: pretrained.Pretrained) -> ConfigDict:
         if value != defaults[key] and value != theirs.get(key, defaults[key]):
             raise ConfigError(f"config.encoder.{key}={value!r}: the encoder is that of {encoder.name}; leave it unset")
     full.encoder.update(theirs)
+    full.data.channels = encoder.config["data"].get("channels", 3)
     full.encoder.norm_groups = 1  # of the run's batches
     full.evaluation.pool = _pool(config, encoder)
     if not any(full.data.image_size):

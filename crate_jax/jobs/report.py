@@ -234,9 +234,15 @@ def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
         for key in DATA_KEYS:
             full.data[key] = config.data[key]
     full.job = saved.get("job", "evaluate")
+    source = full.data.source
+    unknown = not config.data.source and not data.is_source(source)  # a later version's: opening it says so
+    if unknown:
+        full.data.source = "digits"
     if not (full.steps or full.epochs):  # a file of weights, which no run of ours wrote
         full.job = "evaluate"
     validate(full)
+    if unknown:
+        full.data.source = source
     return full
 
 

@@ -186,8 +186,8 @@ def grids(config: ConfigDict, image_size: Sequence[int] | None = None) -> tuple[
 
 
 def blank_image(config: ConfigDict) -> jax.Array:
-    """One image of zeros (1, H, W, 3) of the config's size, the input with which parameters are initialised."""
-    return jnp.zeros((1, *config.data.image_size, 3), jnp.float32)
+    """One image of zeros (1, H, W, C) of the config's size, the input with which parameters are initialised."""
+    return jnp.zeros((1, *config.data.image_size, config.data.channels), jnp.float32)
 
 
 MAX_PATCHES = 2**20  # per image

@@ -54,7 +54,7 @@ def build(config: ConfigDict) -> Autoencoder:
 def patch_numbers(config: ConfigDict) -> tuple[int, int]:
     """(N, P): the number of patches per image, and of numbers per patch."""
     h, w = grid_shape(config.data.image_size, config.encoder.patch_size)
-    return h * w, 3 * config.encoder.patch_size**2
+    return h * w, config.data.channels * config.encoder.patch_size**2
 
 
 def init_params(config: ConfigDict, key: jax.Array) -> dict:

@@ -168,7 +168,7 @@ def _transformer(config: ConfigDict) -> nn.Module:
 
 def _linear(config: ConfigDict) -> nn.Module:
     return LinearDecoder(
-        pixels=3 * config.encoder.patch_size**2,
+        pixels=config.data.channels * config.encoder.patch_size**2,
         prefix=prefix_tokens(config),
         initializer=config.encoder.init,
         dtype=jnp.dtype(config.dtype),
@@ -178,7 +178,7 @@ def _linear(config: ConfigDict) -> nn.Module:
 def _shared(config: ConfigDict) -> dict:
     return dict(
         grid=grid_shape(config.data.image_size, config.encoder.patch_size),
-        pixels=3 * config.encoder.patch_size**2,
+        pixels=config.data.channels * config.encoder.patch_size**2,
         prefix=prefix_tokens(config),
         remat=remat_rule(config),
         dtype=jnp.dtype(config.dtype),

@@ -1,7 +1,7 @@
 """Images as sequences of patches, and the fixed tables of their positions.
 
 Shapes: B batch, H and W pixels, h and w patches per side, N = h * w tokens, p patch side,
-P = p * p * 3 numbers per patch, D width.
+C channels, P = p * p * C numbers per patch, D width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def grid_shape(image_size: Sequence[int], patch_size: int) -> tuple[int, int]:
 
 
 def patchify(images_BHWC: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts images (B, H, W, 3) into raster-ordered patches (B, N, P), P as (row, column, channel).
+    """Cuts images (B, H, W, C) into raster-ordered patches (B, N, P), P as (row, column, channel).
 
     >>> image_BHWC = jnp.arange(8).reshape(1, 2, 4, 1)
     >>> patchify(image_BHWC, 2).tolist()
@@ -42,7 +42,7 @@ def patchify(images_BHWC: jax.Array, patch_size: int) -> jax.Array:
 
 
 def unpatchify(patches_BNP: jax.Array, image_size: tuple[int, int], patch_size: int) -> jax.Array:
-    """Inverse of :func:`patchify`: (B, N, P) -> (B, H, W, 3)."""
+    """Inverse of :func:`patchify`: (B, N, P) -> (B, H, W, C)."""
     B = patches_BNP.shape[0]
     h, w = grid_shape(image_size, patch_size)
     x = patches_BNP.reshape(B, h, w, patch_size, patch_size, -1)

@@ -296,7 +296,8 @@ class ResNetEncoder(nn.Module):
         groups_BG = draw_groups(keys_B, self.norm_groups) if keys_B is not None and self.norm_groups > 1 else None
         fill_P = None
         if corruption.fills_encoder:
-            fill_P = self.param("mask_token", TOKEN_INIT, (1, 1, 3 * self.patch_size**2), jnp.float32)[0, 0]
+            numbers = images_BHWC.shape[-1] * self.patch_size**2
+            fill_P = self.param("mask_token", TOKEN_INIT, (1, 1, numbers), jnp.float32)[0, 0]
         x = corrupt_image(images_BHWC, corruption, self.patch_size, fill_P)
         x = Stem(self.width, self.stem, self.stem_padding, train, self.dtype, name="stem")(x, groups_BG)
         self.sow("intermediates", "input", x.reshape(x.shape[0], -1, x.shape[-1]))

@@ -20,8 +20,9 @@ def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     Small images are enlarged by a whole factor without smoothing, so that each of their pixels stays visible.
 
     Args:
-      columns: for each caption, images with values in [0, 1], float (n, H, W, 3), of one shape in all columns. Values
-        outside are clipped; NaN becomes black.
+      columns: for each caption, images with values in [0, 1], float (n, H, W, C), of one n, H and W in all columns.
+        Values outside are clipped; NaN becomes black. Of more than three channels the first three are shown, of two
+        the first one, as grey.
 
     Returns:
       The picture, uint8 (Hg, Wg, 3).
@@ -29,6 +30,7 @@ def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     Raises:
       ValueError: there is no column or no image, or the columns have different or wrong shapes.
     """
+    columns = {caption: _rgb(np.asarray(images)) for caption, images in columns.items()}
     shapes = {caption: np.shape(images) for caption, images in columns.items()}
     shape = next(iter(shapes.values()), ())
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape or len(set(shapes.values())) != 1:
@@ -48,6 +50,13 @@ def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
             cell = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
             picture.paste(Image.fromarray(cell), (x, GAP + header + i * (height + GAP)))
     return np.asarray(picture)
+
+
+def _rgb(images: np.ndarray) -> np.ndarray:
+    """The channels of images (n, H, W, C) that are shown as red, green and blue."""
+    if images.ndim != 4 or images.shape[-1] in (0, 3):
+        return images
+    return images[..., :3] if images.shape[-1] > 3 else images[..., [0, 0, 0]]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

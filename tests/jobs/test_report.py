@@ -443,6 +443,19 @@ def test_a_run_keeps_its_config_and_takes_the_options_of_the_report():
     assert configs.parts(full) == ("encoder",)
 
 
+def test_a_source_that_is_unknown_here_costs_only_what_needs_images():
+    saved = json.loads(json.dumps(tiny().to_dict()))
+    saved["data"]["source"] = "tape:7"
+    full = job.resolve(report_config.get_config(), saved)
+    assert full.data.source == "tape:7"
+    with pytest.raises(ConfigError, match="config.data.source='tape:7': must be one of digits"):  # left out, not raised
+        job._open(full)
+    options = report_config.get_config()
+    options.data.source = "tape:8"
+    with pytest.raises(ConfigError, match="tape:8"):
+        job.resolve(options, saved)
+
+
 def test_every_key_is_of_the_run_or_of_the_report():
     """A section that does not say which cannot be made: left out, a run would show with defaults."""
     with pytest.raises(TypeError, match="of_the_run"):

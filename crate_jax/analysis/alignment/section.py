@@ -54,6 +54,10 @@ def section(subjects: Sequence[Subject]) -> Section:
     notes: list[str] = []
     together: dict[tuple, list[tuple[Subject, ConfigDict]]] = {}
     for subject in subjects:
+        if subject.config.data.channels != 3:
+            notes.append(f"{subject.name}: no alignment, as its images have {subject.config.data.channels} channels.")
+    subjects = [subject for subject in subjects if subject.config.data.channels == 3]
+    for subject in subjects:
         if subject.train is None or subject.train.class_names is None:
             notes.append(f"{subject.name}: no alignment, as there are no labelled training images.")
             continue

@@ -75,7 +75,7 @@ def features(config: ConfigDict, rows: str = "pooled") -> Features:
 
 def _groups(config: ConfigDict, apply: Features) -> list[tuple[int, int, int]]:
     """(places, rows per image, width) of each group of places of features without a corruption."""
-    images = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), np.uint8)
+    images = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), np.uint8)
     params = jax.eval_shape(lambda: representation.init_params(config, jax.random.key(0)))
     found = jax.eval_shape(lambda p, x: apply(p, x, corruptions.Identity()), params, images)
     return [x.shape for x in found]
