@@ -197,7 +197,9 @@ DATA = Section(
         ),
         image_size=Key((224, 224), anything, "height, width in pixels; one number: both"),
         channels=Key(3, within(1, MAX_CHANNELS), "channels of an image; others than 3: npz, reconstruction"),
-        mean=Key(IMAGENET_MEAN, must("be numbers, one per channel", bool), "mean per channel, of pixels scaled to [0, 1]"),
+        mean=Key(
+            IMAGENET_MEAN, must("be numbers, one per channel", bool), "mean per channel, of pixels scaled to [0, 1]"
+        ),
         std=Key(
             IMAGENET_STD,
             must("be numbers, one per channel, all positive", lambda v: bool(v) and min(v) > 0),
