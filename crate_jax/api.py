@@ -251,8 +251,7 @@ class Encoder:
         c = self.config
         return f"Encoder({self.name!r}, {c.encoder.name}, image_size={tuple(c.data.image_size)})"
 
-    @staticmethod
-    def paths(images: Images) -> list[str]:
+    def paths(self, images: Images) -> list[str]:
         """What each row that the other methods return for `images` comes from.
 
         Of a folder these are the paths of all images below it, as bytes in increasing order ("B" before "a"); a path is
@@ -261,7 +260,7 @@ class Encoder:
         Raises:
           DataError: `images` is none of the forms, or there are none.
         """
-        source = _source(images)
+        source = _source(images, int(self.config.data.channels))
         name = source.path if isinstance(source, FolderSource) else source.name
         return [name(i) for i in range(len(source))]
 
