@@ -154,11 +154,16 @@ def _check_channels(c: ConfigDict) -> None:
             )
     if data.channels == 3:
         return
-    other = f"config.data.channels={data.channels}"
     if not data.source.startswith("npz:"):
-        raise ConfigError(f"{other}: must be 3 with config.data.source={data.source!r}; npz: keeps other channels")
+        raise ConfigError(
+            f"config.data.channels={data.channels}: must be 3 with config.data.source={data.source!r}; npz: keeps "
+            "other channels"
+        )
     if data.randaugment_layers:
-        raise ConfigError(f"{other}: config.data.randaugment_layers must be 0, since it changes red, green and blue")
+        raise ConfigError(
+            f"config.data.randaugment_layers={data.randaugment_layers}: must be 0 with config.data.channels="
+            f"{data.channels}, since it changes red, green and blue"
+        )
 
 
 DATA = Section(
@@ -198,7 +203,9 @@ DATA = Section(
         image_size=Key((224, 224), anything, "height, width in pixels; one number: both"),
         channels=Key(3, within(1, MAX_CHANNELS), "channels of an image; others than 3: npz, reconstruction"),
         mean=Key(
-            IMAGENET_MEAN, must("be numbers, one per channel", bool), "mean per channel, of pixels scaled to [0, 1]"
+            IMAGENET_MEAN,
+            must("be numbers, one per channel", bool),
+            "mean per channel, of pixels scaled to [0, 1]",
         ),
         std=Key(
             IMAGENET_STD,

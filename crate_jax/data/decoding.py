@@ -66,8 +66,6 @@ METADATA = (*TEXTS, b"tIME", b"pHYs", b"hIST", b"sPLT", b"cHRM", b"gAMA", b"sRGB
 # output: the antialiasing filter, not the decoder, then decides the result.
 DRAFT_MARGIN = 2.0
 _RAW_MODE, _DATA = "crate_jax raw mode", "crate_jax data"  # entries of Image.info
-
-
 # An opened image, or the pixels of one that has another number of channels than 3, uint8 (H, W, C).
 Picture = Image.Image | np.ndarray
 

@@ -237,7 +237,7 @@ def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
     source = full.data.source
     unknown = not config.data.source and not data.is_source(source)  # a later version's: opening it says so
     if unknown:
-        full.data.source = "digits"
+        full.data.source = f"npz:{source}"  # passes every rule
     if not (full.steps or full.epochs):  # a file of weights, which no run of ours wrote
         full.job = "evaluate"
     validate(full)

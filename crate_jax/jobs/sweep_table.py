@@ -239,7 +239,7 @@ def _title(config: ConfigDict, rows: Sequence[tuple[Any, list[Record], int]]) ->
         "encoder.name": f"{config.encoder.name} encoder",
         "corruption.name": f"{config.corruption.name} corruption" if is_read(config, "corruption.name") else "",
         "penalty": f"{config.penalty.name} penalty" if config.penalty.name != "none" else "",
-        "data.source": Path(rest).name if kind not in ("tfds", "digits", "synthetic") else rest or kind,
+        "data.source": rest if kind == "tfds" else Path(rest).name or kind,
         "steps": f"{steps} steps",
     }
     shown = [text for key, text in parts.items() if text and key != config.sweep.key]

@@ -131,7 +131,7 @@ def test_pictures_show_three_channels(channels, shown):
         ({"data.mean": (0.5,) * 3}, r"config.data.mean=\[0.5, 0.5, 0.5\]: must be 5 numbers, one per channel"),
         ({"data.std": (0.5,) * 6}, "config.data.std=.*: must be 5 numbers"),
         ({"data.source": "hf:a"}, "config.data.channels=5: must be 3 with config.data.source='hf:a'"),
-        ({"data.randaugment_layers": 1}, "config.data.randaugment_layers must be 0"),
+        ({"data.randaugment_layers": 1}, "config.data.randaugment_layers=1: must be 0 with config.data.channels=5"),
         (
             {"method": "byol"},
             "config.data.channels=5: must be 3, since config.method='byol' changes red, green and blue",
