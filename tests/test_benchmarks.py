@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import alignment_predicts
+from benchmarks import alignment_predicts, sources
 from benchmarks.stand_in import training_set
 from benchmarks.step import matmul_flops, random_batch
 from crate_jax import config
@@ -130,6 +130,18 @@ def test_alignment_predicts_ranks_gains_against_accuracies(tmp_path, capsys):
         alignment_predicts.main(arguments)
     with pytest.raises(SystemExit, match="holds no summary.json of a finished run"):
         alignment_predicts.main([*arguments[:2], str(tmp_path / "images")])
+
+
+def test_sources_compares_kinds_with_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # the benchmark sets it
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 7)).save(tmp_path / name / "0.png")
+    args = ["--batch_size", "2", "--size", "8", "--seconds", "0.01", "--rounds", "2"]
+    sources.main(["--folder", str(tmp_path), "--kinds", "webdataset,npz", *args])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["kind"] for row in rows] == ["folder", "npz", "webdataset"]
+    assert rows[0]["to_folder"] == 1 and all(row["images"] == 2 and row["cpu_us_per_image"] > 0 for row in rows)
 
 
 @pytest.mark.slow
