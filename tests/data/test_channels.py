@@ -38,8 +38,9 @@ def configured(path, channels=CHANNELS, **options):
 
 
 def saved(folder, images):
-    np.savez(folder / "a.npz", images=images)
-    return folder / "a.npz"
+    path = folder / f"{len(list(folder.iterdir()))}.npz"  # a thread may still read the one before, which is mapped
+    np.savez(path, images=images)
+    return path
 
 
 @pytest.mark.parametrize("alone", [False, True])
