@@ -18,6 +18,7 @@ from crate_jax.data.pairs import IGNORED, PairSource, open_pairs
 from crate_jax.data.pipeline import TrainPipeline, batch_shapes
 from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
 from crate_jax.data.recipes import VIEWS, preset
+from crate_jax.data.scenes import SceneSource
 from crate_jax.data.sources import Request, Source, SyntheticSource, digits
 from crate_jax.data.tfds_source import open_tfds
 from crate_jax.data.views import shown_views
@@ -66,6 +67,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_CHANNELS = 1024
 SOURCES = (
+    "scenes",
     "digits",
     "folder:PATH",
     "npz:PATH",
@@ -120,6 +122,8 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
     source: Source | None
     if kind == "digits":
         source = digits(split)
+    elif kind == "scenes":
+        source = SceneSource(split, data.image_size)
     elif kind == "synthetic":
         source = SyntheticSource(split, data.image_size)
     elif kind == "folder":
@@ -141,7 +145,7 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
 def is_source(text: str) -> bool:
     """Whether a text has the form of one of SOURCES."""
     kind, _, rest = text.partition(":")
-    return kind in ("folder", "tfds", *COLUMNS) if rest else text in ("digits", "synthetic")
+    return kind in ("folder", "tfds", *COLUMNS) if rest else text in ("scenes", "digits", "synthetic")
 
 
 def _check_channels(c: ConfigDict) -> None:

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from crate_jax import config as config_lib, data
+from crate_jax.data import scenes
+from crate_jax.data.sources import digits
 from crate_jax.data.undecodable import Undecodable
 from crate_jax.errors import ConfigError, DataError
 
@@ -364,7 +366,44 @@ def test_synthetic():
     np.testing.assert_array_equal(np.unique(train.labels), np.arange(10))
 
 
-@pytest.mark.parametrize("name", ["digits", "synthetic", "folder"])
+def test_scenes():
+    """Bright digits of one class on a dark piece of a photograph, the same each time, none of them in both splits."""
+    config = configured("scenes", image_size=(28, 36))
+    train, test = (data.open_split(config, split, labels_required=True) for split in ("train", "eval"))
+    images = np.stack([train.read(i) for i in range(40)])
+    assert images.shape == (40, 28, 36, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(images[13], data.open_split(config, "train").read(13))
+    assert len({x.tobytes() for x in images} | {test.read(i).tobytes() for i in range(40)}) == 80
+    covered = images.min(axis=-1) > 200
+    assert (covered.mean(axis=(1, 2)) > 0.04).all() and 0.1 < covered.mean() < 0.3
+    assert covered.any(axis=0).mean() > 0.75, "digits come nearly anywhere"
+    assert 10 < images[~covered].mean() < 90
+    for source, count in ((train, 6000), (test, 1000)):
+        assert len(source) == count and source.labels.dtype == np.int32
+        np.testing.assert_array_equal(np.bincount(source.labels), np.full(10, count // 10))
+    assert train.fingerprint() == data.open_split(config, "train").fingerprint() != test.fingerprint()
+    assert train.fingerprint() != data.open_split(configured("scenes", image_size=(28, 28)), "train").fingerprint()
+    with pytest.raises(IndexError):
+        test.read(1000)
+
+
+def test_a_scene_holds_digits_of_its_class(monkeypatch):
+    """Here the digits of a class are squares of one shade, and the background is black."""
+
+    def shaded(split):
+        source = digits(split)
+        source._images[...] = 10 * (1 + source.labels[:, None, None, None])
+        return source
+
+    monkeypatch.setattr(scenes, "digits", shaded)
+    monkeypatch.setattr(scenes, "DARK", 0.0)
+    source = data.open_split(configured("scenes"), "eval")
+    for i in (3, 8, 19):
+        brightest = 1.5 * 10 * (1 + i % 10)
+        assert 225 / 255 * brightest - 1 < source.read(i).max() < brightest + 1
+
+
+@pytest.mark.parametrize("name", ["digits", "scenes", "synthetic", "folder"])
 def test_sources_are_picklable(name, tmp_path):
     kind = tree(tmp_path, ["a/1.png", "b/2.png"]) if name == "folder" else name
     source = data.open_split(configured(kind), "train")
