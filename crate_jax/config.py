@@ -60,8 +60,11 @@ def _not_patch_sizes(sizes: Sequence[Any]) -> str:
 def _check_run(c: ConfigDict) -> None:
     if c.batch_size % c.accumulate:
         raise ConfigError(f"config.batch_size={c.batch_size}: must be a multiple of config.accumulate={c.accumulate}")
-    if c.job not in ("evaluate", "align") and bool(c.steps) == bool(c.epochs):
-        raise ConfigError(f"config.steps={c.steps}, config.epochs={c.epochs}: set exactly one of the two")
+    if c.job not in ("evaluate", "align") and sum(map(bool, (c.steps, c.epochs, c.minutes))) != 1:
+        raise ConfigError(
+            f"config.steps={c.steps}, config.epochs={c.epochs}, config.minutes={c.minutes}: set exactly one of the "
+            "three, the others to 0"
+        )
 
 
 RUN = Section(
@@ -75,8 +78,12 @@ RUN = Section(
             resume=RECORDED,
         ),
         method=Key("reconstruction", one_of(*PRETRAINING), "what pre-training optimises"),
-        steps=Key(0, at_least(0), "optimiser steps; 0: `epochs` counts", resume=FREE),
-        epochs=Key(0.0, at_least(0), "passes over the training split; 0: `steps` counts", resume=FREE),
+        steps=Key(0, at_least(0), "optimiser steps; 0: `epochs` or `minutes` count", resume=FREE),
+        epochs=Key(0.0, at_least(0), "passes over the training split; 0: `steps` or `minutes` count", resume=FREE),
+        minutes=Key(
+            0.0, at_least(0), "as many steps as take so long here, measured once (pace.json); 0: the others count",
+            resume=FREE,
+        ),
         batch_size=Key(256, positive, "images per optimiser step, over all devices and micro-batches", resume=RECORDED),
         accumulate=Key(
             1, positive, "micro-batches per optimiser step: the same update with less memory", resume=RECORDED

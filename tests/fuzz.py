@@ -66,6 +66,7 @@ NASTY = (
 ODD_JSON = (None, -1, 10**15, [], [10**12], [-3], ["a"], [3.5], "x", {}, True, "float32", 1e400)
 CONFIGS = {
     "quickstart": "penalty debug",
+    "photos": "size minutes encoder method corruption penalty debug",
     "cifar10": "encoder corruption penalty debug",
     "crate_mae": "variant penalty debug",
     "rop_vitb": "variant penalty debug",

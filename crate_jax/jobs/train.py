@@ -32,7 +32,7 @@ from crate_jax.methods import METHODS
 from crate_jax.methods.method import Method, Params, Scalars
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
-from crate_jax.training import nonfinite
+from crate_jax.training import nonfinite, pace
 from crate_jax.training.clock import Clock
 from crate_jax.training.loop import Loop, Observer, Picture
 from crate_jax.validation import FIXED, FREE, changed_keys, flatten
@@ -87,6 +87,9 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
         source = training_images(config)
         method = method_of(config, source)
+        if config.minutes:
+            config = pace.decided(config, method, source, mesh, folder, interrupt)
+            method = method_of(config, source)
         recipe = {"recipe": True} if "views" in method.inputs else {}
         evaluation = EVALUATIONS[config.job](config, method.features, source, mesh, **recipe)
         changes: list[dict[str, Any]] = []

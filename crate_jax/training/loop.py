@@ -137,6 +137,45 @@ class Speed:
         return images / seconds if images else None
 
 
+@contextlib.contextmanager
+def placed_batches(
+    config: ConfigDict,
+    method: Method,
+    source: data.Source,
+    mesh: Mesh,
+    interrupt: Interrupt,
+    clock: clocks.Clock,
+    start_step: int = 0,
+) -> Iterator[data.DevicePrefetch[dict[str, np.ndarray], Placed]]:
+    """A context with a method's batches on the devices, from `start_step` on."""
+    with clock.spent(clocks.INPUT):
+        pipeline = data.TrainPipeline(
+            config,
+            source,
+            views="views" in method.inputs,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def put(batch: dict[str, np.ndarray]) -> Placed:
+        if "label" in method.inputs:
+            labels = source.labels_of(batch["index"])
+            unlabelled = np.full(len(batch["index"]), -1, np.int32)
+            batch = {**batch, "label": unlabelled if labels is None else np.asarray(labels, np.int32)}
+        inputs = {name: batch[name] for name in method.inputs}
+        if distributed.processes() > 1:
+            inputs[SIGNAL] = np.full(len(batch["index"]), interrupt.signal or 0, np.int32)
+        return sharding.put_batch(inputs, mesh), int(batch["undecodable"]), batch["index"]
+
+    with (
+        contextlib.closing(pipeline),
+        contextlib.closing(
+            data.device_prefetch(pipeline.batches(start_step), put, config.data.prefetch, config.data.stall_seconds)
+        ) as ready,
+    ):
+        yield ready
+
+
 class Loop:
     """One process's run, with all that is open while it trains.
 
@@ -346,7 +385,8 @@ class Loop:
         self._wait_for_saves()
 
     def _steps(self, progress: metrics.Progress, observers: Sequence[Observer]) -> None:
-        with self._batches() as batches:
+        parts = self.config, self.method, self.source, self.mesh, self._interrupt, self.clock
+        with placed_batches(*parts, self.start_step) as batches:
             self._speed.restart()
             for step in range(self.start_step + 1, self.total + 1):
                 self._trace.begin(step, self.state)
@@ -395,38 +435,6 @@ class Loop:
 
     def _judged(self) -> Params:
         return self.state.judged(self.method)
-
-    @contextlib.contextmanager
-    def _batches(self) -> Iterator[data.DevicePrefetch[dict[str, np.ndarray], Placed]]:
-        """A context with the batches from `start_step` on."""
-        with self.clock.spent(clocks.INPUT):
-            pipeline = data.TrainPipeline(
-                self.config,
-                self.source,
-                views="views" in self.method.inputs,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-
-        def put(batch: dict[str, np.ndarray]) -> Placed:
-            if "label" in self.method.inputs:
-                labels = self.source.labels_of(batch["index"])
-                unlabelled = np.full(len(batch["index"]), -1, np.int32)
-                batch = {**batch, "label": unlabelled if labels is None else np.asarray(labels, np.int32)}
-            inputs = {name: batch[name] for name in self.method.inputs}
-            if distributed.processes() > 1:
-                inputs[SIGNAL] = np.full(len(batch["index"]), self._interrupt.signal or 0, np.int32)
-            return sharding.put_batch(inputs, self.mesh), int(batch["undecodable"]), batch["index"]
-
-        with (
-            contextlib.closing(pipeline),
-            contextlib.closing(
-                data.device_prefetch(
-                    pipeline.batches(self.start_step), put, self.config.data.prefetch, self.config.data.stall_seconds
-                )
-            ) as ready,
-        ):
-            yield ready
 
     def _note_signal(self, scalars: Sequence[Scalars]) -> None:
         """Notes a signal that came to any process: the step passes it on, so all processes note it at the same step."""

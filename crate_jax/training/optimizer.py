@@ -53,7 +53,7 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
       ConfigError: the warm-up is longer than the run, or starts or ends above the peak.
     """
     options = config.optimizer
-    warmup = options.warmup_steps or round(options.warmup_epochs * steps_per_epoch)
+    warmup = options.warmup_steps or round(options.warmup_epochs * steps_per_epoch + options.warmup_share * total_steps)
     if warmup > total_steps:
         key = "warmup_steps" if options.warmup_steps else "warmup_epochs"
         tenth = total_steps // 10 if options.warmup_steps else float(f"{total_steps / steps_per_epoch / 10:.1g}")
@@ -357,8 +357,8 @@ def _later(value: Any, steps: int) -> Any:
 
 
 def _check_optimizer(c: ConfigDict) -> None:
-    if c.optimizer.warmup_steps and c.optimizer.warmup_epochs:
-        raise ConfigError("config.optimizer: set warmup_steps or warmup_epochs, not both")
+    if sum(map(bool, (c.optimizer.warmup_steps, c.optimizer.warmup_epochs, c.optimizer.warmup_share))) > 1:
+        raise ConfigError("config.optimizer: set only one of warmup_steps, warmup_epochs and warmup_share")
     if c.optimizer.nesterov and c.optimizer.name in NESTEROV and not c.optimizer.momentum:
         raise ConfigError("config.optimizer.nesterov=True: needs config.optimizer.momentum above 0")
 
@@ -380,6 +380,7 @@ OPTIMIZER = Section(
         ),
         warmup_epochs=Key(0.0, at_least(0), "length of the linear warm-up in epochs"),
         warmup_steps=Key(0, at_least(0), "length of the linear warm-up in steps"),
+        warmup_share=Key(0.0, within(0, 1), "length of the linear warm-up as a share of the run's steps"),
         warmup_lr=Key(0.0, at_least(0), "rate at the start of the warm-up"),
         min_lr=Key(0.0, at_least(0), "rate at the end of the schedule"),
         warmup_peak=Key("after", one_of("after", "last"), "first update at the peak: after the warm-up, or its last"),

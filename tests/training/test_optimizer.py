@@ -120,6 +120,11 @@ def test_warm_up_in_epochs_is_rounded_to_steps():
     np.testing.assert_allclose(rate(4), 1.0)
 
 
+def test_a_warm_up_is_a_share_of_the_run():
+    rate = optimizer.schedule(configured(lr=1.0, warmup_share=0.17), 70, 9.0)  # 11.9 -> 12 steps
+    assert [float(rate(step)) for step in (0, 3, 12)] == pytest.approx([0.0, 0.25, 1.0])
+
+
 def test_a_warm_up_that_fills_the_run_reaches_the_peak_at_its_end():
     rate = optimizer.schedule(configured(lr=1.0, warmup_steps=10), 10, 10)
     np.testing.assert_allclose([rate(9), rate(10)], [0.9, 1.0], rtol=1e-6)

@@ -1,0 +1,102 @@
+"""How many steps config.minutes are: measured at a run's first start, and the same at every later one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from crate_jax import data
+from crate_jax.methods.method import Method
+from crate_jax.parallel import distributed
+from crate_jax.parallel.interrupt import Interrupt
+from crate_jax.training.clock import Clock
+from crate_jax.training.loop import placed_batches
+from crate_jax.training.step import make_init, make_recipe, make_train_step
+from crate_jax.workdir import metrics, readback
+
+log = logging.getLogger(__name__)
+
+FILE = "pace.json"  # in the workdir: {KEY: whole number}
+KEY = "microseconds_per_step"
+SHARE, SECONDS = 0.05, 10.0  # a measurement takes this share of the minutes, at most so many seconds
+WARM, ROUND = (
+    2,
+    4,
+)  # steps before the measurement, of which the first one compiles; steps between two looks at the clock
+LONGEST = 2**31 - 1  # of an int32, in which the processes agree
+STEPS = 10**9  # of the trial: longer than any warm-up
+
+
+def decided(
+    config: ConfigDict, method: Method, source: data.Source, mesh: Mesh, folder: Path, interrupt: Interrupt
+) -> ConfigDict:
+    """Returns the config with a number of steps in place of config.minutes.
+
+    The first start measures the time of a step, with its images, and records it in the workdir before the run begins.
+    All later starts read the record: so a run that is continued has the steps, and the bits, of one that was never
+    stopped, and other minutes give another number of steps by the same record. All processes must call it, and get the
+    same number.
+
+    Args:
+      config: a validated config, with minutes.
+      method: the method that the run trains.
+      source: the training images.
+      mesh: the devices.
+      folder: the workdir; the caller holds its lock.
+      interrupt: passes a signal on in the steps of several processes.
+    """
+    duration = distributed.max_over_processes(recorded(folder) if distributed.first() else 0)
+    if not duration:
+        seconds = measured(config, method, source, mesh, interrupt)
+        duration = distributed.max_over_processes(min(max(round(1e6 * seconds), 1), LONGEST))
+        if distributed.first():
+            metrics.write_json(folder / FILE, {KEY: duration})
+    found = config.copy_and_resolve_references()
+    found.steps, found.minutes = steps_in(config.minutes, duration), 0.0
+    log.info("config.minutes=%g: %d steps of %.3g s (%s)", config.minutes, found.steps, duration / 1e6, folder / FILE)
+    return found
+
+
+def steps_in(minutes: float, duration: int) -> int:
+    """Number of steps of `duration` microseconds in so many minutes, at least one.
+
+    >>> steps_in(1.5, 40_000), steps_in(0.001, 40_000_000)
+    (2250, 1)
+    """
+    return max(1, round(60e6 * minutes / duration))
+
+
+def recorded(folder: Path) -> int:
+    """The microseconds per step that an earlier start recorded; 0: there is no whole record."""
+    try:
+        found = readback.parse((folder / FILE).read_text(encoding="utf-8", errors="replace")) or {}
+    except OSError:
+        return 0
+    value = found.get(KEY)
+    return int(value) if value and readback.is_count(value) and value <= LONGEST else 0
+
+
+def measured(config: ConfigDict, method: Method, source: data.Source, mesh: Mesh, interrupt: Interrupt) -> float:
+    """Seconds of a train step of this run, with what it waits for images; the weights are thrown away."""
+    trial = config.copy_and_resolve_references()
+    trial.steps, trial.minutes = STEPS, 0.0
+    limit = min(SECONDS, SHARE * 60 * config.minutes)
+    recipe = make_recipe(trial, method, len(source))
+    state, train_step = make_init(trial, method, recipe, mesh)(), make_train_step(trial, method, recipe, mesh)
+    with placed_batches(trial, method, source, mesh, interrupt, Clock()) as batches:
+        steps, start = -WARM, 0.0
+        while True:
+            if steps == 0:
+                start = time.monotonic()
+            for _ in range(WARM if steps < 0 else ROUND):
+                state, scalars = train_step(state, next(batches)[0])
+                steps += 1
+            jax.block_until_ready(scalars)
+            spent = int(1000 * (time.monotonic() - start)) if steps > 0 else 0
+            if steps > 0 and distributed.max_over_processes(spent) >= 1000 * limit:
+                return (time.monotonic() - start) / steps

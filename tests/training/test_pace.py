@@ -1,0 +1,64 @@
+"""A run of so many minutes: its steps are decided once, and every later start keeps them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from configs import quickstart
+from crate_jax.jobs import train
+from crate_jax.training import pace
+
+pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
+
+
+def tiny(**keys):
+    c = quickstart.get_config("debug")
+    c.steps, c.log.pictures, c.log.report, c.log.tensorboard = 0, 0, False, False
+    c.optimizer.warmup_steps, c.optimizer.warmup_share = 0, 0.4
+    c.evaluation.test_images = c.evaluation.train_images = 30
+    c.update(keys)
+    return c
+
+
+def test_a_run_of_minutes_is_the_run_of_its_steps(tmp_path):
+    """The record of the first start decides: 0.3 s per step are 5 steps in 1.5 s, whatever the machine does."""
+    for name, keys in (("minutes", {"minutes": 0.025}), ("steps", {"steps": 5})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / pace.FILE).write_text(json.dumps({pace.KEY: 300_000}))
+        train.run(tiny(**keys), str(tmp_path / name))
+    by_minutes, by_steps = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("minutes", "steps"))
+    assert by_minutes["steps"] == by_steps["steps"] == 5
+    assert by_minutes["params_sha256"] == by_steps["params_sha256"]
+    stored = json.loads((tmp_path / "minutes" / "config.json").read_text())
+    assert (stored["steps"], stored["minutes"]) == (5, 0.0), "the stored config makes the same run elsewhere"
+
+
+def test_the_first_start_measures_and_later_ones_do_not(tmp_path, monkeypatch):
+    first = train.run(tiny(minutes=1e-4), str(tmp_path))
+    record = (tmp_path / pace.FILE).read_text()
+    duration = json.loads(record)[pace.KEY]
+    assert first["steps"] == pace.steps_in(1e-4, duration)
+    monkeypatch.setattr(pace, "measured", lambda *_: pytest.fail("measured again"))
+    steps = first["steps"] + 2
+    assert train.run(tiny(minutes=steps * duration / 60e6), str(tmp_path))["steps"] == steps
+    assert (tmp_path / pace.FILE).read_text() == record
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"microseconds_per_step": 41}', 41),
+        ('{"microseconds_per_step": 0.5}', 0),
+        ('{"microseconds_per_step": -3}', 0),
+        ('{"microseconds_per_step": 1e300}', 0),
+        ('{"microseconds_per_step": 5000000000}', 0),
+        ('{"microseconds_per', 0),
+        ("{}", 0),
+    ],
+)
+def test_a_damaged_record_is_none(tmp_path, text, found):
+    assert pace.recorded(tmp_path) == 0
+    (tmp_path / pace.FILE).write_text(text)
+    assert pace.recorded(tmp_path) == found
