@@ -46,7 +46,7 @@ from crate_jax.models import (
 )
 from crate_jax.parallel import sharding
 from crate_jax.validation import check_values, flatten
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import readable
 
 __all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
 
@@ -138,7 +138,8 @@ def load(path: str | os.PathLike[str]) -> Encoder:
 
     Args:
       path: a run's workdir; or a file or folder of weights: ours, or those of MAE, timm, Hugging Face, CRATE, ROPIM,
-        solo-learn, lightly and others (docs/weights.md). Nothing in a file is executed.
+        solo-learn, lightly and others (docs/weights.md); also in a bucket, ``gs://`` or ``s3://`` (docs/buckets.md).
+        Nothing in a file is executed.
 
     Returns:
       the encoder; its activations are in float32, as in evaluation, whatever the run's were in.
@@ -437,7 +438,7 @@ class _Given(Source):
                 raise decoding.DecodeError(str(e)) from e
         if isinstance(image, np.ndarray):
             return decoding.picture(image)
-        return decoding.open_image(decoding.read_file(str(expanduser(image))))
+        return decoding.open_image(decoding.read_file(str(readable(image))))
 
     def name(self, index: int) -> str:
         """See Source.name."""
@@ -461,8 +462,8 @@ def _source(images: Images, channels: int) -> Source:
         return images
     if channels != 3 and not hasattr(images, "__array__"):
         raise DataError(f"images: {_forms(channels)}")
-    if isinstance(images, str | os.PathLike) and not expanduser(images).is_file():
-        return FolderSource(str(expanduser(images)), labelled=False)
+    if isinstance(images, str | os.PathLike) and not readable(images).is_file():
+        return FolderSource(str(readable(images)), labelled=False)
     if isinstance(images, str | os.PathLike | Image.Image):
         return _Given([images], channels)
     if hasattr(images, "__array__"):

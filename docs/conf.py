@@ -51,7 +51,10 @@ copybutton_prompt_text = ">>> "
 # The menu: captions and their pages; some have a shorter title there.
 MENU = [
     ("Start", "install, tour"),
-    ("How to", "photos, data, gpus, evaluation, sweeps, reports, export, adding_a_part, segmentation, detection"),
+    (
+        "How to",
+        "photos, data, buckets, gpus, evaluation, sweeps, reports, export, adding_a_part, segmentation, detection",
+    ),
     (
         "Papers",
         "CRATE-MAE <crate_mae>, ROPIM <ropim>, SO and SRIP <orthogonality>, Alignment <alignment>, joint_embedding, "

@@ -19,7 +19,7 @@ from crate_jax.convert.torch_files import MAX_NAME, PICKLE_START, ZIP_START, Ine
 from crate_jax.errors import MAX_LENGTH, CheckpointError, ConfigError, some
 from crate_jax.workdir.checkpoint import FOLDER
 from crate_jax.workdir.checkpoint_files import steps
-from crate_jax.workdir.folder import check_free_space, expanduser
+from crate_jax.workdir.folder import check_free_space, expanduser, readable
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,7 +65,7 @@ def weights_file(path: str | os.PathLike[str]) -> Path | None:
     Raises:
       CheckpointError: the folder holds several files of weights.
     """
-    path = expanduser(path)
+    path = readable(path)
     if path.name == str(path) and not path.exists() and (BUNDLED / path).is_dir():
         path = BUNDLED / path
     if path.is_file():
@@ -99,7 +99,7 @@ def read(path: str | os.PathLike[str], prefix: str = "") -> tuple[Arrays, dict[s
     Raises:
       CheckpointError: there is no such file, it is damaged, has another format, or refers to anything but weights.
     """
-    path = weights_file(path) or expanduser(path)
+    path = weights_file(path) or readable(path)
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path}: not a file of weights")
     try:

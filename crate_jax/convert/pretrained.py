@@ -12,7 +12,7 @@ from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir import checkpoint
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import readable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load(path: str, key: str) -> Pretrained:
         raise ConfigError(f"{key} is empty: it must name the workdir of a pre-training run, or a file of weights")
     file = files.weights_file(path)
     if distributed.max_over_processes(int(file is not None)):
-        loaded = weights.load(file or expanduser(path))
+        loaded = weights.load(file or readable(path))
         wrong = [name for name, array in names(loaded.params).items() if not np.isfinite(array).all()]
         if wrong:
             raise CheckpointError(f"{path}: holds NaN or infinite numbers, in {some(wrong, ', ')}")

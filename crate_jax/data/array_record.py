@@ -27,7 +27,7 @@ from crate_jax.data.sources import (
     split_of,
 )
 from crate_jax.errors import DataError, some
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import readable_set
 
 ENDING = ".array_record"
 IMAGES = ("image", "image/encoded", "image_raw", "img", "jpg", "jpeg", "png")  # usual names of a feature of images
@@ -159,9 +159,9 @@ def open_records(path: str, request: Request) -> RecordSource | None:
 
 
 def _shards(path: str) -> tuple[Path, list[Path]]:
-    given = expanduser(path)
+    given = readable_set(path)
     if not given.is_dir():
-        return shards.named_shards(path)
+        return shards.named_shards(str(given))
     found = sorted(file for file in given.rglob(f"*{ENDING}*") if file.is_file())
     if not found:
         raise DataError(f"{given}: holds no file with {ENDING} in its name")

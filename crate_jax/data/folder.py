@@ -17,7 +17,7 @@ from crate_jax.data import decoding
 from crate_jax.data.sources import Source, digest, eval_splits, split_role, split_roles
 from crate_jax.errors import DataError, escaped, some
 from crate_jax.parallel import distributed
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import readable_set
 
 # The names that Pillow gives to files of decoding.FORMATS. PFM is not a picture: its floats have no white.
 EXTENSIONS = (
@@ -201,7 +201,7 @@ def open_folder(
       DataError: a named split does not exist; several sub-folders may be the training split; only sub-folders with the
         names of other splits hold images; or FolderSource raises the error.
     """
-    path = str(expanduser(path))
+    path = str(readable_set(path))
     source = _open_split(path, split, train_split, eval_split, max_pixels)
     if source is not None and source.root != path:
         source.split = os.path.relpath(source.root, path)

@@ -36,7 +36,7 @@ from crate_jax.data.sources import (
     split_of,
 )
 from crate_jax.errors import DataError, some
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import expanduser, readable_set
 
 ENDINGS = (".parquet", ".arrow")
 CACHE_BYTES = 256 * 2**20  # of unpacked row groups that a process keeps
@@ -338,7 +338,7 @@ def _root(path: str) -> Path:
     Raises:
       DataError: there is neither.
     """
-    given = expanduser(path)
+    given = readable_set(path)
     if given.exists():
         return given
     home = Path(os.environ.get("HF_HOME") or expanduser("~/.cache/huggingface"))

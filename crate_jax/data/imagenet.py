@@ -21,7 +21,7 @@ from crate_jax.data import shards, tar
 from crate_jax.data.sources import Request, candidates, class_numbers, first_labelled
 from crate_jax.errors import DataError, some
 from crate_jax.parallel import distributed
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import expanduser, readable_set
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 KIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -47,7 +47,7 @@ def open_archives(path: str, request: Request) -> tar.TarSource | None:
     Raises:
       DataError: a tar file is missing, damaged or another one; or the classes of the validation images are not told.
     """
-    root = expanduser(path)
+    root = readable_set(path)
     found = {split: root / name for split, name in ARCHIVES.items() if (root / name).is_file()}
     if not found:
         raise DataError(f"{root}: holds neither {' nor '.join(ARCHIVES.values())}")

@@ -25,7 +25,7 @@ from crate_jax.data.sources import (
     split_role,
 )
 from crate_jax.errors import DataError, some
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import readable_set
 
 IMAGES = ("images", "image", "imgs", "x", "data")
 LABELS = ("labels", "label", "y", "targets", "target")
@@ -139,7 +139,7 @@ def open_npz(path: str, request: Request) -> NpzSource | None:
     Raises:
       DataError: a file cannot be read, its arrays have no such names, or they are not images and their labels.
     """
-    root = expanduser(path)
+    root = readable_set(path)
     files = sorted(root.glob("*.npz")) if root.is_dir() else [root]
     if not files:
         raise DataError(f"{root}: holds no .npz file")

@@ -25,7 +25,7 @@ from crate_jax.data import decoding
 from crate_jax.data.folder import DEFAULT_TRAIN_SPLIT, FolderSource, sub_folders
 from crate_jax.data.sources import SPLITS, Source, digest, eval_splits, split_roles
 from crate_jax.errors import DataError
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import readable_set
 
 IMAGES, MASKS = "images", ("masks", "labels", "annotations")
 IGNORED = -1  # in decoded masks: a pixel that is neither trained on nor scored
@@ -210,7 +210,7 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
     kind, _, root = data.source.partition(":")
     if kind != "folder":
         raise DataError(f"config.data.source={data.source!r}: image/mask pairs are read from folder:DIR")
-    root = str(expanduser(root))
+    root = str(readable_set(root))
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder; expected image/mask pairs, as docs/segmentation.md lays them out")
     wanted = data.train_split if split == "train" else data.eval_split

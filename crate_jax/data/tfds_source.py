@@ -10,7 +10,7 @@ from PIL import Image
 from crate_jax.data import decoding
 from crate_jax.data.sources import Source, digest, eval_splits, first_labelled
 from crate_jax.errors import DataError
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import readable_set
 
 
 class TfdsSource(Source):
@@ -97,7 +97,7 @@ def open_tfds(
       DataError: TFDS is not installed; the set is not prepared, or is prepared in another format; there is no such
         split; or the set has no feature 'image'.
     """
-    data_dir = str(expanduser(data_dir)) if data_dir else ""
+    data_dir = str(readable_set(data_dir)) if data_dir else ""
     where = data_dir or "TFDS's default data_dir"
     tfds, builder, splits = _builder(name, data_dir, where)
     if not splits:

@@ -21,7 +21,7 @@ from crate_jax.data import shards, tar
 from crate_jax.data.sources import LABELS, Request, candidates, class_numbers, first_labelled, split_of
 from crate_jax.errors import DataError, some
 from crate_jax.parallel import distributed
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import readable_set
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CLASS = "cls"
@@ -79,9 +79,9 @@ def _shards(pattern: str) -> tuple[Path, list[Path]]:
     Raises:
       DataError: there are none, or one that the pattern names is missing.
     """
-    given = expanduser(pattern)
+    given = readable_set(pattern)
     if not given.is_dir():
-        return shards.named_shards(pattern)
+        return shards.named_shards(str(given))
     found = sorted(given.rglob("*.tar"))
     if not found:
         packed = some(sorted(path.name for path in given.rglob("*.t*gz")), ", ")

@@ -34,7 +34,7 @@ from crate_jax.models import ENCODERS, representation
 from crate_jax.models.adopt import adopt_encoder
 from crate_jax.parallel import distributed, sharding
 from crate_jax.validation import check_values, flatten
-from crate_jax.workdir import metrics
+from crate_jax.workdir import metrics, mirror
 from crate_jax.workdir.checkpoint import params_sha256
 from crate_jax.workdir.folder import lock
 
@@ -131,7 +131,7 @@ def show(record: dict[str, Any]) -> None:
     for line in reading(record):
         print(line)
     if record.get("report"):  # after a training run
-        print(escaped(f"report: {record['report']}"))
+        print(escaped(f"report: {mirror.shown(record['report'])}"))
 
 
 def encoder_to_judge(config: ConfigDict, encoder: pretrained.Pretrained) -> pretrained.Pretrained:

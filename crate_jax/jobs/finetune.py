@@ -11,7 +11,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
 from crate_jax.jobs.evaluate import append_result, inherit, show
 from crate_jax.parallel import sharding
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import lock
 
 __all__ = ["run", "show"]  # the scores are printed like those of frozen features
 
@@ -59,4 +59,5 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     else:
         description["pool"] = full.evaluation.pool
     used = None if config.protocol.scratch else encoder
-    return append_result(expanduser(workdir).absolute(), full, used, protocols[name], description, summary)
+    with lock(workdir) as folder:
+        return append_result(folder, full, used, protocols[name], description, summary)

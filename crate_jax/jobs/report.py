@@ -27,8 +27,8 @@ from crate_jax.parallel import distributed, sharding
 from crate_jax.report import page
 from crate_jax.report.section import Cell, Estimate, Section, Subject
 from crate_jax.validation import flatten
-from crate_jax.workdir import checkpoint, checkpoint_files, metrics
-from crate_jax.workdir.folder import expanduser, lock
+from crate_jax.workdir import bucket, checkpoint, checkpoint_files, metrics, mirror
+from crate_jax.workdir.folder import expanduser, lock, readable
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     if not workdir:
         if len(given) != 1 or (paths == given and files.weights_file(given[0])):
             raise ConfigError("--workdir is missing: it says where the report goes, unless the report is about one run")
-        workdir = str(_home(given[0]))
+        workdir = _run_of(given[0])
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
     sharding.all_devices()  # raises if there are no devices
     loaded = [pretrained.load(path, "config.checkpoint") for path in paths]
@@ -138,7 +138,7 @@ def show(result: dict[str, Any]) -> None:
     """Prints the report's path, and which sections are missing."""
     for title, why in result["left_out"].items():
         print(escaped(f"left out: {title}: {why}"))
-    print(escaped(f"report: {result['report']}"))
+    print(escaped(f"report: {mirror.shown(result['report'])}"))
 
 
 def split(checkpoint: str) -> list[str]:
@@ -153,7 +153,7 @@ def split(checkpoint: str) -> list[str]:
     parts, paths = checkpoint.split(","), []
     while parts:
         joined = [",".join(parts[:n]) for n in range(1, len(parts) + 1)]
-        path = next((p for p in joined if p and expanduser(p).exists()), parts[0])
+        path = next((p for p in joined if p and not bucket.is_address(p) and expanduser(p).exists()), parts[0])
         parts = parts[path.count(",") + 1 :]
         paths.append(path)
     for path in paths:
@@ -169,7 +169,7 @@ def split(checkpoint: str) -> list[str]:
 
 def expand(path: str) -> list[str]:
     """The paths of the runs in a folder of runs (such as a sweep's) that saved a checkpoint; else the path itself."""
-    folder = expanduser(path)
+    folder = readable(path)
     if not folder.is_dir() or checkpoint_files.steps(folder / checkpoint.FOLDER) or checkpoint_files.steps(folder):
         return [path]
     runs = [str(run) for run in sorted(folder.iterdir()) if checkpoint_files.steps(run / checkpoint.FOLDER)]
@@ -196,10 +196,17 @@ def names(paths: Sequence[str]) -> list[str]:
 
 
 def _home(path: str) -> Path:
-    """The run's folder, also if `path` is its folder of checkpoints."""
+    """The run's folder, also if `path` is its folder of checkpoints; of a run in a bucket that of its copy."""
+    return readable(_run_of(path)).absolute()
+
+
+def _run_of(path: str) -> str:
+    """The run's workdir, a path or an address, also if `path` is its folder of checkpoints."""
+    if bucket.is_address(path):
+        return path.rstrip("/").removesuffix(f"/{checkpoint.FOLDER}")
     whole = expanduser(path).absolute()
-    is_inside = whole.name == "checkpoints" and whole.is_dir()
-    return whole.parent if is_inside else whole
+    is_inside = whole.name == checkpoint.FOLDER and whole.is_dir()
+    return str(whole.parent if is_inside else whole)
 
 
 def _chosen(config: ConfigDict) -> list[str]:

@@ -36,7 +36,7 @@ from crate_jax.training import nonfinite, pace
 from crate_jax.training.clock import Clock
 from crate_jax.training.loop import Loop, Observer, Picture
 from crate_jax.validation import FIXED, FREE, changed_keys, flatten
-from crate_jax.workdir import checkpoint, metrics, pictures, readback, starts
+from crate_jax.workdir import checkpoint, metrics, mirror, pictures, readback, starts
 from crate_jax.workdir.folder import lock
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,8 @@ def told(summary: Mapping[str, Any]) -> list[str]:
         if name in summary:
             before = f"untrained {summary[name + '_untrained']:.1f}"
             lines.append(f"{shown:<20}{summary[name]:>8.1f} of {summary[name + '_limit']:.0f}, {before}")
-    return lines + [escaped(f"{name}: {summary[name]}") for name in ("pictures", "report") if summary[name]]
+    files = {name: mirror.shown(summary[name]) for name in ("pictures", "report") if summary[name]}
+    return lines + [escaped(f"{name}: {path}") for name, path in files.items()]
 
 
 def observers(

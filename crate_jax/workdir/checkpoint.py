@@ -28,7 +28,7 @@ from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.validation import flatten
 from crate_jax.workdir import checkpoint_files as files, starts
-from crate_jax.workdir.folder import check_free_space, expanduser
+from crate_jax.workdir.folder import check_free_space, readable
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +324,7 @@ def read_params(
       CheckpointError: there is no such folder or step, or the folder holds no usable checkpoint.
     """
     files.quiet_orbax()
-    folder = expanduser(workdir).absolute()
+    folder = readable(workdir, step).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder or file; expected weights or the workdir of a run")
     if (folder / FOLDER).is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from typing import TextIO
 
 from crate_jax.errors import CheckpointError, UserError
 from crate_jax.parallel import distributed
+from crate_jax.workdir import bucket
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +27,17 @@ LATE_SECONDS = 60.0  # for up to a minute NFS may still report that there is no 
 
 
 @contextlib.contextmanager
-def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
+def lock(workdir: str | os.PathLike[str], shown: str = "") -> Iterator[Path]:
     """Creates `workdir` if it does not exist and locks it for this process.
+
+    For an address in a bucket this is a local folder, whose contents are copied there (`crate_jax.workdir.mirror`).
 
     The kernel holds the lock (flock), so it ends with the process, even after `kill -9`; the file of the lock stays,
     and means nothing by itself. In a run of several processes only the first one takes the lock; if it fails, all fail.
+
+    Args:
+      workdir: the folder, or the address.
+      shown: what messages call a folder that is in use; '': its path.
 
     Yields:
       The absolute path of the folder.
@@ -38,8 +46,14 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
       UserError: the folder cannot be created or written to, another process holds the lock, or not all processes of the
         run see the same folder.
     """
+    if bucket.is_address(workdir):
+        from crate_jax.workdir import mirror  # here: it imports this file
+
+        with mirror.lock(os.fspath(workdir)) as folder:
+            yield folder
+        return
     folder = distributed.run_in_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
-    file = distributed.run_in_first(lambda: _take(folder))
+    file = distributed.run_in_first(lambda: _take(folder, shown or str(folder)))
     with file or contextlib.nullcontext():
         seen = file is not None or _appears(folder / LOCK_NAME)
         if not seen:
@@ -52,8 +66,8 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
 def expanduser(path: str | os.PathLike[str]) -> Path:
     """Returns the path with the home folder in place of a leading ``~`` or ``~NAME``.
 
-    Every path that a user gives goes through this function, so that none begins with a scheme such as ``gs://``, which
-    would become a local folder of the name ``gs:``.
+    Every path that a user gives goes through this function or `readable`, so that none begins with a scheme such as
+    ``gs://``, which would become a local folder of the name ``gs:``.
 
     Raises:
       UserError: there is no such user, or the user has no home folder; or the path begins with a scheme.
@@ -75,7 +89,28 @@ def expanduser(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
-def _take(folder: Path) -> TextIO:
+def readable(path: str | os.PathLike[str], step: int | None = None) -> Path:
+    """Returns a local path at which to read `path`: of a bucket's address the path of a copy on this machine.
+
+    Args:
+      path: a path, as for `expanduser`; or an address of `crate_jax.workdir.bucket.fetch`.
+      step: of a run in a bucket, the step of the checkpoint to read; None: the newest.
+
+    Raises:
+      UserError: as `expanduser` and `crate_jax.workdir.bucket.fetch`.
+    """
+    return bucket.fetch(os.fspath(path), step) if bucket.is_address(path) else expanduser(path)
+
+
+def readable_set(path: str) -> Path:
+    """Like `readable`, for a data set, which does not change while a process runs: a bucket is asked once."""
+    return _fetched(path) if bucket.is_address(path) else expanduser(path)
+
+
+_fetched = functools.cache(bucket.fetch)
+
+
+def _take(folder: Path, shown: str) -> TextIO:
     """Opens and locks the lock file, and writes this process's name into it."""
     try:
         # "a": until we have the lock, the file must keep the line of the process that holds it.
@@ -89,7 +124,7 @@ def _take(folder: Path) -> TextIO:
         holder = file.read().strip() or "unknown"
         file.close()
         raise UserError(
-            f"workdir {folder} is in use by process {holder}; wait for it, stop it, or choose another --workdir"
+            f"workdir {shown} is in use by process {holder}; wait for it, stop it, or choose another --workdir"
         ) from None
     except OSError as e:
         file.close()
@@ -123,7 +158,10 @@ def _appears(path: Path) -> bool:
 
 def _create(workdir: str | os.PathLike[str]) -> Path:
     if not os.fspath(workdir) or SCHEME.match(os.fspath(workdir)):
-        raise UserError(f"workdir {os.fspath(workdir)!r}: must be a folder on a local or mounted file system")
+        raise UserError(
+            f"workdir {os.fspath(workdir)!r}: must be a folder on a local or mounted file system, gs://BUCKET/PATH or "
+            "s3://BUCKET/PATH"
+        )
     folder = expanduser(workdir).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

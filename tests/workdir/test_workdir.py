@@ -85,15 +85,13 @@ def test_file_in_the_way(tmp_path: Path, below: str) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["", "gs://bucket/run"])
+@pytest.mark.parametrize("name", ["", "hdfs://host/run", "gs:/bucket/run", "s3://"])
 def test_not_a_folder_name(name: str) -> None:
-    with pytest.raises(UserError, match="must be a folder on a local or mounted file system"), workdir.lock(name):
+    with pytest.raises(UserError, match=r"must be .* local or mounted file system, gs://BUCKET/"), workdir.lock(name):
         pass
 
 
 SCHEMES = (
-    "gs://bucket/x",
-    "s3://bucket/x",
     "hdfs://host/x",
     "file:///x",
     "http://host/x.pth",
@@ -121,6 +119,14 @@ def test_no_path_begins_with_a_scheme(path: str, tmp_path: Path, monkeypatch: py
     for take in TAKES_A_PATH.values():
         with pytest.raises(UserError, match=f"{path}.*: must be a (path|folder) on a local or mounted file system"):
             take(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "s3://bucket/x"])
+def test_no_single_file_is_written_to_a_bucket(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{path}: must be a path on a local or mounted file system, without"):
+        TAKES_A_PATH["a new file of weights"](path)
     assert not list(tmp_path.iterdir())
 
 
