@@ -47,7 +47,7 @@ def test_every_key_says_what_a_start_may_do_with_it():
     trained_only = {"encoder.drop_path", "encoder.norm_groups"}  # they change nothing that an evaluation computes
     assert {n for n in of if n.startswith(("encoder.", "decoder.")) and of[n] != FIXED} == trained_only
     with_effect = {name for name, key in KEYS.items() if key.effect and key.resume == FREE}
-    allowed = ("steps", "epochs", "remat", "evaluation.", "nonfinite.", "protocol.metric", "data.max_")
+    allowed = ("steps", "epochs", "minutes", "remat", "evaluation.", "nonfinite.", "protocol.metric", "data.max_")
     assert not {name for name in with_effect if not name.startswith(allowed)}
     assert all(section.resume == FIXED for section in SECTIONS if section.name in ("", "encoder", "data", "decoder"))
 
