@@ -14,6 +14,8 @@ from crate_jax.data import array_record, decoding
 from crate_jax.errors import DataError
 from tests.data.test_webdataset import cache, png, values  # noqa: F401  # cache: a fixture for all tests
 
+pytestmark = pytest.mark.one_python
+
 if sys.platform != "linux":
     pytest.skip("array_record has wheels for Linux alone", allow_module_level=True)
 

@@ -16,6 +16,8 @@ from crate_jax.methods import METHODS
 from crate_jax.models import autoencoder
 from crate_jax.workdir.pictures import reconstruction_grid
 
+pytestmark = pytest.mark.one_python
+
 CHANNELS = 5
 THREES = ([0, 1, 2], [4, 3, 1])
 

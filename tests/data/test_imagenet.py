@@ -15,6 +15,8 @@ from crate_jax import config as config_lib, data
 from crate_jax.errors import DataError
 from tests.data.test_webdataset import cache, png, shard, values  # noqa: F401  # cache: a fixture for all tests
 
+pytestmark = pytest.mark.one_python
+
 WORDNET = {"n01440764": 449, "n01443537": 450, "n02119789": 1}  # the kit numbers them in another order
 VALIDATION = ["n02119789", "n01440764", "n02119789", "n01443537"]
 

@@ -8,6 +8,8 @@ from scipy import stats
 
 from crate_jax.evals import seeds
 
+pytestmark = pytest.mark.one_python
+
 NOISE = np.random.default_rng(3).normal(size=(3, 5))
 
 

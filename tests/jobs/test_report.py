@@ -448,7 +448,9 @@ def test_a_source_that_is_unknown_here_costs_only_what_needs_images():
     saved["data"]["source"] = "tape:7"
     full = job.resolve(report_config.get_config(), saved)
     assert full.data.source == "tape:7"
-    with pytest.raises(ConfigError, match="config.data.source='tape:7': must be one of scenes, digits"):  # left out, not raised
+    with pytest.raises(
+        ConfigError, match="config.data.source='tape:7': must be one of scenes, digits"
+    ):  # left out, not raised
         job._open(full)
     options = report_config.get_config()
     options.data.source = "tape:8"

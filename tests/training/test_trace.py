@@ -10,6 +10,8 @@ from crate_jax.errors import ConfigError
 from crate_jax.parallel import distributed
 from crate_jax.training.trace import Trace
 
+pytestmark = pytest.mark.one_python
+
 
 def run(trace: Trace, steps: range) -> None:
     """What the loop does with a trace."""
