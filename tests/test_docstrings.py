@@ -6,11 +6,14 @@ import doctest
 import importlib
 import pkgutil
 
+import pytest
+
 import crate_jax
 
 MIN_EXAMPLES = 20
 
 
+@pytest.mark.one_python
 def test_the_examples_of_all_modules_hold():
     """Each example runs on its own; what differs is printed by doctest."""
     names = [crate_jax.__name__, *(m.name for m in pkgutil.walk_packages(crate_jax.__path__, "crate_jax."))]

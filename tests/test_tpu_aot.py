@@ -29,6 +29,8 @@ from crate_jax.training import step as train_step
 from tests.conftest import ROOT
 from tests.training.test_loop import small
 
+pytestmark = pytest.mark.one_python
+
 # Five layers of MSSA with residual under jax.grad, (128, 197, 256) bfloat16 on v5e:2x2, libtpu 0.0.42, jax 0.10.2.
 RECORDED = ROOT / "tests" / "golden" / "mssa_v5e.hlo"
 RECORDED_XLA = {"flops": 6947971072.0, "bytes accessed": 121861632.0}  # of cost_analysis(): bodies once
@@ -255,7 +257,6 @@ def command(cli_env, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize(
     "args, line",
     [
@@ -281,7 +282,6 @@ def test_what_cannot_be_compiled_is_one_line(cli_env, args, line):
     assert result.stderr.splitlines() == [f"error: {line}"]
 
 
-@pytest.mark.one_python
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_a_missing_compiler_is_one_line(cli_env):
     result = command(cli_env, "--config=configs/crate_mae.py:debug")

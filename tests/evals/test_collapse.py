@@ -18,6 +18,8 @@ from crate_jax.methods import METHODS, Row, reconstruction
 from crate_jax.parallel import sharding
 from tests.training.test_carried import tiny
 
+pytestmark = pytest.mark.one_python
+
 IMAGES, VIEWS = 30, 3
 
 
@@ -177,7 +179,6 @@ def collapsing(config, source=None):
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.one_python
 def test_a_run_that_collapses_says_so(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     monkeypatch.setitem(METHODS, "reconstruction", Row(collapsing, METHODS["reconstruction"].parts))

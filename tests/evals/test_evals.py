@@ -22,6 +22,8 @@ from crate_jax.parallel import sharding
 from tests import parity
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.one_python
+
 
 @pytest.fixture(scope="module")
 def digits():

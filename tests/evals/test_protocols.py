@@ -18,6 +18,8 @@ from crate_jax.evals.metrics import accuracies, mean_per_class
 from crate_jax.evals.protocols import PROTOCOLS, Features, hold_out
 from crate_jax.validation import check_types, check_values, flatten
 
+pytestmark = pytest.mark.one_python
+
 
 @pytest.fixture(scope="module")
 def digits() -> Features:
@@ -173,7 +175,6 @@ def test_linear_probes_learn(digits, recipe):
     assert more["top1"] > 0.85
 
 
-@pytest.mark.one_python
 def test_a_set_too_small_for_a_recipe_is_repeated(digits):
     """1300 digits are less than a batch of MAE's recipe: once per pass, its 90 updates had an accuracy of 25 %."""
     found = run("linear_sgd", digits)

@@ -74,6 +74,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(("encoder", "corruption", "decoder"), COMBINATIONS)
 def test_every_combination_trains(encoder, corruption, decoder):
     """A finite loss, and a gradient for every parameter."""

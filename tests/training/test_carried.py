@@ -23,7 +23,7 @@ from crate_jax.training import step as train_step
 from crate_jax.workdir import checkpoint
 from tests.training.test_loop import images, small
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
 
 TAU = 0.9
 
@@ -185,7 +185,6 @@ def test_judged_is_what_others_read(trained):
     assert any(name.startswith("carried/target/") and e["checksum"] for name, e in about["arrays"]["rest"].items())
 
 
-@pytest.mark.one_python
 def test_a_run_that_starts_from_another_copies_its_encoder_to_the_target(in_the_table, trained, tmp_path):
     """Through the whole job: after one step without effect the target is what the first run's was."""
     c = tiny(init_from=str(trained), seed=3, steps=1)
