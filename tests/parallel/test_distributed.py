@@ -225,7 +225,7 @@ def test_two_processes_with_split_parameters_are_one_run(cli_env, tmp_path):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
         pictures.save_png(tmp_path / "images" / f"{i}.png", pixels)
     config, flags = configured("crate", 4, **SMALL, **{"data.source": f"folder:{tmp_path / 'images'}"})
-    flags = [*flags, "--config.mesh.data=1", "--config.mesh.model=0"]
+    flags = [*flags, "--config.mesh.data=1", "--config.mesh.model=0", "--config.log.parameters"]
     with started(cli_env, 2, [*flags, f"--workdir={tmp_path / 'two'}"]) as processes:
         train.run(config, str(tmp_path / "one"))
         (first, out, log), (second, silent, quiet) = ends(processes)
