@@ -29,11 +29,9 @@ def section(subjects: Sequence[Subject]) -> Section | None:
     recipes = group(subjects)
     if not any(len({s.config.seed for s in runs}) > 1 for runs in recipes.values()):
         return None
-    found = {
-        score: {name: _numbers(runs, score) for name, runs in recipes.items()}
-        for score in SCORES
-        if any(_numbers(runs, score) for runs in recipes.values())
-    }
+    summaries = {s.name: logged.read(s.workdir).summary for s in subjects}
+    numbers = {score: {name: _numbers(runs, summaries, score) for name, runs in recipes.items()} for score in SCORES}
+    found = {score: by for score, by in numbers.items() if any(by.values())}
     tables = tuple(table for table in (_means(found), _differences(found)) if table)
     first = next(iter(recipes))
     return Section(
@@ -71,9 +69,9 @@ def _settings(subject: Subject) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k != "seed" and has_effect(k) and is_read(subject.config, k)}
 
 
-def _numbers(runs: Sequence[Subject], score: str) -> dict[int, float]:
+def _numbers(runs: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]], score: str) -> dict[int, float]:
     """{seed: accuracy in 0..1} of a recipe's runs."""
-    found = {s.config.seed: logged.read(s.workdir).summary.get(score) for s in runs}
+    found = {s.config.seed: summaries[s.name].get(score) for s in runs}
     return {seed: float(x) for seed, x in found.items() if x is not None}
 
 

@@ -80,7 +80,7 @@ def paired(recipe: Mapping[int, float], reference: Mapping[int, float]) -> Diffe
 
     Args:
       recipe: {seed: number}.
-      reference: the same for the other recipe.
+      reference: {seed: number} of the other recipe.
 
     >>> found = paired({0: 3.0, 1: 4.5, 2: 3.5}, {0: 2.0, 1: 3.0, 2: 2.5, 7: 9.0})
     >>> [round(x, 3) for x in dataclasses.astuple(found)], found.clear

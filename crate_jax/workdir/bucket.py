@@ -270,9 +270,9 @@ class Step(NamedTuple):
     """A step's checkpoint in a bucket.
 
     Attributes:
-      names: of its files, below its folder.
-      complete: whether its upload has ended. What another program has copied counts as complete.
-      sums: of its files; None: another program has copied it.
+      names: the names of its files, below its folder.
+      complete: whether its upload has ended. A step that another program has copied counts as complete.
+      sums: size and digest of each file; None if another program has copied the step.
     """
 
     names: list[str]

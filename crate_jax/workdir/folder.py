@@ -94,10 +94,10 @@ def readable(path: str | os.PathLike[str], step: int | None = None) -> Path:
 
     Args:
       path: a path, as for `expanduser`; or an address of `crate_jax.workdir.bucket.fetch`.
-      step: of a run in a bucket, the step of the checkpoint to read; None: the newest.
+      step: the step of the checkpoint to read, if the path is that of a run in a bucket; None: the newest step.
 
     Raises:
-      UserError: as `expanduser` and `crate_jax.workdir.bucket.fetch`.
+      UserError: `expanduser` or `crate_jax.workdir.bucket.fetch` refuses the path.
     """
     return bucket.fetch(os.fspath(path), step) if bucket.is_address(path) else expanduser(path)
 
