@@ -2,7 +2,7 @@
 
     python -m crate_jax.main --config=configs/photos.py:size=64,minutes=10 --config.data.source=DIR --workdir=W
 
-DIR is a folder of images, with or without labels; README.md lists the other sources. The config string has:
+DIR is a folder of images, with or without labels; docs/data.md lists the other sources. The config string has:
 
 * ``size``: the side to which images are resized, in pixels: 32, 64, 96, 128, 160, 192 or 224. A patch is an eighth of
   it, at most 16 px: 64 tokens up to 128 px, and 196, as in the papers, at 224;

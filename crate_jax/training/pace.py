@@ -24,10 +24,8 @@ log = logging.getLogger(__name__)
 FILE = "pace.json"  # in the workdir: {KEY: whole number}
 KEY = "microseconds_per_step"
 SHARE, SECONDS = 0.05, 10.0  # a measurement takes this share of the minutes, at most so many seconds
-WARM, ROUND = (
-    2,
-    4,
-)  # steps before the measurement, of which the first one compiles; steps between two looks at the clock
+WARM = 2  # steps before the measurement; the first one compiles
+ROUND = 4  # steps between two looks at the clock
 LONGEST = 2**31 - 1  # of an int32, in which the processes agree
 STEPS = 10**9  # of the trial: longer than any warm-up
 
