@@ -129,7 +129,7 @@ def one(*records):
     [
         (lambda root: None, {}, "holds no file with .array_record in its name"),
         (lost, {}, "split train: shard 0 of 2 is missing"),
-        (cut, {}, "a.array_record: damaged or not an ArrayRecord file"),
+        (cut, {}, "a.array_record: damaged or not an ArrayRecord file .cut short, or another format"),
         (flipped, {}, "a.array_record: damaged or not an ArrayRecord file .*hash mismatch"),
         (unnamed, {}, "label holds class 2, but there are 2 names"),
         (two_splits, {"train_split": "dev"}, "has no split 'dev'; it has .*train"),
