@@ -27,7 +27,7 @@ def markdown(rows: Rows) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     head = f"{machine['devices']} x {machine['device']} ({card}); {versions}; Python {machine['python']}; "
     parts = [head + f"{machine['cores']} cores. Times are medians of windows, after warm-up."]
-    for make in (ceilings, models, parity, kernel_times, tune, feed, cifar, left_out):
+    for make in (ceilings, models, profile, parity, kernel_times, tune, feed, cifar, left_out):
         if text := make(rows):
             parts.append(text)
     return "\n\n".join(parts) + "\n"
@@ -115,6 +115,23 @@ def models(rows: Rows) -> str:
         "PyTorch, images/s", "its memory, GB", "ours / PyTorch", "attention by",
     )  # fmt: skip
     return grid("Train steps", columns, lines)
+
+
+def profile(rows: Rows) -> str:
+    """Where the time of the steps goes, in ms."""
+    found = {name: row for name, row in rows.get("profile", {}).items() if measured(row)}
+    kinds = list(dict.fromkeys(kind for row in found.values() for kind in row["kinds"]))
+
+    def cell(row: Row, kind: str) -> str:
+        of = row["kinds"].get(kind)
+        return f"{of['ms']:.2f} ({of['kernels']:.0f})" if of else "-"
+
+    lines = [
+        [name, number(row, "span_ms", ".2f"), number(row, lambda r: r["span_ms"] - r["busy_ms"], ".2f"),
+         *(cell(row, kind) for kind in kinds)]
+        for name, row in found.items()
+    ]  # fmt: skip
+    return grid("Profile of a step, ms (number of kernels)", ("step", "whole", "idle", *kinds), lines)
 
 
 def parity(rows: Rows) -> str:

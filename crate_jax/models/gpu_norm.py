@@ -106,6 +106,7 @@ def forward(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float, int
             compiler_params=triton.CompilerParams(num_warps=_warps(D)),
             metadata={"flops": "0"},  # no products, as benchmarks/ count
             interpret=interpret,
+            name="norm_forward",
         )(x_TD, scale_D, bias_D)
         return y_TD.reshape(x.shape)
 
@@ -143,6 +144,7 @@ def backward(
             compiler_params=triton.CompilerParams(num_warps=_warps(D)),
             metadata={"flops": "0"},  # no products, as benchmarks/ count
             interpret=interpret,
+            name="norm_backward",
         )(x_TD, tuple(others_TD[: len(g)]), None if skip is None else others_TD[-1], scale_D)
         return dx_TD.reshape(x.shape), dscale_SD, dbias_SD
 
