@@ -1,4 +1,4 @@
-"""How the kernels of attention are best cut: each kernel with other tiles, the others as `tiles_for` cuts them.
+"""How the kernels are best cut: each kernel of attention with other tiles, the others as `tiles_for` cuts them; norms.
 
 Kernels run one after the other, so the best tiles of each are the best for all.
 """
@@ -19,16 +19,22 @@ from benchmarks.accelerator.kernels import Attention, with_gradients
 from benchmarks.accelerator.parts import Cases, Row, Settings
 from benchmarks.accelerator.table import DIFFERS
 from crate_jax.flags import one_line
-from crate_jax.models import gpu_attention
+from crate_jax.models import gpu_attention, gpu_norm
 from crate_jax.models.gpu_attention import Tile, Tiles
+from crate_jax.models.gpu_norm import Cut
 
 KERNELS = ("forward", "first", "second", "bias")  # the fields of Tiles
 TILES = (
-    Tile(64, 32, 4, 2), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 32, 4, 2),
-    Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3),
+    Tile(32, 32, 2, 3), Tile(32, 32, 4, 3), Tile(32, 64, 4, 3), Tile(64, 16, 4, 3), Tile(64, 32, 4, 2),
+    Tile(64, 32, 4, 3), Tile(64, 32, 4, 4), Tile(64, 32, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3),
+    Tile(128, 32, 4, 2), Tile(128, 32, 4, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 3),
 )  # fmt: skip
-SUMS = (4, 16, 32)
-COMPILERS = 8  # programs compiled at the same time
+SUMS = (2, 4, 16)
+CUTS = (
+    Cut(1, 4, 1056), Cut(2, 4, 528), Cut(2, 4, 792), Cut(2, 4, 1056), Cut(2, 4, 1584), Cut(4, 4, 528), Cut(4, 4, 792),
+    Cut(4, 8, 396), Cut(4, 8, 528), Cut(4, 8, 792), Cut(8, 8, 396), Cut(8, 16, 264),
+)  # fmt: skip
+COMPILERS = 16  # programs compiled at the same time
 
 
 def cases(name: str, settings: Settings) -> Cases:
@@ -45,7 +51,9 @@ def cases(name: str, settings: Settings) -> Cases:
     tiles, sums = TILES, SUMS
     if settings.debug:
         shapes, tiles, sums = {"ViT, bias": Attention(2, 5, 1, 16, 3, True)}, TILES[:1], (1,)
-    return {
+    size, cuts = ((B, 197, 768), CUTS) if not settings.debug else ((2, 7, 20), CUTS[:1])
+    norms: Cases = {f"norm of {size[-1]}: backward": functools.partial(measure_norm, size, cuts, settings.platform)}
+    return norms | {
         f"{what}: {kernel}": functools.partial(measure, shape, kernel, tiles, sums, settings.platform)
         for what, shape in shapes.items()
         for kernel in KERNELS
@@ -74,16 +82,33 @@ def measure(case: Attention, kernel: str, tiles: Sequence[Tile], sums: Sequence[
         forward = jax.jit(lambda x, b: {"y": gpu_attention.attend(x, b, case.heads, case.parts, interpret, tiles)})
         return functools.partial(forward, x, bias)
 
-    default = gpu_attention.tiles_for(case.tokens, case.width)
+    default = gpu_attention.tiles_for(case.width, case.parts, case.biased)
     tried = trials({describe(t, kernel): program(t) for t in choices(default, kernel, tiles, sums)})
     return {"shape": dataclasses.asdict(case), "kernel": kernel, "default": describe(default, kernel), **tried}
+
+
+def measure_norm(shape: tuple[int, int, int], cuts: Sequence[Cut], platform: str) -> Row:
+    """Times the backward pass of the norm with a skip connection."""
+    x, g, skip = (jax.random.normal(jax.random.key(k), shape, jnp.bfloat16) for k in range(3))
+    scale = jax.random.normal(jax.random.key(3), shape[-1:], jnp.float32)
+
+    def program(cut: Cut) -> Callable[[], dict[str, jax.Array]]:
+        def run(x: jax.Array, scale: jax.Array, g: jax.Array, skip: jax.Array) -> dict[str, jax.Array]:
+            found = gpu_norm.backward(x, scale, (g,), skip, 1e-6, platform != "gpu", cut)
+            return dict(zip(("dx", "dscale", "dbias"), found, strict=True))
+
+        return functools.partial(jax.jit(run), x, scale, g, skip)
+
+    default = gpu_norm.cut_for(shape[-1])
+    programs = {str(cut): program(cut) for cut in dict.fromkeys([default, *cuts])}
+    return {"shape": list(shape), "kernel": "norm", "default": str(default), **trials(programs)}
 
 
 def describe(tiles: Tiles, kernel: str) -> str:
     """What is varied, as a line of a table.
 
-    >>> describe(gpu_attention.tiles_for(197, 64), "second")
-    '64 x 32, 4 warps, 2 stages'
+    >>> describe(gpu_attention.tiles_for(64, 1, False), "second")
+    '128 x 32, 4 warps, 2 stages'
     """
     tile = getattr(tiles, kernel)
     sums = f", {tiles.sums} sums" if kernel == "bias" else ""

@@ -16,6 +16,7 @@ K' buckets (the rank of the projector).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -23,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from ml_collections import ConfigDict
+
+from crate_jax.parallel import target
 
 
 class Corruption:
@@ -202,6 +205,13 @@ class Projection(Corruption):
     def project(self, tokens_BND: jax.Array) -> jax.Array:
         """P X, (B, N, D) -> (B, N, D)."""
         buckets = self.scale_BK.shape[-1]
+        if target.is_nvidia() or target.is_tpu():
+            # Products: a scatter is slow there, and on a GPU the order of its sums is not fixed.
+            chosen_BKN = self.bucket_BN[:, None, :] == jnp.arange(buckets)[:, None]
+            sketch_BKN = jnp.where(chosen_BKN, self.sign_BN[:, None, :], 0).astype(tokens_BND.dtype)
+            product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+            sums_BKD = product("bkn,bnd->bkd", sketch_BKN, tokens_BND)
+            return product("bkn,bkd->bnd", sketch_BKN, sums_BKD * self.scale_BK[..., None].astype(tokens_BND.dtype))
 
         def one(x_ND: jax.Array, bucket_N: jax.Array, sign_N: jax.Array, scale_K: jax.Array) -> jax.Array:
             signed_ND = x_ND * sign_N[:, None].astype(x_ND.dtype)

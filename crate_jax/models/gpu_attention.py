@@ -91,16 +91,17 @@ class Tiles:
     sums: int = 8
 
 
-def tiles_for(tokens: int, width: int) -> Tiles:
-    """The tiles for N tokens and heads of `width`.
+def tiles_for(width: int, parts: int, biased: bool) -> Tiles:
+    """The tiles for heads of `width`, P parts, and with or without a bias: the fastest of those timed on an H100.
 
-    They follow from compiled programs for an H100, not from times: blocks of 128 rows read keys and values half as
-    often as those of 64, with as many threads at work on a core. The second kernel holds more numbers for each row, as
-    all do for wide heads; with 64 rows more of its programs fit on a core. So they are where 128 would add rows.
+    docs/scale.md has the times. Blocks of 64 rows leave the fewest rows of 197 tokens empty; a third stage costs
+    shared memory, which a bias needs too.
     """
-    small, large = Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)
-    common = small if width > 64 or pl.cdiv(tokens, 64) % 2 else large
-    return Tiles(common, common, small, common)
+    small, ahead = Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)
+    if width > 64:  # not timed; here programs have twice as many numbers of each token
+        return Tiles(small, small, small, small)
+    second = Tile(128, 32, 4, 2) if parts == 1 else ahead
+    return Tiles(ahead, small if biased else ahead, second, small)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,10 +530,12 @@ def attend(
     return _attend_forward(x_BNF, bias_HNN, heads, parts, interpret, tiles)[0]
 
 
-def _shaped(x_BNF: jax.Array, heads: int, parts: int, interpret: bool, tiles: Tiles | None) -> tuple[_Shape, jax.Array]:
+def _shaped(
+    x_BNF: jax.Array, heads: int, parts: int, biased: bool, interpret: bool, tiles: Tiles | None
+) -> tuple[_Shape, jax.Array]:
     B, N, F = x_BNF.shape
     K = F // parts // heads
-    tiles = tiles or tiles_for(N, K)
+    tiles = tiles or tiles_for(K, parts, biased)
     return _Shape(B, N, parts, heads, K, tiles, interpret, tiles.forward), x_BNF.reshape(B, N, parts, heads, K)
 
 
@@ -540,7 +543,7 @@ def _attend_forward(
     x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, interpret: bool, tiles: Tiles | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     def run(x_BNF: jax.Array, *bias: jax.Array) -> tuple[jax.Array, ...]:
-        s, x = _shaped(x_BNF, heads, parts, interpret, tiles)
+        s, x = _shaped(x_BNF, heads, parts, bool(bias), interpret, tiles)
         y, peak, inverse = _forward(s, x, bias[0] if bias else None)
         return y.reshape(*x_BNF.shape[:2], -1), peak, inverse
 
@@ -557,7 +560,7 @@ def _attend_backward(
     def run(
         x_BNF: jax.Array, g_BNE: jax.Array, peak: jax.Array, inverse: jax.Array, *bias: jax.Array
     ) -> tuple[jax.Array, ...]:
-        s, x = _shaped(x_BNF, heads, parts, interpret, tiles)
+        s, x = _shaped(x_BNF, heads, parts, bool(bias), interpret, tiles)
         g = g_BNE.reshape(s.images, s.tokens, heads, s.width)
         dx, *dbias = _backward(s, x, bias[0] if bias else None, g, peak, inverse)
         return dx.reshape(x_BNF.shape), *dbias

@@ -10,6 +10,7 @@ Shapes: T rows, D width, G = D rounded up to a power of two, R rows of a block, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from typing import Any
@@ -21,9 +22,31 @@ from jax.experimental.pallas import triton
 
 from crate_jax.parallel import target
 
-ROWS = 4  # of a block
-PROGRAMS = 1024  # of the backward pass, at most
 WIDEST = 4096  # wider rows do not fit into registers
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a kernel is cut.
+
+    Attributes:
+      rows: R, a power of two.
+      warps: the number of warps of a program; a warp has 32 threads.
+      programs: S at most; the forward pass has one for each block.
+    """
+
+    rows: int
+    warps: int
+    programs: int = 1024
+
+    def __str__(self) -> str:
+        """As a line of a table."""
+        return f"{self.rows} rows, {self.warps} warps, {self.programs} programs"
+
+
+def cut_for(width: int) -> Cut:
+    """The cut for rows of D numbers: enough threads that each holds at most 32 numbers of a block."""
+    return Cut(4, max(4, 4 * _lanes(width) // (32 * 32)))
 
 
 def fits(x: jax.Array) -> bool:
@@ -43,9 +66,9 @@ def _statistics(x_RG: jax.Array, lane_G: jax.Array, width: int, eps: float) -> t
     return centred_RG, jax.lax.rsqrt(jnp.sum(jnp.square(centred_RG), axis=1, keepdims=True) / width + eps)
 
 
-def _forward_kernel(rows: int, width: int, eps: float, x_ref: Any, scale_ref: Any, bias_ref: Any, y_ref: Any) -> None:
-    lane_G = jnp.arange(x_ref.shape[1]) < width
-    mask_RG = (pl.program_id(0) * ROWS + jnp.arange(ROWS) < rows)[:, None] & lane_G[None, :]
+def _forward_kernel(total: int, width: int, eps: float, x_ref: Any, scale_ref: Any, bias_ref: Any, y_ref: Any) -> None:
+    rows, lane_G = x_ref.shape[0], jnp.arange(x_ref.shape[1]) < width
+    mask_RG = (pl.program_id(0) * rows + jnp.arange(rows) < total)[:, None] & lane_G[None, :]
     centred_RG, inverse_R1 = _statistics(_load(x_ref, slice(None), mask_RG), lane_G, width, eps)
     scale_G, bias_G = (triton.load(ref, mask=lane_G, other=0.0) for ref in (scale_ref, bias_ref))
     y_RG = centred_RG * inverse_R1 * scale_G[None, :] + bias_G[None, :]
@@ -53,16 +76,16 @@ def _forward_kernel(rows: int, width: int, eps: float, x_ref: Any, scale_ref: An
 
 
 def _backward_kernel(
-    rows: int, width: int, eps: float, x_ref: Any, g_refs: tuple[Any, ...], skip_ref: Any, scale_ref: Any, dx_ref: Any,
-    dscale_ref: Any, dbias_ref: Any,
+    rows: int, total: int, width: int, eps: float, x_ref: Any, g_refs: tuple[Any, ...], skip_ref: Any, scale_ref: Any,
+    dx_ref: Any, dscale_ref: Any, dbias_ref: Any,
 ) -> None:  # fmt: skip
     lane_G = jnp.arange(x_ref.shape[1]) < width
     scale_G = triton.load(scale_ref, mask=lane_G, other=0.0)
-    blocks, program = x_ref.shape[0] // ROWS, pl.program_id(0)
+    blocks, program = x_ref.shape[0] // rows, pl.program_id(0)
 
     def step(block: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        first, here = (program * blocks + block) * ROWS, pl.ds(block * ROWS, ROWS)
-        mask_RG = (first + jnp.arange(ROWS) < rows)[:, None] & lane_G[None, :]
+        first, here = (program * blocks + block) * rows, pl.ds(block * rows, rows)
+        mask_RG = (first + jnp.arange(rows) < total)[:, None] & lane_G[None, :]
         x_RG, *g = (_load(ref, here, mask_RG) for ref in (x_ref, *g_refs))
         g_RG = functools.reduce(operator.add, g)
         centred_RG, inverse_R1 = _statistics(x_RG, lane_G, width, eps)
@@ -85,25 +108,21 @@ def _lanes(width: int) -> int:
     return max(16, pl.next_power_of_2(width))
 
 
-def _warps(width: int) -> int:
-    """Enough threads that each holds at most 32 numbers of a block."""
-    return max(4, ROWS * _lanes(width) // (32 * 32))
-
-
 def forward(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float, interpret: bool = False) -> jax.Array:
     """layer_norm(x), (B, ..., D) -> (B, ..., D); `interpret` runs the kernel without a GPU, for tests."""
 
     def run(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
         D, x_TD = x.shape[-1], x.reshape(-1, x.shape[-1])
-        block = pl.BlockSpec((ROWS, _lanes(D)), lambda i: (i, 0))
+        cut = cut_for(D)
+        block = pl.BlockSpec((cut.rows, _lanes(D)), lambda i: (i, 0))
         vector = pl.BlockSpec((_lanes(D),), lambda i: (0,))
         y_TD = pl.pallas_call(
             functools.partial(_forward_kernel, len(x_TD), D, eps),
-            grid=(pl.cdiv(len(x_TD), ROWS),),
+            grid=(pl.cdiv(len(x_TD), cut.rows),),
             in_specs=[block, vector, vector],
             out_specs=block,
             out_shape=jax.ShapeDtypeStruct(x_TD.shape, x.dtype),
-            compiler_params=triton.CompilerParams(num_warps=_warps(D)),
+            compiler_params=triton.CompilerParams(num_warps=cut.warps),
             metadata={"flops": "0"},  # no products, as benchmarks/ count
             interpret=interpret,
             name="norm_forward",
@@ -115,23 +134,24 @@ def forward(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float, int
 
 def backward(
     x: jax.Array, scale_D: jax.Array, g: tuple[jax.Array, ...], skip: jax.Array | None, eps: float,
-    interpret: bool = False,
+    interpret: bool = False, cut: Cut | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """The gradients of x, scale and bias from the gradients of the result and of a skip, (B, ..., D) each.
 
-    The gradient of the result is the sum of all `g`, added in float32.
+    The gradient of the result is the sum of all `g`, added in float32. `cut` None: :func:`cut_for` this width.
     """
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         x, *others, scale_D = arrays
         D, (x_TD, *others_TD) = x.shape[-1], (a.reshape(-1, x.shape[-1]) for a in (x, *others))
-        rows = ROWS * pl.cdiv(pl.cdiv(len(x_TD), ROWS), PROGRAMS)
+        chosen = cut or cut_for(D)
+        rows = chosen.rows * pl.cdiv(pl.cdiv(len(x_TD), chosen.rows), chosen.programs)
         programs = pl.cdiv(len(x_TD), rows)
         block = pl.BlockSpec((rows, _lanes(D)), lambda i: (i, 0))
         sums = pl.BlockSpec((None, _lanes(D)), lambda i: (i, 0))
         sums_SD = jax.ShapeDtypeStruct((programs, D), jnp.float32)
         dx_TD, dscale_SD, dbias_SD = pl.pallas_call(
-            functools.partial(_backward_kernel, len(x_TD), D, eps),
+            functools.partial(_backward_kernel, chosen.rows, len(x_TD), D, eps),
             grid=(programs,),
             in_specs=[
                 block,
@@ -141,7 +161,7 @@ def backward(
             ],
             out_specs=[block, sums, sums],
             out_shape=[jax.ShapeDtypeStruct(x_TD.shape, x.dtype), sums_SD, sums_SD],
-            compiler_params=triton.CompilerParams(num_warps=_warps(D)),
+            compiler_params=triton.CompilerParams(num_warps=chosen.warps),
             metadata={"flops": "0"},  # no products, as benchmarks/ count
             interpret=interpret,
             name="norm_backward",

@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D width, H heads, K head width, E = H * K.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -172,10 +173,48 @@ skip_norm_product.defvjp(_skip_norm_product_forward, _skip_norm_product_backward
 
 def gelu(x: jax.Array) -> jax.Array:
     """GELU with the error function; on GPUs and TPUs its backward pass keeps x only, and computes the rest again."""
+    if target.is_nvidia() and x.dtype == jnp.bfloat16:
+        return _narrow_gelu(x)
     exact = functools.partial(jax.nn.gelu, approximate=False)
     if not (target.is_nvidia() or target.is_tpu()):
         return exact(x)
     return jax.checkpoint(exact, prevent_cse=target.is_nvidia())(x)
+
+
+@jax.custom_vjp
+def _narrow_gelu(x: jax.Array) -> jax.Array:
+    """GELU of bfloat16, computed in float32 within 4e-7.
+
+    XLA's complementary error function is right to the last digit of float32 everywhere, by three formulas of which it
+    computes all; so the time of a pass was that of its instructions, not that of its bytes.
+    """
+    wide, tail, _ = _normal_tail(x)
+    return (jnp.maximum(wide, 0) - jnp.abs(wide) * tail).astype(x.dtype)
+
+
+def _normal_tail(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x, the normal distribution's probability above |x|, and exp(-x^2 / 2), all in float32.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26; in float32 within 4e-7.
+    """
+    wide = x.astype(jnp.float32)
+    bell = jnp.exp(-0.5 * jnp.square(wide))
+    t = jnp.square(jax.lax.rsqrt(1 + 0.3275911 * math.sqrt(0.5) * jnp.abs(wide)))  # a division takes longer
+    series = functools.reduce(
+        lambda total, a: total * t + a, (1.421413741, -0.284496736, 0.254829592), 1.061405429 * t - 1.453152027
+    )
+    return wide, 0.5 * bell * t * series, bell
+
+
+def _narrow_gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    x = jax.lax.optimization_barrier(x)  # else XLA keeps what it has computed in the forward pass, in float32
+    wide, tail, bell = _normal_tail(x)
+    below = jnp.where(wide > 0, 1 - tail, tail)
+    slope = below + wide * bell * (1 / math.sqrt(2 * math.pi))
+    return ((g.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+_narrow_gelu.defvjp(lambda x: (_narrow_gelu(x), x), _narrow_gelu_backward)
 
 
 def attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:

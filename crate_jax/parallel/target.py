@@ -50,8 +50,12 @@ def _device() -> tuple[str, str]:
 
 # Without it XLA would compute a weight's gradient part by part in a loop, and read both factors once for each chip.
 TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# Else, for GPUs without sums in bfloat16 (A100), XLA drops roundings to it, and stores tokens in float32 too.
-NVIDIA_OPTIONS: dict[str, str | bool] = {"xla_allow_excess_precision": False}
+NVIDIA_OPTIONS: dict[str, str | bool] = {
+    # Else, for GPUs without sums in bfloat16 (A100), XLA drops roundings to it, and stores tokens in float32 too.
+    "xla_allow_excess_precision": False,
+    # Else XLA makes each product a kernel of its own before it times cuBLAS, which then adds no bias and no residual.
+    "xla_gpu_enable_triton_gemm": False,
+}
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str | bool]:

@@ -136,16 +136,15 @@ def test_each_device_attends_to_its_own_images_and_biases_are_summed(data, model
 
 
 @pytest.mark.parametrize("skipped", [True, False])
-def test_the_kernels_are_the_norm(monkeypatch, skipped):
+def test_the_kernels_are_the_norm(skipped):
     """21 rows of 20 numbers in blocks of 4, which two programs share: the last block has one row."""
-    monkeypatch.setattr(gpu_norm, "PROGRAMS", 2)
     x, g, skip = (jnp.float32(3 + draw(3, 7, 20, seed=seed)) for seed in range(3))
     scale, bias = (jnp.float32(draw(20, seed=seed)) for seed in (4, 5))
     y, pull = jax.vjp(lambda *a: layers.layer_norm(*a, 1e-5), x, scale, bias)
     expected = pull(g)
     np.testing.assert_allclose(gpu_norm.forward(x, scale, bias, 1e-5, True), y, rtol=1e-4, atol=1e-5)
     parts = (g,) if skipped else (g - skip, 0.25 * skip, 0.75 * skip)  # of a sum
-    ours = gpu_norm.backward(x, scale, parts, skip if skipped else None, 1e-5, True)
+    ours = gpu_norm.backward(x, scale, parts, skip if skipped else None, 1e-5, True, gpu_norm.Cut(4, 4, 2))
     for a, b, more in zip(ours, expected, (skip if skipped else 0, 0, 0), strict=True):
         np.testing.assert_allclose(a, b + more, rtol=1e-4, atol=2e-5)
 
