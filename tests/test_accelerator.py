@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from benchmarks.accelerator import cifar, clock, exact, kernels, runner, table, tune
+from benchmarks.accelerator import cifar, clock, exact, kernels, profile, runner, table, tune
 from benchmarks.accelerator.parts import ALL, MACHINE, PARTS, Part, Settings
 from crate_jax.errors import DataError, UserError
 from crate_jax.models import gpu_attention, tpu_attention
@@ -249,7 +249,7 @@ def test_tiles_that_fail_or_are_wrong_are_not_the_best_and_cost_only_themselves(
 
 
 def test_tiles_are_varied_one_kernel_at_a_time():
-    default = gpu_attention.tiles_for(64, 3, False)
+    default = gpu_attention.tiles_for(64, 3)
     for kernel in tune.KERNELS:
         first, *others = tune.choices(default, kernel, tune.TILES, tune.SUMS)
         assert first == default and len(set(others)) == len(others) > 7 and default not in others
@@ -260,6 +260,24 @@ def test_tiles_are_varied_one_kernel_at_a_time():
         "ROPIM ViT-B, bias: forward",
         "ROPIM ViT-B, bias: first",
     ]
+
+
+def test_a_profile_sums_kernels_by_kind_and_what_is_between_them():
+    """Two steps of a product beside a copy, a pause of 2 ms, and a fusion, in ns."""
+    ms = 1e6
+    names = ("nvjet_tst_128x128", "memcpy32_post", "loop_add_fusion_3")
+    spans = ((0.0, 5.0), (4.0, 3.0), (9.0, 1.0))
+    events = [(name, (start + at) * ms, length * ms) for name, (at, length) in zip(names, spans, strict=True)
+              for start in (20.0, 31.0)]  # fmt: skip
+    found = profile.summed(events, 2)
+    assert (found["span_ms"], found["busy_ms"]) == (10.5, 8.0)
+    assert list(found["kinds"].items())[0] == ("product", {"ms": 5.0, "kernels": 1.0})
+    assert found["kinds"]["other"] == {"ms": 1.0, "kernels": 1.0}
+    assert found["top"][1] == ["memcpy32_post", "copy", 3.0, 1.0]
+    with pytest.raises(RuntimeError, match="recorded nothing"):
+        profile.summed([], 2)
+    text = table.profile({"profile": {"crate_mae_b": found, "vit_mae_b": {"failed": "x"}}})
+    assert text.splitlines()[-1] == "| crate_mae_b | 10.50 | 2.50 | 5.00 (1) | 3.00 (1) | 1.00 (1) |"
 
 
 def test_the_table_compares_and_leaves_out_what_is_not_there():

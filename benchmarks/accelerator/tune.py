@@ -31,8 +31,8 @@ TILES = (
 )  # fmt: skip
 SUMS = (2, 4, 16)
 CUTS = (
-    Cut(1, 4, 1056), Cut(2, 4, 528), Cut(2, 4, 792), Cut(2, 4, 1056), Cut(2, 4, 1584), Cut(4, 4, 528), Cut(4, 4, 792),
-    Cut(4, 8, 396), Cut(4, 8, 528), Cut(4, 8, 792), Cut(8, 8, 396), Cut(8, 16, 264),
+    Cut(1, 1, 2112), Cut(1, 2, 1056), Cut(1, 2, 1584), Cut(1, 4, 792), Cut(1, 4, 1056), Cut(2, 2, 1056), Cut(2, 4, 528),
+    Cut(2, 4, 1056), Cut(4, 4, 528), Cut(4, 4, 792), Cut(4, 4, 1056), Cut(4, 8, 528),
 )  # fmt: skip
 COMPILERS = 16  # programs compiled at the same time
 
@@ -53,13 +53,13 @@ def cases(name: str, settings: Settings) -> Cases:
         shapes, tiles, sums = {"ViT, bias": Attention(2, 5, 1, 16, 3, True)}, TILES[:1], (1,)
     size, cuts = ((B, 197, 768), CUTS) if not settings.debug else ((2, 7, 20), CUTS[:1])
     norms: Cases = {f"norm of {size[-1]}: backward": functools.partial(measure_norm, size, cuts, settings.platform)}
-    return norms | {
+    return {
         f"{what}: {kernel}": functools.partial(measure, shape, kernel, tiles, sums, settings.platform)
         for what, shape in shapes.items()
         for kernel in KERNELS
         if shape.biased or kernel != "bias"
         if kernel == "bias" or not settings.debug
-    }
+    } | norms
 
 
 def choices(default: Tiles, kernel: str, tiles: Sequence[Tile], sums: Sequence[int]) -> list[Tiles]:
@@ -82,7 +82,7 @@ def measure(case: Attention, kernel: str, tiles: Sequence[Tile], sums: Sequence[
         forward = jax.jit(lambda x, b: {"y": gpu_attention.attend(x, b, case.heads, case.parts, interpret, tiles)})
         return functools.partial(forward, x, bias)
 
-    default = gpu_attention.tiles_for(case.width, case.parts, case.biased)
+    default = gpu_attention.tiles_for(case.width, case.parts)
     tried = trials({describe(t, kernel): program(t) for t in choices(default, kernel, tiles, sums)})
     return {"shape": dataclasses.asdict(case), "kernel": kernel, "default": describe(default, kernel), **tried}
 
@@ -107,7 +107,7 @@ def measure_norm(shape: tuple[int, int, int], cuts: Sequence[Cut], platform: str
 def describe(tiles: Tiles, kernel: str) -> str:
     """What is varied, as a line of a table.
 
-    >>> describe(gpu_attention.tiles_for(64, 1, False), "second")
+    >>> describe(gpu_attention.tiles_for(64, 1), "second")
     '128 x 32, 4 warps, 2 stages'
     """
     tile = getattr(tiles, kernel)

@@ -9,8 +9,8 @@ A program computes a block of R rows of one head of one image, and goes through 
 softmax over blocks is that of FlashAttention (Dao et al., arXiv 2205.14135). The last block of 197 tokens is masked.
 The forward pass keeps the largest logit, as a binary logarithm, and the inverse of the sum of each row. The backward
 pass recomputes the weights from them in two kernels. The first computes delta, the sum over keys of weight times its
-gradient, and then the gradient of queries; the second goes through the queries for the gradients of keys and values.
-For MSSA the second computes the whole gradient. Delta is not taken from the result (as g . y), whose rounding leaves
+gradient, and the gradient of queries; the second goes through the queries for the gradients of keys and values. For
+MSSA the second computes the whole gradient. Delta is not just taken from the result (as g . y), whose rounding leaves
 noise where the softmax saturates. No kernel adds to memory that another one adds to, so results do not depend on an
 order.
 
@@ -91,17 +91,12 @@ class Tiles:
     sums: int = 8
 
 
-def tiles_for(width: int, parts: int, biased: bool) -> Tiles:
-    """The tiles for heads of `width`, P parts, and with or without a bias: the fastest of those timed on an H100.
-
-    docs/scale.md has the times. Blocks of 64 rows leave the fewest rows of 197 tokens empty; a third stage costs
-    shared memory, which a bias needs too.
-    """
+def tiles_for(width: int, parts: int) -> Tiles:
+    """The tiles for heads of `width` and P parts: the fastest of those that were timed on an H100 (docs/results.md)."""
     small, ahead = Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)
-    if width > 64:  # not timed; here programs have twice as many numbers of each token
+    if width > 64:  # not timed; a program has twice as many numbers of each token
         return Tiles(small, small, small, small)
-    second = Tile(128, 32, 4, 2) if parts == 1 else ahead
-    return Tiles(ahead, small if biased else ahead, second, small)
+    return Tiles(ahead, ahead, Tile(128, 32, 4, 2) if parts == 1 else ahead, Tile(64, 64, 4, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,39 +244,68 @@ def _forward_kernel(s: _Shape, x_ref: Any, bias_ref: Any, y_ref: Any, peak_ref: 
     triton.store(inverse_ref, inverse_R, mask=s.inside(block, s.rows))
 
 
-def _first_kernel(
-    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any, *dx_ref: Any
+class _Own:
+    """A block of tokens as queries, and the gradients of their results.
+
+    Attributes:
+      block: its number.
+      query_RG, g_RG: the arrays.
+      peak_R, inverse_R: what the forward pass keeps of the rows.
+    """
+
+    def __init__(self, s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any):
+        self._s, self._x_ref, self._bias_ref, self.block = s, x_ref, bias_ref, pl.program_id(0)
+        self.query_RG, self.g_RG = s.load(x_ref, self.block, s.rows, s.part(0)), s.load(g_ref, self.block, s.rows)
+        self.peak_R, self.inverse_R = (s.numbers(ref, self.block, s.rows) for ref in (peak_ref, inverse_ref))
+
+    def tile(self, other: jax.Array) -> tuple[jax.Array, ...]:
+        """The keys of other tokens, the weights without their inverse, and the gradients of the weights."""
+        s = self._s
+        key_CG, value_CG = (s.load(self._x_ref, other, s.columns, s.part(role)) for role in (1, 2))
+        bias_RC = None if self._bias_ref is None else s.bias(self._bias_ref, self.block, other)
+        logits = s.logits(_product(self.query_RG, key_CG, (1, 1)), bias_RC, other)
+        return key_CG, s.power(*logits, self.peak_R[:, None]), _product(self.g_RG, value_CG, (1, 1))
+
+
+def _delta_kernel(
+    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any
 ) -> None:
-    """Writes delta, and where queries are a part their gradient, which needs delta: a second way through the tiles."""
-    block = pl.program_id(0)
-    query_RG, g_RG = s.load(x_ref, block, s.rows, s.part(0)), s.load(g_ref, block, s.rows)
-    peak_R, inverse_R = s.numbers(peak_ref, block, s.rows), s.numbers(inverse_ref, block, s.rows)
+    own = _Own(s, x_ref, bias_ref, g_ref, peak_ref, inverse_ref)
 
-    def tile(other: jax.Array) -> tuple[jax.Array, ...]:
-        """The keys, the weights without their inverse, and the gradients of the weights."""
-        key_CG, value_CG = (s.load(x_ref, other, s.columns, s.part(role)) for role in (1, 2))
-        bias_RC = None if bias_ref is None else s.bias(bias_ref, block, other)
-        weights_RC = s.power(*s.logits(_product(query_RG, key_CG, (1, 1)), bias_RC, other), peak_R[:, None])
-        return key_CG, weights_RC, _product(g_RG, value_CG, (1, 1))
-
-    def add_delta(other: jax.Array, sum_R: jax.Array) -> jax.Array:
-        _, weights_RC, dweights_RC = tile(other)
+    def step(other: jax.Array, sum_R: jax.Array) -> jax.Array:
+        _, weights_RC, dweights_RC = own.tile(other)
         return sum_R + jnp.sum(weights_RC * dweights_RC, axis=1)
 
-    delta_R = jax.lax.fori_loop(0, s.steps, add_delta, jnp.zeros((s.rows,))) * inverse_R
-    triton.store(delta_ref, delta_R, mask=s.inside(block, s.rows))
-    if not dx_ref:
-        return
-    factor_R = inverse_R * s.scale
-    shift_R = -delta_R * factor_R
+    delta_R = jax.lax.fori_loop(0, s.steps, step, jnp.zeros((s.rows,))) * own.inverse_R
+    triton.store(delta_ref, delta_R, mask=s.inside(own.block, s.rows))
 
-    def add_dquery(other: jax.Array, sum_RG: jax.Array) -> jax.Array:
-        key_CG, weights_RC, dweights_RC = tile(other)
-        slope_RC = weights_RC * s.fused(dweights_RC, factor_R[:, None], shift_R[:, None])
-        return sum_RG + _product(slope_RC.astype(key_CG.dtype), key_CG)
 
-    dquery_RG = jax.lax.fori_loop(0, s.steps, add_dquery, jnp.zeros((s.rows, s.lanes), jnp.float32))
-    triton.store(dx_ref[0], dquery_RG.astype(x_ref.dtype), mask=s.mask(block, s.rows))
+def _query_kernel(
+    s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, _: None, __: None, y_ref: Any,
+    delta_ref: Any, dx_ref: Any,
+) -> None:  # fmt: skip
+    """Writes delta and the gradient of queries, which needs delta, in one way through the tiles.
+
+    It takes g . y as delta, and adds to both what the tiles show to be missing, which is linear in delta.
+    """
+    own = _Own(s, x_ref, bias_ref, g_ref, peak_ref, inverse_ref)
+    near_R = jnp.sum(own.g_RG.astype(jnp.float32) * s.load(y_ref, own.block, s.rows).astype(jnp.float32), axis=1)
+
+    def step(other: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        key_CG, weights_RC, dweights_RC = own.tile(other)
+        slope_RC = weights_RC * (dweights_RC - near_R[:, None])
+        return (
+            sums[0] + _product(slope_RC.astype(key_CG.dtype), key_CG),
+            sums[1] + _product(weights_RC.astype(key_CG.dtype), key_CG),
+            sums[2] + jnp.sum(slope_RC, axis=1),
+        )
+
+    zeros_RG = jnp.zeros((s.rows, s.lanes), jnp.float32)
+    sums = jax.lax.fori_loop(0, s.steps, step, (zeros_RG, zeros_RG, jnp.zeros((s.rows,))))
+    missing_R = sums[2] * own.inverse_R
+    dquery_RG = (sums[0] - sums[1] * missing_R[:, None]) * (own.inverse_R * s.scale)[:, None]
+    triton.store(delta_ref, near_R + missing_R, mask=s.inside(own.block, s.rows))
+    triton.store(dx_ref, dquery_RG.astype(x_ref.dtype), mask=s.mask(own.block, s.rows))
 
 
 class _Others:
@@ -424,7 +448,7 @@ def _call(
       kernel: called with the sizes and references of inputs and outputs.
       s: the sizes.
       arrays: x (B, N, P, H, K), a bias (H, M, M) or None; then, as far as the kernel needs them, g (B, N, H, K), three
-        numbers of each row, float32 (B, H, N), and the turned bias (H, M, M) or None.
+        numbers of each row, float32 (B, H, N), the turned bias (H, M, M) and y (B, N, H, K); None for what it skips.
       outputs: their blocks are functions of (block, head, image), or with `sums` of (row of tiles, column of tiles,
         head and part of the batch).
       products: the number of products of N x N x K per image and head, for counting.
@@ -435,12 +459,14 @@ def _call(
     head = (lambda i, j, ph: ph % s.heads) if sums else (lambda i, h, b: h)
     part = (lambda i, j, ph: ph // s.heads) if sums else (lambda i, h, b: b)
     bias = pl.BlockSpec((None, M, M), lambda *at: (head(*at), 0, 0))
+    result = pl.BlockSpec((images, M, None, s.lanes), lambda *at: (part(*at), 0, head(*at), 0))
     inputs = (
         pl.BlockSpec((images, M, s.parts, None, s.lanes), lambda *at: (part(*at), 0, 0, head(*at), 0)),
         bias,
-        pl.BlockSpec((images, M, None, s.lanes), lambda *at: (part(*at), 0, head(*at), 0)),
+        result,
         *[pl.BlockSpec((images, None, M), lambda *at: (part(*at), head(*at), 0))] * 3,
         bias,
+        result,
     )
     read = [a for a in arrays if a is not None]
     specs = [None if a is None else spec for a, spec in zip(arrays, inputs, strict=False)]
@@ -477,8 +503,9 @@ def _numbers(s: _Shape) -> _Output:
 
 
 def _backward(
-    s: _Shape, x: jax.Array, bias: jax.Array | None, g: jax.Array, peak: jax.Array, inverse: jax.Array
-) -> list[jax.Array]:
+    s: _Shape, x: jax.Array, bias: jax.Array | None, g: jax.Array, peak: jax.Array, inverse: jax.Array,
+    y: jax.Array | None,
+) -> list[jax.Array]:  # fmt: skip
     known = [x, _prepared(s, bias, x.dtype), g, peak, inverse]
 
     def output(axis: int | None, written: float = 1.0) -> _Output:
@@ -487,11 +514,11 @@ def _backward(
 
     s = s.cut(s.tiles.first)
     if s.parts == 1:
-        known += _call(_first_kernel, s, known, [_numbers(s)], 2)
+        known += _call(_delta_kernel, s, known, [_numbers(s)], 2)
         s = s.cut(s.tiles.second)
         found = _call(_mssa_kernel, s, known, [output(1)], 5)
     else:
-        delta, dx = _call(_first_kernel, s, known, [_numbers(s), output(None, 1 / 3)], 5)
+        delta, dx = _call(_query_kernel, s, [*known, None, None, y], [_numbers(s), output(None, 1 / 3)], 4)
         known.append(delta)
         s = s.cut(s.tiles.second)
         arrays = [x, None, *known[2:], _prepared(s, bias, x.dtype, turned=True)]
@@ -530,12 +557,10 @@ def attend(
     return _attend_forward(x_BNF, bias_HNN, heads, parts, interpret, tiles)[0]
 
 
-def _shaped(
-    x_BNF: jax.Array, heads: int, parts: int, biased: bool, interpret: bool, tiles: Tiles | None
-) -> tuple[_Shape, jax.Array]:
+def _shaped(x_BNF: jax.Array, heads: int, parts: int, interpret: bool, tiles: Tiles | None) -> tuple[_Shape, jax.Array]:
     B, N, F = x_BNF.shape
     K = F // parts // heads
-    tiles = tiles or tiles_for(K, parts, biased)
+    tiles = tiles or tiles_for(K, parts)
     return _Shape(B, N, parts, heads, K, tiles, interpret, tiles.forward), x_BNF.reshape(B, N, parts, heads, K)
 
 
@@ -543,30 +568,32 @@ def _attend_forward(
     x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, interpret: bool, tiles: Tiles | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     def run(x_BNF: jax.Array, *bias: jax.Array) -> tuple[jax.Array, ...]:
-        s, x = _shaped(x_BNF, heads, parts, bool(bias), interpret, tiles)
+        s, x = _shaped(x_BNF, heads, parts, interpret, tiles)
         y, peak, inverse = _forward(s, x, bias[0] if bias else None)
         return y.reshape(*x_BNF.shape[:2], -1), peak, inverse
 
     shared = () if bias_HNN is None else (bias_HNN,)
     y_BNE, peak_BHN, inverse_BHN = target.per_device(run, x_BNF, shared=shared)
-    return y_BNE, (x_BNF, bias_HNN, peak_BHN, inverse_BHN)
+    results = () if parts == 1 else (y_BNE,)  # the product after it keeps y too
+    return y_BNE, (x_BNF, bias_HNN, peak_BHN, inverse_BHN, *results)
 
 
 def _attend_backward(
     heads: int, parts: int, interpret: bool, tiles: Tiles | None, saved: tuple[Any, ...], g_BNE: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    x_BNF, bias_HNN, peak_BHN, inverse_BHN = saved
+    x_BNF, bias_HNN, peak_BHN, inverse_BHN, *results = saved
 
     def run(
-        x_BNF: jax.Array, g_BNE: jax.Array, peak: jax.Array, inverse: jax.Array, *bias: jax.Array
+        x_BNF: jax.Array, g_BNE: jax.Array, peak: jax.Array, inverse: jax.Array, *others: jax.Array
     ) -> tuple[jax.Array, ...]:
-        s, x = _shaped(x_BNF, heads, parts, bool(bias), interpret, tiles)
-        g = g_BNE.reshape(s.images, s.tokens, heads, s.width)
-        dx, *dbias = _backward(s, x, bias[0] if bias else None, g, peak, inverse)
+        y_BNE, bias = others[: len(results)], others[len(results) :]
+        s, x = _shaped(x_BNF, heads, parts, interpret, tiles)
+        g, *y = (a.reshape(s.images, s.tokens, heads, s.width) for a in (g_BNE, *y_BNE))
+        dx, *dbias = _backward(s, x, bias[0] if bias else None, g, peak, inverse, y[0] if y else None)
         return dx.reshape(x_BNF.shape), *dbias
 
     shared = () if bias_HNN is None else (bias_HNN,)
-    dx_BNF, *dbias = target.per_device(run, x_BNF, g_BNE, peak_BHN, inverse_BHN, shared=shared)
+    dx_BNF, *dbias = target.per_device(run, x_BNF, g_BNE, peak_BHN, inverse_BHN, *results, shared=shared)
     return dx_BNF, jnp.sum(dbias[0], 0) if dbias else None
 
 
