@@ -7,10 +7,11 @@ runs the parts of :data:`benchmarks.accelerator.parts.PARTS`, the most useful fi
 1. the peak of matrix products in bfloat16, and memory bandwidth;
 2. every kernel of ours for this device against float64, beside the plain version: results and gradients;
 3. the train steps of CRATE-MAE-B, ROPIM ViT-B, ViT-MAE-B and BYOL ResNet50, each beside its PyTorch model;
-4. the time of the kernels beside XLA's plain version and cuDNN's fused attention; more shapes of 2.;
-5. steps that the input pipeline feeds from a folder of JPEGs;
-6. the kernels of attention with other tiles, so that the best ones can be chosen;
-7. BYOL on CIFAR-10 with and without SO, for the rest of the minutes.
+4. where the time of these steps goes, by kind of kernel;
+5. the time of the kernels beside XLA's plain version and cuDNN's fused attention; more shapes of 2.;
+6. steps that the input pipeline feeds from a folder of JPEGs;
+7. the kernels with other tiles, so that the best ones can be chosen;
+8. BYOL on CIFAR-10 with and without SO, for the rest of the minutes.
 
 Each part writes DIR/PART.json after each of its cases, and DIR/PART.log; the table is in DIR/table.md and is printed.
 The same command again leaves out what is there and goes on. A case runs in a process of its own or of its part; if it

@@ -23,7 +23,7 @@ TOP = 60  # kernels in a row
 KINDS = {  # the first expression that a kernel's name has decides
     "attention": r"attention_|fmha|flash",
     "norm": r"norm_forward|norm_backward",
-    "convolution": r"conv|fprop|dgrad|wgrad|cudnn",
+    "convolution": r"conv(?!ert)|fprop|dgrad|wgrad|cudnn",
     "product": r"gemm|nvjet|cublas|cutlass|dot",
     "copy": r"memcpy|memset|copy|transpose",
     "collective": r"nccl|all-reduce|reduce-scatter|all-gather",
@@ -114,7 +114,7 @@ def summed(events: Iterable[tuple[str, float, float]], steps: int) -> Row:
 def kind(name: str) -> str:
     """The kind of a kernel by its name.
 
-    >>> kind("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNN"), kind("loop_add_fusion_7")
+    >>> kind("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNN"), kind("loop_convert_fusion_7")
     ('product', 'other')
     """
     return next((kind for kind, expression in KINDS.items() if re.search(expression, name)), OTHER)
