@@ -236,7 +236,7 @@ def _text(logged: Mapping[str, Logged]) -> str:
         )
     unfinished = [name for name, log in logged.items() if log.metrics and not log.summary]
     for name, log in logged.items():
-        lines += [f"{name}, {line}." for line in reading(log.summary)]
+        lines += [f"{name}, {line}." for line in reading(log.summary, intervals=False)]  # the table has those
     if unfinished:
         lines.append(f"Not finished when this page was written: {', '.join(unfinished)}.")
     return " ".join(lines)
