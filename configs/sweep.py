@@ -10,14 +10,20 @@
 | rop_ratio | corruption.rop_ratio | 1/14, 1/7, 1/4, 1/2 | chosen here, around ROPIM's 1/7, arXiv 2310.18737 |
 | penalty | penalty | none, so:1e-6, srip:1e-4 | the middle of the search of arXiv 2411.00392 |
 | gamma | penalty | none, so:1e-7, so:1e-6, so:1e-5, srip:1e-5, srip:1e-4, srip:1e-3 | the whole search |
+| transfer | checkpoint | the runs to judge, --config.sweep.values="'RUN','RUN'" | Table 2 of CRATE-MAE |
 
 With ``penalty=so`` or ``penalty=srip`` among the words, ``over=penalty`` varies penalty.weight over that search
 and 0, no penalty. Both also measure LiDAR.
 
 The table has the accuracy of each run's own k-NN and probe, on the labels of the pre-training set.
---config.sweep.judge adds accuracies by any protocols of configs/evaluate.py, PROTOCOL or PROTOCOL@SOURCE: Tables 5
-and 6 of CRATE-MAE pre-train on ImageNet-1K and probe CIFAR-10, --config.sweep.judge=logreg@tfds:cifar10. Several are
-quoted: --config.sweep.judge="'knn','logreg@folder:DIR'". They read all images of both splits.
+--config.sweep.judge adds accuracies by any protocols of configs/evaluate.py, PROTOCOL, PROTOCOL@TASK or
+PROTOCOL@SOURCE: Tables 5 and 6 of CRATE-MAE pre-train on ImageNet-1K and probe CIFAR-10,
+--config.sweep.judge=logreg@cifar10. Several are quoted: --config.sweep.judge="'knn','logreg@folder:DIR'". They read
+all images of both splits. ``segment_linear@folder:PAIRS`` adds the mean IoU of a segmentation. Judges that train take
+--config.sweep.judge_steps in place of their recipe's length.
+
+``over=transfer`` trains nothing: it judges runs that exist, or all runs of a sweep's folder, on the tasks of Table 2,
+by fine-tuning and by a probe.
 
 Expected, from the paper (probe on CIFAR-10 after ImageNet-1K, `base=crate_mae`): Table 5, with
 --config.encoder.lam=5: 69.78, 75.97, 75.99, 73.45; Table 6: 83.33, 80.87, 75.99. ROPIM ablates its ratio
@@ -54,10 +60,16 @@ OVER = {  # over -> key, values
     "rop_ratio": ("corruption.rop_ratio", (1 / 14, 1 / 7, 1 / 4, 1 / 2)),
     "penalty": ("penalty", ("none", "so:1e-6", "srip:1e-4")),
     "gamma": ("penalty", ("none", "so:1e-7", "so:1e-6", "so:1e-5", "srip:1e-5", "srip:1e-4", "srip:1e-3")),
+    "transfer": ("checkpoint", ()),
 }
 # (over, base) -> what the base's config string gets if it does not set the same word.
 IMPLIED = {("rop_ratio", "cifar10"): "corruption=rop"}
 LIDAR_IMAGES = 1000
+TABLE_2 = tuple(
+    f"{protocol}@{task}"
+    for protocol in ("finetune_crate", "logreg")
+    for task in ("cifar10", "cifar100", "flowers102", "pets")
+)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -79,5 +91,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.sweep.key, c.sweep.values = "penalty.weight", PENALTY_VALUES[c.penalty.name]
     if arg.over in ("penalty", "gamma"):
         c.evaluation.lidar_images = min(LIDAR_IMAGES, c.evaluation.train_images)
+    if arg.over == "transfer":
+        c.sweep.judge = TABLE_2
     c.sweep.seeds = arg.seeds
     return c

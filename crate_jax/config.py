@@ -231,7 +231,8 @@ SWEEP = Section(
         # Code must read it as sweep["values"], since a ConfigDict has a method `values`.
         values=Key((), anything, "the key's values"),
         seeds=Key(1, anything, "runs per value, with the seeds `seed`, `seed` + 1 and so on"),
-        judge=Key((), anything, "PROTOCOL or PROTOCOL@SOURCE, which each run's encoder is judged by as well"),
+        judge=Key((), anything, "PROTOCOL, PROTOCOL@TASK or PROTOCOL@SOURCE: each run's encoder is judged so as well"),
+        judge_steps=Key(0, at_least(0), "optimiser steps of a judge that trains; 0: as in its recipe"),
     ),
 )
 

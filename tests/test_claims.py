@@ -94,18 +94,22 @@ def places(tmp_path_factory, run_cli):
 
 def tiny(line: str, places, workdir) -> list[str]:
     """The arguments of the same command, on a few images and for a few steps."""
-    for name in ("CRATE_RUN", "VIT_RUN", "RUN_NONE", "RUN_SO", "RUN_SRIP", "RUN"):
-        line = re.sub(rf"(?<=[=,]){name}\b", str(places / ("vit" if name in ("VIT_RUN", "RUN_SO") else "crate")), line)
-    line = line.replace("RUN_SRIP", "RUN").replace(f",{places / 'crate'} ", " ") if "RUN_NONE" in line else line
-    pairs = line.startswith("crate-jax segment")
-    line = re.sub(r"folder:(IN|DIR)\b", f"folder:{places / ('pairs' if pairs else 'images')}", line)
-    line = re.sub(r"tfds:\w+", f"folder:{places / 'images'}", line)
+    line = line.replace(",RUN_SRIP", "")  # there are two runs
+    for name in ("CRATE_RUN", "VIT_RUN", "RUN_NONE", "RUN_SO", "RUN"):
+        line = re.sub(rf"(?<=[=,']){name}\b", str(places / ("vit" if name in ("VIT_RUN", "RUN_SO") else "crate")), line)
+    line = re.sub(r"folder:(IN|DIR)\b|(?<=@)(cifar10|imagenet)\b", f"folder:{places / 'images'}", line)
+    line = re.sub(r",\w+@(?!folder)\w+", "", line)  # one task stands for all
+    line = line.replace("folder:PAIRS", f"folder:{places / 'pairs'}")
+    if "finetune_" in line or "segment_" in line:
+        line += " --config.sweep.judge_steps=2"
     line = re.sub(r"--workdir=\w+", f"--workdir={workdir}", line)
     if "task=" in line:
         line = re.sub(r",task=\w+", "", line) + f" --config.data.source=folder:{places / 'images'}"
     if "report" not in line:
         line = re.sub(r"(--config=\w+)(:?)", lambda m: f"{m[1]}:debug{',' if m[2] else ''}", line, count=1)
         line = line.replace("base=crate_mae", "base=cifar10").replace("base=rop_vitb", "base=cifar10")
+    if "over=transfer" in line and "sweep.judge" not in line:
+        line += f" --config.sweep.judge=finetune_crate@folder:{places / 'images'} --config.sweep.judge_steps=2"
     if "sweep" in line:
         line = line.replace("seeds=3", "seeds=1")
     if "epochs" in line:

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from crate_jax import data
+from crate_jax import config_files, data
 from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
+from crate_jax.convert import pretrained
 from crate_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, escaped
 from crate_jax.evals.protocols import PROTOCOLS
-from crate_jax.jobs import evaluate, sweep_table, train
+from crate_jax.jobs import evaluate, finetune, report, sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training.step import make_recipe
@@ -37,6 +38,8 @@ from crate_jax.workdir.folder import lock
 log = logging.getLogger(__name__)
 
 PENALTY = "penalty"  # sweeps penalty.name and penalty.weight together; a value is "none" or NAME:WEIGHT
+CHECKPOINT = "checkpoint"  # sweeps over runs that exist, which are judged and not trained
+TRAINING_JUDGES = (*finetune.PROTOCOLS, *finetune.SEGMENTERS)
 JUDGED = "judged"  # a folder in a run's folder: one workdir of evaluations per judge
 MAX_SEEDS = 10_000  # each seed is a run per value; a larger number is surely a typing error
 
@@ -60,31 +63,48 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A protocol on frozen features, and the labelled data on which the protocol judges each run's encoder.
+    """A protocol, and the labelled data on which the protocol judges each run's encoder.
 
     Attributes:
-      name: the entry of config.sweep.judge, such as ``logreg@tfds:cifar10``.
-      protocol: a key of :data:`crate_jax.evals.protocols.PROTOCOLS`, with its default options.
-      source: where the images come from, as in config.data.source; "" stands for the images of pre-training.
+      name: the entry of config.sweep.judge, such as ``logreg@cifar10``.
+      protocol: a protocol of configs/evaluate.py, or ``segment_`` and a head of configs/segment.py.
+      where: a task of configs/evaluate.py or a source as in config.data.source; "": the images of config.data.source.
+      steps: config.sweep.judge_steps.
     """
 
     name: str
     protocol: str
-    source: str
+    where: str
+    steps: int
 
-    def config(self, run: ConfigDict, folder: Path) -> ConfigDict:
-        """The config of the job `evaluate` for a run in `folder`, on all images of both splits."""
-        c = base()
-        c.job, c.seed, c.checkpoint = "evaluate", run.seed, str(folder)
-        c.protocol.name = self.protocol
-        with c.protocol.unlocked():
-            c.protocol.update(PROTOCOLS[self.protocol].options)
-        c.data.source, c.data.data_dir = self.source or run.data.source, run.data.data_dir
-        if not self.source:
+    def config(self, run: ConfigDict, checkpoint: str) -> ConfigDict:
+        """The config of the job `evaluate`, `finetune` or `segment` for the encoder of a run, on all images.
+
+        Args:
+          run: the run's config.
+          checkpoint: its workdir, or a file of weights.
+
+        Raises:
+          ConfigError: there is no such task.
+        """
+        task = f",task={self.where}" if self.where and not data.is_source(self.where) else ""
+        head = self.protocol.removeprefix("segment_") if self.protocol in finetune.SEGMENTERS else ""
+        c = config_files.named(f"segment:head={head}{task}" if head else f"evaluate:protocol={self.protocol}{task}")
+        c.seed, c.checkpoint, c.data.data_dir = run.seed, checkpoint, run.data.data_dir
+        if not self.where:
             c.data.train_split, c.data.eval_split = run.data.train_split, run.data.eval_split
-        c.data.image_size, c.data.mean, c.data.std, c.data.eval_crop = (0, 0), (0.0,) * 3, (0.0,) * 3, 0.0  # the run's
-        c.evaluation.train_images = c.evaluation.test_images = 0
-        c.evaluation.batch_size = run.evaluation.batch_size
+        if not task:
+            c.data.source = self.where or run.data.source
+        if c.job == "evaluate":
+            c.evaluation.batch_size = run.evaluation.batch_size
+            return c
+        c.log.update(run.log.to_dict())
+        c.mesh.update(run.mesh.to_dict())
+        if self.steps:
+            o = c.optimizer
+            o.warmup_share = o.warmup_steps / c.steps if c.steps else o.warmup_epochs / c.epochs
+            o.warmup_steps, o.warmup_epochs = 0, 0.0
+            c.steps, c.epochs = self.steps, 0.0
         return c
 
 
@@ -92,19 +112,23 @@ def judges(config: ConfigDict) -> list[Judge]:
     """The judges that config.sweep.judge names.
 
     Raises:
-      ConfigError: an entry has no known protocol, or is listed twice.
+      ConfigError: an entry has no known protocol or task, or is listed twice.
     """
     out: list[Judge] = []
     for name in (part for text in config.sweep.judge for part in str(text).split(",")):
-        protocol, _, source = name.strip().partition("@")
-        if protocol not in PROTOCOLS:
+        protocol, _, where = name.strip().partition("@")
+        if protocol not in (*PROTOCOLS, *TRAINING_JUDGES):
             raise ConfigError(
-                f"config.sweep.judge: {name!r} is not a judge; write PROTOCOL or PROTOCOL@SOURCE, such as "
-                f"logreg@tfds:cifar10, where PROTOCOL is one of {', '.join(PROTOCOLS)}"
+                f"config.sweep.judge: {name!r} is not a judge; write PROTOCOL, PROTOCOL@TASK or PROTOCOL@SOURCE, such "
+                f"as logreg@cifar10, where PROTOCOL is one of {', '.join((*PROTOCOLS, *TRAINING_JUDGES))}"
             )
-        out.append(Judge(name.strip(), protocol, source))
+        out.append(Judge(name.strip(), protocol, where, config.sweep.judge_steps))
         if out[-1] in out[:-1]:
             raise ConfigError(f"config.sweep.judge: {name} is listed twice")
+        try:
+            out[-1].config(config, "")
+        except ConfigError as e:
+            raise ConfigError(f"config.sweep.judge: {name}: {e}") from None
     return out
 
 
@@ -121,9 +145,12 @@ def expand(config: ConfigDict) -> list[Setting]:
     _check_key(config, key)
     default = "none" if key == PENALTY else flatten(config)[key]
     given = config.sweep["values"]
-    if any(isinstance(v, str) for v in given) and not isinstance(default, list):
+    if key == CHECKPOINT and given:
+        given = [run for path in report.split(",".join(map(str, given))) for run in report.expand(path)]
+    elif any(isinstance(v, str) for v in given) and not isinstance(default, list):
         given = [part for v in given for part in (v.split(",") if isinstance(v, str) else [v])]
-    judges(config)
+    if not judges(config) and key == CHECKPOINT:
+        raise ConfigError("config.sweep.judge is empty: say what judges the runs of config.sweep.values")
     values = [_penalty(v) if key == PENALTY else _cast(key, v, default) for v in given]
     labels = [sweep_table.label(v) for v in values]
     if not values:
@@ -144,7 +171,7 @@ def expand(config: ConfigDict) -> list[Setting]:
 def _check_key(config: ConfigDict, key: str) -> None:
     flat = flatten(config)
     allowed = [k for k in flat if k not in ("job", "seed") and not k.startswith("sweep.")]
-    if key == PENALTY:
+    if key in (PENALTY, CHECKPOINT):
         return
     if key == "seed":
         raise ConfigError("config.sweep.key='seed': seeds go into config.sweep.seeds")
@@ -209,7 +236,7 @@ def _run_config(config: ConfigDict, key: str, value: Any, seed: int) -> ConfigDi
     """The config of one run. It does not mention the sweep, so it stays the same when the sweep gets more values."""
     child = config.copy_and_resolve_references()
     child.job, child.seed = "pretrain", seed
-    child.sweep.key, child.sweep.values, child.sweep.seeds, child.sweep.judge = "", (), 1, ()
+    child.sweep.update(base().sweep.to_dict())
     if key == PENALTY:
         name, _, weight = value.partition(":")
         child.penalty.name, child.penalty.weight = name, float(weight or 0)
@@ -280,13 +307,18 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     settings = expand(config)
     # All runs use the same number of devices, since JAX cannot change it once it was used.
     model = 1 if all(s.config.mesh.model == 1 for s in settings) else 0
-    sharding.use_cpu_cores(math.gcd(*(s.config.batch_size // s.config.accumulate for s in settings)), 1, model)
+    judging = [judge.config(config, "") for judge in judges(config)]
+    trained = [s.config for s in settings] + [c for c in judging if c.job != "evaluate"]
+    sharding.use_cpu_cores(math.gcd(*(c.batch_size // c.accumulate for c in trained)), 1, model)
     sources: dict[str, data.Source] = {}
     for setting in settings:
-        _check_setting(setting, functools.partial(_check_parts, sources=sources))
+        if config.sweep.key == CHECKPOINT:
+            pretrained.load(setting.value, "config.sweep.values")
+        else:
+            _check_setting(setting, functools.partial(_check_parts, sources=sources))
     for judge in judges(config):
         for split in ("train", "eval"):
-            labelled = judge.config(settings[0].config, Path())
+            labelled = judge.config(settings[0].config, "")
             if data.open_split(labelled, split, labels_required=True) is None:
                 raise DataError(f"config.sweep.judge: {labelled.data.source!r} has no {split} split, which judges need")
     with lock(workdir) as folder, Interrupt() as interrupt:
@@ -302,7 +334,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             if signum:
                 raise Interrupted(signum, f"with {len(records)} of {len(settings)} runs done")
             log.info("run %d of %d: %s", i + 1, len(settings), setting.name)
-            records[i] = _judged(config, folder, setting, _run_one(folder, setting))
+            record = _as_it_is(setting) if config.sweep.key == CHECKPOINT else _run_one(folder, setting)
+            records[i] = _judged(config, folder, setting, record)
             table = _report(config, folder, settings, records)
         failed = [r["folder"] for r in records.values() if r["status"] == "failed"]
         return {"table": table, "folder": str(folder), "failed": failed}
@@ -319,6 +352,11 @@ def show(result: dict[str, Any]) -> None:
     if result["failed"]:
         names = ", ".join(result["failed"])
         raise NonFiniteError(f"the loss became NaN or infinite in {names}; all other runs are finished")
+
+
+def _as_it_is(setting: Setting) -> dict[str, Any]:
+    """The record of a run that is only judged."""
+    return {"value": setting.value, "seed": setting.seed, "folder": setting.name, "status": "done"}
 
 
 def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
@@ -340,39 +378,44 @@ def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
 
 
 def _judged(config: ConfigDict, folder: Path, setting: Setting, record: dict[str, Any]) -> dict[str, Any]:
-    """The record with each judge's top-1 accuracy, under ``judge PROTOCOL@SOURCE``; no judge that is done runs again.
+    """The record with each judge's main score, under ``judge NAME``; no judge that is done runs again.
 
     Raises:
       UserError: a judge cannot do its work.
     """
     if record["status"] == "done":
+        checkpoint = setting.value if config.sweep.key == CHECKPOINT else str(folder / setting.name)
         for judge in judges(config):
             home = folder / setting.name / JUDGED / re.sub(r"[^-+.\w]", "_", judge.name)
+            c = judge.config(setting.config, checkpoint)
             try:
                 lines = (home / evaluate.RESULTS).read_text(encoding="utf-8", errors="replace").splitlines()
             except OSError:
                 lines = []
-            top1 = (readback.parse(lines[-1]) or {}).get("top1") if lines else None
-            if distributed.max_over_processes(int(not isinstance(top1, float))):
+            score = (readback.parse(lines[-1]) or {}).get(c.protocol.metric) if lines else None
+            if distributed.max_over_processes(int(not isinstance(score, float))):
                 try:
-                    top1 = evaluate.run(judge.config(setting.config, folder / setting.name), str(home))["top1"]
+                    job = evaluate if c.job == "evaluate" else finetune
+                    score = job.run(c, str(home))[c.protocol.metric]
                 except UserError as e:
                     raise UserError(f"{setting.name}, judged by {judge.name}: {e}") from e
-            record[f"{sweep_table.JUDGE}{judge.name}"] = top1
+                finally:
+                    gc.collect()  # as in _run_one
+            record[f"{sweep_table.JUDGE}{judge.name}"] = score
     return record
 
 
 def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
     """The record in sweep.json of a finished run or, with an `error`, of a failed run."""
     path = folder / setting.name / "summary.json"
-    record = {"value": setting.value, "seed": setting.seed, "folder": setting.name}
+    record = _as_it_is(setting)
     if error:
         return {**record, "status": "failed", "error": error}
     summary = readback.parse(path.read_text(encoding="utf-8", errors="replace"))
     if summary is None or readback.wrong(summary, dict.fromkeys(sweep_table.NUMBERS, readback.is_number)):
         what = "is not a JSON object" if summary is None else "holds something else where a number belongs"
         raise CheckpointError(f"{path}: {what}; delete it and repeat the command to write it again")
-    return {**record, "status": "done", **summary}
+    return {**record, **summary}
 
 
 def _report(config: ConfigDict, folder: Path, settings: Sequence[Setting], records: dict[int, dict[str, Any]]) -> str:

@@ -142,7 +142,7 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
         "correction). The loss is that of the training objective, which the swept key may change: it does not rank the "
         "rows.",
         *(
-            [f"Of the trained encoder by config.sweep.judge: {', '.join(found)}."]
+            [f"Of the trained encoder by config.sweep.judge: {', '.join(found)}; segmentation has the mean IoU."]
             if (found := judged(records).values())
             else []
         ),
@@ -233,6 +233,8 @@ def figure(config: ConfigDict, records: Sequence[Record]) -> Any:
 def _title(config: ConfigDict, rows: Sequence[tuple[Any, list[Record], int]]) -> str:
     """The figure's title: what all runs share, for a reader who has the figure without the table."""
     kind, _, rest = config.data.source.partition(":")
+    if config.sweep.key == "checkpoint":
+        return "the same runs, judged on several tasks"
     steps = next(r["steps"] for _, done, _ in rows for r in done)
     parts = {
         "method": config.method,
@@ -300,6 +302,7 @@ def _place(ax: Any, values: Sequence[Any]) -> list[float]:
             else:
                 ax.set_xscale("symlog", linthresh=min(sizes))
     labels = [label(float(f"{v:.3g}")) if isinstance(v, float) else label(v) for v in values]
+    labels = [text if len(text) < 25 else f"…{text[-23:]}" for text in labels]  # the end of a path
     ax.set_xticks(at, labels)
     ax.set_xticks([], minor=True)
     places = np.sort(ax.xaxis.get_transform().transform(np.array(at)))

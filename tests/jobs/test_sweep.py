@@ -67,7 +67,9 @@ def test_each_value_and_seed_gets_the_run_it_would_have_alone(finished):
     for name in names:
         config = json.loads((folder / name / "config.json").read_text())
         assert f"encoder.lam={config['encoder']['lam']:g},seed={config['seed']}" == name
-        assert config["job"] == "pretrain" and config["sweep"] == {"key": "", "values": [], "seeds": 1, "judge": []}
+        assert config["job"] == "pretrain" and config["sweep"] == {
+            "key": "", "values": [], "seeds": 1, "judge": [], "judge_steps": 0
+        }  # fmt: skip
     assert len({s["params_sha256"] for s in summaries(folder).values()}) == 4
 
 
@@ -125,10 +127,46 @@ def test_judges_score_each_run_once_on_their_own_data(finished, tmp_path, monkey
     assert sweep.run(tiny(**TWO_BY_TWO), str(tmp_path / "sweep"))["failed"] == []
 
 
+def test_a_judge_has_its_recipe_and_its_task():
+    c = tiny(sweep__key="checkpoint", sweep__judge=("finetune_mae@food101", "segment_upernet@folder:X", "knn"))
+    c.data.source, c.data.data_dir = "folder:HERE", "TFDS"
+    mae, upernet, knn = (judge.config(c, "RUN") for judge in sweep.judges(c))
+    assert (mae.job, upernet.job, knn.job) == ("finetune", "segment", "evaluate")
+    assert (mae.data.source, mae.data.eval_split, mae.data.data_dir) == ("tfds:food101", "validation", "TFDS")
+    assert (upernet.data.source, knn.data.source) == ("folder:X", "folder:HERE")
+    assert (mae.epochs, mae.optimizer.layer_decay, upernet.steps, mae.checkpoint) == (100, 0.65, 160_000, "RUN")
+    c.sweep.judge_steps = 700
+    mae, upernet, _ = (judge.config(c, "RUN") for judge in sweep.judges(c))
+    assert (mae.steps, mae.epochs, mae.optimizer.warmup_share, mae.optimizer.warmup_epochs) == (700, 0, 0.05, 0)
+    assert (upernet.steps, upernet.optimizer.warmup_share) == (700, 1500 / 160_000)
+
+
+def test_runs_that_exist_are_judged_on_several_tasks_without_training(finished, tmp_path):
+    folder, _ = finished
+    runs = tuple(str(folder / f"encoder.lam={lam},seed=1") for lam in ("0.1", "5"))
+    judges = ("knn", "finetune_crate@digits")
+    c = tiny("over=transfer,base=quickstart,debug", sweep__values=runs, sweep__judge=judges, sweep__judge_steps=2)
+    header, *rows = table_rows(sweep.run(c, str(tmp_path / "w"))["table"])
+    assert header == ["checkpoint", "seeds", "knn %", "finetune_crate@digits %"] and [r[0] for r in rows[:2]] == list(
+        runs
+    )
+    records = json.loads((tmp_path / "w" / "sweep.json").read_text())
+    for record, run in zip(records, runs, strict=True):
+        home = tmp_path / "w" / record["folder"]
+        assert {p.name for p in home.iterdir()} == {"judged"}  # no run of its own
+        line = json.loads((home / "judged" / "finetune_crate_digits" / "results.jsonl").read_text())
+        assert (
+            run in line["checkpoint"] and line["steps"] == 2 and line["top1"] == record["judge finetune_crate@digits"]
+        )
+    with pytest.raises(ConfigError, match="config.sweep.judge is empty"):
+        sweep.expand(tiny(sweep__key="checkpoint", sweep__values=runs))
+
+
 @pytest.mark.parametrize(
     ("judge", "words"),
     [
-        ("svm@digits", "'svm@digits' is not a judge; write PROTOCOL or PROTOCOL@SOURCE"),
+        ("svm@digits", "'svm@digits' is not a judge; write PROTOCOL, PROTOCOL@TASK or PROTOCOL@SOURCE"),
+        ("knn@mars", "knn@mars: config string: task=mars is not one of"),
         ("knn,knn", "knn is listed twice"),
         ("logreg@folder:nowhere", "nowhere"),
     ],
