@@ -10,6 +10,7 @@
 | rop_ratio | corruption.rop_ratio | 1/14, 1/7, 1/4, 1/2 | chosen here, around ROPIM's 1/7, arXiv 2310.18737 |
 | penalty | penalty | none, so:1e-6, srip:1e-4 | the middle of the search of arXiv 2411.00392 |
 | gamma | penalty | none, so:1e-7, so:1e-6, so:1e-5, srip:1e-5, srip:1e-4, srip:1e-3 | the whole search |
+| guide | loss.guide | 0, 0.01, 0.1, 1 | chosen here, for the guided reconstruction of arXiv 2402.11337 |
 | transfer | checkpoint | the runs to judge, --config.sweep.values="'RUN','RUN'" | Table 2 of CRATE-MAE |
 
 With ``penalty=so`` or ``penalty=srip`` among the words, ``over=penalty`` varies penalty.weight over that search
@@ -61,6 +62,7 @@ OVER = {  # over -> key, values
     "penalty": ("penalty", ("none", "so:1e-6", "srip:1e-4")),
     "gamma": ("penalty", ("none", "so:1e-7", "so:1e-6", "so:1e-5", "srip:1e-5", "srip:1e-4", "srip:1e-3")),
     "transfer": ("checkpoint", ()),
+    "guide": ("loss.guide", (0.0, 0.01, 0.1, 1.0)),
 }
 # (over, base) -> what the base's config string gets if it does not set the same word.
 IMPLIED = {("rop_ratio", "cifar10"): "corruption=rop"}

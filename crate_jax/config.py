@@ -41,8 +41,8 @@ from crate_jax.validation import (
 )
 
 # The middle of the range that arXiv 2411.00392 searched. It studies joint embedding, not reconstruction, so these are
-# only starting points.
-PENALTY_WEIGHTS = {"none": 0.0, "so": 1e-6, "srip": 1e-4}
+# only starting points; so is the one of whiten, for which it gives no number.
+PENALTY_WEIGHTS = {"none": 0.0, "so": 1e-6, "srip": 1e-4, "whiten": 1e-2}
 
 METHOD_OF_JOB = {"finetune": "classify", "segment": "segment"}  # these jobs do not read config.method
 WITHOUT_METHOD = ("evaluate", "align", "report")  # these jobs only read an encoder

@@ -183,7 +183,7 @@ BAD = [
     ({"encoder.name": "resnet"}, r"config.encoder.name='resnet': must be one of crate, vit"),
     ({"decoder.name": "unet"}, r"config.decoder.name='unet'"),
     ({"corruption.name": "blur"}, r"must be one of mask, rop, noise, none"),
-    ({"penalty.name": "l2"}, r"must be one of none, so, srip"),
+    ({"penalty.name": "l2"}, r"must be one of none, so, srip, whiten"),
     ({"optimizer.name": "rmsprop"}, r"must be one of adamw, adam, sgd, lars, lars_torch, lion"),
     ({"data.source": "imagenet"}, r"digits, folder:PATH, .*, synthetic"),
     ({"data.source": "folder:"}, r"config.data.source='folder:'"),

@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax import config_files, data
+from crate_jax.analysis import logged
 from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
 from crate_jax.convert import pretrained
 from crate_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, escaped
@@ -415,7 +416,9 @@ def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
     if summary is None or readback.wrong(summary, dict.fromkeys(sweep_table.NUMBERS, readback.is_number)):
         what = "is not a JSON object" if summary is None else "holds something else where a number belongs"
         raise CheckpointError(f"{path}: {what}; delete it and repeat the command to write it again")
-    return {**record, **summary}
+    term = sweep_table.RECONSTRUCTION
+    found = [line[term] for line in logged.read(path.parent).metrics if term in line]
+    return {**record, **summary, **({term: found[-1]} if found else {})}
 
 
 def _report(config: ConfigDict, folder: Path, settings: Sequence[Setting], records: dict[int, dict[str, Any]]) -> str:

@@ -23,6 +23,7 @@ from crate_jax.workdir import metrics
 Record = Mapping[str, Any]
 
 SCORES = {"probe_top1": "probe", "knn_top1": "k-NN"}
+RECONSTRUCTION = "reconstruction"  # the loss without a penalty and without the guide
 JUDGE = "judge "  # begins the names of accuracies by config.sweep.judge
 RANKS = {"rankme": "RankMe", "lidar": "LiDAR"}
 RANKS_TEXT = "RankMe and LiDAR say how many dimensions the features use; more is not better by itself."
@@ -111,6 +112,8 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
     """The Markdown page: the swept key, the command, and one row per value."""
     rows = groups(records)
     columns = {"loss": "loss"}
+    if any(r.get(RECONSTRUCTION, r.get("loss")) != r.get("loss") for r in records):
+        columns[RECONSTRUCTION] = RECONSTRUCTION
     for suffix, name in {"": "", **BASELINES}.items():
         columns |= {score + suffix: f"{name} {shown} %".strip() for score, shown in SCORES.items()}
     columns |= {name: f"{shown} %" for name, shown in judged(records).items()}

@@ -24,7 +24,7 @@ from crate_jax import data
 from crate_jax.data.pixels import normalise
 from crate_jax.data.recipes import LARGE
 from crate_jax.errors import ConfigError
-from crate_jax.methods import online
+from crate_jax.methods import online, whitening
 from crate_jax.methods.method import Batch, Carried, Method, Params, Progress, Scalars, Start
 from crate_jax.models import ENCODERS, batch_norm, representation
 from crate_jax.models.adopt import init_encoder
@@ -267,6 +267,10 @@ class _Parts:
             student, target, features, target_features, batch["label"], batch["index"], _own(carried), own_keys_B
         )
         value, own, scalars = self.algorithm.loss(step)
+        scalars = {self.config.method: value, **scalars}
+        if whitening.is_asked(self.config):
+            penalty, logged = whitening.penalty(features[:LARGE], self.config)
+            value, scalars = value + penalty, {**scalars, **logged}
         carried = {**carried, **jax.lax.stop_gradient(own)}
         if STATISTICS in carried:
             carried[STATISTICS] = batch_norm.split(student.trees)[1]
@@ -275,7 +279,7 @@ class _Parts:
         if ONLINE in carried:
             carried[ONLINE], probe = online.step(carried[ONLINE], features[:LARGE], batch["label"], self.config)
             scalars = {**scalars, **probe}
-        return value, (carried, {self.config.method: value, **scalars})
+        return value, (carried, scalars)
 
     def after(self, params: Params, carried: Carried, progress: Progress) -> tuple[Params, Carried]:
         """`Method.after`."""

@@ -1,4 +1,8 @@
-"""The method of reconstruction: image -> corruption -> encoder -> decoder -> loss."""
+"""The method of reconstruction: image -> corruption -> encoder -> decoder -> loss.
+
+With config.loss.guide it is guided by labels: Balestriero & LeCun (ICML 2024, arXiv 2402.11337) add a small multiple of
+a classifier's loss, and find encoders of the same reconstruction error whose features say far more about the labels.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.data.pixels import denormalise, normalise
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, DataError
+from crate_jax.methods import whitening
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import (
     ENCODERS,
@@ -29,16 +35,27 @@ from crate_jax.models.patches import patchify, standardise, unpatchify
 from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, positive, within
 
 NORMS = {"l2": jnp.square, "l1": jnp.abs}
+GUIDE = "guide"  # the classifier's part of the parameters
 
 
 def build(config: ConfigDict, source: data.Source | None = None) -> Method:
-    """Builds the method of a validated config; it does not need `source`, the training images."""
+    """Builds the method of a validated config; only with config.loss.guide it needs `source`, the training images.
+
+    Raises:
+      DataError: config.loss.guide is above 0, and the training images have no labels.
+      ConfigError: features are guided or whitened, and the encoder has not the token that config.evaluation.pool reads.
+    """
     model = autoencoder.build(config)
     apply: Callable[..., jax.Array] = model.apply  # type: ignore[assignment]  # never mutable
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
+    weight = config.loss.guide
+    whitened = whitening.is_asked(config)
+    pooled = representation.pool(config) if weight or whitened else None
+    classes = classes_of(config, source) if weight else 0
 
     def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
-        return batch_norm.carry(start(autoencoder.init_params(config, key)))
+        params = autoencoder.init_params(config, key)
+        return batch_norm.carry(start({**params, GUIDE: classifier(config, classes)} if weight else params))
 
     def loss_of_batch(
         params: Params, carried: Carried, batch: Batch, keys_B: jax.Array
@@ -47,10 +64,21 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Method:
         draw_keys_B, path_keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
         corruption = sample(draw_keys_B)
         tree = batch_norm.whole(params, carried)
-        predicted_BNP, moved = batch_norm.train(model, tree, images, corruption, path_keys_B)
+        (tokens_BMD, predicted_BNP), moved = batch_norm.train(
+            model, tree, images, corruption, path_keys_B, method="both"
+        )
         x_BNP = patchify(images, config.encoder.patch_size)
         value = loss(predicted_BNP, target(x_BNP, config), corruption, config)
-        return value, (batch_norm.carry(moved)[1], {"reconstruction": value})
+        scalars = {"reconstruction": value}
+        if pooled is not None:
+            x_BD = pooled(tokens_BMD).astype(jnp.float32)
+            if weight:
+                guide, scalars["guide_top1"] = guidance(params[GUIDE], x_BD, batch["label"])
+                value, scalars["guide_loss"] = value + weight * guide, guide
+            if whitened:
+                penalty, logged = whitening.penalty([x_BD], config)
+                value, scalars = value + penalty, scalars | logged
+        return value, (batch_norm.carry(moved)[1], scalars)
 
     represent = representation.build(config)
 
@@ -60,18 +88,59 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Method:
     def pictures(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, ...]:
         return reconstruct(config, apply, sample(keys_B), params, normalise(batch["image"], config))
 
+    def judged(params: Params, carried: Carried) -> Params:
+        return {name: x for name, x in batch_norm.whole(params, carried).items() if name != GUIDE}
+
     return Method(
-        inputs=("image",),
+        inputs=("image", *(("label",) if weight else ())),
         init=init,
         adopt=init_encoder,
         loss=loss_of_batch,
         features=features,
-        judged=batch_norm.whole,
+        judged=judged,
         averaged=(batch_norm.STATISTICS,) if has_statistics(config) else (),
-        mean_over_images=not has_statistics(config),
+        mean_over_images=not has_statistics(config) and not whitened,
         columns=COLUMNS,
         pictures=pictures,
     )
+
+
+def classes_of(config: ConfigDict, source: data.Source | None) -> int:
+    """The number of classes of the training images.
+
+    Raises:
+      DataError: they have no labels.
+    """
+    if source is None or source.class_names is None:
+        raise DataError(
+            f"config.loss.guide={config.loss.guide}: needs labelled training images, but those of "
+            f"config.data.source={config.data.source!r} have no labels"
+        )
+    return len(source.class_names)
+
+
+def classifier(config: ConfigDict, classes: int) -> Params:
+    """The weights of the linear classifier of config.loss.guide at step 0, zeros: kernel (D, C) and bias (C,)."""
+    output = config.copy_and_resolve_references()
+    output.evaluation.layer = 0  # it reads the encoder's output
+    return {"kernel": jnp.zeros((representation.width(output), classes)), "bias": jnp.zeros(classes)}
+
+
+def guidance(weights: Params, x_BD: jax.Array, label_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cross entropy of a linear classifier on the pooled features of the corrupted images, and its accuracy.
+
+    Both are means over all images of a batch, float32 scalars. An image without a label (-1) counts as 0.
+
+    Args:
+      weights: as :func:`classifier` makes them.
+      x_BD: features, float32.
+      label_B: the images' classes, int32.
+    """
+    known_B = label_B >= 0
+    logits_BC = x_BD @ weights["kernel"] + weights["bias"]
+    entropy_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, jnp.maximum(label_B, 0))
+    hit_B = known_B & (jnp.argmax(logits_BC, axis=1) == label_B)
+    return jnp.mean(jnp.where(known_B, entropy_B, 0.0)), jnp.mean(hit_B.astype(jnp.float32))
 
 
 def target(patches_BNP: jax.Array, config: ConfigDict) -> jax.Array:
@@ -273,6 +342,7 @@ LOSS = Section(
         norm=Key("l2", one_of(*NORMS), "norm of the error", resume=RECORDED),
         target=Key("pixel", one_of("pixel", "patch_normalised"), "what the decoder must predict"),
         region=Key("complement", one_of("complement", "all"), "complement: (I - P)(x - x^); all: x - x^"),
+        guide=Key(0.0, at_least(0), "weight of a linear classifier's loss on the encoder's output; 0: no labels"),
     ),
 )
 

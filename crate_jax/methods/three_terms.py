@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax.methods import joint
 from crate_jax.methods.method import Scalars
+from crate_jax.methods.whitening import hinge
 
 
 def loss(
@@ -25,7 +25,7 @@ def loss(
     """The weighted sum of three terms, and the terms.
 
     It is similarity s(z, z') + variance (v(z) + v(z')) + covariance (c(z) + c(z')). s is the mean over all
-    entries of (z - z')^2, v is :func:`hinge`.
+    entries of (z - z')^2, v is :func:`crate_jax.methods.whitening.hinge`.
 
     Args:
       projected: z and z', each (B, P).
@@ -40,8 +40,3 @@ def loss(
     value = options.similarity * similarity + options.variance * variance + options.covariance * third
     terms = {"similarity": similarity, "variance": variance, "covariance": third}
     return value, {**terms, "z_std": joint.spread(projected)}
-
-
-def hinge(z_BP: jax.Array) -> jax.Array:
-    """The mean over channels of max(0, 1 - deviation over the batch), where the variance has 1e-4 added."""
-    return jnp.mean(nn.relu(1 - jnp.sqrt(jnp.var(z_BP, axis=0, ddof=1) + 1e-4)))

@@ -12,11 +12,10 @@ Shapes: B batch, P width of the projections.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax import data
-from crate_jax.methods import three_terms
+from crate_jax.methods import three_terms, whitening
 from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
 from crate_jax.models.projector import MLP
@@ -30,18 +29,10 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
 
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
         projected = step.student("projector", step.features)
-        value, scalars = three_terms.loss(projected, off_diagonal, options, share)
+        value, scalars = three_terms.loss(projected, whitening.off_diagonal, options, share)
         return value, {}, scalars
 
     return Algorithm({"projector": (MLP((o.hidden, o.hidden, o.out), dtype=config.dtype), width)}, loss)
-
-
-def off_diagonal(z_BP: jax.Array) -> jax.Array:
-    """The sum of the squared covariances of different channels, over P."""
-    count, width = z_BP.shape
-    z_BP = z_BP - jnp.mean(z_BP, 0)
-    cov_PP = jnp.matmul(z_BP.T, z_BP, precision="highest") / (count - 1)
-    return jnp.sum(jnp.square(cov_PP) * (1 - jnp.eye(width))) / width
 
 
 VICREG = Section(

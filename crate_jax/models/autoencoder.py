@@ -28,7 +28,14 @@ class Autoencoder(nn.Module):
 
     def __call__(self, images_BHWC: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None) -> jax.Array:
         """Clean, normalised images (B, H, W, 3) -> predicted patches (B, N, P); drop path only with `keys_B`."""
-        return self.decode(self.encoder(images_BHWC, corruption, keys_B), corruption)
+        return self.both(images_BHWC, corruption, keys_B)[1]
+
+    def both(
+        self, images_BHWC: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """As when called, but -> (tokens after the encoder's final norm (B, prefix + M, D), predicted patches)."""
+        tokens_BMD = self.encoder(images_BHWC, corruption, keys_B)
+        return tokens_BMD, self.decode(tokens_BMD, corruption)
 
     def encode(self, images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
         """Images (B, H, W, 3) -> tokens after the encoder's final norm (B, prefix + M, D)."""

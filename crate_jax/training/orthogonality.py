@@ -237,7 +237,7 @@ def batches(params: Any, selected: tuple[str, ...], gram: str) -> tuple[Batch, .
 
 
 class NoPenalty:
-    """The penalty 0, which costs nothing."""
+    """The penalty 0 on weights, which costs nothing."""
 
     def __init__(self, config: ConfigDict, params: Any):
         del config, params
@@ -323,6 +323,7 @@ PENALTIES: dict[str, Callable[[ConfigDict, Any], Penalty]] = {
     "none": NoPenalty,
     "so": SoftOrthogonality,
     "srip": SpectralRestrictedIsometry,
+    "whiten": NoPenalty,  # on features, which the method adds: crate_jax.methods.whitening
 }
 
 
@@ -354,31 +355,32 @@ def penalty_term(
 def _check_penalty(c: ConfigDict) -> None:
     if c.penalty.name != "none" and not c.penalty.weight:
         raise ConfigError(f"config.penalty.weight=0: config.penalty.name={c.penalty.name!r} needs a weight above 0")
+    if c.penalty.name == "whiten" and c.job in ("finetune", "segment"):
+        raise ConfigError(f"config.penalty.name='whiten': is for pre-training, job {c.job} takes so, srip or none")
 
 
-ANY_PENALTY, SRIP = ("penalty.name", *(name for name in PENALTIES if name != "none")), ("penalty.name", "srip")
+ON_WEIGHTS, SRIP, WHITEN = ("penalty.name", "so", "srip"), ("penalty.name", "srip"), ("penalty.name", "whiten")
 
 PENALTY = Section(
     "penalty",
-    "A term of the loss that makes weights more orthogonal (docs/orthogonality.md).",
+    "A term of the loss that makes weights more orthogonal, or features whiter (docs/orthogonality.md).",
     of_the_run=True,
     resume=RECORDED,
     check=_check_penalty,
     keys=dict(
         name=Key("none", one_of(*PENALTIES), "penalty"),
-        weight=Key(0.0, at_least(0), "factor gamma of the penalty", read_by=ANY_PENALTY),
-        include=Key(
-            (r"encoder/.*kernel",), patterns, "whole names of the weights that it acts on", read_by=ANY_PENALTY
-        ),
-        exclude=Key((), patterns, "whole names of weights that it does not act on", read_by=ANY_PENALTY, items=str),
+        weight=Key(0.0, at_least(0), "factor gamma of the penalty", read_by=(*ON_WEIGHTS, "whiten")),
+        include=Key((r"encoder/.*kernel",), patterns, "whole names of the weights that it acts on", read_by=ON_WEIGHTS),
+        exclude=Key((), patterns, "whole names of weights that it does not act on", read_by=ON_WEIGHTS, items=str),
         gram=Key(
             "smaller",
             one_of("smaller", "in", "out"),
             "in: W^T W of torch's W (out x in); out: W W^T",
-            read_by=ANY_PENALTY,
+            read_by=ON_WEIGHTS,
         ),
         power=Key(1, one_of(1, 2), "sigma ** power: 1 (formula), 2 (some released code)", read_by=SRIP),
         iterations=Key(2, positive, "power iterations per step", read_by=SRIP),
+        variance=Key(25.0, at_least(0), "whiten: weight of deviations below 1 beside the covariances", read_by=WHITEN),
         keep_vector=Key(True, anything, "start from the last step's vector; False: from a new one", read_by=SRIP),
     ),
 )

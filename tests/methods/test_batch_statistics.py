@@ -11,11 +11,11 @@ import pytest
 
 from crate_jax import methods
 from crate_jax.errors import ConfigError
-from crate_jax.methods import METHODS, barlow_twins, joint, vibcreg, vicreg, wmse
+from crate_jax.methods import METHODS, barlow_twins, joint, vibcreg, whitening, wmse
 from crate_jax.models import batch_norm
 from crate_jax.models.iter_norm import IterNorm
 from tests.methods.test_joint import BATCH, batch_of, build, config_of
-from tests.parity_joint import Source
+from tests.parity_joint import Source, tiny_encoder
 
 pytestmark = pytest.mark.one_python
 
@@ -128,7 +128,28 @@ def test_correlations_of_vibcreg():
     assert float(vibcreg.correlation(z)) == pytest.approx((np.square(r).sum() - 5) / 25, rel=1e-4)
     scaled = z * jnp.arange(1.0, 6.0)
     assert float(vibcreg.correlation(scaled)) == pytest.approx(float(vibcreg.correlation(z)), rel=1e-4)
-    assert float(vicreg.off_diagonal(scaled)) > 2 * float(vicreg.off_diagonal(z))
+    assert float(whitening.off_diagonal(scaled)) > 2 * float(whitening.off_diagonal(z))
+
+
+def test_whitening_is_added_to_the_loss_of_a_method_for_its_large_views():
+    """Against numpy, on the features of BYOL's student; the penalty does not move its statistics."""
+    c = config_of("byol", **{"penalty.name": "none"})
+    plain, batch, keys = build(c), batch_of(0), jax.random.split(jax.random.key(2), BATCH)
+    params, carried = jax.jit(lambda: plain.init(jax.random.key(1), lambda drawn: drawn))()
+    expected, (_, before) = jax.jit(plain.loss)(params, carried, batch, keys)
+    white = build(config_of("byol", **{"penalty.name": "whiten", "penalty.weight": 0.3, "penalty.variance": 7.0}))
+    value, (_, after) = jax.jit(white.loss)(params, carried, batch, keys)
+    views = np.moveaxis(batch["views"].astype(np.float32) / 64 - 2, 1, 0)
+    encoder, tree, terms = tiny_encoder(), batch_norm.whole(params, carried)["encoder"], []
+    for view in views:
+        z = np.asarray(encoder.apply(tree, jnp.asarray(view), None)[0], np.float64)
+        cov, variance = np.cov(z.T), z.var(0, ddof=1)
+        c = (np.square(cov).sum() - np.square(variance).sum()) / z.shape[1]
+        terms.append(7 * np.maximum(0, 1 - np.sqrt(variance + 1e-4)).mean() + c)
+    assert float(value - expected) == pytest.approx(0.3 * np.mean(terms), rel=1e-3)
+    assert after.pop("penalty") == pytest.approx(np.mean(terms), rel=1e-3) and after.keys() == before.keys()
+    z = random(9, 5) @ np.linalg.inv(np.linalg.cholesky(np.cov(random(9, 5).T)).T)
+    assert float(whitening.off_diagonal(z)) < 1e-8 and float(whitening.hinge(z)) == 0
 
 
 def test_vibcreg_whitens_unless_told_not_to():

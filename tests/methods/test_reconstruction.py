@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import config as configs
+from crate_jax import config as configs, data
 from crate_jax.config import validate
 from crate_jax.data.pixels import normalise
-from crate_jax.methods import reconstruction
+from crate_jax.errors import DataError
+from crate_jax.methods import reconstruction, whitening
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify, unpatchify
 from crate_jax.training import step as train_step
@@ -75,3 +76,49 @@ def test_what_is_said_about_normalised_patches_is_shown_with_each_patchs_mean_an
     expected = np.broadcast_to((mean + SAID * std)[..., None], shown.shape)
     np.testing.assert_allclose(shown[removed], expected[removed], atol=1e-4)
     np.testing.assert_allclose(shown[~removed], 0, atol=1e-6)
+
+
+def test_a_guide_adds_the_cross_entropy_of_a_linear_classifier_on_the_corrupted_features():
+    """Under a mask that drops tokens, with one image of three without a label; without the guide nothing changes."""
+    c = tiny("mask")
+    c.corruption.mask_fill, c.decoder.name, c.decoder.depth, c.decoder.heads = "drop", "transformer", 1, 2
+    c.evaluation.pool = "mean"
+    batch = {
+        "image": np.random.default_rng(0).integers(0, 256, (3, 20, 12, 3), np.uint8),
+        "label": np.array([1, -1, 0]),
+    }
+    keys = jax.random.split(jax.random.key(1), 3)
+    plain = reconstruction.build(c)
+    params = train_step.init_params(c, plain)[0]
+    expected, (_, scalars) = plain.loss(params, {}, batch, keys)
+    assert set(scalars) == {"reconstruction"} and plain.inputs == ("image",)
+    c.loss.guide = 0.3
+    guided = reconstruction.build(c, data.open_split(labelled(c), "train"))
+    drawn, _ = train_step.init_params(c, guided)
+    jax.tree.map(np.testing.assert_array_equal, {k: drawn[k] for k in params}, params)
+    weights = {"kernel": np.random.default_rng(2).normal(size=(8, 10)), "bias": np.arange(10) / 7}
+    value, (_, scalars) = guided.loss({**params, "guide": weights}, {}, batch, keys)
+    sample = corruptions.sampler(c, *autoencoder.patch_numbers(c))(jax.vmap(jax.random.split)(keys)[:, 0])
+    encoder = autoencoder.build(c)
+    tokens = encoder.apply({"params": params}, normalise(batch["image"], c), sample, method="encode")
+    logits = np.asarray(tokens[:, 1:], np.float64).mean(1) @ weights["kernel"] + weights["bias"]
+    nats = np.log(np.exp(logits).sum(1)) - logits[range(3), batch["label"]]
+    assert float(scalars["guide_loss"]) == pytest.approx((nats[0] + nats[2]) / 3, rel=1e-4)
+    assert float(value) == pytest.approx(float(expected) + 0.3 * (nats[0] + nats[2]) / 3, rel=1e-5)
+    assert float(scalars["guide_top1"]) == pytest.approx(sum(logits.argmax(1) == batch["label"]) / 3)
+    assert set(guided.judged({**params, "guide": weights}, {})) == set(params)  # of no use to who judges the encoder
+    c.loss.guide, c.penalty.name, c.penalty.weight = 0.0, "whiten", 0.2
+    white = reconstruction.build(c)
+    value, (_, scalars) = white.loss(params, {}, batch, keys)
+    term = 25 * whitening.hinge(tokens[:, 1:].mean(1)) + whitening.off_diagonal(tokens[:, 1:].mean(1))
+    assert float(value - expected) == pytest.approx(0.2 * float(term), rel=1e-4) and not white.mean_over_images
+    c.loss.guide = 0.3
+    with pytest.raises(DataError, match="needs labelled training images"):
+        reconstruction.build(c)
+
+
+def labelled(c):
+    """The config of a set of ten classes."""
+    c = c.copy_and_resolve_references()
+    c.data.source = "digits"
+    return c
