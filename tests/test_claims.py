@@ -87,8 +87,9 @@ def places(tmp_path_factory, run_cli):
                 x = rng.integers(0, top, (32, 32, 3) if kind == "images" else (32, 32), np.uint8)
                 Image.fromarray(x).save(folder / "pairs" / split / kind / f"{i}.png")
     for encoder in ("crate", "vit"):
-        words = f"--config=configs/cifar10.py:encoder={encoder},corruption=mask,debug"
-        run_cli([words, f"--config.data.source=folder:{folder / 'images'}", f"--workdir={folder / encoder}"])
+        words = [f"--config=configs/cifar10.py:encoder={encoder},corruption=mask,debug", "--config.save.every=1"]
+        source = f"--config.data.source=folder:{folder / 'images'}"
+        run_cli([*words, "--config.save.keep=9", source, f"--workdir={folder / encoder}"])
     return folder
 
 

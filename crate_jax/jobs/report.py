@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import __version__, data
 from crate_jax.analysis import logged, neighbours, projection, recipes
-from crate_jax.analysis.alignment import section as alignment_section
+from crate_jax.analysis.alignment import initialisation, section as alignment_section, speed
 from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import completion, section as whitebox_section
 from crate_jax.config import KEYS, OF_THE_RUN, base, validate
@@ -68,6 +68,8 @@ SECTIONS: dict[str, Analysis] = {
     "views": Analysis("What the encoder sees", whitebox_section.pictures_section),
     "collapse": Analysis("Collapse", collapse_section.section),
     "alignment": Analysis("Alignment", alignment_section.section),
+    "speed": Analysis("What is learned when", speed.section),
+    "initialisation": Analysis("Theorem 2", lambda _: initialisation.section(), needs_images=False, needs_runs=False),
     "theory": Analysis("Theorem 3", lambda _: whitebox_section.theory_section(), needs_images=False, needs_runs=False),
     "projection": Analysis("Projections and masks", lambda _: projection.section(), False, needs_runs=False),
 }

@@ -120,7 +120,7 @@ def test_judges_score_each_run_once_on_their_own_data(finished, tmp_path, monkey
         home = tmp_path / "sweep" / record["folder"] / "judged" / "knn"
         (line,) = (home / "results.jsonl").read_text().splitlines()
         assert json.loads(line)["top1"] == record["judge knn"] < 1 and json.loads(line)["data"] == "digits"
-        assert json.loads(line)["train_images"] == 1437
+        assert json.loads(line)["train_images"] == 1437 and json.loads(line)["pool"] == "mean"  # the run's
     assert [row[header.index(f"{name} %")] for row in rows] == ["100.0 ± 0.0 [100.0, 100.0]"] * 2
     monkeypatch.setattr(sweep.evaluate, "run", lambda *args: 1 / 0)
     sweep.run(c, str(tmp_path / "sweep"))

@@ -110,17 +110,41 @@ def reconstruction_by_band(
       float64 (L,); NaN for a band from which the corruption removed nothing.
     """
     errors = errors or errors_of(config, components.side)
+    totals = totals_along(config, params, images_uint8, components.mean_D, components.vectors_DD, errors)
+    bands = np.add.reduceat(totals[:, : edges[-1]], edges[:-1], axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return bands[0] / bands[1]
+
+
+def totals_along(
+    config: ConfigDict,
+    params: dict,
+    images_uint8: np.ndarray,
+    mean_D: np.ndarray,
+    vectors_DK: np.ndarray,
+    errors: Callable[..., jax.Array],
+) -> np.ndarray:
+    """The sums of squares that :func:`reconstruction_by_band` divides, along each of K directions of unit length.
+
+    Args:
+      config: the run's config.
+      params: the parameters ``encoder`` and ``decoder``.
+      images_uint8: images (N, H, W, 3) of the run's image size.
+      mean_D: the mean image.
+      vectors_DK: one direction per column.
+      errors: the function that :func:`errors_of` makes.
+
+    Returns:
+      float64 (2, K): of the error and of the reference.
+    """
     batch_size = config.evaluation.batch_size
-    mean = jnp.asarray(components.mean_D, jnp.float32)
-    vectors = jnp.asarray(components.vectors_DD, jnp.float32)
-    totals = np.zeros((2, len(components.variances_D)))
+    mean, vectors = jnp.asarray(mean_D, jnp.float32), jnp.asarray(vectors_DK, jnp.float32)
+    totals = np.zeros((2, vectors_DK.shape[1]))
     for start in range(0, len(images_uint8), batch_size):
         batch = images_uint8[start : start + batch_size]
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(start + jnp.arange(len(batch)))
         totals += np.asarray(errors(params, batch, keys, mean, vectors), np.float64)
-    bands = np.add.reduceat(totals[:, : edges[-1]], edges[:-1], axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return bands[0] / bands[1]
+    return totals
 
 
 def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
@@ -131,8 +155,8 @@ def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
       side: the argument `side` of :func:`shrink`.
 
     Returns:
-      the compiled function (params, images uint8 (B, H, W, 3), keys (B,), mean (D,), vectors (D, D)) -> (2, D): along
-      each component, the squares of the error and of the reference, summed over the images.
+      the compiled function (params, images uint8 (B, H, W, 3), keys (B,), mean (D,), vectors (D, K)) -> (2, K): along
+      each direction, the squares of the error and of the reference, summed over the images.
     """
     apply: Callable[..., jax.Array] = autoencoder.build(config).apply  # type: ignore[assignment]  # never mutable
     sample = corruptions.sampler(config, *autoencoder.patch_numbers(config))
@@ -140,7 +164,7 @@ def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
 
     @jax.jit
     def errors(
-        params: dict, images: jax.Array, keys_B: jax.Array, mean_D: jax.Array, vectors_DD: jax.Array
+        params: dict, images: jax.Array, keys_B: jax.Array, mean_D: jax.Array, vectors_DK: jax.Array
     ) -> jax.Array:
         corruption = sample(keys_B)
         x_BNP, predicted_BNP = predict(config, apply, corruption, params, normalise(images, config))
@@ -149,7 +173,7 @@ def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
         def along(patches_BNP: jax.Array) -> jax.Array:
             image = shrink(unpatchify(corruption.complement(patches_BNP), size, patch), side)
             rows_BD = image.reshape(len(image), -1)
-            return jnp.sum(jnp.square(jnp.matmul(rows_BD, vectors_DD, precision=jax.lax.Precision.HIGHEST)), axis=0)
+            return jnp.sum(jnp.square(jnp.matmul(rows_BD, vectors_DK, precision=jax.lax.Precision.HIGHEST)), axis=0)
 
         mean_BNP = patchify(mean_BHWC, patch)
         return jnp.stack([along(predicted_BNP - x_BNP), along(x_BNP - mean_BNP)])
