@@ -64,10 +64,11 @@ def test_rows_and_commands_fit_together():
 
 
 @pytest.mark.parametrize(("rows", "line"), OURS, ids=[f"{rows}: {line[10:40]}" for rows, line in OURS])
-def test_a_command_is_one_that_the_library_takes(rows, line, monkeypatch):
+def test_a_command_is_one_that_the_library_takes(rows, line, monkeypatch, tmp_path):
     config = config_of(argv(line), monkeypatch)
     job = line.split()[1]
     assert config.job == job
+    config_of(["crate-jax", *tiny(line, tmp_path, tmp_path)], monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,17 @@ def places(tmp_path_factory, run_cli):
     return folder
 
 
+# Two values of each `over=` of a sweep.
+RATIOS, PENALTIES = "0.25,0.5", "'none','srip:1e-4'"
+TWO = {
+    "mask_ratio": RATIOS, "rop_ratio": RATIOS, "lam": "0.1,5.0", "guide": "0.0,0.1", "penalty": PENALTIES,
+    "gamma": PENALTIES,
+}  # fmt: skip
+
+
 def tiny(line: str, places, workdir) -> list[str]:
     """The arguments of the same command, on a few images and for a few steps."""
+    line = re.sub(r"--workdir=\w+", f"--workdir={workdir}", line)
     line = line.replace(",RUN_SRIP", "")  # there are two runs
     for name in ("CRATE_RUN", "VIT_RUN", "RUN_NONE", "RUN_SO", "RUN"):
         line = re.sub(rf"(?<=[=,']){name}\b", str(places / ("vit" if name in ("VIT_RUN", "RUN_SO") else "crate")), line)
@@ -103,7 +113,6 @@ def tiny(line: str, places, workdir) -> list[str]:
     line = line.replace("folder:PAIRS", f"folder:{places / 'pairs'}")
     if "finetune_" in line or "segment_" in line:
         line += " --config.sweep.judge_steps=2"
-    line = re.sub(r"--workdir=\w+", f"--workdir={workdir}", line)
     if "task=" in line:
         line = re.sub(r",task=\w+", "", line) + f" --config.data.source=folder:{places / 'images'}"
     if "report" not in line:
@@ -113,8 +122,12 @@ def tiny(line: str, places, workdir) -> list[str]:
         line += f" --config.sweep.judge=finetune_crate@folder:{places / 'images'} --config.sweep.judge_steps=2"
     if "sweep" in line:
         line = line.replace("seeds=3", "seeds=1")
-    if "epochs" in line:
-        line = re.sub(r"--config.sweep.values=[\d,]+", "--config.sweep.values=0.1,0.2", line)
+        if "key=epochs" in line:
+            line = re.sub("values=[0-9,]+", "values=0.1,0.2 --config.steps=0", line)
+        over = line.partition("over=")[2].partition(",")[0]
+        if over in TWO and "sweep.values" not in line:
+            line += f' --config.sweep.values="{TWO[over]}"'
+    line = re.sub(" --config.epochs=[1-9][0-9]*", "", line)  # `debug` counts steps
     return argv(line)[1:]
 
 
