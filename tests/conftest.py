@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,47 @@ def one_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", of_one)
         yield
+
+
+@pytest.fixture(scope="session")
+def built(cli_env, tmp_path_factory) -> Path:
+    """A folder with the wheel, unpacked to `installed`, and the source archive, unpacked to `source`; skips offline."""
+    folder = tmp_path_factory.mktemp("built")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / "backend"), "setuptools>=77"]
+    if subprocess.run(pip, capture_output=True).returncode:  # the index may be set by the environment
+        pytest.skip("setuptools cannot be installed here")
+    checkout = folder / "checkout"  # the backend writes beside the sources
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(str.strip, listed.stdout.splitlines()):
+        if (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_bytes((ROOT / name).read_bytes())
+    script = f"""
+import shutil
+from setuptools import build_meta
+out = {str(folder)!r}
+shutil.unpack_archive(f"{{out}}/{{build_meta.build_sdist(out)}}", f"{{out}}/source")
+shutil.unpack_archive(f"{{out}}/{{build_meta.build_wheel(out)}}", f"{{out}}/installed", "zip")
+"""
+    env = cli_env | {"PYTHONPATH": str(folder / "backend")}
+    subprocess.run([sys.executable, "-c", script], cwd=checkout, env=env, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of an S3 server that holds the bucket ``photos``."""
+    moto = pytest.importorskip("moto.server", reason="no S3 server: pip install crate-jax[buckets-test]")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"{url}/photos", method="PUT")).close()
+    yield url
+    server.stop()
+
+
+def of_the_server(url: str) -> dict[str, str]:
+    """The environment of a process that uses the S3 server of this address."""
+    return {"AWS_ENDPOINT_URL_S3": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}

@@ -109,33 +109,6 @@ def test_configs_are_listed_with_what_they_are_for(monkeypatch, capsys):
     assert all(len(line.split()) > 4 for line in lines)
 
 
-@pytest.fixture(scope="module")
-def built(cli_env, tmp_path_factory) -> Path:
-    """A folder with the wheel, unpacked to `installed`, and the source archive, unpacked to `source`; skips offline."""
-    folder = tmp_path_factory.mktemp("built")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / "backend"), "setuptools>=77"]
-    if subprocess.run(pip, capture_output=True).returncode:  # the index may be set by the environment
-        pytest.skip("setuptools cannot be installed here")
-    checkout = folder / "checkout"  # the backend writes beside the sources
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    for name in filter(str.strip, listed.stdout.splitlines()):
-        if (ROOT / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            (checkout / name).write_bytes((ROOT / name).read_bytes())
-    script = f"""
-import shutil
-from setuptools import build_meta
-out = {str(folder)!r}
-shutil.unpack_archive(f"{{out}}/{{build_meta.build_sdist(out)}}", f"{{out}}/source")
-shutil.unpack_archive(f"{{out}}/{{build_meta.build_wheel(out)}}", f"{{out}}/installed", "zip")
-"""
-    env = cli_env | {"PYTHONPATH": str(folder / "backend")}
-    subprocess.run([sys.executable, "-c", script], cwd=checkout, env=env, check=True, capture_output=True)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.ci
 def test_wheel_and_source_archive_are_whole(built, cli_env, tmp_path):
@@ -156,14 +129,3 @@ def test_wheel_and_source_archive_are_whole(built, cli_env, tmp_path):
     run = [sys.executable, "-m", "crate_jax.main", "--config=configs/sweep.py:base=joint_lightly,debug"]
     done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stderr.startswith("error: --workdir is missing"), done.stderr
-
-
-@pytest.mark.slow
-def test_the_wheel_trains_and_judges_in_an_empty_folder(built, cli_env, tmp_path):
-    env = cli_env | {"PYTHONPATH": str(built / "installed")}
-    judge = ["evaluate", "--config=evaluate:protocol=knn,debug", "--config.checkpoint=W", "--config.data.source=digits"]
-    for args in (["pretrain", "--config=quickstart:debug", "--workdir=W"], [*judge, "--workdir=judged"]):
-        run = [sys.executable, "-m", "crate_jax", *args]
-        done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "W" / "report.html").exists() and (tmp_path / "judged").exists()

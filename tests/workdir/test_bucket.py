@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -27,24 +26,12 @@ from crate_jax.config_files import named
 from crate_jax.errors import UserError
 from crate_jax.jobs import report, train
 from crate_jax.workdir import bucket, folder, mirror
-from tests.conftest import ROOT
+from tests.conftest import ROOT, of_the_server
 
 pytestmark = pytest.mark.one_python
 
 STORES = ["memory", "s3", "gs"]
 NUMBERS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The address of an S3 server that holds the bucket ``photos``."""
-    moto = pytest.importorskip("moto.server", reason="no S3 server: pip install crate-jax[buckets-test]")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    urllib.request.urlopen(urllib.request.Request(f"{url}/photos", method="PUT")).close()
-    yield url
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +89,6 @@ def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     else:
         request.getfixturevalue("gs")
     return f"{'gs' if request.param == 'gs' else 's3'}://photos/runs/{next(NUMBERS)}/first"
-
-
-def of_the_server(url: str) -> dict[str, str]:
-    return {"AWS_ENDPOINT_URL_S3": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 
 def save(scratch: Path, step: int, size: int = 700) -> None:
