@@ -2,8 +2,8 @@
 
 The kernels read queries, keys and values where the product before them has written them, side by side in one array,
 and write the gradient in the same layout, so that nothing is split, transposed or padded around them. MSSA is the case
-of one part: one tensor is query, key and value. Its logits are symmetric, so its backward pass needs five products per
-tile where attention needs seven.
+of one part: one tensor is query, key and value. Its logits are symmetric: its backward pass needs seven products per
+tile where attention needs eight.
 
 A program computes a block of R rows of one head of one image, and goes through the other tokens in blocks of C: the
 softmax over blocks is that of FlashAttention (Dao et al., arXiv 2205.14135). The last block of 197 tokens is masked.
@@ -244,7 +244,7 @@ def _forward_kernel(s: _Shape, x_ref: Any, bias_ref: Any, y_ref: Any, peak_ref: 
     triton.store(inverse_ref, inverse_R, mask=s.inside(block, s.rows))
 
 
-class _Own:
+class _Queries:
     """A block of tokens as queries, and the gradients of their results.
 
     Attributes:
@@ -270,7 +270,7 @@ class _Own:
 def _delta_kernel(
     s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, delta_ref: Any
 ) -> None:
-    own = _Own(s, x_ref, bias_ref, g_ref, peak_ref, inverse_ref)
+    own = _Queries(s, x_ref, bias_ref, g_ref, peak_ref, inverse_ref)
 
     def step(other: jax.Array, sum_R: jax.Array) -> jax.Array:
         _, weights_RC, dweights_RC = own.tile(other)
@@ -284,11 +284,12 @@ def _query_kernel(
     s: _Shape, x_ref: Any, bias_ref: Any, g_ref: Any, peak_ref: Any, inverse_ref: Any, _: None, __: None, y_ref: Any,
     delta_ref: Any, dx_ref: Any,
 ) -> None:  # fmt: skip
-    """Writes delta and the gradient of queries, which needs delta, in one way through the tiles.
+    """Writes delta and the gradient of queries in one pass over the tiles.
 
-    It takes g . y as delta, and adds to both what the tiles show to be missing, which is linear in delta.
+    With near = g . y in place of delta, slope = w (dw - near) and missing = sum slope, delta is near + missing, and the
+    gradient, the sum of w (dw - delta) k, is the sum of slope k less missing times the sum of w k.
     """
-    own = _Own(s, x_ref, bias_ref, g_ref, peak_ref, inverse_ref)
+    own = _Queries(s, x_ref, bias_ref, g_ref, peak_ref, inverse_ref)
     near_R = jnp.sum(own.g_RG.astype(jnp.float32) * s.load(y_ref, own.block, s.rows).astype(jnp.float32), axis=1)
 
     def step(other: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

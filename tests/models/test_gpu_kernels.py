@@ -75,6 +75,16 @@ def test_the_kernels_are_attention(case):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5 * scale * np.abs(theirs).max())
 
 
+def test_the_gradients_do_not_depend_on_how_y_was_rounded():
+    """Queries' kernel reads y for delta, and corrects what y lacks."""
+    x, bias, g = (jnp.float32(draw(*shape, seed=7)) for shape in ((2, 37, 96), (2, 37, 37), (2, 37, 32)))
+    y, saved = gpu_attention._attend_forward(x, bias, 2, 3, True, None)
+    expected = gpu_attention._attend_backward(2, 3, True, None, saved, g)
+    rounded = (*saved[:-1], y + 0.1 * jnp.float32(draw(*y.shape, seed=9)))
+    for ours, theirs in zip(gpu_attention._attend_backward(2, 3, True, None, rounded, g), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("parts", "biased"), [(1, False), (3, True)])
 def test_in_bfloat16_the_kernels_are_as_exact_as_the_plain_version(parts, biased):
