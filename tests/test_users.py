@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def commands(page: str, **stand_ins: str) -> list[str]:
     text = (ROOT / page).read_text()
     found = sorted((m.start(), m[1]) for pattern in (IN_BLOCK, IN_TABLE) for m in pattern.finditer(text))
     lines = [" ".join(command.replace("\\\n", " ").split("  #")[0].split()) for _, command in found]
+    assert lines, page
     for old, new in stand_ins.items():
         assert any(old in line for line in lines), f"{page}: no command has {old!r}: {lines}"
         lines = [line.replace(old, new) for line in lines]
@@ -58,19 +60,24 @@ class Shell:
         self.folder = folder
         self.env = env | {"PATH": f"{programs}:{env['PATH']}", "XDG_CACHE_HOME": str(programs / "cache")}
 
-    def start(self, line: str) -> subprocess.Popen[str]:
-        """Starts a line; what it prints comes in one stream."""
+    @contextlib.contextmanager
+    def start(self, line: str) -> Iterator[subprocess.Popen[str]]:
+        """Starts a line; what it prints comes in one stream. At the end of the context no process of it is left."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(["bash", "-c", line], cwd=self.folder, env=self.env, text=True, **pipes)
+        words = ["bash", "-c", line]
+        with subprocess.Popen(
+            words, cwd=self.folder, env=self.env, text=True, start_new_session=True, **pipes
+        ) as process:
+            try:
+                yield process
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def __call__(self, line: str, *expected: str) -> None:
         """Runs a line to its end; it succeeds, and prints what is expected."""
         with self.start(line) as process:
-            try:
-                said = process.communicate(timeout=600)[0]
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+            said = process.communicate(timeout=600)[0]
         assert process.returncode == 0 and "Traceback" not in said, f"{line}\n{said[-3000:]}"
         assert all(text in said for text in expected), f"{line}\n{said[-3000:]}"
 
@@ -177,8 +184,8 @@ def shell(checkout, s3, tmp_path, monkeypatch) -> Shell:
     return Shell(tmp_path, programs, env | own)
 
 
-def kill(words: list[str], wait_for: str, where: str) -> None:
-    """Kills the process with these words in its command, once the bucket has an object of that name."""
+def kill(session: int, words: list[str], wait_for: str, where: str) -> None:
+    """Kills the process of a session with these words in its command, once the bucket has an object of that name."""
     deadline = time.monotonic() + 200
     while not any(wait_for in name for name in bucket.Bucket(where).names()):
         assert time.monotonic() < deadline
@@ -186,8 +193,8 @@ def kill(words: list[str], wait_for: str, where: str) -> None:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            given = path.read_bytes().decode().split("\0")
-            found += [int(path.parent.name)] * (set(words) <= set(given))
+            given, pid = path.read_bytes().decode().split("\0"), int(path.parent.name)
+            found += [pid] * (set(words) <= set(given) and os.getsid(pid) == session)
     assert len(found) == 1, found
     os.kill(found[0], signal.SIGKILL)
 
@@ -207,9 +214,10 @@ def test_the_researcher_with_a_bucket_and_two_processes(shell):
     two = two.replace("quickstart.py", "quickstart.py:debug")
     flags = "--config.steps=240 --config.save.every=20 --config.log.report=False"
     line = f"{two} {flags}".replace("runs/two", "s3://photos/runs/two")
-    disturbed = shell.start(f"RESTARTS=1 {line}")
-    kill(["--process_id=1", "--workdir=s3://photos/runs/two"], "checkpoints/", "s3://photos/runs/two")
-    said = disturbed.communicate(timeout=600)[0]
+    with shell.start(f"RESTARTS=1 {line}") as disturbed:
+        words = ["--process_id=1", "--workdir=s3://photos/runs/two"]
+        kill(disturbed.pid, words, "checkpoints/", "s3://photos/runs/two")
+        said = disturbed.communicate(timeout=600)[0]
     assert disturbed.returncode == 0 and "restart 1 of 1" in said and "continuing from step" in said, said[-3000:]
     shell(line.replace("runs/two", "runs/straight"), "top-1")
     places = [bucket.Bucket(f"s3://photos/runs/{name}") for name in ("two", "straight")]
