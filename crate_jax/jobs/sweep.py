@@ -14,7 +14,7 @@ import gc
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from crate_jax import config_files, data
 from crate_jax.analysis import logged
 from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
 from crate_jax.convert import pretrained
+from crate_jax.data.sources import digest
 from crate_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, escaped
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.jobs import evaluate, finetune, report, sweep_table, train
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 PENALTY = "penalty"  # sweeps penalty.name and penalty.weight together; a value is "none" or NAME:WEIGHT
 CHECKPOINT = "checkpoint"  # sweeps over runs that exist, which are judged and not trained
 TRAINING_JUDGES = (*finetune.PROTOCOLS, *finetune.SEGMENTERS)
-JUDGED = "judged"  # a folder in a run's folder: one workdir of evaluations per judge
+JUDGED = "judged"  # a folder in a run's folder: one workdir of evaluations per judge, its config and the encoder
+MAX_NAME = 100  # characters of a folder's name that come from a value; a file system takes 255 bytes
 MAX_SEEDS = 10_000  # each seed is a run per value; a larger number is surely a typing error
 
 
@@ -162,11 +164,28 @@ def expand(config: ConfigDict) -> list[Setting]:
     settings = []
     for value, text in zip(values, labels, strict=True):
         for seed in range(config.seed, config.seed + seeds):
-            plain = re.sub(r"[^-+.\w]", "_", text)  # a value may be a path
+            plain = _plain(text.replace(":", "_") if key == PENALTY else text)
             settings.append(Setting(value, seed, f"{key}={plain},seed={seed}", _run_config(config, key, value, seed)))
     for setting in settings:
         _check_setting(setting, validate)
     return settings
+
+
+def _plain(text: str, *made_by: object) -> str:
+    """A folder's name for a text, which may be a path; where the text is changed, a digest tells it from others.
+
+    Args:
+      text: what the name is for.
+      made_by: if there are any, the name has the digest of these too.
+
+    >>> _plain("0.5"), _plain("a/b"), _plain("a_b"), len(_plain("a" * 101))
+    ('0.5', 'a_b-97bcb354', 'a_b', 100)
+    """
+    plain = re.sub(r"[^-+.\w]", "_", text, flags=re.ASCII)
+    if plain == text and len(text) <= MAX_NAME and not made_by:
+        return plain
+    code = digest(text, *made_by)[:8]
+    return f"{plain[: MAX_NAME - len(code) - 1]}-{code}"
 
 
 def _check_key(config: ConfigDict, key: str) -> None:
@@ -214,7 +233,7 @@ def _cast(key: str, value: Any, default: Any) -> Any:
 
 
 def _penalty(value: Any) -> str:
-    """Checks a value of PENALTY and returns it with its weight, for which so and srip have a default.
+    """Checks a value of PENALTY and returns it with its weight, by default that of PENALTY_WEIGHTS.
 
     >>> _penalty("so:0.0000010"), _penalty("srip"), _penalty("none")
     ('so:1e-6', 'srip:1e-4', 'none')
@@ -296,10 +315,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Does the runs of the sweep that are not finished, and writes the table and the figure after each.
 
     A run whose loss becomes NaN or infinite is recorded as failed, and the sweep continues with the others. The same
-    command tries the failed run again, from its last checkpoint.
+    command tries the failed run again, from its last checkpoint. The same goes for a judge that trains.
 
     Returns:
-      ``{"table": the table's text, "folder": the workdir, "failed": names of the failed runs}``.
+      ``{"table": the table's text, "folder": the workdir, "failed": names of the failed runs and judges}``.
 
     Raises:
       UserError: something that the user can mend; if it concerns the settings, before the first run starts.
@@ -309,13 +328,13 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # All runs use the same number of devices, since JAX cannot change it once it was used.
     model = 1 if all(s.config.mesh.model == 1 for s in settings) else 0
     judging = [judge.config(config, "") for judge in judges(config)]
-    trained = [s.config for s in settings] + [c for c in judging if c.job != "evaluate"]
-    sharding.use_cpu_cores(math.gcd(*(c.batch_size // c.accumulate for c in trained)), 1, model)
-    sources: dict[str, data.Source] = {}
-    for setting in settings:
-        if config.sweep.key == CHECKPOINT:
-            pretrained.load(setting.value, "config.sweep.values")
-        else:
+    sharding.use_cpu_cores(_common_batch(config, settings, judging), 1, model)
+    encoders: dict[str, str] = {}
+    if config.sweep.key == CHECKPOINT:
+        encoders = {path: _encoder(path, "config.sweep.values") for path in dict.fromkeys(s.value for s in settings)}
+    else:
+        sources: dict[str, data.Source] = {}
+        for setting in settings:
             _check_setting(setting, functools.partial(_check_parts, sources=sources))
     for judge in judges(config):
         for split in ("train", "eval"):
@@ -324,7 +343,9 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 raise DataError(f"config.sweep.judge: {labelled.data.source!r} has no {split} split, which judges need")
     with lock(workdir) as folder, Interrupt() as interrupt:
         finished = [bool(distributed.max_over_processes(int(_is_finished(folder / s.name, s)))) for s in settings]
-        records = {i: _judged(config, folder, s, _record(folder, s)) for i, s in enumerate(settings) if finished[i]}
+        records = {
+            i: _judged(config, folder, s, _record(folder, s), encoders) for i, s in enumerate(settings) if finished[i]
+        }
         if records:
             log.info("%d of %d runs are finished already", len(records), len(settings))
         table = _report(config, folder, settings, records)
@@ -336,17 +357,39 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 raise Interrupted(signum, f"with {len(records)} of {len(settings)} runs done")
             log.info("run %d of %d: %s", i + 1, len(settings), setting.name)
             record = _as_it_is(setting) if config.sweep.key == CHECKPOINT else _run_one(folder, setting)
-            records[i] = _judged(config, folder, setting, record)
+            records[i] = _judged(config, folder, setting, record, encoders)
             table = _report(config, folder, settings, records)
-        failed = [r["folder"] for r in records.values() if r["status"] == "failed"]
+        failed = [name for record in records.values() for name in _failed(record)]
         return {"table": table, "folder": str(folder), "failed": failed}
+
+
+def _failed(record: Mapping[str, Any]) -> list[str]:
+    """The names of what diverged: the run, or judges of it.
+
+    >>> _failed({"status": "done", "folder": "F", "judge knn": 0.5, "judge finetune_mae": None})
+    ['F, judged by finetune_mae']
+    """
+    if record["status"] == "failed":
+        return [record["folder"]]
+    return [f"{record['folder']}, judged by {name}" for column, name in sweep_table.judged([record]).items()
+            if record[column] is None]  # fmt: skip
+
+
+def _common_batch(config: ConfigDict, settings: Sequence[Setting], judging: Sequence[ConfigDict]) -> int:
+    """The greatest common divisor of the micro-batches of all that trains; if nothing does, of the evaluations'."""
+    training = [c for c in judging if c.job != "evaluate"]
+    if config.sweep.key != CHECKPOINT:
+        training += [s.config for s in settings]
+    return math.gcd(*(c.batch_size // c.accumulate for c in training)) or math.gcd(
+        *(c.evaluation.batch_size for c in judging)
+    )
 
 
 def show(result: dict[str, Any]) -> None:
     """Prints the table of a sweep.
 
     Raises:
-      NonFiniteError: some of its runs failed.
+      NonFiniteError: some of its runs, or judges of them, failed.
     """
     print(result["table"])
     print(escaped(f"table, figure and runs: {result['folder']}"))
@@ -378,8 +421,36 @@ def _run_one(folder: Path, setting: Setting) -> dict[str, Any]:
     return _record(folder, setting)
 
 
-def _judged(config: ConfigDict, folder: Path, setting: Setting, record: dict[str, Any]) -> dict[str, Any]:
-    """The record with each judge's main score, under ``judge NAME``; no judge that is done runs again.
+def _of_effect(config: Mapping[str, Any] | ConfigDict) -> list[tuple[str, Any]]:
+    """The keys of a config on which numbers depend and whose values are not the default, with these values."""
+    defaults = flatten(base())
+    return sorted((k, v) for k, v in flatten(config).items() if has_effect(k) and v != defaults.get(k))
+
+
+def _encoder(checkpoint: str, key: str) -> str:
+    """The digest of what a judge reads of a checkpoint, wherever it lies: parameters and the config of the run.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be read; the message names `key`.
+    """
+    encoder = pretrained.load(checkpoint, key)
+    return digest(encoder.sha256, _of_effect(encoder.config))
+
+
+def _judged(
+    config: ConfigDict, folder: Path, setting: Setting, record: dict[str, Any], encoders: dict[str, str]
+) -> dict[str, Any]:
+    """The record with each judge's main score, under ``judge NAME``; None: its loss became NaN or infinite.
+
+    A judge with the same config and the same encoder as before does not run again: the name of its folder has the
+    digest of both, since a training run cannot continue with others.
+
+    Args:
+      config: the sweep's config.
+      folder: the sweep's workdir.
+      setting: the run.
+      record: the run's record.
+      encoders: checkpoint -> the digest of its encoder, of those that were read so far; it gets this run's.
 
     Raises:
       UserError: a judge cannot do its work.
@@ -387,8 +458,11 @@ def _judged(config: ConfigDict, folder: Path, setting: Setting, record: dict[str
     if record["status"] == "done":
         checkpoint = setting.value if config.sweep.key == CHECKPOINT else str(folder / setting.name)
         for judge in judges(config):
-            home = folder / setting.name / JUDGED / re.sub(r"[^-+.\w]", "_", judge.name)
-            c = judge.config(setting.config, checkpoint)
+            if checkpoint not in encoders:
+                encoders[checkpoint] = _encoder(checkpoint, setting.name)
+            c = judge.config(setting.config, "")
+            home = folder / setting.name / JUDGED / _plain(judge.name, _of_effect(c), encoders[checkpoint])
+            c.checkpoint = checkpoint
             try:
                 lines = (home / evaluate.RESULTS).read_text(encoding="utf-8", errors="replace").splitlines()
             except OSError:
@@ -398,6 +472,9 @@ def _judged(config: ConfigDict, folder: Path, setting: Setting, record: dict[str
                 try:
                     job = evaluate if c.job == "evaluate" else finetune
                     score = job.run(c, str(home))[c.protocol.metric]
+                except NonFiniteError as e:
+                    log.error("%s, judged by %s, failed: %s", setting.name, judge.name, e)
+                    score = None
                 except UserError as e:
                     raise UserError(f"{setting.name}, judged by {judge.name}: {e}") from e
                 finally:

@@ -5,7 +5,8 @@
 
 var and cov are those of the global batch, with B - 1 in the denominator. arXiv 2411.00392 compares its penalties on
 weights with such a one on features. It is added here to any method's loss by config.penalty.name="whiten", on the
-representation of each large view. Without v the features of a method that only reads directions, such as BYOL's, could
+representation of each large view; in reconstruction, on the pooled output of the encoder for the corrupted image.
+Without v the features of a method that only reads directions, such as BYOL's, could
 shrink instead of losing their correlations.
 
 Shapes: B batch, P width.

@@ -33,7 +33,16 @@ class Autoencoder(nn.Module):
     def both(
         self, images_BHWC: jax.Array, corruption: Corruption, keys_B: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """As when called, but -> (tokens after the encoder's final norm (B, prefix + M, D), predicted patches)."""
+        """Encodes and decodes corrupted images; the tokens in between serve losses on features.
+
+        Args:
+          images_BHWC: clean, normalised images (B, H, W, 3).
+          corruption: what the encoder does not see.
+          keys_B: random keys (B,) of drop path; None: without drop path.
+
+        Returns:
+          the tokens after the encoder's final norm (B, prefix + M, D), and the predicted patches (B, N, P).
+        """
         tokens_BMD = self.encoder(images_BHWC, corruption, keys_B)
         return tokens_BMD, self.decode(tokens_BMD, corruption)
 

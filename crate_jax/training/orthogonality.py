@@ -357,6 +357,10 @@ def _check_penalty(c: ConfigDict) -> None:
         raise ConfigError(f"config.penalty.weight=0: config.penalty.name={c.penalty.name!r} needs a weight above 0")
     if c.penalty.name == "whiten" and c.job in ("finetune", "segment"):
         raise ConfigError(f"config.penalty.name='whiten': is for pre-training, job {c.job} takes so, srip or none")
+    if c.penalty.name == "whiten" and c.batch_size < 2:
+        raise ConfigError(
+            f"config.batch_size={c.batch_size}: config.penalty.name='whiten' needs the covariance of at least 2 images"
+        )
 
 
 ON_WEIGHTS, SRIP, WHITEN = ("penalty.name", "so", "srip"), ("penalty.name", "srip"), ("penalty.name", "whiten")

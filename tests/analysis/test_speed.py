@@ -62,6 +62,7 @@ def test_what_sets_the_rate_is_told_from_what_goes_with_it():
     one, other = found.values()
     whole = (one.variance, one.frequency, one.variance_within, other.frequency, other.frequency_within)
     assert whole == pytest.approx((1,) * 5)
+    assert (one.bands, one.bands_within) == (27, 20)  # of 32: the first edges fall together
     assert other.variance > 0.8  # frequency and variance go together
     assert one.frequency_within < 0.3 and other.variance_within < 0.3
     (alone,) = speed.cells(np.arange(800.0), frequency)[-1:]
@@ -84,6 +85,7 @@ def test_the_section_has_the_rates_of_the_bands(tmp_path, monkeypatch):
     found = made.numbers["quick"]
     assert found["steps"] == [1, 3, 5, 7] and len(made.tables) == 2 and len(made.figures) == 1
     assert all(len(row) == len(table.columns) for table in made.tables for row in table.rows)
+    assert "quick, over 26 bands and within 16: more variance" in made.text  # of 192 directions
     side, every = c.align.side, np.arange(len(splits[0]))
     images, tests = (eval_images(c, source, every[: len(source)])[0] for source in splits)
     components = bands.components_of(bands.rows_of(c, images, side), side)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_judges_score_each_run_once_on_their_own_data(finished, tmp_path, monkey
     records = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [record[f"judge {name}"] for record in records] == [1.0] * 4  # colours, not digits
     for record in records:
-        home = tmp_path / "sweep" / record["folder"] / "judged" / "knn"
+        (home,) = (tmp_path / "sweep" / record["folder"] / "judged").glob("knn-*")
         (line,) = (home / "results.jsonl").read_text().splitlines()
         assert json.loads(line)["top1"] == record["judge knn"] < 1 and json.loads(line)["data"] == "digits"
         assert json.loads(line)["train_images"] == 1437 and json.loads(line)["pool"] == "mean"  # the run's
@@ -154,12 +155,87 @@ def test_runs_that_exist_are_judged_on_several_tasks_without_training(finished, 
     for record, run in zip(records, runs, strict=True):
         home = tmp_path / "w" / record["folder"]
         assert {p.name for p in home.iterdir()} == {"judged"}  # no run of its own
-        line = json.loads((home / "judged" / "finetune_crate_digits" / "results.jsonl").read_text())
+        (judged,) = (home / "judged").glob("finetune_crate_digits-*")
+        line = json.loads((judged / "results.jsonl").read_text())
         assert (
             run in line["checkpoint"] and line["steps"] == 2 and line["top1"] == record["judge finetune_crate@digits"]
         )
     with pytest.raises(ConfigError, match="config.sweep.judge is empty"):
         sweep.expand(tiny(sweep__key="checkpoint", sweep__values=runs))
+
+
+def scored(monkeypatch, score):
+    """Judges that give score(config) in place of their work; returns the list of the judged configs."""
+    asked = []
+
+    def run(config, home):
+        asked.append(config)
+        os.makedirs(home)
+        line = {config.protocol.metric: score(config)}
+        (Path(home) / "results.jsonl").write_text(json.dumps(line) + "\n")
+        return line
+
+    for job in (sweep.evaluate, sweep.finetune):
+        monkeypatch.setattr(job, "run", run)
+    return asked
+
+
+def test_a_score_is_kept_for_the_same_judge_and_the_same_encoder_only(finished, tmp_path, monkeypatch):
+    """Also two judges whose names become the same where a name has no slash are two."""
+    asked = scored(monkeypatch, lambda c: 0.1 * len(asked))
+    both = ("logreg@folder:a/b", "logreg@folder:a_b", "finetune_crate@digits")
+    c = tiny(**TWO_BY_TWO, sweep__judge=both)
+    setting = sweep.expand(c)[0]
+
+    def judge(encoder, **changes):
+        c.sweep.update(changes)
+        record = {"status": "done", "folder": "F"}
+        return list(sweep._judged(c, tmp_path, setting, record, {str(tmp_path / setting.name): encoder}).values())[2:]
+
+    first = judge("E")
+    assert first == pytest.approx([0.1, 0.2, 0.3]) and judge("E") == first
+    assert judge("E", judge_steps=2) == pytest.approx([0.1, 0.2, 0.4])  # probes have no steps
+    assert judge("other", judge_steps=0) == pytest.approx([0.5, 0.6, 0.7])
+    assert judge("E") == first and len(asked) == 7
+    runs = sorted(finished[0].glob("*=*"))
+    moved = shutil.copytree(runs[0], tmp_path / "moved")
+    one, same, other = (sweep._encoder(str(run), "") for run in (runs[0], moved, runs[1]))
+    assert one == same != other
+
+
+def test_a_judge_that_diverges_leaves_its_score_out_and_each_run_is_read_once(finished, tmp_path, monkeypatch):
+    bad, good = (str(finished[0] / f"encoder.lam={lam},seed=1") for lam in ("0.1", "5"))
+    asked = scored(monkeypatch, lambda c: diverge() if c.checkpoint == bad else 0.25)
+
+    def diverge():
+        raise NonFiniteError("the loss is nan")
+
+    read, load = [], sweep.pretrained.load
+    monkeypatch.setattr(sweep.pretrained, "load", lambda *args: read.append(args[0]) or load(*args))
+    c = tiny("over=transfer,base=quickstart,debug,seeds=2", sweep__values=(bad, good), sweep__judge=("finetune_crate",))
+    result = sweep.run(c, str(tmp_path / "w"))
+    assert read == [bad, good] and len(asked) == 4
+    records = json.loads((tmp_path / "w" / "sweep.json").read_text())
+    assert [record["judge finetune_crate"] for record in records] == [None, None, 0.25, 0.25]
+    assert result["failed"] == [f"{record['folder']}, judged by finetune_crate" for record in records[:2]]
+
+
+def test_devices_divide_the_batches_of_what_trains():
+    c = tiny(sweep__key="encoder.lam", sweep__values=(0.1,), batch_size=24, accumulate=2)
+    c.sweep.judge = ("finetune_crate@digits", "knn")
+    judging = [judge.config(c, "") for judge in sweep.judges(c)]
+    judging[0].batch_size, judging[1].evaluation.batch_size = 40, 7
+    settings = sweep.expand(c)
+    assert sweep._common_batch(c, settings, judging) == 4
+    c.sweep.key = "checkpoint"
+    assert sweep._common_batch(c, settings, judging) == 40 and sweep._common_batch(c, settings, judging[1:]) == 7
+
+
+def test_folders_of_different_values_have_different_names_that_a_disk_takes():
+    texts = ["runs/a/b", "runs/a_b", "runs_a_b", "x" * 300, "x" * 301, "é" * 300]
+    names = [sweep._plain(text) for text in texts]
+    assert len(set(names)) == 6 and names[2] == "runs_a_b" and max(len(n.encode()) for n in names) == 100
+    assert sweep._plain("é/", "made") != sweep._plain("é/", "made again") != sweep._plain("é/")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 LEAST_CHECKPOINTS = 4
 RINGS = (0, 0.25, 1, 2, 4, 8, 64)  # edges of the bands of frequency, cycles per image; the first is the mean colour
-BANDS, PARTS = 32, 3  # bands whose order is compared, and parts of each
+BANDS, PARTS = 32, 3  # bands at most whose order is compared, and parts of each
 RATES = 400  # that the fit tries
 
 
@@ -88,8 +88,8 @@ def fit(steps: Sequence[int], error_SL: np.ndarray) -> Fit:
 def cells(first_K: np.ndarray, second_K: np.ndarray, parts: int = PARTS) -> list[list[np.ndarray]]:
     """Bands of directions of nearly the same `first`, each cut into parts of equal size by `second`.
 
-    There are BANDS bands, whose edges are spread evenly over the logarithm of the rank. Those of fewer than `parts`
-    directions are left out.
+    There are BANDS bands at most, whose edges are spread evenly over the logarithm of the rank: equal edges make one,
+    and bands of fewer than `parts` directions are left out.
 
     Args:
       first_K: a number of each direction; the smallest come first.
@@ -109,7 +109,7 @@ def cells(first_K: np.ndarray, second_K: np.ndarray, parts: int = PARTS) -> list
 
 
 def falls(rate_BP: np.ndarray) -> float:
-    """The mean over B rows of Spearman's rank correlation of falling order and rate; rows that are all 0 are left out.
+    """The mean over B rows of Spearman's rank correlation of falling order and rate; constant rows are left out.
 
     >>> round(falls(np.array([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [0.0, 0.0, 0.0]])), 6)
     0.75
@@ -130,12 +130,15 @@ class Answer:
       frequency: a lower frequency is learned sooner, over bands of waves.
       variance_within: more variance sooner, within bands of components of nearly the same frequency.
       frequency_within: a lower frequency sooner, within bands of components of nearly the same variance.
+      bands, bands_within: the number of bands over which the first two go, and of those within which the others do.
     """
 
     variance: float
     frequency: float
     variance_within: float
     frequency_within: float
+    bands: int
+    bands_within: int
 
 
 def section(subjects: Sequence[Subject]) -> Section | None:
@@ -155,9 +158,9 @@ def section(subjects: Sequence[Subject]) -> Section | None:
         text="Rates at which the error of the reconstruction falls from that of the mean image, by curves exp(-rate "
         "step) fitted to the checkpoints that the run kept (Balestriero & LeCun, ICML 2024). Bands of variance hold "
         "principal components of the images, bands of frequency cosine waves. The order of the rates is compared with "
-        f"both over {BANDS} bands, as rank correlations: 1 is always, 0 not at all; also within bands of components of "
-        f"nearly the same frequency or variance, cut into {PARTS}. The learning rate's schedule is in all "
-        "rates. " + " ".join(sentences),
+        "both over the given numbers of bands, as rank correlations: 1 is always, 0 not at all; also within bands of "
+        f"components of nearly the same frequency or variance, cut into {PARTS}. The learning rate's schedule is in "
+        "all rates. " + " ".join(sentences),
         figures=figures,
         tables=tuple(itertools.chain(*tables)),
         numbers={s.name: n for s, n in zip(chosen, numbers, strict=True)},
@@ -242,6 +245,7 @@ def answer(
     return Answer(
         order(-variance_D, frequency_D, 1), order(ring_D, ring_D, 1, len(ring_D)),
         order(frequency_D, -variance_D, PARTS), order(-variance_D, frequency_D, PARTS),
+        *(len(cells(ring_D, ring_D, parts)) for parts in (1, PARTS)),
     )  # fmt: skip
 
 
@@ -258,9 +262,9 @@ def _of_run(subject: Subject) -> tuple[Figure, list[Table], str, dict[str, Any]]
     ]
     a = m.answer
     sentence = (
-        f"{subject.name}: more variance is learned sooner {a.variance:.2f} (among components of one frequency "
-        f"{a.variance_within:.2f}), a lower frequency is learned sooner {a.frequency:.2f} (among components of one "
-        f"variance {a.frequency_within:.2f})."
+        f"{subject.name}, over {a.bands} bands and within {a.bands_within}: more variance is learned sooner "
+        f"{a.variance:.2f} (among components of one frequency {a.variance_within:.2f}), a lower frequency is learned "
+        f"sooner {a.frequency:.2f} (among components of one variance {a.frequency_within:.2f})."
     )
     numbers: dict[str, Any] = {"steps": m.steps, "answer": vars(a)}
     numbers |= {what: {"bands": list(groups), **vars(found)} for what, _, groups, found in kinds}
