@@ -62,7 +62,7 @@ def test_what_sets_the_rate_is_told_from_what_goes_with_it():
     one, other = found.values()
     whole = (one.variance, one.frequency, one.variance_within, other.frequency, other.frequency_within)
     assert whole == pytest.approx((1,) * 5)
-    assert (one.bands, one.bands_within) == (27, 20)  # of 32: the first edges fall together
+    assert (one.bands, one.bands_within) == (28, 21)  # of 32: the first edges fall together
     assert other.variance > 0.8  # frequency and variance go together
     assert one.frequency_within < 0.3 and other.variance_within < 0.3
     (alone,) = speed.cells(np.arange(800.0), frequency)[-1:]
