@@ -130,7 +130,8 @@ def test_the_probe_is_at_float64s_minimum_for_any_strength(n, width, rank, sprea
         strengths, fit_all(x, y, 7, strengths, standardise=False), LEAST_LOSS[n, width, rank, spread], strict=True
     ):
         found = objective(probe.weights, probe.bias, x - probe.mean.astype(np.float64), y, c)
-        assert probe.converged and found == pytest.approx(least, rel=5e-5)
+        # What `converged` promises. At C = 1e5 the rounding of float32 alone gives up to 6e-5 on some CPUs.
+        assert probe.converged and found == pytest.approx(least, rel=1e-4)
 
 
 def test_a_probe_that_runs_out_of_products_says_so(digits, caplog):
