@@ -20,7 +20,8 @@ raise a high one (Arabic digits); none of its tables has a number for this.
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import base
+from crate_jax.config_files import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

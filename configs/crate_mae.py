@@ -24,7 +24,8 @@ MAE's base rate per 256 images, the peak is 4.8e-4 (--config.optimizer.lr_batch=
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base
+from crate_jax.config_files import parse_arg
 
 VARIANTS = {  # width, depth, heads
     "Ti": (384, 12, 6),

@@ -20,7 +20,8 @@ mean. Each run appends one line to W/results.jsonl.
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import base
+from crate_jax.config_files import parse_arg
 from crate_jax.evals.protocols import PROTOCOLS
 
 # task -> (TFDS name, training split, test split)

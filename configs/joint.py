@@ -50,7 +50,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base
+from crate_jax.config_files import parse_arg
 from crate_jax.data.recipes import PRESETS, preset
 
 LARS: dict[str, Any] = {

@@ -13,8 +13,7 @@ k-NN has k = 200 and T = 0.1; --config=configs/evaluate.py has both.
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import parse_arg
-from crate_jax.config_files import named
+from crate_jax.config_files import named, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -22,8 +22,8 @@ run, the mean and deviation of ImageNet. Nobody has published it. On a GPU take 
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import PRETRAINING, parse_arg
-from crate_jax.config_files import named
+from crate_jax.config import PRETRAINING
+from crate_jax.config_files import named, parse_arg
 from crate_jax.data import IMAGENET_MEAN, IMAGENET_STD
 
 SIZES = (64, 32, 96, 128, 160, 192, 224)

@@ -10,7 +10,8 @@ moves these numbers.
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base
+from crate_jax.config_files import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -19,7 +19,8 @@ Theorem 3 of arXiv 2404.02446 as an experiment needs neither a run nor images. T
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import base
+from crate_jax.config_files import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

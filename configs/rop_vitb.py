@@ -23,7 +23,8 @@ run. It has fixed sine-cosine positions, because CRATE has no relative bias.
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base
+from crate_jax.config_files import parse_arg
 
 VARIANTS = {  # vit's width and heads, crate's width and heads, epochs, learning rate
     "B": (768, 12, 768, 12, 300.0, 1.5e-4),

@@ -34,7 +34,8 @@ deviation are the checkpoint's, unless flags set them. Each run appends one line
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import base, parse_arg
+from crate_jax.config import base
+from crate_jax.config_files import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -49,8 +49,7 @@ such as ``encoder.lam=0.5,seed=0``.
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import parse_arg
-from crate_jax.config_files import named
+from crate_jax.config_files import named, parse_arg
 from crate_jax.errors import ConfigError
 
 BASES = ("cifar10", "quickstart", "crate_mae", "rop_vitb", "vit_mae", "joint", "joint_lightly")

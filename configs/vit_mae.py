@@ -16,7 +16,8 @@ learning rate 1.5e-4 per 256 images, AdamW with betas (0.9, 0.95), weight decay 
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import PENALTY_WEIGHTS, base, parse_arg
+from crate_jax.config import PENALTY_WEIGHTS, base
+from crate_jax.config_files import parse_arg
 
 VARIANTS = {  # width, depth, heads
     "S": (384, 12, 6),

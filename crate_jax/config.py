@@ -1,4 +1,4 @@
-"""The base config, composed of its sections; the parser of config strings; and the checks across keys.
+"""The base config, composed of its sections, and the checks across keys.
 
 One line declares a key: default, rule, meaning, and which part reads it if not all do. The sections of a part stand
 beside its code: those of methods in :data:`crate_jax.methods.METHODS`, the options of evaluation protocols in
@@ -16,9 +16,13 @@ from ml_collections import ConfigDict
 
 from crate_jax.data import DATA, VIEWS, write_out
 from crate_jax.errors import ConfigError
+from crate_jax.evals import EVALUATION
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.methods import METHODS
-from crate_jax.models import ENCODER, ENCODERS, widths
+from crate_jax.models import ENCODER, ENCODERS
+from crate_jax.parallel.sharding import MESH
+from crate_jax.training import LOG, SAVE
+from crate_jax.training.nonfinite import NONFINITE
 from crate_jax.training.optimizer import OPTIMIZER
 from crate_jax.training.orthogonality import PENALTY
 from crate_jax.validation import (
@@ -145,71 +149,6 @@ JOB = Section(
 )
 
 
-def _check_mesh(c: ConfigDict) -> None:
-    if not c.mesh.data and not c.mesh.model:
-        raise ConfigError(
-            "config.mesh.data=0, config.mesh.model=0: only one of the two can stand for the rest; set one to 1"
-        )
-
-
-MESH = Section(
-    "mesh",
-    "Devices along two axes; 0 stands for the rest of the devices. A batch is split over both axes.",
-    of_the_run=False,
-    effect=False,
-    check=_check_mesh,
-    keys=dict(
-        data=Key(0, at_least(0), "number of copies of the parameters; data=1 with model=0: fully sharded"),
-        model=Key(1, at_least(0), "number of devices that together hold one copy"),
-    ),
-)
-
-
-def _check_evaluation(c: ConfigDict) -> None:
-    layers, what = len(widths(c)), ENCODERS[c.encoder.name].layer
-    if c.evaluation.layer > layers:
-        raise ConfigError(
-            f"config.evaluation.layer={c.evaluation.layer}: the encoder has {layers} {what}s (0: its output)"
-        )
-
-
-EVALUATION = Section(
-    "evaluation",
-    "How the encoder is scored during and after training, and which of its tokens each job reads.",
-    of_the_run=True,
-    resume=FREE,
-    check=_check_evaluation,
-    keys=dict(
-        every=Key(0, at_least(0), "steps between evaluations; 0: only at the end"),
-        train_images=Key(10_000, at_least(0), "number of images on which classifiers are fitted; 0: all"),
-        test_images=Key(10_000, at_least(0), "number of images on which classifiers are scored; 0: all"),
-        batch_size=Key(256, positive, "images encoded at once"),
-        pool=Key(
-            "cls",
-            one_of("cls", "mean", "cls_mean"),
-            "cls: the class token; mean: the mean of patch tokens; cls_mean: both, side by side",
-            resume=FIXED,
-        ),
-        layer=Key(
-            0, at_least(0), "block (resnet: stage) whose output is read, from 1; 0: the encoder's output", resume=FIXED
-        ),
-        knn_k=Key(20, positive, "number of neighbours"),
-        knn_temperature=Key(0.07, positive, "temperature of the neighbours' weights"),
-        probe_c=Key(1.0, positive, "inverse strength of the logistic regression's L2 penalty"),
-        lidar_images=Key(
-            0,
-            must("be 0 or at least 2", lambda value: value == 0 or value > 1),
-            "number of training images for LiDAR, whose views are drawn as in training; 0: none",
-        ),
-        lidar_views=Key(10, at_least(2), "number of views of each of these images"),
-        collapse_share=Key(
-            0.02,
-            within(0, 1, "[)"),
-            "a warning if RankMe falls below this share of the way from 1 to its limit, and to half; 0: off",
-        ),
-    ),
-)
-
 PROTOCOL = Section(
     "protocol",
     "The protocol of the jobs evaluate, finetune and segment. Each protocol of `evaluate` adds its own options.",
@@ -302,52 +241,6 @@ WHITEBOX = Section(
         ),
     ),
 )  # fmt: skip
-
-NONFINITE = Section(
-    "nonfinite",
-    "What happens if a step's loss or gradient is NaN or infinite.",
-    of_the_run=True,
-    resume=FREE,
-    keys=dict(
-        skip=Key(0, at_least(0), "so many such steps in a row are undone before the run stops; 0: it stops at once")
-    ),
-)
-
-SAVE = Section(
-    "save",
-    "When checkpoints are saved.",
-    of_the_run=False,
-    effect=False,
-    keys=dict(
-        every=Key(1000, positive, "steps between checkpoints; the last step is always saved"),
-        keep=Key(3, positive, "number of newest checkpoints that are kept"),
-    ),
-)
-
-LOG = Section(
-    "log",
-    "What a run logs and draws.",
-    of_the_run=False,
-    effect=False,
-    keys=dict(
-        every=Key(50, positive, "steps between log points"),
-        parameters=Key(False, anything, "log a table of the parameters: shape, weight decay, penalty, layout"),
-        pictures=Key(8, at_least(0), "number of images in the grid of pictures; 0: no pictures"),
-        pictures_every=Key(0, at_least(0), "steps between grids; 0: only at the end"),
-        tensorboard=Key(True, anything, "also write TensorBoard's files; needs tensorboardX"),
-        wandb=Key("", anything, "project of Weights & Biases; empty: off"),
-        report=Key(True, anything, "write report.html at the end: curves, scores and pictures"),
-        profile=Key(
-            (),
-            must(
-                "be FROM,TO: two numbers of steps, 1 <= FROM <= TO",
-                lambda v: not v or len(v) == 2 and 1 <= v[0] <= v[1],
-            ),
-            "first and last step of a trace by jax.profiler; of several processes, process 0 writes it",
-            items=int,
-        ),
-    ),
-)
 
 SECTIONS = (
     RUN, JOB, MESH, DATA, VIEWS, ENCODER, *(section for row in METHODS.values() for section in row.sections), PENALTY,
@@ -480,46 +373,3 @@ def keys_of(config: ConfigDict) -> dict[str, Key]:
             f"config string instead, --config=configs/evaluate.py:protocol={protocol.name}"
         )
     return KEYS | protocol.flat()
-
-
-def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-    """Parses a config string such as ``"variant=S,penalty=so,debug"``.
-
-    Args:
-      arg: comma-separated ``key=value`` pairs; ``key`` alone means ``key=True``.
-      **defaults: each allowed key with its default. A tuple lists the allowed values, of which the first is the
-        default. Values are cast to the default's type.
-
-    Returns:
-      a locked ConfigDict with one entry per key of `defaults`.
-
-    Raises:
-      ConfigError: a key is unknown, or a value is not allowed or cannot be cast.
-
-    >>> parse_arg("variant=S,debug", variant=("B", "S"), debug=False, steps=10).to_dict()
-    {'debug': True, 'steps': 10, 'variant': 'S'}
-    """
-    out = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
-    for item in filter(None, (arg or "").split(",")):
-        key, _, text = item.partition("=")
-        if key not in defaults:
-            valid = f"valid keys: {', '.join(sorted(defaults))}" if defaults else "this config takes none"
-            raise ConfigError(f"config string: unknown key '{key}'; {valid}")
-        allowed = defaults[key]
-        kind = type(out[key])
-        if kind is bool:
-            text = text or "True"
-            if text.lower() not in ("true", "false", "1", "0"):
-                raise ConfigError(f"config string: {key}={text} is not a boolean (true or false)")
-            value: Any = text.lower() in ("true", "1")
-        else:
-            try:
-                value = kind(text)
-            except ValueError:
-                raise ConfigError(f"config string: {key}={text!r} is not a valid {kind.__name__}") from None
-        if isinstance(allowed, tuple) and value not in allowed:
-            raise ConfigError(
-                f"config string: {key}={value} is not one of {', '.join(map(str, filter(None, allowed)))}"
-            )
-        out[key] = value
-    return ConfigDict(out).lock()

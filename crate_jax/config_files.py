@@ -1,5 +1,7 @@
 """The library's config files, by name: ``cifar10:encoder=crate`` stands for ``configs/cifar10.py:encoder=crate``.
 
+What follows the colon is the config string; a config file reads it by :func:`parse_arg`.
+
 In a checkout they lie beside the package, in ``configs/``; an installed package holds them.
 """
 
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -118,3 +121,46 @@ def message(error: BaseException) -> str:
         return text
     key, _, hint = " ".join(text.split()).partition(" Did you mean ")
     return f"config: unknown key {key}" + (f"; did you mean {hint.partition(' instead')[0]}?" if hint else "")
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Parses a config string such as ``"variant=S,penalty=so,debug"``.
+
+    Args:
+      arg: comma-separated ``key=value`` pairs; ``key`` alone means ``key=True``.
+      **defaults: each allowed key with its default. A tuple lists the allowed values, of which the first is the
+        default. Values are cast to the default's type.
+
+    Returns:
+      a locked ConfigDict with one entry per key of `defaults`.
+
+    Raises:
+      ConfigError: a key is unknown, or a value is not allowed or cannot be cast.
+
+    >>> parse_arg("variant=S,debug", variant=("B", "S"), debug=False, steps=10).to_dict()
+    {'debug': True, 'steps': 10, 'variant': 'S'}
+    """
+    out = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
+    for item in filter(None, (arg or "").split(",")):
+        key, _, text = item.partition("=")
+        if key not in defaults:
+            valid = f"valid keys: {', '.join(sorted(defaults))}" if defaults else "this config takes none"
+            raise ConfigError(f"config string: unknown key '{key}'; {valid}")
+        allowed = defaults[key]
+        kind = type(out[key])
+        if kind is bool:
+            text = text or "True"
+            if text.lower() not in ("true", "false", "1", "0"):
+                raise ConfigError(f"config string: {key}={text} is not a boolean (true or false)")
+            value: Any = text.lower() in ("true", "1")
+        else:
+            try:
+                value = kind(text)
+            except ValueError:
+                raise ConfigError(f"config string: {key}={text!r} is not a valid {kind.__name__}") from None
+        if isinstance(allowed, tuple) and value not in allowed:
+            raise ConfigError(
+                f"config string: {key}={value} is not one of {', '.join(map(str, filter(None, allowed)))}"
+            )
+        out[key] = value
+    return ConfigDict(out).lock()

@@ -11,6 +11,7 @@ import pytest
 
 from crate_jax import config as configs
 from crate_jax.config import validate
+from crate_jax.config_files import parse_arg
 from crate_jax.convert.pretrained import Pretrained
 from crate_jax.errors import ConfigError
 from crate_jax.evals.protocols import PROTOCOLS
@@ -249,10 +250,10 @@ def test_bad_config_strings_are_named(arg, message):
 
 
 def test_parse_arg_casts_to_the_default():
-    parsed = configs.parse_arg("n=3,x=0.5,flag", n=1, x=1.0, flag=False, kind=("a", "b"))
+    parsed = parse_arg("n=3,x=0.5,flag", n=1, x=1.0, flag=False, kind=("a", "b"))
     assert parsed.to_dict() == {"n": 3, "x": 0.5, "flag": True, "kind": "a"}
     with pytest.raises(ConfigError, match="n='many' is not a valid int"):
-        configs.parse_arg("n=many", n=1)
+        parse_arg("n=many", n=1)
 
 
 def test_changed_keys_are_listed():

@@ -5,8 +5,57 @@ from __future__ import annotations
 import numpy as np
 from ml_collections import ConfigDict
 
+from crate_jax.errors import ConfigError
 from crate_jax.evals.knn import knn_top1
 from crate_jax.evals.probe import probe_top1
+from crate_jax.models import ENCODERS, widths
+from crate_jax.validation import FIXED, FREE, Key, Section, at_least, must, one_of, positive, within
+
+
+def _check_evaluation(c: ConfigDict) -> None:
+    layers, what = len(widths(c)), ENCODERS[c.encoder.name].layer
+    if c.evaluation.layer > layers:
+        raise ConfigError(
+            f"config.evaluation.layer={c.evaluation.layer}: the encoder has {layers} {what}s (0: its output)"
+        )
+
+
+EVALUATION = Section(
+    "evaluation",
+    "How the encoder is scored during and after training, and which of its tokens each job reads.",
+    of_the_run=True,
+    resume=FREE,
+    check=_check_evaluation,
+    keys=dict(
+        every=Key(0, at_least(0), "steps between evaluations; 0: only at the end"),
+        train_images=Key(10_000, at_least(0), "number of images on which classifiers are fitted; 0: all"),
+        test_images=Key(10_000, at_least(0), "number of images on which classifiers are scored; 0: all"),
+        batch_size=Key(256, positive, "images encoded at once"),
+        pool=Key(
+            "cls",
+            one_of("cls", "mean", "cls_mean"),
+            "cls: the class token; mean: the mean of patch tokens; cls_mean: both, side by side",
+            resume=FIXED,
+        ),
+        layer=Key(
+            0, at_least(0), "block (resnet: stage) whose output is read, from 1; 0: the encoder's output", resume=FIXED
+        ),
+        knn_k=Key(20, positive, "number of neighbours"),
+        knn_temperature=Key(0.07, positive, "temperature of the neighbours' weights"),
+        probe_c=Key(1.0, positive, "inverse strength of the logistic regression's L2 penalty"),
+        lidar_images=Key(
+            0,
+            must("be 0 or at least 2", lambda value: value == 0 or value > 1),
+            "number of training images for LiDAR, whose views are drawn as in training; 0: none",
+        ),
+        lidar_views=Key(10, at_least(2), "number of views of each of these images"),
+        collapse_share=Key(
+            0.02,
+            within(0, 1, "[)"),
+            "a warning if RankMe falls below this share of the way from 1 to its limit, and to half; 0: off",
+        ),
+    ),
+)
 
 
 def evaluate(

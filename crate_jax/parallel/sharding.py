@@ -20,10 +20,12 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import is_stacked, names, path_name
+from crate_jax.validation import Key, Section, at_least
 
 DATA, MODEL = "data", "model"
 BATCH = (DATA, MODEL)
@@ -40,6 +42,26 @@ RULES: tuple[tuple[str, str], ...] = (
 MIN_SPLIT = 2**14  # elements; splitting a smaller array is not worth its messages
 MAX_CPU_DEVICES = 8  # each device holds a copy of the parameters
 TIMEOUT_FLAG = "xla_cpu_collective_call_terminate_timeout_seconds"
+
+
+def _check_mesh(c: ConfigDict) -> None:
+    if not c.mesh.data and not c.mesh.model:
+        raise ConfigError(
+            "config.mesh.data=0, config.mesh.model=0: only one of the two can stand for the rest; set one to 1"
+        )
+
+
+MESH = Section(
+    "mesh",
+    "Devices along two axes; 0 stands for the rest of the devices. A batch is split over both axes.",
+    of_the_run=False,
+    effect=False,
+    check=_check_mesh,
+    keys=dict(
+        data=Key(0, at_least(0), "number of copies of the parameters; data=1 with model=0: fully sharded"),
+        model=Key(1, at_least(0), "number of devices that together hold one copy"),
+    ),
+)
 
 
 def use_cpu_cores(batch_size: int, accumulate: int, model: int = 1) -> None:

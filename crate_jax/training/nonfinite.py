@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.data import Source
 from crate_jax.parallel import distributed
+from crate_jax.validation import FREE, Key, Section, at_least
 from crate_jax.workdir import metrics
 
 T = TypeVar("T")
@@ -30,6 +31,16 @@ DECISIVE = {
     "grad_norm": "gradient's norm",
 }  # scalars that must be finite; the loss includes the penalty
 SKIPPED = "skipped"
+
+NONFINITE = Section(
+    "nonfinite",
+    "What happens if a step's loss or gradient is NaN or infinite.",
+    of_the_run=True,
+    resume=FREE,
+    keys=dict(
+        skip=Key(0, at_least(0), "so many such steps in a row are undone before the run stops; 0: it stops at once")
+    ),
+)
 
 
 def revert_if_nonfinite(scalars: Mapping[str, jax.Array], new: T, old: T) -> tuple[T, jax.Array]:
