@@ -34,7 +34,8 @@ from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import nonfinite, pace
 from crate_jax.training.clock import Clock
-from crate_jax.training.loop import Loop, Observer, Picture
+from crate_jax.training.loop import Loop
+from crate_jax.training.observer import Observer, Picture
 from crate_jax.validation import FIXED, FREE, changed_keys, flatten
 from crate_jax.workdir import checkpoint, metrics, mirror, pictures, readback, starts
 from crate_jax.workdir.folder import lock

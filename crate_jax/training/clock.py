@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes, over all its starts: how much of it trains the network (its goodput)."""
+"""Where the wall time of a run goes, over all its starts (its goodput), and how fast it trains now."""
 
 from __future__ import annotations
 
@@ -64,3 +64,29 @@ class Clock:
         seconds = self.seconds()
         whole = sum(seconds.values())
         return {"wall_seconds": whole, **{part: x / whole for part, x in seconds.items()}}
+
+
+class Speed:
+    """Measures images per second between log points, without the time of observers and of saving."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._images: list[int] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new interval now."""
+        self._start = time.perf_counter()
+
+    def add(self, images: int) -> float:
+        """Ends the interval, in which the run trained on `images`; returns its images per second."""
+        self._seconds.append(max(time.perf_counter() - self._start, 1e-9))
+        self._images.append(images)
+        self.restart()
+        return images / self._seconds[-1]
+
+    def average(self) -> float | None:
+        """Images per second over all intervals except the first, which compiles; None if nothing was trained."""
+        first = 1 if len(self._seconds) > 1 else 0
+        images, seconds = sum(self._images[first:]), sum(self._seconds[first:])
+        return images / seconds if images else None

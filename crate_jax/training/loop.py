@@ -7,12 +7,11 @@ number, so a run that was stopped continues with the same bits as a run that was
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +25,12 @@ from crate_jax import data, models
 from crate_jax.data.reading import Stalled
 from crate_jax.errors import ConfigError, NonFiniteError
 from crate_jax.evals import collapse
-from crate_jax.methods.method import Batch, Method, Params, Scalars
+from crate_jax.methods.method import Method, Params, Scalars
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import clock as clocks, groups, nonfinite, optimizer, trace
+from crate_jax.training.batches import Placed, placed_batches
+from crate_jax.training.observer import Observation, Observer, Picture
 from crate_jax.training.step import (
     SIGNAL,
     TrainState,
@@ -71,109 +72,7 @@ class Pretrained(Protocol):
     def sha256(self) -> str: ...  # noqa: D102
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture that an observer draws.
-
-    Attributes:
-      name: the name of the picture's file.
-      pixels: RGB, uint8 (H, W, 3).
-    """
-
-    name: str
-    pixels: np.ndarray
-
-
-Observation = Mapping[str, Any] | Picture | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Observer:
-    """Looks at the judged parameters every n steps: an evaluation, a picture, a measure of the layers.
-
-    Attributes:
-      name: the observer's name, for people; the key of its final results in :attr:`Loop.results`.
-      every: steps between two calls of `look`; 0: the loop never calls it.
-      look: the function from judged parameters to numbers to log, a picture to write, or None.
-      at_end: a function like `look` that the loop calls after the last step instead of `look`; its results also go to
-        the summary. None: the loop treats the last step like any other.
-    """
-
-    name: str
-    every: int
-    look: Callable[[Params], Observation]
-    at_end: Callable[[Params], Observation] | None = None
-
-
-# A batch on the device, the number of undecodable images in it, and the indices of the images in this process's rows.
-Placed = tuple[Batch, int, np.ndarray]
-
 OnResume = Callable[[int, Mapping[str, Any], bool, tuple[str, str] | None], Sequence[Mapping[str, Any]]]
-
-
-class Speed:
-    """Measures images per second between log points, without the time of observers and of saving."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-        self._images: list[int] = []
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts a new interval now."""
-        self._start = time.perf_counter()
-
-    def add(self, images: int) -> float:
-        """Ends the interval, in which the run trained on `images`; returns its images per second."""
-        self._seconds.append(max(time.perf_counter() - self._start, 1e-9))
-        self._images.append(images)
-        self.restart()
-        return images / self._seconds[-1]
-
-    def average(self) -> float | None:
-        """Images per second over all intervals except the first, which compiles; None if nothing was trained."""
-        first = 1 if len(self._seconds) > 1 else 0
-        images, seconds = sum(self._images[first:]), sum(self._seconds[first:])
-        return images / seconds if images else None
-
-
-@contextlib.contextmanager
-def placed_batches(
-    config: ConfigDict,
-    method: Method,
-    source: data.Source,
-    mesh: Mesh,
-    interrupt: Interrupt,
-    clock: clocks.Clock,
-    start_step: int = 0,
-) -> Iterator[data.DevicePrefetch[dict[str, np.ndarray], Placed]]:
-    """A context with a method's batches on the devices, from `start_step` on."""
-    with clock.spent(clocks.INPUT):
-        pipeline = data.TrainPipeline(
-            config,
-            source,
-            views="views" in method.inputs,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-    def put(batch: dict[str, np.ndarray]) -> Placed:
-        if "label" in method.inputs:
-            labels = source.labels_of(batch["index"])
-            unlabelled = np.full(len(batch["index"]), -1, np.int32)
-            batch = {**batch, "label": unlabelled if labels is None else np.asarray(labels, np.int32)}
-        inputs = {name: batch[name] for name in method.inputs}
-        if distributed.processes() > 1:
-            inputs[SIGNAL] = np.full(len(batch["index"]), interrupt.signal or 0, np.int32)
-        return sharding.put_batch(inputs, mesh), int(batch["undecodable"]), batch["index"]
-
-    with (
-        contextlib.closing(pipeline),
-        contextlib.closing(
-            data.device_prefetch(pipeline.batches(start_step), put, config.data.prefetch, config.data.stall_seconds)
-        ) as ready,
-    ):
-        yield ready
 
 
 class Loop:
@@ -241,7 +140,7 @@ class Loop:
         self._trace = trace.Trace(config.log.profile, self.total, folder / "tensorboard")
         stack.callback(self._trace.close)
         self._stack = stack
-        self._speed = Speed()
+        self._speed = clocks.Speed()
         # Per step since the last log point: scalars on the device, number of undecodable images, indices of the images
         # in this process's rows.
         self._pending: list[tuple[Scalars, int, np.ndarray]] = []

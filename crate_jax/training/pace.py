@@ -14,8 +14,8 @@ from crate_jax import data
 from crate_jax.methods.method import Method
 from crate_jax.parallel import distributed
 from crate_jax.parallel.interrupt import Interrupt
+from crate_jax.training.batches import placed_batches
 from crate_jax.training.clock import Clock
-from crate_jax.training.loop import placed_batches
 from crate_jax.training.step import make_init, make_recipe, make_train_step
 from crate_jax.workdir import metrics, readback
 

@@ -73,3 +73,15 @@ def test_a_wait_is_one_for_images_only_once_the_device_is_idle(tick):
     assert loop.Loop._next(run, Batches()) == "batch"
     seconds = run.clock.seconds()
     assert seconds["input"] == 2.0 and seconds["steps"] == pytest.approx(30 * loop.BUSY_POLL)
+
+
+def test_speed_leaves_out_the_first_interval(monkeypatch):
+    now = iter([0.0, 0.0, 10.0, 10.0, 11.0, 11.0, 13.0, 13.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    speed = clocks.Speed()
+    speed.restart()
+    assert speed.add(100) == 10.0
+    assert speed.average() == 10.0
+    assert speed.add(100) == 100.0
+    assert speed.add(100) == 50.0
+    assert speed.average() == pytest.approx(200 / 3)

@@ -18,7 +18,7 @@ from crate_jax.config import validate
 from crate_jax.errors import ConfigError
 from crate_jax.methods import reconstruction
 from crate_jax.parallel import sharding
-from crate_jax.training import loop, step as train_step
+from crate_jax.training import step as train_step
 from crate_jax.training.optimizer import OPTIMIZERS
 
 
@@ -221,18 +221,6 @@ def test_a_batch_that_cannot_be_split_is_refused():
         sharding.make_mesh(12, 1, jax.devices())
     with pytest.raises(ConfigError, match="multiple of 16"):
         sharding.make_mesh(24, 2, jax.devices())
-
-
-def test_speed_leaves_out_the_first_interval(monkeypatch):
-    now = iter([0.0, 0.0, 10.0, 10.0, 11.0, 11.0, 13.0, 13.0])
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(now))
-    speed = loop.Speed()
-    speed.restart()
-    assert speed.add(100) == 10.0
-    assert speed.average() == 10.0
-    assert speed.add(100) == 100.0
-    assert speed.add(100) == 50.0
-    assert speed.average() == pytest.approx(200 / 3)
 
 
 def test_no_float64_and_no_transfer_in_the_step():
