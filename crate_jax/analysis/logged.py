@@ -1,13 +1,13 @@
 """What a run logged about itself: curves, scores and their controls, settings, pictures.
 
-Reads ``metrics.jsonl``, ``summary.json``, ``results.jsonl`` and ``pictures/`` of the workdirs; needs no images.
+Reads the records (:mod:`crate_jax.analysis.records`) and ``pictures/`` of the workdirs; needs no images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure as Plot
 from matplotlib.lines import Line2D
 
+from crate_jax.analysis.records import COMPARED, SHARES, Logged, read
 from crate_jax.config import WITHOUT_METHOD, base, has_effect, is_read, method_name, parts
 from crate_jax.data import decoding
 from crate_jax.errors import DataError
@@ -27,7 +28,6 @@ from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape, legend
 from crate_jax.training.clock import PARTS
 from crate_jax.validation import flatten
-from crate_jax.workdir import readback, starts
 
 CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
@@ -41,11 +41,6 @@ CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "top1": ("top-1 accuracy (%)", "Accuracy on the evaluation split during training."),
     "miou": ("mIoU (%)", "Mean intersection over union on the evaluation split during training."),
 }
-SHARES = {  # key in summary.json of a number in 0..1 -> name of the column
-    "probe_top1": "probe %", "knn_top1": "k-NN %", "top1": "top-1 %", "top5": "top-5 %",
-    "mean_per_class": "mean per class %", "miou": "mIoU %", "mean_accuracy": "mean accuracy %",
-    "pixel_accuracy": "pixel accuracy %",
-}  # fmt: skip
 LAYERS = {  # measure that telemetry logs for each layer -> label of the axis, caption
     "encoder/subspace_rate": ("$R^c$ (nats)", "coding rate of the patch tokens in each layer's own subspaces"),
     "encoder/released_rate": ("$R^c$ of unit tokens (nats)", "coding rate as the released script computes it"),
@@ -57,89 +52,12 @@ LAYERS = {  # measure that telemetry logs for each layer -> label of the axis, c
     ),
 }  # fmt: skip
 MAX_STEPS_DRAWN = 5  # steps for which a run's layers are drawn
-COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
-OF_A_SUMMARY = {  # what is read in summary.json, and the check of its value
-    **dict.fromkeys(("steps", "params", "test_images"), readback.is_count),
-    **dict.fromkeys(("loss", "images_per_sec"), readback.is_number),
-    **{score + suffix: readback.is_share for score in SHARES for suffix in COMPARED},
-    "majority_top1": readback.is_share,
-    "goodput": lambda value: (
-        value is None
-        or (  # summaries of older versions have none
-            isinstance(value, dict) and all(type(value.get(part)) is float for part in ("wall_seconds", *PARTS))
-        )
-    ),
-}
 MARKS: dict[str, dict[str, Any]] = {
     "_pixels": dict(marker="|", color="C7", markersize=13, markeredgewidth=2),
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
     "": dict(marker="o", markersize=7),  # drawn in the run's colour
 }
 LOG_SPAN = 20  # an axis is logarithmic if largest / smallest value is above this
-
-
-@dataclasses.dataclass(frozen=True)
-class Logged:
-    """The records of a workdir; a file that is missing gives an empty list or dictionary."""
-
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any]
-    results: list[dict[str, Any]]
-    starts: Sequence[Mapping[str, Any]] = ()
-
-    def told(self) -> dict[str, str]:
-        """For each key that a start has changed its values in order, as a text for a cell."""
-        cells: dict[str, str] = {}
-        for change in (change for start in self.starts for change in start.get("changed", ())):
-            before = cells.get(change["key"], str(shown(change["old"])))
-            cells[change["key"]] = f"{before}; from step {change['step']:,} on {shown(change['new'])}"
-        return cells
-
-
-def read(workdir: Path | None) -> Logged:
-    """Reads the records of a run, which may still be training.
-
-    Args:
-      workdir: the run's folder; None gives empty records.
-
-    Raises:
-      DataError: summary.json, or a whole line of a .jsonl file, is not what a run writes.
-    """
-    if workdir is None:
-        return Logged([], {}, [])
-    metrics = _lines(workdir / "metrics.jsonl", readback.scalars)
-    results = _lines(workdir / "results.jsonl", _result)
-    return Logged(metrics, _summary(workdir / "summary.json"), results, starts.lineage(starts.read(workdir)))
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    """The object of summary.json; {} if there is no file."""
-    if not path.is_file():
-        return {}
-    summary = readback.parse(path.read_text(encoding="utf-8", errors="replace"))
-    wrong = None if summary is None else readback.wrong(summary, OF_A_SUMMARY)
-    if summary is None or wrong:
-        what = f"{wrong[0]!r} has no possible value" if wrong else "is not a JSON object"
-        raise DataError(f"{path}: {what}; run the training command again, which writes it anew")
-    return summary
-
-
-def _result(line: str) -> dict[str, Any] | None:
-    record = readback.parse(line)
-    return None if record is None or readback.wrong(record, dict.fromkeys(SHARES, readback.is_share)) else record
-
-
-def _lines(path: Path, parse: Callable[[str], dict[str, Any] | None]) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; a last line without its end is skipped, since it is still being written."""
-    if not path.is_file():
-        return []
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
-        record = parse(line + "\n")
-        if record is None:
-            raise DataError(f"{path}: line {number} is not a record that a run writes; delete this line")
-        found.append(record)
-    return found
 
 
 def section(subjects: Sequence[Subject]) -> Section:
@@ -357,15 +275,15 @@ def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
     rows = []
     for s in subjects:
         summary, c = logged[s.name].summary, s.config
-        told = logged[s.name].told()
+        was = told(logged[s.name])
         steps = summary.get("steps") or max((m["step"] for m in logged[s.name].metrics), default=None)
         size = f"{len(widths(c))} x {widths(c)[-1]}"
         corruption = c.corruption.name if "corruption" in parts(c, s.params) else "none"
         rows.append((
             s.name, None if c.job in WITHOUT_METHOD else method_name(c), c.encoder.name, size, corruption,
-            told.get("penalty.name", c.penalty.name), steps, told.get("batch_size", c.batch_size), summary.get("loss"),
+            was.get("penalty.name", c.penalty.name), steps, was.get("batch_size", c.batch_size), summary.get("loss"),
             summary.get("images_per_sec"), summary.get("params") or (parameters.count(s.params) if s.params else None),
-            c.job, told.get("data.source", c.data.source), summary.get("devices"),
+            c.job, was.get("data.source", c.data.source), summary.get("devices"),
         ))  # fmt: skip
     columns = (
         "run", "method", "encoder", "layers x width", "corruption", "penalty", "steps", "batch", "loss", "images/s",
@@ -389,7 +307,7 @@ def _goodput(logged: Mapping[str, Logged]) -> Table | None:
 
 def _starts(logged: Mapping[str, Logged]) -> Table | None:
     """The starts of the runs, if one of them was continued."""
-    if all(len(log.starts) < 2 and not log.told() for log in logged.values()):
+    if all(len(log.starts) < 2 and not told(log) for log in logged.values()):
         return None
     rows = []
     for name, log in logged.items():
@@ -418,7 +336,7 @@ def _results(logged: Mapping[str, Logged]) -> Table | None:
 
 def _settings(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table | None:
     """The keys in which the runs differ; for a single run, the keys in which it differs from the defaults."""
-    flat = {s.name: flatten(s.config) | logged[s.name].told() for s in subjects}
+    flat = {s.name: flatten(s.config) | told(logged[s.name]) for s in subjects}
     if len(flat) == 1:
         flat["default"] = flatten(base())
     read = {k for s in subjects for k in flatten(s.config) if has_effect(k) and is_read(s.config, k, s.params)}
@@ -430,6 +348,15 @@ def _settings(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Tabl
     names = ["this run", "default"] if len(subjects) == 1 else list(flat)
     what = "in which this run differs from the defaults" if len(subjects) == 1 else "in which the runs differ"
     return Table(f"Settings {what}.", ("config", *names), tuple(rows))
+
+
+def told(log: Logged) -> dict[str, str]:
+    """For each key that a start has changed its values in order, as a text for a cell."""
+    cells: dict[str, str] = {}
+    for change in (change for start in log.starts for change in start.get("changed", ())):
+        before = cells.get(change["key"], str(shown(change["old"])))
+        cells[change["key"]] = f"{before}; from step {change['step']:,} on {shown(change['new'])}"
+    return cells
 
 
 def shown(value: Any) -> str | float | int | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Plot
 
-from crate_jax.analysis import logged
+from crate_jax.analysis import logged, records
 from crate_jax.config import has_effect, is_read
 from crate_jax.evals import seeds
 from crate_jax.report.section import Cell, Estimate, Figure, Section, Subject, Table
@@ -16,7 +16,7 @@ from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape
 from crate_jax.validation import flatten
 
-SCORES = {name: shown for name, shown in logged.SHARES.items() if name not in ("top5", "pixel_accuracy")}
+SCORES = {name: shown for name, shown in records.SHARES.items() if name not in ("top5", "pixel_accuracy")}
 Recipes = dict[str, list[Subject]]  # name of a recipe -> its runs
 
 
@@ -29,7 +29,7 @@ def section(subjects: Sequence[Subject]) -> Section | None:
     recipes = group(subjects)
     if not any(len({s.config.seed for s in runs}) > 1 for runs in recipes.values()):
         return None
-    summaries = {s.name: logged.read(s.workdir).summary for s in subjects}
+    summaries = {s.name: records.read(s.workdir).summary for s in subjects}
     numbers = {score: {name: _numbers(runs, summaries, score) for name, runs in recipes.items()} for score in SCORES}
     found = {score: by for score, by in numbers.items() if any(by.values())}
     tables = tuple(table for table in (_means(found), _differences(found)) if table)

@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax import config_files, data
-from crate_jax.analysis import logged
+from crate_jax.analysis.records import read as read_records
 from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.sources import digest
@@ -494,7 +494,7 @@ def _record(folder: Path, setting: Setting, error: str = "") -> dict[str, Any]:
         what = "is not a JSON object" if summary is None else "holds something else where a number belongs"
         raise CheckpointError(f"{path}: {what}; delete it and repeat the command to write it again")
     term = sweep_table.RECONSTRUCTION
-    found = [line[term] for line in logged.read(path.parent).metrics if term in line]
+    found = [line[term] for line in read_records(path.parent).metrics if term in line]
     return {**record, **summary, **({term: found[-1]} if found else {})}
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import data
-from crate_jax.analysis import logged
+from crate_jax.analysis.records import OF_A_SUMMARY
 from crate_jax.analysis.whitebox import measures
 from crate_jax.config import KEYS, OTHER_RUN, allowed_changes, base, method_name, resumed_changes, validate
 from crate_jax.convert import pretrained
@@ -145,7 +145,7 @@ def finished(loop: Loop, folder: Path, changes: Sequence[Any]) -> dict[str, Any]
         found = (summary["steps"], summary["params_sha256"], summary.get("changed", []))
         same = found == (loop.total, sha256, loop.changed)
         same = same and not resumed_changes(ConfigDict(as_begun(loop.config, loop.changed)), stored)
-        same = same and not readback.wrong(summary, logged.OF_A_SUMMARY)  # else the report asks for another one
+        same = same and not readback.wrong(summary, OF_A_SUMMARY)  # else the report asks for another one
         whole = same and bool(summary["report"]) == loop.config.log.report and all(map(os.path.exists, files))
         _ = told(summary) if loop.config.job == "pretrain" else reading(summary)  # as it will be printed
     except (OSError, ValueError, TypeError, KeyError):

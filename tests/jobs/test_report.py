@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Plot
 import crate_jax
 from configs import quickstart, report as report_config
 from crate_jax import config as configs, data, validation
-from crate_jax.analysis import logged, neighbours
+from crate_jax.analysis import logged, neighbours, records
 from crate_jax.data.sources import SyntheticSource
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.jobs import report as job, train
@@ -316,7 +316,7 @@ def test_what_telemetry_saw_of_the_layers_is_drawn(tmp_path):
     for line in lines:
         line |= {f"whitebox/encoder/nonzero/{layer:02d}": 0.1 * layer for layer in range(1, 13)}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    (figure,) = logged._layers({"a": logged.read(tmp_path), "b": logged.read(None)})
+    (figure,) = logged._layers({"a": records.read(tmp_path), "b": records.read(None)})
     assert figure.caption.startswith("a: share of the entries that are not 0")
     drawn = figure.content.axes[0].lines
     assert [line.get_label() for line in drawn] == [f"step {step}" for step in (10, 30, 40, 50, 70)]
@@ -510,7 +510,7 @@ def test_a_run_that_is_still_going_can_be_read(runs, tmp_path):
 def test_evaluations_in_the_workdir_are_shown(tmp_path):
     lines = [{"protocol": "knn", "data": "digits", "top1": 0.25}, {"protocol": "x", "data": "d", "top1": None}]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    table = logged._results({"r": logged.read(tmp_path)})
+    table = logged._results({"r": records.read(tmp_path)})
     assert table.columns == ("run", "protocol", "data", "top-1 %")
     assert table.rows == (("r", "knn", "digits", 25.0), ("r", "x", "d", None))
 
@@ -534,14 +534,14 @@ def test_evaluations_in_the_workdir_are_shown(tmp_path):
 def test_a_damaged_record_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: {message}"):
-        logged.read(tmp_path)
+        records.read(tmp_path)
 
 
 def test_a_pipe_is_no_record_of_a_run(tmp_path):
     """Nobody writes to it: who opened it would wait for ever."""
     for name in ("metrics.jsonl", "summary.json"):
         os.mkfifo(tmp_path / name)
-    found = logged.read(tmp_path)
+    found = records.read(tmp_path)
     assert found.metrics == [] and found.summary == {}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crate_jax.analysis import logged
+from crate_jax.analysis import logged, records
 from crate_jax.config import KEYS, SECTIONS, base, is_read, validate
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
@@ -200,8 +200,8 @@ def test_other_images_are_recorded(tmp_path):
 def test_starts_whose_steps_are_lost_do_not_count():
     lr = [{"step": 40, "key": "optimizer.lr", "old": 0.1, "new": new} for new in (0.2, 0.3)]
     found = [{"step": 0}, {"step": 40, "changed": lr[:1]}, {"step": 60}, {"step": 40, "changed": lr[1:]}]
-    log = logged.Logged([], {}, [], starts.lineage(found))
-    assert log.told() == {"optimizer.lr": "0.1; from step 40 on 0.3"}
+    log = records.Logged([], {}, [], starts.lineage(found))
+    assert logged.told(log) == {"optimizer.lr": "0.1; from step 40 on 0.3"}
 
 
 def test_a_summary_that_cannot_be_printed_is_computed_again(tmp_path):

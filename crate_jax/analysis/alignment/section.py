@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 from ml_collections import ConfigDict
 
-from crate_jax.analysis import logged
+from crate_jax.analysis import records
 from crate_jax.analysis.alignment import bands, plots
 from crate_jax.analysis.alignment.analyse import analyse, shrink_to_side
 from crate_jax.analysis.alignment.answer import Answer
@@ -241,7 +241,7 @@ def run_steps(subject: Subject) -> list[int]:
 
 def logged_probes(subject: Subject, steps: Sequence[int]) -> list[float | None]:
     """Top-1 accuracy (a share) of the probe that the run logged at each step; None where it logged none."""
-    metrics = logged.read(subject.workdir).metrics
+    metrics = records.read(subject.workdir).metrics
     found = {line["step"]: line["probe_top1"] for line in metrics if line.get("probe_top1") is not None}
     return [found.get(step) for step in steps]
 
