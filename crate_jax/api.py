@@ -15,7 +15,7 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import flax.linen as nn
@@ -23,17 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from crate_jax import config_files
 from crate_jax.analysis.whitebox import measures, pictures
 from crate_jax.config import keys_of, parts, require_keys, validate
 from crate_jax.convert import pretrained, weights
-from crate_jax.data import decoding
+from crate_jax.data import given
 from crate_jax.data.folder import FolderSource
+from crate_jax.data.given import Images
 from crate_jax.data.pixels import normalise
-from crate_jax.data.sources import Source, digest
-from crate_jax.errors import CheckpointError, ConfigError, DataError, UserError
+from crate_jax.errors import CheckpointError, ConfigError, UserError
 from crate_jax.evals.features import encode_split
 from crate_jax.methods.reconstruction import reconstruct
 from crate_jax.models import (
@@ -46,11 +45,9 @@ from crate_jax.models import (
 )
 from crate_jax.parallel import sharding
 from crate_jax.validation import check_values, flatten
-from crate_jax.workdir.folder import readable
 
 __all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
 
-Images = np.ndarray | Image.Image | str | os.PathLike[str] | Sequence[Any] | Source
 Params = dict[str, Any]
 Read = Callable[..., jax.Array]  # (parameters, ..., images uint8 (b, H, W, 3)) -> (b, ...)
 P = ParamSpec("P")
@@ -261,7 +258,7 @@ class Encoder:
         Raises:
           DataError: `images` is none of the forms, or there are none.
         """
-        source = _source(images, int(self.config.data.channels))
+        source = given.source(images, int(self.config.data.channels))
         name = source.path if isinstance(source, FolderSource) else source.name
         return [name(i) for i in range(len(source))]
 
@@ -398,7 +395,7 @@ class Encoder:
 
     def _rows(self, images: Images, key: tuple[Any, ...], read: Read, *more: jax.Array) -> np.ndarray:
         """What `read` (parameters, *more, images) returns for each image; `key` names it: it is compiled once."""
-        source = _source(images, int(self.config.data.channels))
+        source = given.source(images, int(self.config.data.channels))
         config = self.config.copy_and_resolve_references()
         config.data.max_undecodable = 0.0  # rows and images go together
         config.evaluation.batch_size = min(self.batch_size, 1 << (len(source) - 1).bit_length())
@@ -416,82 +413,3 @@ class Encoder:
             functools.partial(compiled, self._placed(), *more), config, source, np.arange(len(source)), self._mesh
         )
         return rows.reshape(len(rows), *shape)
-
-
-class _Given(Source):
-    """Images that the caller holds."""
-
-    def __init__(self, images: Sequence[Any], channels: int) -> None:
-        self._images = images
-        self.channels = channels
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def open(self, index: int) -> decoding.Picture:
-        """See Source.open."""
-        image = self._images[index]
-        if isinstance(image, Image.Image):
-            try:
-                return image.copy()  # decoding may change it, and the caller's stays as it is
-            except Exception as e:  # the file under it is damaged
-                raise decoding.DecodeError(str(e)) from e
-        if isinstance(image, np.ndarray):
-            return decoding.picture(image)
-        return decoding.open_image(decoding.read_file(str(readable(image))))
-
-    def name(self, index: int) -> str:
-        """See Source.name."""
-        image = self._images[index]
-        return os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{index}]"
-
-    def fingerprint(self) -> str:
-        """See Source.fingerprint."""
-        return digest(*map(self.name, range(len(self))))
-
-
-def _source(images: Images, channels: int) -> Source:
-    """The images as a source; `channels` is how many an image of the encoder has.
-
-    Raises:
-      DataError: they are none of the forms that :class:`Encoder` takes, or there are none.
-    """
-    if isinstance(images, Source):
-        if images.channels != channels:
-            raise DataError(f"images: of {images.channels} channels, where the encoder takes {channels}")
-        return images
-    if channels != 3 and not hasattr(images, "__array__"):
-        raise DataError(f"images: {_forms(channels)}")
-    if isinstance(images, str | os.PathLike) and not readable(images).is_file():
-        return FolderSource(str(readable(images)), labelled=False)
-    if isinstance(images, str | os.PathLike | Image.Image):
-        return _Given([images], channels)
-    if hasattr(images, "__array__"):
-        array = np.asarray(images)
-        _require_image(array, "images", (3, 4), channels)
-        images = list(array[None] if array.ndim == 3 else array)
-    elif not isinstance(images, Sequence):
-        raise DataError(f"images: {_forms(channels)}, not {type(images).__name__}")
-    else:
-        images = [np.asarray(x) if hasattr(x, "__array__") and not isinstance(x, Image.Image) else x for x in images]
-        for i, image in enumerate(images):
-            if not isinstance(image, str | os.PathLike | Image.Image):
-                _require_image(image, f"images[{i}]", (3,), channels)
-    if not len(images):
-        raise DataError("images: there are none")
-    return _Given(images, channels)
-
-
-def _forms(channels: int) -> str:
-    array = f"must be uint8 (n, H, W, {channels})"
-    return array if channels != 3 else f"{array}, images of PIL, a list of images, or the path of an image or a folder"
-
-
-def _require_image(image: Any, what: str, dimensions: tuple[int, ...], channels: int) -> None:
-    if not isinstance(image, np.ndarray):
-        raise DataError(f"{what}: {_forms(channels)}, not {type(image).__name__}")
-    fits = image.ndim in dimensions and image.shape[-1] == channels and all(image.shape[-3:])
-    if image.dtype != np.uint8 or not fits:
-        raise DataError(
-            f"{what}: {image.dtype} {image.shape}: {_forms(channels)}; values are 0..255, the channels come last"
-        )

@@ -21,6 +21,7 @@ import crate_jax
 from crate_jax import data
 from crate_jax.analysis.whitebox import measures
 from crate_jax.convert import files, weights
+from crate_jax.data import given
 from crate_jax.data.pixels import normalise
 from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.methods.reconstruction import reconstruct
@@ -116,7 +117,7 @@ def test_features_are_those_of_the_evaluation(encoder):
     """Of the run's own transform and pooling, row by row, whatever number is encoded at once."""
     c = encoder.config
     assert c.evaluation.pool == "mean"  # the run's; the default is cls
-    pixels = data.eval_images(c, crate_jax.api._source(IMAGES, 3), np.arange(5))[0]
+    pixels = data.eval_images(c, given.source(IMAGES, 3), np.arange(5))[0]
     want = representation.build(c)(encoder.params, normalise(jnp.asarray(pixels), c))
     found = encoder.features(IMAGES)
     np.testing.assert_allclose(found, want, atol=2e-5)
@@ -157,7 +158,7 @@ def test_attention_rates_and_pictures(encoder):
     with pytest.raises(ConfigError, match="layer=0: the output has no attention"):
         encoder.attention(IMAGES, layer=0)
     c, pictures = encoder.config, encoder.reconstruct(IMAGES, seed=4)
-    pixels = data.eval_images(c, crate_jax.api._source(IMAGES, 3), np.arange(5))[0]
+    pixels = data.eval_images(c, given.source(IMAGES, 3), np.arange(5))[0]
     points = representation.points(c)(encoder.params, normalise(jnp.asarray(pixels), c))[1]["after_mssa"][:, :, 1:]
     whole, parts = encoder.coding_rate(IMAGES), encoder.coding_rate(IMAGES, subspaces=True)
     np.testing.assert_allclose(whole[:, 1], measures.coding_rate(points[1]), rtol=1e-4)

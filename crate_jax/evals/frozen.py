@@ -19,7 +19,7 @@ from crate_jax.data.evaluation import CHUNK
 from crate_jax.data.sampling import sample
 from crate_jax.data.views import augmented_views
 from crate_jax.errors import DataError
-from crate_jax.evals import collapse, evaluate, spectra
+from crate_jax.evals import collapse, evaluate, lidar, spectra
 from crate_jax.evals.features import encode_split, extract, images_per_process
 from crate_jax.evals.metrics import guessing
 from crate_jax.parallel import distributed, sharding
@@ -175,7 +175,7 @@ class FrozenEvaluation:
         The views are those of :func:`crate_jax.data.views.augmented_views`: the large ones of config.views where the
         method trains on them, otherwise crops, flips and RandAugment of config.data. {} if
         config.evaluation.lidar_images is 0, or fewer than two of them can be decoded. See
-        :func:`crate_jax.evals.spectra.lidar`.
+        :func:`crate_jax.evals.lidar.measures`.
 
         Raises:
           DataError: too many images cannot be decoded.
@@ -201,7 +201,7 @@ class FrozenEvaluation:
         count = len(features) // q
         if count < 2:
             return {}
-        found = spectra.lidar_of_views(features.reshape(count, q, -1))
+        found = lidar.of_views(features.reshape(count, q, -1))
         for warning in found.warnings:
             log.warning("lidar: %s (config.evaluation.lidar_images)", warning)
         return {"lidar": found.value, "lidar_limit": float(min(count - 1, features.shape[1]))}

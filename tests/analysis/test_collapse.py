@@ -17,6 +17,7 @@ from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import spectra
 from crate_jax.evals.frozen import FrozenEvaluation, collapse_scores
+from crate_jax.evals.lidar import of_views as lidar_of_views
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.corruption import CLEAN
 from crate_jax.parallel import sharding
@@ -225,23 +226,21 @@ def clusters(between, within, classes: int = 60, views: int = 8, seed: int = 0) 
 def test_lidar_of_clusters_with_known_covariances():
     """The eigenvalues are between / (within + delta); its rank ignores what views change as much as images do."""
     between, within = [4.0, 1.0, 1.0, 0.0, 0.0], [1.0, 0.25, 1.0, 1.0, 0.01]
-    found = spectra.lidar_of_views(clusters(between, within), delta=1e-2)
+    found = lidar_of_views(clusters(between, within), delta=1e-2)
     expected = np.sort(np.array(between) / (np.array(within) + 1e-2))[::-1]
     np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-3, atol=1e-5)
     p = expected / expected.sum() + 1e-7
     assert found.value == pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-3)
     assert found.warnings == ()
-    assert spectra.lidar_of_views(clusters([1.0] * 6, [1.0] * 6)).value == pytest.approx(6, rel=1e-3)
-    assert spectra.lidar_of_views(clusters([1.0, 1.0, 0, 0, 0, 0], [1.0] * 6)).value == pytest.approx(2, rel=1e-3)
+    assert lidar_of_views(clusters([1.0] * 6, [1.0] * 6)).value == pytest.approx(6, rel=1e-3)
+    assert lidar_of_views(clusters([1.0, 1.0, 0, 0, 0, 0], [1.0] * 6)).value == pytest.approx(2, rel=1e-3)
 
 
 def test_lidar_follows_a_linear_map_of_the_features():
     """S_w^-1 S_b has the same eigenvalues in any basis, where the covariance's spectrum (RankMe) has not."""
     x = clusters([4.0, 2.0, 1.0, 0.5], [1.0, 0.5, 1.0, 2.0])
     turn = np.random.default_rng(3).normal(size=(4, 4))
-    assert spectra.lidar_of_views(x @ turn, 1e-9).value == pytest.approx(
-        spectra.lidar_of_views(x, 1e-9).value, rel=1e-3
-    )
+    assert lidar_of_views(x @ turn, 1e-9).value == pytest.approx(lidar_of_views(x, 1e-9).value, rel=1e-3)
 
 
 def test_lidar_equals_float64_on_rank_deficient_views(monkeypatch):
@@ -250,16 +249,14 @@ def test_lidar_equals_float64_on_rank_deficient_views(monkeypatch):
     within = np.einsum("cqd,cqe->de", x - mean[:, None], x - mean[:, None]) / (12 * 2) + 0.1 * np.eye(40)
     root = np.linalg.inv(np.linalg.cholesky(within))
     expected = np.linalg.eigvalsh(root @ np.cov(mean.T) @ root.T)[::-1]
-    found = spectra.lidar_of_views(x, delta=0.1)
+    found = lidar_of_views(x, delta=0.1)
     np.testing.assert_allclose(found.eigenvalues[:11], expected[:11], rtol=1e-3)
     assert "12 images for 40 features" in found.warnings[0] and "singular" in found.warnings[1]
     monkeypatch.setattr(spectra, "CHUNK", 16)  # 5, 5 and 2 images at a time
-    np.testing.assert_allclose(
-        spectra.lidar_of_views(x, delta=0.1).eigenvalues, found.eigenvalues, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(lidar_of_views(x, delta=0.1).eigenvalues, found.eigenvalues, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="at least 2"):
-        spectra.lidar_of_views(x[:, :1])
-    assert spectra.lidar_of_views(np.ones((5, 3, 2))).value == pytest.approx(1, abs=1e-3)
+        lidar_of_views(x[:, :1])
+    assert lidar_of_views(np.ones((5, 3, 2))).value == pytest.approx(1, abs=1e-3)
 
 
 def subject(devices: int = 8, corruption: str = "mask", encoder: str = "vit") -> Subject:

@@ -11,7 +11,7 @@ import pytest
 
 from crate_jax import config as configs, data
 from crate_jax.data.views import augmented_views
-from crate_jax.evals import collapse, spectra
+from crate_jax.evals import collapse, lidar
 from crate_jax.evals.frozen import FrozenEvaluation
 from crate_jax.jobs import train
 from crate_jax.methods import METHODS, Row, reconstruction
@@ -89,7 +89,7 @@ def test_lidar_is_that_of_augmented_views_on_any_devices():
     indices = data.sampling.sample(len(source), IMAGES, config.seed)
     views = np.stack([views for views, _ in augmented_views(config, source, indices, VIEWS)])
     x = np.asarray(columns(HEALTHY, views.reshape(-1, 8, 8, 3))).reshape(IMAGES, VIEWS, D)
-    assert one["lidar"] == pytest.approx(spectra.lidar_of_views(x).value, rel=1e-4)
+    assert one["lidar"] == pytest.approx(lidar.of_views(x).value, rel=1e-4)
     assert eight["lidar"] == pytest.approx(one["lidar"], rel=1e-4) and one["lidar_limit"] == D
     assert 2 < one["lidar"] < D
 
@@ -102,7 +102,7 @@ def test_lidar_takes_the_views_of_the_recipe_where_training_does(monkeypatch, tm
     views = np.stack([views for views, _ in augmented_views(config, source, indices, VIEWS, recipe=True)])
     x = np.asarray(columns(HEALTHY, views.reshape(-1, 8, 8, 3))).reshape(IMAGES, VIEWS, D)
     judge = FrozenEvaluation(config, columns, source, sharding.make_mesh(16, 1, jax.devices()[:1]), recipe=True)
-    assert judge.lidar(HEALTHY)["lidar"] == pytest.approx(spectra.lidar_of_views(x).value, rel=1e-4)
+    assert judge.lidar(HEALTHY)["lidar"] == pytest.approx(lidar.of_views(x).value, rel=1e-4)
 
     class Made(Exception):
         pass

@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from crate_jax.analysis.collapse import subject
 from crate_jax.analysis.collapse.weights import weight_measures
 from crate_jax.evals import spectra
+from crate_jax.evals.lidar import Lidar
 from crate_jax.report import Figure, Section, Subject, Table
 from crate_jax.report.section import short_names
 from crate_jax.report.svg import escape, legend
@@ -92,7 +93,7 @@ def section(subjects: Sequence[Subject], images: int = IMAGES, classes: int = CL
     )
 
 
-def _text(features: Features, lidars: Mapping[str, Mapping[str, spectra.Lidar]]) -> str:
+def _text(features: Features, lidars: Mapping[str, Mapping[str, Lidar]]) -> str:
     rows = sorted({m.rows for run in features.values() for m in run.values()})
     warnings = list(
         dict.fromkeys(
@@ -119,7 +120,7 @@ def _text(features: Features, lidars: Mapping[str, Mapping[str, spectra.Lidar]])
     )
 
 
-def _feature_table(features: Features, lidars: Mapping[str, Mapping[str, spectra.Lidar]]) -> Table:
+def _feature_table(features: Features, lidars: Mapping[str, Mapping[str, Lidar]]) -> Table:
     lidar = ("LiDAR",) if lidars else ()
     rows = [
         (
@@ -160,7 +161,7 @@ def _weight_table(weights: Weights) -> Table:
     )
 
 
-def _numbers(features: Features, weights: Weights, lidars: Mapping[str, Mapping[str, spectra.Lidar]]) -> dict[str, Any]:
+def _numbers(features: Features, weights: Weights, lidars: Mapping[str, Mapping[str, Lidar]]) -> dict[str, Any]:
     return {
         run: {
             "features": {place: m.to_dict() for place, m in features[run].items()},

@@ -26,7 +26,7 @@ from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
 from crate_jax.data.views import augmented_views
 from crate_jax.errors import ConfigError, DataError
-from crate_jax.evals import spectra
+from crate_jax.evals import lidar, spectra
 from crate_jax.models import ENCODERS, corruption as corruptions, prefix_tokens, representation, widths
 from crate_jax.models.autoencoder import patch_numbers
 from crate_jax.parallel import parameters, sharding
@@ -221,8 +221,8 @@ def _view_batches(views: Iterator[tuple[np.ndarray, int]], size: int) -> Iterato
 
 
 def measure_lidar(
-    subject: Subject, images: int = 1024, views: int = 10, draw: str = "augmentation", delta: float = spectra.DELTA
-) -> dict[str, spectra.Lidar]:
+    subject: Subject, images: int = 1024, views: int = 10, draw: str = "augmentation", delta: float = lidar.DELTA
+) -> dict[str, lidar.Lidar]:
     """LiDAR (arXiv 2312.04000) of the pooled features at all places (:func:`places`).
 
     Args:
@@ -232,7 +232,7 @@ def measure_lidar(
       draw: "augmentation" for views as the run's training draws them (:func:`augmented_views`, by config.views if the
         run's method reads it), without corruption; "corruption" for the evaluation crop under q draws of the run's
         corruption.
-      delta: see :func:`crate_jax.evals.spectra.lidar`.
+      delta: see :func:`crate_jax.evals.lidar.measures`.
 
     Returns:
       the results by name of the place (:func:`places`).
@@ -268,7 +268,7 @@ def measure_lidar(
 
     def update(state: tuple[Any, ...], features: tuple[jax.Array, ...], kept_B: jax.Array) -> tuple[Any, ...]:
         return tuple(
-            spectra.add_classes(within_lDD, between_lXX, x_lBqD, kept_B)
+            lidar.add_classes(within_lDD, between_lXX, x_lBqD, kept_B)
             for (within_lDD, between_lXX), x_lBqD in zip(state, features, strict=True)
         )
 
@@ -284,7 +284,7 @@ def measure_lidar(
         recipe = "views" in parts(config, subject.params)
         batches = _view_batches(augmented_views(config, source, indices, views, recipe), size)
     factors, count = _stream(subject, encode, update, state, batches, size)
-    measured = (spectra.lidar(within, between, count, views, delta) for within, between in factors)
+    measured = (lidar.measures(within, between, count, views, delta) for within, between in factors)
     found = list(itertools.chain(*measured))
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
