@@ -24,6 +24,7 @@ from crate_jax.models import autoencoder, corruption
 from crate_jax.parallel import sharding
 from crate_jax.report import Subject
 from crate_jax.workdir import checkpoint
+from tests.parity import joint_loss, moments_of
 
 pytestmark = pytest.mark.one_python
 
@@ -274,9 +275,9 @@ def test_theorem1_is_never_beaten_by_descent(lam):
     x = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
     x /= x.std()
     y = np.eye(4)[rng.integers(0, 4, 200)]
-    m = moments.of_arrays(x, y)
+    m = moments_of(x, y)
     best = closed_form.theorem1(m, 3, lam)
-    assert closed_form.joint_loss(m, lam, best) == pytest.approx(best.loss, rel=1e-9)
+    assert joint_loss(m, lam, best) == pytest.approx(best.loss, rel=1e-9)
     with jax.enable_x64(True):
         shapes = {"V": (12, 3), "W": (3, 4), "Z": (3, 12)}
         starts = {k: jnp.asarray(rng.normal(size=(20, *s)) / 3) for k, s in shapes.items()}
@@ -317,10 +318,10 @@ def test_limits_of_theorem1(of_images):
 def test_theorem1_with_fewer_images_than_numbers():
     """A singular X X^T: the pseudo-inverse, and K up to its rank."""
     rng = np.random.default_rng(0)
-    m = moments.of_arrays(rng.normal(size=(10, 30)), np.eye(3)[rng.integers(0, 3, 10)])
+    m = moments_of(rng.normal(size=(10, 30)), np.eye(3)[rng.integers(0, 3, 10)])
     found = closed_form.theorem1(m, 10, 1.0)
     assert found.loss == pytest.approx(0, abs=1e-9)
-    assert closed_form.joint_loss(m, 1.0, found) == pytest.approx(0, abs=1e-9)
+    assert joint_loss(m, 1.0, found) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="must lie in 1..10"):
         closed_form.theorem1(m, 11, 1.0)
 

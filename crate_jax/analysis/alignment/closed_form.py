@@ -37,17 +37,6 @@ class Optimum:
     loss: float
 
 
-def joint_loss(moments: Moments, lam: float, optimum: Optimum) -> float:
-    """||W^T V^T X - Y||_F^2 + lam ||Z^T V^T X - X||_F^2 for any V, W and Z; `optimum.loss` is not read."""
-
-    def residual(map_DT: np.ndarray, cross_DT: np.ndarray, energy: float) -> float:
-        return float(np.sum(map_DT * (moments.second_DD @ map_DT)) - 2 * np.sum(map_DT * cross_DT) + energy)
-
-    V, W, Z = optimum.encoder_DK, optimum.head_KC, optimum.decoder_KD
-    supervised = residual(V @ W, moments.cross_DC, float(np.trace(moments.targets_CC)))
-    return supervised + lam * residual(V @ Z, moments.second_DD, float(np.trace(moments.second_DD)))
-
-
 def theorem1(moments: Moments, latents: int, lam: float) -> Optimum:
     """Theorem 1: the minimum of ||W^T V^T X - Y||_F^2 + lam ||Z^T V^T X - X||_F^2 over V, W and Z.
 

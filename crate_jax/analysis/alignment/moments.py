@@ -46,12 +46,6 @@ class Moments:
     count: int
 
 
-def of_arrays(x_ND: np.ndarray, y_NC: np.ndarray) -> Moments:
-    """Moments of images (N, D) and targets (N, C) without centring, scaling or noise."""
-    x, y = np.asarray(x_ND, np.float64), np.asarray(y_NC, np.float64)
-    return Moments(x.T @ x, x.T @ y, y.T @ y, len(x))
-
-
 def of_images(
     batches: Iterable[Mapping[str, np.ndarray]], classes: int, mesh: Mesh, noise: float = 1e-3, name: str = "the data"
 ) -> Moments:
