@@ -44,7 +44,7 @@ from crate_jax.models import (
     representation,
 )
 from crate_jax.parallel import sharding
-from crate_jax.validation import check_values, flatten
+from crate_jax.validation import check_values, flatten, place
 
 __all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
 
@@ -91,8 +91,7 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
     if key not in keys:
         close = difflib.get_close_matches(key, keys, 1)
         raise ConfigError(f"config: there is no key {key!r}" + (f"; did you mean {close[0]}?" if close else ""))
-    *section, leaf = key.split(".")
-    group = config[section[0]] if section else config
+    group, leaf = place(config, key)
     value = value.item() if isinstance(value, np.generic) else value  # out of np.linspace, say
     if isinstance(group[leaf], tuple) and not isinstance(value, list | tuple):
         value = (value,)  # as a flag is read: data.image_size=64

@@ -251,6 +251,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def place(config: Any, key: str) -> tuple[Any, str]:
+    """The group of a config, or of its dictionary, that holds a key, and the key's name in this group.
+
+    >>> place({"steps": 5, "data": {"flip": 0.5}}, "data.flip"), place({"steps": 5}, "steps")
+    (({'flip': 0.5}, 'flip'), ({'steps': 5}, 'steps'))
+    """
+    *section, leaf = key.split(".")
+    return (config[section[0]] if section else config), leaf
+
+
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lists ``"key: old -> new"`` for every key whose value differs between two configs.
 

@@ -26,7 +26,7 @@ from crate_jax.errors import ConfigError, DataError, UserError, escaped
 from crate_jax.parallel import distributed, sharding
 from crate_jax.report import page
 from crate_jax.report.section import Cell, Estimate, Section, Subject
-from crate_jax.validation import flatten
+from crate_jax.validation import flatten, place
 from crate_jax.workdir import bucket, checkpoint, checkpoint_files, metrics, mirror
 from crate_jax.workdir.folder import expanduser, lock, readable
 
@@ -256,9 +256,8 @@ def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
 
 
 def _set(config: ConfigDict, key: str, value: Any) -> None:
-    *section, leaf = key.split(".")
-    target = config[section[0]] if section else config
-    target[leaf] = tuple(value) if isinstance(value, list) else value
+    group, leaf = place(config, key)
+    group[leaf] = tuple(value) if isinstance(value, list) else value
 
 
 def _open(config: ConfigDict) -> tuple[data.Source, data.Source | None]:

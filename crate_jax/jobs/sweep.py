@@ -33,7 +33,7 @@ from crate_jax.jobs import evaluate, finetune, report, sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training.step import make_recipe
-from crate_jax.validation import changed_keys, flatten
+from crate_jax.validation import changed_keys, flatten, place
 from crate_jax.workdir import readback
 from crate_jax.workdir.folder import lock
 
@@ -261,8 +261,8 @@ def _run_config(config: ConfigDict, key: str, value: Any, seed: int) -> ConfigDi
         name, _, weight = value.partition(":")
         child.penalty.name, child.penalty.weight = name, float(weight or 0)
         return child
-    *section, leaf = key.split(".")
-    (child[section[0]] if section else child)[leaf] = value
+    group, leaf = place(child, key)
+    group[leaf] = value
     if key == "penalty.weight" and value == 0:
         child.penalty.name = "none"  # a run without a penalty, since a penalty needs a weight above 0
     return child

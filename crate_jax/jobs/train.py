@@ -36,7 +36,7 @@ from crate_jax.training import nonfinite, pace
 from crate_jax.training.clock import Clock
 from crate_jax.training.loop import Loop
 from crate_jax.training.observer import Observer, Picture
-from crate_jax.validation import FIXED, FREE, changed_keys, flatten
+from crate_jax.validation import FIXED, FREE, changed_keys, flatten, place
 from crate_jax.workdir import checkpoint, metrics, mirror, pictures, readback, starts
 from crate_jax.workdir.folder import lock
 
@@ -331,8 +331,8 @@ def as_begun(config: ConfigDict, changed: Sequence[Mapping[str, Any]]) -> dict[s
     begun = config.to_dict()
     for change in reversed(changed):
         if change["key"] in KEYS:
-            *section, leaf = change["key"].split(".")
-            (begun[section[0]] if section else begun)[leaf] = change["old"]
+            group, leaf = place(begun, change["key"])
+            group[leaf] = change["old"]
     return begun
 
 
