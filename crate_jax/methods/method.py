@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Params = dict[str, Any]
 Carried = dict[str, Any]
 Scalars = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
 Start = Callable[[Params], Params]
+LARGEST_BATCH = 2**20  # images, for which `Progress.epochs` is exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,17 @@ class Progress:
 
         The epoch of the next update is ``epochs(done + 1)``.
         """
-        # In float32 a quotient near a whole number may fall on its other side; a table made in float64 does not.
-        ends = np.ceil(np.round(np.arange(1, int(self.total / self.per_epoch) + 2) * self.per_epoch, 6))
-        return jnp.searchsorted(jnp.asarray(ends, jnp.int32), updates, side="right").astype(jnp.int32)
+        # per_epoch is the float64 next to images / batch. This fraction is that of whole numbers, and no product below
+        # needs more than 32 bits, for fewer than 2**30 images.
+        images, batch = Fraction(self.per_epoch).limit_denominator(LARGEST_BATCH).as_integer_ratio()
+        # updates * batch // images in whole numbers, since a float32 quotient may fall on the other side of a whole
+        # number; bit by bit, since the product itself needs more bits.
+        whole, rest = jnp.divmod(updates.astype(jnp.uint32), images)
+        found = left = jnp.zeros_like(rest)
+        for bit in f"{batch:b}":
+            more, left = jnp.divmod(2 * left + int(bit) * rest, images)
+            found = 2 * found + more
+        return (whole * batch + found).astype(jnp.int32)
 
 
 def nothing_after(params: Params, carried: Carried, progress: Progress) -> tuple[Params, Carried]:

@@ -34,6 +34,19 @@ def test_epochs_are_counted_exactly(images, batch):
     np.testing.assert_array_equal(found, updates * batch // images)
 
 
+@pytest.mark.parametrize(("images", "batch"), [(1_281_167, 4096), (14_197_122, 65_536), (1_073_741_789, 2**20 - 1)])
+def test_epochs_of_long_runs_need_no_table(images, batch):
+    """Around the ends of epochs, where updates * batch needs more than 32 bits; the program has no large constant."""
+    ends = np.arange(1, 2**31 // images * batch, max(1, 2**31 // images * batch // 999)) * images // batch
+    updates = np.concatenate([ends - 1, ends, ends + 1, np.arange(3)])
+    updates = updates[updates < 2**31]
+    assert (updates * batch > 2**33).any()
+    long = progress(0, 10**9, images / batch)
+    np.testing.assert_array_equal(long.epochs(jnp.asarray(updates, jnp.int32)), updates * batch // images)
+    program = jax.make_jaxpr(long.epochs)(jnp.int32(0))
+    assert sum(np.size(constant) for constant in program.consts) < 9
+
+
 def test_an_epoch_ends_with_the_batch_that_completes_it():
     ended = [bool(progress(done).epoch_ended()) for done in range(8)]
     assert ended == [False, False, True, False, True, False, False, True]
