@@ -2,7 +2,7 @@
 
 The runs go one after the other, each in its own folder under the workdir. Each is the run that its config would give
 without a sweep. So the same command continues a stopped sweep, and a sweep that gets more values or seeds keeps the
-runs that it has.
+runs that it has. With config.minutes the sweep measures the pace once, and all runs have the same number of steps.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.jobs import evaluate, finetune, report, sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
+from crate_jax.training import pace
 from crate_jax.training.step import make_recipe
 from crate_jax.validation import changed_keys, flatten, place
 from crate_jax.workdir import readback
@@ -279,13 +280,41 @@ def _check_setting(setting: Setting, check: Callable[[ConfigDict], None]) -> Non
 def _check_parts(config: ConfigDict, sources: dict[str, data.Source]) -> None:
     """Checks what else a run would check only at its start: devices, images, schedule, patterns, micro-batches.
 
-    `sources` holds the training sets that were opened so far, by their settings.
+    `sources` holds the training sets that were opened so far, by their settings. A run of minutes is checked as a long
+    one; `_with_steps` checks it again.
     """
+    config = pace.trial(config) if config.minutes else config
     sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
     key = config.data.to_json_best_effort(sort_keys=True)
     if key not in sources:
         sources[key] = train.training_images(config)
     make_recipe(config, train.method_of(config, sources[key]), images=len(sources[key]))
+
+
+def _with_steps(
+    settings: Sequence[Setting], folder: Path, interrupt: Interrupt, sources: dict[str, data.Source]
+) -> list[Setting]:
+    """The settings with a number of steps in place of config.minutes, by the pace of the first setting.
+
+    So all runs that are compared have the same number of steps, and runs that are added later too: the sweep's workdir
+    holds the pace.
+
+    Raises:
+      ConfigError: the schedule of a setting does not fit its steps.
+    """
+    first = settings[0].config
+    if not first.minutes:
+        return list(settings)
+    mesh = sharding.make_mesh(first.batch_size, first.accumulate, data=first.mesh.data, model=first.mesh.model)
+    source = train.training_images(first)
+    method = train.method_of(first, source)
+    found = []
+    for setting in settings:
+        config = pace.decided(setting.config, method, source, mesh, folder, interrupt)  # measures only the first one
+        found.append(dataclasses.replace(setting, config=config))
+        _check_setting(found[-1], functools.partial(_check_parts, sources=sources))
+    gc.collect()  # as in _run_one
+    return found
 
 
 def _is_finished(folder: Path, setting: Setting) -> bool:
@@ -330,10 +359,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     judging = [judge.config(config, "") for judge in judges(config)]
     sharding.use_cpu_cores(_common_batch(config, settings, judging), 1, model)
     encoders: dict[str, str] = {}
+    sources: dict[str, data.Source] = {}
     if config.sweep.key == CHECKPOINT:
         encoders = {path: _encoder(path, "config.sweep.values") for path in dict.fromkeys(s.value for s in settings)}
     else:
-        sources: dict[str, data.Source] = {}
         for setting in settings:
             _check_setting(setting, functools.partial(_check_parts, sources=sources))
     for judge in judges(config):
@@ -342,6 +371,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             if data.open_split(labelled, split, labels_required=True) is None:
                 raise DataError(f"config.sweep.judge: {labelled.data.source!r} has no {split} split, which judges need")
     with lock(workdir) as folder, Interrupt() as interrupt:
+        if config.sweep.key != CHECKPOINT:
+            settings = _with_steps(settings, folder, interrupt, sources)
         finished = [bool(distributed.max_over_processes(int(_is_finished(folder / s.name, s)))) for s in settings]
         records = {
             i: _judged(config, folder, s, _record(folder, s), encoders) for i, s in enumerate(settings) if finished[i]

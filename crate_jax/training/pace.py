@@ -79,14 +79,20 @@ def recorded(folder: Path) -> int:
     return int(value) if value and readback.is_count(value) and value <= LONGEST else 0
 
 
+def trial(config: ConfigDict) -> ConfigDict:
+    """The config with STEPS steps in place of config.minutes."""
+    found = config.copy_and_resolve_references()
+    found.steps, found.minutes = STEPS, 0.0
+    return found
+
+
 def measured(config: ConfigDict, method: Method, source: data.Source, mesh: Mesh, interrupt: Interrupt) -> float:
     """Seconds of a train step of this run, with what it waits for images; the weights are thrown away."""
-    trial = config.copy_and_resolve_references()
-    trial.steps, trial.minutes = STEPS, 0.0
     limit = min(SECONDS, SHARE * 60 * config.minutes)
-    recipe = make_recipe(trial, method, len(source))
-    state, train_step = make_init(trial, method, recipe, mesh)(), make_train_step(trial, method, recipe, mesh)
-    with placed_batches(trial, method, source, mesh, interrupt, Clock()) as batches:
+    config = trial(config)
+    recipe = make_recipe(config, method, len(source))
+    state, train_step = make_init(config, method, recipe, mesh)(), make_train_step(config, method, recipe, mesh)
+    with placed_batches(config, method, source, mesh, interrupt, Clock()) as batches:
         steps, start = -WARM, 0.0
         while True:
             if steps == 0:

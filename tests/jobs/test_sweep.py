@@ -74,6 +74,20 @@ def test_each_value_and_seed_gets_the_run_it_would_have_alone(finished):
     assert len({s["params_sha256"] for s in summaries(folder).values()}) == 4
 
 
+def test_runs_of_minutes_have_the_same_steps_and_can_get_more_values(tmp_path, monkeypatch):
+    """The sweep measures once; what a later run of it would measure does not count."""
+    seconds = [9.0, 0.3]
+    monkeypatch.setattr(sweep.pace, "measured", lambda *_: seconds.pop())
+    keys = dict(sweep__key="optimizer.lr", steps=0, minutes=0.015, evaluation__train_images=30)
+    for values in ((1e-3,), (2e-3, 1e-3), (2e-3, 1e-3)):
+        result = sweep.run(tiny(**keys, sweep__values=values), str(tmp_path))
+        assert result["failed"] == [] and seconds == [9.0]
+        found = summaries(tmp_path)
+        assert [summary["steps"] for summary in found.values()] == [3] * len(values)
+    with pytest.raises(ConfigError, match="lr=0.002,seed=0: .*warmup_steps=4: the warm-up takes 4 steps, the run has"):
+        sweep.run(tiny(**keys, sweep__values=(2e-3,), optimizer__warmup_steps=4), str(tmp_path))
+
+
 def test_table_csv_and_json_hold_the_numbers_of_the_summaries(finished):
     folder, result = finished
     text = (folder / "table.md").read_text()
