@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +97,7 @@ def _hints(args: argparse.Namespace) -> Hints:
     size = args.image_size
     if size is not None:
         sides = size.lower().split("x")
-        if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,8}", side) for side in sides):
             raise ConfigError(f"--image-size={size}: must be a number of pixels, or HEIGHTxWIDTH")
         size = (int(sides[0]), int(sides[-1]))
     return Hints(
@@ -117,7 +119,7 @@ def _three(flag: str, text: str | None) -> tuple[float, ...] | None:
         values = tuple(map(float, text.split(",")))
     except ValueError:
         values = ()
-    if len(values) != 3 or (flag == "std" and min(values) <= 0):
+    if len(values) != 3 or not all(map(math.isfinite, values)) or (flag == "std" and min(values) <= 0):
         raise ConfigError(f"--{flag}={text}: must be three numbers, such as 0.5,0.5,0.5")
     return values
 

@@ -214,20 +214,27 @@ def _check_key(config: ConfigDict, key: str) -> None:
 
 
 def _cast(key: str, value: Any, default: Any) -> Any:
-    """Casts a value to the type of the key's present value; a text may hold a number, also a fraction such as 1/14."""
+    """Casts a value to the type of the key's present value; a text may hold a number, also a fraction such as 1/14.
+
+    >>> _cast("encoder.lam", "1/4", 0.1), _cast("encoder.lam", "5e-1", 0.1)
+    (0.25, 0.5)
+    """
     kind = type(default)
     try:
         if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            return float(Fraction(value)) if isinstance(value, str) else float(value)
+            # Fraction writes out all digits of 1e999999999, which takes hours.
+            number = float(Fraction(value) if isinstance(value, str) and "/" in value else value)
+            if math.isfinite(number):
+                return number
         if kind is int and isinstance(value, str):
             return int(value)
         if kind is list and isinstance(value, tuple | list) and len(value):
             return tuple(value)
         if type(value) is kind:
             return value
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):  # 1/0, 1e999
         pass
     shown = "tuple" if kind is list else kind.__name__
     raise ConfigError(f"config.sweep.values: {value!r} is not a valid {shown}, which config.{key} is (now {default!r})")

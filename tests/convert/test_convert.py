@@ -812,7 +812,9 @@ def test_flags_and_metadata_that_are_wrong(tmp_path, capsys):
     path = mae_file(tmp_path / "mae.pth")
     for flag, message in (
         ("--image-size=16x16x3", "must be a number of pixels, or HEIGHTxWIDTH"),
+        ("--image-size=²", "must be a number of pixels, or HEIGHTxWIDTH"),  # a digit to str.isdigit only
         ("--mean=1,2", "must be three numbers"),
+        ("--mean=1,2,1e999", "must be three numbers"),
         ("--std=0,1,1", "must be three numbers"),
         ("--family=gpt", "unknown model family 'gpt'"),
         ("--prefix=backbone.", "--prefix=backbone.: no tensor's name begins with it; the parts are blocks., cls_token"),
