@@ -419,21 +419,22 @@ def _with_images(root: str, names: Sequence[bytes]) -> Iterator[bytes]:
 def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
     """Yields the relative paths of all images below a folder, except hidden files and those in hidden folders.
 
-    What else lies there is added to `rest`.
+    A link to a folder counts as a folder, unless it leads back to a folder that holds it. So the images do not depend
+    on the order in which the file system lists them. What else lies there is added to `rest`.
     """
     _check_folder(root)
     extensions = tuple(os.fsencode(e) for e in EXTENSIONS)
-    visited: set[bytes] = set()  # real paths, so that a link to a parent does not loop for ever
-    pending = [b""]
+    nothing: frozenset[bytes] = frozenset()
+    pending = [(b"", nothing)]  # folders, each with the real paths of those that hold it
     rest = _Rest() if rest is None else rest
     while pending:
-        folder = pending.pop()
+        folder, holders = pending.pop()
         path = os.path.join(os.fsencode(root), folder)
         try:
             real = os.path.realpath(path)
-            if real in visited:
+            if real in holders:
                 continue
-            visited.add(real)
+            holders |= {real}
             with os.scandir(path) as entries:
                 for entry in entries:
                     if entry.name.startswith(b"."):
@@ -445,7 +446,7 @@ def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
                             continue
                         if split_role(os.fsdecode(entry.name)) in ("val", "test"):
                             rest.eval_folders.append(inner)
-                        pending.append(inner)
+                        pending.append((inner, holders))
                     elif entry.name.lower().endswith(extensions):
                         yield inner
                     else:

@@ -135,13 +135,25 @@ def test_links_that_lead_nowhere_are_undecodable_files(tmp_path):
             source.open(index)
 
 
-def test_links_are_followed_once(tmp_path):
+def test_links_that_lead_back_are_not_followed(tmp_path):
     write(tmp_path / "elsewhere" / "1.png")
     root = tmp_path / "set"
     write(root / "a" / "0.png")
     (root / "a" / "up").symlink_to(root)
     (root / "b").symlink_to(tmp_path / "elsewhere")
     assert names(data.open_split(configured(f"folder:{root}"), "train")) == ["a/0.png", "b/1.png"]
+
+
+@pytest.mark.parametrize("link,target", [("a", "b"), ("b", "a")])
+def test_a_class_that_is_a_link_to_another_one_stays_a_class(tmp_path, link, target):
+    """Whichever of the two the file system lists first."""
+    write(tmp_path / target / "0.png")
+    write(tmp_path / "c" / "1.png")
+    (tmp_path / link).symlink_to(target)
+    (tmp_path / "c" / "more").symlink_to(tmp_path / target)
+    source = data.open_split(configured(f"folder:{tmp_path}"), "train")
+    assert names(source) == ["a/0.png", "b/0.png", "c/1.png", "c/more/0.png"]
+    assert source.class_names == ["a", "b", "c"] and source.labels_of(np.arange(4)).tolist() == [0, 1, 2, 2]
 
 
 def test_names_need_not_be_utf_8(tmp_path):
