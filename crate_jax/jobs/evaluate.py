@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import logging
 import platform
 import zipfile
@@ -173,6 +172,9 @@ def append_result(
 
     Returns:
       the line as a dictionary.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     defaults = flatten(base())
     record = {
@@ -190,8 +192,7 @@ def append_result(
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     if distributed.first():
-        with open(folder / RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        metrics.append_line(folder / RESULTS, record)
         metrics.write_json(folder / "config.json", config.to_dict())
     return record
 

@@ -447,6 +447,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         raise _unwritable(path, e) from e
 
 
+def append_line(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Appends a line to a file of JSON objects, and waits until the disk has it. Only one process may call it.
+
+    A last line that a crash cut short is removed; one that lacks only its end stays.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with writing(path), open(path, "a+b") as f:
+        f.seek(0)
+        text = f.read()
+        last = text[text.rfind(b"\n") + 1 :]
+        whole = readback.parse(last.decode("utf-8", errors="replace")) is not None
+        if not whole:
+            f.truncate(len(text) - len(last))
+        f.write((b"\n" if whole else b"") + json.dumps(record).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns an OSError in its block into a UserError that names `path`.

@@ -7,17 +7,14 @@ another workdir is noticed.
 from __future__ import annotations
 
 import datetime
-import json
 import math
-import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crate_jax.workdir import readback
+from crate_jax.workdir import metrics, readback
 from crate_jax.workdir.checkpoint_files import versions
-from crate_jax.workdir.metrics import writing
 
 FILE = "starts.jsonl"
 RUN = "run"  # the key of the id, in lines and in checkpoints
@@ -55,17 +52,7 @@ def append(folder: Path, run: str, step: int, changed: Sequence[Mapping[str, Any
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     start = {RUN: run, "step": step, "time": now, "changed": list(changed), "devices": devices, "versions": versions()}
-    path = folder / FILE
-    with writing(path), path.open("a+b") as file:
-        if file.tell():  # a line that a crash cut short stays a line of its own
-            file.seek(-1, os.SEEK_END)
-            start_of_line = file.read(1) == b"\n"
-        else:
-            start_of_line = True
-        file.write(b"" if start_of_line else b"\n")
-        file.write(json.dumps(start).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    metrics.append_line(folder / FILE, start)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

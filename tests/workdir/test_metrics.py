@@ -223,6 +223,29 @@ def test_write_json_replaces_whole_files(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        (None, []),
+        (b"", []),
+        (b'{"a": 1}\n', [{"a": 1}]),
+        (b'{"a": 1}', [{"a": 1}]),  # an editor took its end away
+        (b'{"a": 1}\n{"a": 2, "b', [{"a": 1}]),  # a crash cut it short
+        (b"\x00\x00\x00", []),
+    ],
+)
+def test_a_line_is_appended_whole_whatever_the_last_line_is(tmp_path, before, kept):
+    if before is not None:
+        (tmp_path / "a.jsonl").write_bytes(before)
+    for record in ({"a": 3}, {"a": 4}):
+        metrics.append_line(tmp_path / "a.jsonl", record)
+    text = (tmp_path / "a.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == [*kept, {"a": 3}, {"a": 4}] and text.endswith("\n")
+    (tmp_path / "b.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"b\.jsonl cannot be written: Is a directory; make room"):
+        metrics.append_line(tmp_path / "b.jsonl", {"a": 3})
+
+
 def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing_half_written(tmp_path):
     (tmp_path / "a.json").mkdir()  # a rename onto a folder fails, as a write to a full disk does
     with pytest.raises(UserError, match=r"a\.json cannot be written: Is a directory; make room"):
