@@ -6,11 +6,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from crate_jax.config import validate
 from crate_jax.convert import pretrained
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
 from crate_jax.jobs.evaluate import append_result, inherit, show
 from crate_jax.parallel import sharding
+from crate_jax.parallel.interrupt import Interrupt
+from crate_jax.training.clock import Clock
 from crate_jax.workdir.folder import lock
 
 __all__ = ["run", "show"]  # the scores are printed like those of frozen features
@@ -42,22 +45,24 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS
     if name not in protocols:
         raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(protocols)}")
+    clock = Clock()
     # Before the checksums, which start JAX.
     sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)
     encoder = pretrained.load(config.checkpoint, "config.checkpoint")
     full = resolve(config, encoder)
-    summary = train.run(full, workdir)
-    summary.pop("goodput", None)  # of the machine, not of the result; summaries of older versions have none
-    description = {
-        "data": full.data.source,
-        "image_size": list(full.data.image_size),
-        "scratch": config.protocol.scratch,
-        "freeze": full.finetune.freeze,
-    }
-    if config.job == "segment":
-        description |= {**full.segment.to_dict(), "classes": len(summary["iou"])}
-    else:
-        description["pool"] = full.evaluation.pool
-    used = None if config.protocol.scratch else encoder
-    with lock(workdir) as folder:
+    validate(full)
+    with Interrupt() as interrupt, lock(workdir) as folder:  # until the score is recorded, so that it is this run's
+        summary = train.run_in(folder, full, interrupt, clock)
+        summary.pop("goodput", None)  # of the machine, not of the result; summaries of older versions have none
+        description = {
+            "data": full.data.source,
+            "image_size": list(full.data.image_size),
+            "scratch": config.protocol.scratch,
+            "freeze": full.finetune.freeze,
+        }
+        if config.job == "segment":
+            description |= {**full.segment.to_dict(), "classes": len(summary["iou"])}
+        else:
+            description["pool"] = full.evaluation.pool
+        used = None if config.protocol.scratch else encoder
         return append_result(folder, full, used, protocols[name], description, summary)

@@ -84,7 +84,23 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     validate(config)
     sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)
     # Interrupt begins before the set-up: a library's callback could swallow the exception that a signal raises there.
-    with Interrupt() as interrupt, lock(workdir) as folder, contextlib.ExitStack() as stack:
+    with Interrupt() as interrupt, lock(workdir) as folder:
+        return run_in(folder, config, interrupt, clock)
+
+
+def run_in(folder: Path, config: ConfigDict, interrupt: Interrupt, clock: Clock) -> dict[str, Any]:
+    """Trains as :func:`run` does in a workdir that the caller has locked, so that the caller can add to it.
+
+    Args:
+      folder: the workdir.
+      config: a validated config, for whose devices JAX was set up.
+      interrupt: the open context that keeps signals.
+      clock: runs since the job began.
+
+    Raises:
+      UserError, Interrupted, Stalled: see :func:`run`.
+    """
+    with contextlib.ExitStack() as stack:
         mesh = sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
         source = training_images(config)
         method = method_of(config, source)

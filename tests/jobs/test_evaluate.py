@@ -212,10 +212,17 @@ def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretrain
     }
 
 
-def test_a_workdir_is_of_one_fine_tuning(pretraining, tmp_path):
-    """A score must not be written down under another checkpoint, seed or data set than it was learnt from."""
+def test_a_workdir_is_of_one_fine_tuning(pretraining, tmp_path, monkeypatch):
+    """A score must not be written down under another checkpoint, seed or data set than it was learnt from.
+
+    Nor may another command enter the workdir between the training and the record.
+    """
     values = {"log__pictures": 0, "evaluation__test_images": 8}
+    locked = []
+    for module in (train, finetune):
+        monkeypatch.setattr(module, "lock", lambda workdir, lock=module.lock: locked.append(1) or lock(workdir))
     first = finetune.run(configured("protocol=finetune_crate,debug", pretraining, **values), str(tmp_path / "w"))
+    assert locked == [1]
     for arg, changed, words in (
         ("", {"seed": 1}, "seed: 0 -> 1"),
         (",scratch", {}, "init_from: .* -> ''"),
