@@ -266,7 +266,10 @@ def _cached(
     mesh: jax.sharding.Mesh,
     folder: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features (n, D) and labels (n,) of the images at `indices`, from the workdir if they were computed before."""
+    """Features (n, D) and labels (n,) of the images at `indices`, from the workdir if they were computed before.
+
+    The workdir keeps them only if no image was left out: a disk may give an image next time that it did not give now.
+    """
     path = folder / CACHE / f"{cache_key(config, encoder, source, indices)}.npz"
     stored: tuple[np.ndarray, np.ndarray] | None = None
     try:
@@ -276,12 +279,17 @@ def _cached(
         pass
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
+    if stored is not None and len(stored[0]) != len(indices):
+        log.info("%s lacks images that could not be decoded; computing the features again", path)
+        stored = None
     any_lacks = distributed.max_over_processes(int(stored is None))  # all processes must encode together
     if stored is not None and not any_lacks:
         log.info("features from %s", path)
         return stored
     out = encode_split(apply, config, source, indices, mesh)
-    if distributed.first():
+    if len(out[0]) < len(indices):
+        log.warning("features are not kept, since %d images could not be decoded", len(indices) - len(out[0]))
+    elif distributed.first():
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:

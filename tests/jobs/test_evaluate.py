@@ -21,6 +21,7 @@ from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.jobs import evaluate as job, finetune, train
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.layers import layer_norm
+from crate_jax.parallel import sharding
 from crate_jax.workdir import checkpoint
 from tests.test_cli import one_line_error
 
@@ -105,6 +106,32 @@ def test_a_damaged_cache_is_computed_again(pretraining, tmp_path):
     for file in (tmp_path / "features").iterdir():
         file.write_bytes(b"")
     assert job.run(c, str(tmp_path))["top1"] == before["top1"]
+
+
+def test_features_without_an_image_that_was_left_out_are_not_kept(tmp_path):
+    """The next run reads it again; nor are such features taken that an older version kept."""
+    for label in "ab":
+        (tmp_path / "set" / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (ord(label), 0, 0)).save(tmp_path / "set" / label / "0.png")
+    good = (tmp_path / "set" / "b" / "0.png").read_bytes()
+    c = configured("", Path("unused"), data__source=f"folder:{tmp_path / 'set'}", data__image_size=(8, 8))
+    c.data.max_undecodable = 0.6
+    source, mesh = data.open_split(c, "train"), sharding.make_mesh(1, 1)
+    mean = jax.jit(lambda x: x.mean((1, 2)).astype(jnp.float32), out_shardings=sharding.split(mesh))
+    encoder = pretrained.Pretrained("", {}, {}, "some digest")
+
+    def cached() -> list[float]:
+        return job._cached(c, encoder, source, np.arange(2), mean, mesh, tmp_path)[0][:, 0].tolist()
+
+    (tmp_path / "set" / "b" / "0.png").write_bytes(b"x" * len(good))
+    assert cached() == [97.0] and not list(tmp_path.glob("features/*"))
+    (tmp_path / "set" / "b" / "0.png").write_bytes(good)
+    assert cached() == [97.0, 98.0]
+    (kept,) = tmp_path.glob("features/*")
+    np.savez(kept, features=np.full((1, 3), 7.0), labels=np.zeros(1, np.int32))
+    assert cached() == [97.0, 98.0]
+    np.savez(kept, features=np.full((2, 3), 7.0), labels=np.zeros(2, np.int32))
+    assert cached() == [7.0, 7.0]
 
 
 def test_features_are_of_the_tokens_asked_for():
