@@ -5,8 +5,9 @@ With s_a = z_a W^T the dot products of unit projections with K unit prototypes:
     loss = mean over large views a and all other views b of - sum_k q_a log softmax(s_b / T)
     q_a = sinkhorn(s_a), the assignments without gradient that use all prototypes equally over batch and queue
 
-The queue of a large view holds its last projections, newest first, and enters from the epoch `queue_from` on; it is
-filled before. The prototypes are held in the first epochs. Differences from the paper's code: it scales the prototypes
+The queue of a large view holds its last projections, newest first, and enters from the epoch `queue_from` on, but not
+before it is full: solo-learn's enters at its epoch, with rows of zeros if there were too few steps to fill it. The
+prototypes are held in the first epochs. Differences from the paper's code: it scales the prototypes
 to length 1 after each step (swav.prototype_norm="after"), where solo-learn has weight norm ("weight"); it holds them
 for a number of steps.
 
@@ -40,7 +41,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
             return {}
         return {
             "queue": jnp.zeros((LARGE, options.queue, o.out)),
-            "queue_enters": jnp.asarray(options.queue_from == 0),
+            "queue_enters": jnp.asarray(False),
         }
 
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
@@ -71,7 +72,9 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     def after(params: Params, own: Own, progress: Progress) -> tuple[Params, Own]:
         if options.queue:
             epoch = progress.epochs(progress.done + 1)
-            own = {**own, "queue_enters": epoch >= jnp.float32(options.queue_from)}  # a weak type would compile twice
+            full = jnp.any(own["queue"][0, -1] != 0)  # it begins with zeros, and projections have length 1
+            # A weak type would compile twice.
+            own = {**own, "queue_enters": full & (epoch >= jnp.float32(options.queue_from))}
         if renormalised:
             kernel_PK = unit_columns(params["prototypes"]["kernel"])
             params = {**params, "prototypes": {**params["prototypes"], "kernel": kernel_PK}}
@@ -126,7 +129,7 @@ SWAV = Section(
         epsilon=Key(0.05, positive, "smoothness of the assignments", resume=RECORDED),
         rounds=Key(3, positive, "how often prototypes and images are scaled to equal shares", resume=RECORDED),
         queue=Key(3840, at_least(0), "rows of each large view's queue, a multiple of batch_size; 0: no queue"),
-        queue_from=Key(50.0, at_least(0), "the epoch, counted from 0, from which on the queue enters", resume=RECORDED),
+        queue_from=Key(50.0, at_least(0), "the epoch, from 0, from which on the queue enters once it is full", resume=RECORDED),
         hold_epochs=Key(2.0, at_least(0), "epochs at the start in which the prototypes get no update", resume=RECORDED),
         prototype_norm=Key("weight", one_of("weight", "after"), "length 1 by weight norm, or by scaling after a step"),
     ),

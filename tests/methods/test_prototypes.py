@@ -193,8 +193,10 @@ def test_sinkhorn_does_not_overflow(size):
     assert finite(found) and np.allclose(found.sum(1), 1, atol=1e-4)
 
 
-def test_the_queue_holds_the_newest_rows_first_and_enters_at_its_epoch():
-    made = algorithm("swav", **{"swav.queue_from": 2.0})
+@pytest.mark.parametrize(("start", "enters"), [(0.0, [False, True, True]), (2.0, [False, False, True])])
+def test_the_queue_holds_the_newest_rows_first_and_enters_at_its_epoch(start, enters):
+    """But not before two batches have filled it."""
+    made = algorithm("swav", **{"swav.queue_from": start})
     own = made.state(jax.random.key(0))
     assert (own["queue"] == 0).all() and own["queue"].shape == (2, 32, 12) and not own["queue_enters"]
     batches = [[random(16, 12, seed=2 * t + v) for v in range(2)] for t in range(3)]
@@ -206,7 +208,7 @@ def test_the_queue_holds_the_newest_rows_first_and_enters_at_its_epoch():
     for v in range(2):
         expected = np.concatenate([joint.unit(batches[t][v]) for t in (2, 1)])
         np.testing.assert_allclose(own["queue"][v], expected, rtol=1e-6)
-    assert entered == [False, False, True]  # two passes end with the fifth update
+    assert entered == enters  # two passes end with the fifth update
 
 
 def test_rows_of_the_queue_share_the_prototypes_once_they_enter():
