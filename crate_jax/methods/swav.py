@@ -129,7 +129,9 @@ SWAV = Section(
         epsilon=Key(0.05, positive, "smoothness of the assignments", resume=RECORDED),
         rounds=Key(3, positive, "how often prototypes and images are scaled to equal shares", resume=RECORDED),
         queue=Key(3840, at_least(0), "rows of each large view's queue, a multiple of batch_size; 0: no queue"),
-        queue_from=Key(50.0, at_least(0), "the epoch, from 0, from which on the queue enters once it is full", resume=RECORDED),
+        queue_from=Key(
+            50.0, at_least(0), "the epoch, from 0, from which on the queue enters once it is full", resume=RECORDED
+        ),
         hold_epochs=Key(2.0, at_least(0), "epochs at the start in which the prototypes get no update", resume=RECORDED),
         prototype_norm=Key("weight", one_of("weight", "after"), "length 1 by weight norm, or by scaling after a step"),
     ),
