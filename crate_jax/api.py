@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from crate_jax import config_files
 from crate_jax.analysis.whitebox import measures, pictures
@@ -104,6 +104,13 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
         raise ConfigError(f"config.{key}={value!r}: {e}") from None
 
 
+def _changeable(config: ConfigDict | str) -> ConfigDict:
+    """The config of a name; the config itself, or a copy of the config of an :class:`Encoder`."""
+    config = get_config(config) if isinstance(config, str) else config
+    # ConfigDict(config) would share its sections with the next such copy.
+    return ConfigDict(config.to_dict()) if isinstance(config, FrozenConfigDict) else config
+
+
 def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Pre-trains an encoder, or continues the run that `workdir` holds, as ``crate-jax pretrain`` does.
 
@@ -122,7 +129,7 @@ def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> dict[
     """
     from crate_jax.jobs import JOBS  # here: with Matplotlib and all jobs, which an encoder does not need
 
-    config = get_config(config) if isinstance(config, str) else config
+    config = _changeable(config)
     require_keys(config)
     if config.job != "pretrain":
         raise ConfigError(f"config.job={config.job!r}: must be pretrain; crate-jax {config.job} runs the other jobs")
@@ -210,8 +217,10 @@ class Encoder:
 
     Attributes:
       name: the encoder's origin.
-      config: a whole config. The sections data, encoder, decoder, corruption and loss are those of the training run;
-        evaluation.pool and evaluation.layer say which tokens :meth:`features` reads.
+      config: a whole config. It cannot be changed, since the compiled programs depend on it;
+        ``ConfigDict(config.to_dict())`` is a copy, of which you can make another encoder. The sections data, encoder,
+        decoder, corruption and loss are those of the training run; evaluation.pool and evaluation.layer say which
+        tokens :meth:`features` reads.
       params: nested dictionaries of NumPy arrays with the keys ``encoder`` and, after a reconstruction, ``decoder``.
         Arrays may be replaced by others; numbers that change inside an array are not seen.
       module: the Linen module ``(images, float32, normalised) -> tokens``, for your own code and, by
@@ -225,12 +234,16 @@ class Encoder:
 
     def __init__(self, name: str, config: ConfigDict, params: Params, batch_size: int = 256) -> None:
         self.name = name
-        self.config = config
+        self._config = FrozenConfigDict(config.to_dict())
         self.params = params
         self.module: nn.Module = build_encoder(config)
         self.batch_size = batch_size
         self._compiled: dict[tuple[Any, ...], tuple[Callable[..., jax.Array], tuple[int, ...]]] = {}
         self._copied: tuple[list[Any], Params] = ([], {})  # arrays of `params`, and their copies on the devices
+
+    @property
+    def config(self) -> FrozenConfigDict:  # noqa: D102 - under the class's attributes
+        return self._config
 
     @classmethod
     def untrained(cls, config: ConfigDict | str, seed: int = 0) -> Encoder:
@@ -239,7 +252,7 @@ class Encoder:
         Raises:
           ConfigError: the config cannot be built.
         """
-        config = get_config(config) if isinstance(config, str) else config
+        config = _changeable(config)
         validate(config)
         params = jax.device_get(jax.jit(functools.partial(representation.init_params, config))(jax.random.key(seed)))
         return cls("untrained", config, params)
@@ -333,7 +346,7 @@ class Encoder:
           ConfigError: the encoder has no blocks (ResNet), or no subspaces.
           DataError: see :meth:`features`.
         """
-        config, name = self.config, self.config.encoder.name
+        config, name = _changeable(self.config), self.config.encoder.name
         if not ENCODERS[name].patches or (subspaces and name != "crate"):
             what = "subspaces" if subspaces else "attention"
             raise ConfigError(f"{name} has no {what}, so it has no such coding rate")
@@ -358,7 +371,7 @@ class Encoder:
           ConfigError: there is no decoder.
           DataError: see :meth:`features`.
         """
-        config = self.config
+        config = _changeable(self.config)
         if "decoder" not in self.params:
             raise ConfigError(f"{self.name}: has no decoder, so it reconstructs nothing")
         apply: Any = autoencoder.build(config).apply
@@ -374,7 +387,7 @@ class Encoder:
 
     def _with(self, **evaluation: Any) -> ConfigDict:
         """The config with other entries of config.evaluation, validated; those that are None stay."""
-        config = self.config.copy_and_resolve_references()
+        config = _changeable(self.config)
         for key, value in evaluation.items():
             if value is not None:
                 _set(config, f"evaluation.{key}", value)
@@ -395,7 +408,7 @@ class Encoder:
     def _rows(self, images: Images, key: tuple[Any, ...], read: Read, *more: jax.Array) -> np.ndarray:
         """What `read` (parameters, *more, images) returns for each image; `key` names it: it is compiled once."""
         source = given.source(images, int(self.config.data.channels))
-        config = self.config.copy_and_resolve_references()
+        config = _changeable(self.config)
         config.data.max_undecodable = 0.0  # rows and images go together
         config.evaluation.batch_size = min(self.batch_size, 1 << (len(source) - 1).bit_length())
         if key not in self._compiled:

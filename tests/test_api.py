@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -89,7 +90,7 @@ def test_what_is_public():
     """Whoever adds or removes a name decides it here."""
     assert crate_jax.__all__ == ["Encoder", "UserError", "get_config", "list_configs", "load", "pretrain"]
     public = {name for name in vars(crate_jax.Encoder) if not name.startswith("_")}
-    assert public == {"untrained", "paths", "features", "tokens", "attention", "coding_rate", "reconstruct"}
+    assert public == {"config", "untrained", "paths", "features", "tokens", "attention", "coding_rate", "reconstruct"}
     assert set(crate_jax.__all__) <= set(dir(crate_jax))
     assert all(getattr(crate_jax, name).__doc__ for name in crate_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
@@ -180,6 +181,21 @@ def test_other_parameters_give_other_features(encoder):
     assert np.abs(mine.features(IMAGES) - first).max() > 0.1
     mine.params = encoder.params
     np.testing.assert_array_equal(mine.features(IMAGES), first)
+
+
+def test_a_config_cannot_change_under_the_compiled_programs(encoder):
+    """Else `features` would go on with the old one; a copy makes another encoder."""
+    with pytest.raises(AttributeError, match="immutable"):
+        encoder.config.data.std = (1.0, 1.0, 1.0)
+    with pytest.raises(AttributeError, match="config"):
+        encoder.config = encoder.config
+    mine = ConfigDict(encoder.config.to_dict())
+    other = crate_jax.Encoder("mine", mine, encoder.params)
+    mine.data.std = (1.0, 1.0, 1.0)  # too late for `other`
+    np.testing.assert_array_equal(other.features(IMAGES), encoder.features(IMAGES))
+    changed = crate_jax.Encoder("mine", mine, encoder.params)
+    assert np.abs(changed.features(IMAGES) - encoder.features(IMAGES)).max() > 0.1
+    assert crate_jax.Encoder.untrained(encoder.config).config == encoder.config
 
 
 def test_weights_of_a_file(encoder, tmp_path):
