@@ -270,7 +270,7 @@ def resumed_changes(config: ConfigDict, before: Mapping[str, Any]) -> dict[str, 
         run had its default.
 
     Returns:
-      {key: (old value, new value, what a start may do with the key: FREE, RECORDED or FIXED)}, tuples as lists.
+      {key: (old value, new value, what a start may do with the key: see Key.resume)}, tuples as lists.
     """
     new, old = flatten(config), flatten(base()) | flatten(before)
     changes = {}

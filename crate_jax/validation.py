@@ -19,8 +19,9 @@ KINDS: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, 
 KIND_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}
 ITEM_NAMES = {int: "whole numbers", float: "numbers", str: "texts"}
 # What a start that continues a run may do with a key. FIXED: nothing, because the weights would mean something else, or
-# the run would be another one. RECORDED: change it, which checkpoint, summary and report then say. FREE: change it.
-FREE, RECORDED, FIXED = "free", "recorded", "fixed"
+# the run would be another one. RECORDED: change it, which checkpoint, summary and report then say. IF_FITS: the same,
+# but some changes add, remove or reshape arrays of the training state, and so cannot be restored. FREE: change it.
+FREE, RECORDED, IF_FITS, FIXED = "free", "recorded", "if it fits", "fixed"
 MAX_WHOLE = 2**31 - 1  # for keys that are not `wide`: JAX's whole numbers have 32 bits
 
 
@@ -120,8 +121,8 @@ class Key:
       items: the type of a tuple's items; None: the type of the default's first item, or any type if the default is
         empty.
       wide: whether whole numbers may need more than 32 bits.
-      resume: what a start that continues a run may do with the key: FREE, RECORDED or FIXED. Empty: FREE if the run's
-        numbers do not depend on the key, else what the section says.
+      resume: what a start that continues a run may do with the key: FREE, RECORDED, IF_FITS or FIXED. Empty: FREE if
+        the run's numbers do not depend on the key, else what the section says.
     """
 
     default: Any
@@ -150,7 +151,7 @@ class Section:
         from its own config.
       keys: {name: key}.
       effect: whether a run's numbers depend on any of the keys.
-      resume: what a start that continues a run may do with its keys, if they do not say it: FREE, RECORDED or FIXED.
+      resume: what a start that continues a run may do with its keys, if they do not say it: see Key.
       check: a function of the whole config that raises ConfigError if keys do not go together. It is called only if
         the section is read, and after all values were found to keep to their rules.
     """

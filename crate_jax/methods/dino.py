@@ -28,7 +28,7 @@ from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Params, Progress, Scalars
 from crate_jax.models.projector import MLP
 from crate_jax.models.prototypes import Prototypes
-from crate_jax.validation import RECORDED, Key, Section, anything, at_least, positive, within
+from crate_jax.validation import IF_FITS, RECORDED, Key, Section, anything, at_least, positive, within
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
@@ -95,8 +95,6 @@ DINO = Section(
         centre=Key(0.9, within(0, 1), "share of the centre that an update keeps", resume=RECORDED),
         norm_last_layer=Key(True, anything, "the prototypes' lengths are 1; else they are trained too"),
         batch_norm=Key(False, anything, "batch norm in the projector"),
-        hold_epochs=Key(
-            1.0, at_least(0), "epochs at the start in which the last layer gets no update", resume=RECORDED
-        ),
+        hold_epochs=Key(1.0, at_least(0), "epochs at the start in which the last layer gets no update", resume=IF_FITS),
     ),
 )

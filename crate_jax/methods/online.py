@@ -17,7 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from crate_jax.methods.method import Progress, Scalars
-from crate_jax.validation import RECORDED, Key, Section, at_least, one_of, within
+from crate_jax.validation import IF_FITS, RECORDED, Key, Section, at_least, one_of, within
 
 State = dict[str, Any]
 
@@ -81,7 +81,9 @@ ONLINE = Section(
     of_the_run=True,
     resume=RECORDED,
     keys=dict(
-        lr=Key(0.1, at_least(0), "learning rate of SGD, per `optimizer.lr_batch` images; 0: no classifier"),
+        lr=Key(
+            0.1, at_least(0), "learning rate of SGD, per `optimizer.lr_batch` images; 0: no classifier", resume=IF_FITS
+        ),
         momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of its gradients"),
         schedule=Key("cosine", one_of("cosine", "constant"), "how its rate falls over the run"),
     ),

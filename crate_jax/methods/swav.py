@@ -27,7 +27,7 @@ from crate_jax.methods.joint import LARGE, Algorithm, Own, Step
 from crate_jax.methods.method import Params, Progress, Scalars
 from crate_jax.models.projector import MLP
 from crate_jax.models.prototypes import Prototypes, unit_columns
-from crate_jax.validation import RECORDED, Key, Section, at_least, one_of, positive
+from crate_jax.validation import IF_FITS, RECORDED, Key, Section, at_least, one_of, positive
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
@@ -132,7 +132,7 @@ SWAV = Section(
         queue_from=Key(
             50.0, at_least(0), "the epoch, from 0, from which on the queue enters once it is full", resume=RECORDED
         ),
-        hold_epochs=Key(2.0, at_least(0), "epochs at the start in which the prototypes get no update", resume=RECORDED),
+        hold_epochs=Key(2.0, at_least(0), "epochs at the start in which the prototypes get no update", resume=IF_FITS),
         prototype_norm=Key("weight", one_of("weight", "after"), "length 1 by weight norm, or by scaling after a step"),
     ),
 )  # fmt: skip

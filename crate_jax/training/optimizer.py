@@ -20,7 +20,19 @@ from ml_collections import ConfigDict
 from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
 from crate_jax.training.groups import Group, by_group, groups, without_held
-from crate_jax.validation import FIXED, RECORDED, Key, Section, anything, at_least, one_of, patterns, positive, within
+from crate_jax.validation import (
+    FIXED,
+    IF_FITS,
+    RECORDED,
+    Key,
+    Section,
+    anything,
+    at_least,
+    one_of,
+    patterns,
+    positive,
+    within,
+)
 
 ADAM_EPS = 1e-8  # PyTorch's default, which the recipes do not change
 LARS_EPS = 1e-8  # solo-learn's default, which the recipes do not change
@@ -392,7 +404,7 @@ OPTIMIZER = Section(
             "adamw, adam: decay of the squared gradient's mean; lion: of the momentum",
             read_by=BETAS,
         ),
-        momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of updates", read_by=(*LARS, "sgd")),
+        momentum=Key(0.9, within(0, 1, "[)"), "decay of the sum of updates", read_by=(*LARS, "sgd"), resume=IF_FITS),
         nesterov=Key(False, anything, "the step adds the gradient to momentum times its sum", read_by=NESTEROV),
         trust_coefficient=Key(0.001, positive, "norm of an update over the norm of its weight", read_by=LARS),
         clip_lr=Key(False, anything, "trust ratio divided by the learning rate is at most 1", read_by=LARS_TORCH),
@@ -400,19 +412,37 @@ OPTIMIZER = Section(
             0.05, at_least(0), "share of a weight taken off per update, times the learning rate; adam: in the gradient"
         ),
         weight_decay_end=Key(
-            0.0, at_least(0), "weight_decay of the last update, to which it goes by a cosine; 0: it stays"
+            0.0,
+            at_least(0),
+            "weight_decay of the last update, to which it goes by a cosine; 0: it stays",
+            resume=IF_FITS,
         ),
         constant_lr=Key(
-            (), patterns, "names of weights whose rate is always lr: without warm-up, decay of the rate", items=str
+            (),
+            patterns,
+            "names of weights whose rate is always lr: without warm-up, decay of the rate",
+            items=str,
+            resume=IF_FITS,
         ),
-        scaled_lr=Key((), patterns, "names of weights whose rate is multiplied by scaled_lr_by", items=str),
-        scaled_lr_by=Key(0.1, positive, "the factor on the rate of the weights of scaled_lr"),
-        layer_decay=Key(1.0, within(0, 1, "(]"), "factor on the learning rate per layer below the head"),
+        scaled_lr=Key(
+            (), patterns, "names of weights whose rate is multiplied by scaled_lr_by", items=str, resume=IF_FITS
+        ),
+        scaled_lr_by=Key(0.1, positive, "the factor on the rate of the weights of scaled_lr", resume=IF_FITS),
+        layer_decay=Key(
+            1.0, within(0, 1, "(]"), "factor on the learning rate per layer below the head", resume=IF_FITS
+        ),
         decay_exclude=Key(DECAY_EXCLUDE, patterns, "names of weights without decay; see decay_vectors"),
         decay_vectors=Key(False, anything, "1-D weights have decay too, and with LARS a trust ratio"),
-        clip_norm=Key(0.0, at_least(0), "largest norm of the whole gradient; 0: off"),
-        clip_each=Key(0.0, at_least(0), "largest norm of each weight's gradient, before all else; 0: off"),
+        clip_norm=Key(0.0, at_least(0), "largest norm of the whole gradient; 0: off", resume=IF_FITS),
+        clip_each=Key(
+            0.0, at_least(0), "largest norm of each weight's gradient, before all else; 0: off", resume=IF_FITS
+        ),
         clip_each_include=Key((r".*",), patterns, "names of the weights that clip_each acts on"),
-        ema=Key(0.0, within(0, 1, "[)"), "decay of the weights' moving average, which evaluations use; 0: off"),
+        ema=Key(
+            0.0,
+            within(0, 1, "[)"),
+            "decay of the weights' moving average, which evaluations use; 0: off",
+            resume=IF_FITS,
+        ),
     ),
 )

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
-from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, patterns, positive
+from crate_jax.validation import IF_FITS, RECORDED, Key, Section, anything, at_least, one_of, patterns, positive
 
 log = logging.getLogger(__name__)
 
@@ -372,19 +372,35 @@ PENALTY = Section(
     resume=RECORDED,
     check=_check_penalty,
     keys=dict(
-        name=Key("none", one_of(*PENALTIES), "penalty"),
+        name=Key("none", one_of(*PENALTIES), "penalty", resume=IF_FITS),
         weight=Key(0.0, at_least(0), "factor gamma of the penalty", read_by=(*ON_WEIGHTS, "whiten")),
-        include=Key((r"encoder/.*kernel",), patterns, "whole names of the weights that it acts on", read_by=ON_WEIGHTS),
-        exclude=Key((), patterns, "whole names of weights that it does not act on", read_by=ON_WEIGHTS, items=str),
+        include=Key(
+            (r"encoder/.*kernel",),
+            patterns,
+            "whole names of the weights that it acts on",
+            read_by=ON_WEIGHTS,
+            resume=IF_FITS,
+        ),
+        exclude=Key(
+            (),
+            patterns,
+            "whole names of weights that it does not act on",
+            read_by=ON_WEIGHTS,
+            items=str,
+            resume=IF_FITS,
+        ),
         gram=Key(
             "smaller",
             one_of("smaller", "in", "out"),
             "in: W^T W of torch's W (out x in); out: W W^T",
             read_by=ON_WEIGHTS,
+            resume=IF_FITS,
         ),
         power=Key(1, one_of(1, 2), "sigma ** power: 1 (formula), 2 (some released code)", read_by=SRIP),
         iterations=Key(2, positive, "power iterations per step", read_by=SRIP),
         variance=Key(25.0, at_least(0), "whiten: weight of deviations below 1 beside the covariances", read_by=WHITEN),
-        keep_vector=Key(True, anything, "start from the last step's vector; False: from a new one", read_by=SRIP),
+        keep_vector=Key(
+            True, anything, "start from the last step's vector; False: from a new one", read_by=SRIP, resume=IF_FITS
+        ),
     ),
 )

@@ -305,7 +305,8 @@ def require_fit(
         changed = "; ".join(changes(meta, config)) or "none (another version of the code?)"
         raise CheckpointError(
             f"checkpoint {folder} does not fit this configuration. Changed keys: {changed}. Arrays that differ: "
-            f"{some(wrong, '; ')}. Set these keys back, or choose another --workdir"
+            f"{some(wrong, '; ')}. Set back the keys on which these arrays depend, or choose another "
+            "--workdir"
         )
 
 

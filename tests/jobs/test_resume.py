@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import shutil
 import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from crate_jax.analysis import logged, records
 from crate_jax.config import KEYS, SECTIONS, base, is_read, validate
-from crate_jax.errors import ConfigError
+from crate_jax.errors import CheckpointError, ConfigError
 from crate_jax.jobs import train
-from crate_jax.training import loop
-from crate_jax.validation import FIXED, FREE, RECORDED, flatten
+from crate_jax.methods import reconstruction
+from crate_jax.parallel.parameters import names
+from crate_jax.training import loop, step
+from crate_jax.validation import FIXED, FREE, IF_FITS, RECORDED, flatten
 from crate_jax.workdir import checkpoint, checkpoint_files, starts
+from tests.methods import test_joint
 from tests.training.test_loop import small
 
 pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
@@ -36,7 +42,7 @@ def tiny(**changes):
 
 def test_every_key_says_what_a_start_may_do_with_it():
     """Fixed unless the key or its section says otherwise; what a network computes, and the job, are fixed."""
-    assert {key.resume for key in KEYS.values()} == {FREE, RECORDED, FIXED}
+    assert {key.resume for key in KEYS.values()} == {FREE, RECORDED, IF_FITS, FIXED}
     of = {name: key.resume for name, key in KEYS.items()}
     for name in ("log.every", "steps", "evaluation.every", "save.keep", "mesh.data", "remat", "data.workers"):
         assert of[name] == FREE
@@ -76,6 +82,81 @@ def test_each_key_that_is_read_is_treated_as_it_says():
         assert changes == [entry]
     assert {"encoder.heads", "encoder.lam", "penalty.weight", "log.every"} <= seen
     assert not seen & {"encoder.mlp_ratio", "dino.prototypes"}
+
+
+def arrays(c, method) -> dict[str, tuple]:
+    """Name, shape and type of each array of the training state."""
+    recipe = step.make_recipe(c, method, 160)
+    state = jax.eval_shape(lambda: step.init_state(c, method, recipe))
+    return {name: (x.shape, x.dtype) for name, x in names({"params": state.params, "rest": state.rest()}).items()}
+
+
+def others(key, value) -> list:
+    """Some other values that a key may have: off, on, and others of a table."""
+    named = re.fullmatch("must be one of (.*)", key.rule.text)
+    if named:
+        found = [type(key.default)(name) for name in named[1].split(", ")]
+    elif isinstance(value, bool):
+        found = [not value]
+    elif isinstance(value, int | float):
+        found = [0.0, 0.5, 1.0] if isinstance(value, float) else [0, 1]
+    else:
+        found = [(), (r"encoder/.*kernel",)] if key.rule.text == "must hold regular expressions" else []
+    return [x for x in found if x != value]
+
+
+def with_swav(name: str = "swav"):
+    c = test_joint.config_of(name)
+    c.penalty.name, c.optimizer.scaled_lr = "srip", (r"projector/.*kernel",)
+    return c, test_joint.build
+
+
+@pytest.mark.parametrize(
+    ("make", "prefixes"),
+    [
+        (with_swav, ("", "online.", "swav.", "joint.", "penalty.", "optimizer.")),
+        (functools.partial(with_swav, "dino"), ("dino.",)),
+        (lambda: (small(), reconstruction.build), ("optimizer.layer_decay", "corruption.", "loss.", "encoder.")),
+    ],
+    ids=["swav", "dino", "reconstruction"],
+)
+def test_only_keys_that_say_so_change_the_arrays_of_the_state(make, prefixes):
+    """What is recorded can be restored whatever the change; what is done `if it fits` has a change that does not."""
+    c, build = make()
+    before, unfit, asked = arrays(c, build(c)), set(), set()
+    for name, key in KEYS.items():
+        known = any(name.startswith(p) if p else "." not in name for p in prefixes)
+        if not known or key.resume not in (RECORDED, IF_FITS) or not is_read(c, name):
+            continue
+        value = flatten(c)[name]
+        for other in others(key, tuple(value) if isinstance(value, list) else value):
+            changed = c.copy_and_resolve_references()
+            changed.update_from_flattened_dict({name: other})
+            if name == "penalty.name":
+                changed.penalty.weight = 0.0 if other == "none" else 0.01
+            chooser, *values = key.read_by or ("",)
+            try:
+                validate(changed)
+                if chooser and flatten(changed)[chooser] not in values:
+                    continue
+                unfit |= {name} if arrays(changed, build(changed)) != before else set()
+            except ConfigError:
+                continue
+            asked.add(name)
+    assert unfit == {name for name in asked if KEYS[name].resume == IF_FITS}
+    assert unfit and len(asked) > len(unfit) or prefixes == ("dino.",)
+
+
+def test_a_change_that_does_not_fit_names_the_arrays(begun, tmp_path):
+    folder = shutil.copytree(begun, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    with pytest.raises(CheckpointError) as error:
+        train.run(tiny(steps=4, **{"optimizer.ema": 0.9}), str(folder))
+    assert "Changed keys: optimizer.ema: 0.0 -> 0.9; steps: 2 -> 4. Arrays that differ: ema/decoder/" in str(
+        error.value
+    )
+    assert str(error.value).endswith("Set back the keys on which these arrays depend, or choose another --workdir")
+    assert before == {path: path.read_bytes() for path in folder.glob("*.json*")}
 
 
 @pytest.fixture(scope="module")
