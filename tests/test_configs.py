@@ -67,6 +67,7 @@ def load(name: str, arg: str = ""):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     ("name", "arg"),
     [

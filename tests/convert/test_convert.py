@@ -281,6 +281,7 @@ def test_every_family_is_tested_there_and_back():
     assert {kind.split()[0] for kind in TINY} == FAMILIES.keys() - {"crate_blocks"}
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("kind", TINY)
 def test_the_described_model_has_these_parameters(kind):
     c, params = imported(kind)
@@ -309,6 +310,7 @@ PUBLISHED = [  # family, names and shapes, trained parameters, heads
 ]  # fmt: skip
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(("family", "shapes", "trained", "heads"), PUBLISHED)
 def test_published_models_fit(family, shapes, trained, heads):
     """Each array of our model is there, in its shape, and no other: numbers of one byte that are all one."""
@@ -464,6 +466,7 @@ def test_what_does_not_fit_is_named():
 # --- The supervised CRATE's embedding, which no reference file covers.
 
 
+@pytest.mark.one_python
 def test_supervised_crate_computes_what_its_code_does():
     """Norms around the patch projection, learned positions, lambda 0.1, last norm with eps 1e-5."""
     family, state = tiny("crate")
@@ -718,6 +721,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
 # --- Through files and commands.
 
 
+@pytest.mark.one_python
 def test_a_command_whose_output_is_closed_fails_in_one_line(tmp_path, cli_env):
     """As after `>&-`; the file of the weights must not get the stream's number."""
     path = write_zip(tmp_path / "a.pth", random_state("timm_vit", vit(192, 1, 4, 16)))
@@ -872,6 +876,7 @@ EXPORTS = [  # kind, format, family of the names, parts that come back
 ]
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(("kind", "format", "family", "parts"), EXPORTS)
 def test_an_export_comes_back_the_same(tmp_path, kind, format, family, parts):
     c, params = imported(kind)

@@ -417,6 +417,7 @@ def test_a_config_beside_is_named_with_the_weights(tmp_path):
     assert said == "config.json beside it has num_heads=[3]: must be a whole number from 1 to 16384"
 
 
+@pytest.mark.one_python
 def test_many_networks_are_not_compared_with_each_other(tmp_path):
     names = [f"net{i}.layer1.0.conv1.weight" for i in range(3000)]
     with pytest.raises(ConfigError, match="holds 3000 networks"):

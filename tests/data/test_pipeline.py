@@ -335,6 +335,7 @@ def test_images_of_too_many_pixels_are_undecodable(tmp_path, caplog, sizes):
     assert len(data.eval_images(config, source, range(len(source)))[0]) == len(source)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("sizes", ["mixed", "equal"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_undecodable_files_stop_the_run(tmp_path, sizes, workers):

@@ -109,6 +109,7 @@ def test_an_evaluation_reads_only_the_labels_of_its_sample(prepared):
     assert train._labels is None, "all labels were read, and with them all images"
 
 
+@pytest.mark.one_python
 def test_batches_come_from_worker_processes_too(prepared):
     batches = []
     for workers in (0, 1):

@@ -43,7 +43,7 @@ def drawn(c) -> tuple[np.ndarray, list[np.ndarray], jax.Array]:
     return images, [np.asarray(x) for x in method.pictures(params, {"image": images}, keys)], keys
 
 
-@pytest.mark.parametrize("corruption", ["mask", "rop"])
+@pytest.mark.parametrize("corruption", [pytest.param("mask", marks=pytest.mark.one_python), "rop"])
 def test_the_last_picture_is_what_was_left_and_what_the_decoder_says_about_the_rest(corruption):
     """P x + (I - P) x^, with P as a matrix over the patches of each image."""
     c = tiny(corruption)
@@ -78,6 +78,7 @@ def test_what_is_said_about_normalised_patches_is_shown_with_each_patchs_mean_an
     np.testing.assert_allclose(shown[~removed], 0, atol=1e-6)
 
 
+@pytest.mark.one_python
 def test_a_guide_adds_the_cross_entropy_of_a_linear_classifier_on_the_corrupted_features():
     """Under a mask that drops tokens, with one image of three without a label; without the guide nothing changes."""
     c = tiny("mask")

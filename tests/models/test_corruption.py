@@ -37,6 +37,7 @@ def matrices(corruption: Projection) -> np.ndarray:
 VARIANTS = list(itertools.product((1 / 6, 0.3, 0.5, 0.9), ("balanced", "independent"), ("independent", "balanced")))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(("ratio", "buckets", "signs"), VARIANTS)
 def test_projection_is_an_orthogonal_projector(ratio, buckets, signs):
     """P^2 = P = P^T; rank K' with balanced buckets, the number of non-empty ones otherwise."""
@@ -51,6 +52,7 @@ def test_projection_is_an_orthogonal_projector(ratio, buckets, signs):
             assert rank == corruptions.bucket_count(N, ratio)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", ["mask", "rop"])
 def test_projection_and_complement_sum_to_the_identity(name):
     """P X + (I - P) X = X, and the two parts are orthogonal for every image."""
@@ -62,6 +64,7 @@ def test_projection_and_complement_sum_to_the_identity(name):
     assert float(jnp.linalg.norm(rest)) > 1.0
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("ratio", [0.25, 0.3, 0.7])  # 0.3: 8 buckets, of 24; 0.7: 17, which do not divide 24
 def test_mean_projector_is_a_multiple_of_the_identity(ratio):
     """E[P] = (K'/N) I: the corruption favours no patch, also where K' does not divide N."""
@@ -85,6 +88,7 @@ def test_released_ratio_gives_28_of_196():
     assert corruptions.bucket_count(196, 0.14) == corruptions.bucket_count(196, 1 / 7) == 28
 
 
+@pytest.mark.one_python
 def test_balanced_signs_sum_to_zero_and_vary():
     signs = np.asarray(make("rop", rop_signs="balanced")(keys(8)).sign_BN)
     np.testing.assert_array_equal(signs.sum(1), 0)
@@ -92,6 +96,7 @@ def test_balanced_signs_sum_to_zero_and_vary():
     assert len({tuple(s) for s in signs}) == 8
 
 
+@pytest.mark.one_python
 def test_paper_scale_reproduces_the_release():
     """Scale 0.14 over buckets of 7: eigenvalues 0.98, so not idempotent (||Q^2 - Q||_F = .104)."""
     c = configs.base()

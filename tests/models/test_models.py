@@ -89,6 +89,7 @@ def test_every_combination_trains(encoder, corruption, decoder):
     assert not silent
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     ("encoder", "corruption", "decoder"), [("crate", "mask-token", "crate"), ("vit", "rop", "linear")]
 )
@@ -129,6 +130,7 @@ def test_options_of_encoders(encoder):
             chex.assert_tree_all_finite((value, grads))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("encoder", TRANSFORMERS)
 def test_bfloat16_activations_keep_float32_parameters(encoder):
     c = small(encoder, "rop")
@@ -170,6 +172,7 @@ def test_remat_keeps_what_it_is_told_to():
     assert counts[0] == counts[1] < counts[2] < counts[3], products
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("encoder", TRANSFORMERS)
 @pytest.mark.parametrize("corruption", ["mask-token", "mask-zero", "mask-drop"])
 def test_a_removed_patch_does_not_reach_the_encoder(encoder, corruption):
@@ -207,6 +210,7 @@ def test_ista_step_lowers_its_objective():
     assert float(objective(ista(x, kernel, 0.05, 0.1)[0])) < float(objective(x))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", ["product", "ista"])
 def test_what_normalises_again_in_the_backward_pass_is_the_plain_composition(name):
     """Values and gradients against automatic differentiation through the textbook norm."""

@@ -12,15 +12,24 @@ from tests.conftest import ROOT
 
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.npz"))
 OF_METHODS = "steps_"  # these are compared in tests/methods/test_joint_parity.py
+ON_BOTH_PYTHONS = ("augment", "crate_mae_lambda5.0", "optim", "ropim", "vit_mae")  # the others take long
 
 
-@pytest.mark.parametrize("path", [p for p in GOLDEN if not p.stem.startswith(OF_METHODS)], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.stem, marks=() if p.stem in ON_BOTH_PYTHONS else pytest.mark.one_python)
+        for p in GOLDEN
+        if not p.stem.startswith(OF_METHODS)
+    ],
+)
 def test_reference_numbers(path):
     outputs, gradients = parity.check(str(path))
     assert outputs <= parity.OUTPUT_LIMIT
     assert gradients <= parity.GRADIENT_LIMIT
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     "name",
     [

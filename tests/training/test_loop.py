@@ -62,7 +62,7 @@ METHODS = [("crate", "mask", "srip"), ("vit", "rop", "so"), ("vit", "noise", "no
 
 @pytest.mark.parametrize(
     ("encoder", "corruption", "penalty", "smallest_split"),
-    [(*METHODS[0], 1), (*METHODS[1], 2**14)]
+    [(*METHODS[0], 1), pytest.param(*METHODS[1], 2**14, marks=pytest.mark.one_python)]
     + [
         pytest.param(*method, split, marks=pytest.mark.slow)
         for method, split in [(METHODS[0], 2**14), (METHODS[1], 1), (METHODS[2], 1), (METHODS[2], 2**14)]
@@ -79,6 +79,7 @@ def test_eight_devices_equal_one(encoder, corruption, penalty, smallest_split, m
     chex.assert_trees_all_close(state_one.params, jax.device_get(state_eight.params), atol=1e-5)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     "name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*OPTIMIZERS} - {"adamw"}))]
 )
@@ -98,6 +99,7 @@ def test_optimiser_state_is_split_over_the_devices(name, monkeypatch):
     chex.assert_trees_all_close(jax.device_get(state_one.params), jax.device_get(state_eight.params), atol=1e-5)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     ("env", "cores", "batch", "devices"),
     [
@@ -154,12 +156,14 @@ def test_the_state_is_donated():
     assert before.is_deleted()
 
 
+@pytest.mark.one_python
 def test_the_loss_is_reconstruction_plus_weighted_penalty():
     scalars = steps(small(penalty="so"), 1, count=1)[0][0]
     assert scalars["penalty"] > 0
     np.testing.assert_allclose(scalars["loss"], scalars["reconstruction"] + 1e-2 * scalars["penalty"], rtol=1e-6)
 
 
+@pytest.mark.one_python
 def test_the_penalty_makes_weights_orthonormal():
     """Sixty steps under a heavy SO penalty at least halve it."""
     with_so = small(penalty="so")
@@ -168,6 +172,7 @@ def test_the_penalty_makes_weights_orthonormal():
     assert penalised[-1]["penalty"] < 0.5 * penalised[0]["penalty"]
 
 
+@pytest.mark.one_python
 def test_srip_keeps_its_vectors_in_the_state():
     _, state, _ = steps(small(penalty="srip"), 1, count=2)
     assert state.penalty
@@ -177,6 +182,7 @@ def test_srip_keeps_its_vectors_in_the_state():
     assert any(not np.allclose(a, b) for a, b in zip(state.penalty.values(), fresh.values(), strict=True))
 
 
+@pytest.mark.one_python
 def test_ema_follows_the_weights():
     c = small()
     c.optimizer.ema, c.optimizer.lr = 0.9, 1e-2  # a decay that is not its own complement, a step that is not rounding
@@ -188,6 +194,7 @@ def test_ema_follows_the_weights():
     assert all(a is b for a, b in zip(jax.tree.leaves(judged), jax.tree.leaves(first.ema), strict=True))
 
 
+@pytest.mark.one_python
 def test_every_step_draws_another_corruption():
     """The loss of one fixed batch under frozen weights differs from step to step."""
     c = small()

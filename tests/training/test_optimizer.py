@@ -200,6 +200,7 @@ def test_a_decay_pattern_that_matches_nothing_is_an_error():
         optimizer.build(configured(decay_exclude=(".*cls_token", "encoder/nothing")), toy(), STEPS, 10)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_decay_moves_only_the_decayed_parameters(name):
     params = toy()
@@ -281,6 +282,7 @@ def test_nesterov_needs_a_momentum(name):
     config_lib.validate(config)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("clip", [False, True])
 def test_lars_torch_is_solo_learns_update_with_one_ratio_per_layer(clip):
     """The rate moves from step to step and is within the ratios' range, so that some are clipped."""
@@ -303,6 +305,7 @@ def test_lars_torch_is_solo_learns_update_with_one_ratio_per_layer(clip):
     assert min(ratios) < 0.9 and max(ratios) > 1.1
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name, dtype, atol", [("out", np.float32, 1e-6), ("f64/out", np.float64, 1e-14)])
 def test_lars_torch_is_solo_learns(solo, name, dtype, atol):
     """Five cases of four updates: a matrix, a convolution, a bias and zeros."""
@@ -347,6 +350,7 @@ def test_lars_is_the_published_update_with_one_ratio_per_layer():
     assert_same(run(config, toy()), reference(config, toy(), rule))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", ["lars", "lars_torch"])
 def test_lars_on_stacked_layers_equals_lars_on_the_layers_one_by_one(name):
     scale = jnp.asarray([0.01, 1.0, 100.0])[:, None, None]  # layers of very different size
@@ -375,6 +379,7 @@ def test_the_trust_ratio_says_that_it_needs_the_parameters(tx):
         tx.update(toy(), tx.init(toy()))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("clip, factor", [(0.0, 1.0), (1e6, 1.0), (0.5, None)])
 def test_gradients_are_clipped_by_their_global_norm_first(clip, factor):
     params = toy()

@@ -92,6 +92,7 @@ def mixed_matrices(params):
 # -- closed forms --------------------------------------------------------------------------------
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", ["so", "srip"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_zero_on_orthonormal_weights(name, shape):
@@ -99,6 +100,7 @@ def test_zero_on_orthonormal_weights(name, shape):
     assert value_of(name, dense(kernel if shape[0] <= shape[1] else kernel.T)) < 1e-5
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("gram", ["smaller", "in", "out"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_are_those_of_the_eigenvalues(shape, gram):
@@ -134,6 +136,7 @@ def test_so_gradient_is_the_closed_form():
     np.testing.assert_allclose(gradient.T, 4 * w @ (w.T @ w - np.eye(40)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.one_python
 def test_so_derivative_written_by_hand_is_that_of_the_value():
     w = jnp.asarray(random_kernel((2, 6, 10)), jnp.float32)
 
@@ -147,6 +150,7 @@ def test_so_derivative_written_by_hand_is_that_of_the_value():
     )
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("singular_values", [np.linspace(0.8, 1.9, 12), np.linspace(0.1, 1.2, 12)])
 @pytest.mark.parametrize("power", [1, 2])
 def test_srip_gradient_is_the_derivative_of_sigma_max(singular_values, power):
@@ -164,6 +168,7 @@ def test_srip_gradient_is_the_derivative_of_sigma_max(singular_values, power):
         np.testing.assert_allclose(np.sum(gradient * direction), numerical, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_a_kept_vector_converges_over_the_steps_and_a_fresh_one_does_not(iterations):
     kernel = random_kernel((32, 48))
@@ -230,6 +235,7 @@ def test_frozen_reference_numbers(index, gram):
 # -- batching, selection, contract ---------------------------------------------------------------
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("gram", ["smaller", "in", "out"])
 def test_batches_equal_a_loop_over_the_matrices(gram):
     params = mixed_params()
@@ -258,6 +264,7 @@ def test_shapes_with_equal_grams_start_from_different_vectors():
     assert not np.allclose(state["4x6"], state["4x8"])
 
 
+@pytest.mark.one_python
 def test_gradient_is_zero_outside_the_selected_weights():
     params = mixed_params()
     penalty, state = built("so", params, exclude=("encoder/blocks/.*",))
@@ -297,6 +304,7 @@ def test_none_is_zero_and_computes_nothing():
     assert not jax.make_jaxpr(penalty.apply)(params, state, KEY).eqns
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", ["so", "srip"])
 def test_value_and_gradient_are_zero_and_finite_at_exact_orthonormality(name):
     params = dense(np.eye(8)[np.random.default_rng(0).permutation(8)])  # a permutation: G = I in every bit

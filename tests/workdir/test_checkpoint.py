@@ -223,6 +223,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_newest_is_named_and_the_one_before_used(
     run: checkpoint.Checkpoints, damage: str, caplog: pytest.LogCaptureFixture
@@ -321,6 +322,7 @@ def _saved_by(folder: Path, run: str) -> None:
     meta.write_text(json.dumps({"sha256": checkpoint_files._digest(body), "body": body}))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     ("begun", "saved", "other"),
     [
@@ -366,6 +368,7 @@ def test_a_save_leaves_nothing_in_memory(run: checkpoint.Checkpoints) -> None:
     assert after(range(103, 109)) - before < 10
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_any_damage_to_any_file_is_harmless_or_noticed(run: checkpoint.Checkpoints, every: bool) -> None:
     """Restored is always exactly what was saved, at step 30 if the damage does not matter, else at step 20."""
@@ -393,6 +396,7 @@ def test_any_damage_to_any_file_is_harmless_or_noticed(run: checkpoint.Checkpoin
     assert fallen_back > len(files) // 8
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("bit", range(8))
 def test_every_bit_of_array_data_counts(run: checkpoint.Checkpoints, bit: int) -> None:
     file = largest(run.folder / "30" / "params" / "ocdbt.process_0" / "d")
@@ -436,6 +440,7 @@ def test_none_usable_is_an_error_and_moves_nothing(run: checkpoint.Checkpoints) 
     assert checkpoint_files.steps(run.folder) == [30, 20, 10]
 
 
+@pytest.mark.one_python
 def test_no_word_of_orbax_reaches_the_terminal(pristine: Path, tmp_path: Path) -> None:
     shutil.copytree(pristine, tmp_path / "run")
     for item in checkpoint_files.ITEMS:
