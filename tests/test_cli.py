@@ -87,15 +87,12 @@ def test_a_run_leaves_what_it_should(finished):
 
 
 def test_running_again_changes_nothing(finished, run_cli, tmp_path):
-    """The scores of a copy are computed again, since its pictures lie elsewhere; then the command only prints them."""
+    """Scores are computed again where the pictures of a summary are gone; then the command only prints them."""
     workdir = shutil.copytree(finished[0], tmp_path / "run")
-    shutil.move(finished[0] / "pictures", tmp_path / "moved")
+    moved = summary(workdir) | {"pictures": str(tmp_path / "gone")}
+    (workdir / "summary.json").write_text(json.dumps(moved))
     command = [QUICK, "--config.steps=12", "--config.log.pictures_every=6", f"--workdir={workdir}"]
-    results = []
-    try:
-        results.append(run_cli(command))
-    finally:
-        shutil.move(tmp_path / "moved", finished[0] / "pictures")
+    results = [run_cli(command)]
     before, after = summary(finished[0]), summary(workdir)
     for key in SUMMARY - {"pictures"}:
         assert before[key] == after[key], key
@@ -197,11 +194,6 @@ def test_a_run_that_is_further_than_asked_for_is_named(finished, run_cli, tmp_pa
     assert summary(workdir)["steps"] == 12
 
 
-def test_a_missing_platform_is_one_line(run_cli, tmp_path):
-    line = one_line_error(run_cli([QUICK, f"--workdir={tmp_path}"], env={"JAX_PLATFORMS": "nonesuch"}))
-    assert "JAX has no device to run on" in line and "nonesuch" in line
-
-
 @pytest.mark.slow
 @pytest.mark.ci
 def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
@@ -217,35 +209,12 @@ def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path)
     assert "no such folder" in line
 
 
-def test_a_diverging_run_stops_with_the_step(run_cli, tmp_path):
-    flags = ["--config.optimizer.lr=1e30", "--config.optimizer.clip_norm=0", "--config.steps=50"]
-    line = one_line_error(run_cli([QUICK, *flags, "--config.log.every=5", f"--workdir={tmp_path}"]))
-    assert "the loss is" in line and "at step" in line and "last finite checkpoint" in line
-    step = int(line.split("at step ")[1].split(";")[0])
-    kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
-    assert kept and max(kept) < step
-
-
 def test_weights_that_are_not_finite_are_not_saved(run_cli, tmp_path):
     """The loss of step 1 is finite, its update is not: a checkpoint of it could never be continued."""
     flags = ["--config.optimizer.lr=1e39", "--config.optimizer.warmup_steps=0", "--config.save.every=1"]
     line = one_line_error(run_cli([QUICK, *flags, f"--workdir={tmp_path}"]))
     assert "not finite after step 1; no checkpoint was saved yet" in line
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, run_cli, tmp_path):
-    workdir = shutil.copytree(finished[0], tmp_path / "run")
-    newest = max((p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    largest.write_bytes(bytes(data))
-    result = run_cli([QUICK, "--config.steps=12", f"--workdir={workdir}"])
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert f"checkpoint of step {newest.name}" in result.stderr
-    assert "continuing from step 10" in result.stderr
-    assert summary(workdir)["params_sha256"] == summary(finished[0])["params_sha256"]
 
 
 def make_folder(root: Path, count: int = 24) -> Path:
@@ -266,6 +235,7 @@ def test_a_folder_of_images_trains(run_cli, tmp_path):
     root = make_folder(tmp_path / "images")
     (root / "train" / "red" / "bro\x1bk\nen.jpg").write_bytes(b"not a JPEG")
     flags = ["--config=configs/cifar10.py:debug,corruption=rop,encoder=vit", f"--config.data.source=folder:{root}"]
+    flags.append("--config.log.report=False")
     result = run_cli([*flags, "--config.data.max_undecodable=0.2", "--config.steps=8", f"--workdir={tmp_path / 'run'}"])
     assert result.returncode == 0, result.stderr[-2000:]
     assert "skipping undecodable image red/bro\\x1bk\\nen.jpg" in result.stderr and "\x1b" not in result.stderr
@@ -278,7 +248,7 @@ def test_images_without_labels_train_without_an_evaluation(run_cli, tmp_path):
     flat.mkdir()
     for i, path in enumerate(sorted(root.rglob("*.jpg"))):
         shutil.copy(path, flat / f"{i}.jpg")
-    flags = ["--config=configs/cifar10.py:debug", f"--config.data.source=folder:{flat}"]
+    flags = ["--config=configs/cifar10.py:debug", f"--config.data.source=folder:{flat}", "--config.log.report=False"]
     result = run_cli([*flags, f"--workdir={tmp_path / 'run'}"])
     assert result.returncode == 0, result.stderr[-2000:]
     written = summary(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import chex
@@ -77,12 +78,29 @@ def batch_of(step: int, views: int = 2) -> dict[str, np.ndarray]:
     return {"views": (images[:, None] + noise).astype(np.uint8), "label": label, "index": index.astype(np.int32)}
 
 
+@functools.cache
+def unchanged(name: str):
+    """A tiny run of a method and the method, for tests that change neither: they share the compiled steps."""
+    c = config_of(name)
+    return c, build(c)
+
+
+PROGRAMS: dict = {}  # of a method, which is kept so that no other gets its id, and a number of devices
+
+
+def programs(c, method, devices: int):
+    """The mesh, the jitted start and the jitted step of a method, which `c` made."""
+    if (id(method), devices) not in PROGRAMS:
+        mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
+        recipe = train_step.make_recipe(c, method, IMAGES)
+        init, step = (make(c, method, recipe, mesh) for make in (train_step.make_init, train_step.make_train_step))
+        PROGRAMS[id(method), devices] = method, mesh, init, step
+    return PROGRAMS[id(method), devices][1:]
+
+
 def run(c, method, count: int, devices: int = 1, state=None, first: int = 0):
     """The state after `count` steps, on the host, and the scalars of each; also checks that one program made them."""
-    mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
-    recipe = train_step.make_recipe(c, method, IMAGES)
-    step = train_step.make_train_step(c, method, recipe, mesh)
-    init = train_step.make_init(c, method, recipe, mesh)
+    mesh, init, step = programs(c, method, devices)
     state = init() if state is None else jax.device_put(state, jax.tree.map(lambda x: x.sharding, init()))
     log = []
     for i in range(first, first + count):
@@ -95,8 +113,7 @@ def run(c, method, count: int, devices: int = 1, state=None, first: int = 0):
 @pytest.mark.parametrize("name", QUICK)
 def test_eight_devices_make_the_steps_of_one(name):
     """Batch norm, negatives, queues, centres and assignments are those of the whole batch; SO composes."""
-    c = config_of(name)
-    method = build(c)
+    c, method = unchanged(name)
     one, log = run(c, method, 4)
     eight, other = run(c, method, 4, devices=8)
     # The root of All4One's feature loss is steep near 0, so its gradient makes rounding larger.
@@ -113,8 +130,7 @@ def method_scalars(scalars):
 @pytest.mark.parametrize("name", QUICK)
 def test_a_run_that_stops_goes_on_with_the_same_bits(name):
     """All that a step needs is in its state: also the place in a queue and what changes with the epoch."""
-    c = config_of(name)
-    method = build(c)
+    c, method = unchanged(name)
     whole, log = run(c, method, 5)
     half, _ = run(c, method, 3)
     rest, end = run(c, method, 2, state=half, first=3)
