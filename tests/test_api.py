@@ -36,7 +36,7 @@ IMAGES = RNG.integers(0, 256, (5, 20, 28, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(tmp_path_factory, one_device):
     """The folder in which the examples of docs/api.md have run, and their failures, as text."""
     folder = tmp_path_factory.mktemp("api")
     told: list[str] = []

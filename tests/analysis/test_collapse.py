@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 
@@ -259,7 +260,15 @@ def test_lidar_equals_float64_on_rank_deficient_views(monkeypatch):
     assert lidar_of_views(np.ones((5, 3, 2))).value == pytest.approx(1, abs=1e-3)
 
 
-def subject(devices: int = 8, corruption: str = "mask", encoder: str = "vit") -> Subject:
+@functools.cache
+def drawn_params(corruption: str, encoder: str):
+    """Parameters of the subjects on any number of devices."""
+    c = subject_config(corruption, encoder)
+    return jax.device_get(jax.jit(lambda: autoencoder.init_params(c, jax.random.key(0)))())
+
+
+def subject_config(corruption: str, encoder: str):
+    """A tiny run on the digits."""
     c = configs.base()
     c.steps = 1
     c.data.source, c.data.image_size, c.data.eval_crop = "digits", (8, 8), 1.0
@@ -268,7 +277,12 @@ def subject(devices: int = 8, corruption: str = "mask", encoder: str = "vit") ->
     c.encoder.stage_width, c.encoder.stem, c.encoder.stem_padding = 4, "cifar", 1
     c.corruption.name, c.evaluation.pool, c.evaluation.batch_size = corruption, "mean", 24
     c.data.crop_scale, c.data.randaugment_layers = (0.5, 1.0), 1
-    params = jax.device_get(jax.jit(lambda: autoencoder.init_params(c, jax.random.key(0)))())
+    return c
+
+
+def subject(devices: int = 8, corruption: str = "mask", encoder: str = "vit") -> Subject:
+    c = subject_config(corruption, encoder)
+    params = jax.tree.map(np.copy, drawn_params(corruption, encoder))
     mesh = sharding.make_mesh(devices, 1, jax.devices()[:devices])
     source = data.open_split(c, "train")
     return Subject(f"{encoder} on {devices}", c, params, None, source, data.open_split(c, "eval"), mesh)

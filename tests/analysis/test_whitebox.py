@@ -258,7 +258,7 @@ def test_training_is_the_same_with_telemetry(tmp_path):
             tmp_path / f"images/{i}.png"
         )
     c.data.source = f"folder:{tmp_path / 'images'}"
-    c.decoder.depth, c.log.every, c.log.tensorboard, c.log.pictures = 1, 2, False, 0
+    c.decoder.depth, c.log.every, c.log.tensorboard, c.log.pictures, c.log.report = 1, 2, False, 0, False
     plain = train.run(c, str(tmp_path / "plain"))
     c.whitebox.every, c.whitebox.images = 2, 8
     looked = train.run(c, str(tmp_path / "looked"))

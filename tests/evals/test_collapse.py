@@ -183,6 +183,7 @@ def test_a_run_that_collapses_says_so(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     monkeypatch.setitem(METHODS, "reconstruction", Row(collapsing, METHODS["reconstruction"].parts))
     c = tiny()
+    c.penalty.name, c.penalty.weight = "none", 0.0
     c.steps, c.log.every, c.save.every, c.evaluation.every, c.save.keep = 16, 4, 4, 8, 9
     c.optimizer.lr, c.evaluation.train_images = 0.02, 64
 

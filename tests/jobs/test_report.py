@@ -69,7 +69,8 @@ def report(paths, workdir=None, **changes):
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
-    return folder, report(runs[0], folder)
+    few = dict(latents=32, patch_sizes=(1,), mask_ratios=(0.25, 0.5, 0.75), rop_ratios=(0.25, 0.5), side=8)
+    return folder, report(runs[0], folder, whitebox__images=16, **{f"align__{key}": x for key, x in few.items()})
 
 
 class Page(HTMLParser):
@@ -327,7 +328,7 @@ def test_what_telemetry_saw_of_the_layers_is_drawn(tmp_path):
 def test_the_report_of_one_run_goes_to_the_run(runs, tmp_path):
     run = shutil.copytree(runs[0][0], tmp_path / "run")
     (run / "report.html").unlink()
-    result = report([run / "checkpoints"])
+    result = report([run / "checkpoints"], report__sections=("overview",))
     assert result == {"report": str(run / "report.html"), "json": str(run / "report.json"), "left_out": {}}
     assert read(run)[1]["runs"] == {"run": f"step 4 of {run / 'checkpoints'}"}
     with pytest.raises(ConfigError, match="--workdir is missing: it says where the report goes"):
@@ -497,7 +498,7 @@ def test_a_run_that_is_still_going_can_be_read(runs, tmp_path):
     (run / "summary.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    result = report([run])
+    result = report([run], report__sections=("overview", "recipes", "pictures", "details"))
     tables = [t for section in read(run)[1]["sections"] for t in section["tables"]]
     assert result["left_out"] == {} and "Not finished" in read(run)[0]
     table = next(t for t in tables if t["caption"].startswith("What the runs are"))
