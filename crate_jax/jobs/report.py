@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,13 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
         subjects.append(Subject(name, full, encoder.params, home, train, test, mesh))
     with lock(workdir) as folder:
         origin = {s.name: encoder.name for s, encoder in zip(subjects, loaded, strict=True)}
+        drawn: dict[str, str] = {}
 
         def keep(sections: Sequence[Section], left_out: Mapping[str, str]) -> None:
-            write(folder, origin, sections, {**missing, **left_out}, whole=False)
+            write(folder, origin, sections, {**missing, **left_out}, whole=False, drawn=drawn)
 
         sections, left_out = analyse(subjects, chosen, keep)
-        return write(folder, origin, sections, {**missing, **left_out})
+        return write(folder, origin, sections, {**missing, **left_out}, drawn=drawn)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -316,7 +317,12 @@ def analyse(
 
 
 def write(
-    folder: Path, origin: dict[str, str], sections: Sequence[Section], missing: dict[str, str], whole: bool = True
+    folder: Path,
+    origin: dict[str, str],
+    sections: Sequence[Section],
+    missing: dict[str, str],
+    whole: bool = True,
+    drawn: MutableMapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes both files, so that each is whole or missing; returns their paths and `missing`.
 
@@ -329,9 +335,10 @@ def write(
       sections: the page's sections.
       missing: {title of a missing section: why it is missing}.
       whole: whether no more sections are to come.
+      drawn: the sections that an earlier page of the same report has drawn, as :func:`page.render` takes them.
     """
     title = next(iter(origin)) if len(origin) == 1 else f"{len(origin)} runs compared" if origin else sections[0].title
-    html = page.render(title, origin, sections, missing)
+    html = page.render(title, origin, sections, missing, drawn)
     numbers = {
         "crate_jax": __version__,
         "runs": origin,

@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -25,7 +25,13 @@ LONG_TEXT = 24  # characters; longer texts in a table may break anywhere
 MIN_SHRINK = 0.62  # share of its natural width to which a figure shrinks on a small screen; then it scrolls
 
 
-def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], missing: Mapping[str, str]) -> str:
+def render(
+    title: str,
+    runs: Mapping[str, str],
+    sections: Sequence[Section],
+    missing: Mapping[str, str],
+    drawn: MutableMapping[str, str] | None = None,
+) -> str:
     """The whole page as HTML.
 
     Args:
@@ -35,6 +41,8 @@ def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], mis
         figures with its name as label; figures and tables whose caption begins with its name and a comma or colon.
       sections: the sections in the order of the page.
       missing: title of a section that is left out -> the reason.
+      drawn: id of a section -> its HTML. A section that it holds is not drawn again, the others are added to it. So a
+        page that grows section by section, about the same runs, draws each figure once. None: all are drawn.
 
     Raises:
       TypeError: a picture is not uint8 (H, W, 3).
@@ -42,7 +50,11 @@ def render(title: str, runs: Mapping[str, str], sections: Sequence[Section], mis
     """
     names = tuple(runs) if len(runs) > 1 else ()
     slugs = [f"s{i}-{_slug(s.title)}" for i, s in enumerate(sections)]
-    parts = [_section(section, slug, names) for section, slug in zip(sections, slugs, strict=True)]
+    drawn = {} if drawn is None else drawn
+    for section, slug in zip(sections, slugs, strict=True):
+        if slug not in drawn:
+            drawn[slug] = _section(section, slug, names)
+    parts = [drawn[slug] for slug in slugs]
     links = "".join(
         f'<li><a href="#{slug}">{escape(section.title)}</a></li>' for section, slug in zip(sections, slugs, strict=True)
     )

@@ -253,6 +253,35 @@ def test_a_report_that_is_stopped_leaves_an_earlier_one_whole(runs, tmp_path, mo
     assert pages == [[first], [first, "Seen", "time 1"], [first, "Seen", "time 1"], [first, "Seen", "time 3"]]
 
 
+def test_a_figure_is_drawn_once_however_often_the_page_is_written(runs, tmp_path, monkeypatch):
+    drawn = []
+
+    class Counted(Plot):
+        def savefig(self, *args, **kwargs):
+            drawn.append(self.get_label())
+            super().savefig(*args, **kwargs)
+
+    def seen(title):
+        figure = Counted(figsize=(2, 1))
+        figure.set_label(title)
+        return job.Analysis(title, lambda _: Section(title, "", (Figure(f"figure of {title}", figure),)))
+
+    for name in ("neighbours", "completion", "views"):
+        monkeypatch.setitem(job.SECTIONS, name, seen(name))
+    report(runs[0][:1], tmp_path, report__sections=("neighbours", "completion", "views"))
+    assert drawn == ["neighbours", "completion", "views"]
+    assert all(f"<figcaption>figure of {name}</figcaption>" in read(tmp_path)[0] for name in drawn)
+
+
+def test_a_page_that_grew_is_the_page_that_was_drawn_at_once():
+    def sections():
+        return [Section(title, "", (Figure("f", plot()),)) for title in ("One", "Two")]
+
+    growing, kept = sections(), {}
+    page.render("t", {"r": "r"}, growing[:1], {"Two": "not computed yet"}, kept)
+    assert page.render("t", {"r": "r"}, growing, {}, kept) == page.render("t", {"r": "r"}, sections(), {})
+
+
 def test_test_images_stand_beside_the_training_images_nearest_to_them(runs, tmp_path):
     """As the cosines of the run's own features say; a set is nearest to itself."""
     report(runs[0][:1], tmp_path, report__sections=("neighbours",))
