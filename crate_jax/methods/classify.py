@@ -101,7 +101,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         loss=loss,
         features=scores,
         judged=batch_norm.whole,
-        averaged=(batch_norm.STATISTICS,) if has_statistics(config) else (),
+        averaged=batch_norm.carried_statistics,
         mean_over_images=options.freeze or not has_statistics(config),
         frozen=options.freeze,
     )

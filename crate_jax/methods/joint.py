@@ -205,7 +205,6 @@ def assemble(
     def features_of(judged: Params, images_uint8: jax.Array) -> jax.Array:
         return represent(judged, normalise(images_uint8, config))
 
-    carried = jax.eval_shape(lambda: parts.init(jax.random.key(0), lambda drawn: drawn)[1])
     return Method(
         inputs=("views", *(("small_views",) if small else ()), "label", "index"),
         init=parts.init,
@@ -214,7 +213,7 @@ def assemble(
         features=features_of,
         after=parts.after,
         judged=batch_norm.whole,
-        averaged=(STATISTICS,) if STATISTICS in carried else (),
+        averaged=batch_norm.carried_statistics,
         held=algorithm.held,
         healthy={"z_std": config.joint.out**-0.5},
         mean_over_images=False,  # batch norm, negatives or statistics couple the images

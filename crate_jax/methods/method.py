@@ -59,6 +59,11 @@ def nothing_after(params: Params, carried: Carried, progress: Progress) -> tuple
     return params, carried
 
 
+def nothing_averaged(carried: Carried) -> Carried:
+    """The default of :attr:`Method.averaged`: selects no entry of `carried`."""
+    return {}
+
+
 def online(params: Params, carried: Carried) -> Params:
     """The default of :attr:`Method.judged`: returns the parameters that gradients train."""
     return params
@@ -80,8 +85,8 @@ class Method:
       init: (key, start) -> (params, carried). `start` is a function that takes the random parameters and returns the
         parameters to begin with: the same, or others with the encoder of another run. `init` must copy a target network
         from what `start` returns.
-      adopt: (params, parameters of another run, the other run's name for errors) -> params that start from them.
-        Raises CheckpointError if they do not fit.
+      adopt: (params or their shapes, parameters of another run, the other run's name for errors) -> params that start
+        from them; what the other run does not give stays as it was. Raises CheckpointError if they do not fit.
       loss: (params, carried, batch, keys (b,)) -> (scalar, (carried, scalars to log)). There is one key per image, so
         that micro-batches draw what the whole batch would draw. The step adds the penalty, not this function.
         What depends on the progress of the run, such as a temperature, is an entry of `carried` that `after` sets.
@@ -89,7 +94,8 @@ class Method:
         parameters.
       judged: (params, carried) -> the parameters that evaluations, reports, exports and ``init_from`` read, with the
         key ``encoder``. It must select arrays and not compute, since checkpoints record where each array lies.
-      averaged: the names of the entries of `carried` that ``config.optimizer.ema`` averages with the parameters.
+      averaged: carried -> those of its entries that ``config.optimizer.ema`` averages with the parameters. Like
+        `judged` it selects.
       mean_over_images: whether the loss is a mean over the images of a batch. If it is not, the step cannot cut a batch
         into micro-batches (``config.accumulate``).
       features: (judged, images uint8 (b, H, W, 3)) -> what the job's evaluation reads: features or class scores
@@ -113,7 +119,7 @@ class Method:
     features: Callable[[Params, jax.Array], jax.Array]
     after: Callable[[Params, Carried, Progress], tuple[Params, Carried]] = nothing_after
     judged: Callable[[Params, Carried], Params] = online
-    averaged: tuple[str, ...] = ()
+    averaged: Callable[[Carried], Carried] = nothing_averaged
     mean_over_images: bool = True
     frozen: bool = False
     held: tuple[tuple[str, float], ...] = ()

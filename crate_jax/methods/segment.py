@@ -129,7 +129,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         loss=loss,
         features=predict,
         judged=batch_norm.whole,
-        averaged=(batch_norm.STATISTICS,) if has_statistics(config) else (),
+        averaged=batch_norm.carried_statistics,
         mean_over_images=config.finetune.freeze or not has_statistics(config),
         frozen=config.finetune.freeze,
         columns=COLUMNS,

@@ -236,6 +236,15 @@ def carry(tree: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     return weights, {STATISTICS: statistics} if statistics else {}
 
 
+def carried_statistics(carried: Tree) -> dict[str, Any]:
+    """The entry of `carried` that holds the statistics; {} if there are none.
+
+    >>> carried_statistics({"statistics": {"running_mean": 0}, "queue": 1}), carried_statistics({"queue": 1})
+    ({'statistics': {'running_mean': 0}}, {})
+    """
+    return {name: x for name, x in carried.items() if name == STATISTICS}
+
+
 def whole(weights: Tree, carried: Tree) -> dict[str, Any]:
     """Inverts :func:`carry`; `carried` may hold other entries too."""
     return merge(weights, carried.get(STATISTICS, {}))

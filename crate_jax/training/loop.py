@@ -36,10 +36,11 @@ from crate_jax.training.step import (
     TrainState,
     all_finite,
     drawn_params,
-    init_params,
+    make_draw,
     make_init,
     make_recipe,
     make_train_step,
+    state_shapes,
     state_shardings,
 )
 from crate_jax.workdir import checkpoint, metrics, starts
@@ -124,6 +125,7 @@ class Loop:
         self.clock = clock or clocks.Clock()
         self._falls = {name: collapse.Fall(collapse.SPREAD_SHARE) for name in method.healthy}
         self._recipe = make_recipe(config, method, len(source))
+        self._draw = make_draw(config, method, self._recipe, mesh)
         self.total = self._recipe.total
         self._checkpoints = checkpoint.Checkpoints(folder, config.save.keep)
         stack.callback(self._checkpoints.close)
@@ -158,13 +160,8 @@ class Loop:
         on_resume: OnResume | None,
     ) -> tuple[TrainState, int, dict[str, Any]]:
         """Returns the newest checkpoint's state, step and record; without a checkpoint a fresh state, 0 and {}."""
-        init = make_init(self.config, self.method, self._recipe, self.mesh)
-        shapes = jax.eval_shape(init)
-        abstract = jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-            shapes,
-            state_shardings(shapes, self.mesh),
-        )
+        parts = self.config, self.method, self._recipe, self.mesh
+        abstract = state_shapes(*parts)
         last_sign = metrics.last_written(self.folder)
         restored = self._checkpoints.restore(abstract.params, abstract.rest(), self.config.to_dict())
         if restored is not None:
@@ -183,16 +180,23 @@ class Loop:
             return TrainState(params=restored.params, **restored.rest), restored.step, restored.meta["record"]
         if earlier := starts.read(self.folder):
             self._resume_clock({"seconds": {}, "time": starts.seconds(earlier[0])}, last_sign)
-        state = init()
-        if start is not None:
-            encoder = start()
-            self.origin = {"checkpoint": encoder.name, "checkpoint_sha256": encoder.sha256}
-            draw = functools.partial(drawn_params, self.config, self.method)
-            places = sharding.parameter_shardings(jax.eval_shape(draw), self.mesh)
-            drawn = jax.jit(draw, out_shardings=places)()
-            params = self.method.adopt(drawn, encoder.params, f"config.init_from={self.config.init_from}")
-            log.info("encoder taken from %s", encoder.name)
-            state = init(params)
+        init = make_init(*parts, self._draw)
+        if start is None:
+            return init(), 0, {}
+        encoder = start()
+        self.origin = {"checkpoint": encoder.name, "checkpoint_sha256": encoder.sha256}
+        draw = functools.partial(drawn_params, self.config, self.method)
+        shapes = jax.eval_shape(draw)
+        # Before anything is compiled: an encoder may not fit.
+        adopted = self.method.adopt(shapes, encoder.params, f"config.init_from={self.config.init_from}")
+        log.info("encoder taken from %s", encoder.name)
+        drawn = jax.jit(draw, out_shardings=sharding.parameter_shardings(shapes, self.mesh))()
+        params = jax.tree.map(
+            lambda x, new: new if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, new.sharding),
+            adopted,
+            drawn,
+        )
+        state = init(params)
         return state, 0, {}
 
     def open_records(self) -> Callable[[Sequence[str]], list[dict[str, float]]]:
@@ -251,11 +255,7 @@ class Loop:
 
     def untrained(self) -> Params:
         """The judged parameters of a run that has not begun, laid out as this run's parameters are."""
-        first = jax.jit(
-            lambda: init_params(self.config, self.method),
-            out_shardings=jax.tree.map(lambda x: x.sharding, (self.state.params, self.state.carried)),
-        )
-        return self.method.judged(*first())
+        return self.method.judged(*self._draw())
 
     def run(self, observers: Sequence[Observer]) -> None:
         """Trains up to the last step, then calls each observer's `at_end`.

@@ -6,6 +6,7 @@ All randomness of a step is a function of its number and config.seed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class TrainState:
       opt_state: the optimiser's state.
       penalty: the penalty's state, such as power-iteration vectors; {} if it has none.
       ema: the moving average of the parameters; None if config.optimizer.ema is 0.
-      ema_carried: the moving averages of the entries of `carried` that `Method.averaged` names; {} without `ema`.
+      ema_carried: the moving averages of the entries of `carried` that `Method.averaged` selects; {} without `ema`.
     """
 
     step: jax.Array
@@ -76,6 +77,7 @@ class Recipe:
       penalty: the penalty on the parameters, for every method.
       total: optimiser steps of the run.
       per_epoch: optimiser steps per pass over the training images.
+      draw: (start=None) -> :func:`init_params`. JAX traces it once per recipe, however many programs contain it.
     """
 
     tx: optax.GradientTransformation
@@ -83,6 +85,7 @@ class Recipe:
     penalty: orthogonality.Penalty
     total: int
     per_epoch: float
+    draw: Callable[..., tuple[Params, Carried]]
 
 
 def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
@@ -113,10 +116,12 @@ def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
             f"config.encoder.norm_groups={config.encoder.norm_groups}: must divide "
             f"config.batch_size={config.batch_size}"
         )
-    shapes = jax.eval_shape(lambda: init_params(config, method)[0])
     total, per_epoch = total_steps(config, images)
+    optimizer.schedule(config, total, per_epoch)  # a schedule that does not fit raises before the model is traced
+    draw = jax.jit(functools.partial(init_params, config, method), inline=True)  # each program compiles as without jit
+    shapes = jax.eval_shape(draw)[0]
     tx, schedule = optimizer.build(config, shapes, total, per_epoch, method.frozen, method.held)
-    return Recipe(tx, schedule, orthogonality.build(config, shapes), total, per_epoch)
+    return Recipe(tx, schedule, orthogonality.build(config, shapes), total, per_epoch, draw)
 
 
 def init_params(config: ConfigDict, method: Method, start: Params | None = None) -> tuple[Params, Carried]:
@@ -139,7 +144,11 @@ def drawn_params(config: ConfigDict, method: Method) -> Params:
 
 def init_state(config: ConfigDict, method: Method, recipe: Recipe, start: Params | None = None) -> TrainState:
     """The state of step 0, a function of config.seed; `start` replaces the random parameters."""
-    params, carried = init_params(config, method, start)
+    return first_state(config, method, recipe, *(recipe.draw() if start is None else recipe.draw(start)))
+
+
+def first_state(config: ConfigDict, method: Method, recipe: Recipe, params: Params, carried: Carried) -> TrainState:
+    """The state of step 0 with these parameters and this `carried`."""
     _, penalty_key = jax.random.split(jax.random.key(config.seed))
     averages = bool(config.optimizer.ema)
     return TrainState(
@@ -149,17 +158,53 @@ def init_state(config: ConfigDict, method: Method, recipe: Recipe, start: Params
         opt_state=recipe.tx.init(params),
         penalty=recipe.penalty.init(penalty_key),
         ema=jax.tree.map(jnp.copy, params) if averages else None,
-        ema_carried=jax.tree.map(jnp.copy, {name: carried[name] for name in method.averaged}) if averages else {},
+        ema_carried=jax.tree.map(jnp.copy, method.averaged(carried)) if averages else {},
     )
 
 
-def make_init(config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh) -> Callable[..., TrainState]:
-    """Returns the jitted function (start=None) -> :func:`init_state`, laid out on the mesh."""
+def state_shapes(config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """The state as shapes and dtypes, with the places of the arrays on the mesh."""
+    shapes = jax.eval_shape(functools.partial(init_state, config, method, recipe))
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_shardings(shapes, mesh)
+    )
+
+
+def make_draw(config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh) -> Callable[..., tuple[Params, Carried]]:
+    """Returns the jitted function (start=None) -> :func:`init_params`, laid out on the mesh."""
+    place = jax.tree.map(lambda x: x.sharding, state_shapes(config, method, recipe, mesh))
+    return jax.jit(recipe.draw, out_shardings=(place.params, place.carried))
+
+
+def make_init(
+    config: ConfigDict,
+    method: Method,
+    recipe: Recipe,
+    mesh: Mesh,
+    draw: Callable[..., tuple[Params, Carried]] | None = None,
+) -> Callable[..., TrainState]:
+    """Returns the function (start=None) -> :func:`init_state`, laid out on the mesh, in two compiled programs.
+
+    Args:
+      config: a validated config.
+      method: the method to train.
+      recipe: see :func:`make_recipe`.
+      mesh: the devices.
+      draw: the first program, of :func:`make_draw`, if the caller needs it too; None: it is made here.
+    """
+    draw = draw or make_draw(config, method, recipe, mesh)
+    place = jax.tree.map(lambda x: x.sharding, state_shapes(config, method, recipe, mesh))
+
+    def others(params: Params, carried: Carried) -> TrainState:
+        return first_state(config, method, recipe, params, carried).replace(params=None, carried=None)
+
+    make_others = jax.jit(others, out_shardings=place.replace(params=None, carried=None))
 
     def init(start: Params | None = None) -> TrainState:
-        return init_state(config, method, recipe, start)
+        params, carried = draw() if start is None else draw(start)
+        return make_others(params, carried).replace(params=params, carried=carried)
 
-    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), mesh))
+    return init
 
 
 def make_train_step(
@@ -212,7 +257,7 @@ def make_train_step(
             new, scalars[nonfinite.SKIPPED] = nonfinite.revert_if_nonfinite(scalars, new, old)
         return new, scalars
 
-    place = state_shardings(jax.eval_shape(lambda: init_state(config, method, recipe)), mesh)
+    place = jax.tree.map(lambda x: x.sharding, state_shapes(config, method, recipe, mesh))
     return jax.jit(
         sharding.on_mesh(mesh, train_step),
         donate_argnums=0,

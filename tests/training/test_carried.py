@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_a_mean_over_images_refuses_micro_batches():
 def test_only_what_is_declared_is_averaged():
     c = small()
     c.optimizer.ema = 0.8
-    method = dataclasses.replace(with_target(c), averaged=("mean",))
+    method = dataclasses.replace(with_target(c), averaged=lambda carried: {"mean": carried["mean"]})
     first, second = run_steps(c, method, 1)
     assert set(second.ema_carried) == {"mean"}
     assert second.ema_carried["mean"] == pytest.approx(0.2 * second.carried["mean"], rel=1e-6)
@@ -155,13 +155,48 @@ def tiny(**changes):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, one_device):
-    """A run of four steps that carries a target; tests read it."""
+def counted(tmp_path_factory, one_device):
+    """A run of four steps that carries a target, its summary, and how often Python ran the method's `init`."""
     folder = tmp_path_factory.mktemp("trained") / "run"
+    traces = []
+
+    def counting(config, source=None):
+        method = with_target(config, source)
+
+        def init(key, start):
+            traces.append(key)
+            return method.init(key, start)
+
+        return dataclasses.replace(method, init=init)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, "reconstruction", Row(with_target, METHODS["reconstruction"].parts))
-        train.run(tiny(), str(folder))
-    return folder
+        patch.setitem(METHODS, "reconstruction", Row(counting, METHODS["reconstruction"].parts))
+        summary = train.run(tiny(), str(folder))
+    return folder, summary, len(traces)
+
+
+@pytest.fixture(scope="module")
+def trained(counted):
+    """The folder of that run; tests read it."""
+    return counted[0]
+
+
+def test_a_run_traces_the_initialisation_once(counted):
+    """For the recipe, the restore, the fresh state, the step and the untrained scores: tracing a model takes long."""
+    _, summary, traces = counted
+    assert summary["knn_top1_untrained"] is not None
+    assert traces == 1
+
+
+def test_a_schedule_that_does_not_fit_is_found_before_the_model_is_traced():
+    c = small()
+    c.optimizer.warmup_steps = 5
+
+    def init(key, start):
+        raise AssertionError("traced")
+
+    with pytest.raises(ConfigError, match="the warm-up takes 5 steps, the run has only 4"):
+        train_step.make_recipe(c, dataclasses.replace(reconstruction.build(c), init=init), 160)
 
 
 def test_a_run_resumes_with_what_it_carried(in_the_table, trained, tmp_path):
@@ -212,7 +247,7 @@ def test_carried_lies_as_the_parameters_do_on_a_model_axis(monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SPLIT", 1)
     c = small()
     c.optimizer.ema = 0.8
-    method = dataclasses.replace(with_target(c), averaged=("target",))
+    method = dataclasses.replace(with_target(c), averaged=lambda carried: {"target": carried["target"]})
     mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:4], data=2, model=2)
     recipe = train_step.make_recipe(c, method, 160)
     state = train_step.make_init(c, method, recipe, mesh)()
