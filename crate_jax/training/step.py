@@ -196,13 +196,14 @@ def make_init(
     place = jax.tree.map(lambda x: x.sharding, state_shapes(config, method, recipe, mesh))
 
     def others(params: Params, carried: Carried) -> TrainState:
-        return first_state(config, method, recipe, params, carried).replace(params=None, carried=None)
+        state = first_state(config, method, recipe, params, carried)
+        return dataclasses.replace(state, params={}, carried={})
 
-    make_others = jax.jit(others, out_shardings=place.replace(params=None, carried=None))
+    make_others = jax.jit(others, out_shardings=dataclasses.replace(place, params={}, carried={}))
 
     def init(start: Params | None = None) -> TrainState:
         params, carried = draw() if start is None else draw(start)
-        return make_others(params, carried).replace(params=params, carried=carried)
+        return dataclasses.replace(make_others(params, carried), params=params, carried=carried)
 
     return init
 
