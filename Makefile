@@ -72,8 +72,8 @@ install-browser: $(VENV)/.installed-test ## what the tests of the report's page 
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } || \
 	  $(BIN)/python -m playwright install chromium
 
-quickstart: $(VENV)/.installed ## pre-train on scikit-learn's digits; prints k-NN and probe accuracy and where its report is
-	@$(BIN)/python -m crate_jax.main --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
+quickstart: $(VENV)/.installed ## pre-train on small images that scikit-learn ships; prints k-NN and probe accuracy and where its report is
+	@$(BIN)/python -m crate_jax.main --config=configs/quickstart.py:method=vibcreg --workdir=runs/quickstart $(ARGS)
 
 test: $(VENV)/.installed-test ## the quick tests
 	@$(PYTEST) -m 'not slow' $(ARGS)

@@ -65,7 +65,7 @@ NASTY = (
 )  # fmt: skip
 ODD_JSON = (None, -1, 10**15, [], [10**12], [-3], ["a"], [3.5], "x", {}, True, "float32", 1e400)
 CONFIGS = {
-    "quickstart": "penalty debug",
+    "quickstart": "method penalty debug",
     "photos": "size minutes encoder method corruption penalty debug",
     "cifar10": "encoder corruption penalty debug",
     "crate_mae": "variant penalty debug",

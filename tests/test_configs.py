@@ -23,7 +23,7 @@ from tests.parity_joint import Source
 
 NAMES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__")
 ARGUMENTS = {
-    "quickstart": ["", "penalty=so", "penalty=srip"],
+    "quickstart": ["", "penalty=so", "penalty=srip", "method=vibcreg", "method=dino,penalty=so"],
     "crate_mae": ["", "variant=Ti", "variant=S", "variant=L", "penalty=srip"],
     "vit_mae": ["", "variant=S", "variant=L", "penalty=so"],
     "rop_vitb": ["", "variant=Ti", "variant=S", "encoder=crate", "variant=Ti,encoder=crate", "penalty=srip"],

@@ -116,8 +116,8 @@ def test_the_student_with_a_folder_of_photos(checkout, tmp_path):
     """Of two runs and more, reports have the sections that docs/reports.md calls quick."""
     draw(tmp_path, OWN + HOLIDAY)
     shell = Shell(tmp_path, *checkout)
-    tiny = {"quickstart ": "quickstart:debug ", "corruption=rop ": "corruption=rop,debug "}
-    for line in commands("README.md", **tiny):
+    tiny = {"corruption=rop ": "corruption=rop,debug "}
+    for line in commands("README.md", **tiny, **{"method=vibcreg ": "method=vibcreg,debug "}):
         shell(line, "top-1")
     shell.python("README.md")
     (line,) = commands("docs/photos.md", **{"size=64,minutes=10": "size=32,minutes=0.02"})
@@ -126,7 +126,7 @@ def test_the_student_with_a_folder_of_photos(checkout, tmp_path):
     before = summary.stat().st_mtime_ns
     shell(line, "top-1")
     assert summary.stat().st_mtime_ns == before  # the finished run is shown, not judged again
-    tiny |= {"data=cifar10 ": "data=cifar10,debug ", "report ": f"report {QUICK} "}
+    tiny |= {"quickstart ": "quickstart:debug ", "data=cifar10 ": "data=cifar10,debug ", "report ": f"report {QUICK} "}
     for line in commands("docs/tour.md", **tiny):
         shell(line)
     for name, run in (("a", "mine"), ("b", "vit_rop"), ("c", "simclr")):
@@ -138,7 +138,7 @@ def test_the_student_with_a_folder_of_photos(checkout, tmp_path):
         words = {"protocol=NAME": f"protocol={protocol}", "CHECKPOINT": "runs/photos", "IMAGES": "DIR"}
         for line in commands("docs/evaluation.md", **words, **{"workdir=W": "workdir=runs/judged"}):
             shell(line, "top-1")
-    runs = {"timm": "photos", "hf": "photos", "torchvision": "simclr", "torch": "quickstart", "authors": "quickstart"}
+    runs = {"timm": "photos", "hf": "photos", "torchvision": "simclr", "torch": "first", "authors": "first"}
     for line in commands("docs/export.md", **{"mae_pretrain_vit_base.pth": "OUT/hf"}):
         kind = line.partition("--format=")[2].partition(" ")[0]
         shell(line.replace("CHECKPOINT", f"runs/{runs.get(kind)}").replace("--out=DIR", f"--out=OUT/{kind}"))

@@ -1,4 +1,4 @@
-"""Digits scattered over pieces of photographs: small colour images with labels, without a download."""
+"""Digits in any colour over pieces of photographs: small colour images with labels, without a download."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from crate_jax.data.sources import Source, digest, digits
 
 SCENES = {"train": 6000, "eval": 1000}
 PARTS = {"train": (0.0, 0.6), "eval": (0.6, 1.0)}  # of a photograph's width: no background is in both splits
-DIGITS = (4, 5)  # number of digits in a scene
-SIDE = (0.31, 0.41)  # of a digit, in shorter sides of the scene
-TURN = 20.0  # degrees, to both sides
-TRIALS = 12  # places that are tried for a digit: it takes the one that hides the least
+SIDE = (0.8, 1.0)  # of the digit, in shorter sides of the scene
+TURN = 15.0  # degrees, to both sides
 WINDOW = (32, 96)  # side of the piece of a photograph, in its pixels
-DETAIL = 8  # pixels of the background along a side, before it is enlarged: it is out of focus
-DARK = 0.35  # the background's brightness, of the photograph's
-BRIGHT = (225, 255)  # each channel of the digits' colour
+DETAIL = 2  # pixels of the background along a side, before it is enlarged: little more than its colours
+CONTRAST = 80.0  # least difference between the luminance of the digit and the mean one of its background, of 255
+LUMINANCE = np.float32([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601)
 
 
 class SceneSource(Source):
-    """Four or five handwritten copies of one digit at random places, sizes and angles over a piece of a photograph.
+    """A handwritten digit of a random colour, size, place and angle over a piece of a photograph.
 
-    The class is the digit. Raw pixels say little about it, since the places are random. The digits and the two
-    photographs are scikit-learn's. A digit is in one split only, as in :func:`crate_jax.data.sources.digits`, and so is
-    a background. Everything is a function of split, size and index.
+    The class is the digit. It is lighter or darker than its background, so a linear function of the pixels says little
+    about it. The digits and the two photographs are scikit-learn's. A digit is in one split only, as in
+    :func:`crate_jax.data.sources.digits`, and so is a background. Everything is a function of split, size and index.
 
     Args:
       split: 'train' or 'eval'.
@@ -57,17 +55,13 @@ class SceneSource(Source):
             raise IndexError(index)
         rng = np.random.Generator(np.random.Philox(key=[sorted(SCENES).index(self.split), index]))
         scene = self._background(rng)
-        colour = rng.uniform(*BRIGHT, 3).astype(np.float32)
-        count = int(rng.integers(DIGITS[0], DIGITS[1] + 1))
-        opacity = np.zeros(self._size, np.float32)
-        for chosen in rng.choice(self._of_class[index % len(self._of_class)], count, replace=False):
-            digit = self._digit(rng, int(chosen))
-            side = len(digit)
-            places = rng.integers(0, [n - side + 1 for n in self._size], (TRIALS, 2))
-            parts = [opacity[top : top + side, left : left + side] for top, left in places]
-            part = parts[int(np.argmin([float((part * digit).sum()) for part in parts]))]
-            np.maximum(part, digit, out=part)
-        return np.rint(scene + opacity[..., None] * (colour - scene)).astype(np.uint8)
+        colour = self._colour(rng, float((scene @ LUMINANCE).mean()))
+        digit = self._digit(rng, int(rng.choice(self._of_class[index % len(self._of_class)])))
+        side = len(digit)
+        top, left = (int(rng.integers(n - side + 1)) for n in self._size)
+        part = scene[top : top + side, left : left + side]
+        part += digit[..., None] * (colour - part)
+        return np.rint(scene).astype(np.uint8)
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         photo = self._photos[rng.integers(len(self._photos))]
@@ -75,7 +69,14 @@ class SceneSource(Source):
         top, left = (int(rng.integers(n - side + 1)) for n in photo.shape[:2])
         piece = Image.fromarray(photo[top : top + side, left : left + side])
         piece = piece.resize((DETAIL, DETAIL), Image.Resampling.BOX)
-        return DARK * np.asarray(piece.resize(self._size[::-1], Image.Resampling.BICUBIC), np.float32)
+        return np.array(piece.resize(self._size[::-1], Image.Resampling.BICUBIC), np.float32)
+
+    def _colour(self, rng: np.random.Generator, background: float) -> np.ndarray:
+        """A colour whose luminance differs from the background's by CONTRAST or more, float32 (3,)."""
+        colour = rng.uniform(0, 255, 3).astype(np.float32)
+        while abs(float(colour @ LUMINANCE) - background) < CONTRAST:
+            colour = rng.uniform(0, 255, 3).astype(np.float32)
+        return colour
 
     def _digit(self, rng: np.random.Generator, index: int) -> np.ndarray:
         """Opacity of a digit at a random size and angle, in 0..1, float32 (side, side)."""

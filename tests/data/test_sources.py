@@ -379,17 +379,13 @@ def test_synthetic():
 
 
 def test_scenes():
-    """Bright digits of one class on a dark piece of a photograph, the same each time, none of them in both splits."""
+    """A digit of any colour on a piece of a photograph, the same each time, none of them in both splits."""
     config = configured("scenes", image_size=(28, 36))
     train, test = (data.open_split(config, split, labels_required=True) for split in ("train", "eval"))
     images = np.stack([train.read(i) for i in range(40)])
     assert images.shape == (40, 28, 36, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(images[13], data.open_split(config, "train").read(13))
     assert len({x.tobytes() for x in images} | {test.read(i).tobytes() for i in range(40)}) == 80
-    covered = images.min(axis=-1) > 200
-    assert (covered.mean(axis=(1, 2)) > 0.04).all() and 0.1 < covered.mean() < 0.3
-    assert covered.any(axis=0).mean() > 0.75, "digits come nearly anywhere"
-    assert 10 < images[~covered].mean() < 90
     for source, count in ((train, 6000), (test, 1000)):
         assert len(source) == count and source.labels.dtype == np.int32
         np.testing.assert_array_equal(np.bincount(source.labels), np.full(10, count // 10))
@@ -399,20 +395,40 @@ def test_scenes():
         test.read(1000)
 
 
-def test_a_scene_holds_digits_of_its_class(monkeypatch):
-    """Here the digits of a class are squares of one shade, and the background is black."""
+def test_a_digit_stands_out_from_its_background_as_lighter_or_darker(monkeypatch):
+    """Here all digits are squares without a gap, on a plain background."""
+    monkeypatch.setattr(scenes, "digits", lambda split: shaded(split, lambda labels: 255 + 0 * labels))
+    monkeypatch.setattr(scenes, "DETAIL", 1)
+    source = data.open_split(configured("scenes", image_size=(20, 28)), "train")
+    sides, lighter, places = set(), 0, set()
+    for i in range(60):
+        image = source.read(i).astype(np.float32)
+        corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]
+        digit = np.abs(image - np.median(corners, 0)).sum(-1) > 40
+        colour, background = np.median(image[digit], 0), np.median(corners, 0)
+        difference = float((colour - background) @ scenes.LUMINANCE)
+        assert abs(difference) > scenes.CONTRAST - 3
+        lighter += difference > 0
+        sides.add(int(np.sqrt(digit.sum())))
+        places.add(int(np.flatnonzero(digit.any(0))[0]))
+    assert 8 < lighter < 52 and len(sides) >= 3 and len(places) >= 6
 
-    def shaded(split):
-        source = digits(split)
-        source._images[...] = 10 * (1 + source.labels[:, None, None, None])
-        return source
 
-    monkeypatch.setattr(scenes, "digits", shaded)
-    monkeypatch.setattr(scenes, "DARK", 0.0)
+def test_a_scene_holds_the_digit_of_its_class(monkeypatch):
+    """Here the digits of a class are squares of one opacity; the colour is white and the background black."""
+    monkeypatch.setattr(scenes, "digits", lambda split: shaded(split, lambda labels: 10 * (1 + labels)))
+    monkeypatch.setattr(scenes.SceneSource, "_background", lambda self, rng: np.zeros((*self._size, 3), np.float32))
+    monkeypatch.setattr(scenes.SceneSource, "_colour", lambda self, rng, background: np.full(3, 255, np.float32))
     source = data.open_split(configured("scenes"), "eval")
     for i in (3, 8, 19):
-        brightest = 1.5 * 10 * (1 + i % 10)
-        assert 225 / 255 * brightest - 1 < source.read(i).max() < brightest + 1
+        assert source.read(i).max() == pytest.approx(1.5 * 10 * (1 + i % 10), abs=1)
+
+
+def shaded(split, opacity):
+    """Digits of one opacity, which is a function of their labels."""
+    source = digits(split)
+    source._images[...] = opacity(source.labels)[:, None, None, None]
+    return source
 
 
 @pytest.mark.parametrize("name", ["digits", "scenes", "synthetic", "folder"])
