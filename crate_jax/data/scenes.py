@@ -16,7 +16,7 @@ TURN = 15.0  # degrees, to both sides
 WINDOW = (32, 96)  # side of the piece of a photograph, in its pixels
 DETAIL = 2  # pixels of the background along a side, before it is enlarged: little more than its colours
 CONTRAST = 80.0  # least difference between the luminance of the digit and the mean one of its background, of 255
-LUMINANCE = np.float32([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601)
+LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue (ITU-R BT.601)
 
 
 class SceneSource(Source):
