@@ -20,7 +20,8 @@ from crate_jax.config_files import named, parse_arg
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` may hold ``method=``, ``penalty=so|srip`` and ``debug``."""
-    arg = parse_arg(arg, method=PRETRAINING, penalty=("none", "so", "srip"), debug=False)
+    methods = ("reconstruction", *sorted(set(PRETRAINING) - {"reconstruction"}))  # the first is the default
+    arg = parse_arg(arg, method=methods, penalty=("none", "so", "srip"), debug=False)
     if arg.method != "reconstruction":
         return _joint(arg.method, arg.penalty, arg.debug)
     c = base()

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure as Plot
+from ml_collections import ConfigDict
 
 import crate_jax
 from configs import quickstart, report as report_config
@@ -314,7 +315,8 @@ def test_without_an_evaluation_split_an_image_is_not_its_own_neighbour(runs):
 
     five = Five("train", (8, 8))
     mesh = sharding.make_mesh(1, 1)
-    section = neighbours.section([Subject("a", encoder.config, encoder.params, None, five, None, mesh)])
+    config = ConfigDict(encoder.config.to_dict())
+    section = neighbours.section([Subject("a", config, encoder.params, None, five, None, mesh)])
     found = section.numbers["a"]
     assert sorted(found["test"]) == sorted(map(five.name, range(5)))
     for own, nearest, cosine in zip(found["test"], found["nearest"], found["cosine"], strict=True):
