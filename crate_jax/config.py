@@ -50,7 +50,8 @@ PENALTY_WEIGHTS = {"none": 0.0, "so": 1e-6, "srip": 1e-4, "whiten": 1e-2}
 
 METHOD_OF_JOB = {"finetune": "classify", "segment": "segment"}  # these jobs do not read config.method
 WITHOUT_METHOD = ("evaluate", "align", "report")  # these jobs only read an encoder
-PRETRAINING = tuple(name for name in METHODS if name not in METHOD_OF_JOB.values())
+# The default comes first, also where a user has added a row before it.
+PRETRAINING = ("reconstruction", *(m for m in METHODS if m not in ("reconstruction", *METHOD_OF_JOB.values())))
 
 
 def _not_patch_sizes(sizes: Sequence[Any]) -> str:

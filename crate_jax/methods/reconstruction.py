@@ -132,7 +132,7 @@ def guidance(weights: Params, x_BD: jax.Array, label_B: jax.Array) -> tuple[jax.
     Both are means over all images of a batch, float32 scalars. An image without a label (-1) counts as 0.
 
     Args:
-      weights: of the classifier: kernel (D, C) and bias (C,).
+      weights: the classifier's kernel (D, C) and bias (C,).
       x_BD: features, float32.
       label_B: the images' classes, int32.
     """

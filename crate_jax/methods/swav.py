@@ -7,9 +7,9 @@ With s_a = z_a W^T the dot products of unit projections with K unit prototypes:
 
 The queue of a large view holds its last projections, newest first, and enters from the epoch `queue_from` on, but not
 before it is full: solo-learn's enters at its epoch, with rows of zeros if there were too few steps to fill it. The
-prototypes are held in the first epochs. Differences from the paper's code: it scales the prototypes
-to length 1 after each step (swav.prototype_norm="after"), where solo-learn has weight norm ("weight"); it holds them
-for a number of steps.
+prototypes are held in the first epochs. Differences from the paper's code: it scales the prototypes to length 1 after
+each step (swav.prototype_norm="after"), where solo-learn has weight norm ("weight"); it holds them for a number of
+steps.
 
 Shapes: B batch, P width of the projections, K prototypes, Q rows of a queue, N images that are assigned.
 """
