@@ -39,8 +39,8 @@ def names() -> list[str]:
 def card(name: str) -> str:
     """What a config file is for: the first line of its docstring.
 
-    >>> card("quickstart")
-    "A white-box masked autoencoder on scikit-learn's digits, without a download."
+    >>> card("rop_vitb")
+    'ROPIM on ImageNet at 224 px (arXiv 2310.18737): random orthogonal projection instead of masking.'
     """
     return (ast.get_docstring(ast.parse((folder() / f"{name}.py").read_text())) or "").partition("\n")[0]
 
