@@ -350,8 +350,7 @@ def test_the_second_run_on_cifar_has_the_steps_of_the_first(tmp_path):
     assert cifar.earlier(path, dataclasses.replace(settings, data="/e")) is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("only", [pytest.param(("peak", "parity", "crate_mae_b", "tune"), marks=pytest.mark.ci), PARTS])
+@pytest.mark.parametrize("only", [("peak", "crate_mae_b"), pytest.param(PARTS, marks=pytest.mark.slow)])
 def test_the_command_runs_on_a_cpu(only, cli_env, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "a.npz", images=rng.integers(0, 256, (120, 32, 32, 3), np.uint8), labels=np.arange(120) % 3)

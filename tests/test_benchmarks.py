@@ -29,8 +29,6 @@ def run(cli_env, *args: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.slow
-@pytest.mark.ci
 def test_step_prints_speed_and_share_of_the_peak(cli_env):
     (out,) = run(
         cli_env, "benchmarks.step", "--config=configs/quickstart.py:debug", "--batch=8", "--steps=3"
@@ -144,8 +142,6 @@ def test_sources_compares_kinds_with_a_folder(tmp_path, monkeypatch, capsys):
     assert rows[0]["to_folder"] == 1 and all(row["images"] == 2 and row["cpu_us_per_image"] > 0 for row in rows)
 
 
-@pytest.mark.slow
-@pytest.mark.ci
 def test_data_prints_a_line_per_setting(cli_env):
     out = run(cli_env, "benchmarks.data", "--settings", "memory", "--seconds", "0.3", "--repeats", "2")
     assert out and all(line["images_per_sec"] > 0 for line in out)

@@ -109,7 +109,6 @@ def test_running_again_changes_nothing(finished, run_cli, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_without_stdout_and_stderr_ends_with_0(cli_env, tmp_path):
     """As after `>&- 2>&-`: the streams' numbers must not go to the next files, into which libraries would write."""
     workdir = tmp_path / "run"
@@ -123,7 +122,7 @@ def test_a_run_without_stdout_and_stderr_ends_with_0(cli_env, tmp_path):
     "signum",
     [
         signal.SIGTERM,
-        pytest.param(signal.SIGINT, marks=(pytest.mark.slow, pytest.mark.ci)),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)),
     ],
 )
@@ -195,7 +194,6 @@ def test_a_run_that_is_further_than_asked_for_is_named(finished, run_cli, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
     """Another corruption may continue from it; another width may not."""
     start = [QUICK, f"--config.init_from={finished[0]}", "--config.corruption.name=rop"]

@@ -109,8 +109,7 @@ def test_configs_are_listed_with_what_they_are_for(monkeypatch, capsys):
     assert all(len(line.split()) > 4 for line in lines)
 
 
-@pytest.mark.slow
-@pytest.mark.ci
+@pytest.mark.one_python
 def test_wheel_and_source_archive_are_whole(built, cli_env, tmp_path):
     """The archive is the checkout; the wheel has all of the package and the configs, and runs in an empty folder."""
 

@@ -221,7 +221,7 @@ FINETUNE = {
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param("finetune_crate", marks=(pytest.mark.slow, pytest.mark.ci)), "finetune_mae"]
+    "recipe", [pytest.param("finetune_crate", marks=pytest.mark.slow), "finetune_mae"]
 )
 def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretraining, tmp_path):
     c = configured(f"protocol={recipe}", pretraining, **FINETUNE)

@@ -27,8 +27,7 @@ JOINT = [name for name, row in METHODS.items() if "joint" in row.parts]
 CARRYING = ("byol", "mocov2plus", "dino", "swav", "deepclusterv2", "vibcreg")  # whatever a method carries, one of these
 # Every change runs the tests of these; the others are slow.
 QUICK = [pytest.param(name, marks=() if name in CARRYING else pytest.mark.slow) for name in JOINT]
-# Every change runs the slow tests of one with a target and of one whose state depends on the epoch.
-IN_CI = [pytest.param(name, marks=pytest.mark.ci if name in ("byol", "swav") else ()) for name in JOINT]
+ONE = [pytest.param(name, marks=() if name == "byol" else pytest.mark.slow) for name in JOINT]
 BATCH, IMAGES = 16, 40  # an epoch is two steps and a half
 OWN = {  # keys without which a tiny run would not fit
     "wmse": {"wmse.slice": 8, "joint.out": 5},
@@ -138,8 +137,7 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(name):
     assert end[-1] == log[-1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IN_CI)
+@pytest.mark.parametrize("name", ONE)
 def test_bfloat16_is_finite_and_unlabelled_images_work(name):
     c = config_of(name, dtype="bfloat16")
     method = build(c, labelled=False)
@@ -149,7 +147,7 @@ def test_bfloat16_is_finite_and_unlabelled_images_work(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", IN_CI)
+@pytest.mark.parametrize("name", JOINT)
 def test_the_loss_is_the_same_without_jit(name):
     c = config_of(name)
     method = build(c)
@@ -222,8 +220,7 @@ def test_small_views_are_pooled_apart_from_large_ones():
     assert [x.tolist() for x in out] == [[0.0] * 3, [7.0] * 3, [10.0] * 3, [15.0] * 3, [20.0] * 3]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IN_CI)
+@pytest.mark.parametrize("name", ONE)
 def test_the_loss_falls_on_a_few_images(name):
     """64 updates; the first ones are left out, in which queues fill with harder rows and a memory fills at all."""
     plain = {"penalty.name": "none", "penalty.weight": 0.0, "optimizer.momentum": 0.9}

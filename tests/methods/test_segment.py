@@ -509,7 +509,6 @@ def test_a_run_that_broke_off_continues_with_the_same_bits(folder, checkpoint, t
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_upernet_learns_shapes(folder):
     c = small(folder, "head=upernet", steps=60, batch_size=8, optimizer__lr=1e-2, segment__channels=16)
     mesh = sharding.make_mesh(8, 1, jax.devices()[:1])

@@ -218,7 +218,6 @@ def test_a_checkpoint_that_one_process_lacks_ends_all_with_a_line(cli_env, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_two_processes_with_split_parameters_are_one_run(cli_env, tmp_path):
     """The losses of a single process on eight devices, and one run's files; only process 0 writes and prints."""
     for i in range(32):  # without labels, so that no classifier is fitted on them
