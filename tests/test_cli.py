@@ -23,6 +23,12 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.one_python
 
 QUICK = "--config=configs/quickstart.py:debug"
+# One block and the digits' size of images in all runs here: what the first compiles, the others find in the cache.
+SMALL = [
+    QUICK, "--config.batch_size=16", "--config.encoder.width=16", "--config.encoder.depth=1",
+    "--config.encoder.heads=2", "--config.decoder.depth=1", "--config.decoder.heads=2", "--config.log.tensorboard=False",
+]  # fmt: skip
+TWELVE = [*SMALL, "--config.steps=12", "--config.log.pictures_every=6", "--config.save.every=6"]
 SUMMARY = {
     "steps", "loss", "images_per_sec", "knn_top1", "probe_top1", "probe_top1_untrained", "params_sha256", "pictures",
 }  # fmt: skip
@@ -62,7 +68,7 @@ def test_a_machine_without_tpus_is_no_news():
 def finished(run_cli, tmp_path_factory):
     """A finished run of twelve steps; tests copy it."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    result = run_cli([QUICK, "--config.steps=12", "--config.log.pictures_every=6", f"--workdir={workdir}"])
+    result = run_cli([*TWELVE, f"--workdir={workdir}"])
     assert result.returncode == 0, result.stderr[-2000:]
     return workdir, result
 
@@ -91,7 +97,7 @@ def test_running_again_changes_nothing(finished, run_cli, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     moved = summary(workdir) | {"pictures": str(tmp_path / "gone")}
     (workdir / "summary.json").write_text(json.dumps(moved))
-    command = [QUICK, "--config.steps=12", "--config.log.pictures_every=6", f"--workdir={workdir}"]
+    command = [*TWELVE, f"--workdir={workdir}"]
     results = [run_cli(command)]
     before, after = summary(finished[0]), summary(workdir)
     for key in SUMMARY - {"pictures"}:
@@ -126,20 +132,27 @@ def test_a_run_without_stdout_and_stderr_ends_with_0(cli_env, tmp_path):
         *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)),
     ],
 )
-def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path):
-    """Exit status 128 + signal, one line, the step saved; the run is long, so it cannot end by itself."""
+def test_a_signal_saves_and_the_same_command_continues(signum, run_cli, cli_env, tmp_path):
+    """Exit status 128 + signal, one line, the step saved; the run is long, so it cannot end by itself.
+
+    Until then a second process on the workdir is refused, and the first goes on.
+    """
     workdir = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "crate_jax.main", QUICK, "--config.steps=100000", "--config.save.every=100000",
-        f"--workdir={workdir}",
-    ]  # fmt: skip
+    flags = [*SMALL, "--config.steps=100000", "--config.save.every=100000", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "crate_jax.main", *flags]
     process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=subprocess.PIPE, text=True)
-    metrics = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signum)
-    _, stderr = process.communicate(timeout=120)
+    try:
+        metrics = workdir / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        refused = run_cli(flags)
+        assert process.poll() is None
+        process.send_signal(signum)
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()  # a run that ignored the signal would go on after the tests
+    assert f"in use by process {process.pid}" in one_line_error(refused)
     assert process.returncode == 128 + signum, stderr[-2000:]
     last = stderr.strip().splitlines()[-1]
     assert "the same command continues it" in last and "Traceback" not in stderr
@@ -149,7 +162,8 @@ def test_a_signal_saves_and_the_same_command_continues(signum, cli_env, tmp_path
 
 def test_a_signal_before_the_first_step_is_one_line(cli_env, tmp_path):
     # So many steps that on a busy machine, too, the signal comes before the last.
-    command = [sys.executable, "-m", "crate_jax.main", QUICK, "--config.steps=100000", f"--workdir={tmp_path / 'run'}"]
+    flags = [*SMALL, "--config.steps=100000", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "crate_jax.main", *flags]
     process = subprocess.Popen(command, cwd=ROOT, env=cli_env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < deadline:
@@ -163,32 +177,15 @@ def test_a_signal_before_the_first_step_is_one_line(cli_env, tmp_path):
     assert "SIGINT" in stderr.splitlines()[-1] and "Traceback" not in stderr
 
 
-def test_a_second_process_on_the_workdir_is_refused(run_cli, cli_env, tmp_path):
-    workdir = tmp_path / "run"
-    flags = [QUICK, "--config.steps=100000", "--config.save.every=100000", f"--workdir={workdir}"]
-    first = subprocess.Popen(
-        [sys.executable, "-m", "crate_jax.main", *flags], cwd=ROOT, env=cli_env, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not (workdir / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert f"in use by process {first.pid}" in one_line_error(run_cli(flags))
-        assert first.poll() is None
-    finally:
-        first.kill()
-        first.wait()
-
-
 def test_a_changed_config_that_does_not_fit_is_named_key_by_key(finished, run_cli, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
-    line = one_line_error(run_cli([QUICK, "--config.steps=20", "--config.encoder.width=32", f"--workdir={workdir}"]))
-    assert "encoder.width" in line and "checkpoint (2, 64, 64), config (2, 32, 32)" in line
+    line = one_line_error(run_cli([*SMALL, "--config.steps=20", "--config.encoder.width=8", f"--workdir={workdir}"]))
+    assert "encoder.width" in line and "checkpoint (1, 16, 16), config (1, 8, 8)" in line
 
 
 def test_a_run_that_is_further_than_asked_for_is_named(finished, run_cli, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
-    line = one_line_error(run_cli([QUICK, "--config.steps=6", f"--workdir={workdir}"]))
+    line = one_line_error(run_cli([*SMALL, "--config.steps=6", f"--workdir={workdir}"]))
     assert "6 steps" in line and "already at step 12" in line
     assert summary(workdir)["steps"] == 12
 
@@ -196,21 +193,21 @@ def test_a_run_that_is_further_than_asked_for_is_named(finished, run_cli, tmp_pa
 @pytest.mark.slow
 def test_init_from_takes_the_encoder_of_another_run(finished, run_cli, tmp_path):
     """Another corruption may continue from it; another width may not."""
-    start = [QUICK, f"--config.init_from={finished[0]}", "--config.corruption.name=rop"]
+    start = [*SMALL, f"--config.init_from={finished[0]}", "--config.corruption.name=rop"]
     result = run_cli([*start, "--config.steps=2", "--config.log.parameters", f"--workdir={tmp_path / 'a'}"])
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.search(r"\nencoder/.* decay", result.stderr) and ", under weight decay " in result.stderr
     assert "encoder taken from step 12" in result.stderr
     line = one_line_error(run_cli([*start, "--config.encoder.width=32", f"--workdir={tmp_path / 'b'}"]))
     assert "encoder/blocks" in line and "init_from" in line
-    line = one_line_error(run_cli([QUICK, f"--config.init_from={tmp_path / 'none'}", f"--workdir={tmp_path / 'c'}"]))
+    line = one_line_error(run_cli([*SMALL, f"--config.init_from={tmp_path / 'none'}", f"--workdir={tmp_path / 'c'}"]))
     assert "no such folder" in line
 
 
 def test_weights_that_are_not_finite_are_not_saved(run_cli, tmp_path):
     """The loss of step 1 is finite, its update is not: a checkpoint of it could never be continued."""
     flags = ["--config.optimizer.lr=1e39", "--config.optimizer.warmup_steps=0", "--config.save.every=1"]
-    line = one_line_error(run_cli([QUICK, *flags, f"--workdir={tmp_path}"]))
+    line = one_line_error(run_cli([*SMALL, *flags, f"--workdir={tmp_path}"]))
     assert "not finite after step 1; no checkpoint was saved yet" in line
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
 
@@ -232,8 +229,7 @@ def test_a_folder_of_images_trains(run_cli, tmp_path):
     """Folder with labels: k-NN separates red from blue; a file that is no image is named and counted."""
     root = make_folder(tmp_path / "images")
     (root / "train" / "red" / "bro\x1bk\nen.jpg").write_bytes(b"not a JPEG")
-    flags = ["--config=configs/cifar10.py:debug,corruption=rop,encoder=vit", f"--config.data.source=folder:{root}"]
-    flags.append("--config.log.report=False")
+    flags = [*SMALL, f"--config.data.source=folder:{root}", "--config.log.report=False"]
     result = run_cli([*flags, "--config.data.max_undecodable=0.2", "--config.steps=8", f"--workdir={tmp_path / 'run'}"])
     assert result.returncode == 0, result.stderr[-2000:]
     assert "skipping undecodable image red/bro\\x1bk\\nen.jpg" in result.stderr and "\x1b" not in result.stderr
@@ -246,7 +242,7 @@ def test_images_without_labels_train_without_an_evaluation(run_cli, tmp_path):
     flat.mkdir()
     for i, path in enumerate(sorted(root.rglob("*.jpg"))):
         shutil.copy(path, flat / f"{i}.jpg")
-    flags = ["--config=configs/cifar10.py:debug", f"--config.data.source=folder:{flat}", "--config.log.report=False"]
+    flags = [*SMALL, f"--config.data.source=folder:{flat}", "--config.log.report=False"]
     result = run_cli([*flags, f"--workdir={tmp_path / 'run'}"])
     assert result.returncode == 0, result.stderr[-2000:]
     written = summary(tmp_path / "run")
