@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,30 +37,45 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def command_line(checkout: Path, env: dict, *args: str) -> str:
-    command = [sys.executable, "-m", "crate_jax.main", "--config=configs/quickstart.py:debug", *args]
-    env = env | {"JAX_NUM_CPU_DEVICES": "2"}
-    result = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout + result.stderr
+@pytest.fixture(scope="module")
+def command_line(checkout, cli_env) -> Iterator[Callable[..., dict]]:
+    """Runs a command of the copy on two devices, in a fork of one process that has imported the copy."""
+    shutil.copytree(
+        ROOT / "tests", checkout / "tests", ignore=lambda _, names: set(names) - {"__init__.py", "forked.py"}
+    )
+    env, pipes = cli_env | {"JAX_NUM_CPU_DEVICES": "2"}, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-m", "tests.forked"]
+    with subprocess.Popen(command, cwd=checkout, env=env, text=True, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def run(*args: str) -> dict:
+            argv = ["crate_jax.main", "--config=configs/quickstart.py:debug", *args]
+            process.stdin.write(json.dumps({"argv": argv, "env": {}}) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
 
 
-def test_the_page_has_a_method_that_trains_resumes_and_is_judged(checkout, cli_env, tmp_path):
+def test_the_page_has_a_method_that_trains_resumes_and_is_judged(command_line, tmp_path):
     """Under a penalty, on two devices. The run that continues from step 4 ends with the same bits, its target too."""
     words = re.search(r"--config=configs/quickstart.py (--config\.method=\w+)", PAGE.read_text())
     assert words is not None
     args = (
         words[1], "--config.penalty.name=so", "--config.penalty.weight=1e-4", "--config.steps=7",
-        "--config.save.every=4", "--config.whitebox.every=4",
+        "--config.save.every=4", "--config.batch_size=16", "--config.encoder.width=16", "--config.encoder.depth=1",
+        "--config.encoder.heads=2", "--config.log.pictures=0", "--config.log.tensorboard=False",
     )  # fmt: skip
-    command_line(checkout, cli_env, *args, f"--workdir={tmp_path / 'whole'}")
+    result = command_line(*args, "--config.whitebox.every=4", f"--workdir={tmp_path / 'whole'}")
+    assert result["status"] == 0, result["stderr"][-3000:]
     whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "checkpoints" / "7")
     (tmp_path / "broken" / "summary.json").unlink()
-    quiet = ("--config.whitebox.every=0", "--config.log.report=False")
-    out = command_line(checkout, cli_env, *args, *quiet, f"--workdir={tmp_path / 'broken'}")
-    assert "continuing from step 4" in out
+    result = command_line(*args, "--config.log.report=False", f"--workdir={tmp_path / 'broken'}")
+    assert result["status"] == 0, result["stderr"][-3000:]
+    assert "continuing from step 4" in result["stderr"]
     broken = json.loads((tmp_path / "broken" / "summary.json").read_text())
     assert (broken["steps"], broken["params_sha256"]) == (7, whole["params_sha256"])
     one, two = (meta(tmp_path / name) for name in ("whole", "broken"))
@@ -73,13 +89,12 @@ def test_the_page_has_a_method_that_trains_resumes_and_is_judged(checkout, cli_e
     assert 0 < whole["knn_top1"] <= 1 and whole["report"]
 
 
-def test_micro_batches_are_refused(checkout, cli_env, tmp_path):
+def test_micro_batches_are_refused(command_line, tmp_path):
     """The page's method couples the images of a batch."""
-    command = [sys.executable, "-m", "crate_jax.main", "--config=configs/quickstart.py:debug"]
-    command += ["--config.method=uniformity", "--config.accumulate=2", f"--workdir={tmp_path / 'run'}"]
-    result = subprocess.run(command, cwd=checkout, env=cli_env, capture_output=True, text=True, timeout=400)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.returncode == 2 and len(errors) == 1
+    args = ("--config.method=uniformity", "--config.accumulate=2", f"--workdir={tmp_path / 'run'}")
+    result = command_line(*args)
+    errors = [line for line in result["stderr"].splitlines() if line.startswith("error:")]
+    assert result["status"] == 2 and len(errors) == 1
     assert "config.accumulate=2: must be 1" in errors[0] and "'uniformity'" in errors[0]
 
 
