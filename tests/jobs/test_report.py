@@ -69,9 +69,11 @@ def report(paths, workdir=None, **changes):
 
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
+    """The report of both runs, with what tells of their logs, figures, and pictures; tests/analysis/ has the rest."""
     folder = tmp_path_factory.mktemp("compared")
-    few = dict(latents=32, patch_sizes=(1,), mask_ratios=(0.25, 0.5, 0.75), rop_ratios=(0.25, 0.5), side=8)
-    return folder, report(runs[0], folder, whitebox__images=16, **{f"align__{key}": x for key, x in few.items()})
+    return folder, report(
+        runs[0], folder, report__sections=("overview", "recipes", "pictures", "details", "neighbours")
+    )
 
 
 class Page(HTMLParser):
@@ -126,7 +128,20 @@ def test_training_leaves_a_report(runs):
 
 
 def test_pages_need_nothing_but_themselves(runs, compared):
-    for folder in (*runs[0], compared[0]):
+    needs_nothing(*runs[0], compared[0])
+
+
+@pytest.mark.slow
+def test_a_report_with_all_sections_needs_nothing_but_itself(runs, tmp_path):
+    few = dict(latents=32, patch_sizes=(1,), mask_ratios=(0.25, 0.5, 0.75), rop_ratios=(0.25, 0.5), side=8)
+    result = report(runs[0], tmp_path, whitebox__images=16, **{f"align__{key}": x for key, x in few.items()})
+    assert result["left_out"] == {}
+    assert len(read(tmp_path)[1]["sections"]) > 8
+    needs_nothing(tmp_path)
+
+
+def needs_nothing(*folders):
+    for folder in folders:
         html, _ = read(folder)
         found = Page(html)
         assert len(found.ids) == len(set(found.ids)) > 50
@@ -513,15 +528,19 @@ def test_every_key_is_of_the_run_or_of_the_report():
     assert (full.protocol.name, full.whitebox.every, full.nonfinite.skip) == ("finetune_mae", 0, 2)
 
 
-def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch, caplog):
+def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(runs, tmp_path, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(svg, "element", broken)
-    summary = train.run(tiny(steps=2), str(tmp_path / "run"))
+    run = shutil.copytree(runs[0][0], tmp_path / "run")
+    for name in ("report.html", "report.json", "summary.json"):
+        (run / name).unlink()
+    summary = train.run(tiny(), str(run))  # the scores are computed again, and the report is drawn
     assert summary["report"] is None and "no report: RuntimeError: no fonts" in caplog.text
-    assert not (tmp_path / "run" / "report.html").exists()
-    assert train.run(tiny(steps=2, log__report=False), str(tmp_path / "quiet"))["report"] is None
+    assert not (run / "report.html").exists()
+    caplog.clear()
+    assert train.write_report(run, tiny(log__report=False), sharding.make_mesh(1, 1)) is None and not caplog.text
 
 
 def test_a_run_that_is_still_going_can_be_read(runs, tmp_path):
