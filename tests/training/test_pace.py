@@ -16,8 +16,9 @@ pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
 def tiny(**keys):
     c = quickstart.get_config("debug")
     c.steps, c.log.pictures, c.log.report, c.log.tensorboard = 0, 0, False, False
+    c.batch_size, c.encoder.width, c.encoder.depth, c.encoder.heads = 16, 16, 1, 2
+    c.decoder.depth, c.decoder.heads = 1, 2
     c.optimizer.warmup_steps, c.optimizer.warmup_share = 0, 0.4
-    c.evaluation.test_images = c.evaluation.train_images = 30
     c.update(keys)
     return c
 
