@@ -26,7 +26,8 @@ QUICK = "--config=configs/quickstart.py:debug"
 # One block and the digits' size of images in all runs here: what the first compiles, the others find in the cache.
 SMALL = [
     QUICK, "--config.batch_size=16", "--config.encoder.width=16", "--config.encoder.depth=1",
-    "--config.encoder.heads=2", "--config.decoder.depth=1", "--config.decoder.heads=2", "--config.log.tensorboard=False",
+    "--config.encoder.heads=2", "--config.decoder.depth=1", "--config.decoder.heads=2",
+    "--config.log.tensorboard=False",
 ]  # fmt: skip
 TWELVE = [*SMALL, "--config.steps=12", "--config.log.pictures_every=6", "--config.save.every=6"]
 SUMMARY = {
