@@ -34,19 +34,21 @@ def prepare(row: Row, folder: Path, run: Path | None) -> None:
         bad_inputs.MAKERS[row.make](folder)
 
 
-def forked(rows: list[Row], folders: list[Path], env: Mapping[str, str]) -> list[dict]:
-    """What tests.forked says of each row."""
+def forked(rows: list[Row], folders: list[Path], process: subprocess.Popen[str]) -> list[dict]:
+    """What the process of tests.forked says of each row."""
+    assert process.stdin is not None and process.stdout is not None
     commands = []
     for row, folder in zip(rows, folders, strict=True):
         words = shlex.split(row.expanded(folder), comments=True)
         start = next(i for i, word in enumerate(words) if word in MODULES)
         set_here = dict(word.split("=", 1) for word in words[:start])
         commands.append({"argv": [MODULES[words[start]], *words[start + 1 :]], "env": set_here})
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.forked"], cwd=ROOT, env=dict(env), text=True,
-        input="".join(json.dumps(command) + "\n" for command in commands), stdout=subprocess.PIPE, check=True,
-    )  # fmt: skip
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    results = []
+    for command in commands:
+        process.stdin.write(json.dumps(command) + "\n")
+        process.stdin.flush()
+        results.append(json.loads(process.stdout.readline()))
+    return results
 
 
 def alone(row: Row, folder: Path, env: Mapping[str, str]) -> dict:
@@ -93,18 +95,23 @@ class Results:
     def __init__(self, root: Path, env: Mapping[str, str], rows: list[Row]) -> None:
         self.folders = {row: root / str(i) for i, row in enumerate(rows)}
         self.env = env
+        command, pipes = [sys.executable, "-m", "tests.forked"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=ROOT, env=dict(env), text=True, **pipes) as process:
+            self._run(root, rows, process)
+
+    def _run(self, root: Path, rows: list[Row], process: subprocess.Popen[str]) -> None:
         run = None
         if any(row.needs_run for row in rows):
             made = Row("", "", RUN)
             (root / "made").mkdir()
-            (result,) = forked([made], [root / "made"], env)
+            (result,) = forked([made], [root / "made"], process)
             assert result["status"] == 0, result["stderr"][-3000:]
             run = root / "made" / "run"
         for row, folder in self.folders.items():
             prepare(row, folder, run)
         self.before = {row: contents(folder) for row, folder in self.folders.items()}
         together = [row for row in rows if not row.alone]
-        results = forked(together, [self.folders[row] for row in together], env)
+        results = forked(together, [self.folders[row] for row in together], process)
         self.results = dict(zip(together, results, strict=True))
 
     def check(self, row: Row) -> None:
