@@ -319,7 +319,7 @@ def test_the_input_is_what_enters_the_first_block(pool):
     assert np.abs(first[0, 0] - first[0, 1]).max() > 0.01
 
 
-@pytest.mark.parametrize(("draw", "encoder"), [("augmentation", "vit"), ("corruption", "crate")])
+@pytest.mark.parametrize(("draw", "encoder"), [("augmentation", "vit"), ("corruption", "vit")])
 def test_lidar_of_a_run_on_any_devices(draw, encoder):
     one, eight = (collapse_subject.measure_lidar(subject(n, encoder=encoder), 30, 4, draw) for n in (1, 8))
     for place, found in eight.items():
@@ -352,11 +352,9 @@ def test_views_that_cannot_differ_are_refused():
         collapse_subject.measure(Subject("x", blind.config, blind.params, None, None, None, blind.mesh))
 
 
-def test_every_encoder_has_places_and_weights():
-    for name, places in (("crate", 4), ("vit", 4), ("resnet18", 6)):
-        s = subject(encoder=name, corruption="none")
-        assert len(collapse_subject.measure(s, 24)) == places
-        found = collapse_subject.weights(s)
+def test_every_encoder_has_weights():
+    for name in ("crate", "vit", "resnet18"):
+        found = collapse_subject.weights(subject(1, encoder=name))
         assert all(n.startswith("encoder/") for n in found)
         assert any(v.shape[0] == 2 for v in found.values()) or name == "resnet18"
 
@@ -364,23 +362,29 @@ def test_every_encoder_has_places_and_weights():
 @pytest.mark.parametrize(("rows", "layer"), [("pooled", 0), ("tokens", 2)])
 def test_stages_of_different_width_are_measured_each(rows, layer):
     """The representation is the last stage's, or that of config.evaluation.layer."""
-    one, eight = (subject(n, encoder="resnet18", corruption="none") for n in (1, 8))
-    one.config.evaluation.layer = eight.config.evaluation.layer = layer
-    alone, found = (collapse_subject.measure(s, 50, rows) for s in (one, eight))
+    s = subject(1, encoder="resnet18", corruption="none")  # a split over devices is the same for all encoders
+    s.config.evaluation.layer = layer
+    found = collapse_subject.measure(s, 50, rows)
+    images = data.eval_images(s.config, s.train, data.sampling.sample(len(s.train), 50, s.config.seed))[0]
+    groups = jax.jit(collapse_subject.features(s.config, rows))(s.params, images, CLEAN)
+    expected = [np.asarray(x) for group in groups for x in group]
     assert list(found) == ["input", "stage 1", "stage 2", "stage 3", "stage 4", "representation"]
     sides = (8, 4, 2, 1)
     for place, m in found.items():
         n = int(place[-1]) - 1 if "stage" in place else {"input": 0, "representation": (layer or 4) - 1}[place]
         assert (m.width, m.rows) == (4 * 2**n, 50 * (1 if rows == "pooled" else sides[n] ** 2)), place
-        np.testing.assert_allclose(m.eigenvalues, alone[place].eigenvalues, rtol=1e-3, atol=1e-7)
+        x = expected.pop(0)
+        x = x.reshape(-1, x.shape[-1])
+        squares = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2 / (len(x) - 1)
+        np.testing.assert_allclose(m.eigenvalues, squares, rtol=1e-2, atol=1e-6)
     np.testing.assert_array_equal(found["representation"].eigenvalues, found[f"stage {layer or 4}"].eigenvalues)
     if rows == "pooled" and not layer:
-        lidar = collapse_subject.measure_lidar(eight, 30, 4)
+        lidar = collapse_subject.measure_lidar(s, 30, 4)
         assert list(lidar) == list(found) and all(1 <= x.value <= found[place].width for place, x in lidar.items())
 
 
 def test_the_section_shows_every_run():
-    subjects = [subject(encoder="vit"), subject(encoder="crate", corruption="none")]
+    subjects = [subject(1, encoder="vit"), subject(1, encoder="crate", corruption="none")]
     made = section.section(subjects, images=12, classes=24, views=2)
     features, weights = made.tables
     assert len(made.figures) == 3 and len(features.rows) == 8
@@ -397,7 +401,7 @@ def test_the_section_shows_every_run():
     assert len({ax.get_ylim() for ax in panels}) == 1
     assert "12 rows for 16 features" in made.text and {row[-1] for row in features.rows} == {"yes"}
     json.dumps(made.numbers, allow_nan=False)
-    assert made.numbers["vit on 8"]["features"]["block 1"]["rankme"] == features.rows[1][3]
+    assert made.numbers["vit on 1"]["features"]["block 1"]["rankme"] == features.rows[1][3]
 
 
 def test_weights_have_a_panel_for_each_kernel_and_layer():
@@ -458,7 +462,8 @@ def test_lidar_takes_the_views_that_the_run_trains_on(monkeypatch):
 
 def test_frozen_evaluation_logs_collapse_beside_accuracy():
     c = subject().config
-    mesh = sharding.make_mesh(16, 1)
+    c.evaluation.train_images, c.evaluation.test_images = 300, 200
+    mesh = sharding.make_mesh(16, 1, jax.devices()[:1])
     evaluation = FrozenEvaluation(
         c, lambda p, x: x.reshape(len(x), -1)[:, :24].astype(jnp.float32) * p, data.open_split(c, "train"), mesh
     )
@@ -467,5 +472,5 @@ def test_frozen_evaluation_logs_collapse_beside_accuracy():
     assert 1 < scores["rankme"] < scores["rankme_limit"] == 24
     assert scores["rankme_untrained"] == pytest.approx(1, abs=1e-3)  # all features zero
     assert "alpha_req_untrained" not in scores and "rankme_pixels" not in scores
-    assert scores.pop("test_images") == len(data.open_split(c, "eval"))
+    assert scores.pop("test_images") == 200
     assert all(isinstance(v, float) for v in scores.values())

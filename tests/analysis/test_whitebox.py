@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -160,12 +161,27 @@ def init(c):
 
 
 def images(c, count: int = 4, seed: int = 5):
-    return jax.random.normal(jax.random.key(seed), (count, *c.data.image_size, 3))
+    return random(count, *c.data.image_size, 3, seed=seed)
 
 
 def measured(c, params, x, measures=whitebox.MEASURES):
     keys = jax.random.split(jax.random.key(1), len(x))
     return jax.device_get(jax.jit(whitebox.build(c, measures))(params, x, keys))
+
+
+@functools.cache
+def plain():
+    """The config of a small CRATE, its parameters, images and what :func:`measured` finds: for tests that only read."""
+    c = small()
+    params, x = init(c), images(c)
+    return c, params, x, measured(c, params, x)
+
+
+@functools.cache
+def plain_features():
+    """The named points of the layers that :func:`plain` measures: of the encoder and of the decoder; the corruption."""
+    c, params, x, _ = plain()
+    return jax.jit(whitebox._features(c))(params, x, jax.random.split(jax.random.key(1), len(x)))
 
 
 def test_what_a_map_leaves_needs_two_batches_of_two_images():
@@ -180,10 +196,8 @@ def test_what_a_map_leaves_needs_two_batches_of_two_images():
 
 def test_all_layers_at_once_equal_layer_by_layer_in_float64():
     """The scanned blocks' points with the right layer's parameters, rates by the definition."""
-    c = small()
-    params, x = init(c), images(c)
-    got = measured(c, params, x)["encoder"]
-    points = jax.tree.map(np.asarray, representation.points(c)(params, x)[1])
+    _, params, x, found = plain()
+    got, points = found["encoder"], jax.tree.map(np.asarray, plain_features()[0])
     z, half, out = (points[name] for name in ("input", "after_mssa", "after_ista"))
     np.testing.assert_array_equal(z[1:], out[:-1])
     for layer in range(3):
@@ -206,12 +220,9 @@ def test_all_layers_at_once_equal_layer_by_layer_in_float64():
 
 def test_decoder_layers_are_paired_with_encoder_layers_from_the_bottleneck():
     """Decoder layer j against what encoder layer L - 1 - j was given, at the removed patches."""
-    c = small()
-    params, x = init(c), images(c)
-    got = measured(c, params, x)["decoder"]
+    got = plain()[3]["decoder"]
     assert got["inversion_error"].shape == (2, 4)
-    keys = jax.random.split(jax.random.key(1), len(x))
-    points, decoded, corruption = whitebox._features(c)(params, x, keys)
+    points, decoded, corruption = plain_features()
     removed = np.asarray(corruption.removed_BN) > 0
     assert removed.sum(1).tolist() == [10] * 4
     for j in range(2):
@@ -223,14 +234,17 @@ def test_decoder_layers_are_paired_with_encoder_layers_from_the_bottleneck():
 
 CASES = [
     (small("crate", "crate"), {"encoder", "decoder"}),
-    (small("crate", "crate", "drop"), {"encoder", "decoder"}),
+    # the same blocks as above, and the same drop as below
+    pytest.param(small("crate", "crate", "drop"), {"encoder", "decoder"}, marks=pytest.mark.slow),
     (small("crate", "linear", dictionary="overcomplete", tied_output=True), {"encoder"}),
     (small("vit", "transformer", "drop"), {"encoder", "decoder"}),
     (small("vit", "linear", positions="relative", qkv_bias="qv"), {"encoder"}),
 ]
 
 
-@pytest.mark.parametrize(("c", "parts"), CASES, ids=[f"{c.encoder.name}-{c.decoder.name}" for c, _ in CASES])
+@pytest.mark.parametrize(
+    ("c", "parts"), CASES, ids=lambda x: f"{x.encoder.name}-{x.decoder.name}" if hasattr(x, "encoder") else ""
+)
 def test_telemetry_of_every_kind_of_model(c, parts):
     params, x = init(c), images(c)
     c = c.copy_and_resolve_references()
@@ -245,20 +259,34 @@ def test_telemetry_of_every_kind_of_model(c, parts):
         assert "whitebox/encoder/coherence_mean/01" in scalars
     else:
         assert sparse == 1.0 and 0.1 < float(scalars["whitebox/encoder/active/02"]) < 0.9
-    means = {k: v.mean(axis=1) for k, v in measured(c, params, x)["encoder"].items()}
-    assert scalars["whitebox/encoder/rate/03"] == pytest.approx(means["rate"][2], rel=1e-5)
 
 
-def test_training_is_the_same_with_telemetry(tmp_path):
+def test_telemetry_is_the_mean_over_images():
+    c, params, x, found = plain()
+    keys = jax.random.split(jax.random.key(1), len(x))
+    scalars = jax.device_get(jax.jit(whitebox.telemetry(c))(params, x, keys))
+    for part, layers in found.items():
+        for layer, values in enumerate(layers["rate"]):
+            assert scalars[f"whitebox/{part}/rate/{layer + 1:02d}"] == pytest.approx(values.mean(), rel=1e-5)
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """As many as a split needs: a program for eight takes longer to compile."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda *args, **options: make_mesh(*args, jax.devices()[:2], **options))
+
+
+def test_training_is_the_same_with_telemetry(tmp_path, two_devices):
     """The weights to the bit; the numbers at their steps, of images split over the devices."""
-    c = small(depth=1)
+    c = small("crate", "linear", depth=1)
     for i in range(8):  # no labels: no classifiers to wait for
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(
             tmp_path / f"images/{i}.png"
         )
     c.data.source = f"folder:{tmp_path / 'images'}"
-    c.decoder.depth, c.log.every, c.log.tensorboard, c.log.pictures, c.log.report = 1, 2, False, 0, False
+    c.log.every, c.log.tensorboard, c.log.pictures, c.log.report = 2, False, 0, False
     plain = train.run(c, str(tmp_path / "plain"))
     c.whitebox.every, c.whitebox.images = 2, 8
     looked = train.run(c, str(tmp_path / "looked"))
@@ -416,9 +444,12 @@ def test_section_of_weights_without_images(subjects):
     assert not sections.pictures_section([lone]).figures
 
 
-def test_pictures_of_every_run(subjects):
-    section = sections.pictures_section(subjects)
-    assert [figure.caption.split(":")[0].split(",")[0] for figure in section.figures] == ["white"] * 3 + ["black"] * 3
+@pytest.mark.parametrize("names", [("white",), pytest.param(("white", "black"), marks=pytest.mark.slow)])
+def test_pictures_of_every_run(subjects, names, monkeypatch):
+    monkeypatch.setitem(sections.RATIOS, "mask", (0.25, 0.9))  # each is a program
+    section = sections.pictures_section(subjects[: len(names)])
+    captions = [figure.caption.split(":")[0].split(",")[0] for figure in section.figures]
+    assert captions == [name for name in names for _ in range(3)]
     assert all(drawn(figure) > 0.2 for figure in section.figures)
 
 
