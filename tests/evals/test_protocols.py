@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from threadpoolctl import threadpool_limits
 
 from crate_jax.errors import ConfigError, DataError, NonFiniteError
 from crate_jax.evals import linear_sgd, protocols
@@ -140,12 +141,13 @@ def test_a_strength_that_has_not_converged_is_not_chosen(digits, monkeypatch, ca
 
 def test_selection_never_sees_the_test_split(digits):
     """Other test images change the accuracy, not the choice; with select=test the choice is the table's best."""
-    other = Features(digits.train_x, digits.train_y, digits.test_x[::-1].copy(), digits.test_y, 10)
+    few = dataclasses.replace(digits, train_x=digits.train_x[:300], train_y=digits.train_y[:300])
+    other = dataclasses.replace(few, test_x=digits.test_x[::-1].copy())
     for name in ("knn", "logreg"):
-        ours, theirs = run(name, digits), run(name, other)
+        ours, theirs = run(name, few), run(name, other)
         assert ours["chosen"] == theirs["chosen"] and ours["selection"] == theirs["selection"]
         assert theirs["top1"] < 0.5 < ours["top1"]
-    peeked = run("logreg", digits, select="test")
+    peeked = run("logreg", few, select="test")
     assert "optimistic" in peeked["selected_on"]
     assert peeked["top1"] == max(row["top1"] for row in peeked["selection"])
 
@@ -162,25 +164,32 @@ def test_the_metric_asked_for_is_what_settings_are_chosen_by(digits):
 def test_logreg_is_scikit_learns(digits):
     few = dataclasses.replace(digits, train_x=digits.train_x[:500], train_y=digits.train_y[:500])
     for c in (0.1, 10.0):
-        reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(few.train_x, few.train_y)
+        with threadpool_limits(1):  # on busy cores the threads of many small products wait for each other
+            reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(few.train_x, few.train_y)
         expected = reference.score(few.test_x, few.test_y)
         assert run("logreg", few, c=(c,))["top1"] == pytest.approx(expected, abs=0.0025)  # one image
 
 
+@pytest.fixture(scope="module")
+def mae(digits):
+    """The whole of MAE's recipe on the digits, most of whose seconds are the order of 49,400 rows in each epoch."""
+    return run("linear_sgd", digits)
+
+
 @pytest.mark.parametrize("recipe", linear_sgd.RECIPES)
-def test_linear_probes_learn(digits, recipe):
+def test_linear_probes_learn(digits, recipe, request):
+    epochs = linear_sgd.RECIPES[recipe].epochs if recipe == "mae" else 30
     few = run("linear_sgd", digits, recipe=recipe, epochs=1)
-    more = run("linear_sgd", digits, recipe=recipe, epochs=30)
-    assert more["recipe"]["epochs"] == 30 and more["chosen"] == {"lr": linear_sgd.RECIPES[recipe].lr}
+    more = request.getfixturevalue("mae") if recipe == "mae" else run("linear_sgd", digits, recipe=recipe, epochs=30)
+    assert more["recipe"]["epochs"] == epochs and more["chosen"] == {"lr": linear_sgd.RECIPES[recipe].lr}
     assert more["train_loss"] < few["train_loss"]
     assert more["top1"] > 0.85
 
 
-def test_a_set_too_small_for_a_recipe_is_repeated(digits):
+def test_a_set_too_small_for_a_recipe_is_repeated(digits, mae):
     """1300 digits are less than a batch of MAE's recipe: once per pass, its 90 updates had an accuracy of 25 %."""
-    found = run("linear_sgd", digits)
-    assert found["recipe"]["repeats"] == 38 and found["recipe"]["batch_size"] == 16384
-    assert found["top1"] > run("logreg", digits, c=(1.0,))["top1"] - 0.03
+    assert mae["recipe"]["repeats"] == 38 and mae["recipe"]["batch_size"] == 16384
+    assert mae["top1"] > run("logreg", digits, c=(1.0,))["top1"] - 0.03
     assert [linear_sgd.RECIPES["mae"].for_rows(n).repeats for n in (1, 16384, 49151, 49152)] == [49152, 3, 2, 1]
     assert run("linear_sgd", digits, recipe="lightly", epochs=1)["recipe"]["repeats"] == 1
 
@@ -230,9 +239,13 @@ def test_rates_of_linear_probes_fall_as_their_recipes_say():
 
 
 def test_batch_norm_makes_the_scale_of_features_irrelevant(digits):
-    scaled = Features(digits.train_x * 50 + 3, digits.train_y, digits.test_x * 50 + 3, digits.test_y, 10)
-    kept, lost = (run("linear_sgd", f, recipe="mae", epochs=30)["top1"] for f in (digits, scaled))
-    assert kept == pytest.approx(lost, abs=0.02) and kept > 0.87
+    """Of each test image's scores, up to rounding; pixels that never change are left out: their scale is rounding."""
+    varies = digits.train_x[:200].std(0) > 0.05
+    x, y, other = digits.train_x[:200, varies], digits.train_y[:200], digits.test_x[:, varies]
+    recipe = dataclasses.replace(linear_sgd.RECIPES["mae"], batch_size=256, epochs=100, lr=2.0)
+    kept, scaled = (linear_sgd.fit(a * x + b, y, a * other + b, 10, recipe, 3)[0] for a, b in ((1, 0), (50, 3)))
+    np.testing.assert_allclose(scaled, kept, rtol=0.02, atol=0.01 * np.abs(kept).max())
+    assert np.mean(kept.argmax(1) == digits.test_y) > 0.5
 
 
 def test_several_rates_are_chosen_by_validation(digits):
