@@ -80,7 +80,9 @@ def test_the_section_has_the_rates_of_the_bands(tmp_path, monkeypatch):
         saved.save(step, params, {"step": jnp.int32(step)}, {"config": c.to_dict()})
     saved.close()
     splits = [data.open_split(c, s) for s in ("train", "eval")]
-    subject = Subject("quick", c, checkpoint.read_params(tmp_path)[0], tmp_path, *splits, sharding.make_mesh(8, 1))
+    subject = Subject(
+        "quick", c, checkpoint.read_params(tmp_path)[0], tmp_path, *splits, sharding.make_mesh(1, 1, jax.devices()[:1])
+    )
     made = speed.section([subject])
     found = made.numbers["quick"]
     assert found["steps"] == [1, 3, 5, 7] and len(made.tables) == 2 and len(made.figures) == 1

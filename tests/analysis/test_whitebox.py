@@ -18,7 +18,7 @@ from crate_jax import config as configs, data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, section as sections, theory
 from crate_jax.config import validate
 from crate_jax.jobs import train
-from crate_jax.models import autoencoder, representation
+from crate_jax.models import autoencoder
 from crate_jax.models.corruption import Identity, Masking
 from crate_jax.parallel import sharding
 from crate_jax.report import Subject

@@ -26,7 +26,7 @@ def test_labels_are_mixed_as_their_images_are(mixup, cutmix):
     """Image i is all i: the mean of a mixed one says how much of the other it holds, and so must its label."""
     n = 64
     images = jnp.broadcast_to(jnp.arange(n, dtype=jnp.float32)[:, None, None, None], (n, 12, 20, 3))
-    mixed, target = classify.mix(keys(n), images, jnp.eye(n), mixup, cutmix)
+    mixed, target = jax.jit(lambda keys: classify.mix(keys, images, jnp.eye(n), mixup, cutmix))(keys(n))
     np.testing.assert_allclose(jnp.sum(target, axis=1), 1.0, atol=1e-5)
     np.testing.assert_allclose(jnp.mean(mixed, axis=(1, 2, 3)), target @ jnp.arange(n, dtype=jnp.float32), atol=1e-3)
     own = jnp.diagonal(target)
@@ -40,7 +40,7 @@ def test_labels_are_mixed_as_their_images_are(mixup, cutmix):
 
 def test_erasing_hits_its_share_of_the_images_with_boxes_of_the_right_size():
     images = jnp.full((400, 24, 40, 3), 7.0)
-    erased = jax.vmap(lambda k, x: classify.erase(k, x, 0.25))(keys(400), images)
+    erased = jax.jit(jax.vmap(lambda k, x: classify.erase(k, x, 0.25)))(keys(400), images)
     changed = np.asarray(jnp.any(erased != 7.0, axis=-1))
     hit = changed.any((1, 2))
     assert 0.18 < hit.mean() < 0.32
@@ -48,7 +48,7 @@ def test_erasing_hits_its_share_of_the_images_with_boxes_of_the_right_size():
     assert 0.005 < shares.min() and shares.max() < 0.42
     rows, columns = changed[hit].any(2).sum(1), changed[hit].any(1).sum(1)
     np.testing.assert_allclose(shares * 24 * 40, rows * columns)  # filled boxes
-    untouched = jax.vmap(lambda k, x: classify.erase(k, x, 0.0))(keys(400), images)
+    untouched = jax.jit(jax.vmap(lambda k, x: classify.erase(k, x, 0.0)))(keys(400), images)
     np.testing.assert_array_equal(untouched, images)
 
 
@@ -85,7 +85,7 @@ def relative(positions: str):
     c.encoder.update(dict(name="vit", width=16, depth=3, heads=2, positions=positions))
     module = build_encoder(c)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
-    return module, module.init(jax.random.key(0), x)["params"], x
+    return module, jax.jit(module.init)(jax.random.key(0), x)["params"], x
 
 
 def test_a_shared_bias_copied_to_every_block_is_the_same_function():
@@ -95,9 +95,10 @@ def test_a_shared_bias_copied_to_every_block_is_the_same_function():
     per_block, others, _ = relative("relative_per_block")
     adopted = adopt_encoder({"encoder": others}, {"encoder": params}, "test")["encoder"]
     assert adopted["blocks"]["relative_bias"].shape == (3, *table.shape)
-    expected = shared.apply({"params": params}, x)
-    np.testing.assert_allclose(per_block.apply({"params": adopted}, x), expected, atol=1e-5)
-    plain = shared.apply({"params": {**params, "relative_bias": 0 * table}}, x)
+    apply = jax.jit(shared.apply)
+    expected = apply({"params": params}, x)
+    np.testing.assert_allclose(jax.jit(per_block.apply)({"params": adopted}, x), expected, atol=1e-5)
+    plain = apply({"params": {**params, "relative_bias": 0 * table}}, x)
     assert float(jnp.abs(plain - expected).max()) > 1e-2
 
 

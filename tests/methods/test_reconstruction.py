@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,12 +37,12 @@ def tiny(corruption: str, target: str = "pixel"):
 def drawn(c) -> tuple[np.ndarray, list[np.ndarray], jax.Array]:
     """uint8 images, the pictures of them in columns, and the keys of the draws."""
     method = reconstruction.build(c)
-    params = train_step.init_params(c, method)[0]
+    params = jax.jit(lambda: train_step.init_params(c, method)[0])()
     head = params["decoder"]["head"]
     head["kernel"], head["bias"] = jnp.zeros_like(head["kernel"]), jnp.full_like(head["bias"], SAID)
     images = np.random.default_rng(0).integers(90, 170, (BATCH, 20, 12, 3), np.uint8)  # so that nothing is clipped
     keys = jax.random.split(jax.random.key(1), BATCH)
-    return images, [np.asarray(x) for x in method.pictures(params, {"image": images}, keys)], keys
+    return images, [np.asarray(x) for x in jax.jit(method.pictures)(params, {"image": images}, keys)], keys
 
 
 @pytest.mark.parametrize("corruption", [pytest.param("mask", marks=pytest.mark.one_python), "rop"])
@@ -90,18 +92,18 @@ def test_a_guide_adds_the_cross_entropy_of_a_linear_classifier_on_the_corrupted_
     }
     keys = jax.random.split(jax.random.key(1), 3)
     plain = reconstruction.build(c)
-    params = train_step.init_params(c, plain)[0]
-    expected, (_, scalars) = plain.loss(params, {}, batch, keys)
+    params = jax.jit(lambda: train_step.init_params(c, plain)[0])()
+    expected, (_, scalars) = jax.jit(plain.loss)(params, {}, batch, keys)
     assert set(scalars) == {"reconstruction"} and plain.inputs == ("image",)
     c.loss.guide = 0.3
     guided = reconstruction.build(c, data.open_split(labelled(c), "train"))
-    drawn, _ = train_step.init_params(c, guided)
+    drawn = jax.jit(lambda: train_step.init_params(c, guided)[0])()
     jax.tree.map(np.testing.assert_array_equal, {k: drawn[k] for k in params}, params)
     weights = {"kernel": np.random.default_rng(2).normal(size=(8, 10)), "bias": np.arange(10) / 7}
-    value, (_, scalars) = guided.loss({**params, "guide": weights}, {}, batch, keys)
+    value, (_, scalars) = jax.jit(guided.loss)({**params, "guide": weights}, {}, batch, keys)
     sample = corruptions.sampler(c, *autoencoder.patch_numbers(c))(jax.vmap(jax.random.split)(keys)[:, 0])
-    encoder = autoencoder.build(c)
-    tokens = encoder.apply({"params": params}, normalise(batch["image"], c), sample, method="encode")
+    encode = jax.jit(functools.partial(autoencoder.build(c).apply, method="encode"))
+    tokens = encode({"params": params}, normalise(batch["image"], c), sample)
     logits = np.asarray(tokens[:, 1:], np.float64).mean(1) @ weights["kernel"] + weights["bias"]
     nats = np.log(np.exp(logits).sum(1)) - logits[range(3), batch["label"]]
     assert float(scalars["guide_loss"]) == pytest.approx((nats[0] + nats[2]) / 3, rel=1e-4)
@@ -110,7 +112,7 @@ def test_a_guide_adds_the_cross_entropy_of_a_linear_classifier_on_the_corrupted_
     assert set(guided.judged({**params, "guide": weights}, {})) == set(params)  # of no use to who judges the encoder
     c.loss.guide, c.penalty.name, c.penalty.weight = 0.0, "whiten", 0.2
     white = reconstruction.build(c)
-    value, (_, scalars) = white.loss(params, {}, batch, keys)
+    value, (_, scalars) = jax.jit(white.loss)(params, {}, batch, keys)
     term = 25 * whitening.hinge(tokens[:, 1:].mean(1)) + whitening.off_diagonal(tokens[:, 1:].mean(1))
     assert float(value - expected) == pytest.approx(0.2 * float(term), rel=1e-4) and not white.mean_over_images
     c.loss.guide = 0.3
