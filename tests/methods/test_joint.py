@@ -28,6 +28,10 @@ CARRYING = ("byol", "mocov2plus", "dino", "swav", "deepclusterv2", "vibcreg")  #
 # Every change runs the tests of these; the others are slow.
 QUICK = [pytest.param(name, marks=() if name in CARRYING else pytest.mark.slow) for name in JOINT]
 ONE = [pytest.param(name, marks=() if name == "byol" else pytest.mark.slow) for name in JOINT]
+# The step over devices of a method with a target, of one with a queue and assignments, and of one that whitens.
+QUICK_DEVICES = [
+    pytest.param(name, marks=() if name in ("byol", "swav", "vibcreg") else pytest.mark.slow) for name in JOINT
+]
 BATCH, IMAGES = 16, 40  # an epoch is two steps and a half
 OWN = {  # keys without which a tiny run would not fit
     "wmse": {"wmse.slice": 8, "joint.out": 5},
@@ -109,15 +113,15 @@ def run(c, method, count: int, devices: int = 1, state=None, first: int = 0):
     return jax.device_get(state), log
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_eight_devices_make_the_steps_of_one(name):
+@pytest.mark.parametrize("name", QUICK_DEVICES)
+def test_four_devices_make_the_steps_of_one(name):
     """Batch norm, negatives, queues, centres and assignments are those of the whole batch; SO composes."""
     c, method = unchanged(name)
     one, log = run(c, method, 4)
-    eight, other = run(c, method, 4, devices=8)
+    four, other = run(c, method, 4, devices=4)
     # The root of All4One's feature loss is steep near 0, so its gradient makes rounding larger.
     chex.assert_trees_all_close(log, other, rtol=5e-3 if name == "all4one" else 2e-4, atol=2e-5)
-    chex.assert_trees_all_close(one.carried, eight.carried, rtol=2e-3, atol=2e-4)
+    chex.assert_trees_all_close(one.carried, four.carried, rtol=2e-3, atol=2e-4)
     assert all(math.isfinite(x) for scalars in log for x in scalars.values())
     assert log[0]["penalty"] > 0 and "penalty" not in method_scalars(log[0])
 
@@ -165,11 +169,12 @@ def test_a_target_is_a_slow_copy_and_is_not_trained(name):
     """It starts as the student, moves by 1 - tau towards the new weights, and its gradient is none."""
     c = config_of(name, **{"joint.tau": 0.75, "joint.tau_final": 0.95})
     method = build(c)
-    params, carried = jax.jit(lambda: method.init(jax.random.key(1), lambda drawn: drawn))()
-    if joint.TARGET not in carried:
+    init = lambda: method.init(jax.random.key(1), lambda drawn: drawn)  # noqa: E731
+    if joint.TARGET not in jax.eval_shape(init)[1]:
         assert "tau" not in read_keys(name)
         return
     assert "tau" in read_keys(name)
+    params, carried = jax.jit(init)()
     ours, slow = names(params), names(carried[joint.TARGET])
     shared = [n for n in slow if n in ours]
     assert shared and all((slow[n] == ours[n]).all() for n in shared)
@@ -236,7 +241,8 @@ def test_pooled_batch_norm_has_the_statistics_of_all_views():
     for how in ("view", "pooled"):
         c = config_of("simclr", **{"joint.batch_norm": how})
         method = build(c)
-        params, carried = method.init(jax.random.key(1), lambda drawn: drawn)
+        init = jax.jit(lambda method=method: method.init(jax.random.key(1), lambda drawn: drawn))
+        params, carried = init()
         batch = batch_of(0)
         batch["views"][:, 1] = 255 - batch["views"][:, 1]
         _, (carried, _) = jax.jit(method.loss)(params, carried, batch, jax.random.split(jax.random.key(2), BATCH))
@@ -244,7 +250,7 @@ def test_pooled_batch_norm_has_the_statistics_of_all_views():
     each = [0.0, 0.0]
     for view in (0, 1):
         alone = {**batch, "views": np.repeat(batch["views"][:, view : view + 1], 2, axis=1)}
-        _, (carried, _) = jax.jit(method.loss)(*method.init(jax.random.key(1), lambda drawn: drawn), alone, jax.random.split(jax.random.key(2), BATCH))  # fmt: skip  # noqa: E501
+        _, (carried, _) = jax.jit(method.loss)(*init(), alone, jax.random.split(jax.random.key(2), BATCH))  # fmt: skip  # noqa: E501
         each[view] = carried[joint.STATISTICS]["encoder"]["bn1"]["running_mean"] / 0.1
     np.testing.assert_allclose(found["pooled"], 0.1 * (each[0] + each[1]) / 2, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["view"], 0.9 * 0.1 * each[0] + 0.1 * each[1], rtol=1e-4, atol=1e-6)
@@ -255,14 +261,14 @@ def test_the_online_classifier_leaves_out_images_without_a_label():
     rng = np.random.default_rng(3)
     weights = {"kernel": jnp.asarray(rng.normal(size=(4, 9)), jnp.float32), "bias": jnp.asarray(rng.normal(size=9))}
     x, label = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), np.array([2, -1, 7, 0, -1])
-    value, scalars = online.loss(weights, [x], jnp.asarray(label))
+    value, scalars = jax.jit(online.loss)(weights, [x], jnp.asarray(label))
     logits = np.asarray(x @ weights["kernel"] + weights["bias"], np.float64)
     losses = [math.log(np.exp(logits[i]).sum()) - logits[i, label[i]] for i in (0, 2, 3)]
     assert float(value) == pytest.approx(np.mean(losses), rel=1e-5)
     ranks = [(logits[i] > logits[i, label[i]]).sum() for i in (0, 2, 3)]
     assert float(scalars["online_top1"]) == pytest.approx(np.mean([r < 1 for r in ranks]))
     assert float(scalars["online_top5"]) == pytest.approx(np.mean([r < 5 for r in ranks]))
-    value, grads = jax.value_and_grad(lambda w: online.loss(w, [x], jnp.full(5, -1))[0])(weights)
+    value, grads = jax.jit(jax.value_and_grad(lambda w: online.loss(w, [x], jnp.full(5, -1))[0]))(weights)
     assert value == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
@@ -278,11 +284,8 @@ def test_the_rate_of_the_online_classifier_grows_with_the_batch_as_the_methods_d
 
 def test_the_online_classifier_moves_neither_encoder_nor_clipping():
     """The same encoder and the same norm of the gradient, whatever the classifier does."""
-    ends = []
-    for rate in (0.0, 0.3):
-        c = config_of("byol", **{"online.lr": rate})
-        ends.append(run(c, build(c), 2))
-    (one, log), (two, other) = ends
+    c = config_of("byol", **{"online.lr": 0.0})
+    (one, log), (two, other) = run(c, build(c), 2), run(*unchanged("byol"), 2)
     chex.assert_trees_all_equal(one.params, two.params)
     assert [s["grad_norm"] for s in log] == [s["grad_norm"] for s in other]
     assert joint.ONLINE not in one.carried and np.abs(two.carried[joint.ONLINE]["kernel"]).min() > 0
