@@ -436,14 +436,14 @@ def test_images_without_labels_are_refused(small, tmp_path):
 def test_few_images_are_warned_about(small, tmp_path, caplog):
     c = small.copy_and_resolve_references()
     c.evaluation.train_images = 100
-    align.run(c, str(tmp_path))
+    align.analyse(c, ONE_DEVICE)  # what the job runs before it draws
     assert "100 images of 192 numbers" in caplog.text
 
 
 def tiny_run():
     c = quickstart.get_config("debug")
     c.loss.region = "all"
-    return c, autoencoder.init_params(c, jax.random.key(0))
+    return c, jax.jit(lambda: autoencoder.init_params(c, jax.random.key(0)))()
 
 
 def test_bands_add_up_to_the_loss():
@@ -455,7 +455,7 @@ def test_bands_add_up_to_the_loss():
     components = bands.components_of(bands.rows_of(c, images, 32), 32)
     D = len(components.variances_D)
     error = bands.reconstruction_by_band(c, params, images, components, [0, D])[0]
-    loss = reconstruction.build(c).loss(
+    loss = jax.jit(reconstruction.build(c).loss)(
         params, {}, {"image": jnp.asarray(images)}, jax.random.split(jax.random.key(0), 16)
     )[0]
     assert error * components.variances_D.sum() / D == pytest.approx(float(loss), rel=1e-4)
@@ -496,14 +496,14 @@ def test_section_of_a_run(images, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(section, "SHARES", (0.9,))
     c = quickstart.get_config("debug")
     saved = checkpoint.Checkpoints(tmp_path, 3)
-    params = autoencoder.init_params(c, jax.random.key(0))
+    params = jax.jit(lambda: autoencoder.init_params(c, jax.random.key(0)))()
     for step in (1, 2):
         saved.save(step, params, {"step": jnp.int32(step)}, {"config": c.to_dict()})
     saved.close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "probe_top1": 0.5}\n')
     params, _ = checkpoint.read_params(tmp_path)
     splits = [data.open_split(c, s) for s in ("train", "eval")]
-    subject = Subject("quick", c, params, tmp_path, *splits, sharding.make_mesh(8, 1))
+    subject = Subject("quick", c, params, tmp_path, *splits, ONE_DEVICE)
     unlabelled = ArraySource("grey", images[0], None, None)
     other = Subject("other", c, {"encoder": params["encoder"]}, None, unlabelled, None, subject.mesh)
     again = Subject("again", c.copy_and_resolve_references(), subject.params, None, *splits, subject.mesh)
