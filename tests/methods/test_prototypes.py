@@ -129,7 +129,7 @@ def test_tiny_temperatures_are_finite(name, changes):
         centres = {head: joint.unit(random(*c.shape, seed=8)) for head, c in own["centres"].items()}
         own |= {"assignments": own["assignments"] + 3, "centres": centres}
     views = [random(16, 20 if name == "dino" else 12, seed=v) for v in range(2)]
-    value, grads = jax.value_and_grad(lambda z: made.loss(bare_step([z, views[1]], own, views))[0])(views[0])
+    value, grads = jax.jit(jax.value_and_grad(lambda z: made.loss(bare_step([z, views[1]], own, views))[0]))(views[0])
     assert value > 0 and finite((value, grads))
 
 
