@@ -79,6 +79,9 @@ def report(tmp_path_factory):
     return path
 
 
+ONE_THEME = pytest.mark.parametrize("opened", ["light"], indirect=True)  # for what colours have no part in
+
+
 @pytest.fixture(params=["light", "dark"])
 def opened(browser, report, request):
     """The page in each scheme; fails at the end if the browser complained or asked for anything but the file."""
@@ -136,6 +139,7 @@ def test_the_theme_can_be_chosen(opened):
     assert tab.evaluate("document.documentElement.dataset.theme") == other
 
 
+@ONE_THEME
 def test_tables_are_sorted_as_numbers_by_click_and_by_key(opened):
     tab, _ = opened
     last = tab.locator("table").count() - 1
@@ -159,6 +163,7 @@ def test_tables_are_sorted_as_numbers_by_click_and_by_key(opened):
     assert tab.locator("table").first.locator("strong").all_inner_texts() == ["90.0 ± 6.3"]
 
 
+@ONE_THEME
 def test_a_folded_section_opens_where_the_reader_goes_and_for_print(opened):
     tab, _ = opened
     details = tab.locator("main details")
@@ -173,6 +178,7 @@ def test_a_folded_section_opens_where_the_reader_goes_and_for_print(opened):
     assert details.get_attribute("open") is not None
 
 
+@ONE_THEME
 def test_runs_can_be_hidden_and_shown(opened):
     tab, _ = opened
     unfold(tab)
@@ -195,6 +201,7 @@ def test_runs_can_be_hidden_and_shown(opened):
     assert np.abs(pixels(loss) - before)[2:-2].max() == 0  # at the edges the page may shine through a part of a pixel
 
 
+@ONE_THEME
 def test_a_phone_needs_no_sideways_scrolling_and_can_reach_every_part(opened):
     tab, _ = opened
     tab.set_viewport_size(PHONE)
