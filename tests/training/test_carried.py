@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -14,6 +15,7 @@ import pytest
 
 from crate_jax.convert import pretrained
 from crate_jax.errors import ConfigError
+from crate_jax.evals.frozen import FrozenEvaluation
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.jobs import evaluate, train
 from crate_jax.methods import METHODS, Row, reconstruction
@@ -21,7 +23,7 @@ from crate_jax.parallel import sharding
 from crate_jax.parallel.parameters import names
 from crate_jax.training import step as train_step
 from crate_jax.workdir import checkpoint
-from tests.training.test_loop import images, small
+from tests.training.test_loop import host, images, small
 
 pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
 
@@ -55,49 +57,70 @@ def with_target(config, source=None):
 
 @pytest.fixture
 def in_the_table(monkeypatch):
+    """For runs whose states are looked at, not their scores."""
+    monkeypatch.setattr(FrozenEvaluation, "final_scores", lambda *_: {"knn_top1": None})
     monkeypatch.setitem(METHODS, "reconstruction", Row(with_target, METHODS["reconstruction"].parts))
 
 
-def run_steps(c, method, count: int, devices: int = 1):
-    """The states after 0..count steps, on the host."""
+def run_steps(c, method, batches, devices: int = 1):
+    """The states before and after each step, on the host."""
     mesh = sharding.make_mesh(c.batch_size, c.accumulate, jax.devices()[:devices])
     recipe = train_step.make_recipe(c, method, 10 * c.batch_size)
     step, state = train_step.make_train_step(c, method, recipe, mesh), train_step.make_init(c, method, recipe, mesh)()
-    states = [jax.device_get(state)]
-    for i in range(count):
-        state, _ = step(state, sharding.put_batch({"image": images(i, c.batch_size)}, mesh))
-        states.append(jax.device_get(state))
+    states = [host(state)]
+    for batch in batches:
+        state, _ = step(state, sharding.put_batch({"image": batch}, mesh))
+        states.append(host(state))
     return states
 
 
+def shared_config():
+    c = small(decoder="linear")
+    c.optimizer.ema, c.nonfinite.skip = 0.8, 1
+    return c
+
+
+def averaging(c):
+    """The method with a target; of what it carries only the mean is averaged, and white images make its loss NaN."""
+    method = with_target(c)
+
+    def loss(params, carried, batch, keys_B):
+        value, aux = method.loss(params, carried, batch, keys_B)
+        return jnp.where(jnp.all(batch["image"] == 255), jnp.nan, value), aux
+
+    return dataclasses.replace(method, loss=loss, averaged=lambda carried: {"mean": carried["mean"]})
+
+
+@functools.cache
+def states():
+    """Those before and after two steps on one device, and after a third one that is not finite."""
+    c = shared_config()
+    white = np.full((c.batch_size, 12, 8, 3), 255, np.uint8)
+    return run_steps(c, averaging(c), [images(0, c.batch_size), images(1, c.batch_size), white])
+
+
 def test_after_is_given_the_new_parameters_once_per_update():
-    c = small()
-    first, second, third = run_steps(c, with_target(c), 2)
+    first, second, third, _ = states()
     for before, now in ((first, second), (second, third)):
         expected = jax.tree.map(lambda a, b: TAU * a + (1 - TAU) * b, before.carried["target"], now.params["encoder"])
         chex.assert_trees_all_close(now.carried["target"], expected, rtol=1e-6, atol=1e-7)
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params["encoder"], now.params["encoder"])
         assert any(jax.tree.leaves(moved))  # the update reaches the state through `after`
     assert [s.carried["seen"]["done"] for s in (first, second, third)] == [-1, 0, 1]
-    assert (third.carried["seen"]["total"], third.carried["seen"]["per_epoch"]) == (c.steps, 10.0)
+    assert (third.carried["seen"]["total"], third.carried["seen"]["per_epoch"]) == (shared_config().steps, 10.0)
 
 
 def test_carried_goes_through_the_micro_batches_in_order():
-    """The mean is a recursion over micro-batches, the update and `after` happen once."""
-    c = small()
+    """The mean is a recursion over micro-batches, of all devices; the update and `after` happen once."""
+    c = small(decoder="linear")
     c.accumulate = 2
-    state = run_steps(c, with_target(c), 1)[-1]
+    state = run_steps(c, with_target(c), [images(0, c.batch_size)], devices=2)[-1]
     parts = images(0, c.batch_size).reshape(-1, 2, 12, 8, 3).swapaxes(0, 1)  # interleaved, as the step cuts it
     expected = 0.25 * parts[0].mean() + parts[1].mean()
     assert state.carried["mean"] == pytest.approx(expected, rel=1e-6)
     assert state.carried["mean"] != pytest.approx(0.25 * parts[1].mean() + parts[0].mean(), rel=1e-4)
     assert state.carried["seen"]["done"] == 0
-
-
-def test_carried_is_that_of_the_whole_batch_on_any_number_of_devices():
-    c = small()
-    one, two = (run_steps(c, with_target(c), 2, devices)[-1] for devices in (1, 2))
-    chex.assert_trees_all_close(one.carried, two.carried, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state.carried["target"], states()[1].carried["target"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_loss_that_is_not_a_mean_over_images_refuses_micro_batches():
@@ -111,31 +134,22 @@ def test_a_loss_that_is_not_a_mean_over_images_refuses_micro_batches():
 
 
 def test_only_what_is_declared_is_averaged():
-    c = small()
-    c.optimizer.ema = 0.8
-    method = dataclasses.replace(with_target(c), averaged=lambda carried: {"mean": carried["mean"]})
-    first, second = run_steps(c, method, 1)
+    c, (_, second, *_) = shared_config(), states()
     assert set(second.ema_carried) == {"mean"}
     assert second.ema_carried["mean"] == pytest.approx(0.2 * second.carried["mean"], rel=1e-6)
-    read = dataclasses.replace(method, judged=lambda params, carried: {**params, "mean": carried["mean"]})
+    read = dataclasses.replace(averaging(c), judged=lambda params, carried: {**params, "mean": carried["mean"]})
     judged = second.judged(read)
     assert judged["mean"] is second.ema_carried["mean"] and judged["encoder"] is second.ema["encoder"]
     c.optimizer.ema = 0.0
-    assert run_steps(c, method, 0)[0].ema_carried == {}
+    method = averaging(c)
+    recipe = train_step.make_recipe(c, method, 160)
+    assert jax.eval_shape(lambda: train_step.init_state(c, method, recipe)).ema_carried == {}
 
 
 def test_a_step_that_is_not_finite_leaves_what_is_carried():
-    c = small()
-    c.nonfinite.skip = 1
-    method = with_target(c)
-
-    def loss(params, carried, batch, keys_B):
-        value, aux = method.loss(params, carried, batch, keys_B)
-        return value + jnp.nan, aux
-
-    first, second = run_steps(c, dataclasses.replace(method, loss=loss), 1)
-    chex.assert_trees_all_equal(second.carried, first.carried)
-    assert second.step == 1
+    *_, before, after = states()
+    chex.assert_trees_all_equal(after.carried, before.carried)
+    assert (before.step, after.step) == (2, 3)
 
 
 def test_an_empty_carried_adds_nothing_to_a_checkpoint():
@@ -146,7 +160,7 @@ def test_an_empty_carried_adds_nothing_to_a_checkpoint():
 
 
 def tiny(**changes):
-    c = small(penalty="srip")
+    c = small(penalty="srip", decoder="linear")
     c.data.source, c.steps, c.save.every, c.log.every, c.log.pictures = "synthetic", 4, 2, 2, 0
     c.log.report = c.log.tensorboard = False
     c.evaluation.train_images = c.evaluation.test_images = 16
@@ -156,9 +170,22 @@ def tiny(**changes):
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory, one_device):
-    """A run of four steps that carries a target, its summary, and how often Python ran the method's `init`."""
+    """A run of four steps that carries a target, its summary, and how often Python ran the method's `init`.
+
+    The folder `old` beside it has the checkpoint of the second step as version 0.1 wrote it.
+    """
     folder = tmp_path_factory.mktemp("trained") / "run"
     traces = []
+    save = checkpoint.Checkpoints.save
+
+    def save_twice(self, step, params, rest, meta):
+        save(self, step, params, rest, meta)
+        if step == 2:
+            old = checkpoint.Checkpoints(folder.parent / "old", 1)
+            old.run = self.run
+            rest = {("objective" if name == "penalty" else name): x for name, x in rest.items()}
+            save(old, step, params, rest, {name: x for name, x in meta.items() if name != "judged"})
+            old.close()
 
     def counting(config, source=None):
         method = with_target(config, source)
@@ -170,6 +197,7 @@ def counted(tmp_path_factory, one_device):
         return dataclasses.replace(method, init=init)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_twice)
         patch.setitem(METHODS, "reconstruction", Row(counting, METHODS["reconstruction"].parts))
         summary = train.run(tiny(), str(folder))
     return folder, summary, len(traces)
@@ -197,14 +225,6 @@ def test_a_schedule_that_does_not_fit_is_found_before_the_model_is_traced():
 
     with pytest.raises(ConfigError, match="the warm-up takes 5 steps, the run has only 4"):
         train_step.make_recipe(c, dataclasses.replace(reconstruction.build(c), init=init), 160)
-
-
-def test_a_run_resumes_with_what_it_carried(in_the_table, trained, tmp_path):
-    """From the checkpoint before the last one, to the same bits, also of what the loss does not read."""
-    shutil.copytree(trained, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    assert train.run(tiny(), str(tmp_path / "run"))["steps"] == 4
-    assert meta(tmp_path / "run", 4)["arrays"] == meta(trained, 4)["arrays"]  # with checksums
 
 
 def test_judged_is_what_others_read(trained):
@@ -245,10 +265,10 @@ def test_a_target_is_judged_by_the_jobs_that_take_an_encoder(trained, tmp_path):
 def test_carried_lies_as_the_parameters_do_on_a_model_axis(monkeypatch):
     """A target's kernel is split where its parameter is, at the start, after a step and for a restore."""
     monkeypatch.setattr(sharding, "MIN_SPLIT", 1)
-    c = small()
+    c = small(decoder="linear")
     c.optimizer.ema = 0.8
     method = dataclasses.replace(with_target(c), averaged=lambda carried: {"target": carried["target"]})
-    mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:4], data=2, model=2)
+    mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[:2], data=1, model=2)
     recipe = train_step.make_recipe(c, method, 160)
     state = train_step.make_init(c, method, recipe, mesh)()
     step = train_step.make_train_step(c, method, recipe, mesh)
@@ -263,21 +283,18 @@ def test_carried_lies_as_the_parameters_do_on_a_model_axis(monkeypatch):
         state, _ = step(state, sharding.put_batch({"image": images(0, c.batch_size)}, mesh))
 
 
-def test_the_state_of_the_penalty_is_found_under_its_old_name(in_the_table, trained, tmp_path, monkeypatch):
-    """Checkpoints of version 0.1 hold it as `objective`; such a run continues with the same bits."""
-    as_now = checkpoint.Checkpoints.save
+def test_the_state_of_the_penalty_is_found_under_its_old_name(in_the_table, trained, tmp_path):
+    """Checkpoints of version 0.1 hold it as `objective`; such a run continues to the same bits, with what it carried.
 
-    def as_before(self, step, params, rest, meta):
-        del meta["judged"]
-        as_now(self, step, params, {"objective": rest.pop("penalty"), **rest}, meta)
-
-    with monkeypatch.context() as old:
-        old.setattr(checkpoint.Checkpoints, "save", as_before)
-        train.run(tiny(), str(tmp_path / "old"))
-    assert any(name.startswith("objective/") for name in meta(tmp_path / "old", 2)["arrays"]["rest"])
-    shutil.rmtree(tmp_path / "old" / "checkpoints" / "4")
-    train.run(tiny(), str(tmp_path / "old"))
-    assert meta(tmp_path / "old", 4)["arrays"] == meta(trained, 4)["arrays"]
+    Also with what the loss does not read.
+    """
+    shutil.copytree(trained, tmp_path / "run")
+    for step in "24":
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    shutil.copytree(trained.parent / "old" / "checkpoints" / "2", tmp_path / "run" / "checkpoints" / "2")
+    assert any(name.startswith("objective/") for name in meta(tmp_path / "run", 2)["arrays"]["rest"])
+    assert train.run(tiny(), str(tmp_path / "run"))["steps"] == 4
+    assert meta(tmp_path / "run", 4)["arrays"] == meta(trained, 4)["arrays"]  # with checksums
 
 
 def meta(workdir, step: int) -> dict:

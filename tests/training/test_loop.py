@@ -208,9 +208,8 @@ def test_ema_follows_the_weights():
     _, (start, first, *_), *_ = run()
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start.params, first.params)
     chex.assert_trees_all_close(first.ema, expected, atol=1e-6)
-    assert not all(
-        np.allclose(a, b, atol=1e-5) for a, b in zip(*map(jax.tree.leaves, (first.ema, first.params)), strict=True)
-    )
+    kernels = [tree["encoder"]["embedding"]["patch_embed"]["kernel"] for tree in (first.ema, first.params)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-5  # the step is not rounding
     judged = first.judged(reconstruction.build(first_config()))
     assert all(a is b for a, b in zip(jax.tree.leaves(judged), jax.tree.leaves(first.ema), strict=True))
 
