@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from crate_jax.convert import import_state_dict
 from crate_jax.errors import ConfigError
-from tests import parity
+from crate_jax.models import representation
+from tests import parity, parity_resnet
 from tests.conftest import ROOT
 
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.npz"))
 OF_METHODS = "steps_"  # these are compared in tests/methods/test_joint_parity.py
 ON_BOTH_PYTHONS = ("augment", "crate_mae_lambda5.0", "optim", "ropim", "vit_mae")  # the others take long
+# Blocks of CRATE have both values of lambda, and the features of a ResNet-50 are compared below.
+SLOW = ("crate_mae_lambda0.1", "resnet50_imagenet")
+
+
+def marks(name: str):
+    if name in SLOW:
+        return pytest.mark.slow
+    return () if name in ON_BOTH_PYTHONS else pytest.mark.one_python
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(p, id=p.stem, marks=() if p.stem in ON_BOTH_PYTHONS else pytest.mark.one_python)
-        for p in GOLDEN
-        if not p.stem.startswith(OF_METHODS)
-    ],
+    "path", [pytest.param(p, id=p.stem, marks=marks(p.stem)) for p in GOLDEN if not p.stem.startswith(OF_METHODS)]
 )
 def test_reference_numbers(path):
     outputs, gradients = parity.check(str(path))
@@ -30,17 +35,25 @@ def test_reference_numbers(path):
 
 
 @pytest.mark.one_python
+def test_features_of_bottlenecks_are_torchvisions():
+    """What is quick to compile of the comparison of a ResNet-50."""
+    file = parity.load(GOLDEN[0].with_name("resnet50_imagenet.npz"))
+    c = parity_resnet.config_of(file)
+    shapes = jax.eval_shape(lambda: representation.init_params(c, jax.random.key(0)))["encoder"]
+    params = {"encoder": parity_resnet.tree_like(shapes, parity.strip(file, "sd/"))}
+    images = file["in/images_nchw"].transpose(0, 2, 3, 1)
+    with jax.default_matmul_precision("highest"):
+        features = jax.jit(representation.build(c))(params, images)
+    assert parity_resnet.relative(features, file["out/features_eval"]) <= parity.OUTPUT_LIMIT
+
+
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     "name",
-    [
-        "crate_mae_lambda0.1",
-        "vit_mae",
-        "ropim",
-        "orthogonality",
-        "crate_blocks_lambda0.1",
-        "alignment_digits",
-        "optim",
-        "resnet18_cifar",
+    ["crate_blocks_lambda0.1", "alignment_digits"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("crate_mae_lambda0.1", "vit_mae", "ropim", "orthogonality", "optim", "resnet18_cifar")
     ],
 )
 def test_a_wrong_number_fails(name, tmp_path):
