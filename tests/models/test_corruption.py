@@ -38,7 +38,13 @@ VARIANTS = list(itertools.product((1 / 6, 0.3, 0.5, 0.9), ("balanced", "independ
 
 
 @pytest.mark.one_python
-@pytest.mark.parametrize(("ratio", "buckets", "signs"), VARIANTS)
+@pytest.mark.parametrize(
+    ("ratio", "buckets", "signs"),
+    [
+        pytest.param(*values, marks=() if values[0] == 0.3 or values[1:] == VARIANTS[0][1:] else pytest.mark.slow)
+        for values in VARIANTS
+    ],
+)
 def test_projection_is_an_orthogonal_projector(ratio, buckets, signs):
     """P^2 = P = P^T; rank K' with balanced buckets, the number of non-empty ones otherwise."""
     drawn = make("rop", rop_ratio=ratio, rop_buckets=buckets, rop_signs=signs)(keys(5))
@@ -145,20 +151,18 @@ def test_noise_has_the_deviation_asked_for_and_leaves_the_loss_whole():
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_every_corruption_draws_per_image_and_keeps_shapes(name):
-    """One key per image: a part of the batch sees what it sees in the whole batch; jit = no jit."""
+    """One key per image: a part of the batch sees what it sees in the whole batch."""
     sample = make(name)
-    whole, part = sample(keys(6)), sample(keys(6)[2:5])
     x = jax.random.normal(jax.random.key(1), (6, N, P))
 
-    def run(corruption, x):
+    @jax.jit
+    def run(keys, x):
+        corruption = sample(keys)
         y = corruption.corrupt_tokens(corruption.corrupt_pixels(x), jnp.ones(P))
         return y, corruption.complement(x), corruption.view(x)
 
-    outputs = run(whole, x)
-    for a, b in zip(outputs, run(part, x[2:5]), strict=True):
+    outputs = run(keys(6), x)
+    for a, b in zip(outputs, run(keys(6)[2:5], x[2:5]), strict=True):
         assert a.shape == x.shape
         np.testing.assert_array_equal(a[2:5], b)
-    for a, b in zip(outputs, jax.jit(lambda k, x: run(sample(k), x))(keys(6), x), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-    y = run(whole, x.astype(jnp.bfloat16))[0]
-    assert y.dtype == jnp.bfloat16
+    assert jax.eval_shape(run, keys(6), x.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16

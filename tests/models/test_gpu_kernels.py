@@ -39,8 +39,12 @@ def plain(x, bias, heads, parts):
 
 
 def gradients(attend, x, bias, g):
-    y, pull = jax.vjp(attend, x, bias)
-    return [y, *jax.tree.leaves(pull(g))]
+    @jax.jit  # one program, not one per operation
+    def both(x, bias, g):
+        y, pull = jax.vjp(attend, x, bias)
+        return [y, *jax.tree.leaves(pull(g))]
+
+    return both(x, bias, g)
 
 
 # Each kernel has rows, columns and padded tokens of its own.
@@ -60,7 +64,7 @@ CASES = [
     (5, 2, 16, 1, False, 3, 1.0),
     (70, 1, 20, 3, True, 2, 1.0, UNEQUAL),  # a last block with 6 rows; lanes that hold nothing
     (70, 1, 16, 1, False, 1, 6.0),  # a softmax that saturates
-    (37, 1, 80, 3, False, 1, 1.0),  # heads wider than 64
+    pytest.param((37, 1, 80, 3, False, 1, 1.0), marks=pytest.mark.slow),  # heads wider than 64
     pytest.param((197, 2, 64, 1, False, 2, 1.0), marks=pytest.mark.slow),
     pytest.param((197, 2, 64, 3, True, 3, 1.0), marks=pytest.mark.slow),
     pytest.param((577, 1, 80, 3, True, 1, 1.0), marks=pytest.mark.slow),
@@ -78,10 +82,11 @@ def test_the_kernels_are_attention(case):
 def test_the_gradients_do_not_depend_on_how_y_was_rounded():
     """Queries' kernel reads y for delta, and corrects what y lacks."""
     x, bias, g = (jnp.float32(draw(*shape, seed=7)) for shape in ((2, 37, 96), (2, 37, 37), (2, 37, 32)))
-    y, saved = gpu_attention._attend_forward(x, bias, 2, 3, True, None)
-    expected = gpu_attention._attend_backward(2, 3, True, None, saved, g)
+    y, saved = jax.jit(lambda x, bias: gpu_attention._attend_forward(x, bias, 2, 3, True, None))(x, bias)
+    backward = jax.jit(lambda saved, g: gpu_attention._attend_backward(2, 3, True, None, saved, g))
+    expected = backward(saved, g)
     rounded = (*saved[:-1], y + 0.1 * jnp.float32(draw(*y.shape, seed=9)))
-    for ours, theirs in zip(gpu_attention._attend_backward(2, 3, True, None, rounded, g), expected, strict=True):
+    for ours, theirs in zip(backward(rounded, g), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
@@ -185,10 +190,10 @@ def test_a_sketch_on_a_gpu_is_a_product(monkeypatch, dtype):
         y, pull = jax.vjp(projection.project, x)
         return y, *pull(g)
 
-    expected = run(x, g)
+    expected = jax.jit(lambda *a: run(*a))(x, g)  # so that `run` is traced anew below
     monkeypatch.setattr(target, "is_nvidia", lambda: True)
     assert "scatter" not in str(jax.make_jaxpr(run)(x, g))
-    for ours, theirs in zip(run(x, g), expected, strict=True):
+    for ours, theirs in zip(jax.jit(lambda *a: run(*a))(x, g), expected, strict=True):
         np.testing.assert_allclose(*map(np.float64, (ours, theirs)), **tolerance(dtype))
 
 

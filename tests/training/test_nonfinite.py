@@ -15,6 +15,7 @@ import pytest
 from crate_jax import data
 from crate_jax.config import validate
 from crate_jax.errors import NonFiniteError
+from crate_jax.evals.frozen import FrozenEvaluation
 from crate_jax.jobs import train
 from crate_jax.methods import METHODS, Row, reconstruction
 from crate_jax.parallel import sharding
@@ -125,6 +126,11 @@ def configured(folder: Path, steps: int, skip: int):
 
 
 @pytest.fixture
+def without_scores(monkeypatch):
+    monkeypatch.setattr(FrozenEvaluation, "final_scores", lambda *_: {"knn_top1": None})
+
+
+@pytest.fixture
 def white_is_bad(monkeypatch):
     white = Row(lambda c, source: poisoned(reconstruction.build(c), "loss"), METHODS["reconstruction"].parts)
     monkeypatch.setitem(METHODS, "reconstruction", white)
@@ -163,7 +169,7 @@ def test_a_bad_image_costs_its_steps_and_is_named(folder, white_is_bad, tmp_path
         assert again | {"newest_checkpoint": 0} == record | {"newest_checkpoint": 0}
 
 
-def test_without_skipping_the_run_stops_and_names_the_images(folder, white_is_bad, tmp_path):
+def test_without_skipping_the_run_stops_and_names_the_images(folder, white_is_bad, without_scores, tmp_path):
     """And the same workdir goes on once skipping is allowed."""
     with pytest.raises(NonFiniteError, match=r"the loss is nan at step (\d+); its images are named in (\S+);") as error:
         train.run(configured(folder, 9, skip=0), str(tmp_path / "run"))

@@ -201,7 +201,9 @@ def test_a_decay_pattern_that_matches_nothing_is_an_error():
 
 
 @pytest.mark.one_python
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+@pytest.mark.parametrize(  # the published updates below are compared on the same weights
+    "name", [pytest.param(name, marks=() if name == "adamw" else pytest.mark.slow) for name in optimizer.OPTIMIZERS]
+)
 def test_decay_moves_only_the_decayed_parameters(name):
     params = toy()
     plain = parameters.names(run(configured(name, weight_decay=0.0), params))
@@ -365,7 +367,7 @@ def test_lars_on_stacked_layers_equals_lars_on_the_layers_one_by_one(name):
         (loop, {"layers": {str(i): {"kernel": gradient[i]} for i in range(3)}, "cls_token": draw(1, 1, 4)}),
     ):
         tx, _ = optimizer.build(config, params, STEPS, 10)
-        results.append(tx.update(gradients, tx.init(params), params)[0])
+        results.append(jax.jit(tx.update)(gradients, tx.init(params), params)[0])
     expected = jnp.stack([results[1]["layers"][str(i)]["kernel"] for i in range(3)])
     np.testing.assert_allclose(results[0]["blocks"]["kernel"], expected, rtol=1e-5)
     np.testing.assert_array_equal(results[0]["cls_token"], results[1]["cls_token"])
@@ -388,7 +390,7 @@ def test_gradients_are_clipped_by_their_global_norm_first(clip, factor):
     factor = factor or clip / norm
     # A vector under LARS moves by plain SGD: -lr * gradient.
     tx, _ = optimizer.build(configured("lars", clip_norm=clip), params, STEPS, 10)
-    updates, _ = tx.update(gradients, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
     bias = gradients["encoder"]["patch_embed"]["bias"]
     np.testing.assert_allclose(updates["encoder"]["patch_embed"]["bias"], -0.1 * factor * bias, rtol=1e-5)
 
