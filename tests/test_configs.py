@@ -67,6 +67,14 @@ def load(name: str, arg: str = ""):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
+# What these add to the others is in the configs of their methods, which train in tests/methods, and in one other row.
+SLOW = {
+    "cifar10": [f"encoder={e},corruption={k}" for e, k in (("crate", "rop"), ("crate", "none"), ("vit", "mask"))],
+    "joint": ["method=mocov3", "method=swav", "method=barlow_twins,data=imagenet", "method=simsiam,scale=thin"],
+    "joint_lightly": ["penalty=so"],
+}
+
+
 def checked(name, arg):
     c = load(name, arg)
     validate(c)
@@ -78,7 +86,12 @@ def checked(name, arg):
 @pytest.mark.one_python
 @pytest.mark.parametrize(
     ("name", "arg"),
-    [(n, a) for n in NAMES if n not in OF_A_CHECKPOINT for a in (*ARGUMENTS[n], f"{ARGUMENTS[n][0]},debug".strip(","))],
+    [
+        pytest.param(n, a, marks=pytest.mark.slow if a in SLOW.get(n, ()) else ())
+        for n in NAMES
+        if n not in OF_A_CHECKPOINT
+        for a in (*ARGUMENTS[n], f"{ARGUMENTS[n][0]},debug".strip(","))
+    ],
 )
 def test_config_builds(name, arg):
     """Valid, no key outside the base config, and model, penalty and optimiser fit by their shapes.

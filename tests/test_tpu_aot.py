@@ -194,7 +194,7 @@ def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SPLIT", 2)
     sent = {}
     for chips in (2, 8):
-        config = small(decoder="linear")
+        config = small()
         config.batch_size = 2 * chips
         mesh = sharding.make_mesh(config.batch_size, 1, jax.devices()[:chips])
         method = reconstruction.build(config)
