@@ -64,10 +64,18 @@ def test_the_sincos_table_is_that_of_the_images_grid(encoder):
 
 
 @pytest.mark.parametrize(
-    ("encoder", "positions"),
-    [("crate", "sincos"), ("crate", "learned"), ("vit", "relative"), ("vit", "relative_per_block")],
+    ("encoder", "positions", "dropped"),
+    [
+        ("crate", "sincos", False),
+        ("crate", "learned", True),
+        ("vit", "relative", True),
+        ("vit", "relative_per_block", False),
+        pytest.param("crate", "sincos", True, marks=pytest.mark.slow),
+        pytest.param("crate", "learned", False, marks=pytest.mark.slow),
+        pytest.param("vit", "relative", False, marks=pytest.mark.slow),
+        pytest.param("vit", "relative_per_block", True, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("dropped", [False, True])
 def test_another_size_is_encoded_as_by_the_encoder_of_that_size(encoder, positions, dropped):
     """With its tables resized as fine-tuning at another size resizes them; also where patches are dropped."""
     here, there = small(encoder, positions=positions), small(encoder, WIDE, positions=positions)
@@ -158,7 +166,7 @@ def test_without_a_class_token_there_is_only_the_mean(monkeypatch):
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("prefix", [0, pytest.param(1, marks=pytest.mark.slow), 3])  # 1: all other tests
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_decoders_predict_patches_alone(decoder, prefix, monkeypatch):
     """Kept patches of a 5 x 7 grid in, all patches out, whatever stands before them."""
