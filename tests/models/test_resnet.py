@@ -23,7 +23,7 @@ from crate_jax.models.patches import patchify
 from crate_jax.models.resnet import ARCHITECTURES, Architecture, corrupt_image, draw_groups, max_pool
 from crate_jax.parallel import parameters, sharding, target
 from crate_jax.training import step as train_step
-from tests.models import drawn
+from tests.models import drawn, drawn_on
 
 pytestmark = pytest.mark.one_python
 
@@ -222,7 +222,7 @@ def run(c, data: int, model: int = 1, count: int = 3):
     mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[: data * model], data, model)
     method = reconstruction.build(c)
     recipe = train_step.make_recipe(c, method, 40)
-    state = train_step.make_init(c, method, recipe, mesh)()
+    state = train_step.make_init(c, method, recipe, mesh, drawn_on(c, method, recipe, mesh))()
     rng = np.random.default_rng(0)
     batches = rng.integers(0, 256, (count, c.batch_size, *c.data.image_size, 3), np.uint8)
     placed = [sharding.put_batch({"image": x}, mesh) for x in batches]

@@ -16,6 +16,7 @@ from crate_jax.methods import joint, reconstruction
 from crate_jax.models import autoencoder
 from crate_jax.parallel import parameters, sharding
 from crate_jax.training import step as train_step
+from tests.models import drawn_on
 from tests.training.test_loop import images, small
 
 MESHES = {"fully sharded": (1, 8), "hybrid": (2, 4)}  # (data, model)
@@ -28,7 +29,7 @@ def train_on(encoder: str, data: int, model: int):
     mesh = sharding.make_mesh(c.batch_size, 1, jax.devices()[: data * model], data, model)
     method = reconstruction.build(c)
     recipe = train_step.make_recipe(c, method, 10 * c.batch_size)
-    state = train_step.make_init(c, method, recipe, mesh)()
+    state = train_step.make_init(c, method, recipe, mesh, drawn_on(c, method, recipe, mesh))()
     batches = [sharding.put_batch({"image": images(i, c.batch_size)}, mesh) for i in range(2)]
     step = train_step.make_train_step(c, method, recipe, mesh).lower(state, batches[0]).compile()
     losses = []

@@ -22,6 +22,7 @@ from crate_jax.methods import reconstruction
 from crate_jax.parallel import sharding
 from crate_jax.training import step as train_step
 from crate_jax.training.optimizer import OPTIMIZERS
+from tests.models import drawn_on
 
 
 def small(encoder: str = "crate", corruption: str = "mask", penalty: str = "none", decoder: str = "crate"):
@@ -44,7 +45,7 @@ def images(step: int, batch: int) -> np.ndarray:
     return np.random.default_rng(step).integers(0, 256, (batch, 12, 8, 3), np.uint8)
 
 
-def steps(c, devices: int, count: int = 3):
+def steps(c, devices: int, count: int = 3, draw=lambda *_: None):
     """Scalars of `count` steps, the states before and after them on the host, the last one on devices, the step.
 
     With x64 off JAX makes every float64 a float32, and only warns: here that is an error.
@@ -53,7 +54,7 @@ def steps(c, devices: int, count: int = 3):
     method = reconstruction.build(c)
     recipe = train_step.make_recipe(c, method, 10 * c.batch_size)
     step = train_step.make_train_step(c, method, recipe, mesh)
-    state = train_step.make_init(c, method, recipe, mesh)()
+    state = train_step.make_init(c, method, recipe, mesh, draw(c, method, recipe, mesh))()
     log, states = [], [host(state)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*not available", UserWarning)
@@ -171,9 +172,9 @@ for cores, batch, _ in {cases}:
 def test_accumulated_gradients_equal_the_big_batch(encoder, corruption, penalty):
     """Four micro-batches on two devices give the update of the whole batch on one: same draws, penalty once."""
     c = small(encoder, corruption, penalty, decoder="linear")
-    whole, states_whole, *_ = steps(c, 1)
+    whole, states_whole, *_ = steps(c, 1, draw=drawn_on)
     c.accumulate = 4
-    micro, states_micro, *_ = steps(c, 2)
+    micro, states_micro, *_ = steps(c, 2, draw=drawn_on)
     for a, b in zip(whole, micro, strict=True):
         chex.assert_trees_all_close(a, b, rtol=2e-5, atol=1e-6)
     chex.assert_trees_all_close(states_whole[-1].params, states_micro[-1].params, atol=2e-5)
