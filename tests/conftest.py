@@ -27,6 +27,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's threads: a device waits in one for each collective that does not depend on another, and where parameters are
 # split there are many. With too few threads the last device finds none, and all wait for it until XLA aborts.
 os.environ.setdefault("NPROC", "64")
+# NumPy's and SciPy's linear algebra. On a few busy cores the threads of many small products wait for each other, for
+# ten times as long as the products take.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import jax  # noqa: E402  (reads the environment when imported)
 
