@@ -6,6 +6,8 @@ VENV = .venv
 ARGS =
 
 BIN = $(VENV)/bin
+# CI gives another one, which is faster.
+INSTALL = $(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check
 # One worker for each core this process may use (xdist's `auto` counts those of the machine); more
 # than four only compete for memory.
 PYTEST = $(BIN)/python -m pytest -n $$(nproc 2>/dev/null || echo 2) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -51,13 +53,13 @@ $(VENV)/.created:
 
 $(VENV)/.installed: requirements.lock pyproject.toml $(VENV)/.created
 	@echo "Installing into $(VENV) from requirements.lock (about a minute) ..."
-	@$(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check -r requirements.lock
-	@$(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check --no-deps -e .
+	@$(INSTALL) -r requirements.lock
+	@$(INSTALL) --no-deps -e .
 	@touch $@
 
 $(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
 	@echo "Installing into $(VENV) from requirements-test.lock ..."
-	@$(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check -r requirements-test.lock
+	@$(INSTALL) -r requirements-test.lock
 	@touch $@
 
 install: $(VENV)/.installed ## create the environment from the lock file
@@ -66,7 +68,7 @@ install-test: $(VENV)/.installed-test ## the same plus the extras test and docs
 
 # Chromium of the system, else Debian's (as root), else the one that playwright downloads.
 install-browser: $(VENV)/.installed-test ## what the tests of the report's page need besides: playwright and a Chromium
-	@$(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check -c requirements-test.lock -e '.[browser]'
+	@$(INSTALL) -c requirements-test.lock -e '.[browser]'
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } || \
