@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crate_jax.models import cpu_convolution
 from crate_jax.models.batch_norm import BatchNorm
 from crate_jax.models.corruption import CLEAN, Corruption, Identity
 from crate_jax.models.layers import Dtype
@@ -96,7 +97,7 @@ def conv(features: int, side: int, stride: int, name: str, dtype: Dtype, padding
     p = (side - 1) // 2 if padding is None else padding
     return nn.Conv(
         features, (side, side), (stride, stride), [(p, p), (p, p)],
-        use_bias=False, dtype=dtype, kernel_init=KERNEL_INIT, name=name,
+        use_bias=False, dtype=dtype, kernel_init=KERNEL_INIT, name=name, conv_general_dilated=cpu_convolution.convolve,
     )  # fmt: skip
 
 
@@ -202,15 +203,15 @@ class Block(nn.Module):
         return nn.relu(x_BHWC + y)
 
 
-def _saves_convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name == "conv_general_dilated"
+def _saves_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in ("conv_general_dilated", "dot_general")  # the second on CPUs
 
 
 # What a recomputed block keeps; see REMAT in layers.py. All products of a ResNet are with weights.
 REMAT: dict[str, Any] = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
-    "weights": _saves_convolutions,
-    "products": _saves_convolutions,
+    "weights": _saves_products,
+    "products": _saves_products,
 }
 
 

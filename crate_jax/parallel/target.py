@@ -21,6 +21,11 @@ def is_tpu() -> bool:
     return _device()[0] == "tpu"
 
 
+def is_cpu() -> bool:
+    """Whether the program that is being traced is for CPUs."""
+    return _device()[0] == "cpu"
+
+
 def is_nvidia() -> bool:
     """Whether the program that is being traced is for GPUs of NVIDIA."""
     return _of_nvidia(*_device())
