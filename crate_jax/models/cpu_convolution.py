@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from crate_jax.parallel import target
-from crate_jax.parallel.sharding import keep_rows_split
 
 MOST_INPUTS, MOST_OUTPUTS = 16, 4  # places, up to which one product was faster, forwards and backwards together
 FEW_CHANNELS = 4
@@ -115,13 +114,18 @@ def _few_channels_backward(saved: tuple[jax.Array, jax.Array], g_BhwD: jax.Array
     x_BHWC, w_kkCD = saved
     (B, H, W, C), (_, h, w, D), k = x_BHWC.shape, g_BhwD.shape, w_kkCD.shape[0]
     (dx,) = jax.linear_transpose(lambda x: _few_channels.fun(x, w_kkCD), x_BHWC)(g_BhwD)  # images need none
-    rows, g = x_BHWC.reshape(B, H, W * C), g_BhwD.reshape(B * h * w, D)
-    dw = []
-    for i, j in np.ndindex(k, k):
-        # Whole rows are copied at once; without the barrier XLA copies number by number, ten times as slowly.
-        part = keep_rows_split(jax.lax.optimization_barrier(rows[:, i : i + h, j * C : (j + w) * C]))
-        dw.append(jnp.matmul(part.reshape(B * h * w, C).T, g, preferred_element_type=jnp.float32))
-    return dx, jnp.stack(dw).reshape(w_kkCD.shape).astype(w_kkCD.dtype)
+    # With rows of one length, all places that a tap meets lie one behind the other. A loop, since XLA would compute the
+    # images again for each tap.
+    places = (h - 1) * W + w
+    x = x_BHWC.reshape(B, H * W, C)
+    g = jnp.pad(g_BhwD, ((0, 0), (0, 0), (0, W - w), (0, 0))).reshape(B, h * W, D)[:, :places]
+
+    def of_tap(start: jax.Array) -> jax.Array:
+        met = jax.lax.dynamic_slice_in_dim(x, start, places, axis=1)
+        return jnp.einsum("bnc,bnd->cd", met, g, preferred_element_type=jnp.float32)
+
+    dw = jax.lax.map(of_tap, jnp.asarray([i * W + j for i, j in np.ndindex(k, k)]))
+    return dx, dw.reshape(w_kkCD.shape).astype(w_kkCD.dtype)
 
 
 _few_channels.defvjp(_few_channels_forward, _few_channels_backward)
