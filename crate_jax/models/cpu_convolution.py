@@ -1,13 +1,12 @@
 """Convolutions for CPUs: what XLA's own are slow at, as products of matrices.
 
 XLA for CPUs convolves at the speed of its products of matrices, with two exceptions, in which a thin ResNet of small
-images, as a CPU can train it, spends most of its time:
+images, as a CPU can train it, spends most of its time (jax 0.10, an EPYC without AVX-512):
 
-* a result, or an input, of 2 x 2 places: 128 images of 2 x 2 x 128 took 65 ms (3 x 3 taps, one core of an EPYC without
-  AVX-512), here 3 ms; the map is so small that the whole convolution is one product (:func:`_whole`);
-* images of 3 channels, above all the gradient of the kernel: 128 images of 64 px (7 x 7 taps, stride 2) took 64 ms
-  forwards and 205 ms backwards. Blocks of 2 x 2 pixels are 12 channels of a convolution of stride 1, whose forward pass
-  takes 20 ms, and the gradient is a sum of one product for each tap (:func:`_few_channels`).
+* a result, or a gradient, of 2 x 2 places takes 10 to 20 times as long as one product, which is the whole convolution
+  of so small a map (:func:`_whole`);
+* images of 3 channels, above all the gradient of the kernel. Blocks of 2 x 2 pixels are 12 channels of a convolution of
+  stride 1, which takes a third of the time forwards; the gradient is one product for each tap (:func:`_few_channels`).
 
 Shapes: B batch, H x W places of the input, h x w of the result, k x k taps, C and D channels.
 """
@@ -100,20 +99,24 @@ def _taps_of_blocks(w_kkCD: jax.Array, s: int) -> jax.Array:
     return w_kkCD.reshape(k // s, s, k // s, s, C, D).swapaxes(1, 2).reshape(k // s, k // s, s * s * C, D)
 
 
-@jax.custom_vjp
-def _few_channels(x_BHWC: jax.Array, w_kkCD: jax.Array) -> jax.Array:
-    """XLA's convolution of stride 1 without padding, with another gradient of the kernel."""
+def _xla(x_BHWC: jax.Array, w_kkCD: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(x_BHWC, w_kkCD, (1, 1), "VALID", dimension_numbers=LAYOUT)
 
 
+@jax.custom_vjp
+def _few_channels(x_BHWC: jax.Array, w_kkCD: jax.Array) -> jax.Array:
+    """XLA's convolution of stride 1 without padding, with another gradient of the kernel."""
+    return _xla(x_BHWC, w_kkCD)
+
+
 def _few_channels_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _few_channels(x, w), (x, w)
+    return _xla(x, w), (x, w)
 
 
 def _few_channels_backward(saved: tuple[jax.Array, jax.Array], g_BhwD: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BHWC, w_kkCD = saved
     (B, H, W, C), (_, h, w, D), k = x_BHWC.shape, g_BhwD.shape, w_kkCD.shape[0]
-    (dx,) = jax.linear_transpose(lambda x: _few_channels.fun(x, w_kkCD), x_BHWC)(g_BhwD)  # images need none
+    (dx,) = jax.linear_transpose(lambda x: _xla(x, w_kkCD), x_BHWC)(g_BhwD)  # images need none
     # With rows of one length, all places that a tap meets lie one behind the other. A loop, since XLA would compute the
     # images again for each tap.
     places = (h - 1) * W + w
