@@ -5,7 +5,7 @@
 
 * ``method=vibcreg``, or another method of configs/joint.py: a thin ResNet18 learns from pairs of crops of coloured
   digits over the colours of photographs (``data.source=scenes``), 24 px. Measured (three seeds, classifiers fitted on
-  1,000 images): k-NN 66 %, probe 71 %; untrained encoder 24 % and 24 %; raw pixels 52 % and 21 %.
+  1,000 images): k-NN 63 %, probe 69 %; untrained encoder 24 % and 24 %; raw pixels 52 % and 21 %.
 * ``method=reconstruction``, the default: a white-box CRATE-MAE (arXiv 2404.02446) of four layers reconstructs 8 x 8
   digits from half of their 2 x 2 patches. Measured (seed 0, two CPU cores): k-NN 86.1 %, probe 90.3 %; untrained
   encoder 60.3 % and 72.8 %; raw pixels, which are hard to beat on such small and aligned digits, 98.3 % and 97.5 %.
