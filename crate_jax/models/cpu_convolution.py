@@ -4,9 +4,9 @@ XLA for CPUs convolves at the speed of its products of matrices, with two except
 images, as a CPU can train it, spends most of its time (jax 0.10, an EPYC without AVX-512):
 
 * a result, or a gradient, of 2 x 2 places takes 10 to 20 times as long as one product, which is the whole convolution
-  of so small a map (:func:`_whole`);
+  of so small a map (:func:`_by_one_product`);
 * images of 3 channels, above all the gradient of the kernel. Blocks of 2 x 2 pixels are 12 channels of a convolution of
-  stride 1, which takes a third of the time forwards; the gradient is one product for each tap (:func:`_few_channels`).
+  stride 1, which takes a third of the time forwards; the gradient is one product for each tap (:func:`_unit_stride`).
 
 Shapes: B batch, H x W places of the input, h x w of the result, k x k taps, C and D channels.
 """
@@ -38,22 +38,23 @@ def convolve(
       w_kkCD: the kernel (k, k, C, D).
       strides: that of rows, and that of columns.
       padding: zeros before and after the rows, and the columns.
-      **others: layout, dilation and groups, passed on to JAX; where a ResNet is built they have Flax's defaults.
+      **others: layout, dilation, groups and precision, for JAX. It convolves if there is dilation or there are groups.
 
     Returns:
       maps (B, h, w, D).
     """
     (H, W, C), k = x_BHWC.shape[1:], w_kkCD.shape[0]
     size = [(n + sum(p) - k) // s + 1 for n, p, s in zip((H, W), padding, strides, strict=True)]
-    if target.is_cpu() and k > 1:
+    dilated = any(set(others.get(name) or (1,)) != {1} for name in ("lhs_dilation", "rhs_dilation"))
+    if target.is_cpu() and k > 1 and not dilated and w_kkCD.shape[2] == C:
         if H * W <= MOST_INPUTS and math.prod(size) <= MOST_OUTPUTS:
-            return _whole(x_BHWC, w_kkCD, strides, padding)
+            return _by_one_product(x_BHWC, w_kkCD, strides, padding)
         if C <= FEW_CHANNELS and tuple(strides) in ((1, 1), (2, 2)):
-            return _images(x_BHWC, w_kkCD, strides[0], padding, size)
+            return _by_blocks(x_BHWC, w_kkCD, strides[0], padding, size)
     return jax.lax.conv_general_dilated(x_BHWC, w_kkCD, strides, padding, **others)
 
 
-def _whole(
+def _by_one_product(
     x_BHWC: jax.Array, w_kkCD: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
 ) -> jax.Array:
     """One product with a matrix (H W C, h w D), which holds each tap at the places that it joins."""
@@ -74,7 +75,7 @@ def _joined(inputs: int, taps: int, stride: int, padding: tuple[int, int]) -> np
     return (place_1nk == np.arange(inputs)[:, None, None]).astype(np.float32)
 
 
-def _images(
+def _by_blocks(
     x_BHWC: jax.Array, w_kkCD: jax.Array, stride: int, padding: Sequence[tuple[int, int]], size: Sequence[int]
 ) -> jax.Array:
     """The convolution of images to maps of `size`, on blocks of stride x stride pixels."""
@@ -84,7 +85,7 @@ def _images(
     zeros = [(0, 0, 0), *((p[0], n, 0) for p, n in zip(padding, behind, strict=True)), (0, 0, 0)]
     x = jax.lax.pad(x_BHWC, jnp.zeros((), x_BHWC.dtype), zeros)  # a negative number of zeros takes pixels away
     w = jnp.pad(w_kkCD, [(0, stride * blocks - k)] * 2 + [(0, 0)] * 2)
-    return _few_channels(_blocks(x, stride), _taps_of_blocks(w, stride))
+    return _unit_stride(_blocks(x, stride), _taps_of_blocks(w, stride))
 
 
 def _blocks(x_BHWC: jax.Array, s: int) -> jax.Array:
@@ -99,24 +100,24 @@ def _taps_of_blocks(w_kkCD: jax.Array, s: int) -> jax.Array:
     return w_kkCD.reshape(k // s, s, k // s, s, C, D).swapaxes(1, 2).reshape(k // s, k // s, s * s * C, D)
 
 
-def _xla(x_BHWC: jax.Array, w_kkCD: jax.Array) -> jax.Array:
+def _xla_unit_stride(x_BHWC: jax.Array, w_kkCD: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(x_BHWC, w_kkCD, (1, 1), "VALID", dimension_numbers=LAYOUT)
 
 
 @jax.custom_vjp
-def _few_channels(x_BHWC: jax.Array, w_kkCD: jax.Array) -> jax.Array:
+def _unit_stride(x_BHWC: jax.Array, w_kkCD: jax.Array) -> jax.Array:
     """XLA's convolution of stride 1 without padding, with another gradient of the kernel."""
-    return _xla(x_BHWC, w_kkCD)
+    return _xla_unit_stride(x_BHWC, w_kkCD)
 
 
-def _few_channels_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _xla(x, w), (x, w)
+def _unit_stride_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _xla_unit_stride(x, w), (x, w)
 
 
-def _few_channels_backward(saved: tuple[jax.Array, jax.Array], g_BhwD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _unit_stride_backward(saved: tuple[jax.Array, jax.Array], g_BhwD: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BHWC, w_kkCD = saved
     (B, H, W, C), (_, h, w, D), k = x_BHWC.shape, g_BhwD.shape, w_kkCD.shape[0]
-    (dx,) = jax.linear_transpose(lambda x: _xla(x, w_kkCD), x_BHWC)(g_BhwD)  # images need none
+    (dx,) = jax.linear_transpose(lambda x: _xla_unit_stride(x, w_kkCD), x_BHWC)(g_BhwD)  # images need none
     # With rows of one length, all places that a tap meets lie one behind the other. A loop, since XLA would compute the
     # images again for each tap.
     places = (h - 1) * W + w
@@ -131,4 +132,4 @@ def _few_channels_backward(saved: tuple[jax.Array, jax.Array], g_BhwD: jax.Array
     return dx, dw.reshape(w_kkCD.shape).astype(w_kkCD.dtype)
 
 
-_few_channels.defvjp(_few_channels_forward, _few_channels_backward)
+_unit_stride.defvjp(_unit_stride_forward, _unit_stride_backward)

@@ -128,7 +128,7 @@ def test_training_leaves_a_report(runs):
 
 
 def test_pages_need_nothing_but_themselves(runs, compared):
-    needs_nothing(*runs[0], compared[0])
+    check_needs_nothing(*runs[0], compared[0])
 
 
 @pytest.mark.slow
@@ -137,10 +137,11 @@ def test_a_report_with_all_sections_needs_nothing_but_itself(runs, tmp_path):
     result = report(runs[0], tmp_path, whitebox__images=16, **{f"align__{key}": x for key, x in few.items()})
     assert result["left_out"] == {}
     assert len(read(tmp_path)[1]["sections"]) > 8
-    needs_nothing(tmp_path)
+    check_needs_nothing(tmp_path)
 
 
-def needs_nothing(*folders):
+def check_needs_nothing(*folders):
+    """Each link leads into the page itself."""
     for folder in folders:
         html, _ = read(folder)
         found = Page(html)

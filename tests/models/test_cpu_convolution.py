@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +72,18 @@ def test_xla_convolves_the_rest_and_all_for_other_platforms(case, used):
 
     assert count(lambda *a: run(*a)[::2]) == 2  # without a mesh
     assert count(sharding.on_mesh(mesh, lambda *a: run(*a)[::2])) == used
+
+
+@pytest.mark.parametrize("option", [{"kernel_dilation": 2}, {"input_dilation": 2}, {"feature_group_count": 3}])
+def test_dilation_and_groups_are_left_to_xla(option):
+    x, w, _ = arrays((3, 4), 3, 3)
+    w = w[:, :, : 3 // option.get("feature_group_count", 1), :3]
+    plain, ours = (
+        nn.Conv(3, (3, 3), 2, [(2, 2), (2, 2)], use_bias=False, conv_general_dilated=convolve, **option)
+        for convolve in (None, cpu_convolution.convolve)
+    )
+    run = sharding.on_mesh(sharding.make_mesh(6, 1, jax.devices()[:2]), ours.apply)
+    chex.assert_trees_all_equal(run({"params": {"kernel": w}}, x), plain.apply({"params": {"kernel": w}}, x))
 
 
 def test_a_kernels_gradient_moves_no_images_between_devices():
