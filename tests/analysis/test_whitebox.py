@@ -18,7 +18,7 @@ from crate_jax import config as configs, data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, section as sections, theory
 from crate_jax.config import validate
 from crate_jax.jobs import train
-from crate_jax.models import autoencoder
+from crate_jax.models import autoencoder, representation
 from crate_jax.models.corruption import Identity, Masking
 from crate_jax.parallel import sharding
 from crate_jax.report import Subject
@@ -196,8 +196,8 @@ def test_what_a_map_leaves_needs_two_batches_of_two_images():
 
 def test_all_layers_at_once_equal_layer_by_layer_in_float64():
     """The scanned blocks' points with the right layer's parameters, rates by the definition."""
-    _, params, x, found = plain()
-    got, points = found["encoder"], jax.tree.map(np.asarray, plain_features()[0])
+    c, params, x, found = plain()
+    got, points = found["encoder"], jax.device_get(jax.jit(representation.points(c))(params, x)[1])
     z, half, out = (points[name] for name in ("input", "after_mssa", "after_ista"))
     np.testing.assert_array_equal(z[1:], out[:-1])
     for layer in range(3):
