@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from benchmarks.accelerator import cifar, clock, exact, kernels, profile, runner, table, tune
+from benchmarks.accelerator import cifar, clock, exact, kernels, parts, profile, questions, runner, table, tune
 from benchmarks.accelerator.parts import ALL, MACHINE, PARTS, Part, Settings
 from crate_jax.errors import DataError, UserError
+from crate_jax.jobs.sweep import expand
 from crate_jax.models import gpu_attention, tpu_attention
 from crate_jax.parallel.sharding import BATCH
 from tests.conftest import ROOT
@@ -348,6 +349,19 @@ def test_the_second_run_on_cifar_has_the_steps_of_the_first(tmp_path):
     path.write_text(json.dumps({"settings": runner.key_of("cifar10", settings), "rows": rows}))
     assert cifar.earlier(path, settings) == (700, 9.0)
     assert cifar.earlier(path, dataclasses.replace(settings, data="/e")) is None
+
+
+@pytest.mark.parametrize("name", questions.QUESTIONS)
+def test_each_question_is_a_sweep_of_three_seeds_in_its_time(name, tmp_path):
+    config = questions.configured(name, tmp_path, tmp_path / "pairs", Settings(str(tmp_path)), 3600.0)
+    settings = expand(config)
+    assert {s.seed for s in settings} == {0, 1, 2} and len(settings) == 3 * len(config.sweep["values"])
+    assert all(s.config.data.source == f"folder:{tmp_path}" for s in settings)
+    assert len(settings) * (60 * config.minutes / 0.8 + 15) == pytest.approx(3600)
+    assert bool(config.sweep.judge) == name.endswith(("RATIO", "RATIO2"))
+    path = tmp_path / "sweep" / "minutes.json"
+    assert questions.planned(path, 0.7) == questions.planned(path, 0.4) == 0.7  # a later command continues
+    assert "questions" not in parts.DEFAULT
 
 
 @pytest.mark.parametrize("only", [("peak", "crate_mae_b"), pytest.param(PARTS, marks=pytest.mark.slow)])

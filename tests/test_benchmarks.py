@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import alignment_predicts, sources
+from benchmarks import alignment_predicts, montages, sources
 from benchmarks.stand_in import training_set
 from benchmarks.step import matmul_flops, random_batch
 from crate_jax import config
@@ -145,3 +145,22 @@ def test_sources_compares_kinds_with_a_folder(tmp_path, monkeypatch, capsys):
 def test_data_prints_a_line_per_setting(cli_env):
     out = run(cli_env, "benchmarks.data", "--settings", "memory", "--seconds", "0.3", "--repeats", "2")
     assert out and all(line["images_per_sec"] > 0 for line in out)
+
+
+def test_montages_are_pairs_whose_masks_have_the_classes_of_the_parts(tmp_path):
+    """Each image of a class has one shade of its own, so that a picture says what its mask must be."""
+    for split in ("train", "test"):
+        for label, name in enumerate(("apple", "bee", "cat")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (21, 30), (90 * label,) * 3).save(tmp_path / split / name / f"{i}.png")
+    montages.make(tmp_path, tmp_path / "out", "train", 16, 40)
+    lines = set()
+    for path in sorted((tmp_path / "out/train/images").iterdir()):
+        picture, mask = np.asarray(Image.open(path)), np.asarray(Image.open(path.parent.parent / "masks" / path.name))
+        assert picture.shape == (16, 16, 3) and mask.shape == (16, 16)
+        np.testing.assert_array_equal(picture[..., 0], 90 * mask)
+        across = [(axis, int(np.argmax(np.diff(mask, axis=axis).any(1 - axis))) + 1) for axis in (0, 1)]
+        lines |= {(axis, at) for axis, at in across if np.diff(mask, axis=axis).any()}
+    assert {axis for axis, _ in lines} == {0, 1} and {at for _, at in lines} == {6, 7, 8, 9, 10}
+    assert len(list((tmp_path / "out/train/masks").iterdir())) == 40

@@ -13,6 +13,9 @@ runs the parts of :data:`benchmarks.accelerator.parts.PARTS`, the most useful fi
 7. the kernels with other tiles, so that the best ones can be chosen;
 8. BYOL on CIFAR-10 with and without SO, for the rest of the minutes.
 
+--only=questions, with an hour or more, trains the sweeps that docs/claims.md has for the papers' open questions, each
+with three seeds, on CIFAR-10.
+
 Each part writes DIR/PART.json after each of its cases, and DIR/PART.log; the table is in DIR/table.md and is printed.
 The same command again leaves out what is there and goes on. A case runs in a process of its own or of its part; if it
 fails, hangs or crashes, its row says so, and the other cases run in another process. It needs no network.

@@ -12,7 +12,7 @@ import jax
 
 import benchmarks.accelerator
 from benchmarks.accelerator import runner, table
-from benchmarks.accelerator.parts import PARTS, Row, Settings
+from benchmarks.accelerator.parts import DEFAULT, PARTS, Row, Settings
 from crate_jax.errors import UserError
 from crate_jax.flags import fail
 from crate_jax.workdir.folder import expanduser
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="the folder of the results")
     parser.add_argument("--data", default="", help="CIFAR-10: a folder train/CLASS/*, test/CLASS/*, or an .npz")
     parser.add_argument("--batch", type=int, default=128, help="images per step on each device (128)")
-    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts (all)")
+    parser.add_argument("--only", default=",".join(DEFAULT), help="some of the parts (all but questions)")
     parser.add_argument("--debug", action="store_true", help="tiny sizes, also on a CPU")
     args = parser.parse_args(argv)
     if unknown := set(args.only.split(",")) - set(PARTS):

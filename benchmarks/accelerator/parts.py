@@ -19,7 +19,7 @@ class Settings:
       out: the folder of the results.
       debug: whether sizes are tiny.
       batch: images per step on each device.
-      data: a folder of images or an .npz, for the run on CIFAR-10; '' if there is none.
+      data: a folder of images or an .npz, for the runs on CIFAR-10; '' if there is none.
       platform: gpu, tpu or cpu; '' as long as it is not known.
       until: when the process is killed, as `time.time()` counts.
     """
@@ -42,12 +42,14 @@ class Part:
       limit: seconds after which a case is killed; 0: cases share what is left of the time.
       least: with fewer seconds left no case is started.
       alone: whether each case has a process of its own, as memory's peak and a fair start need.
+      asked: whether it runs only where --only names it.
     """
 
     module: str
     limit: float
     least: float
     alone: bool = False
+    asked: bool = False
 
     def cases(self, name: str, settings: Settings) -> Cases:
         """The part's cases, in order; `name` is the part's."""
@@ -69,5 +71,7 @@ PARTS = {
     "feed": Part("feed", limit=180, least=60, alone=True),
     "tune": Part("tune", limit=150, least=30),
     "cifar10": Part("cifar", limit=0, least=240, alone=True),
+    "questions": Part("questions", limit=0, least=120, alone=True, asked=True),
 }
+DEFAULT = tuple(name for name, part in PARTS.items() if not part.asked)
 ALL = {MACHINE: Part(MACHINE, limit=60, least=5), **PARTS}

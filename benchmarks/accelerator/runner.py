@@ -66,7 +66,7 @@ def measured(row: Row) -> bool:
 
 def key_of(name: str, settings: Settings) -> Row:
     """What the numbers of a part depend on."""
-    own = {"data": settings.data} if name == "cifar10" else {}
+    own = {"data": settings.data} if name in ("cifar10", "questions") else {}
     return {"debug": settings.debug, "batch": settings.batch, **own}
 
 

@@ -27,7 +27,7 @@ def markdown(rows: Rows) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     head = f"{machine['devices']} x {machine['device']} ({card}); {versions}; Python {machine['python']}; "
     parts = [head + f"{machine['cores']} cores. Times are medians of windows, after warm-up."]
-    for make in (ceilings, models, profile, parity, kernel_times, tune, feed, cifar, left_out):
+    for make in (ceilings, models, profile, parity, kernel_times, tune, feed, cifar, questions, left_out):
         if text := make(rows):
             parts.append(text)
     return "\n\n".join(parts) + "\n"
@@ -207,6 +207,19 @@ def cifar(rows: Rows) -> str:
     ]
     columns = ("BYOL, ResNet18", "epochs", "images/s", "k-NN", "probe", "k-NN, untrained")
     return grid("CIFAR-10", columns, lines)
+
+
+def questions(rows: Rows) -> str:
+    """The mean accuracies of the sweeps."""
+    lines = [
+        [name, value, row["steps"], *(number(means, c, ".1f") for c in ("knn_top1", "probe_top1"))]
+        + [next((number(means, c, ".1f") for c in means if c.startswith("judge ")), "-")]
+        for name, row in rows.get("questions", {}).items()
+        if measured(row)
+        for value, means in row["values"].items()
+    ]
+    columns = ("", "value", "steps", "k-NN, %", "probe, %", "mean IoU of montages, %")
+    return grid("Open questions: means over seeds; the sweeps' own tables have the intervals", columns, lines)
 
 
 def left_out(rows: Rows) -> str:
