@@ -7,7 +7,8 @@ import math
 from ml_collections import ConfigDict
 
 from crate_jax.data.array_record import open_records
-from crate_jax.data.decoding import LARGEST, DecodeError
+from crate_jax.data.bands import Bands
+from crate_jax.data.decoding import GREY, LARGEST, STORED, DecodeError
 from crate_jax.data.device_augmentation import pictures_of, views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
@@ -139,7 +140,7 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
             f"config.data.source={data.source!r}: this job needs labels, but the {split} split has none; a folder has "
             "labels if each image lies in a sub-folder named after its class, and there are at least two"
         )
-    return source
+    return source if source is None or source.channels == data.channels else Bands(source, data.channels)
 
 
 def is_source(text: str) -> bool:
@@ -158,10 +159,12 @@ def _check_channels(c: ConfigDict) -> None:
             )
     if data.channels == 3:
         return
-    if not data.source.startswith("npz:"):
+    kind, _, files = data.source.partition(":")
+    possible = (GREY, 3, *STORED) if files else (GREY, 3)
+    if kind != "npz" and data.channels not in possible:
         raise ConfigError(
-            f"config.data.channels={data.channels}: must be 3 with config.data.source={data.source!r}; npz: keeps "
-            "other channels"
+            f"config.data.channels={data.channels}: must be one of {', '.join(map(str, sorted(possible)))} with "
+            f"config.data.source={data.source!r}; npz: has arrays of any number"
         )
     if data.randaugment_layers:
         raise ConfigError(
@@ -205,7 +208,11 @@ DATA = Section(
             "auto", anything, "auto: of test, val, valid and the like, the first with labels", resume=RECORDED
         ),
         image_size=Key((224, 224), anything, "height, width in pixels; one number: both"),
-        channels=Key(3, within(1, MAX_CHANNELS), "channels of an image; others than 3: npz, reconstruction"),
+        channels=Key(
+            3,
+            within(1, MAX_CHANNELS),
+            "channels of an image under reconstruction: 1, grey; 2 or 4, as files store them; any number from npz",
+        ),
         mean=Key(
             IMAGENET_MEAN,
             must("be numbers, one per channel", bool),

@@ -65,6 +65,7 @@ METADATA = (*TEXTS, b"tIME", b"pHYs", b"hIST", b"sPLT", b"cHRM", b"gAMA", b"sRGB
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as the crop stays this many times as large as the
 # output: the antialiasing filter, not the decoder, then decides the result.
 DRAFT_MARGIN = 2.0
+GREY, STORED = 1, (2, 4)  # numbers of channels, but for three, that image files give; see :func:`of_channels`
 _RAW_MODE, _DATA = "crate_jax raw mode", "crate_jax data"  # entries of Image.info
 # An opened image, or the pixels of one that has another number of channels than 3, uint8 (H, W, C).
 Picture = Image.Image | np.ndarray
@@ -174,6 +175,36 @@ def decode(image: Picture) -> np.ndarray:
         return np.asarray(_upright(image))
     except Exception as e:
         raise DecodeError(_reason(e)) from e
+
+
+def of_channels(image: Picture, channels: int) -> Picture:
+    """An image with so many channels: opened for three, else decoded to uint8 (H, W, channels), oriented as displayed.
+
+    One channel is the grey of the image as displayed (ITU-R 601-2). Two or four are the bands that the file stores;
+    nothing is laid over white, as the fourth band may be infrared and not alpha.
+
+    >>> of_channels(Image.new("RGB", (1, 1), (255, 0, 100)), 1).tolist()  # 0.299, 0.587 and 0.114 of the three
+    [[[88]]]
+    >>> of_channels(Image.new("RGBA", (1, 1), (200, 100, 50, 0)), 4).tolist()
+    [[[200, 100, 50, 0]]]
+
+    Raises:
+      DecodeError: the pixels cannot be decoded, or the file stores another number of bands.
+    """
+    if isinstance(image, np.ndarray) or channels == 3:
+        return image
+    if channels == GREY:
+        return np.asarray(Image.fromarray(decode(image)).convert("L"))[..., None]
+    try:
+        image.load()
+        orientation = _orientation(image)
+        pixels = np.asarray(image if orientation == 1 else image.transpose(UPRIGHT[orientation]))
+    except Exception as e:
+        raise DecodeError(_reason(e)) from e
+    bands = image.getbands()
+    if len(bands) != channels or pixels.dtype != np.uint8:
+        raise DecodeError(f"stores the bands {', '.join(bands)}, where config.data.channels={channels}")
+    return pixels
 
 
 def crop_resize(

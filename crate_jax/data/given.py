@@ -15,6 +15,7 @@ from crate_jax.data.sources import Source, digest
 from crate_jax.errors import DataError
 from crate_jax.workdir.folder import readable
 
+OF_FILES = (decoding.GREY, 3, *decoding.STORED)  # the numbers of channels that an image file, or one of PIL, may give
 Images = np.ndarray | Image.Image | str | os.PathLike[str] | Sequence[Any] | Source
 
 
@@ -30,7 +31,9 @@ class Given(Source):
 
     def open(self, index: int) -> decoding.Picture:
         """See Source.open."""
-        image = self._images[index]
+        return decoding.of_channels(self._opened(self._images[index]), self.channels)
+
+    def _opened(self, image: Any) -> decoding.Picture:
         if isinstance(image, Image.Image):
             try:
                 return image.copy()  # decoding may change it, and the caller's stays as it is
@@ -60,10 +63,11 @@ def source(images: Images, channels: int) -> Source:
         if images.channels != channels:
             raise DataError(f"images: of {images.channels} channels, where the encoder takes {channels}")
         return images
-    if channels != 3 and not hasattr(images, "__array__"):
+    if channels not in OF_FILES and not hasattr(images, "__array__"):
         raise DataError(f"images: {_forms(channels)}")
     if isinstance(images, str | os.PathLike) and not readable(images).is_file():
-        return FolderSource(str(readable(images)), labelled=False)
+        folder = FolderSource(str(readable(images)), labelled=False)
+        return folder if channels == folder.channels else Given([folder.path(i) for i in range(len(folder))], channels)
     if isinstance(images, str | os.PathLike | Image.Image):
         return Given([images], channels)
     if hasattr(images, "__array__"):
@@ -84,7 +88,8 @@ def source(images: Images, channels: int) -> Source:
 
 def _forms(channels: int) -> str:
     array = f"must be uint8 (n, H, W, {channels})"
-    return array if channels != 3 else f"{array}, images of PIL, a list of images, or the path of an image or a folder"
+    others = ", images of PIL, a list of images, or the path of an image or a folder"
+    return f"{array}{others}" if channels in OF_FILES else array
 
 
 def _require_image(image: Any, what: str, dimensions: tuple[int, ...], channels: int) -> None:

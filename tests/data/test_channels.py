@@ -11,6 +11,7 @@ from PIL import Image
 
 from crate_jax import config as config_lib, data
 from crate_jax.data import decoding
+from crate_jax.data.given import source as given_source
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.methods import METHODS
 from crate_jax.models import autoencoder
@@ -133,7 +134,11 @@ def test_pictures_show_three_channels(channels, shown):
     [
         ({"data.mean": (0.5,) * 3}, r"config.data.mean=\[0.5, 0.5, 0.5\]: must be 5 numbers, one per channel"),
         ({"data.std": (0.5,) * 6}, "config.data.std=.*: must be 5 numbers"),
-        ({"data.source": "hf:a"}, "config.data.channels=5: must be 3 with config.data.source='hf:a'"),
+        (
+            {"data.source": "hf:a"},
+            "channels=5: must be one of 1, 2, 3, 4 with config.data.source='hf:a'; npz: has",
+        ),
+        ({"data.source": "digits"}, "config.data.channels=5: must be one of 1, 3 with config.data.source='digits'"),
         ({"data.randaugment_layers": 1}, "config.data.randaugment_layers=1: must be 0 with config.data.channels=5"),
         (
             {"method": "byol"},
@@ -149,6 +154,52 @@ def test_what_needs_three_channels_says_so_in_one_line(change, message):
     with pytest.raises(ConfigError, match=message) as e:
         config_lib.validate(config)
     assert "\n" not in str(e.value)
+
+
+def files(folder, mode, count=6):
+    """Images of a mode in two classes, each turned by its EXIF orientation; their bands as displayed."""
+    rng, upright = np.random.default_rng(0), []
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    for i in range(count):
+        pixels = rng.integers(0, 256, (5, 7, bands), np.uint8)
+        path = folder / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif[decoding.ORIENTATION_TAG] = 6
+        Image.fromarray(pixels.squeeze(), mode).save(path, exif=exif)
+        upright.append(np.rot90(pixels, -1))
+    order = np.argsort(np.arange(count) % 2, kind="stable")  # of the paths
+    return np.stack(upright)[order]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA"])
+def test_files_keep_their_bands(tmp_path, mode):
+    images = files(tmp_path, mode)
+    channels = images.shape[-1]
+    config = configured("", channels, source=f"folder:{tmp_path}")
+    config_lib.validate(config)
+    source = data.open_split(config, "train")
+    np.testing.assert_array_equal([source.read(i) for i in range(6)], images)
+    assert source.channels == channels and decoding.oriented_size(source.open(0)) == (7, 5)
+    np.testing.assert_array_equal(source.labels, [0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(source.labels_of([4, 1]), [1, 0])
+    assert source.class_names == ["a", "b"] and source.name(5) == "b/5.png" and source.split == "train"
+    plain = data.open_split(configured("", 3, source=f"folder:{tmp_path}"), "train")
+    assert plain.fingerprint() != source.fingerprint() and plain.read(0).shape == (7, 5, 3)
+    paths = [str(tmp_path / "train" / plain.name(i)) for i in range(6)]
+    for given in (given_source(str(tmp_path), channels), given_source([Image.open(p) for p in paths], channels)):
+        np.testing.assert_array_equal([given.read(i) for i in range(6)], images)
+
+
+def test_a_photo_becomes_grey_and_has_no_fourth_band(tmp_path):
+    images = files(tmp_path, "RGB")
+    grey = data.open_split(configured("", 1, source=f"folder:{tmp_path}"), "train")
+    weighted = images @ np.array([0.299, 0.587, 0.114])
+    found = np.stack([grey.read(i) for i in range(6)])
+    assert found.shape == (6, 7, 5, 1) and np.abs(found[..., 0] - weighted).max() <= 0.51
+    four = data.open_split(configured("", 4, source=f"folder:{tmp_path}"), "train")
+    with pytest.raises(decoding.DecodeError, match=r"stores the bands R, G, B, where config.data.channels=4"):
+        four.read(0)
 
 
 @pytest.mark.parametrize(
