@@ -44,10 +44,10 @@ ARGUMENTS = {
     "photos": [
         "",
         "size=32,encoder=crate,corruption=rop,penalty=so",
-        "size=96,encoder=resnet18",
+        "size=96,encoder=resnet18,method=reconstruction",
         "size=224,corruption=noise",
         "method=simclr,encoder=crate",
-        "method=swav,encoder=resnet18,penalty=srip",
+        "method=swav,size=32,penalty=srip",
     ],
     "sweep": [
         "",
@@ -135,6 +135,27 @@ def test_segmentation_fits_a_checkpoint(arg):
         assert full.protocol.name in finetune.SEGMENTERS
         assert full.finetune.freeze == ("freeze" in arg)
         assert full.encoder.final_norm == ("upernet" not in arg)
+
+
+@pytest.mark.one_python
+@pytest.mark.parametrize(
+    ("arg", "method", "encoder", "stem"),
+    [
+        ("", "vibcreg", "resnet18", "imagenet"),
+        ("size=32", "vibcreg", "resnet18", "imagenet"),
+        ("encoder=vit", "reconstruction", "vit", ""),
+        ("encoder=crate,method=byol", "byol", "crate", ""),
+        ("corruption=noise", "reconstruction", "vit", ""),
+        ("corruption=noise,encoder=resnet18,size=96", "reconstruction", "resnet18", "imagenet"),
+        ("method=reconstruction,encoder=resnet18,size=32", "reconstruction", "resnet18", "cifar"),
+        ("method=simclr", "simclr", "resnet18", "imagenet"),
+    ],
+)
+def test_photos_choose_what_is_not_given(arg, method, encoder, stem):
+    c = load("photos", arg)
+    assert (c.method, c.encoder.name) == (method, encoder)
+    assert encoder != "resnet18" or c.encoder.stem == stem
+    assert method == "reconstruction" or c.views.grey == (0.4,)
 
 
 def test_every_config_file_has_a_command_and_a_docstring():
