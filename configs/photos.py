@@ -18,8 +18,8 @@ DIR is a folder of images, with or without labels; docs/data.md lists the other 
 
 The recipe is for some thousand photos: small models, a warm-up of a tenth of the run, the mean and deviation of
 ImageNet; weak crops under reconstruction; under joint embedding the changes of colour of SimCLR's ImageNet runs (arXiv
-2002.05709) and twice its share of grey views, so that an encoder cannot compare views by colour. Nobody has published
-it; docs/results.md has what it gave. On a GPU take more: --config.encoder.stage_width=64, or with a ViT
+2002.05709) and twice its share of grey views, so that an encoder can hardly compare views by colour. Nobody has
+published it; docs/results.md has what it gave. On a GPU take more: --config.encoder.stage_width=64, or with a ViT
 --config.encoder.width=384 --config.encoder.depth=12 --config.encoder.heads=6.
 """
 
@@ -28,11 +28,12 @@ from ml_collections import ConfigDict
 from crate_jax.config import PRETRAINING
 from crate_jax.config_files import named, parse_arg
 from crate_jax.data import IMAGENET_MEAN, IMAGENET_STD
+from crate_jax.data.recipes import recolour
 
 SIZES = (64, 32, 96, 128, 160, 192, 224)
 ENCODERS = {"vit": "vit_tiny", "crate": "crate_tiny", "resnet18": "resnet18"}  # here -> in configs/joint.py
 WIDTH, DEPTH, HEADS = 128, 4, 4
-COLOURS = {"brightness": (0.8,), "contrast": (0.8,), "saturation": (0.8,), "hue": (0.2,), "grey": (0.4,)}
+COLOURS = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "grey": 0.4}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -57,7 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.data.crop_scale = (0.4, 1.0)
     else:
         c = named(f"joint:method={method},encoder={ENCODERS[encoder]},penalty={arg.penalty},scale=thin{debug}")
-        c.views.update(COLOURS)
+        recolour(c, **COLOURS)
         if encoder != "resnet18":
             c.evaluation.pool = "mean"
             if not arg.debug:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.config import PENALTY_WEIGHTS, PRETRAINING, base
 from crate_jax.config_files import named, parse_arg
+from crate_jax.data.recipes import recolour
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -62,9 +63,7 @@ def _joint(method: str, penalty: str, debug: bool) -> ConfigDict:
     c = named(f"joint:method={method},encoder=resnet18,penalty={penalty},scale=thin{',debug' if debug else ''}")
     c.data.mean, c.data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     c.views.scale_min, c.views.flip = (0.5,), (0.0,)  # a mirrored digit is another sign
-    c.views.hue, c.views.saturation, c.views.grey = (0.5,), (0.6,), (0.3,)
-    c.views.brightness = c.views.contrast = (0.6,)
-    c.views.solarise, c.views.blur = (0.3,), (0.0,)
+    recolour(c, hue=0.5, saturation=0.6, grey=0.3, brightness=0.6, contrast=0.6, solarise=0.3, blur=0.0)
     if not debug:
         c.data.source, c.data.image_size = "scenes", (24, 24)
         c.epochs, c.steps = 0.0, 600

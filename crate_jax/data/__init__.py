@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.data.array_record import open_records
 from crate_jax.data.bands import Bands
-from crate_jax.data.decoding import GREY, LARGEST, STORED, DecodeError
+from crate_jax.data.decoding import GREY, LARGEST, OF_FILES, DecodeError
 from crate_jax.data.device_augmentation import pictures_of, views_of
 from crate_jax.data.evaluation import eval_batches, eval_images
 from crate_jax.data.folder import open_folder
@@ -160,10 +160,10 @@ def _check_channels(c: ConfigDict) -> None:
     if data.channels == 3:
         return
     kind, _, files = data.source.partition(":")
-    possible = (GREY, 3, *STORED) if files else (GREY, 3)
+    possible = OF_FILES if files else (GREY, 3)
     if kind != "npz" and data.channels not in possible:
         raise ConfigError(
-            f"config.data.channels={data.channels}: must be one of {', '.join(map(str, sorted(possible)))} with "
+            f"config.data.channels={data.channels}: must be one of {', '.join(map(str, possible))} with "
             f"config.data.source={data.source!r}; npz: has arrays of any number"
         )
     if data.randaugment_layers:

@@ -65,7 +65,7 @@ METADATA = (*TEXTS, b"tIME", b"pHYs", b"hIST", b"sPLT", b"cHRM", b"gAMA", b"sRGB
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as the crop stays this many times as large as the
 # output: the antialiasing filter, not the decoder, then decides the result.
 DRAFT_MARGIN = 2.0
-GREY, STORED = 1, (2, 4)  # numbers of channels, but for three, that image files give; see :func:`of_channels`
+GREY, OF_FILES = 1, (1, 2, 3, 4)  # numbers of channels that image files give; see :func:`of_channels`
 _RAW_MODE, _DATA = "crate_jax raw mode", "crate_jax data"  # entries of Image.info
 # An opened image, or the pixels of one that has another number of channels than 3, uint8 (H, W, C).
 Picture = Image.Image | np.ndarray
@@ -180,8 +180,8 @@ def decode(image: Picture) -> np.ndarray:
 def of_channels(image: Picture, channels: int) -> Picture:
     """An image with so many channels: opened for three, else decoded to uint8 (H, W, channels), oriented as displayed.
 
-    One channel is the grey of the image as displayed (ITU-R 601-2). Two or four are the bands that the file stores;
-    nothing is laid over white, as the fourth band may be infrared and not alpha.
+    One channel is the grey of the image as displayed (ITU-R 601-2). Two or four are the bands that Pillow finds in the
+    file, of 16 bits the upper 8; nothing is laid over white, as the last band may be no alpha.
 
     >>> of_channels(Image.new("RGB", (1, 1), (255, 0, 100)), 1).tolist()  # 0.299, 0.587 and 0.114 of the three
     [[[88]]]
@@ -193,6 +193,8 @@ def of_channels(image: Picture, channels: int) -> Picture:
     """
     if isinstance(image, np.ndarray) or channels == 3:
         return image
+    if channels == 4 and image.format == "WEBP" and image.mode == "RGB":  # which leaves an opaque alpha out
+        image = image.convert("RGBA")
     if channels == GREY:
         return np.asarray(Image.fromarray(decode(image)).convert("L"))[..., None]
     try:
@@ -202,8 +204,8 @@ def of_channels(image: Picture, channels: int) -> Picture:
     except Exception as e:
         raise DecodeError(_reason(e)) from e
     bands = image.getbands()
-    if len(bands) != channels or pixels.dtype != np.uint8:
-        raise DecodeError(f"stores the bands {', '.join(bands)}, where config.data.channels={channels}")
+    if len(bands) != channels or image.mode == "PA":
+        raise DecodeError(f"opens with the bands {', '.join(bands)}, where config.data.channels={channels}")
     return pixels
 
 

@@ -15,7 +15,6 @@ from crate_jax.data.sources import Source, digest
 from crate_jax.errors import DataError
 from crate_jax.workdir.folder import readable
 
-OF_FILES = (decoding.GREY, 3, *decoding.STORED)  # the numbers of channels that an image file, or one of PIL, may give
 Images = np.ndarray | Image.Image | str | os.PathLike[str] | Sequence[Any] | Source
 
 
@@ -63,7 +62,7 @@ def source(images: Images, channels: int) -> Source:
         if images.channels != channels:
             raise DataError(f"images: of {images.channels} channels, where the encoder takes {channels}")
         return images
-    if channels not in OF_FILES and not hasattr(images, "__array__"):
+    if channels not in decoding.OF_FILES and not hasattr(images, "__array__"):
         raise DataError(f"images: {_forms(channels)}")
     if isinstance(images, str | os.PathLike) and not readable(images).is_file():
         folder = FolderSource(str(readable(images)), labelled=False)
@@ -89,7 +88,7 @@ def source(images: Images, channels: int) -> Source:
 def _forms(channels: int) -> str:
     array = f"must be uint8 (n, H, W, {channels})"
     others = ", images of PIL, a list of images, or the path of an image or a folder"
-    return f"{array}{others}" if channels in OF_FILES else array
+    return f"{array}{others}" if channels in decoding.OF_FILES else array
 
 
 def _require_image(image: Any, what: str, dimensions: tuple[int, ...], channels: int) -> None:

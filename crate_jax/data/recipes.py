@@ -95,6 +95,22 @@ def layout(config: ConfigDict) -> dict[str, tuple[Augmentation, ...]]:
     return {"views": (crop(0), crop(1)), **small}
 
 
+def recolour(config: ConfigDict, **values: float) -> None:
+    """Sets keys of config.views in place for all views but weak ones, whose colours never change (jitter 0).
+
+    ReSSL's target sees such a view; with other colours it would be another method.
+
+    >>> views = ConfigDict({"views": {"jitter": (0.8, 0.0), "grey": (0.2, 0.0)}})
+    >>> recolour(views, grey=0.4)
+    >>> views.views.grey
+    (0.4, 0.0)
+    """
+    for name, value in values.items():
+        kinds = range(max(len(config.views.jitter), len(config.views[name])))
+        new = tuple(value if of_kind(config, "jitter", k) else of_kind(config, name, k) for k in kinds)
+        config.views[name] = new if len(set(new)) > 1 else new[:1]
+
+
 _JITTER = ("brightness", "contrast", "saturation", "hue")
 _MILD, _STRONG, _EQUAL = (0.4, 0.4, 0.2, 0.1), (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.4, 0.1)
 

@@ -162,7 +162,7 @@ def files(folder, mode, count=6):
     bands = len(Image.new(mode, (1, 1)).getbands())
     for i in range(count):
         pixels = rng.integers(0, 256, (5, 7, bands), np.uint8)
-        path = folder / "train" / "ab"[i % 2] / f"{i}.png"
+        path = folder / "train" / "ab"[i % 2] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         exif = Image.Exif()
         exif[decoding.ORIENTATION_TAG] = 6
@@ -183,12 +183,31 @@ def test_files_keep_their_bands(tmp_path, mode):
     assert source.channels == channels and decoding.oriented_size(source.open(0)) == (7, 5)
     np.testing.assert_array_equal(source.labels, [0, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(source.labels_of([4, 1]), [1, 0])
-    assert source.class_names == ["a", "b"] and source.name(5) == "b/5.png" and source.split == "train"
+    assert source.class_names == ["a", "b"] and source.name(5) == "b/05.png" and source.split == "train"
     plain = data.open_split(configured("", 3, source=f"folder:{tmp_path}"), "train")
     assert plain.fingerprint() != source.fingerprint() and plain.read(0).shape == (7, 5, 3)
     paths = [str(tmp_path / "train" / plain.name(i)) for i in range(6)]
     for given in (given_source(str(tmp_path), channels), given_source([Image.open(p) for p in paths], channels)):
         np.testing.assert_array_equal([given.read(i) for i in range(6)], images)
+
+
+@pytest.mark.parametrize("memory_mb", [0, 100])
+def test_batches_of_files_are_those_of_arrays(tmp_path, memory_mb):
+    """From memory, and read by threads as they are needed."""
+    images = files(tmp_path, "LA", 20)
+
+    def batch(source):
+        config = configured("", 2, source=source, memory_mb=memory_mb, threads=2, image_size=(6, 4))
+        opened = data.open_split(config, "train")
+        pipeline = data.TrainPipeline(config, opened)
+        try:
+            (found,) = itertools.islice(pipeline.batches(2), 1)
+        finally:
+            pipeline.close()
+        return found["image"], data.eval_images(config, opened, range(4))[0]
+
+    for ours, theirs in zip(batch(f"folder:{tmp_path}"), batch(f"npz:{saved(tmp_path, images)}"), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_photo_becomes_grey_and_has_no_fourth_band(tmp_path):
@@ -198,7 +217,12 @@ def test_a_photo_becomes_grey_and_has_no_fourth_band(tmp_path):
     found = np.stack([grey.read(i) for i in range(6)])
     assert found.shape == (6, 7, 5, 1) and np.abs(found[..., 0] - weighted).max() <= 0.51
     four = data.open_split(configured("", 4, source=f"folder:{tmp_path}"), "train")
-    with pytest.raises(decoding.DecodeError, match=r"stores the bands R, G, B, where config.data.channels=4"):
+    image = Image.fromarray(images[0])
+    image.putalpha(255)
+    image.save(tmp_path / "a.webp", lossless=True)  # which leaves the opaque alpha out
+    opened = decoding.of_channels(decoding.open_image((tmp_path / "a.webp").read_bytes()), 4)
+    np.testing.assert_array_equal(opened, np.asarray(image))
+    with pytest.raises(decoding.DecodeError, match=r"opens with the bands R, G, B, where config.data.channels=4"):
         four.read(0)
 
 
