@@ -19,6 +19,9 @@ from PIL import Image, ImageOps
 from crate_jax.data.folder import FolderSource
 
 
+CLASSES = 255  # the value 255 of a mask means: no class
+
+
 def montage(images: list[np.ndarray], classes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Puts crops of two images side by side, or one above the other.
 
@@ -45,10 +48,13 @@ def montage(images: list[np.ndarray], classes: np.ndarray, rng: np.random.Genera
 
 def make(folder: Path, out: Path, split: str, side: int, count: int) -> None:
     """Writes `count` pairs of a split to ``out/SPLIT/images`` and ``out/SPLIT/masks``, the same ones at each call."""
-    source = FolderSource(str(folder / split))
+    train = str(folder / "train")
+    source = FolderSource(train) if split == "train" else FolderSource(str(folder / split), like=train)
     labels = source.labels
-    if labels is None:
-        raise SystemExit(f"{folder / split}: has no labels; expected one folder per class")
+    if labels is None or source.class_names is None or len(source.class_names) > CLASSES:
+        raise SystemExit(
+            f"{folder / split}: has no labels, or more than {CLASSES} classes; expected a folder per class"
+        )
     for part in ("images", "masks"):
         (out / split / part).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0 if split == "train" else 1)
@@ -70,6 +76,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2000, help="number of pairs to train on")
     parser.add_argument("--test", type=int, default=1000, help="number of pairs to score on")
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out={args.out}: exists already; give a new folder")
     for split, count in (("train", args.train), ("test", args.test)):
         make(args.folder, args.out, split, args.side, count)
     print(f"{args.out}: {args.train} pairs to train on, {args.test} to score on")

@@ -151,16 +151,19 @@ def test_montages_are_pairs_whose_masks_have_the_classes_of_the_parts(tmp_path):
     """Each image of a class has one shade of its own, so that a picture says what its mask must be."""
     for split in ("train", "test"):
         for label, name in enumerate(("apple", "bee", "cat")):
+            if split == "test" and name == "bee":
+                continue
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(2):
                 Image.new("RGB", (21, 30), (90 * label,) * 3).save(tmp_path / split / name / f"{i}.png")
-    montages.make(tmp_path, tmp_path / "out", "train", 16, 40)
+    for split in ("train", "test"):
+        montages.make(tmp_path, tmp_path / "out", split, 16, 40)
     lines = set()
-    for path in sorted((tmp_path / "out/train/images").iterdir()):
+    for path in sorted((tmp_path / "out").glob("*/images/*")):
         picture, mask = np.asarray(Image.open(path)), np.asarray(Image.open(path.parent.parent / "masks" / path.name))
         assert picture.shape == (16, 16, 3) and mask.shape == (16, 16)
         np.testing.assert_array_equal(picture[..., 0], 90 * mask)
         across = [(axis, int(np.argmax(np.diff(mask, axis=axis).any(1 - axis))) + 1) for axis in (0, 1)]
         lines |= {(axis, at) for axis, at in across if np.diff(mask, axis=axis).any()}
     assert {axis for axis, _ in lines} == {0, 1} and {at for _, at in lines} == {6, 7, 8, 9, 10}
-    assert len(list((tmp_path / "out/train/masks").iterdir())) == 40
+    assert len(list((tmp_path / "out").glob("t*/masks/*.png"))) == 80

@@ -212,13 +212,13 @@ def cifar(rows: Rows) -> str:
 def questions(rows: Rows) -> str:
     """The mean accuracies of the sweeps."""
     lines = [
-        [name, value, row["steps"], *(number(means, c, ".1f") for c in ("knn_top1", "probe_top1"))]
+        [name, value, *(number(means, c, ".1f") for c in ("knn_top1", "probe_top1"))]
         + [next((number(means, c, ".1f") for c in means if c.startswith("judge ")), "-")]
         for name, row in rows.get("questions", {}).items()
         if measured(row)
         for value, means in row["values"].items()
     ]
-    columns = ("", "value", "steps", "k-NN, %", "probe, %", "mean IoU of montages, %")
+    columns = ("", "value", "k-NN, %", "probe, %", "mean IoU of montages, %")
     return grid("Open questions: means over seeds; the sweeps' own tables have the intervals", columns, lines)
 
 
