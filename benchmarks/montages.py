@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 
 from crate_jax.data.folder import FolderSource
 
-
 CLASSES = 255  # the value 255 of a mask means: no class
 
 

@@ -29,6 +29,7 @@ from crate_jax.config import PRETRAINING
 from crate_jax.config_files import named, parse_arg
 from crate_jax.data import IMAGENET_MEAN, IMAGENET_STD
 from crate_jax.data.recipes import recolour
+from crate_jax.errors import ConfigError
 
 SIZES = (64, 32, 96, 128, 160, 192, 224)
 ENCODERS = {"vit": "vit_tiny", "crate": "crate_tiny", "resnet18": "resnet18"}  # here -> in configs/joint.py
@@ -56,6 +57,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         corruption = arg.corruption or "mask"
         c = named(f"cifar10:encoder={encoder},corruption={corruption},penalty={arg.penalty}{debug}")
         c.data.crop_scale = (0.4, 1.0)
+    elif arg.corruption:
+        raise ConfigError(f"config string: corruption={arg.corruption} needs method=reconstruction, not {method}")
     else:
         c = named(f"joint:method={method},encoder={ENCODERS[encoder]},penalty={arg.penalty},scale=thin{debug}")
         recolour(c, **COLOURS)
