@@ -65,7 +65,7 @@ QUESTIONS = {
 
 def cases(name: str, settings: Settings) -> Cases:
     """The questions."""
-    return {name: functools.partial(measure, name, settings) for name in QUESTIONS}
+    return {question: functools.partial(measure, question, settings) for question in QUESTIONS}
 
 
 def measure(name: str, settings: Settings) -> Row:

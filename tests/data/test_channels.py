@@ -46,6 +46,18 @@ def saved(folder, images):
     return path
 
 
+def first_batch(config):
+    """The images of the first batch, and the first four as evaluation has them."""
+    source = data.open_split(config, "train")
+    pipeline = data.TrainPipeline(config, source)
+    try:
+        (batch,) = itertools.islice(pipeline.batches(2), 1)
+    finally:
+        pipeline.close()
+    assert batch["image"].shape == data.batch_shapes(config, ["image"])["image"].shape
+    return batch["image"], data.eval_images(config, source, range(4))[0]
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_crops_are_those_of_rgb_images(alone):
     image = smooth(1, 31, 43)[0]
@@ -66,15 +78,7 @@ def test_batches_are_those_of_rgb_images(tmp_path, size, memory_mb):
         options["image_size"] = (80, 72)
 
     def batch(images, channels):
-        config = configured(saved(tmp_path, images), channels, **options)
-        source = data.open_split(config, "train")
-        pipeline = data.TrainPipeline(config, source)
-        try:
-            (batch,) = itertools.islice(pipeline.batches(2), 1)
-        finally:
-            pipeline.close()
-        assert batch["image"].shape == data.batch_shapes(config, ["image"])["image"].shape
-        return batch["image"], data.eval_images(config, source, range(4))[0]
+        return first_batch(configured(saved(tmp_path, images), channels, **options))
 
     ours = batch(images, CHANNELS)
     for three in THREES:
@@ -196,17 +200,12 @@ def test_batches_of_files_are_those_of_arrays(tmp_path, memory_mb):
     """From memory, and read by threads as they are needed."""
     images = files(tmp_path, "LA", 20)
 
-    def batch(source):
-        config = configured("", 2, source=source, memory_mb=memory_mb, threads=2, image_size=(6, 4))
-        opened = data.open_split(config, "train")
-        pipeline = data.TrainPipeline(config, opened)
-        try:
-            (found,) = itertools.islice(pipeline.batches(2), 1)
-        finally:
-            pipeline.close()
-        return found["image"], data.eval_images(config, opened, range(4))[0]
-
-    for ours, theirs in zip(batch(f"folder:{tmp_path}"), batch(f"npz:{saved(tmp_path, images)}"), strict=True):
+    options = {"memory_mb": memory_mb, "threads": 2, "image_size": (6, 4)}
+    of_files, of_arrays = (
+        first_batch(configured("", 2, source=source, **options))
+        for source in (f"folder:{tmp_path}", f"npz:{saved(tmp_path, images)}")
+    )
+    for ours, theirs in zip(of_files, of_arrays, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
