@@ -68,7 +68,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "command", lambda *a: [sys.executable, "-c", CHILD, a[0], as_json(a[1]), *a[2]])
 
     def run(parts, minutes=2.0, **settings):
-        parts = {name: Fake("", limit, 0.5, alone, names) for name, (names, limit, alone) in parts.items()}
+        parts = {name: Fake("", limit, 0.5, alone, names=names) for name, (names, limit, alone) in parts.items()}
         monkeypatch.setattr(runner, "PARTS", parts)
         monkeypatch.setattr(runner, "ALL", {MACHINE: ALL[MACHINE], **parts})
         (tmp_path / "started").write_text("")
