@@ -277,6 +277,7 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", lambda *args, **options: make_mesh(*args, jax.devices()[:2], **options))
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_telemetry(tmp_path, two_devices):
     """The weights to the bit; the numbers at their steps, of images split over the devices."""
     c = small("crate", "linear", depth=1)

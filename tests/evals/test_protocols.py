@@ -174,7 +174,9 @@ def mae(digits):
     return run("linear_sgd", digits)
 
 
-@pytest.mark.parametrize("recipe", linear_sgd.RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.slow) if name == "mae" else name for name in linear_sgd.RECIPES]
+)
 def test_linear_probes_learn(digits, recipe, request):
     epochs = linear_sgd.RECIPES[recipe].epochs if recipe == "mae" else 30
     few = run("linear_sgd", digits, recipe=recipe, epochs=1)
@@ -184,12 +186,16 @@ def test_linear_probes_learn(digits, recipe, request):
     assert more["top1"] > 0.85
 
 
+@pytest.mark.slow
 def test_a_set_too_small_for_a_recipe_is_repeated(digits, mae):
     """1300 digits are less than a batch of MAE's recipe: once per pass, its 90 updates had an accuracy of 25 %."""
     assert mae["recipe"]["repeats"] == 38 and mae["recipe"]["batch_size"] == 16384
     assert mae["top1"] > run("logreg", digits, c=(1.0,))["top1"] - 0.03
-    assert [linear_sgd.RECIPES["mae"].for_rows(n).repeats for n in (1, 16384, 49151, 49152)] == [49152, 3, 2, 1]
     assert run("linear_sgd", digits, recipe="lightly", epochs=1)["recipe"]["repeats"] == 1
+
+
+def test_a_set_is_repeated_until_a_recipe_has_batches():
+    assert [linear_sgd.RECIPES["mae"].for_rows(n).repeats for n in (1, 16384, 49151, 49152)] == [49152, 3, 2, 1]
 
 
 def test_a_repeated_set_is_the_same_set_written_several_times(digits):

@@ -371,6 +371,7 @@ def test_relative_positions_of_another_grid_are_named(tmp_path):
         job.run(other, str(tmp_path / "work"))
 
 
+@pytest.mark.slow
 def test_commands(run_cli, pretraining, tmp_path):
     """From the command line, and an error as one line."""
     flags = [f"--config.checkpoint={pretraining}", "--config.data.source=digits", f"--workdir={tmp_path}"]

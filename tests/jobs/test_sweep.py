@@ -74,6 +74,7 @@ def test_each_value_and_seed_gets_the_run_it_would_have_alone(finished):
     assert len({s["params_sha256"] for s in summaries(folder).values()}) == 4
 
 
+@pytest.mark.slow
 def test_runs_of_minutes_have_the_same_steps_and_can_get_more_values(tmp_path, monkeypatch):
     """The sweep measures once; what a later run of it would measure does not count."""
     seconds = [9.0, 0.3]
@@ -114,6 +115,7 @@ def test_table_csv_and_json_hold_the_numbers_of_the_summaries(finished):
         assert record["status"] == "done" and float(line["value"]) == record["value"]
 
 
+@pytest.mark.slow
 def test_judges_score_each_run_once_on_their_own_data(finished, tmp_path, monkeypatch):
     """On another set than that of pre-training; what a judge found is kept, and a run's config does not change."""
     folder, _ = finished

@@ -235,7 +235,7 @@ def run(c, data: int, model: int = 1, count: int = 3):
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize(("groups", "data", "model"), [(4, 8, 1), pytest.param(1, 2, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("groups", "data", "model"), [(4, 2, 1), pytest.param(1, 2, 4, marks=pytest.mark.slow)])
 def test_statistics_are_those_of_the_whole_batch_on_any_mesh(groups, data, model, monkeypatch):
     """Also of random groups, which do not follow the devices; with a penalty on the convolutions and an average."""
     monkeypatch.setattr(sharding, "MIN_SPLIT", 2)

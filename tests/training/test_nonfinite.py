@@ -169,6 +169,7 @@ def test_a_bad_image_costs_its_steps_and_is_named(folder, white_is_bad, tmp_path
         assert again | {"newest_checkpoint": 0} == record | {"newest_checkpoint": 0}
 
 
+@pytest.mark.slow
 def test_without_skipping_the_run_stops_and_names_the_images(folder, white_is_bad, without_scores, tmp_path):
     """And the same workdir goes on once skipping is allowed."""
     with pytest.raises(NonFiniteError, match=r"the loss is nan at step (\d+); its images are named in (\S+);") as error:

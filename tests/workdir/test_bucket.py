@@ -313,7 +313,7 @@ def test_data_and_patterns_of_shards(address: str, tmp_path: Path) -> None:
 def small(steps: int):
     config = named(str(ROOT / "configs" / "quickstart.py") + ":debug")
     config.steps, config.save.every, config.log.every, config.save.keep = steps, 2, 1, 2
-    config.log.pictures = 0
+    config.log.pictures, config.log.report = 0, False
     return config
 
 
