@@ -130,6 +130,7 @@ def tiny(line: str, places, workdir) -> list[str]:
         if over in TWO and "sweep.values" not in line:
             line += f' --config.sweep.values="{TWO[over]}"'
     line = re.sub(" --config.epochs=[1-9][0-9]*", "", line)  # `debug` counts steps
+    line = re.sub(r"(--config\.(optimizer\.warmup_)?steps)=[1-9][0-9]*", r"\1=2", line)
     return argv(line)[1:]
 
 
