@@ -49,7 +49,7 @@ from crate_jax.validation import check_values, flatten, place
 __all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
 
 Params = dict[str, Any]
-Read = Callable[..., jax.Array]  # (parameters, ..., images uint8 (b, H, W, 3)) -> (b, ...)
+Read = Callable[..., jax.Array]  # (parameters, ..., images uint8 (b, H, W, C)) -> (b, ...)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -187,7 +187,7 @@ def _worded(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class Reconstruction(NamedTuple):
-    """What :meth:`Encoder.reconstruct` returns, each float32 (n, H, W, 3) in 0..1.
+    """What :meth:`Encoder.reconstruct` returns, each float32 (n, H, W, C) in 0..1.
 
     Attributes:
       original: the images after the evaluation crop.
@@ -207,8 +207,8 @@ class Encoder:
 
     All methods take `images` in one of these forms, any number of them, and return NumPy arrays with one row per image:
 
-    * an array, uint8 (n, H, W, 3), or one image (H, W, 3);
-    * an image of PIL, or a list of images of PIL, of arrays (H, W, 3) and of paths, of any sizes;
+    * an array, uint8 (n, H, W, C), or one image (H, W, C), with C = ``config.data.channels``;
+    * an image of PIL, or a list of images of PIL, of arrays (H, W, C) and of paths, of any sizes;
     * the path of an image, or of a folder, whose images are taken without labels, in the order of :meth:`paths`.
 
     Images are cropped and resized as in evaluation (``config.data.eval_crop``, ``config.data.image_size``), encoded in
