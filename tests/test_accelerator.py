@@ -370,7 +370,7 @@ def test_joint_embedding_of_a_crate_differs_from_its_reconstruction_in_the_metho
                 "decay_exclude", "warmup_peak", "trust_coefficient", "clip_lr", "stage_width"
             }  # fmt: skip
         assert all(c[key] == mask[key] for key in ("batch_size", "steps", "seed"))
-    assert "questions" not in parts.DEFAULT  # it takes an hour
+    assert "questions" not in parts.DEFAULT  # it takes hours
 
 
 @pytest.mark.parametrize("only", [("peak",), pytest.param(parts.DEFAULT, marks=pytest.mark.slow)])

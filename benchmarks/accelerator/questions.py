@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from benchmarks.accelerator.cifar import unpack
 from benchmarks.accelerator.parts import Cases, Row, Settings
 from crate_jax.config_files import named
 from crate_jax.data.sources import digest
+from crate_jax.evals import seeds
 from crate_jax.jobs import sweep, sweep_table
 
 SEEDS, STEPS = 3, 4700  # six epochs of 50,000 images
@@ -51,15 +51,30 @@ SAME = {
     **{"optimizer.decay_exclude": (".*(cls_token|positions)",), "batch_size": 64, "sweep.values": ("none",)},
 }
 CNN = {"sweep.key": "corruption.name", "sweep.values": ("mask", "rop")}
+VIT = "base=cifar10,encoder=vit"
+LINEAR = {"loss.region": "all", "loss.norm": "l2"}  # the loss of the alignment paper's theorem
+NOISE = {"corruption.name": "noise", "sweep.key": "corruption.noise_std", "sweep.values": (0.25, 0.5, 1.0)}
+WHITE = {"sweep.values": ("none", "so:1e-6", "whiten:1e-2")}
 QUESTIONS = {
-    "O-MAE, ViT": Question("over=penalty,base=cifar10,encoder=vit,corruption=mask"),
+    "O-MAE, ViT": Question(f"over=penalty,{VIT},corruption=mask"),
     "O-MAE, CRATE": Question("over=penalty,base=cifar10,encoder=crate,corruption=mask"),
     "R-CNN": Question("over=mask_ratio,base=cifar10,encoder=resnet18,corruption=mask", CNN),
-    "R-RATIO2": Question("over=rop_ratio,base=cifar10,encoder=vit", judged=True),
-    "X-RATIO": Question("over=mask_ratio,base=cifar10,encoder=vit,corruption=mask", judged=True),
+    "R-RATIO2": Question(f"over=rop_ratio,{VIT}", judged=True),
+    "X-RATIO": Question(f"over=mask_ratio,{VIT},corruption=mask", judged=True),
     # Beside the row `none` of "O-MAE, CRATE": the same encoder, optimiser, images and steps.
     "X-CRATE, MoCo v3": Question("over=penalty,base=joint,method=mocov3,encoder=crate_tiny,scale=thin", SAME),
     "X-CRATE, VIbCReg": Question("over=penalty,base=joint,method=vibcreg,encoder=crate_tiny,scale=thin", SAME),
+    # `python -m benchmarks.alignment_predicts` compares the three sweeps with the closed forms.
+    "A-PRED, masks": Question(f"over=mask_ratio,{VIT},corruption=mask", LINEAR),
+    "A-PRED, projections": Question(f"over=rop_ratio,{VIT}", LINEAR),
+    "A-PRED, noise": Question(f"over=mask_ratio,{VIT},corruption=mask", LINEAR | NOISE),
+    "R-L1": Question(f"over=rop_ratio,{VIT}", {"sweep.key": "loss.norm", "sweep.values": ("l1", "l2")}),
+    "R-COMPL": Question(f"over=rop_ratio,{VIT}", {"sweep.key": "loss.region", "sweep.values": ("complement", "all")}),
+    "R-SKETCH": Question(
+        f"over=rop_ratio,{VIT}", {"sweep.key": "corruption.rop_buckets", "sweep.values": ("balanced", "independent")}
+    ),
+    "O-WHITE": Question("over=penalty,base=joint,method=byol,scale=thin", WHITE),
+    "O-GAMMA": Question("over=gamma,base=joint,method=byol,scale=thin"),
 }
 
 
@@ -69,7 +84,7 @@ def cases(name: str, settings: Settings) -> Cases:
 
 
 def measure(name: str, settings: Settings) -> Row:
-    """Runs a sweep, or the rest of it; the means over seeds of each value's accuracies."""
+    """Runs a sweep, or the rest of it; the means over seeds of each value's accuracies, and their intervals."""
     if not settings.data:
         return {"absent": "no --data"}
     out = Path(settings.out) / f"questions_{digest(settings.data, settings.debug)}"
@@ -110,11 +125,11 @@ def configured(name: str, folder: Path, pairs: Path, settings: Settings) -> Conf
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> Row:
-    """For each value the mean accuracies over the seeds whose runs are done, in %.
+    """For each value the mean accuracies in %, over the seeds whose runs are done, each with its 95 % interval.
 
-    >>> runs = [{"value": "so", "knn_top1": 0.25}, {"value": "so", "knn_top1": 0.3}, {"value": "so"}]
+    >>> runs = [{"value": "so", "knn_top1": 0.25}, {"value": "so", "knn_top1": 0.26}, {"value": "so"}]
     >>> summary([*runs, {"value": "none", "knn_top1": 0.5, "judge x": None}])
-    {'so': {'knn_top1': 27.5}, 'none': {'knn_top1': 50.0}}
+    {'so': {'knn_top1': [25.5, 19.15, 31.85]}, 'none': {'knn_top1': [50.0]}}
     """
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -123,6 +138,13 @@ def summary(records: Sequence[Mapping[str, Any]]) -> Row:
             if score is not None and (column in ("knn_top1", "probe_top1") or column.startswith(sweep_table.JUDGE)):
                 of_value[column].append(score)
     return {
-        value: {column: round(100 * statistics.fmean(scores), 2) for column, scores in columns.items()}
+        value: {column: _percent(seeds.mean(scores)) for column, scores in columns.items()}
         for value, columns in found.items()
     }
+
+
+def _percent(mean: seeds.Mean | None) -> list[float]:
+    """[mean] of one seed, [mean, low, high] of several."""
+    assert mean is not None  # a column has a score
+    numbers = (mean.value,) if mean.seeds == 1 else (mean.value, mean.low, mean.high)
+    return [round(100 * x, 2) for x in numbers]

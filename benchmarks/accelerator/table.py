@@ -210,16 +210,25 @@ def cifar(rows: Rows) -> str:
 
 
 def questions(rows: Rows) -> str:
-    """The mean accuracies of the sweeps."""
+    """The mean accuracies of the sweeps, with their intervals."""
+
+    def shown(means: Row, column: str) -> str:
+        if column not in means:
+            return "-"
+        mean, *ends = (f"{x:.1f}" for x in means[column])
+        return f"{mean} [{', '.join(ends)}]" if ends else mean
+
     lines = [
-        [name, value, *(number(means, c, ".1f") for c in ("knn_top1", "probe_top1"))]
-        + [next((number(means, c, ".1f") for c in means if c.startswith("judge ")), "-")]
+        [name, value, *(shown(means, c) for c in ("knn_top1", "probe_top1"))]
+        + [next((shown(means, c) for c in means if c.startswith("judge ")), "-")]
         for name, row in rows.get("questions", {}).items()
         if measured(row)
         for value, means in row["values"].items()
     ]
     columns = ("", "value", "k-NN, %", "probe, %", "mean IoU of montages, %")
-    return grid("Open questions: means over seeds; the sweeps' own tables have the intervals", columns, lines)
+    return grid(
+        "Open questions: means over seeds, 95 % intervals; the sweeps' own tables have the differences", columns, lines
+    )
 
 
 def left_out(rows: Rows) -> str:
