@@ -45,6 +45,22 @@ def card(name: str) -> str:
     return (ast.get_docstring(ast.parse((folder() / f"{name}.py").read_text())) or "").partition("\n")[0]
 
 
+def jobs(name: str) -> set[str]:
+    """The jobs that a config file of the library can be for, read from its text: to run it takes the import of JAX.
+
+    >>> sorted(jobs("evaluate")), jobs("cifar10")
+    (['evaluate', 'finetune'], {'pretrain'})
+    """
+    found = {
+        constant.value
+        for node in ast.walk(ast.parse((folder() / f"{name}.py").read_text()))
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Attribute) and t.attr == "job" for t in node.targets)
+        for constant in ast.walk(node.value)
+        if isinstance(constant, ast.Constant)
+    }
+    return found or {"pretrain"}  # the default of config.job
+
+
 def find(name: str) -> str:
     """The path of a config file.
 

@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from crate_jax import config_files
+from crate_jax import config_files, usage
 from crate_jax.config import require_keys
 from crate_jax.errors import ConfigError, UserError, escaped, print_error
 from crate_jax.parallel import distributed
@@ -26,12 +26,12 @@ def define_flags() -> None:
         config_flags.DEFINE_config_file("config", None, "A config's name or file; its argument follows a colon.")
     except flags.Error as e:  # absl reads --flagfile here
         fail(e)
-    flags.DEFINE_string("job", None, "The job that the config must have; `crate-jax JOB` sets it.")
-    flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, pictures, summary.")
-    flags.DEFINE_string("coordinator_address", "", "For several processes: HOST:PORT of process 0.")
-    flags.DEFINE_integer("num_processes", 0, "For several processes: their number.", lower_bound=0)
-    flags.DEFINE_integer("process_id", -1, "For several processes: this one's number, from 0.", lower_bound=-1)
-    flags.DEFINE_string("cluster_detection_method", "", "For several processes: how JAX finds them, such as mpi4py.")
+    flags.DEFINE_string("job", None, usage.FLAGS["job"])
+    flags.DEFINE_string("workdir", None, usage.FLAGS["workdir"])
+    flags.DEFINE_string("coordinator_address", "", usage.FLAGS["coordinator_address"])
+    flags.DEFINE_integer("num_processes", 0, usage.FLAGS["num_processes"], lower_bound=0)
+    flags.DEFINE_integer("process_id", -1, usage.FLAGS["process_id"], lower_bound=-1)
+    flags.DEFINE_string("cluster_detection_method", "", usage.FLAGS["cluster_detection_method"])
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -14,10 +14,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from crate_jax import usage
 from crate_jax.errors import ConfigError, UserError, escaped, open_closed_streams, print_error
 
 if __name__ == "__main__":
     open_closed_streams()  # before the other imports, which keep the streams
+    if usage.wanted(sys.argv[1:]):
+        sys.exit(usage.tell(usage.main()))
 
 try:
     import jax  # noqa: F401
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    from crate_jax.jobs import JOBS  # here: a second and a half that `--help` and a wrong flag need not spend
+    from crate_jax.jobs import JOBS  # here: a second and a half that a wrong flag need not spend
 
     set_up_log(process=0)
     config = flags.FLAGS.config
@@ -126,5 +129,5 @@ def _run(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    flags.adopt_module_key_flags(sys.modules["crate_jax.flags"])  # `--help` lists them
+    flags.adopt_module_key_flags(sys.modules["crate_jax.flags"])  # `--helpshort` lists them
     app.run(main, flags_parser=parse_flags)

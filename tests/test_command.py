@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
-from crate_jax import __main__ as command, config_files, jobs
+from crate_jax import __main__ as command, config_files, flags as flags_file, jobs, usage
 from crate_jax.errors import ConfigError
+from crate_jax.validation import flatten
 from tests.conftest import ROOT
 
 # Each takes a tenth of a second or more, some over a second.
@@ -17,7 +21,7 @@ HEAVY = {"sklearn", "matplotlib", "orbax", "grain", "tensorflow_datasets", "tens
 
 
 def test_what_is_not_used_is_not_imported(cli_env):
-    """The package itself needs neither JAX nor NumPy; `--help` and a wrong flag need none of HEAVY."""
+    """The package itself needs neither JAX nor NumPy; a wrong flag needs none of HEAVY."""
     script = """
 import sys, crate_jax
 print(*{"jax", "numpy"} & sys.modules.keys(), "|")
@@ -72,7 +76,7 @@ def test_a_job_by_name_in_any_folder(cli_env, tmp_path):
         (["evaluate", "--workdir=W"], ["--job=evaluate", "--config=evaluate", "--workdir=W"]),
         (["sweep", "--config", "sweep:over=lam"], ["--job=sweep", "--config", "sweep:over=lam"]),
         (["align", "--config.seed=3"], ["--job=align", "--config=align", "--config.seed=3"]),
-        (["pretrain", "--help"], ["--job=pretrain", "--help"]),
+        (["pretrain", "--helpfull"], ["--job=pretrain", "--helpfull"]),
     ],
 )
 def test_a_job_gets_its_own_config_unless_one_is_given(args, passed, monkeypatch):
@@ -89,6 +93,8 @@ def test_a_job_gets_its_own_config_unless_one_is_given(args, passed, monkeypatch
         (["--workdir=W"], "error: crate-jax: there is no command '--workdir=W'; the commands are pretrain, "),
         (["finetune"], "error: crate-jax finetune: --config is missing, such as --config=evaluate:protocol="),
         (["convert", "expand"], "error: argument inspect|import|export: invalid choice: 'expand'"),
+        (["convert"], "error: the following arguments are required: inspect|import|export; crate-jax convert --help"),
+        (["configs", "nonsense"], "error: crate-jax configs: takes no argument, here 'nonsense'; it lists all"),
     ],
 )
 def test_wrong_words_are_one_line(args, line, monkeypatch, capsys):
@@ -99,6 +105,74 @@ def test_wrong_words_are_one_line(args, line, monkeypatch, capsys):
         status = e.code
     printed = capsys.readouterr()
     assert (status, printed.out, printed.err.count("\n")) == (2, "", 1) and printed.err.startswith(line)
+
+
+def helped(cli_env, *args):
+    """What a real process answers to a question for help; it must not have imported JAX."""
+    script = (
+        "import runpy, sys; module, *sys.argv[1:] = sys.argv[1:]\n"
+        "try: runpy.run_module(module, run_name='__main__', alter_sys=True)\n"
+        "finally: assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, env=cli_env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "`" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 120
+    return done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_of_a_job_needs_no_jax(cli_env, flag):
+    told = helped(cli_env, "crate_jax", "evaluate", "--config.seed=3", flag)
+    assert told.startswith("usage: crate-jax evaluate [--config=NAME[:words]] [--config.KEY=VALUE ...] --workdir=DIR\n")
+    told = helped(cli_env, "crate_jax.main", "--config=quickstart", flag)
+    assert told.startswith(
+        "usage: python -m crate_jax.main --config=NAME[:words] [--config.KEY=VALUE ...] --workdir=DIR\n"
+    )
+
+
+def test_the_help_of_each_job_has_its_configs_and_all_flags(monkeypatch, capsys):
+    """The configs are those that the job runs; the examples are read as flags, of a config that exists."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags_file.flags, "FLAGS", values)
+    for name in ("string", "integer"):
+        define = getattr(flags, f"DEFINE_{name}")
+        monkeypatch.setattr(flags_file.flags, f"DEFINE_{name}", functools.partial(define, flag_values=values))
+    monkeypatch.setattr(flags_file.config_flags, "DEFINE_config_file", lambda *args: None)
+    flags_file.define_flags()
+    assert set(values) == usage.FLAGS.keys()
+    of = {name: config_files.named(name).job for name in config_files.names()}
+    for name in usage.JOBS:
+        monkeypatch.setattr(sys, "argv", ["crate-jax", name, "--help"])
+        assert command.main() == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"usage: crate-jax {name} ") and "docs/config.md" in told
+        assert set(re.findall("^  --([a-z_]+)", told, re.MULTILINE)) >= usage.FLAGS.keys() - {"job"}
+        fitting = {"evaluate"} if name == "finetune" else {c for c in config_files.names() if of[c] == name}
+        assert set(re.findall("^  ([a-z]\\w+)", told, re.MULTILINE)) == fitting
+        config = re.search("--config=(\\S+)", usage.EXAMPLES[name])
+        config = config_files.named(config[1] if config else name)
+        assert config.job == name
+        for key in re.findall(r"--config\.([\w.]+)=", usage.EXAMPLES[name]):
+            assert key in flatten(config)
+
+
+@pytest.mark.parametrize(
+    ("args", "first"),
+    [
+        (["--help"], "usage: crate-jax COMMAND"),
+        (["configs", "--help"], "usage: crate-jax configs"),
+        (["convert", "--help"], "usage: crate-jax convert "),
+        (["convert", "inspect", "--help"], "usage: crate-jax convert inspect "),
+    ],
+)
+def test_the_help_of_the_other_commands_names_them_as_typed(args, first, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["crate-jax", *args])
+    try:
+        status = command.main()
+    except SystemExit as e:  # argparse's way
+        status = e.code
+    told = capsys.readouterr().out
+    assert status == 0 and told.startswith(first) and "`" not in told
 
 
 def test_configs_are_listed_with_what_they_are_for(monkeypatch, capsys):

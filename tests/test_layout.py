@@ -12,8 +12,8 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "crate_jax"
 # From the roof to the ground; a room imports only rooms below it. docs/architecture.md says what each holds.
 FLOORS = (
-    "__main__", "main", "api", "flags", "jobs", "convert", "analysis", "config_files", "config", "training", "methods",
-    "report", "evals", "models", "data", "workdir", "parallel", "validation", "errors",
+    "__main__", "main", "api", "flags", "jobs", "convert", "analysis", "usage", "config_files", "config", "training",
+    "methods", "report", "evals", "models", "data", "workdir", "parallel", "validation", "errors",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_every_file_is_in_a_room():
     """At the top there is only what starts a program, and what all rooms share."""
     assert {name.split(".")[0] for name in FILES} == set(FLOORS)
     assert {name for name, path in FILES.items() if path.parent == PACKAGE} == {
-        "__main__", "main", "api", "flags", "config_files", "config", "validation", "errors"
+        "__main__", "main", "api", "flags", "usage", "config_files", "config", "validation", "errors"
     }  # fmt: skip
 
 

@@ -129,7 +129,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
-        print_error(f"{escaped(message)}; python -m crate_jax.convert --help says more")
+        print_error(f"{escaped(message)}; {self.prog} --help says more")
         sys.exit(2)
 
     def print_help(self, file: Any = None) -> None:
@@ -138,9 +138,9 @@ class Parser(argparse.ArgumentParser):
         end_output()
 
 
-def parser() -> Parser:
-    """The parser of the command line."""
-    top = Parser(prog="python -m crate_jax.convert", description=__doc__)
+def parser(prog: str) -> Parser:
+    """The parser of the command line; `prog` is what the user typed to call it."""
+    top = Parser(prog=prog, description="Exchange weights with other libraries.")
     commands = top.add_subparsers(required=True, metavar="inspect|import|export")
     for name, run, path, what in (
         ("inspect", inspect, "FILE_OR_WORKDIR", "show what a file holds, and which tensors are used"),
@@ -173,10 +173,10 @@ def parser() -> Parser:
     return top
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs one command; returns the exit status, which is 2 if the user can mend what went wrong: one line says it."""
+def main(argv: Sequence[str], prog: str = "python -m crate_jax.convert") -> int:
+    """Runs one command; returns the exit status, which is 2 after an error of the user's: one line says it."""
     try:
-        args = parser().parse_args(argv)
+        args = parser(prog).parse_args(argv)
         args.run(args)
         end_output()
     except (UserError, OSError) as e:
