@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crate_jax.api import Encoder, UserError, get_config, list_configs, load, pretrain
+    from crate_jax.api import Encoder, Images, Reconstruction, UserError, get_config, list_configs, load, pretrain
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "UserError", "get_config", "list_configs", "load", "pretrain"]
+__all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

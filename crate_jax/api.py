@@ -10,12 +10,16 @@ Wrong arguments raise :class:`crate_jax.UserError` (ConfigError, DataError, Chec
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import logging
 import operator
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import flax.linen as nn
@@ -43,10 +47,12 @@ from crate_jax.models import (
     prefix_tokens,
     representation,
 )
-from crate_jax.parallel import sharding
+from crate_jax.parallel import distributed, sharding
 from crate_jax.validation import check_values, flatten, place
 
 __all__ = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
+
+log = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 Read = Callable[..., jax.Array]  # (parameters, ..., images uint8 (b, H, W, C)) -> (b, ...)
@@ -111,21 +117,24 @@ def _changeable(config: ConfigDict | str) -> ConfigDict:
     return ConfigDict(config.to_dict()) if isinstance(config, FrozenConfigDict) else config
 
 
-def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Pre-trains an encoder, or continues the run that `workdir` holds, as ``crate-jax pretrain`` does.
 
-    Ctrl-C saves the state and raises :class:`crate_jax.parallel.interrupt.Interrupted`; the same call continues.
+    Ctrl-C saves the state and raises :class:`crate_jax.parallel.interrupt.Interrupted`; a call with the same `workdir`
+    continues.
 
     Args:
       config: a config, or a name as for :func:`get_config`.
-      workdir: the run's folder, which :func:`load` reads afterwards.
+      workdir: the run's folder, which :func:`load` reads afterwards. None: a new folder ``runs/TIME`` in the current
+        one; the log, the result and the note of an exception name it. To continue its run, give it as `workdir`.
 
     Returns:
-      what the run writes to ``summary.json``: steps, loss, k-NN and probe accuracy ...
+      what the run writes to ``summary.json``: steps, loss, k-NN and probe accuracy ...; and ``workdir``.
 
     Raises:
-      UserError: something that you can mend, in one line.
-      crate_jax.data.reading.Stalled: images do not come (config.data.stall_seconds); the same call continues.
+      UserError: the config, the images or the workdir cannot be used; the message, one line, says why.
+      crate_jax.data.reading.Stalled: images do not come (config.data.stall_seconds); a call with the same `workdir`
+        continues.
     """
     from crate_jax.jobs import JOBS  # here: with Matplotlib and all jobs, which an encoder does not need
 
@@ -133,7 +142,37 @@ def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> dict[
     require_keys(config)
     if config.job != "pretrain":
         raise ConfigError(f"config.job={config.job!r}: must be pretrain; crate-jax {config.job} runs the other jobs")
-    return JOBS["pretrain"].run(config, os.fspath(workdir))
+    if workdir is not None:
+        return JOBS["pretrain"].run(config, os.fspath(workdir)) | {"workdir": os.fspath(workdir)}
+    validate(config)  # before there is a folder
+    folder = str(_new_folder())
+    log.info("workdir %s", folder)
+    try:
+        return JOBS["pretrain"].run(config, folder) | {"workdir": folder}
+    except BaseException as e:  # also of Ctrl-C; a notebook shows no log unless it is set up
+        e.add_note(f"workdir: {folder}")
+        raise
+
+
+def _new_folder() -> Path:
+    """A new folder ``runs/TIME`` in the current one.
+
+    Raises:
+      UserError: it cannot be created, or there are several processes, which need one folder.
+    """
+    if distributed.processes() > 1:
+        raise ConfigError("workdir is missing: several processes must be given the same one")
+    runs, now, number = Path("runs").absolute(), time.strftime("%Y-%m-%d_%H-%M-%S"), 1
+    try:
+        runs.mkdir(exist_ok=True)
+        while True:
+            folder = runs / (now if number == 1 else f"{now}_{number}")
+            with contextlib.suppress(FileExistsError):  # of another run, which stays as it is
+                folder.mkdir()
+                return folder
+            number += 1
+    except OSError as e:
+        raise UserError(f"workdir {runs}: no folder can be created in it ({e.strerror})") from None
 
 
 def load(path: str | os.PathLike[str]) -> Encoder:

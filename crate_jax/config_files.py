@@ -56,7 +56,7 @@ def jobs(name: str) -> set[str]:
         for node in ast.walk(ast.parse((folder() / f"{name}.py").read_text()))
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Attribute) and t.attr == "job" for t in node.targets)
         for constant in ast.walk(node.value)
-        if isinstance(constant, ast.Constant)
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
     }
     return found or {"pretrain"}  # the default of config.job
 

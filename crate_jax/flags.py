@@ -57,7 +57,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
-    except Exception as e:  # the user can mend whatever a config file or an override raises
+    except Exception as e:  # the user can correct whatever a config file or an override raises
         fail(e)
 
 

@@ -8,6 +8,8 @@ import importlib
 import json
 import re
 import shutil
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import crate_jax
-from crate_jax import data
+from crate_jax import api, data, jobs
 from crate_jax.analysis.whitebox import measures
 from crate_jax.convert import files, weights
 from crate_jax.data import given
@@ -86,15 +88,88 @@ def test_the_notebook_runs(page, monkeypatch):
     assert len(shown) == 4 and told["features"].shape == (48, 64)
 
 
+# The modules that docs/api.md offers alone, or docs/reference.rst shows, and their public names.
+ALONE = {
+    "models": {"build_encoder"},
+    "models.crate": {"norm_mssa", "ista", "ista_overcomplete"},
+    "models.corruption": {"Corruption", "Masking", "Projection", "Noise", "sampler"},
+    "models.representation": {"build", "layers", "points", "block_maps", "init_params"},
+    "methods": {"METHODS"},
+    "training.orthogonality": {"Penalty", "build", "frobenius_squared", "spectral_norm"},
+    "evals": {"evaluate"},
+    "evals.spectra": {"Measures", "entropy_rank", "measure_features"},
+    "analysis.whitebox.measures": {"coding_rate", "subspace_rate", "incoherence"},
+    "analysis.alignment.closed_form": {"Aligner", "theorem1"},
+}
+# The reference shows what the methods of the table are made of, in place of the table.
+ELSEWHERE = {"methods": {"method.Method", "reconstruction.loss", "joint.Algorithm"}}
+
+
+def listed() -> dict[str, set[str]]:
+    """Module -> the names that docs/reference.rst shows of it; a name with its module's is of the module ALONE."""
+    found: dict[str, set[str]] = {}
+    module = ""
+    for kind, name in re.findall(r"^\.\. (\w+):: (.*)", (ROOT / "docs" / "reference.rst").read_text(), re.MULTILINE):
+        if kind == "currentmodule":
+            module = name
+        elif kind.startswith("auto"):
+            whole = f"{module}.{name}" if "." not in name else name
+            home = max(
+                (f"crate_jax.{m}" for m in (*ALONE, "api") if whole.startswith(f"crate_jax.{m}.")),
+                key=len,
+                default="crate_jax.api",
+            )
+            found.setdefault(home, set()).add(whole.removeprefix(f"{home}.").removeprefix("crate_jax.errors."))
+    return found
+
+
 def test_what_is_public():
     """Whoever adds or removes a name decides it here."""
-    assert crate_jax.__all__ == ["Encoder", "UserError", "get_config", "list_configs", "load", "pretrain"]
+    of_package = ["Encoder", "Images", "Reconstruction", "UserError", "get_config", "list_configs", "load", "pretrain"]
+    assert crate_jax.__all__ == api.__all__ == of_package
+    assert {name: set(importlib.import_module(f"crate_jax.{name}").__all__) for name in ALONE} == ALONE
+    assert {f"crate_jax.{name}" for name in ALONE} == set(shown := listed()) - {"crate_jax.api"}
+    assert {name: shown[f"crate_jax.{name}"] for name in ALONE} == ALONE | ELSEWHERE
+    assert shown["crate_jax.api"] == set(of_package)
     public = {name for name in vars(crate_jax.Encoder) if not name.startswith("_")}
     assert public == {"config", "untrained", "paths", "features", "tokens", "attention", "coding_rate", "reconstruct"}
     assert set(crate_jax.__all__) <= set(dir(crate_jax))
     assert all(getattr(crate_jax, name).__doc__ for name in crate_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         crate_jax.nonesuch  # noqa: B018
+
+
+def test_without_a_workdir_each_run_has_a_new_folder(tmp_path, monkeypatch):
+    """Of two runs within a second, too; an error names the folder; a config that is wrong leaves none."""
+
+    def run(config, workdir):
+        assert not any(Path(workdir).iterdir())
+        (Path(workdir) / "state").write_text(workdir)
+        if config.seed:
+            raise KeyboardInterrupt
+        return {"steps": 3}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api.time, "strftime", lambda form: "now")
+    monkeypatch.setitem(jobs.JOBS, "pretrain", types.SimpleNamespace(run=run))
+    with pytest.raises(ConfigError, match="config.batch_size"):
+        crate_jax.pretrain(crate_jax.get_config("quickstart", {"batch_size": 12, "accumulate": 5}))
+    assert not any(tmp_path.iterdir())
+    folders = [str(tmp_path / "runs" / name) for name in ("now", "now_2", "now_3")]
+    assert [crate_jax.pretrain("quickstart:debug") for _ in "12"] == [{"steps": 3, "workdir": f} for f in folders[:2]]
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        crate_jax.pretrain(crate_jax.get_config("quickstart:debug", {"seed": 1}))
+    assert stopped.value.__notes__ == [f"workdir: {folders[2]}"]
+    assert all((Path(folder) / "state").read_text() == folder for folder in folders)
+    monkeypatch.setattr(api.distributed, "processes", lambda: 2)
+    with pytest.raises(ConfigError, match="workdir is missing"):
+        crate_jax.pretrain("quickstart:debug")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").rename("others")
+    (tmp_path / "runs").touch()
+    with pytest.raises(crate_jax.UserError, match="no folder can be created"):
+        crate_jax.pretrain("quickstart:debug")
 
 
 def test_the_model_in_the_package_completes_photographs(tmp_path, monkeypatch):

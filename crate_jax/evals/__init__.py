@@ -11,6 +11,8 @@ from crate_jax.evals.probe import probe_top1
 from crate_jax.models import ENCODERS, widths
 from crate_jax.validation import FIXED, FREE, Key, Section, at_least, must, one_of, positive, within
 
+__all__ = ["evaluate"]
+
 
 def _check_evaluation(c: ConfigDict) -> None:
     layers, what = len(widths(c)), ENCODERS[c.encoder.name].layer

@@ -29,6 +29,8 @@ import threadpoolctl
 
 from crate_jax.errors import NonFiniteError
 
+__all__ = ["Measures", "entropy_rank", "measure_features"]
+
 HIGHEST = jax.lax.Precision.HIGHEST
 EPS = 1e-7  # epsilon of RankMe and of LiDAR, added to each normalised singular value
 # Ranks, counted from 1, on which the power law is fitted. alpha-ReQ leaves out the first ten, which seldom follow it.

@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       the contents of alignment.json, a ``summary`` for people and the ``folder``.
 
     Raises:
-      UserError: something that the user can mend, in one line.
+      UserError: the config, the data or the workdir cannot be used; one line says why.
     """
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)  # before the checksums, which start JAX
     sharding.all_devices()  # raises if there are no devices

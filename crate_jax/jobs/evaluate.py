@@ -91,7 +91,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Evaluates `config.checkpoint` by `config.protocol`; returns the record that it appends to results.jsonl.
 
     Raises:
-      UserError: something that the user can mend, in one line.
+      UserError: the config, the data or the workdir cannot be used; one line says why.
     """
     protocol = PROTOCOLS.get(config.protocol.name)
     if protocol is None:

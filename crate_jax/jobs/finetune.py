@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Fine-tunes `config.checkpoint`, or continues to; returns the record that it appends to results.jsonl.
 
     Raises:
-      UserError: something that the user can mend, in one line.
+      UserError: the config, the data or the workdir cannot be used; one line says why.
       Interrupted: one of `interrupt.SIGNALS` came; the state is saved.
     """
     name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS

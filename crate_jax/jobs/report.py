@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
       the paths ``report`` and ``json``, and ``left_out``: {title of a missing section: why it is missing}.
 
     Raises:
-      UserError: a checkpoint cannot be read, or something else that the user can mend, in one line.
+      UserError: a checkpoint cannot be read, or the config or the data cannot be used.
     """
     chosen = _chosen(config)
     without_runs = not config.checkpoint and not any(SECTIONS[name].needs_runs for name in chosen)

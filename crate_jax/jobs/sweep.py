@@ -357,7 +357,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       ``{"table": the table's text, "folder": the workdir, "failed": names of the failed runs and judges}``.
 
     Raises:
-      UserError: something that the user can mend; if it concerns the settings, before the first run starts.
+      UserError: the config, the data or a workdir cannot be used; for a wrong config, before the first run starts.
       Interrupted: one of `interrupt.SIGNALS` came; the same command continues the sweep.
     """
     settings = expand(config)

@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains, or continues to train, in `workdir`; returns what it wrote to summary.json.
 
     Raises:
-      UserError: something that the user can mend, in one line.
+      UserError: the config, the data or the workdir cannot be used; one line says why.
       Interrupted: one of `interrupt.SIGNALS` came; the state is saved.
       Stalled: images do not come.
     """

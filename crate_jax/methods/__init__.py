@@ -36,6 +36,8 @@ from crate_jax.methods import (
 from crate_jax.methods.method import Method
 from crate_jax.validation import Section
 
+__all__ = ["METHODS"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:

@@ -25,6 +25,8 @@ from crate_jax.models.vit import ViTEncoder
 from crate_jax.parallel.sharding import on_mesh
 from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, positive, within
 
+__all__ = ["build_encoder"]
+
 
 def _crate(config: ConfigDict) -> nn.Module:
     e = config.encoder

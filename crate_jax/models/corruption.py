@@ -27,6 +27,8 @@ from ml_collections import ConfigDict
 
 from crate_jax.parallel import target
 
+__all__ = ["Corruption", "Masking", "Noise", "Projection", "sampler"]
+
 
 class Corruption:
     """The methods that encoders, decoders and losses call. The defaults change nothing."""

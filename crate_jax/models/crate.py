@@ -36,6 +36,8 @@ from crate_jax.models.layers import (
 )
 from crate_jax.parallel.sharding import keep_split_by_batch
 
+__all__ = ["ista", "ista_overcomplete", "norm_mssa"]
+
 # torch's kaiming_uniform_(a=0) on an (out x in) matrix.
 DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
 

@@ -25,6 +25,8 @@ from crate_jax.models import ENCODERS, batch_norm, blank_image, build_encoder, g
 from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.layers import block_points
 
+__all__ = ["block_maps", "build", "init_params", "layers", "points"]
+
 
 def pool(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
     """The function of ``config.evaluation.pool``: tokens (B, prefix + N, D) -> (B, D), or (B, 2 D) for ``cls_mean``.

@@ -104,7 +104,7 @@ class Loop:
       results: the observers' results after the last step, by the observers' names.
 
     Raises:
-      UserError: something that the user can mend, in one line.
+      UserError: the config, the data or the workdir cannot be used; one line says why.
     """
 
     def __init__(

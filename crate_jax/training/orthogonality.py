@@ -31,6 +31,8 @@ from crate_jax.errors import ConfigError
 from crate_jax.parallel import parameters
 from crate_jax.validation import IF_FITS, RECORDED, Key, Section, anything, at_least, one_of, patterns, positive
 
+__all__ = ["Penalty", "build", "frobenius_squared", "spectral_norm"]
+
 log = logging.getLogger(__name__)
 
 FRESH_ERROR = 0.1  # relative error of sigma below which vectors that are new in each step need no warning

@@ -15,6 +15,8 @@ import scipy.linalg
 from crate_jax.analysis.alignment.moments import Moments
 from crate_jax.errors import DataError
 
+__all__ = ["Aligner", "theorem1"]
+
 RANK_TOLERANCE = 1e-12  # eigenvalues of X X^T below this share of the largest count as zero
 DIRECT_SIZE = 4096  # D up to which all principal components are computed
 ROUNDS = 4  # of subspace iteration, for a D above DIRECT_SIZE

@@ -23,6 +23,8 @@ from crate_jax.models import autoencoder, corruption as corruptions, prefix_toke
 from crate_jax.models.corruption import Corruption
 from crate_jax.models.layers import BLOCK_EPS, block_points, layer_norm
 
+__all__ = ["coding_rate", "incoherence", "subspace_rate"]
+
 # The squared precision eps^2 of all rates. The paper does not state it; the released measure divides by 0.01.
 PRECISION = 0.01
 MEASURES = ("paper", "released")
@@ -108,12 +110,12 @@ def in_subspaces(x_BND: jax.Array, subspaces_DE: jax.Array, heads: int) -> jax.A
 
 
 def coding_rate(z_BND: jax.Array, precision: float = PRECISION) -> jax.Array:
-    """R(Z), eq. 2.4: the cost of the tokens (B, N, D) without a model of them, (B,) in nats."""
+    """R(Z), eq. 2.4: the coding rate of the tokens (B, N, D) of each image, (B,) in nats."""
     return gaussian_rate(z_BND, precision)
 
 
 def subspace_rate(z_BND: jax.Array, subspaces_DE: jax.Array, heads: int, precision: float = PRECISION) -> jax.Array:
-    """R^c(Z | U_1..U_H), eq. 2.5: the cost of the tokens (B, N, D), summed over the subspaces, (B,) in nats."""
+    """R^c(Z | U_1..U_H), eq. 2.5: the sum of the coding rates of tokens (B, N, D) in the subspaces, (B,) in nats."""
     return jnp.sum(gaussian_rate(in_subspaces(z_BND, subspaces_DE, heads), precision), axis=-1)
 
 
