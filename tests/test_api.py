@@ -109,10 +109,10 @@ def listed() -> dict[str, set[str]]:
     """Module -> the names that docs/reference.rst shows of it; a name with its module's is of the module ALONE."""
     found: dict[str, set[str]] = {}
     module = ""
-    for kind, name in re.findall(r"^\.\. (\w+):: (.*)", (ROOT / "docs" / "reference.rst").read_text(), re.MULTILINE):
+    for kind, name in re.findall(r"^\.\. ([\w:]+):: (.*)", (ROOT / "docs" / "reference.rst").read_text(), re.MULTILINE):
         if kind == "currentmodule":
             module = name
-        elif kind.startswith("auto"):
+        elif kind.startswith("auto") or kind == "py:data":
             whole = f"{module}.{name}" if "." not in name else name
             home = max(
                 (f"crate_jax.{m}" for m in (*ALONE, "api") if whole.startswith(f"crate_jax.{m}.")),

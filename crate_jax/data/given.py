@@ -15,7 +15,6 @@ from crate_jax.data.sources import Source, digest
 from crate_jax.errors import DataError
 from crate_jax.workdir.folder import readable
 
-#: The forms of images that the methods of :class:`crate_jax.api.Encoder` take, which lists them.
 Images = np.ndarray | Image.Image | str | os.PathLike[str] | Sequence[Any] | Source
 
 
