@@ -83,7 +83,8 @@ def job(name: str) -> str:
         [
             f"usage: crate-jax {name} {config} [--config.KEY=VALUE ...] {workdir}",
             "",
-            f"{_sentence(JOBS[name])} The same command in the same workdir continues what was stopped.",
+            _sentence(JOBS[name]),
+            "The same command in the same workdir continues what was stopped.",
             f"Example: crate-jax {name} {EXAMPLES[name]}",
             "",
             f"Configs for it{default}; --config also takes the path of a file of yours:",
