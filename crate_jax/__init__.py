@@ -2,7 +2,7 @@
 
     import crate_jax
 
-    crate_jax.pretrain("quickstart", "runs/first")
+    crate_jax.pretrain("quickstart:method=vibcreg", "runs/first")
     encoder = crate_jax.load("runs/first")
     features = encoder.features(images)
 

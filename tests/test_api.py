@@ -75,7 +75,8 @@ def test_the_notebook_runs(page, monkeypatch):
     assert not any(cell["outputs"] for cell in cells), "clear the outputs before you commit"
     text = "\n".join("".join(cell["source"]) for cell in cells)
     tiny = 'get_config("quickstart:debug", {"steps": 3, "log.report": False, "log.pictures": 0})'
-    for whole, small in (('get_config("quickstart")', tiny), ("runs/tour", "runs/first")):
+    whole_run = 'get_config("quickstart:method=vibcreg", {"steps": 200})'
+    for whole, small in ((whole_run, tiny), ("runs/tour", "runs/first")):
         assert whole in text
         text = text.replace(whole, small)
     shown: list[int] = []
@@ -86,6 +87,7 @@ def test_the_notebook_runs(page, monkeypatch):
         exec(compile(text, "tour.ipynb", "exec"), told)
     plt.close("all")
     assert len(shown) == 4 and told["features"].shape == (48, 64)
+    assert told["crate"].config.encoder.name == "crate" and told["rates"].shape == (12, 4)
 
 
 # The modules that docs/api.md offers alone, or docs/reference.rst shows, and their public names.

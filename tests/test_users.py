@@ -129,7 +129,7 @@ def test_the_student_with_a_folder_of_photos(checkout, tmp_path):
     shell(line, "top-1")
     assert summary.stat().st_mtime_ns == before  # the finished run is shown, not judged again
     tiny |= {"quickstart ": "quickstart:debug ", "data=cifar10 ": "data=cifar10,debug ", "report ": f"report {QUICK} "}
-    for line in commands("docs/tour.md", **tiny):
+    for line in commands("docs/tour.md", **tiny, **{"method=vibcreg ": "method=vibcreg,debug "}):
         shell(line)
     for name, run in (("a", "mine"), ("b", "vit_rop"), ("c", "simclr")):
         (tmp_path / "runs" / name).symlink_to(run)
@@ -140,7 +140,7 @@ def test_the_student_with_a_folder_of_photos(checkout, tmp_path):
         words = {"protocol=NAME": f"protocol={protocol}", "CHECKPOINT": "runs/photos_vit", "IMAGES": "DIR"}
         for line in commands("docs/evaluation.md", **words, **{"workdir=W": "workdir=runs/judged"}):
             shell(line, "top-1")
-    runs = {"timm": "photos_vit", "hf": "photos_vit", "torchvision": "simclr", "torch": "first", "authors": "first"}
+    runs = {"timm": "photos_vit", "hf": "photos_vit", "torchvision": "simclr", "torch": "digits", "authors": "digits"}
     for line in commands("docs/export.md", **{"mae_pretrain_vit_base.pth": "OUT/hf"}):
         kind = line.partition("--format=")[2].partition(" ")[0]
         shell(line.replace("CHECKPOINT", f"runs/{runs.get(kind)}").replace("--out=DIR", f"--out=OUT/{kind}"))
@@ -161,7 +161,7 @@ def test_the_engineer_with_the_wheel_in_an_empty_folder(built, cli_env, tmp_path
     draw(empty, HOLIDAY)
     shell = Shell(empty, home / "bin", cli_env)
     shell(f"python -c 'import crate_jax; assert crate_jax.__file__.startswith(\"{packages}\"), crate_jax'")
-    for line in commands("docs/install.md", **{"quickstart ": "quickstart:debug "}):
+    for line in commands("docs/install.md", **{"method=vibcreg ": "method=vibcreg,debug "}):
         shell(line)
     assert (empty / "runs" / "first" / "report.html").exists()
     shell.python("docs/tour.md")
