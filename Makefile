@@ -20,10 +20,10 @@ unexport JAX_PLATFORMS JAX_PLATFORM_NAME JAX_NUM_CPU_DEVICES JAX_ENABLE_X64 JAX_
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install install-test install-browser quickstart test test-slow mutate docs site lint format types ci lock clean
+.PHONY: help install install-test install-browser install-buckets quickstart test test-slow mutate docs site lint format types ci lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # An environment whose Python is gone (upgraded, moved) is made anew.
 $(shell test -x $(BIN)/python || rm -f $(VENV)/.created $(VENV)/.installed $(VENV)/.installed-test)
@@ -73,6 +73,10 @@ install-browser: $(VENV)/.installed-test ## what the tests of the report's page 
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } || \
 	  $(BIN)/python -m playwright install chromium
+
+# On loopback; nothing of a cloud is used.
+install-buckets: $(VENV)/.installed-test ## what the tests of buckets need besides: servers of S3 and of Google Cloud Storage
+	@$(INSTALL) -c requirements-test.lock -e '.[buckets-test]'
 
 quickstart: $(VENV)/.installed ## pre-train on small images that scikit-learn ships; prints k-NN and probe accuracy and where its report is
 	@$(BIN)/python -m crate_jax.main --config=configs/quickstart.py:method=vibcreg --workdir=runs/quickstart $(ARGS)

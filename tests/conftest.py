@@ -216,7 +216,7 @@ shutil.unpack_archive(f"{{out}}/{{build_meta.build_wheel(out)}}", f"{{out}}/inst
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """The address of an S3 server that holds the bucket ``photos``."""
-    moto = pytest.importorskip("moto.server", reason="no S3 server: pip install crate-jax[buckets-test]")
+    moto = pytest.importorskip("moto.server", reason="no S3 server: make install-buckets")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())

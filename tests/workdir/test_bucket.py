@@ -37,7 +37,7 @@ NUMBERS = itertools.count()
 @pytest.fixture(scope="module")
 def gs() -> Iterator[None]:
     """A server of Google's kind that holds the bucket ``photos``: the emulator, with the conditions that it lacks."""
-    reason = "no server of Google Cloud Storage: pip install crate-jax[buckets-test]"
+    reason = "no server of Google Cloud Storage: make install-buckets"
     server = pytest.importorskip("gcp_storage_emulator.server", reason=reason)
     from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
