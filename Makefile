@@ -74,9 +74,11 @@ install-browser: $(VENV)/.installed-test ## what the tests of the report's page 
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } || \
 	  $(BIN)/python -m playwright install chromium
 
-# On loopback; nothing of a cloud is used.
+# On loopback; nothing of a cloud is used. moto's botocore needs a python-dateutil below 3, so the lock's is no constraint
+# here: with it pip would try every version of moto.
 install-buckets: $(VENV)/.installed-test ## what the tests of buckets need besides: servers of S3 and of Google Cloud Storage
-	@$(INSTALL) -c requirements-test.lock -e '.[buckets-test]'
+	@mkdir -p .cache && grep -v '^python-dateutil==' requirements-test.lock >.cache/buckets.lock
+	@$(INSTALL) -c .cache/buckets.lock -e '.[buckets-test]'
 
 quickstart: $(VENV)/.installed ## pre-train on small images that scikit-learn ships; prints k-NN and probe accuracy and where its report is
 	@$(BIN)/python -m crate_jax.main --config=configs/quickstart.py:method=vibcreg --workdir=runs/quickstart $(ARGS)

@@ -28,8 +28,9 @@
 #   WAIT, POLL      seconds to wait for ACTIVE, seconds between two checks (3600, 30)
 #   SETUP           a command for every worker before the installation, such as the mount of a shared file system
 #   WORKER          number of the worker whose log is followed (0)
+#   CRATE_JAX_SCRATCH    with a workdir in a bucket: a folder that all workers share, for the copy (not set)
 #
-# The workdir must be a folder that all workers share and that outlives the slice. JAX finds its processes by the TPU's
+# The workdir must be a folder that all workers share and that outlives the slice, or in a bucket. JAX finds its processes by the TPU's
 # metadata. Google names Kubernetes first for TPU7x (kubernetes.sh with ACCELERATOR=tpu7x); not every project gets it here.
 
 # shellcheck source=launch/settings.sh
@@ -74,6 +75,26 @@ if [[ $COMMAND == create || $COMMAND == up ]]; then
     *) image=tpu-ubuntu2204-base ;;
   esac
   RUNTIME=${RUNTIME:-$image}
+fi
+
+# Prints the workdir of the arguments, as absl reads them: the last one counts.
+workdir() {
+  local argument before='' found=''
+  for argument in "${ARGS[@]}"; do
+    case $argument in
+      --workdir=* | -workdir=*) found=${argument#*=} ;;
+      *) [[ $before != --workdir && $before != -workdir ]] || found=$argument ;;
+    esac
+    before=$argument
+  done
+  printf '%s' "$found"
+}
+
+# A host has at most 8 chips or cores, whichever the accelerator's number counts; without ACCELERATOR it is not known.
+hosts=1
+[[ ! ${ACCELERATOR:-} =~ -(9|[1-9][0-9]+)$ && $SLICES == 1 ]] || hosts=many
+if [[ $hosts == many && $(workdir) =~ ^(gs|s3):// && -z ${CRATE_JAX_SCRATCH:-} ]]; then
+  echo "tpu.sh: warning: several workers need one folder for the copy of a bucket; without CRATE_JAX_SCRATCH, a folder that they share, the run is refused" >&2
 fi
 
 PLACE=(--project="$PROJECT" --zone="$ZONE")
@@ -188,7 +209,10 @@ sync() {
   on all "$(show crate_jax/launch/tpu_worker.sh setup ${SETUP:+"$SETUP"})"
 }
 
-start() { on all "$(show crate_jax/launch/tpu_worker.sh run "${ARGS[@]}")"; }
+start() {
+  on all "$(show ${CRATE_JAX_SCRATCH:+env CRATE_JAX_SCRATCH="$CRATE_JAX_SCRATCH"} crate_jax/launch/tpu_worker.sh run \
+    "${ARGS[@]}")"
+}
 
 logs() {
   NODES=("${NODES[0]}")

@@ -492,6 +492,31 @@ def test_tpu_up_runs_on_the_workers(env, tmp_path):
     assert tpu("stop").stdout == "no run is in progress here\n"
 
 
+@pytest.mark.parametrize(
+    "args, settings, warned",
+    [
+        (["--workdir=gs://b/runs/a"], {}, True),
+        (["--workdir", "s3://b/runs/a"], {}, True),
+        (["--workdir=/mnt/a", "--workdir=gs://b/runs/a"], {}, True),
+        (["--workdir=gs://b/runs/a", "--workdir=/mnt/a"], {}, False),
+        (["--workdir=gs://b/runs/a"], {"CRATE_JAX_SCRATCH": "/mnt/the copies"}, False),
+        (["--workdir=gs://b/runs/a"], {"ACCELERATOR": "v5litepod-8"}, False),
+        (["--workdir=gs://b/runs/a"], {"ACCELERATOR": "v5litepod-8", "SLICES": 2}, True),
+        (["--config.checkpoint=gs://b/runs/a", "--workdir=/mnt/a"], {}, False),
+    ],
+)
+def test_tpu_warns_of_a_bucket_without_a_shared_folder(env, args, settings, warned):
+    """On stderr, so that a dry run can still be pasted; the workers get the folder, whatever its name."""
+    shown = launch(env, "tpu.sh", "up", "--dry-run", *args, **TPU | settings)
+    lines = shown.stderr.splitlines()
+    assert shown.returncode == 0 and len(lines) == warned and all("CRATE_JAX_SCRATCH" in line for line in lines)
+    run = next(line for line in shown.stdout.splitlines() if "tpu_worker.sh run" in line)
+    given = shlex.split(shlex.split(run)[-1].removeprefix("--command="))
+    scratch = settings.get("CRATE_JAX_SCRATCH")
+    passed = ["env", f"CRATE_JAX_SCRATCH={scratch}"] if scratch else []
+    assert given == [*passed, "crate_jax/launch/tpu_worker.sh", "run", *args]
+
+
 def manifest(env, *args, **settings):
     """The JobSet that kubernetes.sh hands to kubectl, after a look at its dry run, and its container."""
     shown = launch(env, "kubernetes.sh", "run", "--dry-run", *args, **settings)
