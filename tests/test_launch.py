@@ -507,11 +507,10 @@ def test_tpu_up_runs_on_the_workers(env, tmp_path):
 )
 def test_tpu_warns_of_a_bucket_without_a_shared_folder(env, args, settings, warned):
     """On stderr, so that a dry run can still be pasted; the workers get the folder, whatever its name."""
-    shown = launch(env, "tpu.sh", "up", "--dry-run", *args, **TPU | settings)
+    shown = launch(env, "tpu.sh", "run", "--dry-run", *args, **TPU | settings)
     lines = shown.stderr.splitlines()
     assert shown.returncode == 0 and len(lines) == warned and all("CRATE_JAX_SCRATCH" in line for line in lines)
-    run = next(line for line in shown.stdout.splitlines() if "tpu_worker.sh run" in line)
-    given = shlex.split(shlex.split(run)[-1].removeprefix("--command="))
+    given = shlex.split(shlex.split(shown.stdout.splitlines()[0])[-1].removeprefix("--command="))
     scratch = settings.get("CRATE_JAX_SCRATCH")
     passed = ["env", f"CRATE_JAX_SCRATCH={scratch}"] if scratch else []
     assert given == [*passed, "crate_jax/launch/tpu_worker.sh", "run", *args]
