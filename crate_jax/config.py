@@ -208,7 +208,8 @@ REPORT = Section(
         sections=Key(
             (),
             anything,
-            "sections of the page, see SECTIONS in crate_jax/jobs/report.py; none: all that are about runs",
+            "sections of the page, see SECTIONS in crate_jax/jobs/report.py; none: the quick ones, which read what the "
+            "runs wrote; all: all that are about runs",
             items=str,
         )
     ),

@@ -107,13 +107,11 @@ def draw(folder: Path, names: list[str]) -> None:
         Image.fromarray(rng.integers(low, high, (*rng.integers(40, 90, 2), 3), np.uint8)).save(folder / name)
 
 
-QUICK = "--config.report.sections=overview,pictures,details"
 OWN = [f"DIR/{split}/{name}/{i}.jpg" for split in ("train", "test") for name in ("day", "night") for i in range(24)]
 HOLIDAY = [f"photos/{i}.jpg" for i in range(7)]
 
 
 def test_the_student_with_a_folder_of_photos(checkout, tmp_path):
-    """Of two runs and more, reports have the sections that docs/reports.md calls quick."""
     draw(tmp_path, OWN + HOLIDAY)
     shell = Shell(tmp_path, *checkout)
     tiny = {"corruption=rop ": "corruption=rop,debug "}
@@ -128,14 +126,13 @@ def test_the_student_with_a_folder_of_photos(checkout, tmp_path):
     before = summary.stat().st_mtime_ns
     shell(line, "top-1")
     assert summary.stat().st_mtime_ns == before  # the finished run is shown, not judged again
-    tiny |= {"quickstart ": "quickstart:debug ", "data=cifar10 ": "data=cifar10,debug ", "report ": f"report {QUICK} "}
+    tiny |= {"quickstart ": "quickstart:debug ", "data=cifar10 ": "data=cifar10,debug "}
     for line in commands("docs/tour.md", **tiny, **{"method=vibcreg ": "method=vibcreg,debug "}):
         shell(line)
     for name, run in (("a", "mine"), ("b", "vit_rop"), ("c", "simclr")):
         (tmp_path / "runs" / name).symlink_to(run)
-    assert f"`{QUICK}` takes seconds" in (ROOT / "docs" / "reports.md").read_text()
     for line in commands("docs/reports.md"):
-        shell(f"{line} {QUICK}", "report.html")
+        shell(line, "report.html")
     for protocol in ("knn", "finetune_mae,debug"):
         words = {"protocol=NAME": f"protocol={protocol}", "CHECKPOINT": "runs/photos_vit", "IMAGES": "DIR"}
         for line in commands("docs/evaluation.md", **words, **{"workdir=W": "workdir=runs/judged"}):
@@ -208,7 +205,7 @@ def test_the_researcher_with_a_bucket_and_two_processes(shell):
     data = "--config.data.source=npz:s3://photos/set.npz"
     for line in commands("docs/buckets.md", **{"gs://bucket": "s3://photos", "crate ": "crate,debug "}):
         shell(f"{line} {data}", "top-1")
-    shell(f"crate-jax report --config.checkpoint=s3://photos/runs/a {QUICK}", "s3://photos/runs/a/report.html")
+    shell("crate-jax report --config.checkpoint=s3://photos/runs/a", "s3://photos/runs/a/report.html")
     assert crate_jax.load("s3://photos/runs/a").features(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 48)
 
     one, two = commands("docs/gpus.md", **{"crate_mae ": "crate_mae:debug ", "folder:DIR": "npz:s3://photos/set.npz"})

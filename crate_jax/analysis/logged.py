@@ -23,7 +23,7 @@ from crate_jax.errors import DataError
 from crate_jax.evals.metrics import TOP1, interval, reading
 from crate_jax.models import widths
 from crate_jax.parallel import parameters
-from crate_jax.report.section import Estimate, Figure, Section, Subject, Table, short_names
+from crate_jax.report.section import Best, Cell, Estimate, Figure, Section, Subject, Table, short_names
 from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape, legend
 from crate_jax.training.clock import PARTS
@@ -57,6 +57,7 @@ MARKS: dict[str, dict[str, Any]] = {
     "_untrained": dict(marker="o", color="C7", markerfacecolor="none", markersize=7),
     "": dict(marker="o", markersize=7),  # drawn in the run's colour
 }
+FASTER = 1.1  # a run is the fastest if its speed is so many times that of any other: on a busy machine speeds vary
 LOG_SPAN = 20  # an axis is logarithmic if largest / smallest value is above this
 
 
@@ -105,19 +106,31 @@ def _verdict(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table
     keys = [k for k in named if any(log.summary.get(k) is not None for log in logged.values())]
     columns = [[_estimate(logged[s.name].summary, k) for s in subjects] for k in keys]
     scores = [dict(zip(logged, _marked(column), strict=True)) for column in columns]
+    speeds = _fastest(subjects, logged)
     rows = []
     for s in subjects:
         summary, c = logged[s.name].summary, s.config
         method = None if c.job in WITHOUT_METHOD else method_name(c)
         found = (score[s.name] for score in scores)
-        rows.append((s.name, method, c.encoder.name, *found, summary.get("loss"), summary.get("images_per_sec")))
+        rows.append((s.name, method, c.encoder.name, *found, summary.get("loss"), speeds[s.name]))
     caption = (
         "The runs. ± is half of the 95 % interval that follows from the number of test images; scores also differ "
-        "from seed to seed, which it leaves out. A score is bold if its interval lies above those of all other runs. "
+        "from seed to seed, which it leaves out. A score is bold if its interval lies above those of all other runs, "
+        f"a speed if it is {FASTER} times any other one or more, with images of one size on the same devices. "
         "Losses under different methods, corruptions or targets cannot be compared."
     )
     names = ("run", "method", "encoder", *(f"{named[k]} %" for k in keys), "loss", "images/s")
     return Table(caption, names, tuple(rows))
+
+
+def _fastest(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> dict[str, Cell]:
+    """{run: its speed}, with a mark at the best one if all runs had images of one size on the same known devices."""
+    speeds = {s.name: logged[s.name].summary.get("images_per_sec") for s in subjects}
+    where = {(logged[s.name].summary.get("devices"), tuple(s.config.data.image_size)) for s in subjects}
+    *others, best = sorted(speed for speed in speeds.values() if speed is not None) or [None]
+    known = len(where) == 1 and None not in next(iter(where)) and others and None not in speeds.values()
+    is_clear = known and best >= FASTER * others[-1]
+    return {name: Best(speed) if is_clear and speed == best else speed for name, speed in speeds.items()}
 
 
 def _estimate(summary: Mapping[str, Any], key: str) -> Estimate | float | None:

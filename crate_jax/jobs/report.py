@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -16,24 +17,47 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import __version__, data
-from crate_jax.analysis import logged, neighbours, projection, recipes
+from crate_jax.analysis import logged, neighbours, projection, recipes, records
 from crate_jax.analysis.alignment import initialisation, section as alignment_section, speed
 from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import completion, section as whitebox_section
 from crate_jax.config import KEYS, OF_THE_RUN, base, validate
 from crate_jax.convert import files, pretrained
 from crate_jax.errors import ConfigError, DataError, UserError, escaped
-from crate_jax.parallel import distributed, sharding
+from crate_jax.models import grids
+from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.report import page
-from crate_jax.report.section import Cell, Estimate, Section, Subject
+from crate_jax.report.section import Best, Cell, Estimate, Section, Subject
 from crate_jax.validation import flatten, place
 from crate_jax.workdir import bucket, checkpoint, checkpoint_files, metrics, mirror
 from crate_jax.workdir.folder import expanduser, lock, readable
 
 log = logging.getLogger(__name__)
 
+ALL = "all"  # in config.report.sections: every section about runs
+RATE = 5e10  # FLOP/s of encoders on two cores, see Cost
 MAX_SHOWN = 4  # figures of a section that are not folded: those of more runs would fill many screens
 HTML, JSON, PARTIAL = "report.html", "report.json", "report.partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """About how long a section takes, for a line that says so before it begins.
+
+    The numbers are half the processor seconds, as of two cores. Measured: all sections of a run at 32 px, 98 s, three
+    quarters of them the alignment (docs/reports.md); `collapse` of a small ResNet at 24 px, 28 s; `neighbours` of it,
+    3 s, and of a ViT of 3.2 million parameters and 64 patches, 13 s, which is 8e10 FLOP/s. The other numbers only
+    divide that sum. So an estimate may be wrong by a factor of two or three, above all where images load slowly.
+
+    Attributes:
+      once: seconds for each set of images, however many runs learned from it.
+      each: seconds for each run.
+      images: how many images pass the encoder of each run.
+    """
+
+    once: float = 0.0
+    each: float = 0.0
+    images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +71,7 @@ class Analysis:
       needs_images: whether `run` gets only subjects whose images can be read.
       needs_runs: whether the section is about runs. If it is not, it is made only if config.report.sections names it.
       folded: whether the page folds it, if it is not the only one; it always folds more than MAX_SHOWN figures.
+      cost: about how long it takes.
     """
 
     title: str
@@ -54,6 +79,12 @@ class Analysis:
     needs_images: bool = True
     needs_runs: bool = True
     folded: bool = True
+    cost: Cost = Cost()
+
+    @property
+    def quick(self) -> bool:
+        """Whether a report about runs has it unasked."""
+        return self.needs_runs and not self.needs_images
 
 
 # The page shows them in this order.
@@ -62,13 +93,13 @@ SECTIONS: dict[str, Analysis] = {
     "recipes": Analysis("Recipes over seeds", recipes.section, needs_images=False, folded=False),
     "pictures": Analysis("Pictures", logged.pictures, needs_images=False, folded=False),
     "details": Analysis("Curves and settings", logged.details, needs_images=False),
-    "neighbours": Analysis("Nearest neighbours", neighbours.section),
-    "completion": Analysis("What was removed, restored", completion.section),
-    "whitebox": Analysis("White box", whitebox_section.section),
-    "views": Analysis("What the encoder sees", whitebox_section.pictures_section),
-    "collapse": Analysis("Collapse", collapse_section.section),
-    "alignment": Analysis("Alignment", alignment_section.section),
-    "speed": Analysis("What is learned when", speed.section),
+    "neighbours": Analysis("Nearest neighbours", neighbours.section, cost=Cost(each=3, images=2005)),
+    "completion": Analysis("What was removed, restored", completion.section, cost=Cost(each=3, images=1000)),
+    "whitebox": Analysis("White box", whitebox_section.section, cost=Cost(each=3, images=1000)),
+    "views": Analysis("What the encoder sees", whitebox_section.pictures_section, cost=Cost(each=3, images=100)),
+    "collapse": Analysis("Collapse", collapse_section.section, cost=Cost(each=15, images=4096 + 10 * 1024)),
+    "alignment": Analysis("Alignment", alignment_section.section, cost=Cost(once=70, each=5, images=8000)),
+    "speed": Analysis("What is learned when", speed.section, cost=Cost(each=5, images=8000)),
     "initialisation": Analysis("Theorem 2", lambda _: initialisation.section(), needs_images=False, needs_runs=False),
     "theory": Analysis("Theorem 3", lambda _: whitebox_section.theory_section(), needs_images=False, needs_runs=False),
     "projection": Analysis("Projections and masks", lambda _: projection.section(), False, needs_runs=False),
@@ -111,13 +142,14 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     mesh = sharding.make_mesh(jax.device_count(), 1)
     missing: dict[str, str] = {}
     subjects = []
+    with_images = any(SECTIONS[name].needs_images for name in chosen)
     for path, name, encoder in zip(paths, names(paths), loaded, strict=True):
         full = resolve(config, encoder.config)
         train: data.Source | None = None
         test: data.Source | None = None
         problem = ""
         try:
-            train, test = _open(full)
+            train, test = _open(full) if with_images else (None, None)
         except UserError as e:
             problem = str(e)
         if distributed.max_over_processes(int(bool(problem))):  # all processes must leave out the same
@@ -129,12 +161,19 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     with lock(workdir) as folder:
         origin = {s.name: encoder.name for s, encoder in zip(subjects, loaded, strict=True)}
         drawn: dict[str, str] = {}
+        more = offer(chosen, subjects)
 
         def keep(sections: Sequence[Section], left_out: Mapping[str, str]) -> None:
-            write(folder, origin, sections, {**missing, **left_out}, whole=False, drawn=drawn)
+            write(folder, origin, sections, {**missing, **left_out}, more, whole=False, drawn=drawn)
 
+        usable = [s for s in subjects if s.train is not None]  # none if no chosen section needs images
+        if usable:
+            log.info("the sections that compute from images: %s", about(chosen, usable))
         sections, left_out = analyse(subjects, chosen, keep)
-        return write(folder, origin, sections, {**missing, **left_out}, drawn=drawn)
+        written = write(folder, origin, sections, {**missing, **left_out}, more, drawn=drawn)
+    if more:
+        log.info("more sections: %s", more)
+    return written
 
 
 def show(result: dict[str, Any]) -> None:
@@ -214,12 +253,64 @@ def _run_of(path: str) -> str:
 
 def _chosen(config: ConfigDict) -> list[str]:
     given = [name for text in config.report.sections for name in text.split(",")]  # a flag gives a,b as one text
-    unknown = [name for name in given if name not in SECTIONS]
+    unknown = [name for name in given if name not in SECTIONS and name != ALL]
     if unknown:
         raise ConfigError(
-            f"config.report.sections: unknown section {unknown[0]!r}; must be one or more of {', '.join(SECTIONS)}"
+            f"config.report.sections: unknown section {unknown[0]!r}; must be {ALL}, or one or more of "
+            f"{', '.join(SECTIONS)}"
         )
-    return [name for name, a in SECTIONS.items() if (name in given if given else a.needs_runs)]
+    if not given:
+        return _quick()
+    return [name for name, a in SECTIONS.items() if name in given or (ALL in given and a.needs_runs)]
+
+
+def _quick() -> list[str]:
+    """The sections that a report has unasked: those about runs that read only what the runs wrote."""
+    return [name for name, a in SECTIONS.items() if a.quick]
+
+
+def offer(chosen: Sequence[str], subjects: Sequence[Subject]) -> str:
+    """The sections about runs that compute and are not chosen, the flag that adds them, and about how long they take.
+
+    Returns:
+      one line; empty if there is nothing more, or no run.
+    """
+    rest = [name for name, a in SECTIONS.items() if a.needs_runs and not a.quick and name not in chosen]
+    if not rest or not subjects:
+        return ""
+    every = [name for name, a in SECTIONS.items() if a.needs_runs]
+    return (
+        f"the report has no {', '.join(rest)}, which compute from the images. Job report with "
+        f"--config.report.sections={ALL} adds all ({about(every, subjects)}), with a list such as "
+        f"--config.report.sections={','.join([*_quick(), rest[0]])} only some."
+    )
+
+
+def about(chosen: Sequence[str], subjects: Sequence[Subject]) -> str:
+    """About how long the sections take, in words; see :class:`Cost`.
+
+    Args:
+      chosen: names of SECTIONS.
+      subjects: the runs.
+    """
+    costs = [SECTIONS[name].cost for name in chosen]
+    sets = {(s.config.data.source, tuple(s.config.data.image_size)) for s in subjects}
+    passes = sum(cost.images for cost in costs) * sum(map(_operations, subjects)) / RATE
+    seconds = len(sets) * sum(cost.once for cost in costs) + len(subjects) * sum(cost.each for cost in costs) + passes
+    minutes = max(1, round(seconds / 60))
+    shown = f"{minutes} minute{'s' * (minutes > 1)}" if minutes < 100 else f"{round(minutes / 60)} hours"
+    of = f" for {len(subjects)} runs" if len(subjects) > 1 else ""
+    return f"about {shown}{of} on two idle CPU cores"
+
+
+def _operations(subject: Subject) -> float:
+    """FLOP, about, of an image that passes the run's encoder: each parameter acts at each place of the last layer."""
+    size = parameters.count(subject.params.get("encoder", {}))
+    if not size:  # after training: of the whole model
+        with contextlib.suppress(UserError):  # a damaged record costs the sections that show it, not the page
+            size = records.read(subject.workdir).summary.get("params") or 0
+    height, width = grids(subject.config)[-1]
+    return 2.0 * size * height * width
 
 
 def resolve(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
@@ -321,6 +412,7 @@ def write(
     origin: dict[str, str],
     sections: Sequence[Section],
     missing: dict[str, str],
+    more: str = "",
     whole: bool = True,
     drawn: MutableMapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -334,11 +426,12 @@ def write(
       origin: {name of a run: the name of its checkpoint}.
       sections: the page's sections.
       missing: {title of a missing section: why it is missing}.
+      more: what else there is, as :func:`offer` says it.
       whole: whether no more sections are to come.
       drawn: the sections that an earlier page of the same report has drawn, as :func:`page.render` takes them.
     """
     title = next(iter(origin)) if len(origin) == 1 else f"{len(origin)} runs compared" if origin else sections[0].title
-    html = page.render(title, origin, sections, missing, drawn)
+    html = page.render(title, origin, sections, missing, drawn, more)
     numbers = {
         "crate_jax": __version__,
         "runs": origin,
@@ -379,11 +472,13 @@ def _titles(path: Path) -> set[str]:
 
 def _plain(cell: Cell) -> Any:
     """A cell of a table for JSON."""
+    if isinstance(cell, Best):
+        return cell.value
     return dataclasses.asdict(cell) if isinstance(cell, Estimate) else cell
 
 
 def write_for_training(folder: Path, config: ConfigDict, mesh: Mesh) -> str:
     """Writes the small report at the end of training, from the run's log alone; returns its path."""
     subject = Subject(folder.name, config, {}, folder, None, None, mesh)
-    sections, _ = analyse([subject], [name for name, a in SECTIONS.items() if a.needs_runs and not a.needs_images])
-    return write(folder, {folder.name: folder.name}, sections, {})["report"]
+    sections, _ = analyse([subject], _quick())
+    return write(folder, {folder.name: folder.name}, sections, {}, offer(_quick(), [subject]))["report"]

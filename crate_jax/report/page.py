@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.report import svg
-from crate_jax.report.section import Cell, Estimate, Figure, Section, Table
+from crate_jax.report.section import Best, Cell, Estimate, Figure, Section, Table
 from crate_jax.workdir.metrics import format_number
 
 CSS = Path(__file__).with_name("page.css")
@@ -31,6 +31,7 @@ def render(
     sections: Sequence[Section],
     missing: Mapping[str, str],
     drawn: MutableMapping[str, str] | None = None,
+    more: str = "",
 ) -> str:
     """The whole page as HTML.
 
@@ -43,6 +44,7 @@ def render(
       missing: title of a section that is left out -> the reason.
       drawn: id of a section -> its HTML. A section that it holds is not drawn again, the others are added to it. So a
         page that grows section by section, about the same runs, draws each figure once. None: all are drawn.
+      more: which sections the page could have, and how to ask for them; empty: no such line.
 
     Raises:
       TypeError: a picture is not uint8 (H, W, 3).
@@ -58,6 +60,9 @@ def render(
     links = "".join(
         f'<li><a href="#{slug}">{escape(section.title)}</a></li>' for section, slug in zip(sections, slugs, strict=True)
     )
+    if more:
+        links += '<li><a href="#more">More sections</a></li>'
+        parts.append(f'<section id="more" class="missing"><h2>More sections</h2><p>{escape(more)}</p></section>')
     if missing:
         links += '<li><a href="#missing">Left out</a></li>'
         items = "".join(f"<li><b>{escape(t)}</b>: {escape(why)}</li>" for t, why in missing.items())
@@ -199,7 +204,7 @@ def _table(table: Table, name: str, runs: Sequence[str]) -> str:
 
 def _is_numeric(cells: Sequence[object]) -> bool:
     given = [c for c in cells if c is not None]
-    kinds = int | float | np.number | Estimate
+    kinds = int | float | np.number | Estimate | Best
     return bool(given) and all(isinstance(c, kinds) and not isinstance(c, bool) for c in given)
 
 
@@ -215,6 +220,9 @@ def _cell(value: Cell, numeric: bool, owner: str, is_first: bool) -> str:
         shown = f"<strong>{shown}</strong>" if value.best else shown
         title = f"{value.low!r} to {value.high!r}"
         return f'<td data-number="{value.value!r}" title="{title}"{_class(numeric)}{owner}>{shown}</td>'
+    if isinstance(value, Best):
+        plain = _cell(value.value, numeric, owner, is_first)
+        return plain.replace(">", "><strong>", 1).replace("</td>", "</strong></td>")
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or value != value:  # the script sorts empty cells last, in both directions
         return f"<td data-empty{_class(numeric)}{owner}>{'–' if value is None else 'NaN'}</td>"

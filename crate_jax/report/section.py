@@ -69,7 +69,14 @@ class Estimate:
     best: bool = False
 
 
-Cell = str | float | int | Estimate | None
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """A number without an interval that the page marks as the best one of its column; report.json has the number."""
+
+    value: float
+
+
+Cell = str | float | int | Estimate | Best | None
 
 
 @dataclasses.dataclass(frozen=True)

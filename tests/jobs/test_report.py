@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from crate_jax.errors import CheckpointError, ConfigError, DataError
 from crate_jax.jobs import report as job, train
 from crate_jax.parallel import sharding
 from crate_jax.report import Figure, Section, Subject, Table, page, svg
-from crate_jax.report.section import Estimate
+from crate_jax.report.section import Best, Estimate
 from crate_jax.validation import flatten
 from crate_jax.workdir import pictures
 
@@ -134,7 +135,8 @@ def test_pages_need_nothing_but_themselves(runs, compared):
 @pytest.mark.slow
 def test_a_report_with_all_sections_needs_nothing_but_itself(runs, tmp_path):
     few = dict(latents=32, patch_sizes=(1,), mask_ratios=(0.25, 0.5, 0.75), rop_ratios=(0.25, 0.5), side=8)
-    result = report(runs[0], tmp_path, whitebox__images=16, **{f"align__{key}": x for key, x in few.items()})
+    few = {f"align__{key}": x for key, x in few.items()}
+    result = report(runs[0], tmp_path, report__sections=("all",), whitebox__images=16, **few)
     assert result["left_out"] == {}
     assert len(read(tmp_path)[1]["sections"]) > 8
     check_needs_nothing(tmp_path)
@@ -357,6 +359,79 @@ def test_a_section_that_needs_no_run_is_had_without_one(tmp_path, monkeypatch):
     assert job._chosen(c) == ["overview", "theory"]
     c.report.sections = ()
     assert "theory" not in job._chosen(c)
+    c.report.sections = ("all,theory",)
+    assert "theory" in job._chosen(c) and "speed" in job._chosen(c)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The names of the analyses that a report asks for, none of which computes."""
+    names = []
+    for name, a in job.SECTIONS.items():
+        if a.needs_images:
+            stub = lambda _, name=name: names.append(name)  # noqa: E731
+            monkeypatch.setitem(job.SECTIONS, name, dataclasses.replace(a, run=stub))
+    return names
+
+
+def test_a_report_computes_nothing_unasked(runs, tmp_path, asked, monkeypatch, caplog):
+    """It does not even open the images, and says which flag adds the rest and about how long that takes."""
+    caplog.set_level("INFO")
+    with monkeypatch.context() as m:
+        m.setattr(job, "_open", lambda _: pytest.fail("opened"))
+        assert report(runs[0], tmp_path)["left_out"] == {}
+    assert asked == [] and [s["title"] for s in read(tmp_path)[1]["sections"]][0] == "Overview"
+    [line] = [r.getMessage() for r in caplog.records if "report.sections" in r.getMessage()]
+    line = line.removeprefix("more sections: ")
+    assert "--config.report.sections=all adds all (about 2 minutes for 2 runs on two idle CPU cores)" in line
+    assert "has no neighbours, completion, whitebox, views, collapse, alignment, speed, which" in line
+    assert escape(line) in read(tmp_path)[0] and 'href="#more"' in read(tmp_path)[0]
+    assert "--config.report.sections=all adds all (about 2 minutes on two" in read(runs[0][0])[0]  # that of training
+
+
+def test_a_report_of_all_sections_computes_them_and_says_before_how_long(runs, tmp_path, asked, caplog):
+    caplog.set_level("INFO")
+    report(runs[0], tmp_path, report__sections=("all",))
+    assert asked == ["neighbours", "completion", "whitebox", "views", "collapse", "alignment", "speed"]
+    said = [r.getMessage() for r in caplog.records]
+    before = said.index("the sections that compute from images: about 2 minutes for 2 runs on two idle CPU cores")
+    assert before < said.index("Nearest neighbours ...")
+    assert "more sections" not in caplog.text and 'href="#more"' not in read(tmp_path)[0]
+
+
+def test_estimates_grow_with_runs_images_and_encoders():
+    """Runs on the same images share the alignment; a ViT-B at 224 px takes hours on two cores."""
+    config = configs.base()
+    config.encoder.name, config.encoder.patch_size, config.data.image_size = "vit", 16, (224, 224)
+    small = ConfigDict(config.to_dict())
+    small.data.image_size = (32, 32)
+
+    def said(chosen, *members):
+        return job.about(chosen, [Subject("", c, {"encoder": np.zeros(n)}, None, None, None, None) for c, n in members])
+
+    other = ConfigDict(small.to_dict())
+    other.data.source = "digits"
+    assert said(["alignment"], (small, 10)) == "about 1 minute on two idle CPU cores"
+    assert said(["alignment"], *[(small, 10)] * 12) == "about 2 minutes for 12 runs on two idle CPU cores"
+    assert said(["alignment"], (small, 10), (other, 10)) == "about 2 minutes for 2 runs on two idle CPU cores"
+    assert said(["neighbours"], (config, 86 * 10**6)) == "about 23 minutes on two idle CPU cores"
+    assert said(["collapse"], (config, 86 * 10**6)) == "about 3 hours on two idle CPU cores"
+
+
+def test_the_fastest_run_is_marked_where_speeds_compare(tmp_path):
+    def verdict(*summaries):
+        logs = {str(i): records.Logged([], s, [], []) for i, s in enumerate(summaries)}
+        subjects = [Subject(name, configs.base(), {}, None, None, None, None) for name in logs]
+        return [isinstance(speed, Best) for speed in logged._fastest(subjects, logs).values()]
+
+    one, fast, near = ({"images_per_sec": x, "devices": "1 x cpu"} for x in (100.0, 120.0, 115.0))
+    assert verdict(one, fast, one) == [False, True, False]
+    assert verdict(one, fast, near) == [False] * 3 and verdict(fast) == [False] and verdict({}, {}) == [False] * 2
+    assert verdict(one, fast | {"devices": "1 x gpu"}) == [False] * 2 == verdict(one, {"images_per_sec": 900.0})
+    table = Table("t", ("run", "images/s"), (("a", Best(120.0)), ("b", 100.0)))
+    html = page.render("t", {"r": "r"}, [Section("S", "", tables=(table,))], {})
+    assert '<td data-number="120.0" title="120.0" class="number"><strong>120</strong></td>' in html
+    assert job._plain(Best(120.0)) == 120.0
 
 
 def test_what_telemetry_saw_of_the_layers_is_drawn(tmp_path):
@@ -408,16 +483,17 @@ def test_what_cannot_be_said_is_named(runs, tmp_path, monkeypatch):
     images = image_folder(tmp_path / "images")
     train.run(tiny(data__source=f"folder:{images}"), str(tmp_path / "gone"))
     paths = [runs[0][1], tmp_path / "gone"]
-    assert report(paths, tmp_path / "w")["left_out"].keys() == {"Classes <i>"}
+    everything = dict(report__sections=("all",))
+    assert report(paths, tmp_path / "w", **everything)["left_out"].keys() == {"Classes <i>"}
     images.rename(tmp_path / "elsewhere")
-    left_out = report(paths, tmp_path / "w")["left_out"]
+    left_out = report(paths, tmp_path / "w", **everything)["left_out"]
     assert left_out.keys() == {"what needs the images of gone", "Classes <i>"}
     assert str(images) in left_out["what needs the images of gone"]
     html, numbers = read(tmp_path / "w")
     assert numbers["left_out"] == left_out and "<b>Classes &lt;i&gt;</b>: these images have no labels" in html
     sizes = next(s for s in numbers["sections"] if s["title"] == "Sizes")
     assert sizes["tables"][0]["rows"] == [[NAMES[1], 1437, 360]]
-    alone = report(paths[1:], tmp_path / "w")["left_out"]
+    alone = report(paths[1:], tmp_path / "w", **everything)["left_out"]
     assert alone["Sizes"] == "there are no readable images"
     named = report(paths, tmp_path / "w", data__source=f"folder:{tmp_path}/elsewhere", report__sections=("sizes",))
     assert named["left_out"] == {}
