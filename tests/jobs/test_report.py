@@ -407,13 +407,15 @@ def test_estimates_grow_with_runs_images_and_encoders():
     small.data.image_size = (32, 32)
 
     def said(chosen, *members):
-        return job.about(chosen, [Subject("", c, {"encoder": np.zeros(n)}, None, None, None, None) for c, n in members])
+        return job.about(
+            chosen, [Subject("", c, {"encoder": np.broadcast_to(0.0, n)}, None, None, None, None) for c, n in members]
+        )
 
     other = ConfigDict(small.to_dict())
-    other.data.source = "digits"
+    other.data.source = "scenes"
     assert said(["alignment"], (small, 10)) == "about 1 minute on two idle CPU cores"
     assert said(["alignment"], *[(small, 10)] * 12) == "about 2 minutes for 12 runs on two idle CPU cores"
-    assert said(["alignment"], (small, 10), (other, 10)) == "about 2 minutes for 2 runs on two idle CPU cores"
+    assert said(["alignment"], (small, 10), (other, 10)) == "about 3 minutes for 2 runs on two idle CPU cores"
     assert said(["neighbours"], (config, 86 * 10**6)) == "about 23 minutes on two idle CPU cores"
     assert said(["collapse"], (config, 86 * 10**6)) == "about 3 hours on two idle CPU cores"
 
@@ -513,7 +515,7 @@ def test_what_cannot_be_said_is_named(runs, tmp_path, monkeypatch):
             "{run}",
             {"report__sections": ("colours",)},
             ConfigError,
-            "unknown section 'colours'; must be one or more of overview, recipes, pictures",
+            "unknown section 'colours'; must be all, or one or more of overview, recipes, pictures",
         ),
     ],
 )
