@@ -38,6 +38,7 @@ ALL = "all"  # in config.report.sections: every section about runs
 RATE = 5e10  # FLOP/s of encoders on two cores, see Cost
 MAX_SHOWN = 4  # figures of a section that are not folded: those of more runs would fill many screens
 HTML, JSON, PARTIAL = "report.html", "report.json", "report.partial"
+EARLIER = "report.earlier"  # and .html or .json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,7 +420,7 @@ def write(
     """Writes both files, so that each is whole or missing; returns their paths and `missing`.
 
     A page that is not whole yet does not replace a page with more sections: it goes to the folder PARTIAL, which the
-    whole page removes.
+    whole page removes. A whole page leaves the one with more sections, which took minutes to compute, as EARLIER.
 
     Args:
       folder: the folder for the files, which must exist.
@@ -449,8 +450,14 @@ def write(
         "left_out": missing,
     }
     if distributed.first():
-        beside = not whole and bool(_titles(folder / JSON) - {s.title for s in sections})
+        lost = _titles(folder / JSON) - {s.title for s in sections}
+        beside = not whole and bool(lost)
         home = folder / PARTIAL if beside else folder
+        if whole and lost:
+            for name in (HTML, JSON):
+                with contextlib.suppress(FileNotFoundError):
+                    (folder / name).replace(folder / f"{EARLIER}{Path(name).suffix}")
+            log.info("%s.html is the earlier report, with %s", folder / EARLIER, ", ".join(sorted(lost)))
         with metrics.writing(home):
             home.mkdir(exist_ok=True)
         metrics.write_json(home / JSON, numbers)

@@ -399,6 +399,15 @@ def test_a_report_of_all_sections_computes_them_and_says_before_how_long(runs, t
     assert "more sections" not in caplog.text and 'href="#more"' not in read(tmp_path)[0]
 
 
+def test_a_shorter_report_leaves_what_an_earlier_one_has_computed(tmp_path):
+    one, two = (Section(title, "") for title in ("Overview", "Alignment"))
+    for sections in ([one, two], [one], [one]):
+        job.write(tmp_path, {"r": "r"}, sections, {})
+    for name, count in (("report", 1), ("report.earlier", 2)):
+        assert len(json.loads((tmp_path / f"{name}.json").read_text())["sections"]) == count
+        assert ("Alignment" in (tmp_path / f"{name}.html").read_text()) == (count == 2)
+
+
 def test_estimates_grow_with_runs_images_and_encoders():
     """Runs on the same images share the alignment; a ViT-B at 224 px takes hours on two cores."""
     config = configs.base()
