@@ -226,6 +226,7 @@ def make_folder(root: Path, count: int = 24) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_trains(run_cli, tmp_path):
     """Folder with labels: k-NN separates red from blue; a file that is no image is named and counted."""
     root = make_folder(tmp_path / "images")

@@ -124,6 +124,9 @@ def _three(flag: str, text: str | None) -> tuple[float, ...] | None:
     return values
 
 
+MODULE = "python -m crate_jax.convert"  # how it is called without crate-jax
+
+
 class Parser(argparse.ArgumentParser):
     """Argparse's parser, with errors in one line."""
 
@@ -138,7 +141,7 @@ class Parser(argparse.ArgumentParser):
         end_output()
 
 
-def parser(prog: str) -> Parser:
+def parser(prog: str = MODULE) -> Parser:
     """The parser of the command line; `prog` is what the user typed to call it."""
     top = Parser(prog=prog, description="Exchange weights with other libraries.")
     commands = top.add_subparsers(required=True, metavar="inspect|import|export")
@@ -173,7 +176,7 @@ def parser(prog: str) -> Parser:
     return top
 
 
-def main(argv: Sequence[str], prog: str = "python -m crate_jax.convert") -> int:
+def main(argv: Sequence[str], prog: str = MODULE) -> int:
     """Runs one command; returns the exit status, which is 2 after an error of the user's: one line says it."""
     try:
         args = parser(prog).parse_args(argv)

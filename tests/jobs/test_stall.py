@@ -40,6 +40,7 @@ def hang_before(monkeypatch):
     answer.set()
 
 
+@pytest.mark.slow
 def test_a_run_without_images_saves_and_continues_with_the_same_bits(hang_before, tmp_path):
     keys = {"steps": 4, "save.every": 100, "log.every": 1, "data.prefetch": 1}
     began = time.monotonic()

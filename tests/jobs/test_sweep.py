@@ -294,6 +294,7 @@ def test_a_folder_with_a_run_of_another_config_is_named_before_anything_runs(fin
     assert not (folder / "encoder.lam=0.3,seed=0").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
     c = tiny(sweep__key="optimizer.lr", sweep__values=(1e30, 1e-3), optimizer__clip_norm=0.0, steps=6)
     result = sweep.run(c, str(tmp_path))
