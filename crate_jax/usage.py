@@ -1,4 +1,4 @@
-"""What ``--help`` says about commands, jobs and flags. It needs no JAX, whose import takes a second or two."""
+"""What ``--help`` says about commands, jobs and flags. It does not import JAX, which takes a second or two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JOBS = {
     "align": "tell which corruption can teach something about given labels, before any training",
     "report": "write one page about one run or several",
 }
-# The other jobs have a config of their own name, which needs no --config.
+# The other jobs have a config of their own name, so that --config may be left out.
 CONFIG_NEEDED = {"pretrain": "cifar10:encoder=crate", "finetune": "evaluate:protocol=finetune_crate"}
 OTHERS = {
     "convert": "read and write weights of other libraries: inspect, import, export",

@@ -86,6 +86,15 @@ def test_a_job_gets_its_own_config_unless_one_is_given(args, passed, monkeypatch
     assert command.main() == 0 and seen == [("crate_jax.main", passed)]
 
 
+def status_of(args, monkeypatch):
+    """The exit status of `crate-jax ARGS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["crate-jax", *args])
+    try:
+        return command.main()
+    except SystemExit as e:  # argparse's way
+        return e.code
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
@@ -98,11 +107,7 @@ def test_a_job_gets_its_own_config_unless_one_is_given(args, passed, monkeypatch
     ],
 )
 def test_wrong_words_are_one_line(args, line, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["crate-jax", *args])
-    try:
-        status = command.main()
-    except SystemExit as e:  # argparse's way
-        status = e.code
+    status = status_of(args, monkeypatch)
     printed = capsys.readouterr()
     assert (status, printed.out, printed.err.count("\n")) == (2, "", 1) and printed.err.startswith(line)
 
@@ -166,11 +171,7 @@ def test_the_help_of_each_job_has_its_configs_and_all_flags(monkeypatch, capsys)
     ],
 )
 def test_the_help_of_the_other_commands_names_them_as_typed(args, first, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["crate-jax", *args])
-    try:
-        status = command.main()
-    except SystemExit as e:  # argparse's way
-        status = e.code
+    status = status_of(args, monkeypatch)
     told = capsys.readouterr().out
     assert status == 0 and told.startswith(first) and "`" not in told
 

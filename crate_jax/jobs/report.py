@@ -281,7 +281,7 @@ def offer(chosen: Sequence[str], subjects: Sequence[Subject]) -> str:
         return ""
     every = [name for name, a in SECTIONS.items() if a.needs_runs]
     return (
-        f"the report has no {', '.join(rest)}, which compute from the images. Job report with "
+        f"the report lacks {', '.join(rest)}, which compute from the images. Job report with "
         f"--config.report.sections={ALL} adds all ({about(every, subjects)}), with a list such as "
         f"--config.report.sections={','.join([*_quick(), rest[0]])} only some."
     )

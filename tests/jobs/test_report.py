@@ -384,7 +384,7 @@ def test_a_report_computes_nothing_unasked(runs, tmp_path, asked, monkeypatch, c
     [line] = [r.getMessage() for r in caplog.records if "report.sections" in r.getMessage()]
     line = line.removeprefix("more sections: ")
     assert "--config.report.sections=all adds all (about 2 minutes for 2 runs on two idle CPU cores)" in line
-    assert "has no neighbours, completion, whitebox, views, collapse, alignment, speed, which" in line
+    assert "lacks neighbours, completion, whitebox, views, collapse, alignment, speed, which" in line
     assert escape(line) in read(tmp_path)[0] and 'href="#more"' in read(tmp_path)[0]
     assert "--config.report.sections=all adds all (about 2 minutes on two" in read(runs[0][0])[0]  # that of training
 
