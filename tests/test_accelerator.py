@@ -373,6 +373,15 @@ def test_joint_embedding_of_a_crate_differs_from_its_reconstruction_in_the_metho
     assert "questions" not in parts.DEFAULT  # it takes hours
 
 
+def test_means_over_seeds_are_shown_with_their_intervals():
+    runs = [{"value": "so", "seed": i, "knn_top1": x} for i, x in enumerate((0.25, 0.26))]
+    values = questions.summary([*runs, {"value": "none", "knn_top1": 0.5, "probe_top1": None}])
+    assert values == {"so": {"knn_top1": [25.5, 19.15, 31.85]}, "none": {"knn_top1": [50.0]}}
+    values = {"so": {"knn_top1": [25.5, 19.2, 31.8]}, "none": {"knn_top1": [50.0]}}
+    text = table.questions({"questions": {"R-L1": {"values": values}}})
+    assert "| 25.5 [19.2, 31.8] |" in text and "| 50.0 |" in text
+
+
 @pytest.mark.parametrize("only", [("peak",), pytest.param(parts.DEFAULT, marks=pytest.mark.slow)])
 def test_the_command_runs_on_a_cpu(only, cli_env, tmp_path):
     rng = np.random.default_rng(0)
