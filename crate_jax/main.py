@@ -47,9 +47,9 @@ class PrintableFormatter(logging.Formatter):
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Returns whether JAX says more than that a machine without TPUs has no TPU library."""
+    """Returns whether JAX says more than that a backend that nobody asked for is missing (TPUs, a proxy)."""
     text = record.getMessage()
-    return not ("backend 'tpu'" in text and "libtpu.so" in text)
+    return not (("backend 'tpu'" in text and "libtpu.so" in text) or "backend 'proxy'" in text)
 
 
 def set_up_log(process: int) -> None:

@@ -54,15 +54,20 @@ def test_the_log_escapes_what_a_terminal_would_obey():
 
 
 def test_a_machine_without_tpus_is_no_news():
-    """JAX tells it on every start; what else keeps a TPU from working is shown."""
+    """JAX tells it on every start, and later ones that there is no proxy; what keeps a TPU from working is shown."""
     start = "Unable to initialize backend 'tpu': "
-    told = [start + "INTERNAL: Failed to open libtpu.so: libtpu.so: cannot open", start + "in use by process 7", "cuda"]
+    told = [
+        start + "INTERNAL: Failed to open libtpu.so: libtpu.so: cannot open",
+        "Unable to initialize backend 'proxy': The 'proxy' backend requires the address of an IFRT Proxy server.",
+        start + "in use by process 7",
+        "cuda",
+    ]
     records = [logging.LogRecord("x", logging.INFO, "", 0, text, (), None) for text in told]
     verbosity = absl_logging.get_verbosity()
     main.set_up_log(process=0)
     absl_logging.set_verbosity(verbosity)
     shown = logging.getLogger("jax._src.xla_bridge").filter
-    assert [bool(shown(record)) for record in records] == [False, True, True]
+    assert [bool(shown(record)) for record in records] == [False, False, True, True]
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,11 @@ def state_shapes(config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh)
 def make_draw(config: ConfigDict, method: Method, recipe: Recipe, mesh: Mesh) -> Callable[..., tuple[Params, Carried]]:
     """Returns the jitted function (start=None) -> :func:`init_params`, laid out on the mesh."""
     place = jax.tree.map(lambda x: x.sharding, state_shapes(config, method, recipe, mesh))
-    return jax.jit(recipe.draw, out_shardings=(place.params, place.carried))
+    return jax.jit(
+        recipe.draw,
+        out_shardings=(place.params, place.carried),
+        compiler_options=target.options_of_one_call(mesh),
+    )
 
 
 def make_init(

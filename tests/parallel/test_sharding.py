@@ -14,7 +14,7 @@ import pytest
 from crate_jax.errors import ConfigError
 from crate_jax.methods import joint, reconstruction
 from crate_jax.models import autoencoder
-from crate_jax.parallel import parameters, sharding
+from crate_jax.parallel import parameters, sharding, target
 from crate_jax.training import step as train_step
 from tests.models import drawn_on
 from tests.training.test_loop import images, small
@@ -168,3 +168,16 @@ def test_a_key_goes_with_its_image_whatever_the_order_of_the_devices():
     np.testing.assert_array_equal(sharding.row_order(mesh, 8), [0, 1, 4, 5, 2, 3, 6, 7])
     mesh.devices = mesh.devices[[1, 3, 0, 2]]
     np.testing.assert_array_equal(sharding.row_order(mesh, 8), [4, 5, 6, 7, 0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("", {target.LEVEL: 1}), ("--xla_backend_optimization_level=2", {})],
+    ids=["default", "chosen"],
+)
+def test_a_program_of_one_call_compiles_quickly_unless_the_user_chose(given, wanted, monkeypatch):
+    """Under these options, a jitted program is another one: XLA takes them."""
+    monkeypatch.setenv("XLA_FLAGS", given)
+    options = target.options_of_one_call(sharding.make_mesh(8, 1))
+    assert options == wanted
+    assert jax.jit(lambda x: 0.9 * x, compiler_options=options)(7.0) == pytest.approx(6.3)
