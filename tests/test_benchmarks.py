@@ -100,6 +100,7 @@ def fake_run(folder, ratio: float, seed: int, probe: float, **encoder) -> None:
     (folder / "summary.json").write_text(json.dumps({"probe_top1": probe, "knn_top1": 0.5}))
 
 
+@pytest.mark.slow
 def test_alignment_predicts_ranks_gains_against_accuracies(tmp_path, capsys):
     """Accuracies that fall as the gain does: a rank correlation of 1, of the means over seeds."""
     rng = np.random.default_rng(0)
@@ -142,6 +143,7 @@ def test_sources_compares_kinds_with_a_folder(tmp_path, monkeypatch, capsys):
     assert rows[0]["to_folder"] == 1 and all(row["images"] == 2 and row["cpu_us_per_image"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_data_prints_a_line_per_setting(cli_env):
     out = run(cli_env, "benchmarks.data", "--settings", "memory", "--seconds", "0.3", "--repeats", "2")
     assert out and all(line["images_per_sec"] > 0 for line in out)

@@ -335,7 +335,7 @@ def check_same(workdir: Path, reference: Path) -> None:
 @pytest.mark.parametrize(
     ("processes", "kills", "steps"),
     [
-        (1, 1, 24),
+        pytest.param(1, 1, 24, marks=pytest.mark.slow),
         pytest.param(1, 24, 600, marks=pytest.mark.slow),
         pytest.param(2, 24, 600, marks=pytest.mark.slow),
     ],

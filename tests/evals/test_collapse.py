@@ -179,6 +179,7 @@ def collapsing(config, source=None):
 
 
 @pytest.mark.usefixtures("one_device")
+@pytest.mark.slow
 def test_a_run_that_collapses_says_so(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     monkeypatch.setitem(METHODS, "reconstruction", Row(collapsing, METHODS["reconstruction"].parts))
