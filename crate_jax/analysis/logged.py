@@ -385,13 +385,23 @@ def shown(value: Any) -> str | float | int | None:
     return str(value) if isinstance(value, bool) else value
 
 
+# What a kind of picture shows; a method names its kind (`Method.pictures_name`).
+DRAWN = {
+    "reconstruction": "A reconstruction shows the original; what the encoder got of it (P x); what the decoder adds, "
+    "which is the part that the loss compares ((I - P) x^; patches that the encoder saw have one colour, since nothing "
+    "trains the decoder there); and both together.",
+    "views": "Beside each image are the views that the networks get of it.",
+    "segmentation": "Beside each image are its true masks and those that the model predicts.",
+}
+
+
 def pictures(subjects: Sequence[Subject]) -> Section:
     """The section with the newest picture of each kind of each run.
 
     Raises:
       DataError: no run has pictures, or one of them cannot be decoded.
     """
-    figures = []
+    figures, kinds = [], set()
     for s in subjects:
         newest: dict[str, tuple[int, Path]] = {}
         for path in sorted((s.workdir / "pictures").glob("*.png")) if s.workdir else ():
@@ -403,13 +413,10 @@ def pictures(subjects: Sequence[Subject]) -> Section:
                 array = decoding.decode(decoding.open_image(decoding.read_file(str(path))))
             except decoding.DecodeError as e:
                 raise DataError(f"{path}: {e}; delete it") from None
+            kinds.add(kind)
             figures.append(Figure(f"{s.name}, {kind} at step {step:,}.", array))
     if not figures:
         raise DataError("no run has pictures; config.log.pictures says how many images they show")
-    text = (
-        "Images of the evaluation split, always the same ones, drawn during training. A reconstruction shows the "
-        "original; what the encoder got of it (P x); what the decoder adds, which is the part that the loss compares "
-        "((I - P) x^; patches that the encoder saw have one colour, since nothing trains the decoder there); and both "
-        "together."
-    )
+    told = " ".join(text for kind, text in DRAWN.items() if kind in kinds)
+    text = f"Images of the evaluation split, always the same ones, drawn during training. {told}"
     return Section("Pictures", text, tuple(figures))

@@ -173,7 +173,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
         sections, left_out = analyse(subjects, chosen, keep)
         written = write(folder, origin, sections, {**missing, **left_out}, more, drawn=drawn)
     if more:
-        log.info("more sections: %s", more)
+        log.info("%s", more)
     return written
 
 
@@ -281,7 +281,7 @@ def offer(chosen: Sequence[str], subjects: Sequence[Subject]) -> str:
         return ""
     every = [name for name, a in SECTIONS.items() if a.needs_runs]
     return (
-        f"the report lacks {', '.join(rest)}, which compute from the images. Job report with "
+        f"This report lacks {', '.join(rest)}, which compute from the images. Job report with "
         f"--config.report.sections={ALL} adds all ({about(every, subjects)}), with a list such as "
         f"--config.report.sections={','.join([*_quick(), rest[0]])} only some."
     )

@@ -62,10 +62,10 @@ def render(
     )
     if more:
         links += '<li><a href="#more">More sections</a></li>'
-        parts.append(f'<section id="more" class="missing"><h2>More sections</h2><p>{escape(more)}</p></section>')
+        parts.append(f'<section id="more" class="missing"><h2>More sections</h2><p>{_prose(more)}</p></section>')
     if missing:
         links += '<li><a href="#missing">Left out</a></li>'
-        items = "".join(f"<li><b>{escape(t)}</b>: {escape(why)}</li>" for t, why in missing.items())
+        items = "".join(f"<li><b>{escape(t)}</b>: {_prose(why)}</li>" for t, why in missing.items())
         parts.append(f'<section id="missing" class="missing"><h2>Left out</h2><ul>{items}</ul></section>')
     origin = "".join(f"{name}: {where}. " if where != name else f"{name}. " for name, where in runs.items())
     script = SCRIPT.read_text(encoding="utf-8")
@@ -121,6 +121,15 @@ def _chips(names: Sequence[str]) -> str:
         for i, name in enumerate(names)
     )
     return f'<div class="runs needs-script" role="group" aria-label="Runs shown">{chips}</div>'
+
+
+def _prose(text: str) -> str:
+    """A text as HTML, its flags as code, which breaks into lines only where a line has no room for it.
+
+    >>> _prose("add --config.log.every=10, or <less>.")
+    'add <code>--config.log.every=10</code>, or &lt;less&gt;.'
+    """
+    return re.sub(r"--\w[^\s]*[^\s.,;:)]", r"<code>\g<0></code>", escape(text))
 
 
 def _section(section: Section, slug: str, runs: Sequence[str]) -> str:

@@ -382,11 +382,11 @@ def test_a_report_computes_nothing_unasked(runs, tmp_path, asked, monkeypatch, c
         assert report(runs[0], tmp_path)["left_out"] == {}
     assert asked == [] and [s["title"] for s in read(tmp_path)[1]["sections"]][0] == "Overview"
     [line] = [r.getMessage() for r in caplog.records if "report.sections" in r.getMessage()]
-    line = line.removeprefix("more sections: ")
     assert "--config.report.sections=all adds all (about 2 minutes for 2 runs on two idle CPU cores)" in line
     assert "lacks neighbours, completion, whitebox, views, collapse, alignment, speed, which" in line
-    assert escape(line) in read(tmp_path)[0] and 'href="#more"' in read(tmp_path)[0]
-    assert "--config.report.sections=all adds all (about 2 minutes on two" in read(runs[0][0])[0]  # that of training
+    assert escape(line) in re.sub("</?code>", "", read(tmp_path)[0]) and 'href="#more"' in read(tmp_path)[0]
+    of_training = read(runs[0][0])[0]
+    assert "<code>--config.report.sections=all</code> adds all (about 2 minutes on two" in of_training
 
 
 def test_a_report_of_all_sections_computes_them_and_says_before_how_long(runs, tmp_path, asked, caplog):
@@ -396,7 +396,7 @@ def test_a_report_of_all_sections_computes_them_and_says_before_how_long(runs, t
     said = [r.getMessage() for r in caplog.records]
     before = said.index("the sections that compute from images: about 2 minutes for 2 runs on two idle CPU cores")
     assert before < said.index("Nearest neighbours ...")
-    assert "more sections" not in caplog.text and 'href="#more"' not in read(tmp_path)[0]
+    assert "This report lacks" not in caplog.text and 'href="#more"' not in read(tmp_path)[0]
 
 
 def test_a_shorter_report_leaves_what_an_earlier_one_has_computed(tmp_path):
@@ -744,6 +744,15 @@ def test_cells():
     assert "&lt;caption&gt;" in html and "&lt;y&gt;" in html and "np." not in html
     with pytest.raises(ValueError, match="1 cells under 2 columns"):
         page.render("t", {"r": "r"}, [Section("S", "", tables=(Table("", ("x", "y"), ((1,),)),))], {})
+
+
+@pytest.mark.parametrize(("kind", "says"), [("views", "views that the networks"), ("reconstruction", "(I - P) x^")])
+def test_the_section_of_pictures_says_what_its_kinds_show_and_no_more(kind, says, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    pictures.save_png(tmp_path / "pictures" / f"{kind}_0000003.png", np.zeros((5, 7, 3), np.uint8))
+    section = logged.pictures([Subject("r", configs.base(), {}, tmp_path, None, None, None)])
+    assert [text in section.text for text in logged.DRAWN.values()] == [name == kind for name in logged.DRAWN]
+    assert says in section.text
 
 
 def test_pictures_are_shown_whole():
