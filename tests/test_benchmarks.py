@@ -29,6 +29,7 @@ def run(cli_env, *args: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_step_prints_speed_and_share_of_the_peak(cli_env):
     (out,) = run(
         cli_env, "benchmarks.step", "--config=configs/quickstart.py:debug", "--batch=8", "--steps=3"

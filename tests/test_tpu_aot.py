@@ -189,6 +189,7 @@ def test_the_norm_of_float32_takes_two_passes_everywhere(monkeypatch):
     np.testing.assert_allclose(jnp.std(y, axis=-1), 1.0, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
     """Data parallel, two images a chip: every gradient is summed once, and each chip's share of the weights sent on."""
     monkeypatch.setattr(sharding, "MIN_SPLIT", 2)
@@ -210,6 +211,7 @@ def test_a_chip_sends_as_much_on_more_chips(monkeypatch):
     assert sent[2]["all-reduce"] == pytest.approx(sent[8]["all-reduce"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_each_chip_convolves_its_own_images_whatever_the_layout_of_the_optimiser(monkeypatch):
     """The optimiser splits kernels over the chips by channels; what is sent are weights and their sums, and no maps."""
     monkeypatch.setattr(sharding, "MIN_SPLIT", 2)

@@ -461,6 +461,7 @@ def test_an_export_has_torchvisions_names_and_says_what_is_left_out(tmp_path):
     assert json.loads(about["metadata"]["crate_jax"])["family"] == "resnet"
 
 
+@pytest.mark.slow
 def test_a_joint_run_exports_the_encoder_with_its_statistics(tmp_path, capsys):
     """Those that the method carries, and not the target's; projector and predictor are left out and named."""
     c = base()

@@ -221,7 +221,8 @@ FINETUNE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("finetune_crate", marks=pytest.mark.slow), "finetune_mae"])
+@pytest.mark.parametrize("recipe", ["finetune_crate", "finetune_mae"])
+@pytest.mark.slow
 def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretraining, tmp_path):
     c = configured(f"protocol={recipe}", pretraining, **FINETUNE)
     record = finetune.run(c, str(tmp_path))

@@ -23,6 +23,7 @@ def tiny(**keys):
     return c
 
 
+@pytest.mark.slow
 def test_a_run_of_minutes_is_the_run_of_its_steps(tmp_path):
     """The record of the first start decides: 0.3 s per step are 5 steps in 1.5 s, whatever the machine does."""
     for name, keys in (("minutes", {"minutes": 0.025}), ("steps", {"steps": 5})):
