@@ -391,7 +391,7 @@ DRAWN = {
     "which is the part that the loss compares ((I - P) x^; patches that the encoder saw have one colour, since nothing "
     "trains the decoder there); and both together.",
     "views": "Beside each image are the views that the networks get of it.",
-    "segmentation": "Beside each image are its true masks and those that the model predicts.",
+    "segmentation": "Beside each image are its mask and the mask that the model predicts.",
 }
 
 
@@ -417,6 +417,6 @@ def pictures(subjects: Sequence[Subject]) -> Section:
             figures.append(Figure(f"{s.name}, {kind} at step {step:,}.", array))
     if not figures:
         raise DataError("no run has pictures; config.log.pictures says how many images they show")
-    told = " ".join(text for kind, text in DRAWN.items() if kind in kinds)
-    text = f"Images of the evaluation split, always the same ones, drawn during training. {told}"
+    first = "Images of the evaluation split, always the same ones, drawn during training."
+    text = " ".join([first, *(text for kind, text in DRAWN.items() if kind in kinds)])
     return Section("Pictures", text, tuple(figures))

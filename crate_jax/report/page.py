@@ -128,8 +128,11 @@ def _prose(text: str) -> str:
 
     >>> _prose("add --config.log.every=10, or <less>.")
     'add <code>--config.log.every=10</code>, or &lt;less&gt;.'
+    >>> _prose("--config.sweep.values='a'; then")
+    '<code>--config.sweep.values=&#x27;a&#x27;</code>; then'
     """
-    return re.sub(r"--\w[^\s]*[^\s.,;:)]", r"<code>\g<0></code>", escape(text))
+    parts = re.split(r"(--\w\S*[^\s.,;:)])", text)  # flags are at the odd places
+    return "".join(f"<code>{escape(part)}</code>" if i % 2 else escape(part) for i, part in enumerate(parts))
 
 
 def _section(section: Section, slug: str, runs: Sequence[str]) -> str:

@@ -176,8 +176,17 @@ def test_a_key_goes_with_its_image_whatever_the_order_of_the_devices():
     ids=["default", "chosen"],
 )
 def test_a_program_of_one_call_compiles_quickly_unless_the_user_chose(given, wanted, monkeypatch):
-    """Under these options, a jitted program is another one: XLA takes them."""
+    """And XLA takes the options."""
     monkeypatch.setenv("XLA_FLAGS", given)
     options = target.options_of_one_call(sharding.make_mesh(8, 1))
     assert options == wanted
     assert jax.jit(lambda x: 0.9 * x, compiler_options=options)(7.0) == pytest.approx(6.3)
+
+
+def test_the_first_parameters_are_drawn_by_a_program_of_one_call(monkeypatch):
+    monkeypatch.setattr(target, "options_of_one_call", lambda mesh: {"xla_not_an_option": 1})
+    c = small("vit", "mask", "none")
+    method, mesh = reconstruction.build(c), sharding.make_mesh(8, 1)
+    draw = train_step.make_draw(c, method, train_step.make_recipe(c, method, 10 * c.batch_size), mesh)
+    with pytest.raises(Exception, match="xla_not_an_option"):
+        draw()
