@@ -86,7 +86,7 @@ RUN = Section(
         steps=Key(0, at_least(0), "optimiser steps; 0: `epochs` or `minutes` count", resume=FREE),
         epochs=Key(0.0, at_least(0), "passes over the training split; 0: `steps` or `minutes` count", resume=FREE),
         minutes=Key(
-            0.0, at_least(0), "as many steps as take so long here, measured once (pace.json); 0: the others count",
+            0.0, at_least(0), "time of training; the first start turns it into steps (pace.json); 0: the others count",
             resume=FREE,
         ),
         batch_size=Key(256, positive, "images per optimiser step, over all devices and micro-batches", resume=RECORDED),

@@ -28,7 +28,7 @@ EXAMPLES = {
     "evaluate": "--config.checkpoint=runs/first --config.data.source=folder:IMAGES --workdir=runs/scores",
     "finetune": "--config=evaluate:protocol=finetune_crate --config.checkpoint=runs/first"
     " --config.data.source=folder:IMAGES --workdir=runs/tuned",
-    "segment": "--config.checkpoint=runs/first --config.data.source=folder:IMAGES --workdir=runs/classes",
+    "segment": "--config.checkpoint=runs/first --config.data.source=folder:PAIRS --workdir=runs/classes",
     "sweep": "--config=sweep:over=lam,base=quickstart --workdir=runs/sweep",
     "align": "--config.checkpoint=runs/first --config.data.source=folder:IMAGES --workdir=runs/align",
     "report": "--config.checkpoint=runs/first",

@@ -101,7 +101,8 @@ ALONE = {
     "evals": {"evaluate"},
     "evals.spectra": {"Measures", "entropy_rank", "measure_features"},
     "analysis.whitebox.measures": {"coding_rate", "subspace_rate", "incoherence"},
-    "analysis.alignment.closed_form": {"Aligner", "theorem1"},
+    "analysis.alignment.moments": {"Moments", "of_images"},
+    "analysis.alignment.closed_form": {"Aligner", "Curve", "Optimum", "theorem1"},
 }
 # The reference shows what the methods of the table are made of, in place of the table.
 ELSEWHERE = {"methods": {"method.Method", "reconstruction.loss", "joint.Algorithm"}}

@@ -13,8 +13,8 @@ runs the parts of :data:`benchmarks.accelerator.parts.PARTS`, the most useful fi
 7. the kernels with other tiles, so that the best ones can be chosen;
 8. BYOL on CIFAR-10 with and without SO, for the rest of the minutes.
 
---only=questions, with an hour or more, trains the sweeps that docs/claims.md has for the papers' open questions, each
-with three seeds, on CIFAR-10.
+--only=questions --data=CIFAR10, with hours for --minutes, trains the sweeps that docs/claims.md has for the papers'
+open questions, each with three seeds.
 
 Each part writes DIR/PART.json after each of its cases, and DIR/PART.log; the table is in DIR/table.md and is printed.
 The same command again leaves out what is there and goes on. A case runs in a process of its own or of its part; if it

@@ -54,7 +54,7 @@ EVALUATION = Section(
         collapse_share=Key(
             0.02,
             within(0, 1, "[)"),
-            "a warning if RankMe falls below this share of the way from 1 to its limit, and to half; 0: off",
+            "a warning if RankMe falls to this share of the way from 1 to its limit, and to half of its peak; 0: off",
         ),
     ),
 )

@@ -79,9 +79,10 @@ class Method:
     on any number of devices a queue or a centre belongs to the whole batch.
 
     Attributes:
-      inputs: the entries of a batch that the loss reads: ``image`` uint8 (b, H, W, 3), ``label`` int32 (b,), ``mask``
-        int16 (b, H, W), ``index`` int32 (b,), the image's place in the training set, ``views`` uint8 (b, V, H, W, 3)
-        and ``small_views`` uint8 (b, S, h, w, 3), crops of the image. An image without a label has the label -1.
+      inputs: the entries of a batch that the loss reads: ``image`` uint8 (b, H, W, C), C = ``config.data.channels``;
+        ``label`` int32 (b,); ``mask`` int16 (b, H, W); ``index`` int32 (b,), the image's place in the training set;
+        ``views`` uint8 (b, V, H, W, 3) and ``small_views`` uint8 (b, S, h, w, 3), crops of the image. An image without
+        a label has the label -1.
       init: (key, start) -> (params, carried). `start` is a function that takes the random parameters and returns the
         parameters to begin with: the same, or others with the encoder of another run. `init` must copy a target network
         from what `start` returns.
@@ -98,7 +99,7 @@ class Method:
         `judged` it selects.
       mean_over_images: whether the loss is a mean over the images of a batch. If it is not, the step cannot cut a batch
         into micro-batches (``config.accumulate``).
-      features: (judged, images uint8 (b, H, W, 3)) -> what the job's evaluation reads: features or class scores
+      features: (judged, images uint8 (b, H, W, C)) -> what the job's evaluation reads: features or class scores
         (b, D) float32, or the class of each pixel, int32 (b, H, W). The images are not corrupted.
       frozen: whether the encoder gets no update.
       held: (pattern, epochs) of weights that stay still in the first `epochs` passes over the training images: they get

@@ -142,7 +142,7 @@ ENCODERS: dict[str, Encoder] = {
 
 
 def build_encoder(config: ConfigDict) -> nn.Module:
-    """The encoder that a validated config describes; :class:`Encoder` says how to call it."""
+    """The encoder that a validated config describes: (images, corruption, keys) -> tokens (B, prefix + M, D)."""
     return ENCODERS[config.encoder.name].build(config)
 
 

@@ -45,7 +45,7 @@ DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
 def norm_mssa(
     x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array, subspaces_DE: jax.Array, heads: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Multi-head subspace self-attention of z = layer_norm(x), before the output projection (eq. 2.8).
+    """MSSA of z = layer_norm(x), before the output projection (eq. 2.8 of arXiv 2404.02446).
 
     Queries, keys and values are one projection U_k^T z. Like the released code, this function scales
     the logits by 1 / sqrt(K); the equation does not.
@@ -129,7 +129,7 @@ def _heads_last(x_BHNK: jax.Array) -> jax.Array:
 
 
 def ista(x_BND: jax.Array, dictionary_DD: jax.Array, eta: float, lam: float) -> tuple[jax.Array, jax.Array]:
-    """One proximal-gradient step on 0.5 |x - D z|^2 + lam |z|_1, z >= 0, from z = x (eq. 2.9).
+    """One proximal-gradient step on 0.5 |x - D z|^2 + lam |z|_1, z >= 0, from z = x (eq. 2.9 of arXiv 2404.02446).
 
     ReLU(x + eta D^T (x - D x) - eta lam), two products where the released code takes three. `dictionary_DD` is D^T:
     ``x @ dictionary_DD`` is D x.

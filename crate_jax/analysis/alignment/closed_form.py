@@ -15,7 +15,7 @@ import scipy.linalg
 from crate_jax.analysis.alignment.moments import Moments
 from crate_jax.errors import DataError
 
-__all__ = ["Aligner", "theorem1"]
+__all__ = ["Aligner", "Curve", "Optimum", "theorem1"]
 
 RANK_TOLERANCE = 1e-12  # eigenvalues of X X^T below this share of the largest count as zero
 DIRECT_SIZE = 4096  # D up to which all principal components are computed
@@ -93,7 +93,7 @@ class Aligner:
     Args:
       moments: the moments of images and one-hot labels; X X^T is not singular.
       latents: K.
-      exact: whether to use all components for every K; this takes five times as long at D = 3072 and K = 1024.
+      exact: whether to use all components for every K; this takes twice as long at D = 3072 and K = 1024.
 
     Raises:
       DataError: X X^T is singular, or no linear map of the images predicts anything about the labels.

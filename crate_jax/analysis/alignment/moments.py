@@ -23,6 +23,8 @@ from jax.sharding import Mesh, PartitionSpec
 from crate_jax.errors import DataError
 from crate_jax.parallel import sharding
 
+__all__ = ["Moments", "of_images"]
+
 OFFSET = 128
 ROWS = 1024  # images per device and batch; so many sums of products stay within 2^24
 FLUSH = 64  # batches; so many sums stay within 2^31

@@ -110,12 +110,15 @@ def in_subspaces(x_BND: jax.Array, subspaces_DE: jax.Array, heads: int) -> jax.A
 
 
 def coding_rate(z_BND: jax.Array, precision: float = PRECISION) -> jax.Array:
-    """R(Z), eq. 2.4: the coding rate of the tokens (B, N, D) of each image, (B,) in nats."""
+    """R(Z), eq. 2.4 of arXiv 2404.02446: the coding rate of the tokens (B, N, D) of each image, (B,) in nats."""
     return gaussian_rate(z_BND, precision)
 
 
 def subspace_rate(z_BND: jax.Array, subspaces_DE: jax.Array, heads: int, precision: float = PRECISION) -> jax.Array:
-    """R^c(Z | U_1..U_H), eq. 2.5: the sum of the coding rates of tokens (B, N, D) in the subspaces, (B,) in nats."""
+    """R^c(Z | U_1..U_H), eq. 2.5 of arXiv 2404.02446, (B,) in nats.
+
+    It is the sum of the coding rates that the tokens (B, N, D) have in the subspaces.
+    """
     return jnp.sum(gaussian_rate(in_subspaces(z_BND, subspaces_DE, heads), precision), axis=-1)
 
 
