@@ -9,6 +9,7 @@ import numpy as np
 
 from crate_jax.convert import files, weights
 from crate_jax.errors import CheckpointError, ConfigError, some
+from crate_jax.models.patches import grid_shape
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir import checkpoint
@@ -31,6 +32,11 @@ class Pretrained:
     config: dict[str, Any]
     params: dict[str, Any]
     sha256: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), the patches of the training run's images."""
+        return grid_shape(self.config["data"]["image_size"], self.config["encoder"]["patch_size"])
 
 
 def load(path: str, key: str) -> Pretrained:

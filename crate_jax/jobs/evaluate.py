@@ -30,7 +30,7 @@ from crate_jax.evals.features import encode_split
 from crate_jax.evals.metrics import METRICS, guessing, reading
 from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.models import ENCODERS, representation
-from crate_jax.models.adopt import adopt_encoder
+from crate_jax.models.adopt import adopt_encoder, grid_of
 from crate_jax.parallel import distributed, sharding
 from crate_jax.validation import check_values, flatten
 from crate_jax.workdir import metrics, mirror
@@ -143,7 +143,10 @@ def encoder_to_judge(config: ConfigDict, encoder: pretrained.Pretrained) -> pret
     if not config.protocol.scratch:
         what = f"config.checkpoint={config.checkpoint}"
         return dataclasses.replace(
-            encoder, params=adopt_encoder(jax.eval_shape(init, jax.random.key(0)), encoder.params, what)
+            encoder,
+            params=adopt_encoder(
+                jax.eval_shape(init, jax.random.key(0)), encoder.params, what, encoder.grid, ours=grid_of(config)
+            ),
         )
     params = jax.device_get(init(jax.random.key(config.seed)))
     name = f"a random encoder of the shape of {encoder.name}"

@@ -9,6 +9,7 @@ Shapes: B batch, C classes, D width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +24,7 @@ from crate_jax.data.pixels import normalise
 from crate_jax.errors import DataError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import batch_norm, has_statistics, representation
-from crate_jax.models.adopt import adopt_encoder
+from crate_jax.models.adopt import adopt_encoder, grid_of
 from crate_jax.models.layers import Norm, dense
 from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, within
 
@@ -97,7 +98,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
     return Method(
         inputs=("image", "label"),
         init=init,
-        adopt=adopt_encoder,
+        adopt=functools.partial(adopt_encoder, ours=grid_of(config)),
         loss=loss,
         features=scores,
         judged=batch_norm.whole,

@@ -11,6 +11,7 @@ Shapes: B batch, D width of the features, P width of the projections, Q rows of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.methods import online, whitening
 from crate_jax.methods.method import Batch, Carried, Method, Params, Progress, Scalars, Start
 from crate_jax.models import ENCODERS, batch_norm, representation
-from crate_jax.models.adopt import init_encoder
+from crate_jax.models.adopt import grid_of, init_encoder
 from crate_jax.models.batch_norm import STATISTICS
 from crate_jax.parallel.sharding import keep_rows_split
 from crate_jax.validation import RECORDED, Key, Section, at_least, one_of, positive, within
@@ -208,7 +209,7 @@ def assemble(
     return Method(
         inputs=("views", *(("small_views",) if small else ()), "label", "index"),
         init=parts.init,
-        adopt=init_encoder,
+        adopt=functools.partial(init_encoder, ours=grid_of(config)),
         loss=parts.loss,
         features=features_of,
         after=parts.after,

@@ -86,8 +86,9 @@ class Method:
       init: (key, start) -> (params, carried). `start` is a function that takes the random parameters and returns the
         parameters to begin with: the same, or others with the encoder of another run. `init` must copy a target network
         from what `start` returns.
-      adopt: (params or their shapes, parameters of another run, the other run's name for errors) -> params that start
-        from them; what the other run does not give stays as it was. Raises CheckpointError if they do not fit.
+      adopt: (params or their shapes, parameters of another run, the other run's name for errors, its images' grid of
+        patches) -> params that start from them; what the other run does not give stays as it was. Raises
+        CheckpointError if they do not fit.
       loss: (params, carried, batch, keys (b,)) -> (scalar, (carried, scalars to log)). There is one key per image, so
         that micro-batches draw what the whole batch would draw. The step adds the penalty, not this function.
         What depends on the progress of the run, such as a temperature, is an entry of `carried` that `after` sets.
@@ -115,7 +116,7 @@ class Method:
 
     inputs: tuple[str, ...]
     init: Callable[[jax.Array, Start], tuple[Params, Carried]]
-    adopt: Callable[[Params, Params, str], Params]
+    adopt: Callable[[Params, Params, str, tuple[int, int]], Params]
     loss: Callable[[Params, Carried, Batch, jax.Array], tuple[jax.Array, tuple[Carried, Scalars]]]
     features: Callable[[Params, jax.Array], jax.Array]
     after: Callable[[Params, Carried, Progress], tuple[Params, Carried]] = nothing_after

@@ -6,6 +6,7 @@ a classifier's loss, and find encoders of the same reconstruction error whose fe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -28,7 +29,7 @@ from crate_jax.models import (
     representation,
     widths,
 )
-from crate_jax.models.adopt import init_encoder
+from crate_jax.models.adopt import grid_of, init_encoder
 from crate_jax.models.corruption import CORRUPTIONS, Corruption, Identity
 from crate_jax.models.decoders import DECODERS
 from crate_jax.models.patches import patchify, standardise, unpatchify
@@ -94,7 +95,7 @@ def build(config: ConfigDict, source: data.Source | None = None) -> Method:
     return Method(
         inputs=("image", *(("label",) if weight else ())),
         init=init,
-        adopt=init_encoder,
+        adopt=functools.partial(init_encoder, ours=grid_of(config)),
         loss=loss_of_batch,
         features=features,
         judged=judged,

@@ -22,9 +22,8 @@ from crate_jax.data.pixels import normalise
 from crate_jax.errors import ConfigError, DataError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import ENCODERS, batch_norm, has_statistics, representation, widths
-from crate_jax.models.adopt import adopt_encoder
+from crate_jax.models.adopt import adopt_encoder, grid_of
 from crate_jax.models.heads import HEADS, resize
-from crate_jax.models.patches import grid_shape
 from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of
 
 # Depths of UPerNet's four maps as shares of the encoder's depth; in BEiT's code blocks 4, 6, 8, 12 of 12 and
@@ -125,7 +124,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
     return Method(
         inputs=("image", "mask"),
         init=init,
-        adopt=functools.partial(adopt_encoder, grid=grid_shape(size, config.encoder.patch_size)),
+        adopt=functools.partial(adopt_encoder, ours=grid_of(config), resize=True),
         loss=loss,
         features=predict,
         judged=batch_norm.whole,

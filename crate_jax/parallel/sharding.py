@@ -220,16 +220,19 @@ def update_shardings(shapes: Any, mesh: Mesh) -> Any:
     Returns:
       the tree with a sharding in place of each array. An array whose parameter is split over ``model`` is also split
       over ``data``, along the same axis or, if that is not possible, along another one. Any other array is split along
-      its first axis that the number of devices divides; it is whole if there is no such axis or if it has fewer than
-      MIN_SPLIT elements.
+      its first axis that the number of devices divides, the axis of layers last; it is whole if there is no such axis
+      or if it has fewer than MIN_SPLIT elements.
     """
     return jax.tree_util.tree_map_with_path(lambda path, x: _update_sharding(path_name(path), x.shape, mesh), shapes)
 
 
 def _update_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     kept = _parameter_sharding(name, shape, mesh)
+    layers = is_stacked(name)
+    # Where parts lie along the layers, XLA for GPUs sums gradients whole and then exchanges parts.
+    order = (*range(layers, len(shape)), *range(layers))
     if kept.is_fully_replicated:
-        axis = next((i for i, side in enumerate(shape) if side % mesh.size == 0), None)
+        axis = next((i for i in order if shape[i] % mesh.size == 0), None)
         if mesh.size == 1 or axis is None or math.prod(shape) < MIN_SPLIT:
             return kept
         return split(mesh, axis)
@@ -238,7 +241,7 @@ def _update_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShar
     if shape[axis] % mesh.size == 0:
         spec[axis] = (MODEL, DATA)
     else:
-        other = next((i for i, side in enumerate(shape) if i != axis and side % mesh.shape[DATA] == 0), None)
+        other = next((i for i in order if i != axis and shape[i] % mesh.shape[DATA] == 0), None)
         if other is not None:
             spec[other] = DATA
     return NamedSharding(mesh, PartitionSpec(*spec))

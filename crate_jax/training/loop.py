@@ -35,6 +35,7 @@ from crate_jax.training.step import (
     SIGNAL,
     TrainState,
     all_finite,
+    completed,
     drawn_params,
     make_draw,
     make_init,
@@ -61,6 +62,7 @@ class Pretrained(Protocol):
       name: the encoder's name, for people.
       params: its parameters, with the key ``encoder``.
       sha256: the digest of `params`.
+      grid: (h, w), the patches of its images.
     """
 
     @property
@@ -71,6 +73,9 @@ class Pretrained(Protocol):
 
     @property
     def sha256(self) -> str: ...  # noqa: D102
+
+    @property
+    def grid(self) -> tuple[int, int]: ...  # noqa: D102
 
 
 OnResume = Callable[[int, Mapping[str, Any], bool, tuple[str, str] | None], Sequence[Mapping[str, Any]]]
@@ -185,19 +190,12 @@ class Loop:
             return init(), 0, {}
         encoder = start()
         self.origin = {"checkpoint": encoder.name, "checkpoint_sha256": encoder.sha256}
-        draw = functools.partial(drawn_params, self.config, self.method)
-        shapes = jax.eval_shape(draw)
+        shapes = jax.eval_shape(functools.partial(drawn_params, self.config, self.method))
         # Before anything is compiled: an encoder may not fit.
-        adopted = self.method.adopt(shapes, encoder.params, f"config.init_from={self.config.init_from}")
+        what = f"config.init_from={self.config.init_from}"
+        adopted = self.method.adopt(shapes, encoder.params, what, encoder.grid)
         log.info("encoder taken from %s", encoder.name)
-        drawn = jax.jit(draw, out_shardings=sharding.parameter_shardings(shapes, self.mesh))()
-        params = jax.tree.map(
-            lambda x, new: new if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, new.sharding),
-            adopted,
-            drawn,
-        )
-        state = init(params)
-        return state, 0, {}
+        return init(completed(self.config, self.method, adopted, self.mesh)), 0, {}
 
     def open_records(self) -> Callable[[Sequence[str]], list[dict[str, float]]]:
         """Opens the run's records, which `run` needs; a run that is only read back leaves them as they are.

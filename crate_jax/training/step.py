@@ -142,6 +142,32 @@ def drawn_params(config: ConfigDict, method: Method) -> Params:
     return drawn[0]
 
 
+def completed(config: ConfigDict, method: Method, adopted: Params, mesh: Mesh) -> Params:
+    """Parameters to start from, laid out on the mesh: those of `adopted`, and for its shapes the random ones.
+
+    Only these are drawn, as :func:`drawn_params` would: a program for the encoder's too takes long to compile.
+
+    Args:
+      config: a validated config.
+      method: the method to train.
+      adopted: arrays, and a ShapeDtypeStruct for each array that is to be drawn.
+      mesh: the devices.
+    """
+    leaves, tree = jax.tree.flatten(adopted)
+    places = jax.tree.leaves(sharding.parameter_shardings(adopted, mesh))
+    missing = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
+
+    def draw() -> list[jax.Array]:
+        drawn = jax.tree.leaves(drawn_params(config, method))
+        return [drawn[i] for i in missing]
+
+    options = target.options_of_one_call(mesh)
+    drawn = jax.jit(draw, out_shardings=[places[i] for i in missing], compiler_options=options)()
+    for i, x in zip(missing, drawn, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(tree, [jax.device_put(x, place) for x, place in zip(leaves, places, strict=True)])
+
+
 def init_state(config: ConfigDict, method: Method, recipe: Recipe, start: Params | None = None) -> TrainState:
     """The state of step 0, a function of config.seed; `start` replaces the random parameters."""
     return first_state(config, method, recipe, *(recipe.draw() if start is None else recipe.draw(start)))

@@ -749,7 +749,9 @@ def test_import_inspect_load_and_start_from_a_file(tmp_path, capsys):
     assert (c.encoder.heads, c.decoder.heads, c.loss.target, c.data.mean) == (2, 1, "patch_normalised", (0.5,) * 3)
     shapes = jax.eval_shape(lambda: autoencoder.init_params(c, jax.random.key(0)))
     fresh = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-    started = adopt.init_encoder(fresh, ours.params, "config.init_from=ours.safetensors")  # as pretrain does
+    started = adopt.init_encoder(
+        fresh, ours.params, "config.init_from=ours.safetensors", (2, 2), ours=(2, 2)
+    )  # as pretrain does
     for name, array in names(started["encoder"]).items():
         np.testing.assert_array_equal(array, expected[f"encoder/{name}"])
 

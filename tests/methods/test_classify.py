@@ -93,7 +93,7 @@ def test_a_shared_bias_copied_to_every_block_is_the_same_function():
     table = jax.random.normal(jax.random.key(1), params["relative_bias"].shape)
     params = {**params, "relative_bias": table}
     per_block, others, _ = relative("relative_per_block")
-    adopted = adopt_encoder({"encoder": others}, {"encoder": params}, "test")["encoder"]
+    adopted = adopt_encoder({"encoder": others}, {"encoder": params}, "test", (2, 3), ours=(2, 3))["encoder"]
     assert adopted["blocks"]["relative_bias"].shape == (3, *table.shape)
     apply = jax.jit(shared.apply)
     expected = apply({"params": params}, x)
@@ -106,9 +106,9 @@ def test_another_models_encoder_is_named_array_by_array():
     _, ours, _ = relative("relative")
     _, theirs, _ = relative("relative_per_block")
     with pytest.raises(CheckpointError, match="encoder/blocks/relative_bias: not in this configuration"):
-        adopt_encoder({"encoder": ours}, {"encoder": theirs}, "test")
+        adopt_encoder({"encoder": ours}, {"encoder": theirs}, "test", (2, 3), ours=(2, 3))
     with pytest.raises(CheckpointError, match="no 'encoder'"):
-        adopt_encoder({"encoder": ours}, {"decoder": theirs}, "test")
+        adopt_encoder({"encoder": ours}, {"decoder": theirs}, "test", (2, 3), ours=(2, 3))
 
 
 def test_rates_by_layer_need_a_stack_of_blocks():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import struct
 import zlib
 from pathlib import Path
@@ -588,7 +587,7 @@ def test_relative_biases_keep_what_they_say_on_a_larger_grid():
             "embedding": {"positions": np.zeros((65, 2), np.float32)},
         }
     }
-    taken = adopt_encoder(target, {"encoder": encoder}, "run", new)["encoder"]
+    taken = adopt_encoder(target, {"encoder": encoder}, "run", old, ours=new, resize=True)["encoder"]
     assert taken["embedding"]["positions"].shape == (65, 2)
     for table in taken["blocks"]["relative_bias"]:
         np.testing.assert_array_equal(table[-3:, 0], [7, 8, 9])
@@ -597,5 +596,5 @@ def test_relative_biases_keep_what_they_say_on_a_larger_grid():
         middle = table[:-3, 0].reshape(15, 15)[4:11]
         np.testing.assert_allclose(np.diff(middle, axis=0), 7 / 15, rtol=1e-4)
     encoder["embedding"] = {"positions": np.zeros((16, 2), np.float32)}
-    with pytest.raises(CheckpointError, match=re.escape("15 positions do not form a square")):
-        adopt_encoder(target, {"encoder": encoder}, "run", new)
+    with pytest.raises(CheckpointError, match="its table of positions has 16 rows, and 4 x 4 patches have 17"):
+        adopt_encoder(target, {"encoder": encoder}, "run", old, ours=new, resize=True)

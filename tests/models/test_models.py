@@ -94,7 +94,7 @@ def quick(encoder, corruption, decoder) -> bool:
 def test_every_combination_trains(encoder, corruption, decoder):
     """A finite loss, and a gradient for every parameter."""
     c = small(encoder, corruption, decoder)
-    params = autoencoder.init_params(c, jax.random.key(0))
+    params = params_of(c)
     loss = loss_of(c)
     x = images(c)
     value, grads = jax.jit(jax.value_and_grad(loss))(params, x)

@@ -11,9 +11,9 @@ import pytest
 
 from crate_jax import config as configs
 from crate_jax.config import validate
-from crate_jax.errors import ConfigError
+from crate_jax.errors import CheckpointError, ConfigError
 from crate_jax.models import ENCODERS, build_encoder, representation
-from crate_jax.models.adopt import adopt_encoder
+from crate_jax.models.adopt import adopt_encoder, grid_of, init_encoder
 from crate_jax.models.corruption import CLEAN, Masking
 from crate_jax.models.decoders import DECODERS
 from crate_jax.models.patches import patchify, resize_table, sincos_positions
@@ -82,10 +82,29 @@ def test_another_size_is_encoded_as_by_the_encoder_of_that_size(encoder, positio
     params, x = random(here), images()
     noise_BN = jax.random.uniform(jax.random.key(1), (len(x), 35))
     corruption = Masking.from_noise(noise_BN, 20, True) if dropped else CLEAN
-    adopted = adopt_encoder(shapes(there), params, "test", (5, 7))
+    adopted = adopt_encoder(shapes(there), params, "test", grid_of(here), ours=grid_of(there), resize=True)
     tokens, expected = encode(here, params, x, corruption), encode(there, adopted, x, corruption)
     assert tokens.shape == (3, 1 + (20 if dropped else 35), 16)
     np.testing.assert_allclose(tokens, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_a_table_of_another_shape_of_grid_is_not_taken_for_ours(positions):
+    """2 x 8 patches are as many as 4 x 4; the table is resized from the grid that it had, or refused."""
+    c, wide = small("vit", positions=positions), small("vit", (8, 32), positions=positions)
+    params = random(wide)
+    adopted = adopt_encoder(shapes(c), params, "test", grid_of(wide), ours=grid_of(c), resize=True)
+    if positions == "relative":
+        there, here = params["encoder"]["relative_bias"], adopted["encoder"]["relative_bias"]
+        np.testing.assert_allclose(here[:49], resize_table(there[:45], (3, 15), (7, 7)), atol=1e-6)
+        np.testing.assert_array_equal(here[49:], there[45:])
+        return
+    there, here = (tree["encoder"]["embedding"]["positions"] for tree in (params, adopted))
+    np.testing.assert_allclose(here[1:], resize_table(there[1:], (2, 8), (4, 4)), atol=1e-6)
+    np.testing.assert_array_equal(here[0], there[0])
+    for adopt in (adopt_encoder, init_encoder):  # the shapes alone do not tell
+        with pytest.raises(CheckpointError, match="positions: checkpoint of 2 x 8 patches, config of 4 x 4"):
+            adopt(shapes(c), params, "test", (2, 8), ours=(4, 4))
 
 
 def test_a_relative_bias_is_looked_up_on_the_images_grid():

@@ -361,11 +361,11 @@ def test_the_default_of_decay_exclude_may_match_nothing_in_a_resnet():
 def test_an_encoder_is_adopted_with_its_statistics():
     c = thin()
     ours, theirs = ({"encoder": jax.tree.map(lambda x, v=v: np.full(x.shape, v), shapes(c))} for v in (0.0, 0.9))
-    adopted = adopt_encoder(ours, theirs, "test", grid=(3, 2))
+    adopted = adopt_encoder(ours, theirs, "test", (4, 4), ours=(3, 2), resize=True)
     assert all(np.all(x == 0.9) for x in jax.tree.leaves(adopted))
     del theirs["encoder"]["stem"]["norm"]["running_var"]
     with pytest.raises(CheckpointError, match="encoder/stem/norm/running_var: not in the checkpoint"):
-        adopt_encoder(ours, theirs, "test")
+        adopt_encoder(ours, theirs, "test", (4, 4), ours=(4, 4))
 
 
 @pytest.mark.slow  # its gradients and its steps on a mesh are quick tests

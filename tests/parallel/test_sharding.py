@@ -6,6 +6,7 @@ import functools
 import importlib
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,21 @@ def test_memory_for_parameters_falls_with_the_devices(name):
         updated = sharding.bytes_per_device(shapes, sharding.update_shardings(shapes, mesh))
         assert total / 8 <= updated < 1.01 * total / 8 + 2e6
         assert bool(sharding.layouts(shapes, mesh)) == (model > 1)
+
+
+def test_an_update_is_split_along_its_layers_only_if_nothing_else_can_be():
+    """Twelve layers on two or four devices: XLA for GPUs sent gradients three times where it split the layers."""
+
+    def place(mesh: jax.sharding.Mesh, *shape: int, name: str = "0/mu/encoder/blocks/dictionary/kernel") -> tuple:
+        return tuple(sharding.update_shardings({name: jax.ShapeDtypeStruct(shape, np.float32)}, mesh)[name].spec)
+
+    four = sharding.make_mesh(8, 1, jax.devices()[:4])
+    assert place(four, 12, 770, 768) == (None, None, ("data", "model"))
+    assert place(four, 12, 770, 770) == (("data", "model"),)
+    assert place(four, 768, 770, name="encoder/embedding/kernel") == (("data", "model"),)
+    hybrid = sharding.make_mesh(8, 1, data=4, model=2)
+    assert place(hybrid, 12, 772, 778) == (None, "data", "model")
+    assert place(hybrid, 12, 770, 778) == ("data", None, "model")
 
 
 def test_the_first_rule_that_matches_counts():
@@ -190,3 +206,33 @@ def test_the_first_parameters_are_drawn_by_a_program_of_one_call(monkeypatch):
     draw = train_step.make_draw(c, method, train_step.make_recipe(c, method, 10 * c.batch_size), mesh)
     with pytest.raises(Exception, match="xla_not_an_option"):
         draw()
+
+
+def test_only_what_an_encoder_leaves_open_is_drawn(monkeypatch):
+    """To the bit as a fresh run draws it, laid out as parameters are, by a program of one call."""
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 2)
+    c = small("vit")
+    c.seed = 3
+    method, mesh = reconstruction.build(c), sharding.make_mesh(8, 1, data=4, model=2)
+    draw = functools.partial(train_step.drawn_params, c, method)
+    fresh, shapes = jax.device_get(jax.jit(draw)()), jax.eval_shape(draw)
+    taken = {"encoder": jax.tree.map(lambda x: np.full(x.shape, 0.9, x.dtype), fresh["encoder"])}
+    params = train_step.completed(c, method, method.adopt(shapes, taken, "test", (6, 4)), mesh)
+    chex.assert_trees_all_equal(jax.device_get(params), {**fresh, **taken})
+    place = sharding.parameter_shardings(params, mesh)
+    assert jax.tree.map(lambda x: x.sharding, params) == place
+    assert any(not at.is_fully_replicated for at in jax.tree.leaves(place))
+    monkeypatch.setattr(target, "options_of_one_call", lambda mesh: {"xla_not_an_option": 1})
+    with pytest.raises(Exception, match="xla_not_an_option"):
+        train_step.completed(c, method, shapes, mesh)
+
+
+def test_the_step_is_compiled_with_the_options_of_its_platform(monkeypatch):
+    monkeypatch.setattr(target, "compiler_options", lambda mesh: {"xla_not_an_option": 1})
+    c = small("vit", "mask", "none")
+    method, mesh = reconstruction.build(c), sharding.make_mesh(16, 1)
+    recipe = train_step.make_recipe(c, method, 10 * c.batch_size)
+    state = train_step.state_shapes(c, method, recipe, mesh)
+    batch = {"image": jax.ShapeDtypeStruct((c.batch_size, *c.data.image_size, 3), np.uint8)}
+    with pytest.raises(Exception, match="xla_not_an_option"):
+        train_step.make_train_step(c, method, recipe, mesh).lower(state, batch).compile()

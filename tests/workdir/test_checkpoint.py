@@ -525,7 +525,7 @@ def test_read_params_of_something_else(tmp_path: Path) -> None:
 
 def test_init_encoder() -> None:
     ours, theirs = make(1)[0], jax.device_get(make(2)[0])
-    got = adopt.init_encoder(ours, theirs, "config.init_from=X")
+    got = adopt.init_encoder(ours, theirs, "config.init_from=X", (2, 3), ours=(2, 3))
     chex.assert_trees_all_equal(got, {"encoder": make(2)[0]["encoder"], "decoder": ours["decoder"]})
     chex.assert_trees_all_equal(ours, make(1)[0])
     chex.assert_trees_all_equal_structs(got, ours)
@@ -536,7 +536,7 @@ def test_init_encoder() -> None:
 def test_init_encoder_allows_a_mask_token_on_one_side(side: int) -> None:
     trees = (make(1)[0], make(2)[0])
     trees[side]["encoder"]["mask_token"] = jnp.full((1, 1, 8), side)
-    got = adopt.init_encoder(*trees, "X")
+    got = adopt.init_encoder(*trees, "X", (2, 3), ours=(2, 3))
     assert ("mask_token" in got["encoder"]) == (side == 0)
     chex.assert_trees_all_equal(got["encoder"]["blocks"], make(2)[0]["encoder"]["blocks"])
 
@@ -546,12 +546,12 @@ def test_init_encoder_lists_everything_that_does_not_fit() -> None:
     theirs["encoder"]["extra"] = jnp.ones(1)
     del theirs["encoder"]["norm"]
     with pytest.raises(CheckpointError) as error:
-        adopt.init_encoder(ours, theirs, "config.init_from=X")
+        adopt.init_encoder(ours, theirs, "config.init_from=X", (2, 3), ours=(2, 3))
     for part in ("config.init_from=X: ", "encoder/extra: not in this configuration", "encoder/norm/scale: not in the",
                  "encoder/blocks/kernel: checkpoint (3, 4, 4), config (3, 64, 64)"):  # fmt: skip
         assert part in str(error.value)
     with pytest.raises(CheckpointError, match="no 'encoder'"):
-        adopt.init_encoder(ours, {"decoder": {}}, "X")
+        adopt.init_encoder(ours, {"decoder": {}}, "X", (2, 3), ours=(2, 3))
 
 
 def test_params_sha256_sees_names_dtypes_shapes_and_bytes() -> None:
