@@ -79,7 +79,7 @@ RUN = Section(
     check=_check_run,
     keys=dict(
         seed=Key(
-            0, within(0, 2**63 - 1), "initial weights, order of the images, augmentation, corruption", wide=True,
+            0, within(0, 2**32 - 1), "initial weights, order of the images, augmentation, corruption", wide=True,
             resume=RECORDED,
         ),
         method=Key("reconstruction", one_of(*PRETRAINING), "what pre-training optimises"),

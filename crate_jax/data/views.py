@@ -84,7 +84,8 @@ def _by_recipe(config: ConfigDict, views: int) -> Draw:
 
     def draw(image: decoding.Picture, index: int) -> np.ndarray:
         cropped = [_crop(config, image, index, view, crops[view % recipes.LARGE]) for view in range(views)]
-        return np.asarray(_changed(np.stack(cropped), config.seed, np.int32(index), options, config.views.sigma[1]))
+        key = jax.random.key(config.seed)
+        return np.asarray(_changed(np.stack(cropped), key, np.int32(index), options, config.views.sigma[1]))
 
     return draw
 
@@ -92,14 +93,13 @@ def _by_recipe(config: ConfigDict, views: int) -> Draw:
 @functools.partial(jax.jit, static_argnames=("options", "sigma"))  # not a closure: compiled once for all evaluations
 def _changed(
     images_qHWC: jax.Array,
-    seed: jax.Array,
+    key: jax.Array,
     index: jax.Array,
     options: tuple[device_augmentation.Options, ...],
     sigma: float,
 ) -> jax.Array:
     """Crops of one image with the colours, blur and solarisation of the large views in turn, uint8 (q, H, W, 3)."""
-    key = jax.random.fold_in(jax.random.key(seed), index)
-    keys_q = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images_qHWC)))
+    keys_q = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, index), jnp.arange(len(images_qHWC)))
     out_qHWC = images_qHWC
     for kind, option in enumerate(options):
         mine = slice(kind, None, len(options))

@@ -329,6 +329,13 @@ def resume(
             f"{folder} holds a run with {listed}: its weights would mean something else; set back what has changed, "
             f"choose another --workdir, or allow it by --config.allow_change={','.join(refused)}"
         )
+    if "batch_size" in found and config.epochs:
+        old, new, _ = found["batch_size"]
+        log.warning(
+            "config.batch_size=%d, not %d: the run counts its %d updates as if all had had %d images, so epoch, "
+            "schedule and place among the images are %.3g times what they were",
+            *(new, old, step, new, new / old),
+        )
     changes += [{"step": step, "key": key, "old": old, "new": new} for key, (old, new, _) in found.items()]
     recorded = [change for change in changes if found[change["key"]][2] != FREE]
     if other:

@@ -7,7 +7,7 @@ rows of the queue nearest to u(z'_v), nearest first, before this step's rows ent
     neighbours = (nce(n_0[0], p_1; T) + nce(n_1[0], p_0; T)) / 2, NNCLR's loss
     attention = (nce(r_0, s_1; T_a) + nce(r_1, s_0; T_a)) / 2, r_v = f(n_v + e), s_v = f([o_v, n_v[:4]] + e)
     feature = (root mean square of C_ii - 1 + root mean square of C_ij, i != j, over C_0 and C_1) / 2,
-              C_0 = c(z'_0)^T c(z_1) and C_1 = c(z'_1)^T c(z_0)
+              C_0 = c(u(z'_0))^T c(z_1) and C_1 = c(u(z'_1))^T c(z_0)
 
 f is the first token of a small transformer, e a table of sines, c scales each channel to length 1 over the batch
 (without centring it), nce(a, b; T) the cross entropy of u(a) u(b)^T / T and the diagonal. As in solo-learn: T_a is 0.1

@@ -6,7 +6,9 @@ clustered by spherical k-means, once per head: head h takes the memory of view h
     loss = mean over heads h of the cross entropy of c_h z / T and the image's cluster, a mean over images and views
 
 where c_h are the head's K_h centres. They are no parameters. The first epoch only fills the memory: its loss is 0,
-where solo-learn's is not a number. Images that no epoch has reached yet have no cluster (-1) and are left out.
+where solo-learn's is not a number. Weights move there by decay and by a penalty, if the optimiser applies them where
+gradients are 0 (AdamW does, lars_torch does not). Images that no epoch has reached yet have no cluster (-1) and are
+left out.
 
 Memory: 8 N P bytes for the projections (split over the mesh's axis `model`), 4 H N for the clusters and 4 sum(K) P for
 the centres (whole on every device): 51 MB + 0.6 MB + 4.6 MB for N = 50,000, P = 128 and three heads of 3000; for

@@ -39,7 +39,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         norm=options.batch_norm,
         activation=functools.partial(nn.gelu, approximate=False),
         dtype=config.dtype,
-        kernel_init=nn.initializers.truncated_normal(0.02),
+        kernel_init=nn.initializers.normal(0.02),  # torch's trunc_normal_(std=0.02) cuts at a hundred deviations
     )
     last = Prototypes(options.prototypes, lengths=not options.norm_last_layer)
 

@@ -365,10 +365,12 @@ def push(queue_QP: jax.Array, place: jax.Array, rows_BP: jax.Array) -> tuple[jax
 
     Args:
       queue_QP: (Q, ...), whose length Q is a multiple of B.
-      place: int32 scalar, a multiple of B.
+      place: int32 scalar. What is not a multiple of B, after the batch has changed, is rounded down to one: a slice at
+        the end would be moved to another place.
       rows_BP: (B, ...).
     """
     size, rows = queue_QP.shape[0], rows_BP.shape[0]
+    place = place - place % rows
     return jax.lax.dynamic_update_slice_in_dim(queue_QP, rows_BP, place, 0), (place + rows) % size
 
 

@@ -46,7 +46,10 @@ def loss(weights: State, features: Sequence[jax.Array], label_B: jax.Array) -> t
         logits_BC = jax.lax.stop_gradient(x_BD) @ weights["kernel"] + weights["bias"]
         own_B = jnp.take_along_axis(logits_BC, jnp.maximum(label_B, 0)[:, None], 1)
         losses.append(jnp.sum(jnp.where(known_B, jax.nn.logsumexp(logits_BC, axis=1) - own_B[:, 0], 0.0)) / count)
-        rank_B = jnp.sum(logits_BC > own_B, axis=1)
+        # Of equal scores the first one wins, as in an argmax; a score that is not a number is a miss.
+        before_BC = jnp.arange(logits_BC.shape[1]) < label_B[:, None]
+        rank_B = jnp.sum((logits_BC > own_B) | ((logits_BC == own_B) & before_BC), axis=1)
+        known_B &= jnp.all(jnp.isfinite(logits_BC), axis=1)
         hits.append(jnp.stack([jnp.sum(known_B & (rank_B < k)) / count for k in (1, 5)]))
     value = jnp.mean(jnp.stack(losses))
     top1, top5 = jnp.mean(jnp.stack(hits), axis=0)

@@ -240,6 +240,12 @@ def _check_corruption(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.corruption.mask_ratio={ratio}: of {tokens} patches at least one must be kept and one removed"
         )
+    kept = corruptions.bucket_count(tokens, c.corruption.rop_ratio)
+    if c.corruption.name == "rop" and kept == tokens:
+        raise ConfigError(
+            f"config.corruption.rop_ratio={c.corruption.rop_ratio}: keeps all of the {tokens} dimensions, and at least "
+            "one must be removed"
+        )
 
 
 MASK, ROP = ("corruption.name", "mask"), ("corruption.name", "rop")

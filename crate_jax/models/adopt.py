@@ -127,8 +127,9 @@ def _resized(encoder: Params, grid: Grid, new: Grid, origin: str) -> Params:
         if "relative_bias" in tree:
             table = np.asarray(tree["relative_bias"])
             check("table of relative biases", table.shape[-2], relative_table_rows(grid))
-            resized = [resize_relative_table(x, grid, new) for x in table.reshape(-1, *table.shape[-2:])]
-            tree["relative_bias"] = np.stack(resized).reshape(*table.shape[:-2], -1, table.shape[-1])
+            layers = jnp.asarray(table).reshape(-1, *table.shape[-2:])
+            others = np.stack([np.asarray(resize_relative_table(x, grid, new)) for x in layers])
+            tree["relative_bias"] = others.reshape(*table.shape[:-2], -1, table.shape[-1])
     return encoder | {name: tree for name, tree in (("embedding", embedding), ("blocks", stack)) if tree}
 
 

@@ -95,14 +95,22 @@ def by_group(
     return optax.partition({name: held(group) for group, name in label.items()}, labels)
 
 
-def without_held(tx: optax.GradientTransformation, of: Mapping[str, Group]) -> optax.GradientTransformation:
-    """`tx` with gradients of 0 for weights that are still, so that they do not count in the norm of the gradient."""
+def without_held(
+    tx: optax.GradientTransformation, of: Mapping[str, Group], frozen: bool
+) -> optax.GradientTransformation:
+    """`tx` with gradients of 0 for weights that are still, so that they do not count in the norm of the gradient.
+
+    If `frozen` is true, the encoder is still: a penalty has gradients there, too.
+    """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         done = updates_done(state)
 
         def leaf(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
-            still = of[parameters.path_name(path)].still
+            name = parameters.path_name(path)
+            if frozen and name.startswith("encoder/"):
+                return jnp.zeros_like(g)
+            still = of[name].still
             return jnp.where(done < still, jnp.zeros_like(g), g) if still else g
 
         return tx.update(jax.tree_util.tree_map_with_path(leaf, updates), state, params)

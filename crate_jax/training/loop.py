@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data, models
 from crate_jax.data.reading import Stalled
-from crate_jax.errors import ConfigError, NonFiniteError
+from crate_jax.errors import ConfigError, NonFiniteError, some
 from crate_jax.evals import collapse
 from crate_jax.methods.method import Method, Params, Scalars
 from crate_jax.parallel import distributed, parameters, sharding
@@ -225,9 +225,14 @@ class Loop:
     def _log_layout(self) -> None:
         """Logs the memory on each device between two steps (without activations), and parameters' rules if asked."""
         shapes = self.state.params
+        of = groups.groups(self.config, shapes, self._recipe.per_epoch, self.method.held)
+        for group in dict.fromkeys(group for group in of.values() if str(group)):
+            mine = [name for name in of if of[name] == group]
+            never = self._recipe.total <= group.still < groups.FOREVER
+            whole = ", which is the whole run" if never else ""
+            log.log(logging.WARNING if never else logging.INFO, "%s: %s%s", some(mine, ", "), group, whole)
         if self.config.log.parameters:
             decayed, penalised = optimizer.decayed(self.config, shapes), self._recipe.penalty.names
-            of = groups.groups(self.config, shapes, self._recipe.per_epoch, self.method.held)
             layouts = sharding.layouts(shapes, self.mesh)
             notes = {name: ", ".join(filter(None, (str(group), layouts.get(name)))) for name, group in of.items()}
             parameters.log_rules(shapes, decayed, penalised, notes)

@@ -351,8 +351,8 @@ def build(
         optimizer = optax.chain(optimizer, scale_by_layer(params, options.layer_decay, frozen))
     if options.clip_norm > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-        if any(group.still for group in of.values()):
-            optimizer = without_held(optimizer, of)
+        if frozen or any(group.still for group in of.values()):
+            optimizer = without_held(optimizer, of, frozen)
     if options.clip_each > 0:
         clipped = frozenset(parameters.match(params, options.clip_each_include, "optimizer.clip_each_include"))
         optimizer = optax.chain(clip_each_by_norm(options.clip_each, clipped), optimizer)

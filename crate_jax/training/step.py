@@ -106,10 +106,11 @@ def make_recipe(config: ConfigDict, method: Method, images: int) -> Recipe:
         and the method's loss is not a mean over images, or config.encoder.norm_groups does not divide the batch.
     """
     if config.accumulate > 1 and not method.mean_over_images:
+        method_too = f"config.method={config.method!r} and " if config.job == "pretrain" else ""
         raise ConfigError(
-            f"config.accumulate={config.accumulate}: must be 1, since the loss of config.method={config.method!r} is "
-            "not a mean over the images of a batch, and micro-batches would give another one; use more devices or a "
-            "smaller config.batch_size"
+            f"config.accumulate={config.accumulate}: must be 1, since with {method_too}"
+            f"config.encoder.name={config.encoder.name!r} the loss is not a mean over the images of a batch, and "
+            "micro-batches would give another one; use more devices or a smaller config.batch_size"
         )
     if config.batch_size // config.accumulate % config.encoder.norm_groups:
         raise ConfigError(

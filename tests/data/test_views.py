@@ -181,6 +181,9 @@ def test_views_outside_training_are_a_function_of_image_and_number(equal):
     np.testing.assert_array_equal(b, again)
     assert len({view.tobytes() for view in (*a, *b)}) == 10 and a.shape == (5, 12, 16, 3)
     np.testing.assert_array_equal(drawn_views(c, [5], 3)[0][:2], b[:2])
+    c.seed = 2**32 - 1  # the largest one
+    assert drawn_views(c, [5])[0].tobytes() != b.tobytes()
+    c.seed = 0
     c.data.update(image_size=(20, 24), crop_ratio=(1.2, 1.2))
     c.views.update(scale_min=(1.0,), scale_max=(1.0,), flip=(0.0,), jitter=(0.0,), grey=(0.0,), blur=(0.0,))
     c.views.update(solarise=(0.5,))

@@ -229,6 +229,13 @@ def test_what_changes_is_recorded_with_its_step(begun, tmp_path):
     assert cells["encoder.heads"] == "2; from step 2 on 4"
 
 
+def test_another_batch_of_a_run_of_epochs_says_what_becomes_of_its_schedule(tmp_path, caplog):
+    old, new = (tiny(steps=0, epochs=3.0, batch_size=size) for size in (8, 24))
+    train.resume(new, tmp_path, [], 7, old.to_dict(), False, None)
+    assert "config.batch_size=24, not 8: the run counts its 7 updates as if all had had 24 images" in caplog.text
+    assert "are 3 times what they were" in caplog.text
+
+
 def test_a_checkpoint_of_another_run_is_refused_or_recorded(begun, tmp_path):
     """The folder has the run `begun`, and the checkpoint that another run of the same config saved."""
     folder = shutil.copytree(begun, tmp_path / "run")

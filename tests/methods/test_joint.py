@@ -290,3 +290,22 @@ def test_the_online_classifier_moves_neither_encoder_nor_clipping():
     assert [s["grad_norm"] for s in log] == [s["grad_norm"] for s in other]
     assert joint.ONLINE not in one.carried and np.abs(two.carried[joint.ONLINE]["kernel"]).min() > 0
     assert other[0]["online_loss"] == pytest.approx(math.log(7), rel=1e-5)
+
+
+def test_a_queue_takes_batches_of_another_size_in_turn():
+    """A run may go on with another batch: no slice may be moved to another place, or rows would never leave."""
+    queue, place = jnp.zeros((48, 2)), jnp.int32(16)  # one batch of 16 was written before
+    for i in range(3):
+        queue, place = joint.push(queue, place, jnp.full((24, 2), i + 1.0))
+    np.testing.assert_array_equal(queue[:, 0], np.repeat([3.0, 2.0], 24))
+    assert place == 24
+
+
+def test_a_tie_of_scores_is_no_hit_of_every_class_and_nan_none():
+    """An online classifier begins with equal scores."""
+    weights = {"kernel": jnp.zeros((3, 7)), "bias": jnp.zeros(7)}
+    label = jnp.array([0, 4, 5, 6, -1])
+    _, scalars = online.loss(weights, [jnp.ones((5, 3))], label)
+    assert (float(scalars["online_top1"]), float(scalars["online_top5"])) == (0.25, 0.5)
+    _, scalars = online.loss(weights | {"bias": jnp.full(7, jnp.nan)}, [jnp.ones((5, 3))], label)
+    assert (float(scalars["online_top1"]), float(scalars["online_top5"])) == (0.0, 0.0)

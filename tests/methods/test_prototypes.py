@@ -159,6 +159,14 @@ def test_the_last_layer_is_held():
     assert algorithm("swav", **{"swav.hold_epochs": 0.0}).held == ()
 
 
+def test_dinos_head_begins_as_torch_does():
+    """A normal of 0.02; JAX's truncated normal of 0.02 has a deviation of 0.0176."""
+    module, width = algorithm("dino", **{"joint.hidden": 200}).heads["projector"]
+    kernel = module.init(jax.random.key(3), jnp.zeros((2, width)), train=False)["params"]["layer1"]["kernel"]
+    assert kernel.shape == (200, 200)
+    assert jnp.std(kernel) == pytest.approx(0.02, rel=0.01)
+
+
 def test_dinos_options_reach_its_heads():
     heads = algorithm("dino").heads
     assert not heads["prototypes"][0].lengths and not heads["projector"][0].norm

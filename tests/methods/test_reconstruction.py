@@ -12,7 +12,7 @@ import pytest
 from crate_jax import config as configs, data
 from crate_jax.config import validate
 from crate_jax.data.pixels import normalise
-from crate_jax.errors import DataError
+from crate_jax.errors import ConfigError, DataError
 from crate_jax.methods import reconstruction, whitening
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify, unpatchify
@@ -125,3 +125,14 @@ def labelled(c):
     c = c.copy_and_resolve_references()
     c.data.source = "digits"
     return c
+
+
+def test_a_projection_that_keeps_everything_is_refused():
+    """Of 16 dimensions 15.2 are 16: nothing is hidden, and loss and gradient are 0."""
+    c = configs.base()
+    c.update_from_flattened_dict({"steps": 1, "data.image_size": (16, 16), "encoder.patch_size": 4})
+    c.update_from_flattened_dict({"corruption.name": "rop", "corruption.rop_ratio": 0.93})
+    configs.validate(c)
+    c.corruption.rop_ratio = 0.95
+    with pytest.raises(ConfigError, match="rop_ratio=0.95: keeps all of the 16 dimensions"):
+        configs.validate(c)

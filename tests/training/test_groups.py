@@ -190,6 +190,16 @@ def test_a_held_weight_does_not_count_in_the_norm_of_the_gradient():
     )
 
 
+def test_a_frozen_encoder_does_not_count_in_the_norm_of_the_gradient():
+    """A penalty on its weights has gradients, too; the head then moved by a tenth."""
+    config, params = config_of("sgd", clip_norm=0.9, weight_decay=0.0), toy()
+    tx, _ = optimizer.build(config, params, TOTAL, PER_EPOCH, frozen=True)
+    huge = gradients(params, 0) | {"encoder": jax.tree.map(lambda p: 1e9 * p, params["encoder"])}
+    updates, _ = jax.jit(tx.update)(huge, tx.init(params), params)
+    assert not any(np.any(x) for x in jax.tree.leaves(updates["encoder"]))
+    assert 0.5 < optax.tree.norm(updates) / (0.06 * BATCH / 256 * 0.9) < 1.001
+
+
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_without_groups_the_state_is_the_optimisers_own(name):
     """So checkpoints of runs without groups restore."""

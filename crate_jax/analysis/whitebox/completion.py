@@ -73,7 +73,7 @@ def errors(config: ConfigDict, params: dict[str, Any], source: data.Source, imag
     """The mean squared error on what the run's corruption removed, (n,), for a seeded choice of at most `images`.
 
     It is the loss of the reconstruction with the l2 norm over normalised pixels, whatever norm and target the run had:
-    the mean over removed patches under masking, over all patches divided by the removed share under projection.
+    the mean over removed patches under masking, over all patches under projection.
 
     Args:
       config: a valid config of a model with a decoder.
