@@ -12,17 +12,14 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
-from crate_jax.models import gpu_attention, tpu_attention
 from crate_jax.models.crate import CrateEncoder
-from crate_jax.models.layers import attention_kernel, remat_rule
+from crate_jax.models.layers import remat_rule
 from crate_jax.models.patches import grid_shape
 from crate_jax.models.resnet import ARCHITECTURES, STEMS, ResNetEncoder, map_sizes
 from crate_jax.models.vit import ViTEncoder
-from crate_jax.parallel.sharding import on_mesh
 from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, positive, within
 
 __all__ = ["build_encoder"]
@@ -117,8 +114,6 @@ class Encoder:
         layer.
       patches: whether it cuts every image into patches of encoder.patch_size; otherwise only corruptions do.
       statistics: whether it keeps running statistics, which methods must carry (:mod:`crate_jax.models.batch_norm`).
-      attention_parts: the number of tensors that attention reads: 3 (queries, keys, values), 1 (MSSA), 0: it has no
-        attention.
     """
 
     build: Callable[[ConfigDict], nn.Module]
@@ -129,14 +124,13 @@ class Encoder:
     grids: Callable[[ConfigDict, Sequence[int]], tuple[tuple[int, int], ...]] = _same_grids
     patches: bool = True
     statistics: bool = False
-    attention_parts: int = 0
 
 
 _RESNET = Encoder(_resnet, 0, "after_stage", "stage", _stage_widths, _stage_grids, patches=False, statistics=True)
 
 ENCODERS: dict[str, Encoder] = {
-    "crate": Encoder(_crate, prefix=1, output_point="after_ista", attention_parts=1),
-    "vit": Encoder(_vit, prefix=1, output_point="after_mlp", attention_parts=3),
+    "crate": Encoder(_crate, prefix=1, output_point="after_ista"),
+    "vit": Encoder(_vit, prefix=1, output_point="after_mlp"),
     **dict.fromkeys(ARCHITECTURES, _RESNET),
 }
 
@@ -154,21 +148,6 @@ def prefix_tokens(config: ConfigDict) -> int:
 def has_statistics(config: ConfigDict) -> bool:
     """Whether the config's encoder keeps running statistics."""
     return ENCODERS[config.encoder.name].statistics
-
-
-def attention_by(config: ConfigDict, mesh: Mesh) -> str:
-    """What computes the attention of the config's encoder in a step on this mesh; empty: it has no attention."""
-    parts, e = ENCODERS[config.encoder.name].attention_parts, config.encoder
-    if not parts:
-        return ""
-    (h, w), images = grids(config)[0], config.batch_size // config.accumulate
-    N = prefix_tokens(config) + h * w
-    relative = e.positions.startswith("relative")
-    bias = jax.ShapeDtypeStruct((1, e.heads, N, N), jnp.float32) if relative else None
-    kernel = on_mesh(mesh, attention_kernel)(images, N, e.heads, e.width, parts, jnp.dtype(config.dtype), bias)
-    what = {None: "XLA", gpu_attention.attend: "Triton kernels", tpu_attention.attend: "Pallas kernels"}[kernel]
-    # Once an image has its own tokens, it has its own biases.
-    return f"{what}, by XLA where tokens are dropped" if kernel and relative else what
 
 
 def widths(config: ConfigDict) -> tuple[int, ...]:

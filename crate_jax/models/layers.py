@@ -5,10 +5,12 @@ Shapes: B batch, N tokens, D width, H heads, K head width, E = H * K.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -243,9 +245,28 @@ def attention_kernel(
     Returns:
       :func:`gpu_attention.attend`, :func:`tpu_attention.attend`, or None: no kernel fits, XLA computes.
     """
+    name, kernel = "XLA", None
     if gpu_attention.fits(images, heads, width, dtype, bias_BHNN):
-        return gpu_attention.attend
-    return tpu_attention.attend if tpu_attention.fits(images, tokens, heads, width, parts, dtype, bias_BHNN) else None
+        name, kernel = "Triton kernels", gpu_attention.attend
+    elif tpu_attention.fits(images, tokens, heads, width, parts, dtype, bias_BHNN):
+        name, kernel = "Pallas kernels", tpu_attention.attend
+    if (noted := _noted.get()) is not None:
+        noted[f"{name} ({tokens} tokens, {heads} heads of {width // heads})"] = None
+    return kernel
+
+
+_noted: contextvars.ContextVar[dict[str, None] | None] = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def attention_noted() -> Iterator[dict[str, None]]:
+    """Gives a dictionary whose keys say, once programs are traced in this context, what computes their attention."""
+    mine: dict[str, None] = {}
+    token = _noted.set(mine)
+    try:
+        yield mine
+    finally:
+        _noted.reset(token)
 
 
 def attention_weights(q_BHNK: jax.Array, k_BHMK: jax.Array, bias_BHNM: jax.Array | None = None) -> jax.Array:

@@ -21,11 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crate_jax import data, models
+from crate_jax import data
 from crate_jax.data.reading import Stalled
 from crate_jax.errors import ConfigError, NonFiniteError, some
 from crate_jax.evals import collapse
 from crate_jax.methods.method import Method, Params, Scalars
+from crate_jax.models.layers import attention_noted
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import clock as clocks, groups, nonfinite, optimizer, trace
@@ -253,8 +254,6 @@ class Loop:
             *self.mesh.devices.shape,
             ", ".join(f"{name} {size:.1f}" for name, size in each.items()),
         )
-        if by := models.attention_by(self.config, self.mesh):
-            log.info("attention is computed by %s", by)
 
     def untrained(self) -> Params:
         """The judged parameters of a run that has not begun, laid out as this run's parameters are."""
@@ -294,8 +293,10 @@ class Loop:
                 self._trace.begin(step, self.state)
                 batch, undecodable, indices = self._next(batches)
                 self.clock.turn(clocks.COMPILATION if step == self.start_step + 1 else clocks.STEPS)
-                with self._trace.step(step):
+                with self._trace.step(step), attention_noted() as noted:
                     self.state, scalars = self._train_step(self.state, batch)
+                if noted:  # it was traced
+                    log.info("attention is computed by %s", ", ".join(noted))
                 self._trace.end(step, self.state)
                 if step == self.start_step + 1:
                     progress.reached(self.start_step)  # it is compiled

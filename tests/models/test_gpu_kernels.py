@@ -13,14 +13,12 @@ import pytest
 import scipy.special
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from crate_jax import models
 from crate_jax.models import corruption, gpu_attention, gpu_norm, layers, tpu_attention
 from crate_jax.models.crate import CrateBlock, norm_mssa
 from crate_jax.models.gpu_attention import Tile, Tiles
 from crate_jax.models.vit import SelfAttention
 from crate_jax.parallel import sharding, target
 from crate_jax.parallel.sharding import BATCH
-from tests.training.test_loop import small
 
 pytestmark = pytest.mark.one_python
 
@@ -302,19 +300,17 @@ def test_gpus_that_triton_does_not_know_have_no_kernels(monkeypatch, capability,
         assert target.kernels()  # for GPUs of another machine
 
 
-def test_the_log_says_what_computes_attention():
-    c, mesh = small(), sharding.make_mesh(8, 1, jax.devices()[:1])
-    assert models.attention_by(c, mesh) == "XLA"
-    c.encoder.name = "resnet18"
-    assert models.attention_by(c, mesh) == ""
-    c.dtype, c.encoder.width, c.encoder.heads = "bfloat16", 128, 2
+def test_what_computes_attention_is_noted_call_by_call():
+    """MAE's encoder sees other tokens than its decoder, and an image with its own tokens has its own biases."""
+    bias = jax.ShapeDtypeStruct((1, 2, 5, 5), jnp.float32)
+    own = jax.ShapeDtypeStruct((64, 2, 5, 5), jnp.float32)
     for device, by in ((H100, "Triton kernels"), (("tpu", "TPU v5e"), "Pallas kernels"), (("cpu", "cpu"), "XLA")):
-        mesh = types.SimpleNamespace(abstract_mesh=mesh_of(*device))
-        own = by if by == "XLA" else f"{by}, by XLA where tokens are dropped"
-        for images, name, positions, expected in (
-            (64, "crate", "sincos", by),
-            (64, "vit", "relative", own),
-            (63, "vit", "sincos", "XLA"),
-        ):
-            c.encoder.name, c.batch_size, c.encoder.positions = name, images, positions
-            assert models.attention_by(c, mesh) == expected
+        with layers.attention_noted() as noted, jax.sharding.use_abstract_mesh(mesh_of(*device)):
+            layers.attention_kernel(64, 17, 2, 128, 3, "bfloat16")
+            layers.attention_kernel(64, 5, 2, 128, 3, "bfloat16", bias)
+            layers.attention_kernel(64, 5, 2, 128, 3, "bfloat16", own)
+            layers.attention_kernel(63, 17, 2, 128, 1, "bfloat16")
+        assert list(noted) == list(dict.fromkeys((
+            f"{by} (17 tokens, 2 heads of 64)", f"{by} (5 tokens, 2 heads of 64)",
+            "XLA (5 tokens, 2 heads of 64)", "XLA (17 tokens, 2 heads of 64)",
+        )))  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shutil
 
 import chex
@@ -240,14 +241,18 @@ def test_judged_is_what_others_read(trained):
     assert any(name.startswith("carried/target/") and e["checksum"] for name, e in about["arrays"]["rest"].items())
 
 
-def test_a_run_that_starts_from_another_copies_its_encoder_to_the_target(in_the_table, trained, tmp_path):
+def test_a_run_that_starts_from_another_copies_its_encoder_to_the_target(in_the_table, trained, tmp_path, caplog):
     """Through the whole job: after one step without effect the target is what the first run's was."""
+    caplog.set_level("INFO")
     c = tiny(init_from=str(trained), seed=3, steps=1)
     c.optimizer.lr, c.optimizer.weight_decay = 1e-30, 0.0
     summary = train.run(c, str(tmp_path / "second"))
     first, second = (checkpoint.read_params(path, judged=True)[0] for path in (trained, tmp_path / "second"))
     chex.assert_trees_all_close(second["encoder"], first["encoder"], rtol=1e-6, atol=1e-8)
     assert summary["checkpoint"] == f"step 4 of {trained}"
+    (said,) = (line for line in caplog.messages if line.startswith("attention"))
+    tokens = 1 + math.prod(c.data.image_size) // c.encoder.patch_size**2
+    assert said == f"attention is computed by XLA ({tokens} tokens, 2 heads of {c.encoder.width // 2})"
 
 
 def test_a_target_is_judged_by_the_jobs_that_take_an_encoder(trained, tmp_path):
