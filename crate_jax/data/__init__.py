@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -67,25 +69,39 @@ __all__ = [
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_CHANNELS = 1024
-SOURCES = (
-    "scenes",
-    "digits",
-    "folder:PATH",
-    "npz:PATH",
-    "hf:PATH",
-    "webdataset:SHARDS",
-    "array_record:SHARDS",
-    "imagenet:PATH",
-    "tfds:NAME",
-    "synthetic",
-)
-COLUMNS = {  # sets that name their images and labels
-    "npz": open_npz,
-    "hf": open_tables,
-    "webdataset": open_shards,
-    "array_record": open_records,
-    "imagenet": open_archives,
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table of sources.
+
+    Attributes:
+      open: the function (what follows the name and a colon, what is asked for) -> the split, or None if there is no
+        evaluation split.
+      rest: what follows the name and a colon, in the words of messages; '': the name stands alone.
+      channels: the numbers of channels that the images may be asked for with; None: any number.
+    """
+
+    open: Callable[[str, Request], Source | None]
+    rest: str = ""
+    channels: tuple[int, ...] | None = OF_FILES
+
+
+OF_ARRAYS = (GREY, 3)  # numbers of channels that images of three give
+
+SOURCES: dict[str, Row] = {
+    "scenes": Row(lambda _, request: SceneSource(request.split, request.image_size), channels=OF_ARRAYS),
+    "digits": Row(lambda _, request: digits(request.split), channels=OF_ARRAYS),
+    "folder": Row(open_folder, "PATH"),
+    "npz": Row(open_npz, "PATH", channels=None),
+    "hf": Row(open_tables, "PATH"),
+    "webdataset": Row(open_shards, "SHARDS"),
+    "array_record": Row(open_records, "SHARDS"),
+    "imagenet": Row(open_archives, "PATH"),
+    "tfds": Row(open_tfds, "NAME"),
+    "synthetic": Row(lambda _, request: SyntheticSource(request.split, request.image_size), channels=OF_ARRAYS),
 }
+FORMS = ", ".join(f"{name}:{row.rest}" if row.rest else name for name, row in SOURCES.items())
 
 
 def write_out(data: ConfigDict) -> None:
@@ -110,7 +126,7 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
       The split, or None if the set has no evaluation split.
 
     Raises:
-      ConfigError: config.data.source is not one of SOURCES.
+      ConfigError: config.data.source does not have the form of one of SOURCES.
       DataError: the data cannot be found or read, or has no labels though labels are required.
       ValueError: `split` is neither 'train' nor 'eval'.
     """
@@ -119,22 +135,10 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
     if config.job == "segment":
         return open_pairs(config, split)
     data = config.data
-    kind, _, where = data.source.partition(":")
-    source: Source | None
-    if kind == "digits":
-        source = digits(split)
-    elif kind == "scenes":
-        source = SceneSource(split, data.image_size)
-    elif kind == "synthetic":
-        source = SyntheticSource(split, data.image_size)
-    elif kind == "folder":
-        source = open_folder(where, split, data.train_split, data.eval_split, data.max_pixels)
-    elif kind in COLUMNS:
-        source = COLUMNS[kind](where, Request.from_config(config, split))
-    elif kind == "tfds":
-        source = open_tfds(where, split, data.data_dir, data.train_split, data.eval_split, data.max_pixels)
-    else:
-        raise ConfigError(f"config.data.source={data.source!r}: must be one of {', '.join(SOURCES)}")
+    if not is_source(data.source):
+        raise ConfigError(f"config.data.source={data.source!r}: must be one of {FORMS}")
+    name, _, rest = data.source.partition(":")
+    source = SOURCES[name].open(rest, Request.from_config(config, split))
     if labels_required and source is not None and source.class_names is None:
         raise DataError(
             f"config.data.source={data.source!r}: this job needs labels, but the {split} split has none; a folder has "
@@ -145,8 +149,8 @@ def open_split(config: ConfigDict, split: str, labels_required: bool = False) ->
 
 def is_source(text: str) -> bool:
     """Whether a text has the form of one of SOURCES."""
-    kind, _, rest = text.partition(":")
-    return kind in ("folder", "tfds", *COLUMNS) if rest else text in ("scenes", "digits", "synthetic")
+    name, colon, rest = text.partition(":")
+    return name in SOURCES and bool(SOURCES[name].rest) == bool(rest) == bool(colon)
 
 
 def _check_channels(c: ConfigDict) -> None:
@@ -159,9 +163,8 @@ def _check_channels(c: ConfigDict) -> None:
             )
     if data.channels == 3:
         return
-    kind, _, files = data.source.partition(":")
-    possible = OF_FILES if files else (GREY, 3)
-    if kind != "npz" and data.channels not in possible:
+    possible = SOURCES[data.source.partition(":")[0]].channels
+    if possible is not None and data.channels not in possible:
         raise ConfigError(
             f"config.data.channels={data.channels}: must be one of {', '.join(map(str, possible))} with "
             f"config.data.source={data.source!r}; npz: has arrays of any number"
@@ -181,7 +184,7 @@ DATA = Section(
     keys=dict(
         source=Key(
             "digits",
-            must(f"be one of {', '.join(SOURCES)}, or the path of a folder", is_source),
+            must(f"be one of {FORMS}, or the path of a folder", is_source),
             "where the images come from",
             resume=RECORDED,
         ),

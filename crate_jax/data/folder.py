@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import Source, digest, eval_splits, split_role, split_roles
+from crate_jax.data.sources import Request, Source, digest, eval_splits, split_role, split_roles
 from crate_jax.errors import DataError, escaped, some
 from crate_jax.parallel import distributed
 from crate_jax.workdir.folder import readable_set
@@ -178,20 +178,15 @@ class _Rest:
             _say(f"{root}: left out {'; '.join(parts)}")
 
 
-def open_folder(
-    path: str, split: str, train_split: str, eval_split: str, max_pixels: int = decoding.LARGEST
-) -> FolderSource | None:
+def open_folder(path: str, request: Request) -> FolderSource | None:
     """Opens the training or the evaluation split of a folder.
 
     Args:
       path: the data set's folder.
-      split: 'train' or 'eval'.
-      train_split: sub-folder of the training images. 'train' (the default) also takes the sub-folder of another usual
-        name, such as Train or training; if there is none, the whole tree is the training split and there is no
-        evaluation split. '': the whole tree.
-      eval_split: sub-folder of the evaluation images; 'auto': the first with labels among those with a usual name,
-        test before val (if none has labels, the first); '': there is no evaluation split.
-      max_pixels: see FolderSource.
+      request: what is asked for. The split is the name of a sub-folder. 'train' (the default) also takes the sub-folder
+        of another usual name, such as Train or training; if there is none, the whole tree is the training split and
+        there is no evaluation split. '' is the whole tree. 'auto' is the first with labels among those with a usual
+        name, test before val (if none has labels, the first).
 
     Returns:
       The split, or None if there is no evaluation split. The labels of the evaluation split go by the names of the
@@ -202,14 +197,15 @@ def open_folder(
         names of other splits hold images; or FolderSource raises the error.
     """
     path = str(readable_set(path))
-    source = _open_split(path, split, train_split, eval_split, max_pixels)
+    source = _open_split(path, request)
     if source is not None and source.root != path:
         source.split = os.path.relpath(source.root, path)
     return source
 
 
-def _open_split(path: str, split: str, train_split: str, eval_split: str, max_pixels: int) -> FolderSource | None:
+def _open_split(path: str, request: Request) -> FolderSource | None:
     """See :func:`open_folder`."""
+    train_split, eval_split, max_pixels = request.train_split, request.eval_split, request.max_pixels
     _check_folder(path)
     names = sub_folders(path)
     train_root = _train_root(path, names, train_split)
@@ -219,7 +215,7 @@ def _open_split(path: str, split: str, train_split: str, eval_split: str, max_pi
             f"{path}: config.data.eval_split={eval_split!r} needs the training images in a sub-folder of their own, "
             f"but there is no {train_split!r}"
         )
-    if split == "train":
+    if request.split == "train":
         holders = list(_with_images(path, names)) if whole_tree else []
         only_splits = whole_tree and len(_roles(holders)) == len(holders)
         source = FolderSource(train_root or path, max_pixels, labelled=not only_splits)

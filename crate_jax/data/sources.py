@@ -43,7 +43,7 @@ MAX_CLASSES = 2**20  # a higher label is an identity or a measurement, not the n
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What `config.data` asks of a set that names its splits, images and labels.
+    """What `config.data` asks of a source.
 
     Attributes:
       source: config.data.source, for messages.
@@ -54,6 +54,8 @@ class Request:
       label_column: the name of the labels; 'auto': a usual one if it is there; '': the set is read without labels.
       max_pixels: see :func:`crate_jax.data.decoding.open_image`.
       channels: the number of channels of the images.
+      data_dir: the folder of the sets of TensorFlow Datasets; '': its default.
+      image_size: (height, width) in pixels, for images that are drawn.
     """
 
     source: str
@@ -64,13 +66,30 @@ class Request:
     label_column: str
     max_pixels: int
     channels: int
+    data_dir: str
+    image_size: tuple[int, int]
 
     @classmethod
     def from_config(cls, config: ConfigDict, split: str) -> Request:
         """Reads `config.data`."""
         d = config.data
-        columns = (d.image_column, d.label_column)
-        return cls(d.source, split, d.train_split, d.eval_split, *columns, int(d.max_pixels), int(d.channels))
+        return cls(
+            source=d.source,
+            split=split,
+            train_split=d.train_split,
+            eval_split=d.eval_split,
+            image_column=d.image_column,
+            label_column=d.label_column,
+            max_pixels=int(d.max_pixels),
+            channels=int(d.channels),
+            data_dir=d.data_dir,
+            image_size=tuple(d.image_size),
+        )
+
+    @property
+    def wanted(self) -> str:
+        """`train_split` or `eval_split`, whichever names the split."""
+        return self.train_split if self.split == "train" else self.eval_split
 
 
 def split_role(name: str) -> str | None:
@@ -150,13 +169,14 @@ def require_all_shards(split: str, paths: Sequence[Path]) -> None:
 def candidates(names: Sequence[str], request: Request) -> list[str]:
     """Returns which of a set's named splits may be the one to open; :func:`first_labelled` decides.
 
-    >>> candidates(["Training", "val", "test"], Request("npz:a", "eval", "train", "auto", "auto", "auto", 9, 3))
+    >>> request = Request("npz:a", "eval", "train", "auto", "auto", "auto", 9, 3, "", (8, 8))
+    >>> candidates(["Training", "val", "test"], request)
     ['test', 'val']
 
     Raises:
       DataError: the set has no such split, or several splits may be the training split.
     """
-    wanted = request.train_split if request.split == "train" else request.eval_split
+    wanted = request.wanted
     if request.split == "eval" and wanted in ("", "auto"):
         return eval_splits(names) if wanted else []
     found = [wanted] if wanted in names else []

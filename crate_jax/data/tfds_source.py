@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import Source, digest, eval_splits, first_labelled
+from crate_jax.data.sources import Request, Source, digest, eval_splits, first_labelled
 from crate_jax.errors import DataError
 from crate_jax.workdir.folder import readable_set
 
@@ -70,25 +70,14 @@ class TfdsSource(Source):
         return self._labels
 
 
-def open_tfds(
-    name: str,
-    split: str,
-    data_dir: str,
-    train_split: str,
-    eval_split: str,
-    max_pixels: int = decoding.LARGEST,
-) -> TfdsSource | None:
+def open_tfds(name: str, request: Request) -> TfdsSource | None:
     """Opens a split of a data set that was prepared with `file_format='array_record'`.
 
     Args:
       name: the data set's name, as TFDS writes it: NAME, NAME/CONFIG or NAME:VERSION.
-      split: 'train' or 'eval'.
-      data_dir: the folder of the prepared sets; '': TFDS's default.
-      train_split: name of the training split; TFDS's sub-splits such as 'train[:90%]' and sums such as
-        'train+validation' are allowed.
-      eval_split: name of the evaluation split; 'auto': the first of :func:`eval_splits` that has labels (all labels of
-        the test split of imagenet2012 are -1), or the first that exists if none has labels; '': there is none.
-      max_pixels: see :func:`crate_jax.data.decoding.open_image`.
+      request: what is asked for. The split may be a sub-split of TFDS, such as 'train[:90%]', or a sum, such as
+        'train+validation'. 'auto' is the first of :func:`eval_splits` that has labels (all labels of the test split of
+        imagenet2012 are -1), or the first that exists if none has labels.
 
     Returns:
       The split, or None if there is no evaluation split.
@@ -97,15 +86,15 @@ def open_tfds(
       DataError: TFDS is not installed; the set is not prepared, or is prepared in another format; there is no such
         split; or the set has no feature 'image'.
     """
-    data_dir = str(readable_set(data_dir)) if data_dir else ""
+    split, chosen = request.split, request.wanted
+    data_dir = str(readable_set(request.data_dir)) if request.data_dir else ""
     where = data_dir or "TFDS's default data_dir"
     tfds, builder, splits = _builder(name, data_dir, where)
     if not splits:
         raise DataError(_not_prepared(name, where, "is not prepared"))
-    if split == "eval" and not eval_split:
+    if split == "eval" and not chosen:
         return None
-    automatic = split == "eval" and eval_split == "auto"
-    chosen = train_split if split == "train" else eval_split
+    automatic = split == "eval" and chosen == "auto"
     if not automatic and any(part.strip().partition("[")[0] not in splits for part in chosen.split("+")):
         raise DataError(
             f"config.data.source='tfds:{name}': has no split {chosen!r}; it has {', '.join(splits)}; set "
@@ -132,7 +121,7 @@ def open_tfds(
         except Exception as e:
             message = " ".join(str(e).split())
             raise DataError(f"config.data.source='tfds:{name}': {type(e).__name__}: {message[:200]}") from None
-        return TfdsSource(name, chosen, data, class_names if labels_known else None, max_pixels)
+        return TfdsSource(name, chosen, data, class_names if labels_known else None, request.max_pixels)
 
     if not automatic:
         return read(chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from crate_jax.data import scenes
 from crate_jax.data.sources import digits
 from crate_jax.data.undecodable import Undecodable
 from crate_jax.errors import ConfigError, DataError
+from tests.conftest import ROOT
 
 
 def configured(source, **options):
@@ -457,8 +459,19 @@ def test_short_forms_are_written_out(tmp_path, monkeypatch):
             config_lib.validate(configured(given))
 
 
-def test_unknown_source_and_split():
+@pytest.mark.parametrize("text", ["cifar", "cifar:x", "", ":x", "folder", "folder:", "digits:", "digits:x"])
+def test_a_text_that_has_the_form_of_no_source(text):
+    assert not data.is_source(text)
     with pytest.raises(ConfigError, match="digits, folder:PATH, .*, tfds:NAME, synthetic"):
-        data.open_split(configured("cifar"), "train")
+        data.open_split(configured(text), "train")
+
+
+def test_the_page_lists_every_source():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/data.md").read_text(), re.MULTILINE)
+    listed = {name: bool(rest) for row in rows for name, rest in re.findall(r"`([a-z]\w*)(:\w+)?`", row)}
+    assert listed == {name: bool(row.rest) for name, row in data.SOURCES.items()}
+
+
+def test_unknown_split():
     with pytest.raises(ValueError, match="'train' or 'eval'"):
         data.open_split(configured("digits"), "test")

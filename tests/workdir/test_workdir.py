@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crate_jax.config import base
 from crate_jax.convert import __main__ as command, files, pretrained, weights
 from crate_jax.data.folder import open_folder
+from crate_jax.data.sources import Request
 from crate_jax.errors import CheckpointError, UserError
 from crate_jax.jobs import report
 from crate_jax.workdir import checkpoint, folder as workdir
@@ -108,7 +110,7 @@ TAKES_A_PATH = {
     "checkpoints of a report": report.split,
     "runs of a report": report.expand,
     "a workdir": lambda path: workdir.lock(path).__enter__(),
-    "images": lambda path: open_folder(path, "train", "train", "auto"),
+    "images": lambda path: open_folder(path, Request.from_config(base(), "train")),
 }
 
 
