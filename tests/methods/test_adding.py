@@ -22,7 +22,8 @@ pytestmark = pytest.mark.one_python
 def checkout(tmp_path_factory) -> Path:
     """A copy of the package and the configs with what the page says to add."""
     page = PAGE.read_text()
-    code, row = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    section = page.partition("\n## A joint-embedding method\n")[2].partition("\n## ")[0]
+    code, row = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     file = re.search(r"one file, `(crate_jax/methods/(\w+)\.py)`", page)
     assert file is not None
     folder = tmp_path_factory.mktemp("checkout")
