@@ -14,7 +14,17 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import Request, Source, digest, eval_splits, split_role, split_roles
+from crate_jax.data.sources import (
+    DEFAULT_TRAIN_SPLIT,
+    Request,
+    Source,
+    digest,
+    eval_splits,
+    first_labelled,
+    split_role,
+    split_roles,
+    train_splits,
+)
 from crate_jax.errors import DataError, escaped, some
 from crate_jax.parallel import distributed
 from crate_jax.workdir.folder import readable_set
@@ -24,7 +34,6 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-DEFAULT_TRAIN_SPLIT = "train"
 FINGERPRINT_SIZES = 1000  # files whose size enters the fingerprint; to ask for all sizes is slow on network disks
 # What archives, file systems and file managers leave behind, in lower case. Hidden files are not listed: they are never
 # read.
@@ -253,13 +262,13 @@ def _train_root(path: str, names: list[bytes], train_split: str) -> str | None:
     if train_split != DEFAULT_TRAIN_SPLIT:
         hint = _hint(names)
         raise DataError(f"{path}: has no sub-folder {train_split!r}, which config.data.train_split names{hint}")
-    roles = _roles(names)
-    training = [os.fsdecode(name) for name, role in roles.items() if role == "train"]
+    training = train_splits(map(os.fsdecode, names))
     if len(training) > 1:
         raise DataError(f"{path}: has the splits {', '.join(training)}; set config.data.train_split to one of them")
     if training:
         log.info("%s: training on the sub-folder %s", escaped(path), escaped(training[0]))
         return _split_root(path, training[0])
+    roles = _roles(names)
     others = list(itertools.islice(_with_images(path, [name for name in names if name not in roles]), 2))
     evals = list(_with_images(path, list(roles)))
     if evals and not others:
@@ -278,34 +287,38 @@ def _train_root(path: str, names: list[bytes], train_split: str) -> str | None:
 
 
 def _first_labelled(path: str, names: list[str], train_root: str, max_pixels: int) -> FolderSource | None:
-    """Returns the first of the splits that has labels; if none has, the first one, or None if there are no splits.
+    """As :func:`first_labelled`, for those of the splits that can be used; the log says which one it is.
 
     Raises:
       DataError: no split has labels, and one cannot be used.
     """
     passed: list[str] = []
-    sources: list[FolderSource] = []
     failed: list[DataError] = []
-    for name in names:
-        try:
-            source = FolderSource(_split_root(path, name), max_pixels, train_root)
-        except DataError as e:
-            failed.append(e)
-            passed.append(str(e))
-            continue
-        if source.class_names is not None:
-            if passed:
-                _say(f"{path}: the evaluation split is {name}; passed over: {'; '.join(passed)}")
-            else:
-                log.info("%s: the evaluation split is %s", escaped(path), escaped(name))
-            return source
-        sources.append(source)
-        passed.append(f"{name} (no labels)")
-    if failed:
+
+    def usable() -> Iterator[FolderSource]:
+        for name in names:
+            try:
+                source = FolderSource(_split_root(path, name), max_pixels, train_root)
+            except DataError as e:
+                failed.append(e)
+                passed.append(str(e))
+                continue
+            if source.class_names is None:
+                passed.append(f"{name} (no labels)")
+            source.split = name
+            yield source
+
+    source = first_labelled(usable())
+    labelled = source is not None and source.class_names is not None
+    if failed and not labelled:
         raise failed[0]
-    if sources:
-        log.info("%s: the evaluation split is %s, without labels", escaped(path), escaped(names[0]))
-    return sources[0] if sources else None
+    if source is not None:
+        found = f"the evaluation split is {source.split}"
+        if labelled and passed:
+            _say(f"{path}: {found}; passed over: {'; '.join(passed)}")
+        else:
+            log.info("%s: %s%s", escaped(path), escaped(found), "" if labelled else ", without labels")
+    return source
 
 
 def _hint(names: list[bytes]) -> str:

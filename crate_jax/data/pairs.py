@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.folder import DEFAULT_TRAIN_SPLIT, FolderSource, sub_folders
-from crate_jax.data.sources import SPLITS, Source, digest, eval_splits, split_roles
+from crate_jax.data.folder import FolderSource, sub_folders
+from crate_jax.data.sources import DEFAULT_TRAIN_SPLIT, SPLITS, Request, Source, digest, eval_splits, train_splits
 from crate_jax.errors import DataError
 from crate_jax.workdir.folder import readable_set
 
@@ -213,16 +213,14 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
     root = str(readable_set(root))
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder; expected image/mask pairs, as docs/segmentation.md lays them out")
-    wanted = data.train_split if split == "train" else data.eval_split
+    wanted = Request.from_config(config, split).wanted
     if split == "eval" and not wanted:
         return None
     inner = os.path.join(root, IMAGES)
     names = sorted({os.fsdecode(n) for f in (root, inner) if os.path.isdir(f) for n in sub_folders(f)})
     tried: Sequence[str] = (wanted,)
     if split == "train" and wanted in ("", DEFAULT_TRAIN_SPLIT):
-        tried = list(
-            dict.fromkeys([*SPLITS["train"][:2], *(n for n, role in split_roles(names).items() if role == "train")])
-        )
+        tried = list(dict.fromkeys([*SPLITS["train"][:2], *train_splits(names)]))
     elif split == "eval" and wanted == "auto":
         tried = eval_splits(names)
     found = next(((name, folders) for name in tried if (folders := _find(root, name))), None)

@@ -23,6 +23,7 @@ SPLITS = {
     "test": ("test", "testing", "holdout"),
     "val": ("val", "validation", "valid", "validate", "dev", "eval", "evaluation"),
 }
+DEFAULT_TRAIN_SPLIT = "train"  # the only value of config.data.train_split that also takes a split of another name
 _ROLE_OF = {name: role for role, names in SPLITS.items() for name in names}
 _WORD = rf"({'|'.join(sorted(_ROLE_OF, key=len, reverse=True))})"
 # A split's name with what people add to it: Training_Set, val2017, "test images".
@@ -120,6 +121,15 @@ def split_roles(names: Iterable[str]) -> dict[str, str]:
     return {name: role for name, role in roles.items() if role is not None}
 
 
+def train_splits(names: Iterable[str]) -> list[str]:
+    """Returns the names that stand for the training split.
+
+    >>> train_splits(["Training", "val", "cat"])
+    ['Training']
+    """
+    return [name for name, role in split_roles(names).items() if role == "train"]
+
+
 def eval_splits(names: Iterable[str]) -> list[str]:
     """Returns the names that stand for evaluation splits: those for test first, the usual ones first among equals.
 
@@ -167,7 +177,7 @@ def require_all_shards(split: str, paths: Sequence[Path]) -> None:
 
 
 def candidates(names: Sequence[str], request: Request) -> list[str]:
-    """Returns which of a set's named splits may be the one to open; :func:`first_labelled` decides.
+    """Returns which of a set's named splits may be the one to open, best first; :func:`first_labelled` decides.
 
     >>> request = Request("npz:a", "eval", "train", "auto", "auto", "auto", 9, 3, "", (8, 8))
     >>> candidates(["Training", "val", "test"], request)
@@ -176,18 +186,27 @@ def candidates(names: Sequence[str], request: Request) -> list[str]:
     Raises:
       DataError: the set has no such split, or several splits may be the training split.
     """
-    wanted = request.wanted
-    if request.split == "eval" and wanted in ("", "auto"):
-        return eval_splits(names) if wanted else []
-    found = [wanted] if wanted in names else []
-    if request.split == "train" and not found and wanted in ("", "train"):
-        found = [name for name, role in split_roles(names).items() if role == "train"]
+    if request.split == "eval" and request.wanted in ("", "auto"):
+        return eval_splits(names) if request.wanted else []
+    return [named_split(request.wanted or DEFAULT_TRAIN_SPLIT, names, request)]
+
+
+def named_split(name: str, names: Sequence[str], request: Request) -> str:
+    """Returns the split of a set that has a name; DEFAULT_TRAIN_SPLIT is also the only one of another usual name.
+
+    Raises:
+      DataError: the set has no such split, or several splits may be the training split.
+    """
+    found = [name] if name in names else []
+    if request.split == "train" and not found and name == DEFAULT_TRAIN_SPLIT:
+        found = train_splits(names)
     if len(found) != 1:
+        there = some(list(names), ", ")
         raise DataError(
-            f"config.data.source={request.source!r}: has no split {wanted!r}; it has {some(list(names), ', ')}; set "
+            f"config.data.source={request.source!r}: has no split {request.wanted!r}; it has {there}; set "
             f"config.data.{request.split}_split to one of them"
         )
-    return found
+    return found[0]
 
 
 def first_labelled(sources: Iterable[AnySource]) -> AnySource | None:

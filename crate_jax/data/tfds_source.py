@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
-from crate_jax.data.sources import Request, Source, digest, eval_splits, first_labelled
+from crate_jax.data.sources import Request, Source, candidates, digest, first_labelled, named_split
 from crate_jax.errors import DataError
 from crate_jax.workdir.folder import readable_set
 
@@ -76,8 +77,7 @@ def open_tfds(name: str, request: Request) -> TfdsSource | None:
     Args:
       name: the data set's name, as TFDS writes it: NAME, NAME/CONFIG or NAME:VERSION.
       request: what is asked for. The split may be a sub-split of TFDS, such as 'train[:90%]', or a sum, such as
-        'train+validation'. 'auto' is the first of :func:`eval_splits` that has labels (all labels of the test split of
-        imagenet2012 are -1), or the first that exists if none has labels.
+        'train+validation'. 'auto' passes over splits without labels: all labels of imagenet2012's test split are -1.
 
     Returns:
       The split, or None if there is no evaluation split.
@@ -86,31 +86,25 @@ def open_tfds(name: str, request: Request) -> TfdsSource | None:
       DataError: TFDS is not installed; the set is not prepared, or is prepared in another format; there is no such
         split; or the set has no feature 'image'.
     """
-    split, chosen = request.split, request.wanted
     data_dir = str(readable_set(request.data_dir)) if request.data_dir else ""
     where = data_dir or "TFDS's default data_dir"
     tfds, builder, splits = _builder(name, data_dir, where)
     if not splits:
         raise DataError(_not_prepared(name, where, "is not prepared"))
-    if split == "eval" and not chosen:
+    chosen = _candidates(splits, request)
+    if not chosen:
         return None
-    automatic = split == "eval" and chosen == "auto"
-    if not automatic and any(part.strip().partition("[")[0] not in splits for part in chosen.split("+")):
-        raise DataError(
-            f"config.data.source='tfds:{name}': has no split {chosen!r}; it has {', '.join(splits)}; set "
-            f"config.data.{split}_split to one of them"
-        )
     features = builder.info.features
     if "image" not in features:
         raise DataError(f"config.data.source='tfds:{name}': has no feature 'image'; it has {', '.join(features)}")
     labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     class_names = list(features["label"].names) if labelled else None
 
-    def read(chosen: str) -> TfdsSource:
+    def read(split: str) -> TfdsSource:
         try:
             data = tfds.data_source(
                 name,
-                split=chosen,
+                split=split,
                 data_dir=data_dir or None,
                 download=False,
                 decoders={"image": tfds.decode.SkipDecoding()},
@@ -121,11 +115,20 @@ def open_tfds(name: str, request: Request) -> TfdsSource | None:
         except Exception as e:
             message = " ".join(str(e).split())
             raise DataError(f"config.data.source='tfds:{name}': {type(e).__name__}: {message[:200]}") from None
-        return TfdsSource(name, chosen, data, class_names if labels_known else None, request.max_pixels)
+        return TfdsSource(name, split, data, class_names if labels_known else None, request.max_pixels)
 
-    if not automatic:
-        return read(chosen)
-    return first_labelled(map(read, eval_splits(splits)))
+    return first_labelled(map(read, chosen))
+
+
+def _candidates(splits: Sequence[str], request: Request) -> list[str]:
+    """As :func:`candidates`; the names of a sum and before slices are those of splits too."""
+    if not set("[+") & set(request.wanted):
+        return candidates(splits, request)
+    terms = []
+    for term in request.wanted.split("+"):
+        name = term.partition("[")[0].strip()
+        terms.append(term.replace(name, named_split(name, splits, request), 1))
+    return ["+".join(terms)]
 
 
 def _builder(name: str, data_dir: str, where: str) -> tuple[Any, Any, list[str]]:

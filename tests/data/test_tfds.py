@@ -64,10 +64,16 @@ class TinyHidden(TinyColours):
         return ((i, example | {"label": -1}) for i, example in self._generate_examples(count))
 
 
+class TinyNames(TinyColours):
+    """The training split has another usual name."""
+
+    IMAGES = {"Training": 10, "Valid": 3}
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (TinyColours, TinyNumbers, TinyHidden):
+    for builder in (TinyColours, TinyNumbers, TinyHidden, TinyNames):
         builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
     return str(folder)
 
@@ -98,6 +104,32 @@ def test_a_test_split_without_labels_is_not_evaluated_on(prepared):
     assert len(data.open_split(configured("tiny_hidden", prepared), "eval")) == 4
     test = data.open_split(configured("tiny_hidden", prepared, eval_split="test"), "eval")
     assert len(test) == 6 and test.class_names is None and test.labels is None
+
+
+@pytest.mark.parametrize(
+    "given,split,count",
+    [
+        ("train", "Training", 10),
+        ("", "Training", 10),
+        ("Training", "Training", 10),
+        ("train[:80%]", "Training[:80%]", 8),
+        ("train[:20%]+ train[5:]", "Training[:20%]+ Training[5:]", 7),
+    ],
+)
+def test_the_training_split_may_have_another_usual_name(prepared, given, split, count):
+    config = configured("tiny_names", prepared, train_split=given)
+    source = data.open_split(config, "train")
+    assert (source.split, len(source)) == (split, count)
+    assert data.open_split(config, "eval").split == "Valid"
+
+
+def test_parts_and_sums_of_splits(prepared):
+    config = configured(
+        "tiny_hidden", prepared, train_split="train[:50%]+validation[1:]", eval_split="validation[:2] + test"
+    )
+    train, test = (data.open_split(config, split) for split in ("train", "eval"))
+    assert (train.split, len(train)) == ("train[:50%]+validation[1:]", 9)
+    assert (test.split, len(test)) == ("validation[:2] + test", 8)
 
 
 def test_an_evaluation_reads_only_the_labels_of_its_sample(prepared):
@@ -135,7 +167,10 @@ def test_tensorflow_is_not_imported(prepared):
     [
         ("mnist", {}, "is not prepared.*array_record"),
         ("no_such_set", {}, "no such data set"),
-        ("tiny_colours", {"train_split": "trian"}, "no split 'trian'; it has train, test"),
+        ("tiny_colours", {"train_split": "trian"}, "no split 'trian'; it has train, test; set config.data.train_split"),
+        ("tiny_colours", {"train_split": "train[:9%]+trian"}, r"no split 'train\[:9%\]\+trian'; it has train, test"),
+        ("tiny_colours", {"train_split": "train+"}, r"no split 'train\+'; it has train, test"),
+        ("tiny_names", {"train_split": "training"}, "no split 'training'; it has Training, Valid"),
         ("tiny_numbers", {}, "no feature 'image'; it has number"),
     ],
 )
