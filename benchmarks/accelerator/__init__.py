@@ -8,10 +8,11 @@ runs the parts of :data:`benchmarks.accelerator.parts.PARTS`, the most useful fi
 2. every kernel of ours for this device against float64, beside the plain version: results and gradients;
 3. the train steps of CRATE-MAE-B, ROPIM ViT-B, ViT-MAE-B and BYOL ResNet50, each beside its PyTorch model;
 4. where the time of these steps goes, by kind of kernel;
-5. the time of the kernels beside XLA's plain version and cuDNN's fused attention; more shapes of 2.;
-6. steps that the input pipeline feeds from a folder of JPEGs;
-7. the kernels with other tiles, so that the best ones can be chosen;
-8. BYOL on CIFAR-10 with and without SO, for the rest of the minutes.
+5. the first three of these steps without our kernels;
+6. the time of the kernels beside XLA's plain version and cuDNN's fused attention; more shapes of 2.;
+7. steps that the input pipeline feeds from a folder of JPEGs;
+8. the kernels with other tiles, so that the best ones can be chosen;
+9. BYOL on CIFAR-10 with and without SO, for the rest of the minutes.
 
 --only=questions --data=CIFAR10, with hours for --minutes, trains the sweeps that docs/claims.md has for the papers'
 open questions, each with three seeds.

@@ -58,6 +58,7 @@ class Part:
 
 
 MACHINE = "machine"
+WITHOUT = "without_kernels"  # the steps by XLA alone
 PARTS = {
     "peak": Part("peak", limit=60, least=10),
     "parity": Part("kernels", limit=60, least=10),
@@ -66,6 +67,7 @@ PARTS = {
     "vit_mae_b": Part("steps", limit=240, least=40, alone=True),
     "byol_resnet50": Part("steps", limit=240, least=40, alone=True),
     "profile": Part("profile", limit=120, least=30, alone=True),
+    WITHOUT: Part("steps", limit=180, least=40, alone=True),
     "kernel_times": Part("kernel_times", limit=90, least=15),
     "parity_more": Part("kernels", limit=60, least=10),
     "feed": Part("feed", limit=180, least=60, alone=True),

@@ -42,6 +42,8 @@ class Record:
         self._head: Row = {"part": name, "settings": key_of(name, settings), "machine": machine}
         old = read(self.path)
         self.rows: dict[str, Row] = old["rows"] if old.get("settings") == self._head["settings"] else {}
+        for row in self.rows.values():
+            row.setdefault("by", software(old.get("machine", {})))
         self.new: set[str] = set()  # cases of this command
 
     def wanted(self, names: Sequence[str], again: bool) -> list[str]:
@@ -53,10 +55,15 @@ class Record:
     def add(self, case: str, row: Row, names: Sequence[str]) -> None:
         """Writes a row; `names` are all cases of the part, in order."""
         self.new.add(case)
-        self.rows[case] = row
+        self.rows[case] = {**row, "by": software(self._head["machine"])} if self._head["machine"] else row
         self.rows = {name: self.rows[name] for name in names if name in self.rows}
         finished = all(name in self.rows and measured(self.rows[name]) for name in names)
         write_json(self.path, {**self._head, "finished": finished, "rows": self.rows})
+
+
+def software(machine: Row) -> Row:
+    """The versions and the cards' drivers of a machine, on which numbers depend: a folder may hold those of several."""
+    return {**machine.get("versions", {}), "cards": machine.get("nvidia_smi", "")}
 
 
 def measured(row: Row) -> bool:

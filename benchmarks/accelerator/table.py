@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.accelerator.parts import MACHINE, PARTS, Row
-from benchmarks.accelerator.runner import measured
+from benchmarks.accelerator.parts import MACHINE, PARTS, WITHOUT, Row
+from benchmarks.accelerator.runner import measured, software
 
 Rows = Mapping[str, Mapping[str, Row]]  # part -> case -> row
 DIFFERS = 0.05  # of the largest number: more than bfloat16 explains
-MODELS = {name: part for name, part in PARTS.items() if part.module == "steps"}
+MODELS = [name for name, part in PARTS.items() if part.module == "steps" and name != WITHOUT]
 
 
 def markdown(rows: Rows) -> str:
@@ -27,7 +27,7 @@ def markdown(rows: Rows) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     head = f"{machine['devices']} x {machine['device']} ({card}); {versions}; Python {machine['python']}; "
     parts = [head + f"{machine['cores']} cores. Times are medians of windows, after warm-up."]
-    for make in (ceilings, models, profile, parity, kernel_times, tune, feed, cifar, questions, left_out):
+    for make in (ceilings, models, profile, parity, kernel_times, tune, feed, cifar, questions, left_out, older):
         if text := make(rows):
             parts.append(text)
     return "\n\n".join(parts) + "\n"
@@ -92,7 +92,7 @@ def models(rows: Rows) -> str:
         found = rows.get(name, {})
         if not found:
             continue
-        ours, plain, torch = (found.get(case) for case in ("ours", "ours, without kernels", "pytorch"))
+        ours, torch, plain = found.get("ours"), found.get("pytorch"), rows.get(WITHOUT, {}).get(name)
         per_device = ours["images_per_sec"] / devices if ours and measured(ours) else None
         lines.append(
             [
@@ -241,3 +241,15 @@ def left_out(rows: Rows) -> str:
         if kind in row
     ]
     return grid("Not measured", ("case", "", "why"), lines)
+
+
+def older(rows: Rows) -> str:
+    """What was measured with other versions than those of the first line."""
+    now = software(rows[MACHINE][MACHINE])
+    lines = [
+        [f"{part}: {case}", ", ".join(f"{k} {v or 'none'}" for k, v in row["by"].items() if now.get(k, "") != v)]
+        for part, cases in rows.items()
+        for case, row in cases.items()
+        if measured(row) and row.get("by", now) != now
+    ]
+    return grid("Measured with other versions", ("case", "with"), lines)
