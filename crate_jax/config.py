@@ -8,8 +8,9 @@ experiment needs and returns the result. No code reads a key that is not declare
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -244,9 +245,20 @@ WHITEBOX = Section(
     ),
 )  # fmt: skip
 
+
+def _of_methods() -> Iterator[Section]:
+    """The sections that methods declare; keys that rows of METHODS name are read only by the methods of these rows."""
+    for section in (section for row in METHODS.values() for section in row.sections):
+        keys = dict(section.keys)
+        for name, key in keys.items():
+            readers = [method for method, row in METHODS.items() if f"{section.name}.{name}" in row.keys]
+            keys[name] = dataclasses.replace(key, read_by=("method", *readers)) if readers else key
+        yield dataclasses.replace(section, keys=keys)
+
+
 SECTIONS = (
-    RUN, JOB, MESH, DATA, VIEWS, ENCODER, *(section for row in METHODS.values() for section in row.sections), PENALTY,
-    OPTIMIZER, EVALUATION, PROTOCOL, SWEEP, ALIGN, REPORT, WHITEBOX, NONFINITE, SAVE, LOG,
+    RUN, JOB, MESH, DATA, VIEWS, ENCODER, *_of_methods(), PENALTY, OPTIMIZER, EVALUATION, PROTOCOL, SWEEP, ALIGN,
+    REPORT, WHITEBOX, NONFINITE, SAVE, LOG,
 )  # fmt: skip
 KEYS: dict[str, Key] = {name: key for section in SECTIONS for name, key in section.flat().items()}
 OF_THE_RUN = frozenset(name for section in SECTIONS if section.of_the_run for name in section.flat())

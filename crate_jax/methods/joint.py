@@ -389,13 +389,6 @@ def require_queue(config: ConfigDict) -> int:
     return size
 
 
-# The methods that read a key; each method's row reads its own section too.
-PREDICTING = ("byol", "nnbyol", "mocov3", "simsiam", "nnsiam", "nnclr", "all4one")
-SLOW = ("byol", "nnbyol", "mocov2plus", "mocov3", "dino", "ressl", "all4one")
-SCALED = ("mocov2plus", "mocov3", "simclr", "supcon", "nnclr", "swav", "deepclusterv2", "all4one")
-QUEUED = ("mocov2plus", "nnclr", "nnbyol", "nnsiam", "ressl", "all4one")
-
-
 def _check(c: ConfigDict) -> None:
     patch = c.encoder.patch_size
     if c.views.small and ENCODERS[c.encoder.name].patches and any(side % patch for side in c.views.small_size):
@@ -413,20 +406,12 @@ JOINT = Section(
     keys=dict(
         hidden=Key(2048, positive, "width of the projector's hidden layers"),
         out=Key(256, positive, "width of the projections"),
-        predictor_hidden=Key(4096, positive, "width of the predictor's hidden layer", read_by=("method", *PREDICTING)),
-        tau=Key(
-            0.99, within(0, 1), "share of the target that an update keeps at the start", read_by=("method", *SLOW),
-            resume=RECORDED,
-        ),
-        tau_final=Key(
-            1.0, within(0, 1), "this share at the end; it rises along a cosine", read_by=("method", *SLOW),
-            resume=RECORDED,
-        ),
-        temperature=Key(
-            0.2, positive, "what similarities are divided by", read_by=("method", *SCALED),
-            resume=RECORDED,
-        ),
-        queue=Key(65536, at_least(0), "rows of the queue, a multiple of batch_size", read_by=("method", *QUEUED)),
+        # Some methods read the next five keys: those whose rows of METHODS name them.
+        predictor_hidden=Key(4096, positive, "width of the predictor's hidden layer"),
+        tau=Key(0.99, within(0, 1), "share of the target that an update keeps at the start", resume=RECORDED),
+        tau_final=Key(1.0, within(0, 1), "this share at the end; it rises along a cosine", resume=RECORDED),
+        temperature=Key(0.2, positive, "what similarities are divided by", resume=RECORDED),
+        queue=Key(65536, at_least(0), "rows of the queue, a multiple of batch_size"),
         batch_norm=Key("view", one_of("view", "pooled"), "statistics of each view alone, or of all of one size"),
     ),
-)  # fmt: skip
+)
