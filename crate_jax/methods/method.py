@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 Params = dict[str, Any]
 Carried = dict[str, Any]
@@ -52,6 +53,11 @@ class Progress:
             more, left = jnp.divmod(2 * left + int(bit) * rest, images)
             found = 2 * found + more
         return (whole * batch + found).astype(jnp.int32)
+
+
+def batch_factor(config: ConfigDict) -> float:
+    """What a config's learning rates are multiplied by: batch_size / optimizer.lr_batch; 1 if lr_batch is 0."""
+    return config.batch_size / config.optimizer.lr_batch if config.optimizer.lr_batch else 1.0
 
 
 def nothing_after(params: Params, carried: Carried, progress: Progress) -> tuple[Params, Carried]:

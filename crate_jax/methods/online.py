@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from crate_jax.methods.method import Progress, Scalars
+from crate_jax.methods.method import Progress, Scalars, batch_factor
 from crate_jax.validation import IF_FITS, RECORDED, Key, Section, at_least, one_of, within
 
 State = dict[str, Any]
@@ -57,12 +57,9 @@ def loss(weights: State, features: Sequence[jax.Array], label_B: jax.Array) -> t
 
 
 def step(state: State, features: Sequence[jax.Array], label_B: jax.Array, config: ConfigDict) -> tuple[State, Scalars]:
-    """One update of the classifier; arguments as in :func:`loss`, `config` is the whole configuration.
-
-    The rate is multiplied as the method's own is, by batch_size / optimizer.lr_batch.
-    """
+    """One update of the classifier; arguments as in :func:`loss`, `config` is the whole configuration."""
     options = config.online
-    lr = options.lr * (config.batch_size / config.optimizer.lr_batch if config.optimizer.lr_batch else 1.0)
+    lr = options.lr * batch_factor(config)
     weights = {name: state[name] for name in ("kernel", "bias")}
     grads, scalars = jax.grad(loss, has_aux=True)(weights, features, label_B)
     trace = jax.tree.map(lambda b, g: options.momentum * b + g, state["trace"], grads)

@@ -18,6 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
+from crate_jax.methods.method import batch_factor
 from crate_jax.parallel import parameters
 from crate_jax.training.groups import Group, by_group, groups, without_held
 from crate_jax.validation import (
@@ -78,8 +79,8 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
             raise ConfigError(
                 f"config.optimizer.{key}={options[key]}: must not exceed config.optimizer.lr={options.lr}"
             )
-    scale = _batch_scale(config)
-    start, peak, end = (scale * value for value in (options.warmup_lr, options.lr, options.min_lr))
+    factor = batch_factor(config)
+    start, peak, end = (factor * value for value in (options.warmup_lr, options.lr, options.min_lr))
     if options.schedule == "constant":
         end = peak
     rises = warmup - (options.warmup_peak == "last")  # from the first rate to the peak
@@ -93,11 +94,6 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
         return jnp.where(t < warmup, rising, falling)
 
     return learning_rate
-
-
-def _batch_scale(config: ConfigDict) -> float:
-    """What all rates are multiplied by."""
-    return config.batch_size / config.optimizer.lr_batch if config.optimizer.lr_batch else 1.0
 
 
 def decay_schedule(config: ConfigDict, total_steps: int) -> Decay:
@@ -336,7 +332,7 @@ def build(
     """
     options = config.optimizer
     learning_rate, decay = schedule(config, total_steps, steps_per_epoch), decay_schedule(config, total_steps)
-    peak = _batch_scale(config) * options.lr
+    peak = batch_factor(config) * options.lr
     selected = frozenset(decayed(config, params))
     of = groups(config, params, steps_per_epoch, held)
 
