@@ -32,7 +32,7 @@ from crate_jax.models import (
 from crate_jax.models.adopt import grid_of, init_encoder
 from crate_jax.models.corruption import CORRUPTIONS, Corruption, Identity
 from crate_jax.models.decoders import DECODERS
-from crate_jax.models.patches import patchify, standardise, unpatchify
+from crate_jax.models.patches import patchify, standardise, statistics, unpatchify
 from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, positive, within
 
 NORMS = {"l2": jnp.square, "l1": jnp.abs}
@@ -197,8 +197,8 @@ def predict(
     x_BNP = patchify(images_BHWC, config.encoder.patch_size)
     predicted_BNP = apply({"params": params}, images_BHWC, corruption).astype(jnp.float32)
     if config.loss.target == "patch_normalised":  # back to pixels with each patch's own statistics
-        mean, std = x_BNP.mean(-1, keepdims=True), jnp.sqrt(x_BNP.var(-1, keepdims=True, ddof=1) + 1e-6)
-        predicted_BNP = predicted_BNP * std + mean
+        mean_BN1, variance_BN1 = statistics(x_BNP)
+        predicted_BNP = predicted_BNP * jnp.sqrt(variance_BN1) + mean_BN1
     return x_BNP, predicted_BNP
 
 

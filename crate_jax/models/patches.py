@@ -126,8 +126,13 @@ def resize_relative_table(table_RH: jax.Array, grid: tuple[int, int], new: tuple
     return jnp.concatenate([resize_table(table_RH[:-3], sides, new_sides), table_RH[-3:]])
 
 
-def standardise(patches_BNP: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """Gives each patch zero mean and unit variance, (B, N, P) -> (B, N, P); unbiased, as MAE's norm_pix_loss."""
-    mean = jnp.mean(patches_BNP, axis=-1, keepdims=True)
-    variance = jnp.var(patches_BNP, axis=-1, keepdims=True, ddof=1)
-    return (patches_BNP - mean) * jax.lax.rsqrt(variance + eps)
+def standardise(patches_BNP: jax.Array) -> jax.Array:
+    """Gives each patch zero mean and unit variance, (B, N, P) -> (B, N, P), as MAE's norm_pix_loss."""
+    mean_BN1, variance_BN1 = statistics(patches_BNP)
+    return (patches_BNP - mean_BN1) * jax.lax.rsqrt(variance_BN1)
+
+
+def statistics(patches_BNP: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean of each patch, and its unbiased variance plus 1e-6, each (B, N, 1)."""
+    mean_BN1 = jnp.mean(patches_BNP, axis=-1, keepdims=True)
+    return mean_BN1, jnp.var(patches_BNP, axis=-1, keepdims=True, ddof=1) + 1e-6
