@@ -172,13 +172,16 @@ def method(
 
 def config_encoder(config: ConfigDict) -> Encoder:
     """The encoder of a validated config, with the pooling of config.evaluation.pool; it is trained at its output."""
-    output = config.copy_and_resolve_references()
-    output.evaluation.layer = 0
-    return Encoder(
-        lambda key: representation.init_params(config, key)["encoder"],
-        representation.trained(config),
-        representation.width(output),
-    )
+    represent = representation.build(config, layer=0)
+
+    def init(key: jax.Array) -> Params:
+        return representation.init_params(config, key)["encoder"]
+
+    def apply(tree: Any, images: jax.Array, keys: Any) -> tuple[jax.Array, Any]:
+        features_BD, params = represent.train({"encoder": tree}, images, keys)
+        return features_BD, params["encoder"]
+
+    return Encoder(init, apply, representation.width(config))
 
 
 def assemble(

@@ -122,9 +122,7 @@ def classes_of(config: ConfigDict, source: data.Source | None) -> int:
 
 def classifier(config: ConfigDict, classes: int) -> Params:
     """The weights of the linear classifier of config.loss.guide at step 0, zeros: kernel (D, C) and bias (C,)."""
-    output = config.copy_and_resolve_references()
-    output.evaluation.layer = 0  # it reads the encoder's output
-    return {"kernel": jnp.zeros((representation.width(output), classes)), "bias": jnp.zeros(classes)}
+    return {"kernel": jnp.zeros((representation.width(config), classes)), "bias": jnp.zeros(classes)}
 
 
 def guidance(weights: Params, x_BD: jax.Array, label_B: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -131,15 +131,20 @@ def layers(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
     return tokens
 
 
-def build(config: ConfigDict) -> Reader:
+def build(config: ConfigDict, layer: int | None = None) -> Reader:
     """The function ({"encoder": parameters}, images, keys_B=None) -> one vector per image, (B, D) float32.
 
-    ``config.evaluation.layer`` and ``config.evaluation.pool`` choose the tokens; the images are not corrupted.
+    The images are not corrupted.
+
+    Args:
+      config: the whole config; ``config.evaluation.pool`` chooses the tokens.
+      layer: the number of their layer; 0: the encoder's output; None: ``config.evaluation.layer``.
 
     Raises:
       ConfigError: the pooling needs a class token, and the encoder has none.
     """
-    layer, pooled, name = config.evaluation.layer, pool(config), ENCODERS[config.encoder.name].output_point
+    pooled, name = pool(config), ENCODERS[config.encoder.name].output_point
+    layer = config.evaluation.layer if layer is None else layer
 
     def select(output_BND: jax.Array, found: Points, _: tuple[int, int]) -> jax.Array:
         return pooled(found[name][layer - 1] if layer else output_BND).astype(jnp.float32)
@@ -147,27 +152,9 @@ def build(config: ConfigDict) -> Reader:
     return Reader(build_encoder(config), select, points=layer > 0)
 
 
-def trained(config: ConfigDict) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]:
-    """The function (encoder's parameters, images, keys_B) -> (vectors (B, D), parameters with moved statistics).
-
-    The vectors are those of :func:`build` without ``config.evaluation.layer``, float32, from an encoder in training: it
-    has drop path, and batch norm normalises with the statistics of the batch.
-
-    Raises:
-      ConfigError: the pooling needs a class token, and the encoder has none.
-    """
-    encoder, pooled = build_encoder(config), pool(config)
-
-    def represent(tree: Any, images_BHWC: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, Any]:
-        tokens_BND, tree = batch_norm.train(encoder, tree, images_BHWC, CLEAN, keys_B)
-        return pooled(tokens_BND).astype(jnp.float32), tree
-
-    return represent
-
-
 def width(config: ConfigDict) -> int:
-    """The width D of the vectors that :func:`build` returns."""
-    shape = jax.eval_shape(lambda: build(config)(init_params(config, jax.random.key(0)), blank_image(config)))
+    """The width D of the vectors that :func:`build` reads from the encoder's output."""
+    shape = jax.eval_shape(lambda: build(config, layer=0)(init_params(config, jax.random.key(0)), blank_image(config)))
     return shape.shape[-1]
 
 
