@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import runpy
 import sys
 
 from crate_jax import __version__, config_files, usage
-from crate_jax.errors import escaped, open_closed_streams, print_error
+from crate_jax.errors import did_you_mean, escaped, open_closed_streams, print_error
 from crate_jax.usage import CONFIG_NEEDED, JOBS, OTHERS
 
 
@@ -49,9 +48,8 @@ def main() -> int:
         sys.argv = [sys.argv[0], f"--job={command}", *[f"--config={command}"] * (not given), *rest]
         runpy.run_module("crate_jax.main", run_name="__main__", alter_sys=True)  # as `python -m crate_jax.main`
     else:
-        close = difflib.get_close_matches(command, JOBS | OTHERS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(JOBS | OTHERS)}"
-        print_error(f"crate-jax: there is no command {escaped(command)!r}; {hint}")
+        hint = did_you_mean(command, JOBS | OTHERS, f"the commands are {', '.join(JOBS | OTHERS)}")
+        print_error(f"crate-jax: there is no command {escaped(command)!r}{hint}")
         return 2
     return 0
 

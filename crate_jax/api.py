@@ -11,7 +11,6 @@ Wrong arguments raise :class:`crate_jax.UserError` (ConfigError, DataError, Chec
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import logging
 import operator
@@ -36,7 +35,7 @@ from crate_jax.data import given
 from crate_jax.data.folder import FolderSource
 from crate_jax.data.given import Images
 from crate_jax.data.pixels import normalise
-from crate_jax.errors import CheckpointError, ConfigError, UserError
+from crate_jax.errors import CheckpointError, ConfigError, UserError, did_you_mean
 from crate_jax.evals.features import encode_split
 from crate_jax.methods.reconstruction import reconstruct
 from crate_jax.models import (
@@ -95,8 +94,7 @@ def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigD
 def _set(config: ConfigDict, key: str, value: Any) -> None:
     keys = flatten(config)
     if key not in keys:
-        close = difflib.get_close_matches(key, keys, 1)
-        raise ConfigError(f"config: there is no key {key!r}" + (f"; did you mean {close[0]}?" if close else ""))
+        raise ConfigError(f"config: there is no key {key!r}{did_you_mean(key, keys)}")
     group, leaf = place(config, key)
     value = value.item() if isinstance(value, np.generic) else value  # out of np.linspace, say
     if isinstance(group[leaf], tuple) and not isinstance(value, list | tuple):

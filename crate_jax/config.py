@@ -9,14 +9,13 @@ experiment needs and returns the result. No code reads a key that is not declare
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from crate_jax.data import DATA, VIEWS, write_out
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, did_you_mean
 from crate_jax.evals import EVALUATION
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.methods import METHODS
@@ -39,6 +38,7 @@ from crate_jax.validation import (
     check_values,
     defaults,
     flatten,
+    items,
     must,
     one_of,
     positive,
@@ -121,9 +121,7 @@ def _check_job(c: ConfigDict) -> None:
         raise ConfigError(f"config.data.channels={c.data.channels}: must be 3, since {what} red, green and blue")
     unknown = [key for key in allowed_changes(c) if key not in KEYS and key != OTHER_RUN]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], KEYS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"config.allow_change: there is no key {unknown[0]!r}{hint}")
+        raise ConfigError(f"config.allow_change: there is no key {unknown[0]!r}{did_you_mean(unknown[0], KEYS)}")
 
 
 JOB = Section(
@@ -271,8 +269,8 @@ def base() -> ConfigDict:
 
 
 def allowed_changes(config: ConfigDict) -> list[str]:
-    """The keys that config.allow_change names; a flag gives A,B as one text."""
-    return [key for text in config.allow_change for key in text.split(",")]
+    """The keys that config.allow_change names."""
+    return items(config.allow_change)
 
 
 def resumed_changes(config: ConfigDict, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any, str]]:

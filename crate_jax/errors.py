@@ -1,9 +1,11 @@
 """The errors that a user can cause; a command prints each in one line and exits with status 2."""
 
+import difflib
 import errno
 import os
 import re
 import sys
+from collections.abc import Iterable
 
 MAX_LISTED = 5  # texts that one message lists
 MAX_LENGTH = 200  # characters of each
@@ -105,3 +107,14 @@ def some(texts: list[str], separator: str) -> str:
     more = [f"and {len(texts) - MAX_LISTED} more"] if len(texts) > MAX_LISTED else []
     first = [text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}..." for text in texts[:MAX_LISTED]]
     return separator.join(first + more)
+
+
+def did_you_mean(wrong: str, known: Iterable[str], otherwise: str = "", most: int = 1) -> str:
+    """The end of a message about an unknown name: the names that it resembles, or `otherwise`, which may be empty.
+
+    >>> did_you_mean("encoder.lamm", ["encoder.lam", "seed"]), did_you_mean("x", ["seed"], "write seed")
+    ('; did you mean encoder.lam?', '; write seed')
+    """
+    found = difflib.get_close_matches(wrong, known, most)
+    text = f"did you mean {' or '.join(found)}?" if found else otherwise
+    return f"; {text}" if text else ""

@@ -252,6 +252,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def items(values: Iterable[Any]) -> list[Any]:
+    """The items of a tuple that a flag may have given: it gives A,B as one text.
+
+    >>> items(("seed,log.every", "steps", 3))
+    ['seed', 'log.every', 'steps', 3]
+    """
+    return [item for value in values for item in (value.split(",") if isinstance(value, str) else [value])]
+
+
 def place(config: Any, key: str) -> tuple[Any, str]:
     """The group of a config, or of its dictionary, that holds a key, and the key's name in this group.
 

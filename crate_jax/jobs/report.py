@@ -28,7 +28,7 @@ from crate_jax.models import grids
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.report import page
 from crate_jax.report.section import Best, Cell, Estimate, Section, Subject
-from crate_jax.validation import flatten, place
+from crate_jax.validation import flatten, items, place
 from crate_jax.workdir import bucket, checkpoint, checkpoint_files, metrics, mirror
 from crate_jax.workdir.folder import expanduser, lock, readable
 
@@ -253,7 +253,7 @@ def _run_of(path: str) -> str:
 
 
 def _chosen(config: ConfigDict) -> list[str]:
-    given = [name for text in config.report.sections for name in text.split(",")]  # a flag gives a,b as one text
+    given = items(config.report.sections)
     unknown = [name for name in given if name not in SECTIONS and name != ALL]
     if unknown:
         raise ConfigError(

@@ -8,7 +8,6 @@ runs that it has. With config.minutes the sweep measures the pace once, and all 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import gc
 import logging
@@ -27,14 +26,14 @@ from crate_jax.analysis.records import read as read_records
 from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.sources import digest
-from crate_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, escaped
+from crate_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, did_you_mean, escaped
 from crate_jax.evals.protocols import PROTOCOLS
 from crate_jax.jobs import evaluate, finetune, report, sweep_table, train
 from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import pace
 from crate_jax.training.step import make_recipe
-from crate_jax.validation import changed_keys, flatten, place
+from crate_jax.validation import changed_keys, flatten, items, place
 from crate_jax.workdir import readback
 from crate_jax.workdir.folder import lock
 
@@ -119,7 +118,7 @@ def judges(config: ConfigDict) -> list[Judge]:
       ConfigError: an entry has no known protocol or task, or is listed twice.
     """
     out: list[Judge] = []
-    for name in (part for text in config.sweep.judge for part in str(text).split(",")):
+    for name in items(map(str, config.sweep.judge)):
         protocol, _, where = name.strip().partition("@")
         if protocol not in (*PROTOCOLS, *TRAINING_JUDGES):
             raise ConfigError(
@@ -152,7 +151,7 @@ def expand(config: ConfigDict) -> list[Setting]:
     if key == CHECKPOINT and given:
         given = [run for path in report.split(",".join(map(str, given))) for run in report.expand(path)]
     elif any(isinstance(v, str) for v in given) and not isinstance(default, list):
-        given = [part for v in given for part in (v.split(",") if isinstance(v, str) else [v])]
+        given = items(given)
     if not judges(config) and key == CHECKPOINT:
         raise ConfigError("config.sweep.judge is empty: say what judges the runs of config.sweep.values")
     values = [_penalty(v) if key == PENALTY else _cast(key, v, default) for v in given]
@@ -197,9 +196,8 @@ def _check_key(config: ConfigDict, key: str) -> None:
     if key == "seed":
         raise ConfigError("config.sweep.key='seed': seeds go into config.sweep.seeds")
     if key not in allowed:
-        close = difflib.get_close_matches(key, allowed, 3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "write it as in --config.KEY, such as encoder.lam"
-        raise ConfigError(f"config.sweep.key={key!r}: there is no such key to sweep; {hint}")
+        hint = did_you_mean(key, allowed, "write it as in --config.KEY, such as encoder.lam", most=3)
+        raise ConfigError(f"config.sweep.key={key!r}: there is no such key to sweep{hint}")
     if not is_read(config, key):
         raise ConfigError(
             f"config.sweep.key={key!r}: has no effect, config.method={config.method!r} does not read config.{key}"
