@@ -16,11 +16,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure as Plot
 from matplotlib.lines import Line2D
 
-from crate_jax.analysis.records import COMPARED, SHARES, Logged, read
+from crate_jax.analysis.records import COLUMNS, Logged, read
 from crate_jax.config import WITHOUT_METHOD, base, has_effect, is_read, method_name, parts
 from crate_jax.data import decoding
 from crate_jax.errors import DataError
-from crate_jax.evals.metrics import TOP1, interval, reading
+from crate_jax.evals.metrics import COMPARED, TOP1, interval, reading
 from crate_jax.models import widths
 from crate_jax.parallel import parameters
 from crate_jax.report.section import Best, Cell, Estimate, Figure, Section, Subject, Table, short_names
@@ -272,7 +272,7 @@ def _score_figures(logged: Mapping[str, Logged]) -> list[Figure]:
 
 def _scores(logged: Mapping[str, Logged]) -> Table | None:
     """One row for each run's encoder and one for each of its controls."""
-    keys = [k for k in SHARES if any(isinstance(log.summary.get(k), float) for log in logged.values())]
+    keys = [k for k in COLUMNS if any(isinstance(log.summary.get(k), float) for log in logged.values())]
     rows: list[tuple[str | float | None, ...]] = []
     for name, log in logged.items():
         for suffix, what in COMPARED.items():
@@ -281,7 +281,7 @@ def _scores(logged: Mapping[str, Logged]) -> Table | None:
                 rows.append((name, what, *(None if v is None else 100 * v for v in values)))
     if not rows:
         return None
-    return Table("Scores at the end of training.", ("run", "what", *(SHARES[k] for k in keys)), tuple(rows))
+    return Table("Scores at the end of training.", ("run", "what", *(COLUMNS[k] for k in keys)), tuple(rows))
 
 
 def _runs(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table:
@@ -336,14 +336,14 @@ def _starts(logged: Mapping[str, Logged]) -> Table | None:
 def _results(logged: Mapping[str, Logged]) -> Table | None:
     """The results that evaluations appended to results.jsonl in the same workdir."""
     found = [(name, r) for name, log in logged.items() for r in log.results]
-    keys = [k for k in SHARES if any(isinstance(r.get(k), float) for _, r in found)]
+    keys = [k for k in COLUMNS if any(isinstance(r.get(k), float) for _, r in found)]
     if not keys:
         return None
     rows = [
         (name, r.get("protocol"), r.get("data"), *(None if r.get(k) is None else 100 * r[k] for k in keys))
         for name, r in found
     ]
-    columns = ("run", "protocol", "data", *(SHARES[k] for k in keys))
+    columns = ("run", "protocol", "data", *(COLUMNS[k] for k in keys))
     return Table("Evaluations recorded in results.jsonl.", columns, tuple(rows))
 
 

@@ -16,7 +16,7 @@ from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape
 from crate_jax.validation import flatten
 
-SCORES = {name: shown for name, shown in records.SHARES.items() if name not in ("top5", "pixel_accuracy")}
+SCORES = {name: shown for name, shown in records.COLUMNS.items() if name not in ("top5", "pixel_accuracy")}
 Recipes = dict[str, list[Subject]]  # name of a recipe -> its runs
 
 

@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from crate_jax.errors import DataError
+from crate_jax.evals.metrics import COMPARED, SHARES
 from crate_jax.training.clock import PARTS
 from crate_jax.workdir import readback, starts
 
-SHARES = {  # key in summary.json of a number in 0..1 -> name of the column
-    "probe_top1": "probe %", "knn_top1": "k-NN %", "top1": "top-1 %", "top5": "top-5 %",
-    "mean_per_class": "mean per class %", "miou": "mIoU %", "mean_accuracy": "mean accuracy %",
-    "pixel_accuracy": "pixel accuracy %",
-}  # fmt: skip
-COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
+COLUMNS = {name: f"{shown} %" for name, shown in SHARES.items()}  # key in summary.json -> name of the column
 OF_A_SUMMARY = {  # what is read in summary.json, and the check of its value
     **dict.fromkeys(("steps", "params", "test_images"), readback.is_count),
     **dict.fromkeys(("loss", "images_per_sec"), readback.is_number),

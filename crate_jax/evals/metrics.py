@@ -7,8 +7,16 @@ from typing import Any
 
 import numpy as np
 
-# Accuracies that are shares of the test images -> their names for people.
-TOP1 = {"knn_top1": "k-NN", "probe_top1": "probe", "top1": "top-1"}
+SHARES = {  # key of a score in 0..1 -> its name for people
+    "probe_top1": "probe", "knn_top1": "k-NN", "top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class",
+    "miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy",
+}  # fmt: skip
+TOP1 = {key: SHARES[key] for key in ("knn_top1", "probe_top1", "top1")}  # accuracies that :func:`reading` explains
+# Frozen features are judged by these accuracies and by ranks, the trained encoder's beside those of other features:
+# ending of a key -> whose score it is. Pixels have no ranks.
+FROZEN = {key: SHARES[key] for key in ("probe_top1", "knn_top1")}
+RANKS = {"rankme": "RankMe", "lidar": "LiDAR"}
+COMPARED = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": "raw pixels"}
 
 
 def top1(predicted: np.ndarray, labels: np.ndarray) -> float:

@@ -16,19 +16,17 @@ from ml_collections import ConfigDict
 from crate_jax.config import is_read
 from crate_jax.errors import escaped, in_markdown
 from crate_jax.evals import seeds
+from crate_jax.evals.metrics import COMPARED, FROZEN, RANKS
 from crate_jax.parallel import distributed
 from crate_jax.report.style import tidy
 from crate_jax.workdir import metrics
 
 Record = Mapping[str, Any]
 
-SCORES = {"probe_top1": "probe", "knn_top1": "k-NN"}
 RECONSTRUCTION = "reconstruction"  # the loss without a penalty and without the guide
 JUDGE = "judge "  # begins the names of accuracies by config.sweep.judge
-RANKS = {"rankme": "RankMe", "lidar": "LiDAR"}
 RANKS_TEXT = "RankMe and LiDAR say how many dimensions the features use; more is not better by itself."
-BASELINES = {"_untrained": "untrained", "_pixels": "pixels"}
-NUMBERS = ("loss", *(name + suffix for name in (*SCORES, *RANKS) for suffix in ("", *BASELINES)))
+NUMBERS = ("loss", *(name + suffix for name in (*FROZEN, *RANKS) for suffix in COMPARED))
 LOG_SPAN = 20  # the axis is logarithmic if the largest value / the smallest value is above this
 
 
@@ -114,19 +112,19 @@ def table(key: str, records: Sequence[Record], total: int, command: str) -> str:
     columns = {"loss": "loss"}
     if any(r.get(RECONSTRUCTION, r.get("loss")) != r.get("loss") for r in records):
         columns[RECONSTRUCTION] = RECONSTRUCTION
-    for suffix, name in {"": "", **BASELINES}.items():
-        columns |= {score + suffix: f"{name} {shown} %".strip() for score, shown in SCORES.items()}
+    for suffix in COMPARED:
+        columns |= {score + suffix: f"{suffix[1:]} {shown} %".strip() for score, shown in FROZEN.items()}
     columns |= {name: f"{shown} %" for name, shown in judged(records).items()}
-    for suffix, name in {"": "", "_untrained": "untrained"}.items():
-        columns |= {rank + suffix: f"{name} {shown}".strip() for rank, shown in RANKS.items()}
+    for suffix in ("", "_untrained"):
+        columns |= {rank + suffix: f"{suffix[1:]} {shown}".strip() for rank, shown in RANKS.items()}
     columns = {c: shown for c, shown in columns.items() if any(_mean(done, c) for _, done, _ in rows)}
-    scores = {c: columns[c] for c in (*SCORES, *judged(records)) if c in columns}
+    scores = {c: columns[c] for c in (*FROZEN, *judged(records)) if c in columns}
     best = {c: seeds.best([per_seed(done, c) for _, done, _ in rows]) for c in scores}
     cells = [[key, "seeds", *columns.values()]]
     for i, (value, done, failed) in enumerate(rows):
         cells.append([in_markdown(label(value)), f"{len(done)} + {failed} failed" if failed else str(len(done))])
         for column in columns:
-            text = _entry(_mean(done, column), column.startswith((*SCORES, JUDGE)), column in scores)
+            text = _entry(_mean(done, column), column.startswith((*FROZEN, JUDGE)), column in scores)
             cells[-1].append(f"**{text}**" if best.get(column) == i else text)
     done_count = sum(r["status"] == "done" for r in records)
     failed_runs = [(escaped(r["folder"]).replace("`", "'"), r["error"]) for r in records if r["status"] == "failed"]
@@ -221,7 +219,7 @@ def figure(config: ConfigDict, records: Sequence[Record]) -> Any:
     from matplotlib.figure import Figure  # here: 0.3 s that no other job has to spend
 
     rows = groups(records)
-    panels = [c for c in (*SCORES, *judged(records)) if any(_mean(done, c) for _, done, _ in rows)] or ["loss"]
+    panels = [c for c in (*FROZEN, *judged(records)) if any(_mean(done, c) for _, done, _ in rows)] or ["loss"]
     picture = Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
     picture.suptitle(_title(config, rows), fontsize=10)
     axes = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -258,7 +256,7 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
     count = max(len(done) for _, done, _ in rows)
     names = {"": f"trained (mean, 95 % interval; {count} seeds)" if count > 1 else "trained"}
     if column != "loss":
-        names |= {"_untrained": "untrained encoder", "_pixels": "raw pixels"}
+        names = COMPARED | names
     styles: dict[str, dict[str, Any]] = {
         "": dict(fmt="o" if any(isinstance(v, str | bool) for v, _, _ in rows) else "o-", color="tab:blue", capsize=4),
         "_untrained": dict(fmt="--", color="tab:gray"),
@@ -286,7 +284,7 @@ def _panel(ax: Any, key: str, rows: Sequence[tuple[Any, list[Record], int]], col
             ax.text(x, 0.5, "failed", color="tab:red", rotation=90, ha="center", va="center",
                     transform=ax.get_xaxis_transform())  # fmt: skip
     ax.set_xlabel(key if ax.get_xscale() == "linear" else f"{key} (log scale)")
-    tidy(ax, {"probe_top1": "linear probe", "knn_top1": "k-NN"}.get(column, column.removeprefix(JUDGE)))
+    tidy(ax, (FROZEN | {"probe_top1": "linear probe"}).get(column, column.removeprefix(JUDGE)))
 
 
 def _place(ax: Any, values: Sequence[Any]) -> list[float]:

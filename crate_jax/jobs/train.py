@@ -25,7 +25,7 @@ from crate_jax.data.sampling import sample
 from crate_jax.errors import ConfigError, escaped
 from crate_jax.evals.classification import ClassifierEvaluation
 from crate_jax.evals.frozen import FrozenEvaluation
-from crate_jax.evals.metrics import reading
+from crate_jax.evals.metrics import COMPARED, RANKS, reading
 from crate_jax.evals.segmentation import SegmentationEvaluation
 from crate_jax.jobs import report
 from crate_jax.methods import METHODS
@@ -182,10 +182,10 @@ def told(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"steps {summary['steps']}  loss {summary['loss']:.4g}  parameters {summary['params']:,}"]
     if summary["knn_top1"] is not None:
         lines.append(f"{'top-1 accuracy':<20}{'k-NN':>8}{'probe':>8}")
-        for label, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
+        for suffix, label in COMPARED.items():
             lines.append(f"{label:<20}{summary['knn_top1' + suffix]:>8.1%}{summary['probe_top1' + suffix]:>8.1%}")
         lines += reading(summary)
-    for name, shown in (("rankme", "RankMe"), ("lidar", "LiDAR")):
+    for name, shown in RANKS.items():
         if name in summary:
             before = f"untrained {summary[name + '_untrained']:.1f}"
             lines.append(f"{shown:<20}{summary[name]:>8.1f} of {summary[name + '_limit']:.0f}, {before}")
