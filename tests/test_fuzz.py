@@ -74,6 +74,7 @@ def test_weights_for_a_full_disk_or_a_pipe_end_in_a_line(tmp_path, monkeypatch):
         full.setattr(safetensors.numpy, "save_file", fail)
         with pytest.raises(CheckpointError, match=r"out: cannot be written \(.*No space left"):
             files.write(tmp_path / "out", {"a": np.zeros(9, np.float32)}, {})
+    assert not list(tmp_path.iterdir())
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match=r"pipe: cannot be written \(not a regular file\)"):
         files.write(tmp_path / "pipe", {"a": np.zeros(9, np.float32)}, {})

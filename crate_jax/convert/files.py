@@ -20,6 +20,7 @@ from crate_jax.errors import MAX_LENGTH, CheckpointError, ConfigError, some
 from crate_jax.workdir.checkpoint import FOLDER
 from crate_jax.workdir.checkpoint_files import steps
 from crate_jax.workdir.folder import check_free_space, expanduser, readable
+from crate_jax.workdir.whole import whole
 
 Arrays = dict[str, np.ndarray]
 
@@ -241,7 +242,7 @@ def _choose(fitting: Sequence[tuple[str, ...]], networks: Sequence[tuple[str, ..
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a .safetensors file; an error leaves no partial file under its name.
+    """Writes a .safetensors file; an error leaves no partial file.
 
     Raises:
       CheckpointError: the file cannot be written, or the disk is full.
@@ -253,11 +254,10 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_free_space(path.parent, sum(a.nbytes for a in dense.values()) + 2**20)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_bytes(b"")
-        mode = partial.stat().st_mode  # that of any new file; safetensors gives its own file to the owner alone
-        safetensors.numpy.save_file(dense, partial, dict(metadata))
-        partial.chmod(mode)
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode  # that of any new file; safetensors gives its own file to the owner alone
+            safetensors.numpy.save_file(dense, partial, dict(metadata))
+            partial.chmod(mode)
     except (OSError, safetensors.SafetensorError) as e:  # the latter if the disk is full
         raise CheckpointError(f"{path}: cannot be written ({getattr(e, 'strerror', e)})") from None

@@ -16,6 +16,7 @@ import numpy as np
 from crate_jax.data.sources import digest
 from crate_jax.errors import DataError, UserError
 from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.whole import save_arrays
 
 MAX_SHARDS = 10**6  # that one pattern names
 VERSION = 2  # of what is kept
@@ -89,14 +90,10 @@ def kept(
         log.debug("%s: %s", file, e)
     log.info("reading %d file%s of %s", len(paths), "s" * (len(paths) > 1), paths[0].parent)
     arrays: dict[str, Any] = read()
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         if not file.is_absolute():
             return arrays
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as out:
-            np.savez(out, **arrays)
-        os.replace(temporary, file)
+        save_arrays(file, arrays)
     except OSError as e:
         log.info("what was read of the set cannot be kept in %s (%s)", file.parent, e.strerror)
     return arrays

@@ -85,7 +85,4 @@ def _write(folder: Path, config: ConfigDict, answer: Answer, record: dict[str, A
     command = shlex.join(["python", *sys.orig_argv[1:]])
     metrics.write_text(folder / "table.md", answer.markdown(command))
     for name, draw in FIGURES.items():
-        picture = draw(answer)
-        for kind in ("png", "svg"):
-            # Without a date, the same numbers give the same file.
-            picture.savefig(folder / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        metrics.write_figure(folder / name, draw(answer))

@@ -36,6 +36,7 @@ from crate_jax.validation import check_values, flatten
 from crate_jax.workdir import metrics, mirror
 from crate_jax.workdir.checkpoint import params_sha256
 from crate_jax.workdir.folder import lock
+from crate_jax.workdir.whole import remove_left, save_arrays
 
 log = logging.getLogger(__name__)
 
@@ -293,9 +294,6 @@ def _cached(
     if len(out[0]) < len(indices):
         log.warning("features are not kept, since %d images could not be decoded", len(indices) - len(out[0]))
     elif distributed.first():
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            np.savez(file, features=out[0], labels=out[1])
-        partial.rename(path)  # so that the file is whole or missing
+        remove_left(path.parent)
+        save_arrays(path, {"features": out[0], "labels": out[1]})
     return out

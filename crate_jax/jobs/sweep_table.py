@@ -57,10 +57,7 @@ def write(folder: Path, config: ConfigDict, records: Sequence[Record], total: in
         metrics.write_text(folder / "sweep.csv", _csv(records))
         metrics.write_text(folder / "table.md", text)
         if any(r["status"] == "done" for r in records):
-            picture = figure(config, records)
-            for kind in ("png", "svg"):
-                # Without a date, the same numbers give the same file.
-                picture.savefig(folder / f"sweep.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+            metrics.write_figure(folder / "sweep", figure(config, records))
     return text
 
 

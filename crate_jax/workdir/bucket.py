@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from crate_jax.errors import UserError
+from crate_jax.workdir.whole import remove_left, whole
 
 log = logging.getLogger(__name__)
 
@@ -186,14 +187,11 @@ class Bucket:
             if read.data is None:
                 return
             path = folder / name
-            partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_bytes(read.data)
-                partial.replace(path)
+                with whole(path) as partial:
+                    partial.write_bytes(read.data)
             except OSError as e:
-                with contextlib.suppress(OSError):
-                    partial.unlink()
                 raise UserError(
                     f"{path}: the copy of {self.address}/{name} cannot be written ({e.strerror}); make room, or name "
                     f"another folder in the environment variable {SCRATCH}"
@@ -392,9 +390,9 @@ def _fetch_object(bucket: Bucket, copy: Path) -> Path:
     if found.data is not None:
         try:
             folder.mkdir(exist_ok=True)
-            partial = path.with_name(f"{name}.tmp")
-            partial.write_bytes(found.data)
-            partial.replace(path)
+            remove_left(folder)
+            with whole(path) as partial:
+                partial.write_bytes(found.data)
             (copy / INDEX).write_text(json.dumps({name: found.generation.hex()}))
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e.strerror}); see {SCRATCH} in docs/buckets.md") from None

@@ -18,6 +18,7 @@ from typing import TextIO
 from crate_jax.errors import CheckpointError, UserError
 from crate_jax.parallel import distributed
 from crate_jax.workdir import bucket
+from crate_jax.workdir.whole import remove_left
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,7 @@ def _take(folder: Path, shown: str) -> TextIO:
             f"workdir {folder}: its file system cannot lock files ({e.strerror}); choose another --workdir"
         ) from None
     try:
-        for left in folder.glob("*.[0-9]*.tmp"):  # left by a process that was killed in metrics.write_text
-            left.unlink(missing_ok=True)
+        remove_left(folder)
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()

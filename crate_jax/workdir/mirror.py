@@ -33,6 +33,7 @@ from crate_jax.parallel.interrupt import Interrupted
 from crate_jax.workdir import bucket as buckets, folder as folders
 from crate_jax.workdir.bucket import CHECKPOINTS, LEASE, MARKER, Bucket, Sums
 from crate_jax.workdir.metrics import writing
+from crate_jax.workdir.whole import whole
 
 log = logging.getLogger(__name__)
 
@@ -236,10 +237,9 @@ class Mirror:
     def _claim(self) -> None:
         """Notes that the local folder is at least as new as what the bucket holds."""
         path = self.scratch / SCRATCH_OF
-        with writing(path):
-            partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        # Not `durable`: the files that were downloaded are not, and the note must not outlive them.
+        with writing(path), whole(path) as partial:
             partial.write_text(json.dumps({"address": self.bucket.address, "lease": self.lease.id}))
-            partial.replace(path)
 
     def _restore(self, keep: bool) -> None:
         """Brings the local folder to the bucket's state.
@@ -274,7 +274,7 @@ class Mirror:
 
     def _fetch_step(self, name: str, step: buckets.Step) -> None:
         target = self.scratch / name
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # a folder, which `whole` could not replace
         buckets.remove(partial)
         for _ in range(2):
             read = self.bucket.download({f"{name}/{file}": None for file in step.names}, partial)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from crate_jax.workdir.whole import whole
+
 CELL = 96  # smallest side of a cell, in pixels; smaller images are enlarged
 GAP = 4  # pixels between cells and around the grid
 BACKGROUND = (255, 255, 255)
@@ -69,7 +71,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def save_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
-    """Writes a picture as a PNG file, and creates the file's folder if it does not exist.
+    """Writes a picture as a PNG file, whole, and creates the file's folder if it does not exist.
 
     Args:
       path: the file.
@@ -82,7 +84,8 @@ def save_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise TypeError(f"save_png: a picture must be uint8 (H, W, 3), got {array.dtype} {array.shape}")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    Image.fromarray(array).save(path, format="PNG")
+    with whole(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG")
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

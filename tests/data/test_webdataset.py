@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -128,6 +129,16 @@ def test_without_a_cache_folder(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.chdir(tmp_path)
     assert values(opened(tmp_path)) == list(range(7)) and not (tmp_path / "~").exists()
+
+
+def test_a_full_disk_costs_the_index_and_not_the_set(tmp_path, cache, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    two_splits(tmp_path)
+    monkeypatch.setattr(np, "savez", full)
+    assert values(opened(tmp_path)) == list(range(7)) and not list((cache / "crate_jax").iterdir())
 
 
 def test_an_image_that_a_shard_lost_since_is_undecodable(tmp_path):

@@ -306,6 +306,9 @@ def test_data_and_patterns_of_shards(address: str, tmp_path: Path) -> None:
     config.data.source = f"npz:{address}/digits.npz"
     source = data.open_split(config, "train")
     assert source is not None and len(source) == 7
+    place.write("digits.npz", b"another")
+    (bucket.place("read", f"{address}/digits.npz") / "object" / "digits.npz.4711.tmp").touch()  # of a killed process
+    assert [path.name for path in bucket.fetch(f"{address}/digits.npz").parent.iterdir()] == ["digits.npz"]
     pattern = bucket.fetch(f"{address}/dig*.{{npz,tar}}")
     assert contents(pattern.parent).keys() == {"digits.npz"}
 
