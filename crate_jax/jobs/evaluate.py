@@ -273,6 +273,7 @@ def _cached(
     """Features (n, D) and labels (n,) of the images at `indices`, from the workdir if they were computed before.
 
     The workdir keeps them only if no image was left out: a disk may give an image next time that it did not give now.
+    A workdir that cannot keep them, for example because the disk is full, is no error.
     """
     path = folder / CACHE / f"{cache_key(config, encoder, source, indices)}.npz"
     stored: tuple[np.ndarray, np.ndarray] | None = None
@@ -294,6 +295,9 @@ def _cached(
     if len(out[0]) < len(indices):
         log.warning("features are not kept, since %d images could not be decoded", len(indices) - len(out[0]))
     elif distributed.first():
-        remove_left(path.parent)
-        save_arrays(path, {"features": out[0], "labels": out[1]})
+        try:
+            remove_left(path.parent)
+            save_arrays(path, {"features": out[0], "labels": out[1]})
+        except OSError as e:
+            log.warning("features are not kept, since %s cannot be written (%s)", path, e.strerror or e)
     return out

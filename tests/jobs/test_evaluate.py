@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -107,6 +109,24 @@ def test_a_damaged_cache_is_computed_again(pretraining, tmp_path):
     for file in (tmp_path / "features").iterdir():
         file.write_bytes(b"")
     assert job.run(c, str(tmp_path))["top1"] == before["top1"]
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_features(pretraining, tmp_path, monkeypatch, caplog):
+    c = configured("protocol=knn", pretraining, evaluation__train_images=100, evaluation__test_images=50)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "a.npz.4711.tmp").touch()  # of a process that was killed
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        score = job.run(c, str(tmp_path))["top1"]
+    lines = [r.getMessage() for r in caplog.records if "features are not kept" in r.getMessage()]
+    assert len(lines) == 2 and all(line.endswith("cannot be written (No space left on device)") for line in lines)
+    assert not list((tmp_path / "features").iterdir())
+    assert job.run(c, str(tmp_path))["top1"] == score and len(list((tmp_path / "features").iterdir())) == 2
 
 
 def test_features_without_an_image_that_was_left_out_are_not_kept(tmp_path):
