@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from crate_jax.data.sources import digest
-from crate_jax.errors import DataError, UserError
-from crate_jax.workdir.folder import expanduser
+from crate_jax.errors import DataError
+from crate_jax.workdir.folder import cache, expanduser
 from crate_jax.workdir.whole import save_arrays
 
 MAX_SHARDS = 10**6  # that one pattern names
@@ -82,26 +82,19 @@ def kept(
         states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     except OSError as e:
         raise DataError(f"{e.filename}: cannot be read ({e.strerror})") from None
-    file = Path(_cache(), "crate_jax", f"{kind}-{digest(VERSION, states, *options)}.npz")
-    try:
-        with np.load(file, allow_pickle=False) as found:
-            return dict(found)
-    except Exception as e:  # a damaged file may raise any error; the arrays are made anew
-        log.debug("%s: %s", file, e)
+    folder = cache()
+    file = folder and folder / "crate_jax" / f"{kind}-{digest(VERSION, states, *options)}.npz"
+    if file:
+        try:
+            with np.load(file, allow_pickle=False) as found:
+                return dict(found)
+        except Exception as e:  # a damaged file may raise any error; the arrays are made anew
+            log.debug("%s: %s", file, e)
     log.info("reading %d file%s of %s", len(paths), "s" * (len(paths) > 1), paths[0].parent)
     arrays: dict[str, Any] = read()
-    try:
-        if not file.is_absolute():
-            return arrays
-        save_arrays(file, arrays)
-    except OSError as e:
-        log.info("what was read of the set cannot be kept in %s (%s)", file.parent, e.strerror)
+    if file:
+        try:
+            save_arrays(file, arrays)
+        except OSError as e:
+            log.info("what was read of the set cannot be kept in %s (%s)", file.parent, e.strerror)
     return arrays
-
-
-def _cache() -> Path:
-    """The user's folder for caches; a relative path, where nothing is kept, if there is no home folder."""
-    try:
-        return expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    except UserError:
-        return Path("~/.cache")

@@ -308,15 +308,14 @@ def _step(bucket: Bucket, step: str, names: list[str]) -> Step:
 
 def root() -> Path:
     """The folder of the local copies: CRATE_JAX_SCRATCH, or one in the user's folder for caches."""
-    from crate_jax.workdir.folder import expanduser  # here: it imports this file
+    from crate_jax.workdir.folder import cache, expanduser  # here: it imports this file
 
     if given := os.environ.get(SCRATCH):
         return expanduser(given).absolute()
-    try:
-        cache = expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    except UserError:
-        raise UserError(f"the home folder is not known; name a folder in the environment variable {SCRATCH}") from None
-    return cache.absolute() / "crate_jax" / "buckets"
+    below = cache()
+    if below is None:
+        raise UserError(f"there is no folder for caches; name a folder in the environment variable {SCRATCH}")
+    return below / "crate_jax" / "buckets"
 
 
 def place(kind: str, address: str) -> Path:

@@ -90,6 +90,14 @@ def expanduser(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
+def cache() -> Path | None:
+    """The user's folder for caches, XDG_CACHE_HOME or ``~/.cache``; None: the home folder is not known."""
+    try:
+        return expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache").absolute()
+    except UserError:
+        return None
+
+
 def readable(path: str | os.PathLike[str], step: int | None = None) -> Path:
     """Returns a local path at which to read `path`: of a bucket's address the path of a copy on this machine.
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from crate_jax.errors import UserError
-from crate_jax.workdir import metrics, pictures, whole
+from crate_jax.workdir import bucket, folder, metrics, pictures, whole
 
 
 def names(path: Path) -> list[str]:
@@ -94,3 +94,28 @@ def test_a_reader_sees_no_half_of_a_picture(tmp_path: Path, monkeypatch) -> None
     with pytest.raises(OSError):
         pictures.save_png(tmp_path / "a.png", old + 1)
     assert (tmp_path / "a.png").read_bytes() == before and names(tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"XDG_CACHE_HOME": "/x/cache", "HOME": "/home/me"}, "/x/cache"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/home/me"}, "/home/me/.cache"),
+        ({"HOME": "/home/me"}, "/home/me/.cache"),
+        ({"XDG_CACHE_HOME": "below", "HOME": "/home/me"}, "below"),
+        ({"XDG_CACHE_HOME": "~nobody-of-this-name/x"}, None),
+        ({"XDG_CACHE_HOME": "gs://bucket/x"}, None),
+    ],
+)
+def test_the_folder_for_caches(variables, expected, monkeypatch) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME", bucket.SCRATCH):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        assert folder.cache() is None
+        with pytest.raises(UserError, match=f"name a folder in the environment variable {bucket.SCRATCH}"):
+            bucket.root()
+    else:
+        assert folder.cache() == Path(expected).absolute()
+        assert bucket.root() == Path(expected).absolute() / "crate_jax" / "buckets"
