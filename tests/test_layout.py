@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,15 @@ FLOORS = (
     "__main__", "main", "api", "flags", "jobs", "convert", "analysis", "usage", "config_files", "config", "training",
     "methods", "report", "evals", "models", "data", "workdir", "parallel", "validation", "errors",
 )  # fmt: skip
+
+# The files outside of workdir/ that write files themselves, and where to: not to a run's folder.
+WRITERS = {
+    "convert.detection": "a program of its own, to --out",
+    "convert.files": "safetensors, to the temporary file of workdir.whole",
+    "convert.torch_model.modeling_crate": "runs without this package",
+    "errors": "/dev/null",
+    "report.svg": "memory",
+}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -79,6 +89,29 @@ def test_training_knows_no_method():
         if name.split(".")[0] == "training" and other.startswith("methods")
     }
     assert from_methods and all(other.startswith("methods.method.") for other in from_methods)
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call writes a file other than by a function of workdir/metrics.py."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+    if name == "open":
+        given = [*call.args, *(keyword.value for keyword in call.keywords)]
+        texts = [str(x.value) for x in given if isinstance(x, ast.Constant)]
+        return any(re.fullmatch("[rbt]*[wax+][rbt+]*", text) for text in texts)
+    return name != ast.unparse(call.func) != f"metrics.{name}" and name in (
+        "write_text", "write_bytes", "savefig", "savez", "savez_compressed", "save_file"
+    )  # fmt: skip
+
+
+def test_only_the_room_of_workdirs_writes_their_files():
+    found = {
+        name
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and writes(node)
+    }
+    assert {name for name in found if name.split(".")[0] != "workdir"} == set(WRITERS)
+    assert {"workdir.folder", "workdir.metrics", "workdir.whole"} <= found
 
 
 def test_methods_and_models_touch_no_folder_of_a_run():
