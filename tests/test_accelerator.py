@@ -392,7 +392,8 @@ def test_means_over_seeds_are_shown_with_their_intervals():
     assert "| 25.5 [19.2, 31.8] |" in text and "| 50.0 |" in text
 
 
-@pytest.mark.parametrize("only", [("peak",), pytest.param(parts.DEFAULT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("only", [("peak",), parts.DEFAULT])
 def test_the_command_runs_on_a_cpu(only, cli_env, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "a.npz", images=rng.integers(0, 256, (120, 32, 32, 3), np.uint8), labels=np.arange(120) % 3)
