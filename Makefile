@@ -20,7 +20,7 @@ unexport JAX_PLATFORMS JAX_PLATFORM_NAME JAX_NUM_CPU_DEVICES JAX_ENABLE_X64 JAX_
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install install-test install-browser install-buckets quickstart test test-slow mutate docs site lint format types ci lock clean
+.PHONY: help install install-test install-browser install-buckets install-interop quickstart test test-slow mutate docs site lint format types ci lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +79,9 @@ install-browser: $(VENV)/.installed-test ## what the tests of the report's page 
 install-buckets: $(VENV)/.installed-test ## what the tests of buckets need besides: servers of S3 and of Google Cloud Storage
 	@mkdir -p .cache && grep -v '^python-dateutil==' requirements-test.lock >.cache/buckets.lock
 	@$(INSTALL) -c .cache/buckets.lock -e '.[buckets-test]'
+
+install-interop: $(VENV)/.installed-test ## what the tests of weights for PyTorch, timm, transformers need besides: gigabytes
+	@$(INSTALL) -c requirements-test.lock -e '.[interop-test]'
 
 quickstart: $(VENV)/.installed ## pre-train on small images that scikit-learn ships; prints k-NN and probe accuracy and where its report is
 	@$(BIN)/python -m crate_jax.main --config=configs/quickstart.py:method=vibcreg --workdir=runs/quickstart $(ARGS)
