@@ -25,7 +25,7 @@ from crate_jax.errors import ConfigError
 from crate_jax.models.patches import grid_shape, sincos_positions
 from crate_jax.models.resnet import ARCHITECTURES
 from crate_jax.parallel.parameters import names
-from crate_jax.workdir.folder import expanduser
+from crate_jax.workdir.folder import expanduser, require_no_run
 from crate_jax.workdir.metrics import write_json, write_text
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers writes
@@ -70,9 +70,12 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
         raise ConfigError(
             f"--format={format}: takes images of 3 channels, not config.data.channels={model.data.channels}"
         )
+    if not os.fspath(out):
+        raise ConfigError("--out is empty: it must name the folder of the export")
+    folder = expanduser(out)
+    require_no_run(folder, "an export")
     made = FORMATS[format](model, params)
     config = _without_paths(config)
-    folder = expanduser(out)
     files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})
     for name, content in made.json_files.items():
         write_json(folder / name, content)

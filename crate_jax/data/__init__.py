@@ -184,7 +184,7 @@ DATA = Section(
     keys=dict(
         source=Key(
             "digits",
-            must(f"be one of {FORMS}, or the path of a folder", is_source),
+            must(f"be one of {FORMS}, or the path of a folder that exists", is_source),
             "where the images come from",
             resume=RECORDED,
         ),

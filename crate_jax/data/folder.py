@@ -27,7 +27,7 @@ from crate_jax.data.sources import (
 )
 from crate_jax.errors import DataError, escaped, some
 from crate_jax.parallel import distributed
-from crate_jax.workdir.folder import readable_set
+from crate_jax.workdir.folder import LOCK_NAME, readable_set
 
 # The names that Pillow gives to files of decoding.FORMATS. PFM is not a picture: its floats have no white.
 EXTENSIONS = (
@@ -41,6 +41,9 @@ LITTER_FOLDERS = frozenset(
     (b"__macosx", b"@eadir", b"@recycle", b"#recycle", b"#snapshot", b"$recycle.bin", b"recycler", b"lost+found",
      b"system volume information", b"__pycache__")
 )  # fmt: skip
+# Next to a lock they show that a folder is a workdir of this library.
+RECORDS = frozenset((b"starts.jsonl", b"checkpoints", b"sweep.json", b"results.jsonl", b"alignment.json"))
+OF_A_RUN = frozenset((b"pictures", b"nonfinite"))  # folders with images, in the images' folder if it is a workdir
 LITTER_FILES = frozenset((b"thumbs.db", b"ehthumbs.db", b"desktop.ini", b"icon\r"))
 MAX_STRAYS = 5  # images beside class folders that are strays however few images the folders hold
 
@@ -206,6 +209,8 @@ def open_folder(path: str, request: Request) -> FolderSource | None:
         names of other splits hold images; or FolderSource raises the error.
     """
     path = str(readable_set(path))
+    if not os.path.lexists(path):
+        raise DataError(f"config.data.source={request.source!r}: there is no folder {path}; name that of your images")
     source = _open_split(path, request)
     if source is not None and source.root != path:
         source.split = os.path.relpath(source.root, path)
@@ -428,8 +433,9 @@ def _with_images(root: str, names: Sequence[bytes]) -> Iterator[bytes]:
 def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
     """Yields the relative paths of all images below a folder, except hidden files and those in hidden folders.
 
-    A link to a folder counts as a folder, unless it leads back to a folder that holds it. So the images do not depend
-    on the order in which the file system lists them. What else lies there is added to `rest`.
+    Workdirs of this library are not entered. A link to a folder counts as a folder, unless it leads back to a folder
+    that holds it. So the images do not depend on the order in which the file system lists them. What else lies there is
+    added to `rest`.
     """
     _check_folder(root)
     extensions = tuple(os.fsencode(e) for e in EXTENSIONS)
@@ -445,12 +451,18 @@ def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
                 continue
             holders |= {real}
             with os.scandir(path) as entries:
-                for entry in entries:
+                found = list(entries)
+                names = {entry.name for entry in found}
+                is_workdir = os.fsencode(LOCK_NAME) in names and not names.isdisjoint(RECORDS)
+                if is_workdir and folder:  # a run's pictures are not photos
+                    rest.litter.append(folder)
+                    continue
+                for entry in found:
                     if entry.name.startswith(b"."):
                         continue
                     inner = os.path.join(folder, entry.name)
                     if _is_dir(entry):
-                        if entry.name.lower() in LITTER_FOLDERS:
+                        if entry.name.lower() in LITTER_FOLDERS or (is_workdir and entry.name in OF_A_RUN):
                             rest.litter.append(inner)
                             continue
                         if split_role(os.fsdecode(entry.name)) in ("val", "test"):

@@ -25,7 +25,7 @@ from crate_jax.errors import escaped
 from crate_jax.models import check_patches, widths
 from crate_jax.parallel import distributed, sharding
 from crate_jax.workdir import metrics
-from crate_jax.workdir.folder import lock
+from crate_jax.workdir.folder import lock, require_no_run
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     config = resolve(config)
     validate(config)
     with lock(workdir) as folder:
+        require_no_run(folder, "an alignment analysis")
         start = time.perf_counter()
         answer = analyse(config, sharding.make_mesh(jax.device_count(), 1))
         record = {**answer.record(), "seconds": round(time.perf_counter() - start, 1)}

@@ -35,7 +35,7 @@ from crate_jax.parallel import distributed, sharding
 from crate_jax.validation import check_values, flatten
 from crate_jax.workdir import metrics, mirror
 from crate_jax.workdir.checkpoint import params_sha256
-from crate_jax.workdir.folder import lock
+from crate_jax.workdir.folder import lock, require_no_run
 from crate_jax.workdir.whole import remove_left, save_arrays
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     validate(full)
     encoder = encoder_to_judge(full, encoder)
     with lock(workdir) as folder:
+        require_no_run(folder, "an evaluation")
         features, description = extract_features(full, encoder, folder)
         log.info("%s on %s", protocol.name, ", ".join(f"{k} {v}" for k, v in description.items()))
         result = protocol.run(features, config.protocol, config.seed)

@@ -174,6 +174,9 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
         written = write(folder, origin, sections, {**missing, **left_out}, more, drawn=drawn)
     if more:
         log.info("%s", more)
+    if items(config.report.sections) and not sections and written["left_out"]:
+        title, why = next(iter(written["left_out"].items()))
+        raise UserError(f"config.report.sections: none of them could be made; {title}: {why}")
     return written
 
 

@@ -27,6 +27,18 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")  # of an address; dbfs:/ and 
 LATE_SECONDS = 60.0  # for up to a minute NFS may still report that there is no such file
 
 
+def require_no_run(folder: Path, what: str) -> None:
+    """Refuses a folder that holds a training run, whose files `what` would replace.
+
+    Raises:
+      UserError: it does.
+    """
+    if (folder / "checkpoints").exists() or (folder / "starts.jsonl").exists():
+        raise UserError(
+            f"{folder}: holds a training run, whose config.json {what} would replace; choose another folder"
+        )
+
+
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike[str], shown: str = "") -> Iterator[Path]:
     """Creates `workdir` if it does not exist and locks it for this process.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +97,24 @@ def test_litter_is_left_out(tmp_path, caplog):
     assert names(source) == ["a/1.png", "b/2.png"] and source.class_names == ["a", "b"]
     assert len(caplog.messages) == 1
     assert "folders that are not part of the set: $RECYCLE.BIN, __MACOSX, a/@eaDir, lost+found" in caplog.text
+
+
+def test_workdirs_among_the_images_are_not_read(tmp_path, caplog):
+    """Pictures of a run are no photos: the next run, and the same run's next start, would have more images."""
+    photos, run = ["a/1.png", "b/2.png"], ["runs/one/pictures/3.png", "runs/one/checkpoints/1/x", "pictures/4.png"]
+    tree(tmp_path, [*photos, "c/5.png"])
+    (tmp_path / "c" / ".lock").touch()  # by itself it is another program's
+    for name in run:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "a" / "1.png", tmp_path / name)
+    (tmp_path / "runs" / "one" / ".lock").touch()
+    source = data.open_split(configured(f"folder:{tmp_path}"), "train")
+    assert names(source) == ["a/1.png", "b/2.png", "c/5.png", "pictures/4.png"]
+    for name in (".lock", "starts.jsonl"):  # the images' folder is a workdir itself
+        (tmp_path / name).touch()
+    source = data.open_split(configured(f"folder:{tmp_path}"), "train")
+    assert names(source) == ["a/1.png", "b/2.png", "c/5.png"]
+    assert "folders that are not part of the set: pictures, runs/one" in caplog.text
 
 
 def test_other_files_are_counted_and_a_class_without_an_image_is_named(tmp_path, caplog):
@@ -305,7 +324,7 @@ def test_names_of_other_files_and_classes_are_escaped(tmp_path, caplog):
 @pytest.mark.parametrize(
     "found,options,split,message",
     [
-        ([], {}, "train", "cannot be read .No such file"),
+        ([], {}, "train", "there is no folder"),
         (["train/notes.txt"], {}, "train", "no images found"),
         (["train/a/1.png", "val/notes.txt"], {}, "eval", "no images found"),
         (["a/1.png"], {"train_split": "trian"}, "train", "no sub-folder 'trian'"),
