@@ -356,6 +356,15 @@ def weights_npz(folder: Path) -> None:
 
 
 @maker
+def weights_ours(folder: Path) -> None:
+    """RUN's weights as a file."""
+    from crate_jax.convert import pretrained, weights
+
+    encoder = pretrained.load(str(folder / "run"), "")
+    weights.save(folder / "x.safetensors", encoder.config, encoder.params)
+
+
+@maker
 def weights_nan(folder: Path) -> None:
     """RUN's weights, one of them NaN, as a file."""
     from crate_jax.convert import pretrained, weights

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     open_closed_streams()  # before the other imports, which keep the streams
 
 from crate_jax.config import base, parts
-from crate_jax.convert import files, pretrained, weights
+from crate_jax.convert import files, flags, pretrained, weights
 from crate_jax.convert.describe import Hints
 from crate_jax.convert.export import FORMATS, export
 from crate_jax.convert.families import FAMILIES
@@ -33,6 +33,9 @@ def inspect(args: argparse.Namespace) -> None:
     """
     file = files.weights_file(args.path)
     if file is None and Path(args.path).is_dir():
+        found = {"--family": args.family, "--prefix": args.prefix, **flags.given(_hints(args))}
+        if wrong := [flag for flag, value in found.items() if value not in ("", None)]:
+            raise ConfigError(f"{', '.join(wrong)}: {args.path} is a workdir, whose config says it; leave the flag out")
         encoder = pretrained.load(args.path, "PATH")
         _show(encoder.name, encoder.config, encoder.params)
         return

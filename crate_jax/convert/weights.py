@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crate_jax.config import base, parts, validate
-from crate_jax.convert import beside, branches, files, torch_crate
+from crate_jax.convert import beside, branches, files, flags, torch_crate
 from crate_jax.convert.describe import Hints, config_of, grid_of, with_class_row
 from crate_jax.convert.families import FAMILIES, import_state_dict
 from crate_jax.convert.rules import Match, canonical_name, match
@@ -59,9 +59,9 @@ class Weights:
 def load(path: str | os.PathLike[str], name: str = "", hints: Hints | None = None, prefix: str = "") -> Weights:
     """Reads a file of weights of any known model.
 
-    If our own metadata is in the file, it gives the config. Otherwise what `hints` leave open comes from a
-    ``config.json`` of timm or transformers beside the file, then from a training script's arguments in the file, then
-    from the published models.
+    What `hints` leave open comes from our own metadata if it is in the file. Otherwise it comes from a ``config.json``
+    of timm or transformers beside the file, then from a training script's arguments in the file, then from the
+    published models.
 
     Args:
       path: see :func:`crate_jax.convert.files.read`.
@@ -108,6 +108,10 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
             params = nest(state)
         except (AttributeError, IndexError, TypeError, ValueError):
             raise ConfigError("one name stands for a tensor and for a group of tensors") from None
+        for flag, value in (("--family", name), ("--prefix", prefix)):
+            if value:
+                raise ConfigError(f"{flag}={value}: its names are our own, {OURS}; leave the flag out")
+        config = _with_flags(config, params, hints)
         require_fit(config, params)
         return Weights(OURS, config, params, found)
     branch, found = choose(state, about, name or (own["family"] if own else ""), prefix)
@@ -125,6 +129,7 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
         config, c = own["config"], model_config(own["config"], {})
         grid = (0, 0) if name == "resnet" else grid_shape(c.data.image_size, c.encoder.patch_size)
         params = import_state_dict(name, state, grid)
+        config = _with_flags(config, params, hints)
     else:
         hints = hints.or_else(beside.hints(path.parent)).or_else(_hints_of_script(about["args"]))
         hints = hints.or_else(_hints_of_names(branch))
@@ -137,6 +142,13 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
     params = jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
     require_fit(config, params)
     return Weights(name, config, params, found)
+
+
+def _with_flags(config: dict[str, Any], params: Mapping[str, Any], hints: Hints) -> dict[str, Any]:
+    if not flags.given(hints):
+        return config
+    require_fit(config, params)  # then what does not fit below is a flag
+    return flags.applied(config, model_config(config, params), params, hints)
 
 
 def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -896,6 +896,36 @@ def test_an_export_comes_back_the_same(tmp_path, kind, format, family, parts):
     assert left <= {"encoder/embedding/mask_token"}
 
 
+@pytest.mark.parametrize("format", ["ours", "authors"])
+def test_flags_come_before_what_a_file_says(tmp_path, capsys, format):
+    c, params = imported("crate_mae")
+    path, out = tmp_path / "ours.safetensors", tmp_path / "out.safetensors"
+    weights.save(path, c, params)
+    if format != "ours":
+        export(c, params, format, tmp_path / "theirs")
+        path = tmp_path / "theirs" / "model.safetensors"
+    given = ["--lam=5", "--mean=0.1,0.2,0.3", "--std=1,2,3", "--heads=4", "--target=patch_normalised"]
+    assert command.main(["import", str(path), f"--out={out}", *given]) == 0
+    back = weights.load(out)
+    assert (back.config["encoder"]["lam"], back.config["data"]["mean"]) == (5, [0.1, 0.2, 0.3])
+    assert (back.config["data"]["std"], back.config["loss"]["target"]) == ([1, 2, 3], "patch_normalised")
+    assert (back.config["encoder"]["heads"], back.config["decoder"]["heads"]) == (4, 4)
+    assert back.config["encoder"]["width"] == c["encoder"]["width"]
+    capsys.readouterr()
+    wrong = {
+        "--lam=nan": "config.encoder.lam=nan: must be a finite number",
+        "--heads=-3": "config.encoder.heads=-3: must be greater than 0",
+        "--stem-padding=1": "--stem-padding=1: its model has no 3 x 3 stem of a ResNet; leave the flag out",
+        "--image-size=9": "must be multiples of config.encoder.patch_size",
+    }
+    if format == "ours":
+        wrong["--family=vit_mae"] = "--family=vit_mae: its names are our own, crate_jax; leave the flag out"
+        wrong["--prefix=a."] = "--prefix=a.: its names are our own, crate_jax; leave the flag out"
+    for flag, message in wrong.items():
+        assert command.main(["import", str(path), f"--out={tmp_path / 'none'}", flag]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_the_files_beside_say_heads_and_preprocessing(tmp_path):
     """A config.json of transformers or timm is read where the tensors come without our metadata."""
     c, params = imported("vit_mae")
