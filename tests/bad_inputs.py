@@ -350,6 +350,16 @@ def shard_cut(folder: Path) -> None:
 
 
 @maker
+def shard_latin(folder: Path) -> None:
+    """A tar file whose only label is in Latin-1."""
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        for name, data in (("0.png", encoded("PNG")), ("0.cls", "Bär".encode("latin-1"))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+
+
+@maker
 def weights_npz(folder: Path) -> None:
     """NumPy's format."""
     np.savez(folder / "x.npz", a=np.zeros(3))

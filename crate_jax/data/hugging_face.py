@@ -31,6 +31,7 @@ from crate_jax.data.sources import (
     class_numbers,
     digest,
     first_labelled,
+    label_text,
     named,
     require_all_shards,
     split_of,
@@ -275,9 +276,14 @@ def _labels(tables: Sequence[Table], column: str) -> np.ndarray:
             values = values.cast(values.type.value_type)
         if pa.types.is_integer(values.type):
             values = values.fill_null(-1)
+        for texts, binary in ((pa.string(), pa.binary()), (pa.large_string(), pa.large_binary())):
+            if values.type == texts:
+                values = values.cast(binary)  # pyarrow does not check that texts are UTF-8
         array = values.to_numpy()
-        texts = array.dtype == object and not values.null_count and not pa.types.is_nested(values.type)
-        parts.append(array.astype(str) if texts else array)
+        if array.dtype == object and not values.null_count and not pa.types.is_nested(values.type):
+            where = f"{table.path}: {column}"
+            array = np.array([label_text(v, where) if isinstance(v, bytes) else str(v) for v in array], str)
+        parts.append(array)
     return np.concatenate(parts)
 
 
@@ -286,7 +292,7 @@ def _features(table: Table) -> dict[str, dict[str, Any]]:
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 
@@ -382,7 +388,7 @@ def _splits(root: Path) -> dict[str, list[Path]]:
             return {name: _saved(root / name) for name in names}
         if (root / "state.json").is_file():
             return {"train": _saved(root)}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise DataError(f"{root}: not what datasets.save_to_disk writes ({_one_line(e)})") from None
     paths = sorted(path for path in root.rglob("*") if path.suffix in ENDINGS and not path.name.startswith("cache-"))
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]

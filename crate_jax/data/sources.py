@@ -219,6 +219,26 @@ def first_labelled(sources: Iterable[AnySource]) -> AnySource | None:
     return first
 
 
+def label_text(label: bytes | str, where: str) -> str:
+    r"""Returns a label that a file holds as UTF-8.
+
+    Args:
+      label: the bytes, or the text with surrogates in place of wrong bytes.
+      where: the file and what else tells the place of the label, for the message.
+
+    Raises:
+      DataError: it is not UTF-8. With a mark in place of wrong bytes, ``b"B\xe4r"`` and ``b"B\xf6r"`` would be one
+        class.
+    """
+    try:
+        return (label.encode() if isinstance(label, str) else label).decode()
+    except UnicodeError:
+        raise DataError(
+            f"{where}: the label {label!r} is not UTF-8; write it in UTF-8, or go without labels: "
+            "config.data.label_column=''"
+        ) from None
+
+
 def class_numbers(columns: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray | None], list[str]]:
     """Turns the labels of a set's splits into the numbers of classes, the same in all splits.
 
@@ -258,7 +278,12 @@ def class_numbers(columns: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarr
             f"{', '.join(flat)}: some labels are texts, some numbers; config.data.label_column='' goes without"
         )
     if any(column.dtype.kind in "US" for column in flat.values()):
-        flat = {name: np.char.decode(c, "utf-8", "replace") if c.dtype.kind == "S" else c for name, c in flat.items()}
+        for name, c in flat.items():
+            if c.dtype.kind == "S":
+                try:
+                    flat[name] = np.char.decode(c, "utf-8")
+                except UnicodeDecodeError:
+                    flat[name] = np.array([label_text(label, name) for label in c.tolist()])
         texts, numbers = np.unique(np.concatenate(list(flat.values())), return_inverse=True)
         parts = np.split(numbers.astype(np.int32), np.cumsum([len(column) for column in flat.values()])[:-1])
         return dict(zip(flat, parts, strict=True)), [escaped(str(text)) for text in texts]
@@ -477,6 +502,6 @@ def digest(*parts: object) -> str:
     for part in parts:
         if isinstance(part, np.ndarray):
             part = part.tobytes()
-        data = part if isinstance(part, bytes) else str(part).encode()
+        data = part if isinstance(part, bytes) else str(part).encode(errors="surrogatepass")  # a file's odd name
         h.update(len(data).to_bytes(8, "little") + data)
     return h.hexdigest()[:16]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from crate_jax.data import shards, tar
-from crate_jax.data.sources import LABELS, Request, candidates, class_numbers, first_labelled, split_of
+from crate_jax.data.sources import LABELS, Request, candidates, class_numbers, first_labelled, label_text, split_of
 from crate_jax.errors import DataError, some
 from crate_jax.parallel import distributed
 from crate_jax.workdir.folder import readable_set
@@ -149,15 +149,15 @@ def _label(file: int, path: Path, key: str, sample: dict[str, tar.Member], wante
         return None
     if member.size > MAX_LABEL_BYTES:
         raise DataError(f"{path}: {member.name} at offset {member.start}: {member.size} bytes are no label")
-    text = os.pread(file, member.size, member.start).decode("utf-8", "replace").strip()
+    where, content = f"{path}: {member.name} at offset {member.start}", os.pread(file, member.size, member.start)
     if ending in sample:
-        return text
+        return label_text(content.strip(), where).strip()
     try:
-        fields = json.loads(text)
-    except ValueError as e:
+        fields = json.loads(content.decode("utf-8", "surrogateescape"))  # other fields than the label may be anything
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: {key}.json at offset {member.start} is damaged ({e})") from None
     for field in (CLASS, *LABELS) if wanted == "auto" else (wanted,):
         value = fields.get(field) if isinstance(fields, dict) else None
         if isinstance(value, int | str):
-            return str(value)
+            return label_text(str(value), where)
     return None

@@ -236,6 +236,24 @@ def two_labels(root):
     )
 
 
+def deep(root):
+    (root / "dataset_dict.json").write_text("[" * 100000)
+
+
+def latin_texts(root):
+    texts = pa.array([b"B\xe4r", b"B\xf6r", b"Igel"], pa.binary())
+    parquet(root / "a.parquet", table(0, 3, features=False).drop_columns(["label"]).append_column("label", texts))
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string(), pa.large_string()])
+def test_labels_in_bytes_are_utf_8(tmp_path, kind):
+    texts = pa.array(["Bör", "Bär", "Igel"]).cast(kind)
+    rows = table(0, 3, features=False).drop_columns(["label"]).append_column("animal", texts)
+    parquet(tmp_path / "a.parquet", rows)
+    source = opened(tmp_path, image_column="img", label_column="animal")
+    assert source.class_names == ["Bär", "Bör", "Igel"] and source.labels.tolist() == [1, 0, 2]
+
+
 @pytest.mark.parametrize(
     "write,options,message",
     [
@@ -244,6 +262,8 @@ def two_labels(root):
         (lost, {}, "split train: shard 0 of 2 is missing"),
         (lost_saved, {}, "data-00001-of-00002.arrow: .*No such file"),
         (no_state, {}, "not what datasets.save_to_disk writes"),
+        (deep, {}, "not what datasets.save_to_disk writes .*RecursionError"),
+        (latin_texts, {"image_column": "img"}, r"a.parquet: label: the label b'B\\xe4r' is not UTF-8; write it"),
         (several, {}, r"several columns of images; set config.data.image_column to one of \['img', 'other'\]"),
         (two_labels, {}, r"several columns of labels; .* one of \['fine_label', 'coarse_label'\], or to ''"),
         (other_columns, {}, "train-00001-of-00002.parquet: lacks the column label"),

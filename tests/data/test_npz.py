@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zipfile
 
@@ -71,6 +72,23 @@ def test_a_file_for_each_split_and_names_of_ones_own(tmp_path):
     np.testing.assert_array_equal(train.labels[:3], [2, 1, 0])
     np.testing.assert_array_equal(test.labels, [2, 1])
     assert opened(tmp_path, image_column="pictures", label_column="").labels is None
+
+
+def test_labels_in_bytes_are_utf_8(tmp_path):
+    """Names with a mark in place of wrong bytes would be one class."""
+    for name, encoding in (("utf-8", "utf-8"), ("latin", "latin-1")):
+        texts = [name.encode(encoding) for name in ("Bär", "Bör", "Igel")]
+        np.savez(tmp_path / f"{name}.npz", images=IMAGES, labels=np.array(texts * 3))
+    assert opened(tmp_path / "utf-8.npz").class_names == ["Bär", "Bör", "Igel"]
+    with pytest.raises(DataError, match=r"latin.npz: labels: the label b'B\\xe4r' is not UTF-8; write it in UTF-8"):
+        opened(tmp_path / "latin.npz")
+
+
+def test_the_name_of_a_file_may_be_no_text(tmp_path):
+    path = tmp_path / os.fsdecode(b"B\xe4r.npz")
+    np.savez(path, images=IMAGES, labels=LABELS)
+    source = opened(path)
+    assert len(source) == 9 and source.fingerprint() == opened(path).fingerprint()
 
 
 def test_a_folder_of_several_sets_is_one_line(tmp_path):

@@ -100,6 +100,12 @@ def test_labels_of_json_files(tmp_path):
     assert opened(tmp_path, label_column="").labels is None
 
 
+def test_only_the_label_must_be_utf_8(tmp_path):
+    """Two Latin-1 labels were one class; a caption in Latin-1 is nobody's business."""
+    shard(tmp_path / "a.tar", {"0.png": png(0), "0.json": b'{"label": "B\xc3\xa4r", "caption": "B\xe4r"}'})
+    assert opened(tmp_path).class_names == ["Bär"]
+
+
 def test_images_of_one_ending_among_several(tmp_path):
     shard(tmp_path / "a.tar", {"0.Left.png": png(0), "0.right.png": png(1), "notes": b"x", "1.txt": b"x"})
     assert values(opened(tmp_path, image_column="right.png")) == [1]
@@ -189,6 +195,21 @@ def one_with_label(root):
         (two_splits, {"image_column": "jpg"}, "no image in 2 shards; its endings are to be jpg"),
         (lambda root: shard(root / "a.tar", {"0.png": b"", "0.jpg": b""}), {}, "sample 0 has images png and jpg"),
         (lambda root: shard(root / "a.tar", {"0.png": b"", "0.json": b"{"}), {}, "0.json at offset 1024 is damaged"),
+        (
+            lambda root: shard(root / "a.tar", {"0.png": b"", "0.json": b"[" * 100000}),
+            {},
+            "0.json at offset 1024 is damaged .*recursion",
+        ),
+        (
+            lambda root: shard(root / "a.tar", {"0.png": b"", "0.cls": b"B\xe4r\n"}),
+            {},
+            r"a.tar: 0.cls at offset 1024: the label b'B\\xe4r' is not UTF-8; write it in UTF-8, or go without",
+        ),
+        (
+            lambda root: shard(root / "a.tar", {"0.png": b"", "0.json": b'{"label": "B\xe4r"}'}),
+            {},
+            r"a.tar: 0.json at offset 1024: the label 'B\\udce4r' is not UTF-8",
+        ),
         (
             lambda root: shard(root / "a.tar", {"0.png": b"", "0.cls": bytes(2**20 + 1)}),
             {},
