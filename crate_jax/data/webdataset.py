@@ -1,7 +1,8 @@
 """Shards of WebDataset: plain tar files, of which an index gives every image at random; no shard is unpacked.
 
 A sample is what has the same path up to the first dot of its file name: ``000017.jpg`` with ``000017.cls`` or
-``000017.json``. Headers are read once; the index is kept in the user's cache folder if that can be written to.
+``000017.json``, which need not lie together. Headers are read once; the index is kept in the user's cache folder if
+that can be written to.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,17 @@ def _index(paths: Sequence[Path], request: Request) -> tar.Index:
     return tar.Index(**shards.kept("webdataset", paths, columns, lambda: vars(_read(paths, *columns))))
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, tar.Member]]]:
-    """Yields the key of each sample of a shard, the path up to the first dot of the name, and its files by the rest."""
+def _samples(path: Path, images: Collection[str], labels: Collection[str]) -> list[tuple[str, dict[str, tar.Member]]]:
+    """Returns the key of each sample of a shard, the path up to the first dot of the name, and its files by the rest.
+
+    Files of one key that lie apart, as in ``tar cf set.tar *.png *.cls``, are one sample, unless both places hold an
+    image or the same ending: then they are two samples whose keys are equal.
+
+    Args:
+      path: the shard.
+      images: the endings of images.
+      labels: those of labels; files with other endings are left out.
+    """
 
     def named() -> Iterator[tuple[str, str, tar.Member]]:
         for member in tar.members(path):
@@ -105,18 +115,30 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tar.Member]]]:
             if stem and dot:
                 yield os.path.join(folder, stem), ending.lower(), member
 
+    kept = {*images, *labels}
+    samples: list[tuple[str, dict[str, tar.Member]]] = []
+    latest: dict[str, dict[str, tar.Member]] = {}
     for key, group in itertools.groupby(named(), operator.itemgetter(0)):
-        yield key, {ending: member for _, ending, member in group}
+        files = {ending: member for _, ending, member in group if ending in kept}
+        held = latest.get(key, files)
+        two_images = not held.keys().isdisjoint(images) and not files.keys().isdisjoint(images)
+        if held is files or two_images or held.keys() & files.keys():
+            samples.append((key, files))
+            latest[key] = files
+        else:
+            held.update(files)
+    return samples
 
 
 def _read(paths: Sequence[Path], image_column: str, label_column: str) -> tar.Index:
     """Reads the headers of all shards, and the samples' labels."""
     endings = IMAGES if image_column == "auto" else (image_column.lower(),)
+    of_labels = (CLASS if label_column == "auto" else label_column.lower(), "json")
     found: list[tuple[int, tar.Member]] = []
     labels: list[str] = []
     for number, path in enumerate(paths):
         with path.open("rb") as file:
-            for key, sample in _samples(path):
+            for key, sample in _samples(path, endings, of_labels):
                 images = [ending for ending in sample if ending in endings]
                 if len(images) > 1:
                     raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import pickle
@@ -98,6 +99,32 @@ def test_labels_of_json_files(tmp_path):
     assert opened(tmp_path).class_names == ["cat", "dog"] and opened(tmp_path).labels.tolist() == [1, 0]
     assert opened(tmp_path, label_column="n").labels.tolist() == [2, 0]
     assert opened(tmp_path, label_column="").labels is None
+
+
+@pytest.mark.parametrize("ending", ["cls", "json"])
+@pytest.mark.parametrize("first", ["images", "labels"])
+def test_labels_may_lie_apart_from_their_images(tmp_path, first, ending):
+    """The order of ``tar cf set.tar *.png *.cls``, in which labels got lost without a word."""
+    images = {f"{i}.png": png(i) for i in range(3)}
+    labels = {f"{i}.{ending}": b"%d" % (2 - i) if ending == "cls" else b'{"label": %d}' % (2 - i) for i in range(3)}
+    texts = {f"{i}.txt": b"a text" for i in range(3)}
+    shard(tmp_path / "a.tar", images | texts | labels if first == "images" else labels | texts | images)
+    source = opened(tmp_path)
+    assert values(source) == [0, 1, 2] and source.labels.tolist() == [2, 1, 0]
+
+
+def test_samples_of_one_key_stay_two(tmp_path):
+    """Two tar files put together: the second sample does not take the place of the first."""
+    parts = [samples(0, 2), samples(0, 2), {"a/0000.jpg": png(9), "a/0000.cls": b"2"}]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in itertools.chain.from_iterable(part.items() for part in parts):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = opened(tmp_path)
+    assert values(source) == [0, 1, 0, 1, 9] and source.labels.tolist() == [0, 1, 0, 1, 2]
+    shard(tmp_path / "a.tar", {"0.png": png(1), "1.png": png(2), "0.jpg": png(3)})
+    assert values(opened(tmp_path)) == [1, 2, 3]
 
 
 def test_only_the_label_must_be_utf_8(tmp_path):
