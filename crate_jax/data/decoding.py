@@ -28,6 +28,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -120,6 +121,23 @@ def raw_mode(image: Image.Image) -> str:
     return str(image.info.get(_RAW_MODE, ""))
 
 
+def open_file(path: str) -> IO[bytes]:
+    """Opens a regular file.
+
+    Raises:
+      DecodeError: the file cannot be opened, or is not a regular file.
+    """
+    try:
+        # Opening a named pipe would wait for a writer.
+        f = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115  # the caller closes it
+    except OSError as e:
+        raise DecodeError(f"cannot be read ({e.strerror})") from e
+    if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):  # a device may have no end
+        f.close()
+        raise DecodeError("not a regular file")
+    return f
+
+
 def read_file(path: str) -> bytes:
     """Reads a whole file.
 
@@ -127,10 +145,7 @@ def read_file(path: str) -> bytes:
       DecodeError: the file cannot be read, or is not a regular file.
     """
     try:
-        # Opening a named pipe would wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
-            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):  # a device may have no end
-                raise DecodeError("not a regular file")
+        with open_file(path) as f:
             return f.read()
     except OSError as e:
         raise DecodeError(f"cannot be read ({e.strerror})") from e

@@ -161,7 +161,7 @@ def _displayed_size(path: str) -> tuple[int, int]:
       DecodeError: the header cannot be read.
     """
     try:
-        with Image.open(path, formats=decoding.FORMATS) as image:
+        with decoding.open_file(path) as file, Image.open(file, formats=decoding.FORMATS) as image:
             return decoding.oriented_size(image)
     except Exception as e:
         raise decoding.DecodeError(" ".join(str(e).split())) from e

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -287,6 +290,25 @@ def test_a_damaged_mask_is_skipped_with_its_image_and_counted(tmp_path):
     assert 5 not in batch["index"]
     with pytest.raises(DataError, match="5.png"):
         next(data.TrainPipeline(small(tmp_path), data.open_split(small(tmp_path), "train")).batches())
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_named_pipe_is_skipped_and_not_waited_for(tmp_path, kind):
+    for i in range(8):
+        write(tmp_path / "train", *shapes(np.random.default_rng(i), 20, 20), f"{i}")
+    (path,) = (tmp_path / "train" / kind).glob("5.*")
+    path.unlink()
+    os.mkfifo(path)
+    # In a process of its own, which ends even if it waits.
+    code = f"""
+from crate_jax.data import folder, pairs
+images, masks = [folder.FolderSource(f"{tmp_path}/train/{{kind}}", labelled=False) for kind in ("images", "masks")]
+pairs.PairSource(images, masks, 255, False).check(0, 2)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    source = data.open_split(small(tmp_path), "train")
+    with pytest.raises(data.decoding.DecodeError, match="not a regular file"):
+        source.open(5) if kind == "images" else source.mask(5)
 
 
 # --- scores
