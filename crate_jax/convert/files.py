@@ -34,6 +34,7 @@ NESTED = (
 STANDARD = ("model.safetensors", "pytorch_model.bin")  # names of a folder's weights
 BUNDLED = Path(__file__).with_name("bundled")  # a folder for each model that comes with the package
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")  # by which others are found in a folder
+GIT_LFS = b"version https://git-lfs"  # how the text begins that lies in a repository in place of a large file
 MAX_DEPTH = 4  # of dictionaries in each other
 MAX_HEADER = 2**22  # bytes of a .safetensors file's header; a tensor takes about 100
 # Prefixes of wrappers; a prefix is removed if all names have it.
@@ -105,15 +106,19 @@ def read(path: str | os.PathLike[str], prefix: str = "") -> tuple[Arrays, dict[s
         raise CheckpointError(f"{path}: not a file of weights")
     try:
         with path.open("rb") as file:
-            start = file.read(16)
+            start = file.read(len(GIT_LFS))
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
     if start[8:9] == b"{":
         arrays, about = _read_safetensors(path)
     elif start.startswith((ZIP_START, PICKLE_START)):
         arrays, about = _read_torch(path, start, prefix)
+    elif start == GIT_LFS:
+        raise CheckpointError(
+            f"{path}: a pointer of Git LFS, not the weights; `git lfs pull` in its folder fetches them"
+        )
     else:
-        what = f"begins with {start!r}" if start else "is empty"
+        what = f"begins with {start[:16]!r}" if start else "is empty"
         raise CheckpointError(f"{path}: {what}; expected .safetensors, or a checkpoint of PyTorch (.pth, .pt, .bin)")
     wrapper = _wrapper(arrays)
     arrays = {name.removeprefix(wrapper): a for name, a in arrays.items()}

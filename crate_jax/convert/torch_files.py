@@ -337,7 +337,14 @@ def _allowed(name: str) -> Any:
     try:
         return ALLOWED[name]
     except KeyError:
-        raise RefusedError(f"its pickle asks for '{name}', which weights do not need") from None
+        advice = ""
+        if name.rpartition(".")[2][
+            :1
+        ].isupper():  # a class: torch.save(model) keeps objects, and not only their weights
+            advice = (
+                "; if it holds a whole model, save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+            )
+        raise RefusedError(f"its pickle asks for '{name}', which weights do not need{advice}") from None
 
 
 def _extend(target: Any, items: list[Any]) -> None:

@@ -638,6 +638,24 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
             files.read(tmp_path / "evil.pth")
 
 
+def test_frequent_wrong_files_get_advice(tmp_path):
+    """A whole model in either format of PyTorch, and the text that Git LFS leaves in place of a file."""
+    model = b"\x80\x02ctorchvision.models.resnet\nResNet\n)\x81}b."
+    write_zip(tmp_path / "model.pth", None, model)
+    (tmp_path / "model.pkl").write_bytes(model)
+    for name in ("model.pth", "model.pkl"):
+        with pytest.raises(
+            CheckpointError, match=r"asks for 'torchvision.models.resnet.ResNet', .*model.state_dict\(\)"
+        ):
+            files.read(tmp_path / name)
+    write_zip(tmp_path / "evil.pth", None, b"\x80\x02cbuiltins\neval\n(tR.")
+    with pytest.raises(CheckpointError, match="asks for 'builtins.eval', which weights do not need$"):
+        files.read(tmp_path / "evil.pth")
+    (tmp_path / "lfs.pth").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
+    with pytest.raises(CheckpointError, match="lfs.pth: a pointer of Git LFS, not the weights; `git lfs pull`"):
+        files.read(tmp_path / "lfs.pth")
+
+
 def test_a_number_in_a_pickle_takes_no_memory(tmp_path):
     """An empty dictionary remembered as number 2^32 - 16: an array of that many places would not fit."""
     write_zip(tmp_path / "a.pth", None, b"\x80\x02}r\xf0\xff\xff\xff.")
