@@ -239,7 +239,7 @@ def test_a_folder_of_images_trains(run_cli, tmp_path):
     flags = [*SMALL, f"--config.data.source=folder:{root}", "--config.log.report=False"]
     result = run_cli([*flags, "--config.data.max_undecodable=0.2", "--config.steps=8", f"--workdir={tmp_path / 'run'}"])
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "skipping undecodable image red/bro\\x1bk\\nen.jpg" in result.stderr and "\x1b" not in result.stderr
+    assert "skipping undecodable image train/red/bro\\x1bk\\nen.jpg" in result.stderr and "\x1b" not in result.stderr
     assert summary(tmp_path / "run")["knn_top1_pixels"] == 1.0
 
 

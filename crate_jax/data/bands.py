@@ -35,6 +35,10 @@ class Bands(Source):
         """See Source.name."""
         return self._source.name(index)
 
+    def located(self, index: int) -> str:
+        """See Source.located."""
+        return self._source.located(index)
+
     def fingerprint(self) -> str:
         """See Source.fingerprint."""
         return digest(self._source.fingerprint(), self.channels)

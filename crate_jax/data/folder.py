@@ -124,6 +124,10 @@ class FolderSource(Source):
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._blob[start : self._ends[index]])
 
+    def located(self, index: int) -> str:
+        """See Source.located."""
+        return os.path.join(self.split, self.name(index))
+
     def path(self, index: int) -> str:
         """The path of an image's file."""
         return os.path.join(self.root, self.name(index))

@@ -66,6 +66,10 @@ class PairSource(Source):
         """See Source.open."""
         return self._images.open(index)
 
+    def located(self, index: int) -> str:
+        """See Source.located."""
+        return self._images.located(index)
+
     def fingerprint(self) -> str:
         """See Source.fingerprint."""
         return digest(self._images.fingerprint(), self._masks.fingerprint(), self._ignored, self._reduce)
@@ -233,7 +237,7 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
         )
     pair = [FolderSource(folder, data.max_pixels, labelled=False) for folder in found[1]]
     source = PairSource(pair[0], pair[1], options.ignore_index, options.reduce_zero_label)
-    source.split = found[0]
+    source.split, pair[0].split = found[0], os.path.relpath(pair[0].root, root)
     source.check(options.classes, data.threads)
     return source
 

@@ -333,6 +333,10 @@ class Source(abc.ABC):
     def name(self, index: int) -> str:
         """Returns a name of the image, such as its file name; messages show it by :func:`crate_jax.errors.escaped`."""
 
+    def located(self, index: int) -> str:
+        """Returns the image's name, for messages, with the folder of its split where the name alone lacks it."""
+        return self.name(index)
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Returns a short digest that changes when the set's names, sizes or labels change."""

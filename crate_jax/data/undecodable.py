@@ -53,7 +53,7 @@ class Undecodable:
             if index not in self.indices:
                 self.indices.add(index)
                 self._reasons[index] = reason
-                log.warning("skipping undecodable image %s: %s", escaped(self._source.name(index)), escaped(reason))
+                log.warning("skipping undecodable image %s: %s", escaped(self._source.located(index)), escaped(reason))
         counted = max(self._seen, min(size, MIN_FILES))
         count = len(self.indices)
         if count > self._limit * counted:
@@ -65,5 +65,5 @@ class Undecodable:
 
     def named(self) -> str:
         """Names the first MAX_NAMED files and what is wrong with them, for a message."""
-        names = [escaped(f"{self._source.name(i)} ({self._reasons[i]})") for i in sorted(self.indices)[:MAX_NAMED]]
+        names = [escaped(f"{self._source.located(i)} ({self._reasons[i]})") for i in sorted(self.indices)[:MAX_NAMED]]
         return ", ".join(names) + (", ..." if len(self.indices) > MAX_NAMED else "")

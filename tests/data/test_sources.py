@@ -311,7 +311,7 @@ def test_names_of_other_files_and_classes_are_escaped(tmp_path, caplog):
     assert (
         f"stray{shown}.png" in caplog.text
         and f"1 .{shown}" in caplog.text
-        and f"a/{shown}.png: why{shown}" in caplog.text
+        and f"image train/a/{shown}.png: why{shown}" in caplog.text
     )
     (tmp_path / "test" / bad).rename(tmp_path / "test" / f"x{bad}")
     with pytest.raises(DataError) as e:
