@@ -338,9 +338,8 @@ def _allowed(name: str) -> Any:
         return ALLOWED[name]
     except KeyError:
         advice = ""
-        if name.rpartition(".")[2][
-            :1
-        ].isupper():  # a class: torch.save(model) keeps objects, and not only their weights
+        kind = name.rpartition(".")[2]
+        if kind[:1].isupper():  # a class: torch.save(model) keeps objects, and not only their weights
             advice = (
                 "; if it holds a whole model, save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
             )
