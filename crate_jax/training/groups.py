@@ -64,7 +64,9 @@ def groups(
     still = dict.fromkeys(parameters.names(params), 0)
     for pattern, epochs in held:
         # Updates 0, 1, ... below epochs * steps_per_epoch.
-        steps = FOREVER if math.isinf(epochs) else math.ceil(round(epochs * steps_per_epoch, 6))
+        steps = FOREVER
+        if not math.isinf(epochs):
+            steps = math.ceil(min(round(epochs * steps_per_epoch, 6), FOREVER - 1))
         for name in parameters.match(params, [pattern], "method"):
             still[name] = max(still[name], steps)
     return {name: Group(name in constant, steps, scaled.get(name, 1.0)) for name, steps in still.items()}

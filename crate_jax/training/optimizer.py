@@ -24,6 +24,7 @@ from crate_jax.training.groups import Group, by_group, groups, without_held
 from crate_jax.validation import (
     FIXED,
     IF_FITS,
+    MAX_WHOLE,
     RECORDED,
     Key,
     Section,
@@ -66,12 +67,14 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> op
       ConfigError: the warm-up is longer than the run, or starts or ends above the peak.
     """
     options = config.optimizer
-    warmup = options.warmup_steps or round(options.warmup_epochs * steps_per_epoch + options.warmup_share * total_steps)
+    asked = options.warmup_epochs * steps_per_epoch + options.warmup_share * total_steps
+    warmup = options.warmup_steps or round(min(asked, MAX_WHOLE + 1))  # `asked` may be infinite
     if warmup > total_steps:
         key = "warmup_steps" if options.warmup_steps else "warmup_epochs"
         tenth = total_steps // 10 if options.warmup_steps else float(f"{total_steps / steps_per_epoch / 10:.1g}")
+        takes = warmup if warmup <= MAX_WHOLE else f"more than {MAX_WHOLE}"
         raise ConfigError(
-            f"config.optimizer.{key}={options[key]}: the warm-up takes {warmup} steps, the run has only {total_steps}; "
+            f"config.optimizer.{key}={options[key]}: the warm-up takes {takes} steps, the run has only {total_steps}; "
             f"a tenth of the run is --config.optimizer.{key}={tenth}"
         )
     for key in ("warmup_lr", "min_lr"):

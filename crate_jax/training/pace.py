@@ -11,12 +11,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import data
+from crate_jax.errors import ConfigError
 from crate_jax.methods.method import Method
 from crate_jax.parallel import distributed
 from crate_jax.parallel.interrupt import Interrupt
 from crate_jax.training.batches import placed_batches
 from crate_jax.training.clock import Clock
 from crate_jax.training.step import make_init, make_recipe, make_train_step
+from crate_jax.validation import MAX_WHOLE
 from crate_jax.workdir import metrics, readback
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ KEY = "microseconds_per_step"
 SHARE, SECONDS = 0.05, 10.0  # a measurement takes this share of the minutes, at most so many seconds
 WARM = 2  # steps before the measurement; the first one compiles
 ROUND = 4  # steps between two looks at the clock
-LONGEST = 2**31 - 1  # of an int32, in which the processes agree
+LONGEST = MAX_WHOLE  # of an int32, in which the processes agree
 STEPS = 10**9  # of the trial: longer than any warm-up
 
 
@@ -47,6 +49,9 @@ def decided(
       mesh: the devices.
       folder: the workdir; the caller holds its lock.
       interrupt: passes a signal on in the steps of several processes.
+
+    Raises:
+      ConfigError: the minutes are too many steps; the record stays, so that the next start need not measure.
     """
     duration = distributed.max_over_processes(recorded(folder) if distributed.first() else 0)
     if not duration:
@@ -63,9 +68,17 @@ def decided(
 def steps_in(minutes: float, duration: int) -> int:
     """Number of steps of `duration` microseconds in so many minutes, at least one.
 
+    Raises:
+      ConfigError: they are more than MAX_WHOLE steps.
+
     >>> steps_in(1.5, 40_000), steps_in(0.001, 40_000_000)
     (2250, 1)
     """
+    if 60e6 * minutes / duration > MAX_WHOLE:
+        raise ConfigError(
+            f"config.minutes={minutes}: more than {MAX_WHOLE} steps of {duration / 1e6:.3g} s; at most "
+            f"{MAX_WHOLE * duration / 60e6:.3g} minutes"
+        )
     return max(1, round(60e6 * minutes / duration))
 
 

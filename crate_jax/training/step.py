@@ -22,6 +22,7 @@ from crate_jax.methods.method import Batch, Carried, Method, Params, Progress, S
 from crate_jax.parallel import sharding, target
 from crate_jax.parallel.parameters import names, path_name
 from crate_jax.training import groups, nonfinite, optimizer, orthogonality
+from crate_jax.validation import MAX_WHOLE
 
 # With several processes, each row of a batch holds the signal that its process got (0: none); the step's scalars hold
 # the largest of them.
@@ -91,10 +92,18 @@ class Recipe:
 def total_steps(config: ConfigDict, images: int) -> tuple[int, float]:
     """Returns (optimiser steps of the run, optimiser steps per epoch) for a training set of `images`.
 
+    Raises:
+      ConfigError: config.epochs are more than MAX_WHOLE steps.
+
     >>> total_steps(ConfigDict({"steps": 0, "epochs": 3.0, "batch_size": 256}), images=1000)
     (12, 3.90625)
     """
     per_epoch = images / config.batch_size
+    if not config.steps and config.epochs * per_epoch > MAX_WHOLE:
+        raise ConfigError(
+            f"config.epochs={config.epochs}: more than {MAX_WHOLE} steps of config.batch_size={config.batch_size}; "
+            f"at most {MAX_WHOLE / per_epoch:.3g} epochs of {images} images"
+        )
     return config.steps or max(1, round(config.epochs * per_epoch)), per_epoch
 
 

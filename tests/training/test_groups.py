@@ -231,6 +231,13 @@ def test_whole_epochs_are_whole_steps_in_spite_of_rounding():
     assert groups.groups(config_of("sgd"), toy(), 30.0, (("last/.*", 0.1),))["last/kernel_g"].still == 3
 
 
+@pytest.mark.parametrize("epochs", [1e16, 1e308])
+def test_more_epochs_than_a_run_can_have_hold_a_weight_for_all_of_it(epochs):
+    """This is not FOREVER: the log warns that the weight never moves."""
+    still = groups.groups(config_of("sgd"), toy(), 30.0, (("last/.*", epochs),))["last/kernel_g"].still
+    assert still == groups.FOREVER - 1
+
+
 @pytest.mark.parametrize(
     ("options", "held", "line"),
     [

@@ -239,6 +239,17 @@ def test_epochs_are_rounded_to_steps_and_make_at_least_one(epochs, batch, steps)
     assert train_step.total_steps(c, 1437) == (steps, 1437 / batch)
 
 
+@pytest.mark.parametrize("epochs", [1.45e8, 1e16, 1e308])
+def test_epochs_of_more_steps_than_an_int32_counts_are_an_error(epochs):
+    """Of 1,437 images 1.434e8 epochs are 2^31 - 1 steps; 1e308 are infinitely many."""
+    c = configs.base()
+    c.epochs, c.batch_size = epochs, 96
+    with pytest.raises(ConfigError, match=r"^config.epochs=.*: more than 2147483647 steps .* at most 1.43e\+08 e"):
+        train_step.total_steps(c, 1437)
+    c.epochs = 1.43e8
+    assert train_step.total_steps(c, 1437)[0] <= 2**31 - 1
+
+
 def test_steps_given_count_as_they_are():
     c = configs.base()
     c.steps, c.epochs, c.batch_size = 7, 0.0, 96

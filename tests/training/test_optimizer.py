@@ -165,6 +165,8 @@ def test_warm_up_and_cosine_are_solo_learns(solo):
 @pytest.mark.parametrize("options, word", [
     (dict(warmup_steps=71), r"warmup_steps=71: .* a tenth of the run is --config.optimizer.warmup_steps=7$"),
     (dict(warmup_epochs=9.0), r"warmup_epochs=9.0: .* a tenth of the run is --config.optimizer.warmup_epochs=0.7$"),
+    (dict(warmup_epochs=1e16), r"warmup_epochs=1e\+16: the warm-up takes more than 2147483647 steps, the run"),
+    (dict(warmup_epochs=1e308), r"warmup_epochs=1e\+308: the warm-up takes more than 2147483647 steps, the run"),
     (dict(min_lr=0.2), "config.optimizer.min_lr=0.2"),
     (dict(warmup_lr=0.2), "config.optimizer.warmup_lr=0.2"),
 ])  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from configs import quickstart
+from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
 from crate_jax.training import pace
 
@@ -46,6 +47,13 @@ def test_the_first_start_measures_and_later_ones_do_not(tmp_path, monkeypatch):
     steps = first["steps"] + 2
     assert train.run(tiny(minutes=steps * duration / 60e6), str(tmp_path))["steps"] == steps
     assert (tmp_path / pace.FILE).read_text() == record
+
+
+@pytest.mark.parametrize("minutes", [36e3, 1e16, 1e308])
+def test_minutes_of_more_steps_than_an_int32_counts_are_an_error(minutes):
+    assert pace.steps_in(35e3, 1000) == 2_100_000_000
+    with pytest.raises(ConfigError, match="^config.minutes=.*: more than 2147483647 steps of 0.001 s; at most 3.58e"):
+        pace.steps_in(minutes, 1000)
 
 
 @pytest.mark.parametrize(
