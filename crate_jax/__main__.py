@@ -10,7 +10,7 @@ import runpy
 import sys
 
 from crate_jax import __version__, config_files, usage
-from crate_jax.errors import did_you_mean, escaped, open_closed_streams, print_error
+from crate_jax.errors import did_you_mean, escaped, import_jax, open_closed_streams, print_error
 from crate_jax.usage import CONFIG_NEEDED, JOBS, OTHERS
 
 
@@ -35,6 +35,7 @@ def main() -> int:
             return 2
         return usage.tell(cards())
     if command == "convert":
+        import_jax()
         from crate_jax.convert.__main__ import main as convert
 
         return convert(rest, "crate-jax convert")

@@ -62,6 +62,22 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
 
 
+def import_jax() -> None:
+    """Imports JAX; ends the command with one line and status 2 if it does not take a variable of the environment.
+
+    Every command calls it before it imports what imports JAX.
+    """
+    try:
+        import jax  # noqa: F401
+    except ValueError as e:  # such as of JAX_NUM_CPU_DEVICES=two
+        print_error(f"{e}; correct the environment variable of that name, or unset it")
+        sys.exit(2)
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
+    if int(devices) < 1:  # JAX would find no device, and blame JAX_PLATFORMS
+        print_error(f"JAX_NUM_CPU_DEVICES={devices}: must be at least 1; correct it, or unset it")
+        sys.exit(2)
+
+
 def end_output() -> None:
     """Writes what stdout still holds.
 

@@ -15,20 +15,14 @@ import traceback
 from collections.abc import Sequence
 
 from crate_jax import usage
-from crate_jax.errors import ConfigError, UserError, escaped, open_closed_streams, print_error
+from crate_jax.errors import ConfigError, UserError, escaped, import_jax, open_closed_streams, print_error
 
 if __name__ == "__main__":
     open_closed_streams()  # before the other imports, which keep the streams
     if usage.wanted(sys.argv[1:]):
         sys.exit(usage.tell(usage.main()))
+    import_jax()
 
-try:
-    import jax  # noqa: F401
-except ValueError as e:  # a bad environment variable, such as JAX_NUM_CPU_DEVICES=two
-    if __name__ != "__main__":
-        raise
-    print(f"error: {e}; correct the environment variable of that name, or unset it", file=sys.stderr)
-    sys.exit(2)
 from absl import app, flags, logging as absl_logging
 
 from crate_jax.data.reading import Stalled, kill_workers, leave_if_hung

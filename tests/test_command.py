@@ -112,6 +112,22 @@ def test_wrong_words_are_one_line(args, line, monkeypatch, capsys):
     assert (status, printed.out, printed.err.count("\n")) == (2, "", 1) and printed.err.startswith(line)
 
 
+@pytest.mark.parametrize(
+    "command", [["crate_jax", "convert", "inspect", "cifar10_crate"], ["crate_jax.convert", "inspect", "cifar10_crate"]]
+)
+@pytest.mark.parametrize(
+    ("devices", "line"),
+    [
+        ("two", 'error: Invalid value "two" for JAX flag jax_num_cpu_devices; correct the environment variable of tha'),
+        ("0", "error: JAX_NUM_CPU_DEVICES=0: must be at least 1; correct it, or unset it"),
+    ],
+)
+def test_a_variable_that_jax_does_not_take_is_one_line(devices, line, command, cli_env):
+    env = cli_env | {"JAX_NUM_CPU_DEVICES": devices}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and done.stderr.startswith(line)
+
+
 def helped(cli_env, *args):
     """What a real process answers to a question for help; it must not have imported JAX."""
     script = (

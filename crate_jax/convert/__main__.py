@@ -10,10 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from crate_jax.errors import ConfigError, UserError, end_output, escaped, open_closed_streams, print_error, some
+from crate_jax.errors import (
+    ConfigError,
+    UserError,
+    end_output,
+    escaped,
+    import_jax,
+    open_closed_streams,
+    print_error,
+    some,
+)
 
 if __name__ == "__main__":
     open_closed_streams()  # before the other imports, which keep the streams
+    import_jax()
 
 from crate_jax.config import base, parts
 from crate_jax.convert import files, flags, pretrained, weights
