@@ -193,7 +193,9 @@ ALIGN = Section(
         rop_ratios=Key(
             (0.05, 0.1, 1 / 7, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75), SHARES, "rop: kept shares K'/K of dimensions"
         ),
-        noise=Key(1e-3, at_least(0), "noise added to images, in units of their deviation: no direction is empty"),
+        noise=Key(
+            1e-3, within(0, 1000), "noise added to images, in units of their deviation: no direction is empty"
+        ),
         side=Key(32, positive, "larger images are shrunk to this side in pixels, the grid of tokens is kept"),
     ),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from crate_jax.models.layers import remat_rule
 from crate_jax.models.patches import grid_shape
 from crate_jax.models.resnet import ARCHITECTURES, STEMS, ResNetEncoder, map_sizes
 from crate_jax.models.vit import ViTEncoder
-from crate_jax.validation import RECORDED, Key, Section, anything, at_least, one_of, positive, within
+from crate_jax.validation import MAX_WHOLE, RECORDED, Key, Section, anything, at_least, one_of, positive, within
 
 __all__ = ["build_encoder"]
 
@@ -202,6 +202,11 @@ def _check_encoder(c: ConfigDict) -> None:
         raise ConfigError(f"config.encoder.width={e.width}: must be a multiple of config.encoder.heads={e.heads}")
     if e.width % 4 and e.positions == "sincos":
         raise ConfigError(f"config.encoder.width={e.width}: must be a multiple of 4 for sine-cosine positions")
+    if e.name == "vit" and not 1 <= e.width * e.mlp_ratio <= MAX_WHOLE:
+        raise ConfigError(
+            f"config.encoder.mlp_ratio={e.mlp_ratio}: times config.encoder.width={e.width} it must lie in "
+            f"[1, {MAX_WHOLE}]; 4.0 is usual"
+        )
     if e.name == "crate" and e.positions.startswith("relative"):
         raise ConfigError(f"config.encoder.positions={e.positions!r}: only encoder.name='vit' has a relative bias")
     if e.name == "crate" and e.drop_path:
