@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from crate_jax.errors import ConfigError, UserError
+from crate_jax.errors import ConfigError, UserError, some
 from crate_jax.parallel import meeting
 from crate_jax.parallel.watch import BYE, LOST, SILENCE, Watch, die
 
@@ -115,17 +115,19 @@ def find(
                 "number; leave --coordinator_address, --num_processes and --process_id out"
             )
         return Cluster(method=method)
-    address = address or environ.get("JAX_COORDINATOR_ADDRESS", "")
-    count = str(processes or environ.get("JAX_NUM_PROCESSES", ""))
-    given = environ.get("JAX_PROCESS_ID", "") if process < 0 else str(process)
-    index = given or environ.get("JOB_COMPLETION_INDEX", "")
+    where = _given("--coordinator_address", address, environ, "JAX_COORDINATOR_ADDRESS")
+    count = _given("--num_processes", str(processes or ""), environ, "JAX_NUM_PROCESSES")
+    given = _given("--process_id", "" if process < 0 else str(process), environ, "JAX_PROCESS_ID")
     token = environ.get("CRATE_JAX_TOKEN", "")
-    launched = _launched(environ)
-    if launched is not None and not (count or given):
-        checked = _explicit(address or _address(environ, launched), launched[0], launched[1], token)
+    names = _launcher(environ)
+    if names is not None and not (count[1] or given[1]):
+        launched = _launched(environ, names)
+        where = where if where[1] else ("the address of the job's first host", _address(environ, launched))
+        checked = _explicit(where, (names[0], launched[0]), (names[1], launched[1]), token)
         return checked and dataclasses.replace(checked, device=_device(environ, launched))
-    if address or count or given:
-        return _explicit(address, count, index, token)
+    if where[1] or count[1] or given[1]:
+        index = given if given[1] else ("JOB_COMPLETION_INDEX", environ.get("JOB_COMPLETION_INDEX", ""))
+        return _explicit(where, count, index, token)
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
     several = "," in hosts or not hosts or _number(environ, "MEGASCALE_NUM_SLICES") > 1
     if _has_tpu(environ) and several:
@@ -133,43 +135,64 @@ def find(
     return None
 
 
-def _explicit(address: str, count: str, index: str, token: str) -> Cluster | None:
-    values = {
-        "--coordinator_address (JAX_COORDINATOR_ADDRESS)": address,
-        "--num_processes (JAX_NUM_PROCESSES)": count,
-        "--process_id (JAX_PROCESS_ID)": index,
-    }
-    if count == "1" and index in ("", "0"):
+NEEDED = (
+    "--coordinator_address (JAX_COORDINATOR_ADDRESS)",
+    "--num_processes (JAX_NUM_PROCESSES)",
+    "--process_id (JAX_PROCESS_ID)",
+)
+MAX_DIGITS = 9  # of a number in the environment: Python refuses to read thousands
+
+
+def _given(flag: str, value: str, environ: Mapping[str, str], variable: str) -> tuple[str, str]:
+    """The flag and its value, or, if it is not given, the variable and its value."""
+    return (flag, value) if value else (variable, environ.get(variable, ""))
+
+
+def _explicit(address: tuple[str, str], count: tuple[str, str], index: tuple[str, str], token: str) -> Cluster | None:
+    """The cluster of three values, each after the name of where it was read."""
+    (where, host_port), (many, size), (this, number) = address, count, index
+    if size == "1" and number in ("", "0"):
         return None
-    missing = [name for name, value in values.items() if not value]
+    for name, value in (count, index):
+        if value and not _is_number(value):
+            digits = f" of at most {MAX_DIGITS} digits" if value.isdecimal() else ""
+            raise ConfigError(f"{name}={some([repr(value)], '')}: must be a whole number{digits}")
+    missing = [name for name, (_, value) in zip(NEEDED, (address, count, index), strict=True) if not value]
     if missing:
-        raise ConfigError(f"each of several processes needs all of {', '.join(values)}; missing: {missing[0]}")
-    for name, value in list(values.items())[1:]:
-        if not value.isdecimal():
-            raise ConfigError(f"{name}={value!r}: must be a whole number")
-    if not re.fullmatch(r"\S+:\d{1,5}", address) or not 0 < meeting.split(address)[1] < 2**16:
-        raise ConfigError(f"{next(iter(values))}={address!r}: must be HOST:PORT of process 0, with a PORT up to 65535")
-    if int(count) >= 2**16:
-        raise ConfigError(f"--num_processes={count}: must be at most 65535")
-    if not int(index) < int(count):
-        raise ConfigError(f"--process_id={index}: must be below --num_processes={count}, counted from 0")
-    return Cluster(address, int(count), int(index), token=token)
+        raise ConfigError(f"each of several processes needs all of {', '.join(NEEDED)}; missing: {missing[0]}")
+    if not re.fullmatch(r"\S+:\d{1,5}", host_port) or not 0 < meeting.split(host_port)[1] < 2**16:
+        raise ConfigError(f"{where}={host_port!r}: must be HOST:PORT of process 0, with a PORT up to 65535")
+    if int(size) >= 2**16:
+        raise ConfigError(f"{many}={size}: must be at most 65535")
+    if not int(number) < int(size):
+        raise ConfigError(f"{this}={number}: must be below {many}={size}, counted from 0")
+    return Cluster(host_port, int(size), int(number), token=token)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MAX_DIGITS
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
+    """The number in a variable: 0 if there is none, and no more than MAX_DIGITS digits can say."""
     value = environ.get(name, "0")
-    return int(value) if value.isdecimal() else 0
+    return int(value[: MAX_DIGITS + 1]) if value.isdecimal() else 0
 
 
-def _launched(environ: Mapping[str, str]) -> tuple[str, str, str, str] | None:
-    """What the launcher of several processes says: their number, this one's, and the same two on this host."""
+def _launcher(environ: Mapping[str, str]) -> tuple[str, str, str, str] | None:
+    """The variables of the launcher of several processes, a row of LAUNCHERS."""
     for names in LAUNCHERS:
         # SLURM's batch script is no task, and sees no step.
         needed = {*names[:2], "SLURM_STEP_NODELIST"} if names[0] == "SLURM_NTASKS" else set(names)
         if needed <= environ.keys() and _number(environ, names[0]) > 1:
-            size, rank, local_size, local_rank = (environ.get(name, "") for name in names)
-            return size, rank, re.split(r"[,(]", local_size)[0], local_rank  # SLURM's "2(x3),1" is that of all hosts
+            return names
     return None
+
+
+def _launched(environ: Mapping[str, str], names: tuple[str, str, str, str]) -> tuple[str, str, str, str]:
+    """What the launcher says: the number of processes, this one's, and the same two on this host."""
+    size, rank, local_size, local_rank = (environ.get(name, "") for name in names)
+    return size, rank, re.split(r"[,(]", local_size)[0], local_rank  # SLURM's "2(x3),1" is that of all hosts
 
 
 def _address(environ: Mapping[str, str], launched: tuple[str, str, str, str]) -> str:
@@ -177,7 +200,7 @@ def _address(environ: Mapping[str, str], launched: tuple[str, str, str, str]) ->
     for job, names, file in BATCH_SYSTEMS:
         if job not in environ:
             continue
-        port = 61440 + int(re.sub(r"\D.*", "", environ[job]) or 0) % 4096
+        port = 61440 + int(re.sub(r"\D.*", "", environ[job])[-MAX_DIGITS:] or 0) % 4096
         hosts = environ.get(names, "").strip()
         with contextlib.suppress(OSError):
             hosts = hosts or Path(environ.get(file, "")).read_text().strip()
@@ -189,7 +212,7 @@ def _address(environ: Mapping[str, str], launched: tuple[str, str, str, str]) ->
 
 def _device(environ: Mapping[str, str], launched: tuple[str, str, str, str]) -> int | None:
     """The only process of a host uses all accelerators; of several each uses one, unless the others are hidden."""
-    shared = launched[2] not in ("", "1") and launched[3].isdecimal()
+    shared = launched[2] not in ("", "1") and _is_number(launched[3])
     hidden = len(environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
     return int(launched[3]) if shared and not hidden else None
 

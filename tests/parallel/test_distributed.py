@@ -125,6 +125,34 @@ def test_incomplete_or_wrong_flags_are_named(flags, message):
         distributed.find({}, *flags)
 
 
+LONG = "1" * 5000  # digits; Python reads no number of more than 4300
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (NAMED | {"JAX_NUM_PROCESSES": LONG}, "^JAX_NUM_PROCESSES='1{199}...: must be a whole number of at most 9 dig"),
+        (NAMED | {"JAX_PROCESS_ID": LONG}, "^JAX_PROCESS_ID='1{199}...: must be a whole number of at most 9 digits"),
+        (HERE | {"OMPI_COMM_WORLD_SIZE": LONG}, "^OMPI_COMM_WORLD_SIZE='1{199}...: must be a whole number of at most"),
+        (HERE | {"OMPI_COMM_WORLD_RANK": "x"}, "^OMPI_COMM_WORLD_RANK='x': must be a whole number$"),
+        (HERE | {"OMPI_COMM_WORLD_RANK": "6"}, "^OMPI_COMM_WORLD_RANK=6: must be below OMPI_COMM_WORLD_SIZE=6, coun"),
+        (NAMED | {"JAX_NUM_PROCESSES": "two"}, "^JAX_NUM_PROCESSES='two': must be a whole number$"),
+        (NAMED | {"JAX_COORDINATOR_ADDRESS": "a"}, "^JAX_COORDINATOR_ADDRESS='a': must be HOST:PORT of process 0"),
+    ],
+)
+def test_a_wrong_variable_is_named_as_the_one_that_was_read(environ, message):
+    with pytest.raises(ConfigError, match=message.replace("...", r"\.\.\.")):
+        distributed.find(environ | {"JOB_COMPLETION_INDEX": "0"})
+    index = {name: value for name, value in NAMED.items() if name != "JAX_PROCESS_ID"}
+    with pytest.raises(ConfigError, match="^JOB_COMPLETION_INDEX=2: must be below JAX_NUM_PROCESSES=2"):
+        distributed.find(index | {"JOB_COMPLETION_INDEX": "2"})
+
+
+def test_long_numbers_of_a_job_and_on_a_host_do_no_harm():
+    assert distributed.find(SLURM | {"SLURM_JOB_ID": LONG}) == Cluster("gpu007:64455", 4, 3)
+    assert distributed.find(HERE | {"OMPI_COMM_WORLD_LOCAL_RANK": LONG}) == Cluster("127.0.0.1:61440", 6, 4)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
