@@ -184,6 +184,10 @@ def _create(workdir: str | os.PathLike[str]) -> Path:
         )
     folder = expanduser(workdir).absolute()
     try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # Orbax would fail at the first save, and all training until then would be lost
+        raise UserError(f"workdir {folder}: must be a path in UTF-8; choose another --workdir") from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"workdir {folder}: is, or lies under, a file; choose another --workdir") from None

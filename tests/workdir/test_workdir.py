@@ -93,6 +93,15 @@ def test_not_a_folder_name(name: str) -> None:
         pass
 
 
+def test_a_path_that_is_not_utf_8_is_refused_before_the_run(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"w\\udcff: must be a path in UTF-8; choose an"),
+        workdir.lock(tmp_path / "w\udcff"),
+    ):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
 SCHEMES = (
     "hdfs://host/x",
     "file:///x",
