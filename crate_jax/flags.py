@@ -83,7 +83,7 @@ REWORDED = (
 )
 OUT_OF_MEMORY = (
     "not enough memory; use a smaller config.batch_size or config.encoder, more micro-batches (config.accumulate), or "
-    "config.remat=True"
+    "config.remat=True; in an evaluation, a smaller config.evaluation.batch_size"
 )
 # ml_collections wraps an error of a config file, with its traceback, in a message that begins so.
 FROM_CONFIG_FILE = "Error whilst parsing config file:"
