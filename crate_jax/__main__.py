@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import runpy
 import sys
@@ -42,6 +43,11 @@ def main() -> int:
     if command in JOBS:
         if usage.wanted(rest):
             return usage.tell(usage.job(command))
+        if any(re.match("--?flagfile(=|$)", arg) for arg in rest):
+            from absl import flags  # here: few commands need it
+
+            with contextlib.suppress(flags.Error, OSError, ValueError):  # crate_jax.main says what is wrong
+                rest = flags.FLAGS.read_flags_from_files(rest)
         given = any(re.match("--?(config|helpfull)(=|$)", arg) for arg in rest)
         if not given and command in CONFIG_NEEDED:
             print_error(f"crate-jax {command}: --config is missing, such as --config={CONFIG_NEEDED[command]}")

@@ -41,6 +41,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
       the arguments that are not flags: the program's name only.
     """
     try:
+        argv = [*argv[:1], *flags.FLAGS.read_flags_from_files(argv[1:])]  # for --config, which ml_collections looks for
         if len(given := [value for *_, value in _configs(argv)]) > 1:
             raise ConfigError(f"--config is given {len(given)} times, as {' and as '.join(given)}: give it once")
         sys.argv = argv = _with_paths(argv)  # ml_collections reads sys.argv

@@ -86,6 +86,15 @@ def test_a_job_gets_its_own_config_unless_one_is_given(args, passed, monkeypatch
     assert command.main() == 0 and seen == [("crate_jax.main", passed)]
 
 
+def test_a_config_in_a_file_of_flags_is_found(monkeypatch, tmp_path):
+    (tmp_path / "inner").write_text("--config=quickstart:debug\n")
+    (tmp_path / "flags").write_text(f"# mine\n--flagfile={tmp_path}/inner\n\n--config.steps=2\n")
+    passed, seen = ["--job=pretrain", "--config=quickstart:debug", "--config.steps=2", "--workdir=W"], []
+    monkeypatch.setattr(sys, "argv", ["crate-jax", "pretrain", f"--flagfile={tmp_path}/flags", "--workdir=W"])
+    monkeypatch.setattr(command.runpy, "run_module", lambda name, **_: seen.append(sys.argv[1:]))
+    assert command.main() == 0 and seen == [passed]
+
+
 def status_of(args, monkeypatch):
     """The exit status of `crate-jax ARGS` in this process."""
     monkeypatch.setattr(sys, "argv", ["crate-jax", *args])
