@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.convert.describe import Hints
 from crate_jax.errors import ConfigError
+from crate_jax.models.resnet import ARCHITECTURES
 
 KEYS = {  # hint -> section and key of the config
     "heads": ("encoder", "heads"),
@@ -48,13 +49,14 @@ def applied(config: dict[str, Any], model: ConfigDict, params: Mapping[str, Any]
       ConfigError: a hint is about something that the model does not have.
     """
     encoder, decoder = model.encoder, model.decoder.name if "decoder" in params else ""
+    is_resnet = encoder.name in ARCHITECTURES
     lacks = {
-        "--heads": encoder.name == "resnet" and "heads: its encoder is a ResNet",
+        "--heads": is_resnet and "heads: its encoder is a ResNet",
         "--decoder-heads": decoder not in ("transformer", "crate") and "decoder with heads",
         "--target": not decoder and "decoder",
         "--mask-ratio": not decoder and "decoder",
         "--lam": encoder.name != "crate" and f"lambda: its encoder is {encoder['name']}, not crate",
-        "--stem-padding": (encoder.name != "resnet" or encoder.stem != "cifar") and "3 x 3 stem of a ResNet",
+        "--stem-padding": not (is_resnet and encoder.stem == "cifar") and "3 x 3 stem of a ResNet",
     }
     for flag, value in given(hints).items():
         if lacks.get(flag):

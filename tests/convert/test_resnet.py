@@ -283,6 +283,13 @@ def test_the_commands_say_what_is_left_out_and_take_another_network(tmp_path, ca
     assert "not needed: fc.weight (a classifier's last layer, or a projector)" in capsys.readouterr().out
     ours = pretrained.load(str(out), "config.checkpoint")
     assert ours.config["encoder"]["stem_padding"] == 1
+    assert (
+        command.main(["import", str(out), f"--out={tmp_path / 'again.safetensors'}", "--stem-padding=2"]) == 0
+    )  # of ours, too
+    assert weights.load(tmp_path / "again.safetensors").config["encoder"]["stem_padding"] == 2
+    capsys.readouterr()
+    assert command.main(["import", str(out), f"--out={out}", "--heads=3"]) == 2
+    assert "--heads=3: its model has no heads: its encoder is a ResNet" in capsys.readouterr().err
     np.testing.assert_array_equal(
         ours.params["encoder"]["stem"]["conv"]["kernel"], b["conv1.weight"].transpose(2, 3, 1, 0)
     )
