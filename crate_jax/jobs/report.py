@@ -124,7 +124,8 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
       workdir: the folder for the two files; None: the run's folder, if there is only one run.
 
     Returns:
-      the paths ``report`` and ``json``, and ``left_out``: {title of a missing section: why it is missing}.
+      the paths ``report`` and ``json``; ``left_out``: {title of a missing section: why it is missing}; ``sections``: the
+      titles of the others.
 
     Raises:
       UserError: a checkpoint cannot be read, or the config or the data cannot be used.
@@ -174,14 +175,18 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
         written = write(folder, origin, sections, {**missing, **left_out}, more, drawn=drawn)
     if more:
         log.info("%s", more)
-    if items(config.report.sections) and not sections and written["left_out"]:
-        title, why = next(iter(written["left_out"].items()))
-        raise UserError(f"config.report.sections: none of them could be made; {title}: {why}")
     return written
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the report's path, and which sections are missing."""
+    """Prints the report's path, and which sections are missing.
+
+    Raises:
+      UserError: all are.
+    """
+    if result["left_out"] and not result["sections"]:
+        title, why = next(iter(result["left_out"].items()))
+        raise UserError(f"config.report.sections: none of them could be made; {title}: {why}")
     for title, why in result["left_out"].items():
         print(escaped(f"left out: {title}: {why}"))
     print(escaped(f"report: {mirror.shown(result['report'])}"))
@@ -420,7 +425,7 @@ def write(
     whole: bool = True,
     drawn: MutableMapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Writes both files, so that each is whole or missing; returns their paths and `missing`.
+    """Writes both files, so that each is whole or missing; returns what :func:`run` returns.
 
     A page that is not whole yet does not replace a page with more sections: it goes to the folder PARTIAL, which the
     whole page removes. A whole page leaves the one with more sections, which took minutes to compute, as EARLIER.
@@ -469,7 +474,8 @@ def write(
             log.info("%s keeps the earlier report until this one is whole; so far: %s", folder / HTML, home / HTML)
         else:
             shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-    return {"report": str(folder / HTML), "json": str(folder / JSON), "left_out": missing}
+    paths = {"report": str(folder / HTML), "json": str(folder / JSON)}
+    return {**paths, "left_out": missing, "sections": [s.title for s in sections]}
 
 
 def _titles(path: Path) -> set[str]:

@@ -462,7 +462,8 @@ def test_the_report_of_one_run_goes_to_the_run(runs, tmp_path):
     run = shutil.copytree(runs[0][0], tmp_path / "run")
     (run / "report.html").unlink()
     result = report([run / "checkpoints"], report__sections=("overview",))
-    assert result == {"report": str(run / "report.html"), "json": str(run / "report.json"), "left_out": {}}
+    paths = {"report": str(run / "report.html"), "json": str(run / "report.json")}
+    assert result == {**paths, "left_out": {}, "sections": ["Overview"]}
     assert read(run)[1]["runs"] == {"run": f"step 4 of {run / 'checkpoints'}"}
     with pytest.raises(ConfigError, match="--workdir is missing: it says where the report goes"):
         report([run, runs[0][1]])
