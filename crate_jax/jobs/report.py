@@ -124,8 +124,8 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
       workdir: the folder for the two files; None: the run's folder, if there is only one run.
 
     Returns:
-      the paths ``report`` and ``json``; ``left_out``: {title of a missing section: why it is missing}; ``sections``: the
-      titles of the others.
+      the paths ``report`` and ``json``; ``left_out``: {title of a missing section: why it is missing}; ``sections``:
+      the titles of the others.
 
     Raises:
       UserError: a checkpoint cannot be read, or the config or the data cannot be used.
