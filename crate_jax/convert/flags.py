@@ -41,7 +41,7 @@ def applied(config: dict[str, Any], model: ConfigDict, params: Mapping[str, Any]
 
     Args:
       config: the file's whole config, perhaps of an older version that lacks keys.
-      model: the same with all keys that describe a model.
+      model: that config, with a value for every key that describes a model.
       params: the model's parameters.
       hints: what the flags say; they come before what the file says.
 

@@ -27,7 +27,7 @@ from crate_jax.data.sources import (
 )
 from crate_jax.errors import DataError, escaped, some
 from crate_jax.parallel import distributed
-from crate_jax.workdir.folder import LOCK_NAME, readable_set
+from crate_jax.workdir.folder import is_workdir, readable_set
 
 # The names that Pillow gives to files of decoding.FORMATS. PFM is not a picture: its floats have no white.
 EXTENSIONS = (
@@ -41,8 +41,6 @@ LITTER_FOLDERS = frozenset(
     (b"__macosx", b"@eadir", b"@recycle", b"#recycle", b"#snapshot", b"$recycle.bin", b"recycler", b"lost+found",
      b"system volume information", b"__pycache__")
 )  # fmt: skip
-# Next to a lock they show that a folder is a workdir of this library.
-RECORDS = frozenset((b"starts.jsonl", b"checkpoints", b"sweep.json", b"results.jsonl", b"alignment.json"))
 OF_A_RUN = frozenset((b"pictures", b"nonfinite"))  # folders with images, in the images' folder if it is a workdir
 LITTER_FILES = frozenset((b"thumbs.db", b"ehthumbs.db", b"desktop.ini", b"icon\r"))
 MAX_STRAYS = 5  # images beside class folders that are strays however few images the folders hold
@@ -456,9 +454,8 @@ def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
             holders |= {real}
             with os.scandir(path) as entries:
                 found = list(entries)
-                names = {entry.name for entry in found}
-                is_workdir = os.fsencode(LOCK_NAME) in names and not names.isdisjoint(RECORDS)
-                if is_workdir and folder:  # a run's pictures are not photos
+                of_a_run = is_workdir({os.fsdecode(entry.name) for entry in found})
+                if of_a_run and folder:  # a run's pictures are not photos
                     rest.litter.append(folder)
                     continue
                 for entry in found:
@@ -466,7 +463,7 @@ def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
                         continue
                     inner = os.path.join(folder, entry.name)
                     if _is_dir(entry):
-                        if entry.name.lower() in LITTER_FOLDERS or (is_workdir and entry.name in OF_A_RUN):
+                        if entry.name.lower() in LITTER_FOLDERS or (of_a_run and entry.name in OF_A_RUN):
                             rest.litter.append(inner)
                             continue
                         if split_role(os.fsdecode(entry.name)) in ("val", "test"):

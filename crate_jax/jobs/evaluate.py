@@ -274,7 +274,7 @@ def _cached(
     """Features (n, D) and labels (n,) of the images at `indices`, from the workdir if they were computed before.
 
     The workdir keeps them only if no image was left out: a disk may give an image next time that it did not give now.
-    A workdir that cannot keep them, for example because the disk is full, is no error.
+    A workdir that cannot keep them, for example because the disk is full, is not an error.
     """
     path = folder / CACHE / f"{cache_key(config, encoder, source, indices)}.npz"
     stored: tuple[np.ndarray, np.ndarray] | None = None

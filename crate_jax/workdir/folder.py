@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -27,13 +27,23 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")  # of an address; dbfs:/ and 
 LATE_SECONDS = 60.0  # for up to a minute NFS may still report that there is no such file
 
 
+STARTS = "starts.jsonl"  # the record of a run's starts
+# Beside a lock each of these shows that a folder is a workdir of this library, the first two that of a training run.
+KEPT = (bucket.CHECKPOINTS, STARTS, "sweep.json", "results.jsonl", "alignment.json")
+
+
+def is_workdir(names: Collection[str]) -> bool:
+    """Whether a folder with entries of these names is a workdir; a lock alone may be another program's."""
+    return LOCK_NAME in names and any(name in names for name in KEPT)
+
+
 def require_no_run(folder: Path, what: str) -> None:
     """Refuses a folder that holds a training run, whose files `what` would replace.
 
     Raises:
       UserError: it does.
     """
-    if (folder / "checkpoints").exists() or (folder / "starts.jsonl").exists():
+    if any((folder / name).exists() for name in KEPT[:2]):
         raise UserError(
             f"{folder}: holds a training run, whose config.json {what} would replace; choose another folder"
         )

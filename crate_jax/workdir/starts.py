@@ -15,8 +15,9 @@ from typing import Any
 
 from crate_jax.workdir import metrics, readback
 from crate_jax.workdir.checkpoint_files import versions
+from crate_jax.workdir.folder import STARTS
 
-FILE = "starts.jsonl"
+FILE = STARTS
 RUN = "run"  # the key of the id, in lines and in checkpoints
 
 

@@ -100,7 +100,7 @@ def test_litter_is_left_out(tmp_path, caplog):
 
 
 def test_workdirs_among_the_images_are_not_read(tmp_path, caplog):
-    """Pictures of a run are no photos: the next run, and the same run's next start, would have more images."""
+    """A run's pictures are not photos: the next run, and the same run's next start, would have more images."""
     photos = ["a/1.png", "b/2.png"]
     run = ["runs/one/pictures/3.png", "runs/one/curve.png", "runs/one/checkpoints/1/x", "pictures/4.png"]
     tree(tmp_path, [*photos, "c/5.png"])

@@ -322,7 +322,7 @@ def test_a_queue_takes_batches_of_another_size_in_turn():
     assert place == 24
 
 
-def test_a_tie_of_scores_is_no_hit_of_every_class_and_nan_none():
+def test_a_tie_of_scores_is_a_hit_of_one_class_and_nan_of_none():
     """An online classifier begins with equal scores."""
     weights = {"kernel": jnp.zeros((3, 7)), "bias": jnp.zeros(7)}
     label = jnp.array([0, 4, 5, 6, -1])

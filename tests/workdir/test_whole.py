@@ -99,10 +99,10 @@ def test_a_reader_sees_no_half_of_a_picture(tmp_path: Path, monkeypatch) -> None
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({"XDG_CACHE_HOME": "/x/cache", "HOME": "/home/me"}, "/x/cache"),
-        ({"XDG_CACHE_HOME": "", "HOME": "/home/me"}, "/home/me/.cache"),
-        ({"HOME": "/home/me"}, "/home/me/.cache"),
-        ({"XDG_CACHE_HOME": "below", "HOME": "/home/me"}, "below"),
+        ({"XDG_CACHE_HOME": "/x/cache", "HOME": "/me"}, "/x/cache"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/me"}, "/me/.cache"),
+        ({"HOME": "/me"}, "/me/.cache"),
+        ({"XDG_CACHE_HOME": "below", "HOME": "/me"}, "below"),
         ({"XDG_CACHE_HOME": "~nobody-of-this-name/x"}, None),
         ({"XDG_CACHE_HOME": "gs://bucket/x"}, None),
     ],
