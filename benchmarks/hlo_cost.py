@@ -3,7 +3,7 @@
 XLA's own `cost_analysis()` counts the body of a loop once, however often it runs; for a model with twelve scanned
 layers it gives a twelfth. This module counts the text of the compiled program by XLA's rules (`HloCostAnalysis`): every
 instruction reads its operands and writes its result, and a fusion is one instruction; a slice reads only the part that
-it takes, and an update in place writes only the part that it changes; a Pallas kernel for TPUs costs what its
+it takes, and an update in place or a scatter reads and writes only the part that it changes; a Pallas kernel for TPUs costs what its
 `CostEstimate` says. A custom call of another kind reads its operands and writes its results, and
 :mod:`benchmarks.hlo_products` tells the FLOPs of the libraries' calls; calls whose FLOPs it cannot tell are named in
 `Cost.not_counted`. With `loops=False` each body is counted once, as XLA does, and a test compares both counts. One rule
@@ -24,7 +24,7 @@ from benchmarks import hlo_products
 
 ELEMENT_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
-    "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
+    "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16, "token": 0, "opaque": 0,
 }  # fmt: skip
 
 FREE = {  # opcodes without cost
@@ -61,8 +61,14 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """The size in bytes."""
-        return self.elements * ELEMENT_BYTES.get(self.dtype, 0)  # tokens and opaque types have 0 bytes
+        """The size in bytes.
+
+        Raises:
+          ValueError: the size of an element is not known.
+        """
+        if self.dtype not in ELEMENT_BYTES:
+            raise ValueError(f"the size of the type {self.dtype} is not known: add it to ELEMENT_BYTES")
+        return self.elements * ELEMENT_BYTES[self.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +169,12 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(name, opcode.group(1), _arrays(text[:end]), operands, text[stop:], bool(root), inside)
 
 
+def _window(i: Instruction) -> list[int]:
+    """The sides of the window of an instruction; none if it has no window."""
+    found = re.search(r"window=\{size=([\dx]+)", i.rest)
+    return [int(side) for side in found.group(1).split("x")] if found else []
+
+
 class Program:
     """The computations of an HLO text.
 
@@ -238,8 +250,8 @@ class Program:
             number[kind] += runs
         unknown: Counter[str] = Counter()
         for line in lines:
-            if self._call_flops(line.instruction, self.computations[line.computation]) is None:
-                unknown[line.instruction.call] += line.runs
+            for call in self._unknown_calls(line.instruction, self.computations[line.computation]):
+                unknown[call] += line.runs
         total = functools.partial(math.fsum)
         return Cost(
             total(line.flops for line in lines),
@@ -290,6 +302,11 @@ class Program:
         elif i.opcode == "dynamic-update-slice":
             update = computation[i.operands[1]].arrays[0]
             parts = [(i.arrays[0], update.bytes), (update, update.bytes)]
+        elif i.opcode == "scatter":  # operands, indices, updates
+            number = len(i.arrays)
+            parts = [(a, a.bytes) for arrays, _ in reads[number:] for a in arrays]
+            updates = [arrays[0].bytes for arrays, _ in reads[number + 1 :]]
+            parts += [(a, 2 * moved) for a, moved in zip(i.arrays, updates, strict=True)]  # read and written
         elif i.opcode in ("copy-start", "slice-start"):  # result: destination and source, in either order
             source, moved = computation[i.operands[0]].arrays[0], min(a.bytes for a in i.arrays[:2])
             target = next((a for a in i.arrays[:2] if a.on_chip != source.on_chip), source)
@@ -320,6 +337,8 @@ class Program:
                     total += user.arrays[0].bytes
                 elif user.opcode == "dynamic-update-slice" and position == 0:
                     pass  # changed in place
+                elif user.opcode == "scatter" and position < len(user.arrays):  # what is changed is read
+                    total += inner[user.operands[len(user.arrays) + 1 + position]].arrays[0].bytes
                 elif user.opcode == "bitcast":
                     total += moved(user.name, whole)
                 elif user.root and user.opcode == "tuple":
@@ -345,6 +364,8 @@ class Program:
                 return written(value.operands[0])
             if value.opcode == "dynamic-update-slice":
                 return inner[value.operands[1]].arrays[0].bytes
+            if value.opcode == "scatter":
+                return sum(inner[o].arrays[0].bytes for o in value.operands[len(value.arrays) + 1 :])
             if value.opcode == "parameter" or value.opcode in COLLECTIVES:  # not written, or counted in Program.cost
                 return 0.0
             return sum(a.bytes for a in value.arrays)
@@ -366,7 +387,9 @@ class Program:
             return self._call_flops(i, computation) or 0.0
         if i.opcode in ELEMENTWISE:
             return i.arrays[0].elements
-        if i.opcode in ("reduce", "reduce-window", "all-reduce"):
+        if i.opcode == "reduce-window":  # as XLA: one operation less than the window has places
+            return i.arrays[0].elements * (math.prod(_window(i)) - 1)
+        if i.opcode in ("reduce", "all-reduce"):
             return sum(a.elements for o in i.operands[:1] for a in computation[o].arrays)
         if i.opcode == "dot":
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
@@ -376,6 +399,15 @@ class Program:
             lhs, rhs = (computation[o].arrays[0] for o in i.operands[:2])
             return hlo_products.convolution_flops(lhs.sides, rhs.sides, i.arrays[0].sides, i.rest)
         return 0.0
+
+    def _unknown_calls(self, i: Instruction, computation: dict[str, Instruction]) -> Iterator[str]:
+        """The custom calls of an instruction, also those in a fusion, whose FLOPs nothing tells."""
+        if i.opcode == "fusion":
+            inner = self.computations[i.called("calls")]
+            for j in inner.values():
+                yield from self._unknown_calls(j, inner)
+        elif self._call_flops(i, computation) is None:
+            yield i.call
 
     def _call_flops(self, i: Instruction, computation: dict[str, Instruction]) -> float | None:
         """FLOPs of a custom call; None if nothing tells them. Other instructions have 0 here."""

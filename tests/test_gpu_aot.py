@@ -87,6 +87,48 @@ def test_collectives_that_start_and_end_are_counted_once():
     assert cost.bytes == 9 / 8 * cost.collective_bytes["reduce-scatter"] + 4 * (2 + 16) * 24
 
 
+CHANGED_IN_PLACE = """
+%add (l: f32[], r: f32[]) -> f32[] {
+  %l = f32[] parameter(0)
+  %r = f32[] parameter(1)
+  ROOT %sum = f32[] add(%l, %r)
+}
+
+%fused (p: f32[900,24], q: s32[7,1], u: f32[7,24]) -> f32[900,24] {
+  %p = f32[900,24]{1,0} parameter(0)
+  %q = s32[7,1]{1,0} parameter(1)
+  %u = f32[7,24]{1,0} parameter(2)
+  %v = f32[7,24]{1,0} custom-call(%u), custom_call_target="nobody"
+  ROOT %s = f32[900,24]{1,0} scatter(%p, %q, %v), to_apply=%add
+}
+
+ENTRY %main (a: f32[900,24], i: s32[7,1], b: f32[7,24], m: f32[5,12,12,24]) -> () {
+  %a = f32[900,24]{1,0} parameter(0)
+  %i = s32[7,1]{1,0} parameter(1)
+  %b = f32[7,24]{1,0} parameter(2)
+  %m = f32[5,12,12,24]{3,2,1,0} parameter(3)
+  %alone = f32[900,24]{1,0} scatter(%a, %i, %b), to_apply=%add
+  %fusion = f32[900,24]{1,0} fusion(%alone, %i, %b), kind=kInput, calls=%fused
+  %zero = f32[] constant(0)
+  %pooled = f32[5,4,6,24]{3,2,1,0} reduce-window(%m, %zero), window={size=1x3x2x1 stride=1x3x2x1}, to_apply=%add
+}
+"""
+
+
+def test_a_scatter_costs_what_it_changes_and_a_window_what_it_holds():
+    cost = Program(CHANGED_IN_PLACE).cost()
+    alone, fusion, pooled = cost.lines
+    changed = 3 * 4 * 7 * 24 + 4 * 7  # rows of a that are read and written, their updates; indices
+    assert (alone.bytes, fusion.bytes) == (changed, changed)
+    assert pooled.flops == 5 * 4 * 6 * 24 * (3 * 2 - 1)
+    assert cost.not_counted == {"nobody": 1}  # in the fusion
+
+
+def test_a_type_of_unknown_size_is_named_not_free():
+    with pytest.raises(ValueError, match="the size of the type f4e9 is not known"):
+        Program(CHANGED_IN_PLACE.replace("f32", "f4e9")).cost()
+
+
 def test_topologies_name_a_gpu_and_three_sides():
     assert chip_of("h100:1x8x8", GPUS) == (GPUS.chips["h100"], 64)
     for bad in ("h100:8", "h100:1x8", "h100:1x8x8x2", "v5e:1x1x8", "h100:1x0x8"):
