@@ -8,7 +8,7 @@ import pytest
 
 from crate_jax.convert import import_state_dict
 from crate_jax.errors import ConfigError
-from crate_jax.models import representation
+from crate_jax.models import crate, gpu_attention, gpu_norm, representation, vit
 from tests import parity, parity_resnet
 from tests.conftest import ROOT
 
@@ -30,6 +30,36 @@ def marks(name: str):
 )
 def test_reference_numbers(path):
     outputs, gradients = parity.check(str(path))
+    assert outputs <= parity.OUTPUT_LIMIT
+    assert gradients <= parity.GRADIENT_LIMIT
+
+
+@pytest.mark.one_python
+@pytest.mark.parametrize(
+    "name",
+    ["crate_blocks_lambda0.1", pytest.param("crate_mae_lambda5.0", marks=pytest.mark.slow)]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("vit_mae", "ropim")],
+)
+def test_reference_numbers_by_the_kernels_for_gpus(name, monkeypatch):
+    """Interpreted, in float32: MSSA, attention with and without a bias, norms and their skip connections."""
+    called = set()
+
+    def interpreted(function):
+        def run(*args):
+            called.add(function)
+            return function(*args, interpret=True)
+
+        return run
+
+    attend = interpreted(gpu_attention.attend)
+    for module in (crate, vit):
+        monkeypatch.setattr(module, "attention_kernel", lambda *_: attend)
+    monkeypatch.setattr(gpu_norm, "fits", lambda x: True)
+    passes = gpu_norm.forward, gpu_norm.backward
+    for function in passes:
+        monkeypatch.setattr(gpu_norm, function.__name__, interpreted(function))
+    outputs, gradients = parity.check(str(GOLDEN[0].with_name(f"{name}.npz")))
+    assert called == {gpu_attention.attend, *(passes if gradients else passes[:1])}  # the blocks have only outputs
     assert outputs <= parity.OUTPUT_LIMIT
     assert gradients <= parity.GRADIENT_LIMIT
 
