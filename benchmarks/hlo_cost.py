@@ -3,8 +3,8 @@
 XLA's own `cost_analysis()` counts the body of a loop once, however often it runs; for a model with twelve scanned
 layers it gives a twelfth. This module counts the text of the compiled program by XLA's rules (`HloCostAnalysis`): every
 instruction reads its operands and writes its result, and a fusion is one instruction; a slice reads only the part that
-it takes, and an update in place or a scatter reads and writes only the part that it changes; a Pallas kernel for TPUs costs what its
-`CostEstimate` says. A custom call of another kind reads its operands and writes its results, and
+it takes, and an update in place or a scatter reads and writes only the part that it changes; a Pallas kernel for TPUs
+costs what its `CostEstimate` says. A custom call of another kind reads its operands and writes its results, and
 :mod:`benchmarks.hlo_products` tells the FLOPs of the libraries' calls; calls whose FLOPs it cannot tell are named in
 `Cost.not_counted`. With `loops=False` each body is counted once, as XLA does, and a test compares both counts. One rule
 differs: for a slice that is fetched ahead of its use (`slice-start`) XLA adds twice the whole array; this module adds

@@ -1,7 +1,7 @@
-"""The time of our kernels at the models' shapes, beside XLA's plain version and cuDNN's fused attention.
+"""The time of our kernels at the models' shapes, beside XLA's plain attention, cuDNN's and JAX's Triton kernel.
 
-cuDNN refuses an odd number of tokens; then it gets padded tokens, and the number of true ones, as a mask. The padding
-itself is not in its time.
+cuDNN refuses an odd number of tokens, JAX's kernel one that is not of whole tiles; then they get padded tokens, and the
+number of true ones, as a mask. The padding itself is not in their times.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from crate_jax.flags import one_line
 from crate_jax.models import gpu_attention, gpu_norm, layers, tpu_attention
 
 EPS = 1e-6
+TILE = 128  # tokens of a tile of JAX's kernel
 
 
 def cases(name: str, settings: Settings) -> Cases:
@@ -35,6 +36,8 @@ def cases(name: str, settings: Settings) -> Cases:
             "ViT-B": Attention(B, 197, 12, 64, 3),
             "ViT-MAE-B, encoder": Attention(B, 50, 12, 64, 3),
             "ViT-MAE-B, decoder": Attention(B, 197, 16, 32, 3),
+            "ViT-B, 384 px": Attention(B // 4, 577, 12, 64, 3),
+            "ViT-B, 512 px": Attention(B // 8, 1025, 12, 64, 3),
         }
     found: Cases = {what: functools.partial(attention, shape, settings.platform) for what, shape in shapes.items()}
     if settings.platform != "tpu":
@@ -95,22 +98,46 @@ def attention(case: Attention, platform: str) -> Row:
     if platform == "gpu":
         row["cudnn"] = if_it_runs(cudnn, case, arrays, expected)
         if "refused" in row["cudnn"]:
-            padded = -case.tokens % 8
-            x, bias, g = arrays
-            wide = (0, padded), (0, padded)
-            more = (
-                jnp.pad(x, ((0, 0), wide[0], (0, 0))),
-                None if bias is None else jnp.pad(bias, ((0, 0), *wide)),
-                jnp.pad(g, ((0, 0), wide[0], (0, 0))),
-            )
+            more = padded(arrays, -case.tokens % 8)
             row["cudnn_padded"] = if_it_runs(functools.partial(cudnn, tokens=case.tokens), case, more, expected)
+        more = padded(arrays, -case.tokens % TILE)
+        row["triton_padded"] = if_it_runs(functools.partial(triton, tokens=case.tokens), case, more, expected)
     return row
+
+
+def padded(arrays: tuple[jax.Array | None, ...], number: int) -> tuple[jax.Array | None, ...]:
+    """X, the bias and the result's gradient with a `number` of zero tokens more."""
+    x, bias, g = (None if a is None else jnp.pad(a, ((0, 0), (0, number), (0, 0))) for a in arrays)
+    return x, None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, number))), g
+
+
+def heads_of(x_BNF: jax.Array, heads: int, parts: int) -> list[jax.Array]:
+    """Queries, keys and values, (B, N, H, K) each."""
+    split = [a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x_BNF, parts, axis=-1)]
+    return [split[min(role, parts - 1)] for role in range(3)]
+
+
+def triton(
+    x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, tokens: int, interpret: bool = False
+) -> jax.Array:
+    """JAX's own Triton kernel in its default tiles; only the first `tokens` count.
+
+    Raises:
+      ValueError: there is a bias.
+    """
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    if bias_HNN is not None:
+        raise ValueError("it takes no bias")
+    B, N = x_BNF.shape[:2]
+    ids_BN = jnp.broadcast_to(jnp.arange(N) >= tokens, (B, N)).astype(jnp.int32)
+    q, k, v = heads_of(x_BNF, heads, parts)
+    return mha(q, k, v, ids_BN, sm_scale=q.shape[-1] ** -0.5, interpret=interpret).reshape(B, N, -1)
 
 
 def cudnn(x_BNF: jax.Array, bias_HNN: jax.Array | None, heads: int, parts: int, tokens: int | None = None) -> jax.Array:
     """Fused attention of cuDNN; only the first `tokens` count."""
-    split = [a.reshape(*a.shape[:2], heads, -1) for a in jnp.split(x_BNF, parts, axis=-1)]
-    q, k, v = (split[min(role, parts - 1)] for role in range(3))
+    q, k, v = heads_of(x_BNF, heads, parts)
     lengths = None if tokens is None else jnp.full(len(x_BNF), tokens, jnp.int32)
     bias = None if bias_HNN is None else bias_HNN[None].astype(x_BNF.dtype)
     y = jax.nn.dot_product_attention(

@@ -68,7 +68,7 @@ PARTS = {
     "byol_resnet50": Part("steps", limit=240, least=40, alone=True),
     "profile": Part("profile", limit=120, least=30, alone=True),
     WITHOUT: Part("steps", limit=180, least=40, alone=True),
-    "kernel_times": Part("kernel_times", limit=90, least=15),
+    "kernel_times": Part("kernel_times", limit=120, least=15),
     "parity_more": Part("kernels", limit=60, least=10),
     "feed": Part("feed", limit=180, least=60, alone=True),
     "tune": Part("tune", limit=150, least=30),

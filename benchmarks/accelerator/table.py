@@ -155,9 +155,17 @@ def kernel_times(rows: Rows) -> str:
         share = number(
             row["ours"], lambda r, row=row: row["with_gradients_flops"] / r["with_gradients_ms"] * 1e3 / flops, ".1%"
         )
-        versions = [times(row.get(version)) for version in ("ours", "xla", "cudnn", "cudnn_padded")]
+        versions = [times(row.get(version)) for version in ("ours", "xla", "cudnn", "cudnn_padded", "triton_padded")]
         lines.append([name, *versions, share])
-    columns = ("forward / with gradients, ms", "ours", "XLA", "cuDNN", "cuDNN, padded", "ours, of the peak")
+    columns = (
+        "forward / with gradients, ms",
+        "ours",
+        "XLA",
+        "cuDNN",
+        "cuDNN, padded",
+        "JAX's Triton, padded",
+        "ours, of the peak",
+    )
     return grid("Kernels, times", columns, lines)
 
 
