@@ -124,7 +124,7 @@ def _read_coco(folder: Path, split: str) -> tuple[list[str], list[Picture]]:
         objects = [(a["image_id"], a["category_id"], a["bbox"], a.get("iscrowd", 0)) for a in about["annotations"]]
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path}: not an instances file of COCO ({type(e).__name__}: {e})") from None
     number = {category: i for i, category in enumerate(categories, 1)}
     found: dict[Any, list[tuple]] = {image: [] for image in images}
@@ -493,6 +493,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(
             f"--batch-size={args.batch_size}: the training split has {len(data.train)} images with objects"
         )
+    if args.out:  # before hours of training
+        with _writes(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
     try:
         import safetensors
         import torch
@@ -523,12 +526,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if scores is None:
         print("AP is not computed: pycocotools is not installed (pip install pycocotools)")
     result = {"model": name, "backbone": args.backbone, "steps": args.steps, "loss": loss, **(scores or {})}
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), args.out / "detector.pth")
-        (args.out / "result.json").write_text(json.dumps({**result, "classes": data.classes}) + "\n")
     print(json.dumps(result))
+    if args.out:
+        text = json.dumps({**result, "classes": data.classes}) + "\n"
+        with _writes(args.out):
+            _replace(args.out / "result.json", lambda path: path.write_text(text))
+            _replace(args.out / "detector.pth", lambda path: torch.save(model.state_dict(), path))
     return result
+
+
+@contextlib.contextmanager
+def _writes(folder: Path) -> Iterator[None]:
+    """Makes an InputError of what the system, or torch, says of a file that cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        raise InputError(
+            f"--out={folder}: cannot be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]})"
+        ) from None
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Replaces a file by what `write` writes, once it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def main(argv: Sequence[str]) -> int:

@@ -146,6 +146,9 @@ BAD = {  # kind -> (format, what is done to the folder, the line)
     "another format": ("COCO", lambda f: (f / "annotations").rename(f / "labels"), "must hold either annotations/inst"),
     "no annotations": ("COCO", lambda f: (f / "annotations" / "instances_val2017.json").unlink(), "cannot be read"),
     "no json": ("COCO", lambda f: (f / "annotations" / "instances_train2017.json").write_text("{"), "JSONDecodeError"),
+    "deep json": (
+        "COCO", lambda f: (f / "annotations" / "instances_train2017.json").write_text("[" * 9**6), ".RecursionError: "
+    ),
     "no list": ("COCO", changed_json(lambda a: a.pop("images")), "not an instances file of COCO .KeyError: 'images'"),
     "no image": ("COCO", lambda f: (f / "train2017" / "2.png").unlink(), "train2017/2.png: no such image"),
     "corners": ("COCO", changed_json(corners), r"reaches beyond its 112 x 80 pixels; it must be x, y, width, height"),
@@ -190,6 +193,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, capsys, kind):
         (["--batch-size=5"], "--batch-size=5: the training split has 4 images with objects"),
         (["--train=train2018"], "instances_train2018.json: cannot be read"),
         (["--out=gs://bucket/x"], "'gs://bucket/x' must be a path on a local or mounted file system; --help says more"),
+        (["--batch-size=2", f"--out={ROOT / 'README.md'}/x"], "README.md/x: cannot be written (Not a directory)"),
         (["--batch-size=0"], "'0' must be a positive whole number; --help says more"),
         (["--norm=group"], "argument --norm: invalid choice: 'group'"),
     ],
@@ -218,6 +222,19 @@ def exported(path: Path, width: int = 64, **kwargs) -> Path:
     loaded.config["data"]["mean"] = (0.4, 0.5, 0.6)
     export(loaded.config, loaded.params, "torchvision", path)
     return path
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "result.json"
+    detection._replace(path, lambda at: at.write_text("old"))
+
+    def full(at: Path) -> None:
+        at.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="--out=.*: cannot be written .No space left"), detection._writes(tmp_path):
+        detection._replace(path, full)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")
