@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 
+import sklearn.datasets  # noqa: F401  (what reading the digits imports later: a second and a half)
 from absl import app
 
 from crate_jax import jobs as _jobs, main as jobs  # noqa: F401  (what `main` imports later)

@@ -54,8 +54,11 @@ def collapsed(name: str, **changes):
     return jax.jit(jax.value_and_grad(method.loss, has_aux=True))(*args, batch, keys)
 
 
-# The tests of prototypes look at the edges of the slow ones; All4One's transformers take 15 s.
-@pytest.mark.parametrize("name", [*OURS[:4], *(pytest.param(name, marks=pytest.mark.slow) for name in OURS[4:])])
+# One that divides by a deviation and one that inverts a covariance are quick; prototypes have tests of their edges.
+QUICK = ("barlow_twins", "wmse")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OURS])
 def test_a_collapse_gives_finite_losses_and_gradients(name):
     assert finite(collapsed(name, **({"wmse.eps": 0.01} if name == "wmse" else {})))
 

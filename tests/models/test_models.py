@@ -158,7 +158,7 @@ def test_bfloat16_activations_keep_float32_parameters(encoder):
     assert float(value) != float(exact)
 
 
-@pytest.mark.parametrize("encoder", TRANSFORMERS)
+@pytest.mark.parametrize("encoder", ["crate", pytest.param("vit", marks=pytest.mark.slow)])
 def test_remat_changes_nothing_but_memory(encoder):
     c = small(encoder, decoder="linear")
     params, x = jax.jit(lambda: autoencoder.init_params(c, jax.random.key(0)))(), images(c)

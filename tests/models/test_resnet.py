@@ -286,7 +286,7 @@ def pixels_of(c, n: int = 16) -> jax.Array:
     ("corruption", "decoder"),
     [
         ({"name": "mask"}, "linear"),
-        ({"name": "mask", "mask_fill": "zero"}, "transformer"),
+        pytest.param({"name": "mask", "mask_fill": "zero"}, "transformer", marks=pytest.mark.slow),
         ({"name": "rop", "rop_ratio": 0.3}, "linear"),
         pytest.param({"name": "noise"}, "linear", marks=pytest.mark.slow),
         pytest.param({"name": "none"}, "linear", marks=pytest.mark.slow),
@@ -329,6 +329,7 @@ def test_a_removed_patch_does_not_reach_a_resnet(fill):
     np.testing.assert_array_equal(seen[1], np.zeros(48) if token is None else token)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_remat_changes_nothing_but_memory():
     c = thin()

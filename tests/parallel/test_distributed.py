@@ -431,7 +431,7 @@ def listening(pid: int) -> set[str]:
     return {line[1] for line in lines if line[3] == "0A" and line[9] in inodes}
 
 
-@pytest.mark.one_python
+@pytest.mark.slow
 def test_second_starts_are_refused_and_a_stopped_process_is_named(cli_env):
     """JAX's service believes them, and aborts both healthy processes with a stack."""
     address = f"127.0.0.1:{free_port()}"

@@ -25,19 +25,17 @@ from crate_jax.data.evaluation import CHUNK
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
 from crate_jax.data.views import augmented_views
-from crate_jax.errors import ConfigError, DataError
+from crate_jax.errors import DataError
 from crate_jax.evals import lidar, spectra
-from crate_jax.models import ENCODERS, corruption as corruptions, prefix_tokens, representation, widths
-from crate_jax.models.autoencoder import patch_numbers
+from crate_jax.models import ENCODERS, prefix_tokens, representation, widths
+from crate_jax.models.corruption import CLEAN
 from crate_jax.parallel import parameters, sharding
 from crate_jax.report import Subject
 
 log = logging.getLogger(__name__)
 
-ROWS = ("pooled", "tokens")
-VIEWS = ("augmentation", "corruption")
 INPUT = "input"
-Features = Callable[[Any, jax.Array, corruptions.Corruption], tuple[jax.Array, ...]]
+Features = Callable[[Any, jax.Array], tuple[jax.Array, ...]]
 
 
 def places(config: ConfigDict) -> list[str]:
@@ -46,38 +44,32 @@ def places(config: ConfigDict) -> list[str]:
     return [INPUT, *(f"{layer} {i + 1}" for i in range(len(widths(config)))), "representation"]
 
 
-def features(config: ConfigDict, rows: str = "pooled") -> Features:
-    """Makes the function from images to rows of features at all places.
-
-    Args:
-      config: the run's config.
-      rows: "pooled" for one row per image, pooled by ``config.evaluation.pool``, or the mean of the patch tokens at the
-        input, where the class token is the same for all images; "tokens" for one row per patch token.
+def features(config: ConfigDict) -> Features:
+    """Makes the function from images without corruption to their features at all places.
 
     Returns:
-      the function (params, images uint8 (B, H, W, 3), corruption) -> for each group of places, float32 (l, B, D), or
-      (l, B * M, D) for M patch tokens per image.
+      the function (params, images uint8 (B, H, W, 3)) -> for each group of places, float32 (l, B, D), pooled by
+      ``config.evaluation.pool``; at the input, where the class token is the same for all images, the mean of the patch
+      tokens.
     """
     tokens, pooled, prefix = representation.tokens_by_layer(config), representation.pool(config), prefix_tokens(config)
 
     def of_group(tokens_lBND: jax.Array, is_input: bool) -> jax.Array:
         tokens_lBND = tokens_lBND.astype(jnp.float32)
-        if rows == "tokens":
-            return tokens_lBND[:, :, prefix:].reshape(len(tokens_lBND), -1, tokens_lBND.shape[-1])
         return jnp.mean(tokens_lBND[:, :, prefix:], axis=2) if is_input else jax.vmap(pooled)(tokens_lBND)
 
-    def apply(params: Any, images_uint8: jax.Array, corruption: corruptions.Corruption) -> tuple[jax.Array, ...]:
-        groups = tokens(params, normalise(images_uint8, config), corruption)
+    def apply(params: Any, images_uint8: jax.Array) -> tuple[jax.Array, ...]:
+        groups = tokens(params, normalise(images_uint8, config), CLEAN)
         return tuple(of_group(tokens_lBND, is_input=i == 0) for i, tokens_lBND in enumerate(groups))
 
     return apply
 
 
 def _groups(config: ConfigDict, apply: Features) -> list[tuple[int, int, int]]:
-    """(places, rows per image, width) of each group of places of features without a corruption."""
+    """(places, 1, width) of each group of places of the features of one image."""
     images = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), np.uint8)
     params = jax.eval_shape(lambda: representation.init_params(config, jax.random.key(0)))
-    found = jax.eval_shape(lambda p, x: apply(p, x, corruptions.Identity()), params, images)
+    found = jax.eval_shape(apply, params, images)
     return [x.shape for x in found]
 
 
@@ -97,19 +89,18 @@ def _stream(
     encode: Callable[..., tuple[jax.Array, ...]],
     update: Callable[..., Any],
     state: Any,
-    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    batches: Iterator[np.ndarray],
     size: int,
 ) -> tuple[Any, int]:
     """Computes features of all batches; each device updates a state with its rows, and the states are then merged.
 
     Args:
       subject: the run with the encoder.
-      encode: the function (params, images (B, ...), one number per image (B,)) -> for each group of places, features
-        (l, B, ...).
+      encode: the function (params, images (B, ...)) -> for each group of places, features (l, B, ...).
       update: the function (state, features, kept (B,)) -> state. It runs on one device at a time, so that its
         decomposition never waits for another device.
       state: the state before any rows, a tree of factors.
-      batches: images, and one number per image.
+      batches: the images.
       size: images per call, a multiple of the number of devices.
 
     Returns:
@@ -128,10 +119,9 @@ def _stream(
 
     count = 0
     with spectra.one_lapack_thread():
-        for images, numbers in batches:
-            padded, kept = _padded(images, size)
-            image, number, mask = (put(x) for x in (padded, _padded(numbers, size)[0], kept))
-            rows = encode(params, image, number)
+        for images in batches:
+            image, mask = (put(x) for x in _padded(images, size))
+            rows = encode(params, image)
             masks = {shard.device: shard.data for shard in mask.addressable_shards}
             for shards in zip(*(group.addressable_shards for group in rows), strict=True):
                 device = shards[0].device
@@ -158,21 +148,18 @@ def _batch_size(subject: Subject, images: int, per_image: int = 1) -> int:
     return -(-wanted // subject.mesh.size) * subject.mesh.size
 
 
-def _plain_batches(
-    config: ConfigDict, source: data.Source, indices: np.ndarray, size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _plain_batches(config: ConfigDict, source: data.Source, indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for chunk in data.eval_batches(config, source, indices, max(size, CHUNK // size * size)):
         for start in range(0, len(chunk["image"]), size):
-            yield chunk["image"][start : start + size], chunk["index"][start : start + size]
+            yield chunk["image"][start : start + size]
 
 
-def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[str, spectra.Measures]:
+def measure(subject: Subject, images: int = 4096) -> dict[str, spectra.Measures]:
     """Spectra and ranks of the features that enter the first block, after every block and of the representation.
 
     Args:
       subject: the run. Its training images are used without corruption, or the evaluation split if there are none.
       images: the number of images, drawn with the run's seed; 0: all.
-      rows: see :func:`features`.
 
     Returns:
       the measures by name of the place (:func:`places`). If there are not more rows than features, the measures hold a
@@ -181,89 +168,63 @@ def measure(subject: Subject, images: int = 4096, rows: str = "pooled") -> dict[
     Raises:
       DataError: there are fewer than two images.
       NonFiniteError: a feature is NaN or infinite.
-      ValueError: `rows` is not in ROWS.
     """
-    if rows not in ROWS:
-        raise ValueError(f"rows={rows!r}: must be one of {', '.join(ROWS)}")
     config, source = subject.config, _source(subject)
-    apply, names = features(config, rows), places(config)
-    groups = _groups(config, apply)
-
-    def encode(params: Any, images_uint8: jax.Array, _: jax.Array) -> tuple[jax.Array, ...]:
-        return apply(params, images_uint8, corruptions.Identity())
+    apply, names = features(config), places(config)
 
     def update(state: tuple[jax.Array, ...], features: tuple[jax.Array, ...], kept_B: jax.Array) -> Any:
         return tuple(
-            spectra.add_rows(factor_lXX, spectra.with_ones(x_lnD, jnp.repeat(kept_B, each)))
-            for factor_lXX, x_lnD, (_, each, _) in zip(state, features, groups, strict=True)
+            spectra.add_rows(factor_lXX, spectra.with_ones(x_lBD, kept_B))
+            for factor_lXX, x_lBD in zip(state, features, strict=True)
         )
 
     indices = np.sort(sample(len(source), images, config.seed))
     size = _batch_size(subject, len(indices))
-    state = tuple(spectra.empty_factor(1 + width, places) for places, _, width in groups)
-    factors, count = _stream(subject, encode, update, state, _plain_batches(config, source, indices, size), size)
-    measured = (spectra.measures(x, count * each) for x, (_, each, _) in zip(factors, groups, strict=True))
+    state = tuple(spectra.empty_factor(1 + width, places) for places, _, width in _groups(config, apply))
+    factors, count = _stream(subject, apply, update, state, _plain_batches(config, source, indices, size), size)
+    measured = (spectra.measures(x, count) for x in factors)
     found = list(itertools.chain(*measured))
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
     return dict(zip(names, found, strict=True))
 
 
-def _view_batches(views: Iterator[tuple[np.ndarray, int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    pending: list[tuple[np.ndarray, int]] = []
-    for pair in views:
-        pending.append(pair)
+def _view_batches(views: Iterator[tuple[np.ndarray, int]], size: int) -> Iterator[np.ndarray]:
+    pending: list[np.ndarray] = []
+    for of_image, _ in views:
+        pending.append(of_image)
         if len(pending) == size:
-            yield np.stack([v for v, _ in pending]), np.array([i for _, i in pending], np.int32)
+            yield np.stack(pending)
             pending = []
     if pending:
-        yield np.stack([v for v, _ in pending]), np.array([i for _, i in pending], np.int32)
+        yield np.stack(pending)
 
 
 def measure_lidar(
-    subject: Subject, images: int = 1024, views: int = 10, draw: str = "augmentation", delta: float = lidar.DELTA
+    subject: Subject, images: int = 1024, views: int = 10, delta: float = lidar.DELTA
 ) -> dict[str, lidar.Lidar]:
     """LiDAR (arXiv 2312.04000) of the pooled features at all places (:func:`places`).
 
     Args:
       subject: the run; its images are chosen as in :func:`measure`.
       images: the number of images, which are the surrogate classes, drawn with the run's seed; 0: all.
-      views: q, the number of views of each image.
-      draw: "augmentation" for views as the run's training draws them (:func:`augmented_views`, by config.views if the
-        run's method reads it), without corruption; "corruption" for the evaluation crop under q draws of the run's
-        corruption.
+      views: q, the number of views of each image, drawn as the run's training draws them (:func:`augmented_views`, by
+        config.views if the run's method reads it), without corruption.
       delta: see :func:`crate_jax.evals.lidar.measures`.
 
     Returns:
       the results by name of the place (:func:`places`).
 
     Raises:
-      ConfigError: `draw` is "corruption", but the run has no corruption.
       DataError: there are fewer than two images.
       NonFiniteError: a feature is NaN or infinite.
-      ValueError: `draw` is not in VIEWS, or there are too few images or views.
+      ValueError: there are too few images or views.
     """
-    if draw not in VIEWS:
-        raise ValueError(f"draw={draw!r}: must be one of {', '.join(VIEWS)}")
     config, source = subject.config, _source(subject)
-    has_none = config.corruption.name == "none" or "corruption" not in parts(config, subject.params)
-    if draw == "corruption" and has_none:
-        raise ConfigError(
-            f"{subject.name}: config.corruption.name='none' makes all views of an image the same; LiDAR needs a "
-            "corruption, or views by the augmentation"
-        )
     apply, names = features(config), places(config)
-    sampler = corruptions.sampler(config, *patch_numbers(config))
 
-    def draw_corruption(index_B: jax.Array) -> corruptions.Corruption:
-        keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(index_B)
-        return sampler(jax.vmap(lambda key: jax.random.split(key, views))(keys_B).reshape(-1))
-
-    def encode(params: Any, images_uint8: jax.Array, index_B: jax.Array) -> tuple[jax.Array, ...]:
-        if draw == "corruption":
-            features = apply(params, jnp.repeat(images_uint8, views, axis=0), draw_corruption(index_B))
-        else:
-            features = apply(params, images_uint8.reshape(-1, *images_uint8.shape[2:]), corruptions.Identity())
+    def encode(params: Any, images_uint8: jax.Array) -> tuple[jax.Array, ...]:
+        features = apply(params, images_uint8.reshape(-1, *images_uint8.shape[2:]))
         return tuple(x_lnD.reshape(len(x_lnD), -1, views, x_lnD.shape[-1]) for x_lnD in features)
 
     def update(state: tuple[Any, ...], features: tuple[jax.Array, ...], kept_B: jax.Array) -> tuple[Any, ...]:
@@ -278,11 +239,8 @@ def measure_lidar(
         (spectra.empty_factor(width, places), spectra.empty_factor(1 + width, places))
         for places, _, width in _groups(config, apply)
     )
-    if draw == "corruption":
-        batches = _plain_batches(config, source, indices, size)
-    else:
-        recipe = "views" in parts(config, subject.params)
-        batches = _view_batches(augmented_views(config, source, indices, views, recipe), size)
+    recipe = "views" in parts(config, subject.params)
+    batches = _view_batches(augmented_views(config, source, indices, views, recipe), size)
     factors, count = _stream(subject, encode, update, state, batches, size)
     measured = (lidar.measures(within, between, count, views, delta) for within, between in factors)
     found = list(itertools.chain(*measured))
