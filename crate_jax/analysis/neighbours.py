@@ -20,6 +20,7 @@ from crate_jax.models import representation
 from crate_jax.parallel import distributed, sharding
 from crate_jax.report.section import Figure, Section, Subject
 from crate_jax.report.svg import escape
+from crate_jax.workdir.pictures import rgb
 
 IMAGES = 2000  # training images that are searched
 SHOWN, NEAREST = 5, 5  # test images, and neighbours of each
@@ -60,7 +61,8 @@ def section(subjects: Sequence[Subject]) -> Section:
         test = s.train if s.test is None else s.test
         found = search(s, s.train, test)
         shown = draw(s.config, s.train, test, found)
-        figures.append(Figure(f"{s.name}: test images (left), and their nearest training images.", shown))
+        split = "training" if s.test is None else "test"
+        figures.append(Figure(f"{s.name}: {split} images (left), and their nearest training images.", shown))
         numbers[s.name] = {
             "test": [test.name(int(i)) for i in found.queries],
             "nearest": [[s.train.name(int(i)) for i in row] for row in found.nearest],
@@ -124,7 +126,7 @@ def draw(config: ConfigDict, train: data.Source, test: data.Source, found: Found
     for row, query, nearest in zip(axes, found.queries, found.nearest, strict=True):
         own = _class(test, query)
         for ax, source, index in zip(row, [test] + [train] * len(nearest), [query, *nearest], strict=True):
-            image = data.eval_images(config, source, [int(index)])[0][0]
+            image = rgb(data.eval_images(config, source, [int(index)])[0])[0]
             scale = -(-SMALLEST // min(*image.shape[:2], SMALLEST))
             ax.imshow(np.repeat(np.repeat(image, scale, axis=0), scale, axis=1), interpolation="none")
             ax.set_xticks([])

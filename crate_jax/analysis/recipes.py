@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,12 +36,15 @@ def section(subjects: Sequence[Subject]) -> Section | None:
     found = {score: by for score, by in numbers.items() if any(by.values())}
     tables = tuple(table for table in (_means(found), _differences(found)) if table)
     first = next(iter(recipes))
+    seeds_of = {name: collections.Counter(s.config.seed for s in runs) for name, runs in recipes.items()}
+    twice = [f"{name} (seed {seed})" for name, of in seeds_of.items() for seed, n in of.items() if n > 1]
+    repeated = f" Runs with the same seed count as one, their mean: {'; '.join(twice)}." if twice else ""
     return Section(
         title="Recipes over seeds",
         text="Runs that differ only in their seed are one recipe. ± is half of the 95 % interval of the mean over "
         "seeds (Student's t). A mean is bold if it differs clearly from that of every other recipe: paired t-tests "
         "over the seeds that both have, p < 0.05 after Holm's correction. The second table compares each recipe with "
-        f"the first one, {first}; a difference within the noise may come from the seeds alone.",
+        f"the first one, {first}; a difference within the noise may come from the seeds alone." + repeated,
         figures=tuple(_figure(score, of) for score, of in found.items()),
         tables=tables,
         leading=len(tables),
@@ -70,9 +75,12 @@ def _settings(subject: Subject) -> dict[str, Any]:
 
 
 def _numbers(runs: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]], score: str) -> dict[int, float]:
-    """{seed: accuracy in 0..1} of a recipe's runs."""
-    found = {s.config.seed: summaries[s.name].get(score) for s in runs}
-    return {seed: float(x) for seed, x in found.items() if x is not None}
+    """{seed: accuracy in 0..1} of a recipe's runs, the mean of those that have one seed."""
+    found: dict[int, list[float]] = {}
+    for s in runs:
+        if (x := summaries[s.name].get(score)) is not None:
+            found.setdefault(s.config.seed, []).append(float(x))
+    return {seed: statistics.fmean(x) for seed, x in found.items()}
 
 
 def _means(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Table | None:

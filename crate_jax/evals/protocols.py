@@ -153,7 +153,8 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
       NonFiniteError: the training diverged.
     """
     recipe = linear_sgd.RECIPES[options.recipe]
-    recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs).for_rows(len(f.train_y))
+    whole = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs)
+    recipe = whole.for_rows(len(f.train_y))
     if recipe.repeats > 1:
         log.info(
             "recipe=%s: %d training images are fewer than %d batches of %d; each pass goes over them %d times",
@@ -163,7 +164,7 @@ def linear(f: Features, options: ConfigDict, seed: int) -> dict[str, Any]:
     settings = [{"lr": rate} for rate in rates]
 
     def fit(g: Features, rate: float) -> tuple[np.ndarray, float]:
-        rated = dataclasses.replace(recipe, lr=rate)
+        rated = dataclasses.replace(whole, lr=rate).for_rows(len(g.train_y))
         return linear_sgd.fit(g.train_x, g.train_y, g.test_x, g.num_classes, rated, seed)
 
     (chosen, *_), table = _select(

@@ -200,6 +200,15 @@ def predict(
     return x_BNP, predicted_BNP
 
 
+def silent(config: ConfigDict, x_BNP: jax.Array) -> jax.Array:
+    """What :func:`predict` makes of a decoder whose output is 0 everywhere: (B, N, 1).
+
+    It is 0, the mean colour, for pixels; where the target is normalised by patch it is each patch's own mean, which the
+    prediction is given.
+    """
+    return statistics(x_BNP)[0] if config.loss.target == "patch_normalised" else jnp.zeros_like(x_BNP[..., :1])
+
+
 COLUMNS = ("original", "the encoder gets P x", "the decoder adds (I - P) x^", "both together")
 
 

@@ -32,7 +32,7 @@ def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     Raises:
       ValueError: there is no column or no image, or the columns have different or wrong shapes.
     """
-    columns = {caption: _rgb(np.asarray(images)) for caption, images in columns.items()}
+    columns = {caption: rgb(np.asarray(images)) for caption, images in columns.items()}
     shapes = {caption: np.shape(images) for caption, images in columns.items()}
     shape = next(iter(shapes.values()), ())
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape or len(set(shapes.values())) != 1:
@@ -54,7 +54,7 @@ def reconstruction_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.asarray(picture)
 
 
-def _rgb(images: np.ndarray) -> np.ndarray:
+def rgb(images: np.ndarray) -> np.ndarray:
     """The channels of images (n, H, W, C) that are shown as red, green and blue."""
     if images.ndim != 4 or images.shape[-1] in (0, 3):
         return images

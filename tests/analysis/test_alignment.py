@@ -13,7 +13,7 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from configs import align as align_config, quickstart
+from configs import align as align_config, joint, quickstart
 from crate_jax import config as configs, data
 from crate_jax.analysis.alignment import analyse, answer, bands, closed_form, corrupted, grid, moments, section
 from crate_jax.data.sources import ArraySource
@@ -451,17 +451,56 @@ def test_bands_add_up_to_the_loss():
     c, params = tiny_run()
     c.corruption.name = "none"
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (16, *c.data.image_size, 3)).astype(np.uint8)
+    images = rng.integers(0, 256, (200, *c.data.image_size, 3)).astype(np.uint8)
     components = bands.components_of(bands.rows_of(c, images, 32), 32)
-    D = len(components.variances_D)
+    D = len(components.variances_K)
+    assert D == 192
     error = bands.reconstruction_by_band(c, params, images, components, [0, D])[0]
     loss = jax.jit(reconstruction.build(c).loss)(
-        params, {}, {"image": jnp.asarray(images)}, jax.random.split(jax.random.key(0), 16)
+        params, {}, {"image": jnp.asarray(images)}, jax.random.split(jax.random.key(0), 200)
     )[0]
-    assert error * components.variances_D.sum() / D == pytest.approx(float(loss), rel=1e-4)
-    centred = bands.Components(0 * components.mean_D, components.vectors_DD, components.variances_D, 32)
+    assert error * components.variances_K.sum() / D == pytest.approx(float(loss), rel=1e-4)
+    centred = bands.Components(0 * components.mean_D, components.vectors_DK, components.variances_K, 32)
     nothing = jax.tree.map(jnp.zeros_like, params)
     np.testing.assert_allclose(bands.reconstruction_by_band(c, nothing, images, centred, [0, 3, 50, D]), 1, rtol=1e-4)
+
+
+def test_bands_of_normalised_targets_start_from_the_means_that_are_given():
+    """A decoder that says nothing has error 1 in each band, though it is given the mean of each patch."""
+    c, params = tiny_run()
+    c.loss.target = "patch_normalised"
+    images = np.random.default_rng(0).integers(0, 256, (24, *c.data.image_size, 3)).astype(np.uint8)
+    components = bands.components_of(bands.rows_of(c, images, 32), 32)
+    params["decoder"]["head"] = jax.tree.map(jnp.zeros_like, params["decoder"]["head"])
+    np.testing.assert_allclose(bands.reconstruction_by_band(c, params, images, components, [0, 3, 23]), 1, rtol=1e-4)
+    subjects = [Subject(name, c, {}, None, None, None, None) for name in ("a", "b")]
+    assert "The targets of a, b are normalised by patch" in section.given_means(subjects)
+
+
+def test_directions_that_no_image_has_are_no_components():
+    """What float32 leaves along them says nothing about labels: grey images, and fewer images than numbers."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300).astype(np.int32)
+    rows = np.repeat(rng.normal(size=(300, 9)), 3, axis=1)
+    rows = (rows + 0.2 * (2 * labels - 1)[:, None]) / np.tile((0.229, 0.224, 0.225), 9)
+    rows = rows.astype(np.float32)
+    components = bands.components_of(rows, 3)
+    assert components.vectors_DK.shape == (27, 9) and components.variances_K.min() > 0.01
+    evaluation = configs.base().evaluation
+    found = bands.accuracy_by_subspace((rows, labels), (rows, labels), 2, components, [0.5], evaluation)
+    assert sum(f.dimensions for f in found) == 9
+    assert len(bands.components_of(rows[:5], 3).variances_K) == 4
+    same = bands.components_of(np.ones((5, 27), np.float32), 3)
+    assert len(same.variances_K) == 1
+    assert bands.accuracy_by_subspace((rows, labels), (rows, labels), 2, same, [0.5], evaluation) == []
+
+
+def test_images_whose_sides_share_no_divisor_with_a_patch_stay_small():
+    """Nobody chose patches for a ResNet under joint embedding; 299 x 299 x 3 numbers have second moments of 500 GB."""
+    c = joint.get_config("method=byol")
+    for size, expected in (((299, 299), (32, 32)), ((75, 50), (32, 21)), ((224, 224), (28, 28)), ((30, 30), (30, 30))):
+        c.data.image_size = size
+        assert section.aligned_config(Subject("x", c, {}, None, None, None, None)).data.image_size == expected
 
 
 def test_shrinking_takes_means_of_boxes():

@@ -13,6 +13,7 @@ from crate_jax.analysis.whitebox import completion
 from crate_jax.config import validate
 from crate_jax.data.pixels import normalise
 from crate_jax.errors import DataError
+from crate_jax.methods import reconstruction
 from crate_jax.methods.reconstruction import loss, target
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify
@@ -56,20 +57,39 @@ def test_the_error_is_the_squared_loss_whatever_the_run_was_trained_with(name):
         return loss(predicted, target(patchify(x, c.encoder.patch_size), c), corruption, c)
 
     expected = of_training(s.params)
-    assert found.shape == (9,) and np.mean(found) == pytest.approx(float(expected), rel=1e-5)
+    assert found.shape == (2, 9) and np.mean(found[0]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_section_has_both_splits_and_one_grid_with_one_input_per_corruption():
     runs = [subject("mask"), subject("rop")]
     section = completion.section(runs)
     (table,) = section.tables
-    for (name, corruption, train, test, ratio), s in zip(table.rows, runs, strict=True):
-        assert name == corruption == s.name
+    for (name, corruption, of, train, test, ratio, silent), s in zip(table.rows, runs, strict=True):
+        assert name == corruption == s.name and of == s.config.loss.target
+        assert silent == section.numbers[name]["silent"] and 0.1 < silent < 2  # of normalised pixels
         assert train.value == section.numbers[name]["training"] and train.low < train.value < train.high
         assert ratio == pytest.approx(test.value / train.value)
     (figure,) = section.figures
     columns = 1 + 2 + 2  # originals, one input for each corruption, one completion for each run
     assert figure.content.shape[1] == pictures.GAP + columns * (pictures.CELL + pictures.GAP)
+
+
+@pytest.mark.parametrize("target", ["pixel", "patch_normalised"])
+def test_a_decoder_that_says_nothing_has_the_error_of_what_the_target_gives_away(target):
+    """Of normalised patches the means, which are most of an image: no such error is that of learning."""
+    s = subject("mask", target=target)
+    s.params["decoder"]["head"] = jax.tree.map(jnp.zeros_like, s.params["decoder"]["head"])
+    nothing, silent = completion.errors(s.config, s.params, s.test, 9)
+    np.testing.assert_allclose(nothing, silent, rtol=1e-5)
+    x = patchify(normalise(jnp.asarray(data.eval_images(s.config, s.test, [2, 5])[0]), s.config), 4)
+    given = reconstruction.silent(s.config, x)
+    assert given.shape == (2, 64, 1)
+    expected = np.mean(x, axis=-1, keepdims=True) if target == "patch_normalised" else 0
+    np.testing.assert_allclose(given, expected + 0 * given, atol=1e-6)
+
+
+def test_the_error_of_one_image_has_no_interval():
+    assert completion._cells({"training": np.array([[0.3], [1.0]])}) == [0.3, None, None]
 
 
 def test_runs_without_a_decoder_have_no_such_section():

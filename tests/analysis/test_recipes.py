@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -63,6 +64,18 @@ def test_a_difference_within_the_noise_is_called_so(tmp_path):
     means, differences = recipes.section(runs).tables
     assert not any(row[2].best for row in means.rows)
     assert differences.rows[0][-1] == "within the noise"
+
+
+def test_runs_of_one_recipe_and_seed_count_as_one_and_are_named(tmp_path):
+    """Whatever their order is."""
+    runs = [subject(tmp_path, 0.25, seed, 0.5 + seed / 10) for seed in (0, 1)]
+    (tmp_path / "again").mkdir()
+    again = subject(tmp_path / "again", 0.25, 0, 0.9)
+    runs.append(dataclasses.replace(again, name="again"))
+    for order in (runs, runs[::-1]):
+        section = recipes.section(order)
+        assert section.numbers["probe_top1"] == {"all runs": {"0": pytest.approx(0.7), "1": pytest.approx(0.6)}}
+        assert "Runs with the same seed count as one, their mean: all runs (seed 0)." in section.text
 
 
 def test_runs_of_one_seed_have_no_such_section(subjects):

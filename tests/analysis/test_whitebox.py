@@ -123,6 +123,22 @@ def test_released_rate_is_that_of_unit_tokens_in_each_head():
     np.testing.assert_allclose(whitebox.released_rate(lengths * z, u, 4), value, rtol=1e-5)
 
 
+def test_tokens_that_ista_made_zero_are_no_number_that_is_not_a_number():
+    z, u = random(2, 12, 32), random(32, 32, seed=1)
+    z[0, 5] = 0
+    z[1] = 0
+    kept = np.delete(z[:1], 5, axis=1)
+    with_zero, nothing = whitebox.released_rate(z, u, 4)
+    assert nothing == 0 and with_zero == pytest.approx(float(whitebox.released_rate(kept, u, 4)[0]), rel=0.2)
+    raw, scaled = whitebox.inversion_error(z, z + 1, Identity())
+    assert np.isfinite(raw).all() and float(raw[1]) == pytest.approx(np.sqrt(12 * 32)) and float(scaled[1]) == 0
+
+
+def test_one_token_is_no_object():
+    colours, found = draw.token_components(np.ones((1, 1, 1, 8), np.float32))
+    assert not found.any() and not colours.any()
+
+
 def test_nonzero_counts():
     x = np.zeros((2, 3, 4), np.float32)
     x[0, 0, 0], x[0, 2, 1], x[1] = 1e-30, -2.0, 1.0

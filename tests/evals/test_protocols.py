@@ -151,6 +151,19 @@ def test_selection_never_sees_the_test_split(digits):
     assert peeked["top1"] == max(row["top1"] for row in peeked["selection"])
 
 
+def test_rates_are_tried_on_as_many_updates_as_the_chosen_one_gets(digits, monkeypatch):
+    """1300 rows, of which 130 are set aside, fill three batches of 16384 when they are repeated."""
+    seen = []
+
+    def fit(train_x, train_y, test_x, classes, recipe, seed):
+        seen.append(len(train_x) * recipe.repeats // recipe.batch_size)
+        return np.eye(classes)[np.zeros(len(test_x), int)], 0.0
+
+    monkeypatch.setattr(linear_sgd, "fit", fit)
+    run("linear_sgd", digits, recipe="mae", lr=(0.1, 0.3))
+    assert seen == [3, 3, 3]
+
+
 def test_the_metric_asked_for_is_what_settings_are_chosen_by(digits):
     """Few zeros among the test digits: a class that is rarely right counts as much as the others."""
     kept = np.flatnonzero((digits.test_y > 0) | (np.arange(len(digits.test_y)) % 9 == 0))

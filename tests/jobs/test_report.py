@@ -335,12 +335,24 @@ def test_without_an_evaluation_split_an_image_is_not_its_own_neighbour(runs):
     mesh = sharding.make_mesh(1, 1)
     config = ConfigDict(encoder.config.to_dict())
     section = neighbours.section([Subject("a", config, encoder.params, None, five, None, mesh)])
+    assert section.figures[0].caption == "a: training images (left), and their nearest training images."
     found = section.numbers["a"]
     assert sorted(found["test"]) == sorted(map(five.name, range(5)))
     for own, nearest, cosine in zip(found["test"], found["nearest"], found["cosine"], strict=True):
         assert sorted([own, *nearest]) == sorted(found["test"]) and np.isfinite(cosine).all()
     drawn = svg.element(section.figures[0].content, "f", (), "")[0]
     assert drawn.count("✗") == 20 and "✓" not in drawn
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_neighbours_of_images_of_any_channels_are_drawn(channels, monkeypatch):
+    """Four are not red, green, blue and a transparency."""
+    image = np.full((1, 8, 8, channels), 90, np.uint8)
+    monkeypatch.setattr(neighbours.data, "eval_images", lambda *_: (image, None))
+    source, c = SyntheticSource("train", (8, 8)), quickstart.get_config("debug")
+    found = neighbours.Found(np.array([0]), np.array([[1]]), np.array([[0.5]]))
+    axes = neighbours.draw(c, source, source, found).axes
+    assert [ax.images[0].get_array().shape[-1] for ax in axes] == [3, 3]
 
 
 def test_a_section_that_needs_no_run_is_had_without_one(tmp_path, monkeypatch):

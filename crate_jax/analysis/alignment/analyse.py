@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def shrink_to_side(config: ConfigDict) -> None:
-    """Sets image and patch size so that no side exceeds `config.align.side` pixels; the grid of tokens stays."""
+    """Sets image and patch size so that no side exceeds `config.align.side` pixels; the grid of tokens stays.
+
+    A grid of more tokens than that on a side stays too: then a patch is one pixel.
+    """
     size, patch = config.data.image_size, config.encoder.patch_size
     if max(size) > config.align.side:
         rows_columns = [-(-side // patch) for side in size]

@@ -3,7 +3,7 @@
 A band is a range of principal components in the order of their variance. The first ones hold most of the pixels'
 variance, and reconstruction learns them first (Balestriero & LeCun, ICML 2024).
 
-Shapes: N images, D numbers per (shrunk) image, L bands.
+Shapes: N images, D numbers per (shrunk) image, K components, L bands.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from crate_jax.analysis.alignment.closed_form import principal_components
 from crate_jax.data.pixels import normalise
 from crate_jax.evals.knn import knn_top1
 from crate_jax.evals.probe import probe_top1
-from crate_jax.methods.reconstruction import predict
+from crate_jax.methods.reconstruction import predict, silent
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.models.patches import patchify, unpatchify
 
 log = logging.getLogger(__name__)
+
+
+# Of the largest variance. Along directions that no image has (grey images in three channels, fewer images than numbers)
+# the rounding of float32 pixels leaves up to 1e-14 of it; that of pixels to 256 levels is 1e-9 or more.
+LEAST_VARIANCE = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +40,14 @@ class Components:
 
     Attributes:
       mean_D: the mean image.
-      vectors_DD: one component per column, in the order of falling variance.
-      variances_D: the variance along each component.
+      vectors_DK: one component per column, in the order of falling variance.
+      variances_K: the variance along each component.
       side: the argument `side` of :func:`shrink`.
     """
 
     mean_D: np.ndarray
-    vectors_DD: np.ndarray
-    variances_D: np.ndarray
+    vectors_DK: np.ndarray
+    variances_K: np.ndarray
     side: int
 
 
@@ -75,12 +80,16 @@ def rows_of(config: ConfigDict, images_uint8: np.ndarray, side: int, chunk: int 
 
 
 def components_of(rows_ND: np.ndarray, side: int) -> Components:
-    """All principal components of rows (N, D) that :func:`rows_of` made with the same `side`."""
+    """The principal components of rows (N, D) that :func:`rows_of` made with the same `side`, all with a variance.
+
+    What is left out are the directions along which all rows are the same up to rounding.
+    """
     rows = rows_ND.astype(np.float64)
     mean_D = rows.mean(axis=0)
     rows -= mean_D
     variances, vectors = principal_components(rows.T @ rows / len(rows), rows.shape[1])
-    return Components(mean_D, vectors, np.maximum(variances, 0), side)
+    K = max(1, int(np.sum(variances > LEAST_VARIANCE * variances[0])))
+    return Components(mean_D, vectors[:, :K], np.maximum(variances[:K], 0), side)
 
 
 def reconstruction_by_band(
@@ -95,7 +104,8 @@ def reconstruction_by_band(
 
     It is the sum over images of the squares of c^T (I - P)(x^ - x), divided by that of c^T (I - P)(x - mean). c are the
     components of a band, and P is the run's own corruption, with fixed draws. 0 is perfect; a prediction of the mean
-    image has 1.
+    image has 1. A run with loss.target=patch_normalised is given the mean of each patch; there these means take the
+    mean image's place.
 
     Args:
       config: the run's config.
@@ -110,7 +120,7 @@ def reconstruction_by_band(
       float64 (L,); NaN for a band from which the corruption removed nothing.
     """
     errors = errors or errors_of(config, components.side)
-    totals = totals_along(config, params, images_uint8, components.mean_D, components.vectors_DD, errors)
+    totals = totals_along(config, params, images_uint8, components.mean_D, components.vectors_DK, errors)
     bands = np.add.reduceat(totals[:, : edges[-1]], edges[:-1], axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return bands[0] / bands[1]
@@ -175,8 +185,9 @@ def errors_of(config: ConfigDict, side: int) -> Callable[..., jax.Array]:
             rows_BD = image.reshape(len(image), -1)
             return jnp.sum(jnp.square(jnp.matmul(rows_BD, vectors_DK, precision=jax.lax.Precision.HIGHEST)), axis=0)
 
-        mean_BNP = patchify(mean_BHWC, patch)
-        return jnp.stack([along(predicted_BNP - x_BNP), along(x_BNP - mean_BNP)])
+        normalised = config.loss.target == "patch_normalised"
+        known_BNP = silent(config, x_BNP) if normalised else patchify(mean_BHWC, patch)
+        return jnp.stack([along(predicted_BNP - x_BNP), along(x_BNP - known_BNP)])
 
     return errors
 
@@ -228,17 +239,19 @@ def accuracy_by_subspace(
       evaluation: config.evaluation, with knn_k, knn_temperature and probe_c.
 
     Returns:
-      two results (top, bottom) for each share.
+      two results (top, bottom) for each share; none if there is just one component.
     """
-    coordinates = [((x - components.mean_D) @ components.vectors_DD).astype(np.float32) for x in (train[0], test[0])]
-    cumulated = np.cumsum(components.variances_D) / components.variances_D.sum()
+    if len(components.variances_K) < 2:
+        return []
+    coordinates = [((x - components.mean_D) @ components.vectors_DK).astype(np.float32) for x in (train[0], test[0])]
+    cumulated = np.cumsum(components.variances_K) / components.variances_K.sum()
     out = []
     for share in shares:
         cut = min(int(np.searchsorted(cumulated, share)) + 1, len(cumulated) - 1)
         for place, part in (("top", slice(0, cut)), ("bottom", slice(cut, None))):
             start = time.monotonic()
             a, b = (x[:, part] for x in coordinates)
-            variance = float(components.variances_D[part].sum() / components.variances_D.sum())
+            variance = float(components.variances_K[part].sum() / components.variances_K.sum())
             probe = probe_top1(a, train[1], b, test[1], classes, evaluation.probe_c)
             knn = knn_top1(a, train[1], b, test[1], classes, evaluation.knn_k, evaluation.knn_temperature)
             out.append(SubspaceAccuracy(place, a.shape[1], variance, probe, knn))

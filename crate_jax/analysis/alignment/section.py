@@ -87,9 +87,21 @@ def section(subjects: Sequence[Subject]) -> Section:
         "auto-encoder hold (Balestriero & LeCun, ICML 2024). It is a closed form of the images, without training. A "
         "corruption that does not raise it at the encoder's width gives a linear model no reason to learn more about "
         f"the labels. At most {IMAGES} images, width at most {MAX_WIDTH}; the sampling error is not shown. "
+        + given_means([s for s in subjects if run_steps(s)])
         + " ".join(notes)
     )
     return Section(TITLE, text, tuple(figures), tuple(tables), numbers)
+
+
+def given_means(subjects: Sequence[Subject]) -> str:
+    """A sentence on the runs whose prediction is given each patch's mean and variance; empty if there are none."""
+    names = [s.name for s in subjects if s.config.loss.target == "patch_normalised"]
+    if not names:
+        return ""
+    return (
+        f"The targets of {', '.join(names)} are normalised by patch: the prediction is given each patch's mean and "
+        "variance, so its error is 1 where it is no better than these means, and not the mean image. "
+    )
 
 
 def _pixels(config: ConfigDict) -> tuple:
@@ -111,7 +123,7 @@ def aligned_config(subject: Subject) -> ConfigDict:
     """The config of a small grid around a run's own corruption, with its images shrunk as job `align` does."""
     full = subject.config.copy_and_resolve_references()
     if not ENCODERS[full.encoder.name].patches and "corruption" not in parts(full, subject.params):
-        full.encoder.patch_size = math.gcd(*full.data.image_size, full.encoder.patch_size)  # nobody chose one that fits
+        _choose_patch(full)
     shrink_to_side(full)
     numbers = 3 * int(np.prod(full.data.image_size))
     full.align.width = full.align.latents = min(widths(full)[-1], MAX_WIDTH, numbers)
@@ -125,6 +137,22 @@ def aligned_config(subject: Subject) -> ConfigDict:
         full.align.rop_ratios = tuple(sorted({*RATIOS, full.corruption.rop_ratio}))
     full.evaluation.train_images = IMAGES
     return full
+
+
+def _choose_patch(config: ConfigDict) -> None:
+    """Sets patches that fit where nobody chose any, and smaller images where none fit.
+
+    >>> from crate_jax.config import base
+    >>> c = base()
+    >>> c.data.image_size, c.encoder.patch_size = (299, 150), 16
+    >>> _choose_patch(c)
+    >>> c.data.image_size, c.encoder.patch_size
+    ((32, 16), 16)
+    """
+    size, patch, side = config.data.image_size, config.encoder.patch_size, config.align.side
+    if max(size) > side * math.gcd(*size, patch):
+        config.data.image_size = tuple(max(1, round(n * side / max(size))) for n in size)
+    config.encoder.patch_size = math.gcd(*config.data.image_size, patch)
 
 
 def _sentence(name: str, answer: Answer) -> str:
@@ -197,11 +225,12 @@ def _bands_together(
             f"components of the pixels, {len(images)} training images"
         )
         columns = ("subspace", "components", "variance", "probe", "k-NN")
-        tables.append(
-            Table(caption, columns, tuple((f.place, f.dimensions, f.variance, f.probe, f.knn) for f in found))
-        )
+        if found:
+            tables.append(
+                Table(caption, columns, tuple((f.place, f.dimensions, f.variance, f.probe, f.knn) for f in found))
+            )
         numbers["subspaces"][name] = [vars(f) for f in found]
-    edges = [e for e in EDGES if e < len(components.variances_D)] + [len(components.variances_D)]
+    edges = [e for e in EDGES if e < len(components.variances_K)] + [len(components.variances_K)]
     names = [f"{a + 1}..{b}" for a, b in zip(edges, edges[1:], strict=False)]
     for subject in subjects:
         steps = run_steps(subject)

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 
 from crate_jax.analysis.alignment import bands
-from crate_jax.analysis.alignment.section import BAND_IMAGES, EDGES, TEST_IMAGES, run_steps
+from crate_jax.analysis.alignment.section import BAND_IMAGES, EDGES, TEST_IMAGES, given_means, run_steps
 from crate_jax.data import eval_images
 from crate_jax.data.sampling import sample
 from crate_jax.report.section import Figure, Section, Subject, Table
@@ -130,7 +130,8 @@ class Answer:
       frequency: a lower frequency is learned sooner, over bands of waves.
       variance_within: more variance sooner, within bands of components of nearly the same frequency.
       frequency_within: a lower frequency sooner, within bands of components of nearly the same variance.
-      bands, bands_within: the number of bands over which the first two go, and of those within which the others do.
+      bands, bands_within: the number of bands of components over which the first goes, and of those within which the
+        last two do.
     """
 
     variance: float
@@ -160,7 +161,7 @@ def section(subjects: Sequence[Subject]) -> Section | None:
         "principal components of the images, bands of frequency cosine waves. The order of the rates is compared with "
         "both over the given numbers of bands, as rank correlations: 1 is always, 0 not at all; also within bands of "
         f"components of nearly the same frequency or variance, cut into {PARTS}. The learning rate's schedule is in "
-        "all rates. " + " ".join(sentences),
+        "all rates. " + given_means(chosen) + " ".join(sentences),
         figures=figures,
         tables=tuple(itertools.chain(*tables)),
         numbers={s.name: n for s, n in zip(chosen, numbers, strict=True)},
@@ -199,53 +200,55 @@ def measure(subject: Subject) -> Measured:
     box = bands.box_of(tuple(config.data.image_size), side)
     height, width = (n // box for n in config.data.image_size)
     waves_DD, ring_D = waves(height, width, 3)
-    both_DK = np.concatenate([components.vectors_DD, waves_DD], axis=1)
+    both_DJ = np.concatenate([components.vectors_DK, waves_DD], axis=1)
     steps, errors, totals = run_steps(subject), bands.errors_of(config, side), []
     for step in steps:
         params = checkpoint.read_params(subject.workdir, step, judged=True)[0]
-        totals.append(bands.totals_along(config, params, test_images, components.mean_D, both_DK, errors))
+        totals.append(bands.totals_along(config, params, test_images, components.mean_D, both_DJ, errors))
         log.info("%s: error by direction at step %d of %d", subject.name, step, steps[-1])
-    total_SJK, D = np.stack(totals), len(ring_D)
+    total_SJK, K = np.stack(totals), len(components.variances_K)
 
     def fitted(groups: Iterable[np.ndarray]) -> Fit:
         sums_SJL = np.stack([total_SJK[:, :, group].sum(-1) for group in groups], axis=-1)
         return fit(steps, sums_SJL[:, 0] / np.maximum(sums_SJL[:, 1], 1e-12))
 
-    edges = [*(e for e in EDGES if e < D), D]
+    edges = [*(e for e in EDGES if e < K), K]
     of_variance = {f"{a + 1}..{b}": np.arange(a, b) for a, b in itertools.pairwise(edges)}
-    rings = {(a, b): D + np.flatnonzero((ring_D >= a) & (ring_D < b)) for a, b in itertools.pairwise(RINGS)}
+    rings = {(a, b): K + np.flatnonzero((ring_D >= a) & (ring_D < b)) for a, b in itertools.pairwise(RINGS)}
     of_frequency = {f"{a:g} to {b:g}": group for (a, b), group in rings.items() if len(group)}
-    frequency_D = ring_D @ np.square(waves_DD.T @ components.vectors_DD)
+    frequency_K = ring_D @ np.square(waves_DD.T @ components.vectors_DK)
     return Measured(
         steps, of_variance, of_frequency, fitted(of_variance.values()), fitted(of_frequency.values()),
-        answer(lambda groups: fitted(groups).rate, components.variances_D, frequency_D, ring_D),
+        answer(lambda groups: fitted(groups).rate, components.variances_K, frequency_K, ring_D),
     )  # fmt: skip
 
 
 def answer(
     rates: Callable[[list[np.ndarray]], np.ndarray],
-    variance_D: np.ndarray,
-    frequency_D: np.ndarray,
+    variance_K: np.ndarray,
+    frequency_K: np.ndarray,
     ring_D: np.ndarray,
 ) -> Answer:
     """Compares the order of rates with variance and with frequency.
 
     Args:
-      rates: the function from groups of directions to their rates; components have the numbers from 0, waves from D.
-      variance_D: the components' variances.
-      frequency_D: the components' frequencies.
+      rates: the function from groups of directions to their rates; components have the numbers from 0, waves from K.
+      variance_K: the components' variances.
+      frequency_K: the components' frequencies.
       ring_D: the waves' frequencies.
     """
 
-    def order(first_D: np.ndarray, second_D: np.ndarray, parts: int, start: int = 0) -> float:
-        found = cells(first_D, second_D, parts)
+    def order(first: np.ndarray, second: np.ndarray, parts: int, start: int = 0) -> float:
+        found = cells(first, second, parts)
+        if not found:
+            return float("nan")
         rate = rates([start + part for band in found for part in band])
         return falls(rate.reshape(1, -1) if parts == 1 else rate.reshape(-1, parts))
 
     return Answer(
-        order(-variance_D, frequency_D, 1), order(ring_D, ring_D, 1, len(ring_D)),
-        order(frequency_D, -variance_D, PARTS), order(-variance_D, frequency_D, PARTS),
-        *(len(cells(ring_D, ring_D, parts)) for parts in (1, PARTS)),
+        order(-variance_K, frequency_K, 1), order(ring_D, ring_D, 1, len(variance_K)),
+        order(frequency_K, -variance_K, PARTS), order(-variance_K, frequency_K, PARTS),
+        *(len(cells(variance_K, frequency_K, parts)) for parts in (1, PARTS)),
     )  # fmt: skip
 
 
@@ -262,9 +265,9 @@ def _of_run(subject: Subject) -> tuple[Figure, list[Table], str, dict[str, Any]]
     ]
     a = m.answer
     sentence = (
-        f"{subject.name}, over {a.bands} bands and within {a.bands_within}: more variance is learned sooner "
-        f"{a.variance:.2f} (among components of one frequency {a.variance_within:.2f}), a lower frequency is learned "
-        f"sooner {a.frequency:.2f} (among components of one variance {a.frequency_within:.2f})."
+        f"{subject.name}, over {a.bands} bands of components and within {a.bands_within}: more variance is learned "
+        f"sooner {a.variance:.2f} (among components of one frequency {a.variance_within:.2f}), a lower frequency is "
+        f"learned sooner {a.frequency:.2f} (among components of one variance {a.frequency_within:.2f})."
     )
     numbers: dict[str, Any] = {"steps": m.steps, "answer": vars(a)}
     numbers |= {what: {"bands": list(groups), **vars(found)} for what, _, groups, found in kinds}

@@ -18,13 +18,17 @@ from crate_jax import data
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
 from crate_jax.errors import DataError
-from crate_jax.methods.reconstruction import predict, reconstruct
+from crate_jax.methods.reconstruction import predict, reconstruct, silent
 from crate_jax.models import autoencoder, corruption as corruptions
 from crate_jax.report.section import Cell, Estimate, Figure, Section, Subject, Table
 from crate_jax.workdir.pictures import reconstruction_grid
 
 BATCH = 64
 SHOWN = 8  # images in a grid
+COLUMNS = (
+    "run", "corruption", "target", "training images", "evaluation images", "evaluation / training",
+    "of a silent decoder",
+)  # fmt: skip
 
 
 def section(subjects: Sequence[Subject]) -> Section:
@@ -48,7 +52,10 @@ def section(subjects: Sequence[Subject]) -> Section:
         }
         for s in subjects
     }
-    rows = [(s.name, s.config.corruption.name, *_cells(found[s.name])) for s in subjects]
+    rows = [
+        (s.name, s.config.corruption.name, s.config.loss.target, *_cells(found[s.name]), _mean(found[s.name], 1))
+        for s in subjects
+    ]
     by_size: dict[tuple[int, ...], list[Subject]] = {}
     for s in subjects:
         by_size.setdefault(tuple(s.config.data.image_size), []).append(s)
@@ -56,21 +63,26 @@ def section(subjects: Sequence[Subject]) -> Section:
         title="How well is restored what was removed?",
         text="After arXiv 2404.02446, Table 4 and Figures 6 and 8: the mean squared error of normalised pixels on what "
         f"each run's own corruption removed, without augmentation, on at most {images} images of each split. ± is half "
-        "of the 95 % interval of the mean over images. Errors under different corruptions cannot be compared.",
+        "of the 95 % interval of the mean over images. Errors under different corruptions cannot be compared, nor "
+        "those of different targets: normalised by patch, the prediction is given each patch's mean and variance. "
+        "The last column has the error of a decoder that says nothing: it predicts the mean colour, or these means.",
         figures=tuple(Figure(*_grid(of)) for of in by_size.values()),
         tables=(
             Table(
                 "Mean squared error of what was removed, and by how much it is larger on evaluation images.",
-                ("run", "corruption", "training images", "evaluation images", "evaluation / training"),
+                COLUMNS,
                 tuple(rows),
             ),
         ),
-        numbers={name: {split: float(np.mean(e)) for split, e in of.items()} for name, of in found.items()},
+        numbers={
+            name: {split: float(np.mean(e[0])) for split, e in of.items()} | {"silent": _mean(of, 1)}
+            for name, of in found.items()
+        },
     )
 
 
 def errors(config: ConfigDict, params: dict[str, Any], source: data.Source, images: int) -> np.ndarray:
-    """The mean squared error on what the run's corruption removed, (n,), for a seeded choice of at most `images`.
+    """The mean squared error on what the run's corruption removed, for a seeded choice of at most `images`.
 
     It is the loss of the reconstruction with the l2 norm over normalised pixels, whatever norm and target the run had:
     the mean over removed patches under masking, over all patches under projection.
@@ -80,6 +92,9 @@ def errors(config: ConfigDict, params: dict[str, Any], source: data.Source, imag
       params: the parameters ``encoder`` and ``decoder``.
       source: the images.
       images: the largest number of images; 0: all.
+
+    Returns:
+      (2, n): of the run, and of a decoder whose output is 0 (:func:`crate_jax.methods.reconstruction.silent`).
     """
     measure = _measure(config)
     chosen = sample(len(source), images, config.seed)
@@ -89,7 +104,7 @@ def errors(config: ConfigDict, params: dict[str, Any], source: data.Source, imag
         count = len(batch["image"])
         out.append(jax.device_get(measure(params, batch["image"], keys[start : start + count])))
         start += count
-    return np.concatenate(out)
+    return np.concatenate(out, axis=1)
 
 
 def _measure(config: ConfigDict) -> Callable[[dict[str, Any], np.ndarray, jax.Array], jax.Array]:
@@ -100,8 +115,12 @@ def _measure(config: ConfigDict) -> Callable[[dict[str, Any], np.ndarray, jax.Ar
     def measure(params: dict[str, Any], images_uint8: jax.Array, keys_B: jax.Array) -> jax.Array:
         corruption = draw(keys_B)
         x_BNP, predicted_BNP = predict(config, apply, corruption, params, normalise(images_uint8, config))
-        error_BNP = corruption.complement(x_BNP - predicted_BNP)
-        return jnp.mean(jnp.square(error_BNP), axis=(1, 2)) / corruption.complement_share()
+
+        def error(said_BNP: jax.Array) -> jax.Array:
+            removed_BNP = corruption.complement(x_BNP - said_BNP)
+            return jnp.mean(jnp.square(removed_BNP), axis=(1, 2)) / corruption.complement_share()
+
+        return jnp.stack([error(predicted_BNP), error(silent(config, x_BNP))])
 
     return measure
 
@@ -109,11 +128,20 @@ def _measure(config: ConfigDict) -> Callable[[dict[str, Any], np.ndarray, jax.Ar
 def _cells(found: Mapping[str, np.ndarray]) -> list[Cell]:
     cells: list[Cell] = []
     for split in ("training", "evaluation"):
-        e = found.get(split)
-        half = 0.0 if e is None or len(e) < 2 else 1.96 * float(np.std(e, ddof=1)) / len(e) ** 0.5
-        cells.append(None if e is None else Estimate(float(e.mean()), float(e.mean()) - half, float(e.mean()) + half))
-    ratio = None if len(found) < 2 else float(found["evaluation"].mean() / found["training"].mean())
+        if split not in found:
+            cells.append(None)
+            continue
+        e = found[split][0]
+        half = 1.96 * float(np.std(e, ddof=1)) / len(e) ** 0.5 if len(e) > 1 else None
+        mean = float(e.mean())
+        cells.append(mean if half is None else Estimate(mean, mean - half, mean + half))
+    ratio = None if len(found) < 2 else float(found["evaluation"][0].mean() / found["training"][0].mean())
     return [*cells, ratio]
+
+
+def _mean(found: Mapping[str, np.ndarray], row: int) -> float | None:
+    """The mean of a row of :func:`errors` over the images of the last split that there is."""
+    return float(list(found.values())[-1][row].mean()) if found else None
 
 
 def _grid(subjects: Sequence[Subject]) -> tuple[str, np.ndarray]:

@@ -131,7 +131,8 @@ def released_rate(
     `normed_BND` is LN(Z^l) with the class token. It does not depend on the length of tokens, only on their directions.
     """
     w_BHNK = in_subspaces(normed_BND, subspaces_DE, heads)
-    return jnp.sum(gaussian_rate(w_BHNK / jnp.linalg.norm(w_BHNK, axis=-1, keepdims=True), precision), axis=-1)
+    length_BHN1 = jnp.linalg.norm(w_BHNK, axis=-1, keepdims=True)  # 0 of a token that ISTA made 0
+    return jnp.sum(gaussian_rate(w_BHNK / jnp.maximum(length_BHN1, 1e-12), precision), axis=-1)
 
 
 def nonzero(x_BND: jax.Array) -> jax.Array:
@@ -154,7 +155,8 @@ def inversion_error(z_BND: jax.Array, y_BND: jax.Array, corruption: Corruption) 
       corruption: the corruption of the images that the decoder restores.
 
     Returns:
-      |Z - Y| / |Z|, and the smallest |Z - c Y| / |Z| over numbers c for each image (at most 1); each (B,).
+      |Z - Y| / |Z|, and the smallest |Z - c Y| / |Z| over numbers c for each image (at most 1); each (B,). Of an
+      image whose Z is 0 they are |Y| and 0.
     """
     z_BND = corruption.complement(z_BND.astype(jnp.float32))
     y_BND = corruption.complement(y_BND.astype(jnp.float32))
@@ -163,8 +165,9 @@ def inversion_error(z_BND: jax.Array, y_BND: jax.Array, corruption: Corruption) 
         return jnp.sum(a * b, axis=(1, 2))
 
     zz, yy, zy = dot(z_BND, z_BND), dot(y_BND, y_BND), dot(z_BND, y_BND)
-    unexplained = 1.0 - jnp.square(zy) / jnp.maximum(zz * yy, 1e-30)
-    return jnp.sqrt(dot(z_BND - y_BND, z_BND - y_BND) / zz), jnp.sqrt(jnp.maximum(unexplained, 0.0))
+    unexplained = jnp.where(zz > 0, 1.0 - jnp.square(zy) / jnp.maximum(zz * yy, 1e-30), 0.0)
+    size = jnp.where(zz > 0, zz, 1.0)
+    return jnp.sqrt(dot(z_BND - y_BND, z_BND - y_BND) / size), jnp.sqrt(jnp.maximum(unexplained, 0.0))
 
 
 def incoherence(subspaces_DE: jax.Array, heads: int) -> dict[str, jax.Array]:

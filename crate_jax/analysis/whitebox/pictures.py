@@ -234,12 +234,14 @@ def _components(x_TD: np.ndarray, count: int) -> np.ndarray:
 def _otsu(values: np.ndarray) -> float:
     """The threshold that splits numbers so that the variance between both groups is largest (Otsu 1979).
 
-    The threshold is the largest number of the lower group.
+    The threshold is the largest number of the lower group. One number is in the lower group.
 
     >>> _otsu(np.array([0.0, 1.0, 8.0, 9.0]))
     1.0
     """
     x = np.sort(values)
+    if len(x) == 1:
+        return float(x[0])
     below = np.arange(1, len(x))
     sums = np.cumsum(x)[:-1]
     difference = sums / below - (x.sum() - sums) / (len(x) - below)

@@ -153,8 +153,9 @@ def section(subjects: Sequence[Subject]) -> Section:
         text=(
             "White-box measures after arXiv 2404.02446, section 3: does each encoder layer compress its tokens towards "
             "its subspaces and make them sparse, and does the decoder invert that? Lines are means over at most "
-            f"{images} images of the evaluation split, bands are one standard deviation over images. The encoder gets "
-            "clean images, the decoder the tokens under the run's own corruption. Rates are in nats per image, with "
+            f"{images} images of the evaluation split (of the training split if there is none), bands are one standard "
+            "deviation over images. The encoder gets clean images, the decoder the tokens under the run's own "
+            "corruption. Rates are in nats per image, with "
             f"eps^2 = {whitebox.PRECISION} as in the released script; the paper states no value. They grow with the "
             "number of tokens and with the width: compare only runs of one shape."
         ),
