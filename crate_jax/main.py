@@ -88,10 +88,13 @@ def _run(argv: Sequence[str]) -> int:
             set_up_log(distributed.process())  # on a TPU slice the number is known only now
         job = JOBS[config.job]
         result = job.run(config, flags.FLAGS.workdir)
-        distributed.unwatch()
-        if distributed.first():
+
+        def show() -> None:
             job.show(result)
             sys.stdout.flush()  # raises OSError if the disk is full or the reader is gone
+
+        distributed.run_in_first(show)  # an error in it, such as a run that diverged, ends all processes alike
+        distributed.unwatch()
     except Interrupted as e:
         distributed.unwatch()
         if distributed.first():

@@ -122,7 +122,7 @@ start_all() {
 
 # is_gone STATUS: whether a process was killed. After the other signals the run has saved; with SIGABRT (134) JAX ends a
 # process that has lost another one.
-is_gone() { (($1 > 128)) && [[ ! $1 =~ ^(129|130|131|134|138|143)$ ]]; }
+is_gone() { (($1 > 128)) && [[ ! $1 =~ ^(129|130|131|134|138|140|143)$ ]]; }
 
 # Waits until all processes have ended. Sets `first` to the first status that is not 0, `who` to the number of its
 # process, and `gone` to the numbers of the processes that were killed, each between spaces.

@@ -73,10 +73,10 @@ fi
 export CRATE_JAX_TOKEN=${CRATE_JAX_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')} # srun passes it on
 "${command[@]}"
 status=$?
-# 143 and 130: a signal stopped the run (before the time limit or pre-emption), and its state is saved. 75: a process is
-# gone or silent, without a status. After the loss of a node SLURM itself requeues the job. Any other failure would only
-# repeat itself.
-if ((status == 143 || status == 130 || status == 75)); then
+# 143, 130, 138 and 140: a signal stopped the run (before the time limit or pre-emption; USR1 and USR2 are warnings that
+# --signal asks for), and its state is saved. 75: a process is gone or silent, without a status. After the loss of a node
+# SLURM itself requeues the job. Any other failure would only repeat itself.
+if [[ $status =~ ^(143|130|138|140|75)$ ]]; then
   case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) in
     # scancel sends the same signal, but a cancelled job must not come back.
     CANCELLED | COMPLETING) ;;

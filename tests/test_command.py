@@ -6,12 +6,13 @@ import functools
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from absl import flags
 
-from crate_jax import __main__ as command, config_files, flags as flags_file, jobs, usage
+from crate_jax import __main__ as command, config_files, flags as flags_file, jobs, main, usage
 from crate_jax.errors import ConfigError
 from crate_jax.validation import flatten
 from tests.conftest import ROOT
@@ -32,6 +33,22 @@ print(*{name.partition(".")[0] for name in sys.modules})
     early, late = done.stdout.split("|")
     assert not early.split() and "jax" in late.split()
     assert not HEAVY & set(late.split())
+
+
+def test_the_result_is_shown_while_the_other_processes_listen(monkeypatch):
+    """An error in it, such as a run of a sweep that diverged, ends all of them with its own status."""
+    order = []
+    job = types.SimpleNamespace(run=lambda config, workdir: {"loss": 1.5}, show=lambda result: order.append(result))
+    given = dict.fromkeys(("coordinator_address", "num_processes", "process_id", "cluster_detection_method", "workdir"))
+    flags_given = types.SimpleNamespace(config=types.SimpleNamespace(job="job"), **given)
+    monkeypatch.setattr(main, "flags", types.SimpleNamespace(FLAGS=flags_given))
+    monkeypatch.setattr(main, "set_up_log", lambda process: None)
+    monkeypatch.setattr(jobs, "JOBS", {"job": job})
+    for name, act in (("find", lambda *_: None), ("unwatch", lambda: order.append("end")), ("processes", lambda: 2)):
+        monkeypatch.setattr(main.distributed, name, act)
+    monkeypatch.setattr(main.distributed, "run_in_first", lambda act: [order.append("all"), act()])
+    assert main._run([]) == 0
+    assert order == ["all", {"loss": 1.5}, "end"]
 
 
 def test_the_commands_are_the_jobs_and_each_has_a_config():

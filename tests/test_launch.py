@@ -262,6 +262,7 @@ def test_slurm_job_starts_containers(env):
         (143, {}, True),
         (130, {}, True),
         (75, {}, True),
+        (138, {}, True),
         (143, {"SLURM_RESTART_COUNT": 3, "RESTARTS": 4}, True),
         (143, {"SLURM_RESTART_COUNT": 4, "RESTARTS": 4}, False),
         (143, {"STATE": "COMPLETING"}, False),  # scancel
@@ -703,7 +704,7 @@ def test_local_leaves_a_killed_process_out_with_its_gpu(env, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143), (signal.SIGUSR1, 138)]
+    "sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143), (signal.SIGUSR2, 140)]
 )
 def test_local_passes_signals_on_once(env, tmp_path, sent, status):
     local = Local(env, tmp_path)

@@ -19,11 +19,12 @@ from ml_collections import ConfigDict
 from crate_jax.analysis.alignment import plots
 from crate_jax.analysis.alignment.analyse import analyse, shrink_to_side
 from crate_jax.analysis.alignment.answer import Answer
-from crate_jax.config import validate
+from crate_jax.config import KEYS, require_keys, validate
 from crate_jax.convert import pretrained
 from crate_jax.errors import escaped
 from crate_jax.models import check_patches, widths
 from crate_jax.parallel import distributed, sharding
+from crate_jax.validation import check_values, flatten
 from crate_jax.workdir import metrics
 from crate_jax.workdir.folder import lock, require_no_run
 
@@ -41,6 +42,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: the config, the data or the workdir cannot be used; one line says why.
     """
+    require_keys(config)
+    check_values(flatten(config), KEYS)
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)  # before the checksums, which start JAX
     sharding.all_devices()  # raises if there are no devices
     config = resolve(config)

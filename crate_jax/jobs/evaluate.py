@@ -32,6 +32,7 @@ from crate_jax.evals.protocols import PROTOCOLS, Features
 from crate_jax.models import ENCODERS, representation
 from crate_jax.models.adopt import adopt_encoder, grid_of
 from crate_jax.parallel import distributed, sharding
+from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.validation import check_values, flatten
 from crate_jax.workdir import metrics, mirror
 from crate_jax.workdir.checkpoint import params_sha256
@@ -112,7 +113,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         features, description = extract_features(full, encoder, folder)
         log.info("%s on %s", protocol.name, ", ".join(f"{k} {v}" for k, v in description.items()))
         result = protocol.run(features, config.protocol, config.seed)
-        return append_result(folder, full, encoder, protocol.version, description, result)
+        record = append_result(folder, full, encoder, protocol.version, description, result)
+        if distributed.first():
+            metrics.write_json(folder / "config.json", full.to_dict())
+        return record
 
 
 SHOWN = ("top1", "top5", "mean_per_class", "miou", "mean_accuracy", "pixel_accuracy")  # shares in 0..1
@@ -198,7 +202,6 @@ def append_result(
     }
     if distributed.first():
         metrics.append_line(folder / RESULTS, record)
-        metrics.write_json(folder / "config.json", config.to_dict())
     return record
 
 
@@ -232,6 +235,8 @@ def extract_features(
     limits = (config.evaluation.train_images, config.evaluation.test_images)
     parts = []
     for source, limit in zip((train, test), limits, strict=True):
+        if signum := distributed.max_over_processes(Interrupt.came() or 0):  # of a sweep, which keeps it
+            raise Interrupted(signum, f"before the features of {source.split!r}")
         indices = np.sort(sample(len(source), limit, config.seed))
         parts.append(_cached(config, encoder, source, indices, apply, mesh, folder))
     (train_x, train_y), (test_x, test_y) = parts

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crate_jax.config import validate
+from crate_jax.config import KEYS, require_keys, validate
 from crate_jax.convert import pretrained
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
@@ -14,6 +14,7 @@ from crate_jax.jobs.evaluate import append_result, inherit, show
 from crate_jax.parallel import sharding
 from crate_jax.parallel.interrupt import Interrupt
 from crate_jax.training.clock import Clock
+from crate_jax.validation import check_values, flatten
 from crate_jax.workdir.folder import lock
 
 __all__ = ["run", "show"]  # the scores are printed like those of frozen features
@@ -45,6 +46,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     name, protocols = config.protocol.name, SEGMENTERS if config.job == "segment" else PROTOCOLS
     if name not in protocols:
         raise ConfigError(f"config.protocol.name={name!r}: must be one of {', '.join(protocols)}")
+    require_keys(config)
+    check_values(flatten(config), {key: KEYS[key] for key in ("batch_size", "accumulate", "mesh.model")})
     clock = Clock()
     # Before the checksums, which start JAX.
     sharding.use_cpu_cores(config.batch_size, config.accumulate, config.mesh.model)

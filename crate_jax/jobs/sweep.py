@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import config_files, data
 from crate_jax.analysis.records import read as read_records
-from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, validate
+from crate_jax.config import KEYS, PENALTY_WEIGHTS, base, has_effect, is_read, require_keys, validate
 from crate_jax.convert import pretrained
 from crate_jax.data.sources import digest
 from crate_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, did_you_mean, escaped
@@ -33,7 +33,7 @@ from crate_jax.parallel import distributed, sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.training import pace
 from crate_jax.training.step import make_recipe
-from crate_jax.validation import changed_keys, flatten, items, place
+from crate_jax.validation import changed_keys, check_values, flatten, items, place
 from crate_jax.workdir import readback
 from crate_jax.workdir.folder import lock
 
@@ -142,6 +142,8 @@ def expand(config: ConfigDict) -> list[Setting]:
       ConfigError: the key does not exist or cannot be swept, a value does not fit the key, two values are equal, or
         a run's config is not valid.
     """
+    require_keys(config)
+    check_values(flatten(config), {name: KEYS[name] for name in ("method", "encoder.name")})  # they say what is read
     key, seeds = config.sweep.key, config.sweep.seeds
     if not 1 <= seeds <= MAX_SEEDS:
         raise ConfigError(f"config.sweep.seeds={seeds}: must lie in [1, {MAX_SEEDS}]")
@@ -380,7 +382,9 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
             settings = _with_steps(settings, folder, interrupt, sources)
         finished = [bool(distributed.max_over_processes(int(_is_finished(folder / s.name, s)))) for s in settings]
         records = {
-            i: _judged(config, folder, s, _record(folder, s), encoders) for i, s in enumerate(settings) if finished[i]
+            i: _judged(config, folder, s, _record(folder, s), encoders, interrupt)
+            for i, s in enumerate(settings)
+            if finished[i]
         }
         if records:
             log.info("%d of %d runs are finished already", len(records), len(settings))
@@ -393,7 +397,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 raise Interrupted(signum, f"with {len(records)} of {len(settings)} runs done")
             log.info("run %d of %d: %s", i + 1, len(settings), setting.name)
             record = _as_it_is(setting) if config.sweep.key == CHECKPOINT else _run_one(folder, setting)
-            records[i] = _judged(config, folder, setting, record, encoders)
+            records[i] = _judged(config, folder, setting, record, encoders, interrupt)
             table = _report(config, folder, settings, records)
         failed = [name for record in records.values() for name in _failed(record)]
         return {"table": table, "folder": str(folder), "failed": failed}
@@ -474,7 +478,12 @@ def _encoder(checkpoint: str, key: str) -> str:
 
 
 def _judged(
-    config: ConfigDict, folder: Path, setting: Setting, record: dict[str, Any], encoders: dict[str, str]
+    config: ConfigDict,
+    folder: Path,
+    setting: Setting,
+    record: dict[str, Any],
+    encoders: dict[str, str],
+    interrupt: Interrupt,
 ) -> dict[str, Any]:
     """The record with each judge's main score, under ``judge NAME``; None: its loss became NaN or infinite.
 
@@ -487,9 +496,11 @@ def _judged(
       setting: the run.
       record: the run's record.
       encoders: checkpoint -> the digest of its encoder, of those that were read so far; it gets this run's.
+      interrupt: what keeps a signal; it is asked before each judge.
 
     Raises:
       UserError: a judge cannot do its work.
+      Interrupted: a signal came.
     """
     if record["status"] == "done":
         checkpoint = setting.value if config.sweep.key == CHECKPOINT else str(folder / setting.name)
@@ -505,6 +516,8 @@ def _judged(
                 lines = []
             score = (readback.parse(lines[-1]) or {}).get(c.protocol.metric) if lines else None
             if distributed.max_over_processes(int(not isinstance(score, float))):
+                if signum := distributed.max_over_processes(interrupt.signal or 0):
+                    raise Interrupted(signum, f"before {judge.name} judged {setting.name}")
                 try:
                     job = evaluate if c.job == "evaluate" else finetune
                     score = job.run(c, str(home))[c.protocol.metric]

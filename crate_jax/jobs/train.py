@@ -102,6 +102,7 @@ def run_in(folder: Path, config: ConfigDict, interrupt: Interrupt, clock: Clock)
     """
     with contextlib.ExitStack() as stack:
         mesh = sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
+        interrupt.renew()  # a TPU's library, which is loaded with the first device, may have set handlers of its own
         source = training_images(config)
         method = method_of(config, source)
         if config.minutes:

@@ -7,8 +7,9 @@ import threading
 from types import FrameType
 from typing import Any, ClassVar, Self
 
-# Ctrl-C, `kill`, a closed terminal or ssh, a warning of SLURM's (--signal=USR1@60), and Ctrl-\\.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
+# Ctrl-C, `kill`, a closed terminal or ssh, a warning of a scheduler (SLURM's --signal=USR1@60, Grid Engine's USR2), and
+# Ctrl-\\.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 
 class Interrupted(Exception):
@@ -58,6 +59,13 @@ class Interrupt:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
+
+    @classmethod
+    def renew(cls) -> None:
+        """Sets the outermost open context's handlers again, for libraries that set their own when they are loaded."""
+        if cls._outermost is not None:
+            for signum in cls._outermost._previous:
+                signal.signal(signum, cls._outermost._receive)
 
     def __enter__(self) -> Self:
         on_main = threading.current_thread() is threading.main_thread()  # Python sets handlers only there

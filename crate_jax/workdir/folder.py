@@ -17,7 +17,7 @@ from typing import TextIO
 
 from crate_jax.errors import CheckpointError, UserError
 from crate_jax.parallel import distributed
-from crate_jax.workdir import bucket
+from crate_jax.workdir import bucket, readback
 from crate_jax.workdir.whole import remove_left
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ def lock(workdir: str | os.PathLike[str], shown: str = "") -> Iterator[Path]:
       The absolute path of the folder.
 
     Raises:
-      UserError: the folder cannot be created or written to, another process holds the lock, or not all processes of the
-        run see the same folder.
+      UserError: the folder cannot be created or written to, it holds a model, another process holds the lock, or not
+        all processes of the run see the same folder.
     """
     if bucket.is_address(workdir):
         from crate_jax.workdir import mirror  # here: it imports this file
@@ -76,6 +76,7 @@ def lock(workdir: str | os.PathLike[str], shown: str = "") -> Iterator[Path]:
             yield folder
         return
     folder = distributed.run_in_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
+    distributed.run_in_first(lambda: _require_no_model(folder))
     file = distributed.run_in_first(lambda: _take(folder, shown or str(folder)))
     with file or contextlib.nullcontext():
         seen = file is not None or _appears(folder / LOCK_NAME)
@@ -174,6 +175,23 @@ def _take(folder: Path, shown: str) -> TextIO:
             f"workdir {folder}: cannot be written to ({e.strerror}); make room, or choose another"
         ) from None
     return file
+
+
+def _require_no_model(folder: Path) -> None:
+    """Refuses a folder of weights, whose config.json a job would replace.
+
+    Raises:
+      UserError: config.json is that of a model of Hugging Face or timm, or of a model that was exported for them.
+    """
+    try:
+        about = readback.parse((folder / "config.json").read_text(encoding="utf-8", errors="replace")) or {}
+    except OSError:
+        return
+    if key := next((key for key in ("model_type", "architectures", "architecture") if key in about), None):
+        raise UserError(
+            f"workdir {folder}: its config.json is that of a model ({key}: {about[key]!r:.60}), and would be replaced; "
+            "choose another --workdir"
+        )
 
 
 def _appears(path: Path) -> bool:

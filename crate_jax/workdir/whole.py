@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-LEFT = "*.[0-9]*.tmp"  # the names of what a process that was killed has left
+ENDING = "crate_jax.tmp"  # of the temporary files
+LEFT = re.compile(rf".*\.\d+\.{re.escape(ENDING)}")  # the names of what a process that was killed has left
 
 
 @contextlib.contextmanager
@@ -30,7 +32,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
       OSError: the file cannot be renamed.
     """
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.{ENDING}")
     try:
         yield temporary
         temporary.replace(path)
@@ -70,5 +72,6 @@ def remove_left(folder: Path) -> None:
     Raises:
       OSError: a file cannot be removed.
     """
-    for path in folder.glob(LEFT):
-        path.unlink(missing_ok=True)
+    for path in folder.glob(f"*.{ENDING}"):
+        if LEFT.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ from crate_jax.jobs import evaluate as job, finetune, train
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.layers import layer_norm
 from crate_jax.parallel import sharding
+from crate_jax.parallel.interrupt import Interrupt, Interrupted
 from crate_jax.workdir import checkpoint
 from tests.test_cli import one_line_error
 
@@ -114,7 +116,7 @@ def test_a_damaged_cache_is_computed_again(pretraining, tmp_path):
 def test_a_full_disk_costs_the_cache_and_not_the_features(pretraining, tmp_path, monkeypatch, caplog):
     c = configured("protocol=knn", pretraining, evaluation__train_images=100, evaluation__test_images=50)
     (tmp_path / "features").mkdir()
-    (tmp_path / "features" / "a.npz.4711.tmp").touch()  # of a process that was killed
+    (tmp_path / "features" / "a.npz.4711.crate_jax.tmp").touch()  # of a process that was killed
 
     def full(file, **arrays):
         file.write(b"half")
@@ -257,6 +259,35 @@ def test_fine_tuning_learns_and_a_rerun_adds_nothing_but_a_line(recipe, pretrain
     assert {k: v for k, v in again.items() if k != "images_per_sec"} == {
         k: v for k, v in record.items() if k != "images_per_sec"
     }
+
+
+def test_a_fine_tuning_that_went_on_with_another_rate_is_finished_once(pretraining, tmp_path, monkeypatch):
+    """config.json stays what the run began with, which tells the next start that nothing is left to do."""
+    values = {"log__pictures": 0, "evaluation__test_images": 8}
+    for rate, steps in ((1e-3, 1), (2e-3, 2)):
+        c = configured("protocol=finetune_crate,debug", pretraining, **values, optimizer__lr=rate)
+        c.epochs, c.steps = 0.0, steps
+        last = finetune.run(c, str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 1e-3
+    monkeypatch.setattr(train, "Loop", train.Loop)
+    monkeypatch.setattr(train.Loop, "run", lambda *_: pytest.fail("the run was finished"))
+    again = finetune.run(c, str(tmp_path))
+    assert again["top1"] == last["top1"] and again["params_sha256"] == last["params_sha256"]
+
+
+def test_a_signal_of_a_sweep_ends_an_evaluation_between_its_splits(pretraining, tmp_path, monkeypatch):
+    """What is computed by then is kept."""
+    encode = job.encode_split
+
+    def then_signal(*args):
+        found = encode(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(job, "encode_split", then_signal)
+    with Interrupt(), pytest.raises(Interrupted, match="stopped by SIGTERM before the features of 'eval'"):
+        job.run(configured("protocol=knn,debug", pretraining), str(tmp_path))
+    assert len(list((tmp_path / "features").iterdir())) == 1
 
 
 def test_a_workdir_is_of_one_fine_tuning(pretraining, tmp_path, monkeypatch):

@@ -204,8 +204,8 @@ def test_a_score_is_kept_for_the_same_judge_and_the_same_encoder_only(finished, 
 
     def judge(encoder, **changes):
         c.sweep.update(changes)
-        record = {"status": "done", "folder": "F"}
-        return list(sweep._judged(c, tmp_path, setting, record, {str(tmp_path / setting.name): encoder}).values())[2:]
+        record, known = {"status": "done", "folder": "F"}, {str(tmp_path / setting.name): encoder}
+        return list(sweep._judged(c, tmp_path, setting, record, known, Interrupt()).values())[2:]
 
     first = judge("E")
     assert first == pytest.approx([0.1, 0.2, 0.3]) and judge("E") == first
@@ -233,6 +233,20 @@ def test_a_judge_that_diverges_leaves_its_score_out_and_each_run_is_read_once(fi
     records = json.loads((tmp_path / "w" / "sweep.json").read_text())
     assert [record["judge finetune_crate"] for record in records] == [None, None, 0.25, 0.25]
     assert result["failed"] == [f"{record['folder']}, judged by finetune_crate" for record in records[:2]]
+
+
+def test_a_signal_ends_a_sweep_between_two_judges(finished, tmp_path, monkeypatch):
+    """The first score is kept, and the same command goes on."""
+    first, second = (str(finished[0] / f"encoder.lam={lam},seed=1") for lam in ("0.1", "5"))
+    asked = scored(monkeypatch, lambda c: os.kill(os.getpid(), signal.SIGTERM) or 0.25)
+    c = tiny("over=transfer,base=quickstart,debug", sweep__values=(first, second), sweep__judge=("knn", "logreg"))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before logreg judged"):
+        sweep.run(c, str(tmp_path / "w"))
+    assert len(asked) == 1
+    asked = scored(monkeypatch, lambda c: 0.5)
+    sweep.run(c, str(tmp_path / "w"))
+    records = json.loads((tmp_path / "w" / "sweep.json").read_text())
+    assert [(r["judge knn"], r["judge logreg"]) for r in records] == [(0.25, 0.5), (0.5, 0.5)] and len(asked) == 3
 
 
 def test_devices_divide_the_batches_of_what_trains():
@@ -386,7 +400,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path):
             sweep._record(tmp_path, setting)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGQUIT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT"])
 def test_a_signal_reaches_every_open_interrupt_whenever_it_comes(name):
     """So a sweep stops too when the signal came while a run was evaluating, and a run when it came before its start."""
     signum = signal.Signals[name]
@@ -402,6 +416,14 @@ def test_a_signal_reaches_every_open_interrupt_whenever_it_comes(name):
     with Interrupt() as later:
         assert later.signal is None
     assert signal.getsignal(signum) == handler
+
+
+def test_handlers_that_a_library_sets_meanwhile_are_replaced():
+    with Interrupt() as interrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as libtpu sets one in C++
+        Interrupt.renew()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():

@@ -126,12 +126,12 @@ def test_another_machine_finds_the_workdir_as_it_was_left(address: str, tmp_path
             save(scratch, step)
         (scratch / "pictures").mkdir()
         (scratch / "pictures" / "a b.png").write_bytes(b"\x89PNG")
-        (scratch / "summary.json.77.tmp").write_text("unfinished")
+        (scratch / "summary.json.77.crate_jax.tmp").write_text("unfinished")
     left = contents(scratch)
     elsewhere(tmp_path / "second", monkeypatch)
     with folder.lock(address) as again:
         assert again != scratch
-        del left["summary.json.77.tmp"]
+        del left["summary.json.77.crate_jax.tmp"]
         assert contents(again) == left
         assert mirror.shown(str(again / "report.html")) == f"{address}/report.html"
         shutil.rmtree(again / "checkpoints" / "9")
@@ -307,7 +307,9 @@ def test_data_and_patterns_of_shards(address: str, tmp_path: Path) -> None:
     source = data.open_split(config, "train")
     assert source is not None and len(source) == 7
     place.write("digits.npz", b"another")
-    (bucket.place("read", f"{address}/digits.npz") / "object" / "digits.npz.4711.tmp").touch()  # of a killed process
+    (
+        bucket.place("read", f"{address}/digits.npz") / "object" / "digits.npz.4711.crate_jax.tmp"
+    ).touch()  # of a killed process
     assert [path.name for path in bucket.fetch(f"{address}/digits.npz").parent.iterdir()] == ["digits.npz"]
     pattern = bucket.fetch(f"{address}/dig*.{{npz,tar}}")
     assert contents(pattern.parent).keys() == {"digits.npz"}

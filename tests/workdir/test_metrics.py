@@ -256,7 +256,7 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing_half_written(
 def test_pictures_are_written_as_png(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "grid_0000002.png.4711.tmp").touch()  # of a process that was killed
+    (tmp_path / "pictures" / "grid_0000002.png.4711.crate_jax.tmp").touch()  # of a process that was killed
     with metrics.Writer(tmp_path, quiet(), 0) as writer:
         path = writer.write_image(3, "grid", pixels)
         with pytest.raises(ValueError, match="grid/x"):

@@ -51,7 +51,7 @@ def test_the_disk_has_a_record_before_it_has_its_name(tmp_path: Path, monkeypatc
 
 
 def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("a.npz.4711.tmp", "a.npz", "notes.tmp"):
+    for name in (f"a.npz.4711.{whole.ENDING}", "a.npz", "notes.tmp"):
         (tmp_path / name).touch()
     whole.remove_left(tmp_path)
     whole.remove_left(tmp_path / "nothing")

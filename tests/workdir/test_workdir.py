@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from crate_jax.data.folder import open_folder
 from crate_jax.data.sources import Request
 from crate_jax.errors import CheckpointError, UserError
 from crate_jax.jobs import report
-from crate_jax.workdir import checkpoint, folder as workdir
+from crate_jax.workdir import checkpoint, folder as workdir, whole
 from tests.conftest import ROOT
 
 HOLDER = """
@@ -65,10 +66,22 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> 
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
-    for name in ("config.json.4711.tmp", "config.json", "notes.tmp"):
+    kept = ["config.json", "notes.2024.tmp", "x.7.crate_jax.tmp"]  # a user's file, and a user's folder
+    for name in (f"config.json.4711.{whole.ENDING}", *kept[:2]):
         (tmp_path / name).write_text("{")
+    (tmp_path / kept[2]).mkdir()
     with workdir.lock(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [workdir.LOCK_NAME, "config.json", "notes.tmp"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [workdir.LOCK_NAME, *kept]
+
+
+@pytest.mark.parametrize("key", ["model_type", "architectures", "architecture"])
+def test_a_folder_of_weights_is_not_a_workdir(tmp_path: Path, key: str) -> None:
+    (tmp_path / "config.json").write_text(text := json.dumps({key: "vit"}))
+    with pytest.raises(UserError, match=f"its config.json is that of a model .{key}: 'vit'.*choose another --workdir"):
+        with workdir.lock(tmp_path):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == text
 
 
 def test_released_at_the_end_even_after_an_error(tmp_path: Path) -> None:
