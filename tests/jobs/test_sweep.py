@@ -238,7 +238,7 @@ def test_a_judge_that_diverges_leaves_its_score_out_and_each_run_is_read_once(fi
 def test_a_signal_ends_a_sweep_between_two_judges(finished, tmp_path, monkeypatch):
     """The first score is kept, and the same command goes on."""
     first, second = (str(finished[0] / f"encoder.lam={lam},seed=1") for lam in ("0.1", "5"))
-    asked = scored(monkeypatch, lambda c: os.kill(os.getpid(), signal.SIGTERM) or 0.25)
+    asked = scored(monkeypatch, lambda c: Interrupt.came() or os.kill(os.getpid(), signal.SIGTERM) or 0.25)
     c = tiny("over=transfer,base=quickstart,debug", sweep__values=(first, second), sweep__judge=("knn", "logreg"))
     with pytest.raises(Interrupted, match="stopped by SIGTERM before logreg judged"):
         sweep.run(c, str(tmp_path / "w"))
