@@ -524,6 +524,7 @@ def test_a_value_that_is_no_penalty_is_named(value):
         penalties("base=quickstart", sweep__key="penalty", sweep__values=(value,))
 
 
+@pytest.mark.slow
 def test_a_sweep_of_penalties_has_a_table_of_accuracies_and_ranks(tmp_path):
     c = tiny("over=penalty,base=quickstart,debug", sweep__values=("so:2e-6",))
     header, so = table_rows(sweep.run(c, str(tmp_path))["table"])

@@ -124,7 +124,7 @@ def test_dropping_with_a_linear_decoder_is_refused():
         small("vit", "mask-drop", "linear")
 
 
-@pytest.mark.parametrize("encoder", TRANSFORMERS)
+@pytest.mark.parametrize("encoder", ["crate", pytest.param("vit", marks=pytest.mark.slow)])
 @pytest.mark.one_python
 def test_options_of_encoders(encoder):
     """Learned positions, over-complete dictionary, tied output, relative bias, drop path: all train."""

@@ -181,6 +181,7 @@ def test_groups_are_equal_and_follow_their_images():
         draw_groups(keys(16), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_images_of_other_groups_do_not_reach_an_image():
     """With groups the gradient of an image's features is zero at images of other groups; without them it is not."""
