@@ -106,7 +106,7 @@ def run_in(folder: Path, config: ConfigDict, interrupt: Interrupt, clock: Clock)
         source = training_images(config)
         method = method_of(config, source)
         if config.minutes:
-            config = pace.decided(config, method, source, mesh, folder, interrupt)
+            config = pace.decided(config, method, source, mesh, folder, interrupt, of_one_run=True)
             method = method_of(config, source)
         recipe = {"recipe": True} if "views" in method.inputs else {}
         evaluation = EVALUATIONS[config.job](config, method.features, source, mesh, **recipe)

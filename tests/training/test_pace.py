@@ -7,6 +7,7 @@ import json
 import pytest
 
 from configs import quickstart
+from crate_jax.config import validate
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
 from crate_jax.training import pace
@@ -49,6 +50,31 @@ def test_the_first_start_measures_and_later_ones_do_not(tmp_path, monkeypatch):
     assert (tmp_path / pace.FILE).read_text() == record
 
 
+def test_a_pace_of_another_config_counts_only_once_there_is_a_checkpoint(tmp_path, monkeypatch, caplog):
+    """Seen: another batch size in the same folder had the steps of the first one, before anything was trained."""
+    caplog.set_level("INFO")
+    seconds = [0.3, 0.1, 9.0]
+    monkeypatch.setattr(pace, "measured", lambda *_: seconds.pop(0))
+
+    def steps(**keys):
+        config = tiny(minutes=0.05, **keys)
+        validate(config)
+        return pace.decided(config, None, None, None, tmp_path, None, of_one_run=True).steps
+
+    assert steps() == steps(seed=3, optimizer={"lr": 1e-3}, log={"every": 7}) == 10
+    assert json.loads((tmp_path / pace.FILE).read_text())[pace.CONFIG]["batch_size"] == 16
+    assert steps(batch_size=64) == steps(batch_size=64) == 30 and len(seconds) == 1
+    assert "is of another config (batch_size: 16 -> 64)" in caplog.text
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert "keeps its number of steps" not in caplog.text
+    assert steps(encoder={"width": 32}, data={"image_size": (16, 16)}, batch_size=64) == 30 and len(seconds) == 1
+    assert caplog.text.count("keeps its number of steps") == 1
+    assert "(data.image_size: [8, 8] -> [16, 16]; encoder.width: 16 -> 32)" in caplog.text
+    (tmp_path / "checkpoints" / "4").rmdir()
+    (tmp_path / pace.FILE).write_text(json.dumps({pace.KEY: 100_000}))
+    assert steps(batch_size=8) == 30 and len(seconds) == 1, "the record of an older version does not say its config"
+
+
 @pytest.mark.parametrize("minutes", [36e3, 1e16, 1e308])
 def test_minutes_of_more_steps_than_an_int32_counts_are_an_error(minutes):
     assert pace.steps_in(35e3, 1000) == 2_100_000_000
@@ -64,6 +90,7 @@ def test_minutes_of_more_steps_than_an_int32_counts_are_an_error(minutes):
         ('{"microseconds_per_step": -3}', 0),
         ('{"microseconds_per_step": 1e300}', 0),
         ('{"microseconds_per_step": 5000000000}', 0),
+        ('{"microseconds_per_step": 41, "config": []}', 0),
         ('{"microseconds_per', 0),
         ("{}", 0),
     ],
