@@ -17,7 +17,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ ADDRESS = re.compile(r"(gs|s3)://([^/]+)(?:/+(.*?))?/*")
 IN_FLIGHT = 2**28  # bytes of the objects that are transferred at once; one object may be larger
 ATTEMPTS = 6  # of a request, over about 30 seconds
 HUNG_SECONDS = 20  # without a byte, after which a request is tried again
+READ_SECONDS = 3600.0  # for so long after a step was fetched, a reader may still be reading its copy
 SCRATCH = "CRATE_JAX_SCRATCH"  # the environment variable that names the folder of local copies
 
 # What is in the folder of a checkpoint: files below CHECKPOINTS/STEP, at any depth.
@@ -264,6 +266,13 @@ def split_step(name: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def step_of(bucket: Bucket, name: str) -> str | None:
+    """The folder of the step to which a file below a bucket's address belongs; None: it is in no checkpoint."""
+    inside = f"{CHECKPOINTS}/" if PurePosixPath(bucket.address).name == CHECKPOINTS else ""
+    found = split_step(inside + name)
+    return found[0].removeprefix(inside) if found else None
+
+
 class Step(NamedTuple):
     """A step's checkpoint in a bucket.
 
@@ -282,13 +291,12 @@ def sorted_names(bucket: Bucket, names: Iterable[str]) -> tuple[list[str], dict[
     """Divides names into those outside of checkpoints and the steps, by the folder of each, the newest last."""
     plain: list[str] = []
     steps: dict[str, list[str]] = {}
-    inside = f"{CHECKPOINTS}/" if PurePosixPath(bucket.address).name == CHECKPOINTS else ""
     for name in names:
-        found = split_step(inside + name)
-        if found is None:
+        step = step_of(bucket, name)
+        if step is None:
             plain.append(name)
         else:
-            steps.setdefault(found[0].removeprefix(inside), []).append(found[1])
+            steps.setdefault(step, []).append(name.removeprefix(f"{step}/"))
     ordered = sorted(steps, key=lambda step: (step.rpartition("/")[0], int(step.rpartition("/")[2])))
     return plain, {step: _step(bucket, step, steps[step]) for step in ordered}
 
@@ -336,7 +344,10 @@ def fetch(address: str, step: int | None = None) -> Path:
     """Copies what is at an address to this machine, for reading, and returns the path of the copy.
 
     What has not changed since an earlier call is not copied again. Of a run's checkpoints only the newest whole one is
-    copied, or that of `step`. Every process may call it, also several at once.
+    copied, or that of `step`. Every process may call it, also several at once: who fetches a step may read it for an
+    hour (READ_SECONDS), since other calls delete the copy of a step that they do not need only when nobody has fetched
+    it for so long. A step that is newer than all in the bucket goes at once: it is of a run that was there before, and
+    readers would take it for the newest one. So the bucket may have lost a step that is still read from the copy.
 
     Args:
       address: that of one object; or of a folder, such as a run's workdir; or a pattern with ``*``, ``?``, ``[..]`` or
@@ -409,7 +420,7 @@ def _index(copy: Path) -> dict[str, str]:
 
 def _fetch_folder(bucket: Bucket, copy: Path, names: list[str], step: int | None, keep_others: bool) -> None:
     plain, steps = sorted_names(bucket, names)
-    index = _index(copy)
+    index, used = _index(copy), set()
     wanted = {name for name in plain if name not in (LEASE, INDEX, ".lock")}
     by_folder: dict[str, list[str]] = {}
     for name, found in steps.items():
@@ -423,19 +434,43 @@ def _fetch_folder(bucket: Bucket, copy: Path, names: list[str], step: int | None
             _download(bucket, copy, files, index)
             sums = steps[name].sums
             wanted |= files
+            used.add(name)
             if sums is None or all(_has(copy / name / file, expected) for file, expected in sums.items()):
                 break
             log.warning("%s/%s: is damaged, its files have wrong checksums", bucket.address, name)
     _download(bucket, copy, wanted, index)
+    for name in used:
+        with contextlib.suppress(OSError):
+            os.utime(copy / name)
     if keep_others:
         return
-    for path in sorted(copy.rglob("*"), reverse=True):
-        relative = path.relative_to(copy).as_posix()
+    wanted |= {INDEX, ".lock"}
+    paths = {path.relative_to(copy).as_posix(): path for path in sorted(copy.rglob("*"), reverse=True)}
+    of_steps = {name: step_of(bucket, name) for name in paths}
+    # Now: to delete a step's first files makes its folder a new one.
+    read = {step for step in set(of_steps.values()) - used if step and _may_be_read(copy / step, step, by_folder)}
+    for relative, path in paths.items():
         if path.is_dir() and not path.is_symlink():
             with contextlib.suppress(OSError):
                 path.rmdir()  # if it is empty
-        elif relative not in wanted | {INDEX, ".lock"}:
+        elif relative not in wanted and of_steps[relative] not in read:
             path.unlink()
+
+
+def _may_be_read(path: Path, step: str, complete: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the copy of a step that this call does not need stays: another reader has fetched it not long ago.
+
+    Args:
+      path: the step's folder in the copy.
+      step: its name.
+      complete: the complete steps in the bucket, by their folders, the newest last.
+    """
+    folder, _, number = step.rpartition("/")
+    newest = max((int(name.rpartition("/")[2]) for name in complete.get(folder, ())), default=-1)
+    try:
+        return int(number) <= newest and abs(time.time() - path.stat().st_mtime) < READ_SECONDS
+    except OSError:
+        return False
 
 
 def _download(bucket: Bucket, copy: Path, names: Iterable[str], index: dict[str, str]) -> None:

@@ -298,6 +298,39 @@ def test_only_what_has_changed_is_read_again(address: str, monkeypatch) -> None:
         bucket.fetch(f"{address}x")
 
 
+def test_readers_of_a_live_run_delete_no_step_that_another_one_reads(address: str) -> None:
+    """Seen: what Orbax read went. Copies go an hour after they were fetched, and at once those of a lost run."""
+
+    def upload(*numbers: int) -> None:
+        place = bucket.Bucket(address)
+        place.delete(place.names())
+        for step in numbers:
+            for i in range(3):
+                place.write(f"checkpoints/{step}/params/d/{i}", bytes([step % 256, i]) * 700)
+
+    def fetched(step: int | None = None) -> list[int]:
+        copy = bucket.fetch(address, step)
+        assert all(map(is_whole, (copy / "checkpoints").iterdir()))
+        return steps(copy)
+
+    upload(100)
+    assert fetched() == [100]
+    upload(200)
+    assert fetched() == [100, 200]
+    upload(100, 200)
+    assert fetched(100) == [100, 200]
+    upload(200, 300)
+    copy = bucket.place("read", address) / "checkpoints"
+    for step, hours in ((100, 0.9), (200, 1.1)):
+        os.utime(copy / str(step), (time.time() - 3600 * hours,) * 2)
+    assert fetched() == [100, 300]
+    os.utime(copy / "300", (0, 0))
+    assert fetched() == [100, 300] and time.time() - (copy / "300").stat().st_mtime < 100, "it is fetched again"
+    assert [path.name for path in bucket.fetch(f"{address}/checkpoints", 200).iterdir() if path.is_dir()] == ["200"]
+    upload(50)
+    assert fetched() == [50], "the newest step is that of the run in the bucket"
+
+
 def test_data_and_patterns_of_shards(address: str, tmp_path: Path) -> None:
     place = bucket.Bucket(address)
     np.savez(tmp_path / "digits.npz", images=np.zeros((7, 5, 6, 3), np.uint8), labels=np.arange(7) % 2)
