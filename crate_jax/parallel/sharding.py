@@ -81,9 +81,10 @@ def use_cpu_cores(batch_size: int, accumulate: int, model: int = 1) -> None:
     # A CPU device waits for the others in a thread of the pool that also computes. If there are no more threads than
     # devices, all of them can be waiting; where parameters are split, one device waits in several threads at once.
     # On a busy machine they may wait for more than 40 s, after which XLA would abort.
-    os.environ.setdefault("NPROC", str((2 if model == 1 and distributed.processes() == 1 else 16) * cores))
+    if "NPROC" not in os.environ:
+        _lend("NPROC", str((2 if model == 1 and distributed.processes() == 1 else 16) * cores))
     if TIMEOUT_FLAG not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{TIMEOUT_FLAG}=300".strip()
+        _lend("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --{TIMEOUT_FLAG}=300".strip())
     if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     micro = batch_size // accumulate // distributed.processes()
@@ -92,17 +93,39 @@ def use_cpu_cores(batch_size: int, accumulate: int, model: int = 1) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
+_LENT: dict[str, tuple[str | None, str]] = {}  # environment variables: before `use_cpu_cores`, and by it
+
+
+def _lend(name: str, value: str) -> None:
+    """Sets an environment variable until JAX has its devices; XLA reads it once, when it makes them."""
+    _LENT[name], os.environ[name] = (os.environ.get(name), value), value
+
+
+def _give_back() -> None:
+    """Sets the variables of `_lend` back, so that the caller's other programs do not get them."""
+    while _LENT:
+        name, (before, ours) = _LENT.popitem()
+        if os.environ.get(name) != ours:  # somebody has changed it since
+            continue
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def all_devices() -> list[jax.Device]:
-    """The devices of all processes.
+    """The devices of all processes. What `use_cpu_cores` has set in the environment for them is set back.
 
     Raises:
       UserError: there are no devices.
     """
     try:
-        return jax.devices()
+        found = jax.devices()
     except (RuntimeError, AssertionError) as e:  # no such platform, or its driver does not start
         why = str(e) or "the platform of JAX_PLATFORMS is not on this machine; unset it, or set it to cpu"
         raise UserError(f"JAX has no device to run on: {why}") from None
+    _give_back()
+    return found
 
 
 def make_mesh(

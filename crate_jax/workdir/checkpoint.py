@@ -7,6 +7,7 @@ and it deletes old checkpoints file by file; so we compare checksums before we u
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -75,21 +76,23 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int) -> None:
-        files.quiet_orbax()
         self.folder = Path(workdir).absolute() / FOLDER
         self._saving: int | None = None  # the step whose save may still be running
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_unfinished()
-            distributed.run_in_first(self._move_strays)
-            self._manager = ocp.CheckpointManager(
-                self.folder,
-                item_names=(*files.ITEMS, files.META),
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-            )
-        except OSError as e:
-            raise CheckpointError(f"{self.folder}: cannot be used for checkpoints ({e.strerror})") from None
-        self.run = distributed.text_of_first(starts.run_of(self.folder.parent) if distributed.first() else "")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(files.quiet_orbax())
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_unfinished()
+                distributed.run_in_first(self._move_strays)
+                self._manager = ocp.CheckpointManager(
+                    self.folder,
+                    item_names=(*files.ITEMS, files.META),
+                    options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+                )
+            except OSError as e:
+                raise CheckpointError(f"{self.folder}: cannot be used for checkpoints ({e.strerror})") from None
+            self.run = distributed.text_of_first(starts.run_of(self.folder.parent) if distributed.first() else "")
+            self._quiet = stack.pop_all()  # until `close`, since Orbax saves in the background
 
     def latest(self) -> int | None:
         """Returns the step of the newest checkpoint on disk, verified or not; None if there is none."""
@@ -219,9 +222,11 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with self._quiet:
+                self._manager.close()
 
     def _save_failed(self, e: Exception) -> CheckpointError:
+        files.orbax_failed()
         step, self._saving = self._saving, None
         self._remove_unfinished()  # this frees space on a full disk
         self._manager.reload()
@@ -323,7 +328,6 @@ def read_params(
     Raises:
       CheckpointError: there is no such folder or step, or the folder holds no usable checkpoint.
     """
-    files.quiet_orbax()
     folder = readable(workdir, step).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder or file; expected weights or the workdir of a run")
@@ -337,8 +341,9 @@ def read_params(
     problems: dict[int, str] = {}
     for candidate in steps if step is None else [step]:
         try:
-            meta = files.read_meta(folder / str(candidate))
-            params = _read_params(folder / str(candidate), meta, judged)
+            with files.quiet_orbax():
+                meta = files.read_meta(folder / str(candidate))
+                params = _read_params(folder / str(candidate), meta, judged)
         except files.DamagedError as e:
             problems[candidate] = _warn_unusable(candidate, folder / str(candidate), e)
         else:

@@ -15,7 +15,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,7 @@ def read_arrays(folder: Path, meta: Mapping[str, Any], item: str, targets: Mappi
             with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
                 read = names(handler.restore(epath.Path(folder / item), args=ocp.args.StandardRestore(stored)))
         except Exception as e:  # Orbax and TensorStore raise anything, bare Exception included
+            orbax_failed()
             there = (folder / item).is_dir()
             problem = f"{item} cannot be read ({one_line(e)})" if there else f"{item} is missing"
         agree(problem)  # before the checksums, which all processes compute together
@@ -334,6 +336,10 @@ def one_line(e: BaseException) -> str:
     return f"{type(e).__name__}: {text}"
 
 
+_ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
+_ITS_FILES = ("tensorstore", "orbax-checkpoint", _ORBAX)  # an error about Orbax's files names one of these
+
+
 class _NotOrbax(logging.Filter):
     """Lets a record through if neither Orbax nor asyncio on behalf of Orbax made it."""
 
@@ -344,32 +350,92 @@ class _NotOrbax(logging.Filter):
         return _ORBAX not in record.pathname
 
 
-_ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
-_ITS_FILES = ("tensorstore", "orbax-checkpoint", _ORBAX)  # an error about Orbax's files names one of these
-_FILTER = _NotOrbax()
+class _Quiet:
+    """What `quiet_orbax` changes in this process, and how often it is open."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.opened = 0
+        self.failed = False  # whether Orbax failed, so that its threads may still print
+        self.filter = _NotOrbax()
+        self.hook: Callable[[sys.UnraisableHookArgs], Any] | None = None  # ours
+        self.before = sys.unraisablehook
+        self.raw_bytes: Callable[..., int] | None = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.opened += 1
+            if self.opened == 1:
+                self.begin()
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.opened -= 1
+            if not self.opened:
+                self.end()
+
+    def begin(self) -> None:
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(self.filter)  # to add it again has no effect
+        if sys.unraisablehook is not self.hook:
+            self.before = sys.unraisablehook
+            sys.unraisablehook = self.hook = self.make_hook(self.before)
+        with contextlib.suppress(ImportError, AttributeError):  # another version of Orbax has it elsewhere
+            from orbax.checkpoint._src.serialization import tensorstore_utils
+
+            self.raw_bytes, tensorstore_utils.get_tensorstore_raw_bytes = (
+                tensorstore_utils.get_tensorstore_raw_bytes, no_bytes,
+            )  # fmt: skip
+
+    def end(self) -> None:
+        logging.getLogger("absl").removeFilter(self.filter)
+        if not self.failed:
+            logging.getLogger("asyncio").removeFilter(self.filter)
+            if sys.unraisablehook is self.hook:  # else somebody's hook may call ours
+                sys.unraisablehook = self.before
+        if self.raw_bytes is not None:
+            from orbax.checkpoint._src.serialization import tensorstore_utils
+
+            if tensorstore_utils.get_tensorstore_raw_bytes is no_bytes:
+                tensorstore_utils.get_tensorstore_raw_bytes = self.raw_bytes
+
+    def make_hook(self, before: Callable[[sys.UnraisableHookArgs], Any]) -> Callable[[sys.UnraisableHookArgs], Any]:
+        """A new function each time: one that was used before may be called by `before`."""
+        sign = _ORBAX  # when Python ends, it is not there any more
+
+        def no_orbax(args: sys.UnraisableHookArgs) -> None:
+            code = getattr(args.object, "cr_code", None)
+            of_orbax = str(args.exc_value) == "Event loop is closed" or sign in getattr(code, "co_filename", "")
+            if not (of_orbax and (self.opened or self.failed)):
+                before(args)
+
+        return no_orbax
 
 
-def quiet_orbax() -> None:
-    """Keeps Orbax's messages out of the log and off the terminal; we report the errors that it raises in one line.
+def no_bytes(direction: Any = None) -> int:
+    """Stands for a function of Orbax that asks TensorStore at each save how much it has written, for a message.
+
+    TensorStore never frees the lists in which it answers: about 40 kB per save.
+    """
+    return 0
+
+
+_QUIET = _Quiet()
+
+
+def quiet_orbax() -> contextlib.AbstractContextManager[None]:
+    """A block that keeps Orbax's messages off log and terminal; we report the errors that it raises in one line.
 
     Orbax logs every step of its work at level INFO, and prints the traceback of errors that it also raises. When it
     fails to read one array it closes its event loop while it reads others, and each of these prints a traceback.
+
+    This holds for the whole process, so it ends with the last of the blocks, which may be nested and in several
+    threads. After a failure of Orbax's in a block (`orbax_failed`), what hides tracebacks of its background work stays:
+    they come when its reads end, or when Python collects them, whenever that is.
     """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_FILTER)  # to add it again has no effect
-    with contextlib.suppress(ImportError):  # another version of Orbax has it elsewhere
-        from orbax.checkpoint._src.serialization import tensorstore_utils
+    return _QUIET
 
-        # Orbax asks TensorStore at each save how much it has written, for a message of its own. TensorStore never frees
-        # the lists in which it answers: about 40 kB per save.
-        tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0
-    before = sys.unraisablehook
-    if getattr(before, "__name__", "") == "no_orbax":
-        return
 
-    def no_orbax(args: sys.UnraisableHookArgs) -> None:
-        code = getattr(args.object, "cr_code", None)
-        if str(args.exc_value) != "Event loop is closed" and _ORBAX not in getattr(code, "co_filename", ""):
-            before(args)
-
-    sys.unraisablehook = no_orbax
+def orbax_failed() -> None:
+    """Says that Orbax has raised an error in a block of `quiet_orbax`."""
+    _QUIET.failed = True

@@ -136,6 +136,24 @@ CORES_AND_BATCHES = {  # and the number of devices
 }
 
 
+@pytest.mark.parametrize("given", [{}, {"NPROC": "3", "XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}])
+def test_what_the_devices_need_stays_in_the_environment_only_until_they_exist(given, monkeypatch):
+    for name in ("NPROC", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    for _ in range(2):  # a sweep, and its runs
+        sharding.use_cpu_cores(8, 1)
+    assert int(os.environ["NPROC"]) > 0 and sharding.TIMEOUT_FLAG in os.environ["XLA_FLAGS"]
+    sharding.all_devices()
+    assert dict(os.environ) == before
+    sharding.use_cpu_cores(8, 1)
+    monkeypatch.setenv("XLA_FLAGS", "--changed")
+    sharding.all_devices()
+    assert dict(os.environ) == before | {"XLA_FLAGS": "--changed"}
+
+
 @pytest.mark.one_python
 @pytest.mark.parametrize(
     ("env", "cases"),
