@@ -112,6 +112,8 @@ RUN = Section(
 )  # fmt: skip
 
 
+# Keys and sections that change numbers of a run, but not the time of its steps, or not by much.
+SAME_TIME = ("seed", "steps", "epochs", "minutes", "optimizer", "evaluation", "protocol")
 OTHER_RUN = "run"  # in config.allow_change, in place of a key: a checkpoint of another run
 
 
@@ -302,6 +304,25 @@ def has_effect(key: str) -> bool:
     (True, False)
     """
     return key not in KEYS or KEYS[key].effect
+
+
+def keys_of_time(config: ConfigDict) -> dict[str, Any]:
+    """The keys on which the time of a train step may depend, with their values, tuples as lists.
+
+    They are those that change the numbers of the config's job, without seed and length, and without optimizer.*,
+    whose update is a small part of a step.
+
+    >>> [key in keys_of_time(base()) for key in ("batch_size", "remat", "decoder.depth", "joint.out", "optimizer.lr")]
+    [True, True, True, False, False]
+    """
+    flat = flatten(config)
+    found = {}
+    for name, key in KEYS.items():
+        chooser, *values = key.read_by or ("",)
+        read = is_read(config, name) and (not chooser or flat[chooser] in values)
+        if read and key.effect and name.partition(".")[0] not in SAME_TIME:
+            found[name] = flat[name]
+    return found
 
 
 def method_name(config: ConfigDict) -> str:

@@ -18,7 +18,16 @@ from ml_collections import ConfigDict
 from crate_jax import data
 from crate_jax.analysis.records import OF_A_SUMMARY
 from crate_jax.analysis.whitebox import measures
-from crate_jax.config import KEYS, OTHER_RUN, allowed_changes, base, method_name, resumed_changes, validate
+from crate_jax.config import (
+    KEYS,
+    OTHER_RUN,
+    allowed_changes,
+    base,
+    keys_of_time,
+    method_name,
+    resumed_changes,
+    validate,
+)
 from crate_jax.convert import pretrained
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
@@ -106,7 +115,7 @@ def run_in(folder: Path, config: ConfigDict, interrupt: Interrupt, clock: Clock)
         source = training_images(config)
         method = method_of(config, source)
         if config.minutes:
-            config = pace.decided(config, method, source, mesh, folder, interrupt, of_one_run=True)
+            config = pace.decided(config, method, source, mesh, folder, interrupt, keys_of_time(config))
             method = method_of(config, source)
         recipe = {"recipe": True} if "views" in method.inputs else {}
         evaluation = EVALUATIONS[config.job](config, method.features, source, mesh, **recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import data
-from crate_jax.config import KEYS, has_effect, is_read, resumed_changes
 from crate_jax.errors import ConfigError
 from crate_jax.methods.method import Method
 from crate_jax.parallel import distributed
@@ -20,16 +20,14 @@ from crate_jax.parallel.interrupt import Interrupt
 from crate_jax.training.batches import placed_batches
 from crate_jax.training.clock import Clock
 from crate_jax.training.step import make_init, make_recipe, make_train_step
-from crate_jax.validation import MAX_WHOLE, flatten
+from crate_jax.validation import MAX_WHOLE
 from crate_jax.workdir import bucket, checkpoint_files, metrics, readback
 
 log = logging.getLogger(__name__)
 
-FILE = "pace.json"  # in the workdir: {KEY: whole number, CONFIG: the keys of `counted` that the run reads}
+FILE = "pace.json"  # in the workdir: {KEY: whole number, CONFIG: {key of the config: value}}
 KEY = "microseconds_per_step"
 CONFIG = "config"  # without it a version recorded the pace that did not know what it depends on
-# Keys that change numbers of a run, but not the time of its steps, or not by much.
-SAME_TIME = ("seed", "steps", "epochs", "minutes", "optimizer", "evaluation", "protocol")  # also whole sections
 SHARE, SECONDS = 0.05, 10.0  # a measurement takes this share of the minutes, at most so many seconds
 WARM = 2  # steps before the measurement; the first one compiles
 ROUND = 4  # steps between two looks at the clock
@@ -44,7 +42,7 @@ def decided(
     mesh: Mesh,
     folder: Path,
     interrupt: Interrupt,
-    of_one_run: bool = False,
+    depends_on: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
     """Returns the config with a number of steps in place of config.minutes.
 
@@ -61,20 +59,21 @@ def decided(
       mesh: the devices.
       folder: the workdir; the caller holds its lock.
       interrupt: passes a signal on in the steps of several processes.
-      of_one_run: whether the workdir is that of one run; a sweep's holds one pace for runs of several configs.
+      depends_on: the keys of the config on which the time of a step may depend, with their values; None: the record
+        counts whatever they are. A sweep's workdir holds one pace for runs of several configs.
 
     Raises:
       ConfigError: the minutes are too many steps; the record stays, so that the next start need not measure.
     """
     duration = 0
     if distributed.first():
-        duration = kept(folder, config) if of_one_run else recorded(folder)
+        duration = recorded(folder) if depends_on is None else kept(folder, depends_on)
     duration = distributed.max_over_processes(duration)
     if not duration:
         seconds = measured(config, method, source, mesh, interrupt)
         duration = distributed.max_over_processes(min(max(round(1e6 * seconds), 1), LONGEST))
         if distributed.first():
-            metrics.write_json(folder / FILE, {KEY: duration, CONFIG: depends_on(config)})
+            metrics.write_json(folder / FILE, {KEY: duration, **({} if depends_on is None else {CONFIG: depends_on})})
     found = config.copy_and_resolve_references()
     found.steps, found.minutes = steps_in(config.minutes, duration), 0.0
     log.info("config.minutes=%g: %d steps of %.3g s (%s)", config.minutes, found.steps, duration / 1e6, folder / FILE)
@@ -113,41 +112,28 @@ def _read(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def kept(folder: Path, config: ConfigDict) -> int:
-    """The recorded pace, if it counts for a run of `config` in its workdir; 0: it must be measured.
+def kept(folder: Path, depends_on: Mapping[str, Any]) -> int:
+    """The recorded pace, if it counts for a run in its workdir; 0: it must be measured.
 
-    A record without its config, of an older version, counts.
+    A record without its config, of an older version, counts; so does a key that only one of the two has.
+
+    Args:
+      folder: the workdir.
+      depends_on: as for `decided`.
     """
-    duration, before = recorded(folder), _read(folder).get(CONFIG)
-    if not duration or before is None:
+    duration, before = recorded(folder), _read(folder).get(CONFIG, {})
+    changed = [key for key in depends_on if duration and key in before and before[key] != depends_on[key]]
+    if not changed:
         return duration
-    changes = {key: change for key, change in resumed_changes(config, before).items() if counted(key)}
-    if not changes:
-        return duration
-    listed = "; ".join(f"{key}: {old} -> {new}" for key, (old, new, _) in changes.items())
+    listed = "; ".join(f"{key}: {before[key]} -> {depends_on[key]}" for key in changed)
     if checkpoint_files.steps(folder / bucket.CHECKPOINTS):
         log.warning(
-            "config.minutes=%g: the run keeps its number of steps, by the time of a step before the config was changed "
-            "(%s); set config.steps for another", config.minutes, listed,
+            "the run keeps its number of steps, by the time of a step before the config was changed (%s); set "
+            "config.steps for another", listed,
         )  # fmt: skip
         return duration
     log.info("%s is of another config (%s); the time of a step is measured again", folder / FILE, listed)
     return 0
-
-
-def counted(key: str) -> bool:
-    """Whether the time of a step may depend on a key of the config.
-
-    >>> counted("batch_size"), counted("remat"), counted("optimizer.lr"), counted("log.every")
-    (True, True, False, False)
-    """
-    return has_effect(key) and key.partition(".")[0] not in SAME_TIME
-
-
-def depends_on(config: ConfigDict) -> dict[str, Any]:
-    """The keys of a validated config on which the time of a step may depend, those that its job reads."""
-    flat = flatten(config)
-    return {key: flat[key] for key in KEYS if counted(key) and is_read(config, key)}
 
 
 def trial(config: ConfigDict) -> ConfigDict:

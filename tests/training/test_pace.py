@@ -7,7 +7,7 @@ import json
 import pytest
 
 from configs import quickstart
-from crate_jax.config import validate
+from crate_jax.config import keys_of_time, validate
 from crate_jax.errors import ConfigError
 from crate_jax.jobs import train
 from crate_jax.training import pace
@@ -59,7 +59,7 @@ def test_a_pace_of_another_config_counts_only_once_there_is_a_checkpoint(tmp_pat
     def steps(**keys):
         config = tiny(minutes=0.05, **keys)
         validate(config)
-        return pace.decided(config, None, None, None, tmp_path, None, of_one_run=True).steps
+        return pace.decided(config, None, None, None, tmp_path, None, keys_of_time(config)).steps
 
     assert steps() == steps(seed=3, optimizer={"lr": 1e-3}, log={"every": 7}) == 10
     assert json.loads((tmp_path / pace.FILE).read_text())[pace.CONFIG]["batch_size"] == 16
