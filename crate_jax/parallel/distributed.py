@@ -365,6 +365,14 @@ def max_over_processes(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
+def sum_over_processes(value: int) -> int:
+    """The sum of the `value` of all processes, each int32. All processes must call it."""
+    if _processes == 1:
+        return value
+    gathered = multihost_utils.process_allgather(np.int32(value))
+    return int(np.sum(gathered, dtype=np.int64))
+
+
 def barrier(name: str) -> None:
     """Waits until all processes have called it with this `name`."""
     if _processes > 1:

@@ -67,9 +67,10 @@ class Clock:
 
 
 class Speed:
-    """Measures images per second between log points, without the time of observers and of saving."""
+    """Measures images per second in intervals between two `add`, without the time of observers and of saving."""
 
     def __init__(self) -> None:
+        self._told = 0  # intervals that `recent` has told
         self._seconds: list[float] = []
         self._images: list[int] = []
         self.restart()
@@ -78,12 +79,17 @@ class Speed:
         """Starts a new interval now."""
         self._start = time.perf_counter()
 
-    def add(self, images: int) -> float:
-        """Ends the interval, in which the run trained on `images`; returns its images per second."""
+    def add(self, images: int) -> None:
+        """Ends the interval, in which the run trained on `images`."""
         self._seconds.append(max(time.perf_counter() - self._start, 1e-9))
         self._images.append(images)
         self.restart()
-        return images / self._seconds[-1]
+
+    def recent(self) -> float:
+        """Images per second over the intervals since the last call; 0 if there are none."""
+        images, seconds = sum(self._images[self._told :]), sum(self._seconds[self._told :])
+        self._told = len(self._images)
+        return images / seconds if images else 0.0
 
     def average(self) -> float | None:
         """Images per second over all intervals except the first, which compiles; None if nothing was trained."""

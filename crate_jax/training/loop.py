@@ -45,6 +45,7 @@ from crate_jax.training.step import (
     state_shapes,
     state_shardings,
 )
+from crate_jax.training.window import Window
 from crate_jax.workdir import checkpoint, metrics, starts
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Loop:
       start_step: the step that the run continues from; 0: it is new.
       changed: what this and earlier starts have changed that checkpoints record, the oldest first.
       state: the present state.
-      record: the numbers that a checkpoint and the summary hold: loss, speed, skipped steps.
+      record: what a checkpoint and the summary hold: loss, speed, skipped steps, the window of the log.
       origin: name and digest of the encoder that the run started from; {} if there is none.
       results: the observers' results after the last step, by the observers' names.
 
@@ -149,11 +150,13 @@ class Loop:
         stack.callback(self._trace.close)
         self._stack = stack
         self._speed = clocks.Speed()
-        # Per step since the last log point: scalars on the device, number of undecodable images, indices of the images
+        self._window = Window(self.record.get("window", {}))  # a version that did not save it has none
+        # Per step since the last `_fetch`: scalars on the device, number of undecodable images, indices of the images
         # in this process's rows.
         self._pending: list[tuple[Scalars, int, np.ndarray]] = []
         counted = self.record.get(nonfinite.SKIPPED, {})
         self.nonfinite = nonfinite.Watch(config, folder, source, **counted)
+        self._lr = math.nan  # of the last step that `_fetch` has brought
         self._done = self._saved = self.start_step  # steps that `state` holds, and that a checkpoint holds
         self._signal: int | None = None  # a signal that came to any process; all processes know it
         self._train_step = make_train_step(config, method, self._recipe, mesh)
@@ -330,7 +333,7 @@ class Loop:
         if distributed.processes() > 1:
             return e
         if self._done > self._saved:
-            self._log(self._done, progress)
+            self._fetch(self._done, progress)
             self._save(self._done)
             self._wait_for_saves()
         where = f"at step {self._done}, state saved" if self._done else "before the first step"
@@ -347,9 +350,10 @@ class Loop:
             self._signal = self._signal or max(int(s[SIGNAL]) for s in scalars) or None
 
     def _after(self, step: int, progress: metrics.Progress, observers: Sequence[Observer]) -> None:
-        """Logs, saves and calls observers after a step; between log points it only compares a few numbers."""
+        """Logs, saves and calls observers after a step; between these points it only compares a few numbers."""
         last = step == self.total
         if last or step % self.config.log.every == 0:
+            self._fetch(step, progress)
             self._log(step, progress)
         if distributed.processes() == 1:
             self._note_signal(())
@@ -357,7 +361,7 @@ class Loop:
         looking = [o for o in observers if o.every and step % o.every == 0 and not (last and o.at_end)]
         if not (save or looking):
             return
-        self._log(step, progress)
+        self._fetch(step, progress)
         if save:
             self._save(step)
         if self._signal is not None and save and not last:
@@ -382,8 +386,8 @@ class Loop:
             self._writer.write(step, numbers)
         return found
 
-    def _log(self, step: int, progress: metrics.Progress) -> None:
-        """Waits for the steps since the last log point, checks and logs them.
+    def _fetch(self, step: int, progress: metrics.Progress) -> None:
+        """Waits for the steps since the last call, checks them and adds them to the window of the log.
 
         Raises:
           NonFiniteError: a loss or a gradient is NaN or infinite, as in the config.nonfinite.skip steps before it.
@@ -391,27 +395,43 @@ class Loop:
         if not self._pending:
             return
         scalars = jax.device_get([s for s, _, _ in self._pending])
-        undecodable = sum(count for _, count, _ in self._pending)
+        counts = [count for _, count, _ in self._pending]
         indices = [rows for _, _, rows in self._pending]
         self._pending = []
+        progress.reached(step)
         self._note_signal(scalars)
         for values in scalars:
             values.pop(SIGNAL, None)
-        speed = self._speed.add(len(scalars) * self.config.batch_size)
+        self._speed.add(len(scalars) * self.config.batch_size)
+        # Each process reads its own rows, and only process 0 writes. This waits for the others, as no step does.
+        self._window.undecodable += distributed.sum_over_processes(sum(counts))
         first = step - len(scalars) + 1
-        done = [v for i, v in enumerate(scalars) if self._counts(first + i, v, indices[i])]
-        means = {k: float(np.mean([v[k] for v in done])) for k in scalars[0] if done} | {"lr": float(scalars[-1]["lr"])}
-        if self.config.nonfinite.skip:
-            means[nonfinite.SKIPPED] = len(scalars) - len(done)
-            means["skipped_total"] = self.nonfinite.total
+        for i, values in enumerate(scalars):
+            if self._counts(first + i, values, indices[i]):
+                self._window.add(values)
+            else:
+                self._window.skipped += 1
+        self._lr = float(scalars[-1]["lr"])
         self.record = {
-            "loss": means.get("loss", self.record.get("loss", math.nan)),
+            "loss": self._window.means().get("loss", self.record.get("loss", math.nan)),
             "images_per_sec": self._speed.average(),
             nonfinite.SKIPPED: {"streak": self.nonfinite.streak, "total": self.nonfinite.total},
+            "window": self._window.saved(),
         }
+
+    def _log(self, step: int, progress: metrics.Progress) -> None:
+        """Logs the means over the steps since the last multiple of config.log.every, which `_fetch` has brought."""
+        means = self._window.means() | {"lr": self._lr}
+        if self.config.nonfinite.skip:
+            means[nonfinite.SKIPPED] = self._window.skipped
+            means["skipped_total"] = self.nonfinite.total
         self._watch_spread(means)
+        speed, undecodable = self._speed.recent(), self._window.undecodable
         progress.update(step, means, speed)
         self._writer.write(step, means | {"images_per_sec": speed, "undecodable": undecodable})
+        if step % self.config.log.every == 0:  # else it is the last step: a run that goes on from there adds to it
+            self._window = Window({})
+            self.record["window"] = self._window.saved()
 
     def _watch_spread(self, means: Mapping[str, float]) -> None:
         for name, healthy in self.method.healthy.items():

@@ -190,6 +190,16 @@ def ends(processes: list[subprocess.Popen], timeout: float = 200) -> list[tuple[
     return out
 
 
+def test_the_sum_over_processes_is_that_of_all(monkeypatch):
+    """It may be larger than an int32."""
+    assert distributed.sum_over_processes(7) == 7
+    monkeypatch.setattr(distributed, "_processes", 3)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda x: np.array([x, 2**31 - 1, 2], "int32")
+    )
+    assert distributed.sum_over_processes(7) == 2**31 + 8
+
+
 def losses(workdir: Path) -> list[float]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]

@@ -80,8 +80,9 @@ def test_speed_leaves_out_the_first_interval(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     speed = clocks.Speed()
     speed.restart()
-    assert speed.add(100) == 10.0
-    assert speed.average() == 10.0
-    assert speed.add(100) == 100.0
-    assert speed.add(100) == 50.0
-    assert speed.average() == pytest.approx(200 / 3)
+    speed.add(100)
+    assert speed.recent() == speed.average() == 10.0
+    speed.add(100)
+    speed.add(100)
+    assert speed.recent() == speed.average() == pytest.approx(200 / 3)
+    assert speed.recent() == 0.0
