@@ -31,11 +31,14 @@ class ClassifierEvaluation:
       mesh: the devices that classify.
 
     Attributes:
+      mark: the name of a number that each of its results has.
       shown: the images that pictures are made of.
 
     Raises:
       DataError: there is no labelled evaluation split.
     """
+
+    mark = "top1"
 
     def __init__(self, config: ConfigDict, scores: Callable[..., jax.Array], train: data.Source, mesh: Mesh) -> None:
         test = data.open_split(config, "eval", labels_required=True)

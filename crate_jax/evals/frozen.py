@@ -105,6 +105,7 @@ class FrozenEvaluation:
       recipe: whether training draws views by config.views, so that LiDAR's views are drawn so too.
 
     Attributes:
+      mark: the name of a number that each of its results has.
       shown: the images that pictures are made of: the evaluation split, or the training images if there is no
         evaluation split.
     """
@@ -126,11 +127,13 @@ class FrozenEvaluation:
         self._earlier: Sequence[dict[str, float]] = ()
         self._splits: tuple[data.Source, data.Source] | None = None
         self._classes = 0
+        self.mark = "rankme"
         # We check the names of the classes, not the labels: to read the labels of a TFDS split is to read all of it.
         if train.class_names is None or test is None or test.class_names is None:
             log.info("no k-NN and no probe: both need labels and an evaluation split (config.data.eval_split)")
         else:
             self._splits = (train, test)
+            self.mark = "knn_top1"
             self._classes = max(len(train.class_names), len(test.class_names))
 
     def _labelled(self, read: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -86,11 +86,14 @@ class SegmentationEvaluation:
       mesh: the devices that predict.
 
     Attributes:
+      mark: the name of a number that each of its results has.
       shown: the pairs that pictures are made of.
 
     Raises:
       DataError: there is no evaluation split, or it holds a class that the training split does not have.
     """
+
+    mark = "miou"
 
     def __init__(self, config: ConfigDict, predict: Callable[..., jax.Array], train: data.Source, mesh: Mesh) -> None:
         test = data.open_split(config, "eval")

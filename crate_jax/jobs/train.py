@@ -232,16 +232,17 @@ def observers(
         Observer(
             "evaluation",
             config.evaluation.every,
+            evaluation.mark,
             look,
             lambda judged: evaluation.final_scores(judged, untrained),
         )
     ]
     if method.pictures is not None and config.log.pictures:
         draw = drawing(method, functools.partial(shown, config.log.pictures), config.seed, mesh)
-        out.append(Observer("pictures", config.log.pictures_every, draw, draw))
+        out.append(Observer("pictures", config.log.pictures_every, metrics.PICTURES + method.pictures_name, draw, draw))
     if config.whitebox.every:
         images = shown(config.whitebox.images)["image"]
-        out.append(Observer("layers", config.whitebox.every, telemetry(config, images, mesh)))
+        out.append(Observer("layers", config.whitebox.every, "whitebox", telemetry(config, images, mesh)))
     return out
 
 

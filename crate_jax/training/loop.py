@@ -279,6 +279,7 @@ class Loop:
         try:
             per_epoch = self._recipe.per_epoch
             with metrics.Progress(self.total, self.start_step, self.config.batch_size, per_epoch) as progress:
+                self._look_again(observers)
                 self._steps(progress, observers)
             for observer in observers:
                 if observer.at_end is not None:
@@ -287,6 +288,25 @@ class Loop:
         except Stalled as e:
             raise self._stalled(e, progress) from None
         self._wait_for_saves()
+
+    def _look_again(self, observers: Sequence[Observer]) -> None:
+        """Lets observers look that were due at the step that the run continues from, and did not come to it.
+
+        A step is saved before the observers look, so a signal or a kill can end the run in between.
+        """
+        for observer in self._due(self.start_step, observers) if self.start_step else ():
+            if not self._writer.holds(self.start_step, observer.mark):
+                log.info("step %d: %s was due when the run was stopped", self.start_step, observer.name)
+                self._look(self.start_step, observer)
+
+    def _due(self, step: int, observers: Sequence[Observer]) -> list[Observer]:
+        """The observers whose `look` is due at a step."""
+        last = step == self.total
+        return [o for o in observers if o.every and step % o.every == 0 and not (last and o.at_end)]
+
+    def _look(self, step: int, observer: Observer) -> None:
+        with self.clock.spent(clocks.EVALUATION):
+            self._write(step, observer.look(self._judged()))
 
     def _steps(self, progress: metrics.Progress, observers: Sequence[Observer]) -> None:
         parts = self.config, self.method, self.source, self.mesh, self._interrupt, self.clock
@@ -358,7 +378,7 @@ class Loop:
         if distributed.processes() == 1:
             self._note_signal(())
         save = last or step % self.config.save.every == 0 or self._signal is not None
-        looking = [o for o in observers if o.every and step % o.every == 0 and not (last and o.at_end)]
+        looking = self._due(step, observers)
         if not (save or looking):
             return
         self._fetch(step, progress)
@@ -368,8 +388,7 @@ class Loop:
             self._wait_for_saves()
             raise Interrupted(self._signal, f"at step {step}, state saved")
         for observer in looking:
-            with self.clock.spent(clocks.EVALUATION):
-                self._write(step, observer.look(self._judged()))
+            self._look(step, observer)
         self._speed.restart()
 
     def _write(self, step: int, observation: Observation) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Observer:
     Attributes:
       name: the observer's name, for people; the key of its final results in :attr:`Loop.results`.
       every: steps between two calls of `look`; 0: the loop never calls it.
+      mark: what tells that the records of a step hold this observer's look: the name of one of its numbers, or what
+        comes before the slash in their names, or "pictures/" and the name of its picture.
       look: the function from judged parameters to numbers to log, a picture to write, or None.
       at_end: a function like `look` that the loop calls after the last step instead of `look`; its results also go to
         the summary. None: the loop treats the last step like any other.
@@ -41,5 +43,6 @@ class Observer:
 
     name: str
     every: int
+    mark: str
     look: Callable[[Params], Observation]
     at_end: Callable[[Params], Observation] | None = None

@@ -128,6 +128,23 @@ class Writer:
         everyone = distributed.gather_rows(array.view(np.uint8)).view(np.float64)  # JAX would round float64
         return [dict(zip(names, row, strict=True)) for row in everyone.tolist()]
 
+    def holds(self, step: int, mark: str) -> bool:
+        """Whether a step has a scalar `mark`, or one of the group `mark` ("mark/..."); "pictures/NAME" is a picture.
+
+        The answer is that of process 0. All processes must call it.
+        """
+        found = False
+        if distributed.first() and mark.startswith(PICTURES):
+            found = os.path.exists(self._picture(step, mark.removeprefix(PICTURES)))
+        elif distributed.first():
+            with open(self._lines, encoding="utf-8") as f:
+                names = [name for line in f if (record := json.loads(line))["step"] == step for name in record]
+            found = any(name.partition("/")[0] == mark for name in names)
+        return bool(distributed.max_over_processes(int(found)))
+
+    def _picture(self, step: int, name: str) -> str:
+        return os.path.join(self._pictures, f"{name}_{step:07d}.png")
+
     def write_image(self, step: int, name: str, array: np.ndarray) -> str | None:
         """Records a picture.
 
@@ -148,7 +165,7 @@ class Writer:
             raise ValueError(f"write_image: the name {name!r} must consist of letters, digits, '_', '-' and '.'")
         if not self._sinks:
             return None
-        path = os.path.join(self._pictures, f"{name}_{step:07d}.png")
+        path = self._picture(step, name)
         with writing(path):
             save_png(path, array)
         for sink in self._sinks:
