@@ -377,7 +377,8 @@ def _fit(
         end = jax.lax.while_loop(unfinished, lambda c: _newton(problem, c, tolerance, max_products), carry)
         return end.params, (end.params, end.products, end.converged, end.left)
 
-    zeros = {"weights": jnp.zeros((x.shape[1], num_classes)), "bias": jnp.zeros(num_classes)}
+    # JAX_ENABLE_X64 would make these float64.
+    zeros = {"weights": jnp.zeros((x.shape[1], num_classes), x.dtype), "bias": jnp.zeros(num_classes, x.dtype)}
     _, (found, products_S, converged_S, left_S) = jax.lax.scan(solve, zeros, decay_S)
     weights_SDC = jnp.matmul(directions, found["weights"], precision=HIGHEST)
     return weights_SDC, found["bias"], mean, std, products_S, converged_S, left_S

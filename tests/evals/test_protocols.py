@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.experimental
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -136,6 +137,12 @@ def test_a_strength_that_has_not_converged_is_not_chosen(digits, monkeypatch, ca
     assert found["chosen"] == {"c": best[2]["c"]} and found["converged"] is True
     assert [row["c"] for row in found["selection"] if not row["converged"]] == [best[0]["c"]]
     assert run("logreg", digits, c=(best[1]["c"],))["converged"] is False
+
+
+def test_logistic_regression_stays_float32_where_jax_has_64_bits(digits):
+    few = dataclasses.replace(digits, train_x=digits.train_x[:90], train_y=digits.train_y[:90])
+    with jax.experimental.enable_x64():
+        assert run("logreg", few, c=(0.9,))["top1"] > 0.7
 
 
 def test_selection_never_sees_the_test_split(digits):
