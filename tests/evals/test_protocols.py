@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.experimental
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -141,7 +140,7 @@ def test_a_strength_that_has_not_converged_is_not_chosen(digits, monkeypatch, ca
 
 def test_logistic_regression_stays_float32_where_jax_has_64_bits(digits):
     few = dataclasses.replace(digits, train_x=digits.train_x[:90], train_y=digits.train_y[:90])
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         assert run("logreg", few, c=(0.9,))["top1"] > 0.7
 
 
