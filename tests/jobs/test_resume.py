@@ -320,6 +320,7 @@ def test_a_summary_that_cannot_be_printed_is_computed_again(tmp_path):
     assert train.finished(loop, tmp_path, ()) is None
 
 
+@pytest.mark.slow
 def test_scores_of_a_start_that_judged_in_another_way_are_not_taken_for_the_run(begun, tmp_path):
     folder = shutil.copytree(begun, tmp_path / "run")
     commands = [tiny(), tiny(**{"evaluation.test_images": 9}), tiny(seed=5), tiny()]

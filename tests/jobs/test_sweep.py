@@ -158,6 +158,7 @@ def test_a_judge_has_its_recipe_and_its_task():
     assert (upernet.steps, upernet.optimizer.warmup_share) == (700, 1500 / 160_000)
 
 
+@pytest.mark.slow
 def test_runs_that_exist_are_judged_on_several_tasks_without_training(finished, tmp_path):
     folder, _ = finished
     runs = (str(folder / "encoder.lam=0.1,seed=1"),)

@@ -59,6 +59,7 @@ def command_line(checkout, cli_env) -> Iterator[Callable[..., dict]]:
         process.stdin.close()
 
 
+@pytest.mark.slow
 def test_the_page_has_a_method_that_trains_resumes_and_is_judged(command_line, tmp_path):
     """Under a penalty, on two devices. The run that continues from step 4 ends with the same bits, its target too."""
     words = re.search(r"--config=configs/quickstart.py (--config\.method=\w+)", PAGE.read_text())

@@ -29,8 +29,8 @@ CARRYING = ("byol", "mocov2plus", "dino", "swav", "deepclusterv2", "vibcreg")  #
 # Every change runs the tests of these; the others are slow.
 QUICK = [pytest.param(name, marks=() if name in CARRYING else pytest.mark.slow) for name in JOINT]
 ONE = [pytest.param(name, marks=() if name == "byol" else pytest.mark.slow) for name in JOINT]
-# The step over devices of a method with a queue and assignments, and of one that whitens.
-QUICK_DEVICES = [pytest.param(name, marks=() if name in ("swav", "vibcreg") else pytest.mark.slow) for name in JOINT]
+# The step over devices of a method with a queue and assignments; that of batch norm and of whitening have own tests.
+QUICK_DEVICES = [pytest.param(name, marks=() if name == "swav" else pytest.mark.slow) for name in JOINT]
 BATCH, IMAGES = 16, 40  # an epoch is two steps and a half
 OWN = {  # keys without which a tiny run would not fit
     "wmse": {"wmse.slice": 8, "joint.out": 5},

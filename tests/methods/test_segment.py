@@ -528,6 +528,7 @@ def break_off_and_continue(c, folder: Path, at: int, monkeypatch) -> dict:
     return finetune.run(c, str(folder / "broken"))
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_off_continues_with_the_same_bits(learned, tmp_path, monkeypatch):
     c, _, whole = learned
     c = c.copy_and_resolve_references()
@@ -566,6 +567,7 @@ def test_upernet_on_a_tuned_vit_learns_and_continues_with_the_same_bits(folder, 
     assert continued["iou"] == whole["iou"]
 
 
+@pytest.mark.slow
 def test_devices_and_micro_batches_change_nothing(folder):
     """Masks with ignored pixels in half of the images; one device, and four micro-batches on two."""
     batch = {

@@ -355,6 +355,7 @@ def small(steps: int):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")  # which compiles faster
 def test_a_run_continues_on_another_machine_and_is_read_from_the_bucket(s3: str, tmp_path, monkeypatch) -> None:
     for name, value in of_the_server(s3).items():
