@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import urllib.request
@@ -88,6 +89,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Says how XLA compiles, here and in all processes of the tests alike: they compare bits."""
     if not config.getoption("--optimised"):
         os.environ["XLA_FLAGS"] = " ".join(QUICK_TO_COMPILE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that the second Python leaves out as a whole are not even imported there."""
+    if "not one_python" not in config.getoption("markexpr") or collection_path.suffix != ".py":
+        return None
+    return True if re.search(r"^pytestmark = .*\bone_python\b", collection_path.read_text(), re.MULTILINE) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
