@@ -21,6 +21,8 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.one_python
 
 ROWS = bad_inputs.rows()
+LONG = [row for row in ROWS if row.slow or row.needs_run]  # a run takes half a minute to make
+QUICK = [row for row in ROWS if row not in LONG]
 RUN = "main QUICK --config.steps=2 --config.log.report=False --config.log.pictures=0 --workdir=RUN"
 OURS = (".lock", "metrics.jsonl")  # what a run may add to before it finds something wrong
 
@@ -131,25 +133,25 @@ def one_device(env: Mapping[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory, cli_env):
-    return Results(tmp_path_factory.mktemp("quick"), one_device(cli_env), [row for row in ROWS if not row.slow])
+    return Results(tmp_path_factory.mktemp("quick"), one_device(cli_env), QUICK)
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory, cli_env):
-    return Results(tmp_path_factory.mktemp("slow"), one_device(cli_env), [row for row in ROWS if row.slow])
+    return Results(tmp_path_factory.mktemp("slow"), one_device(cli_env), LONG)
 
 
 def named(rows: list[Row]) -> list:
     return [pytest.param(row, id=f"{row.group}: {row.what}") for row in rows]
 
 
-@pytest.mark.parametrize("row", named([row for row in ROWS if not row.slow]))
+@pytest.mark.parametrize("row", named(QUICK))
 def test_a_bad_input_gets_its_line(row, quick):
     quick.check(row)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", named([row for row in ROWS if row.slow]))
+@pytest.mark.parametrize("row", named(LONG))
 def test_a_bad_input_that_takes_long_gets_its_line(row, slow):
     slow.check(row)
 

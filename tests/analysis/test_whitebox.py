@@ -461,7 +461,8 @@ def test_section_of_weights_without_images(subjects):
     assert not sections.pictures_section([lone]).figures
 
 
-@pytest.mark.parametrize("names", [("white",), pytest.param(("white", "black"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("white",), ("white", "black")])
 def test_pictures_of_every_run(subjects, names, monkeypatch):
     monkeypatch.setitem(sections.RATIOS, "mask", (0.25, 0.9))  # each is a program
     section = sections.pictures_section(subjects[: len(names)])

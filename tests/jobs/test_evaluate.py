@@ -20,7 +20,7 @@ import crate_jax
 from configs import evaluate, quickstart
 from crate_jax import data
 from crate_jax.convert import pretrained, weights
-from crate_jax.errors import CheckpointError, ConfigError, DataError
+from crate_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from crate_jax.jobs import evaluate as job, finetune, train
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.layers import layer_norm
@@ -273,6 +273,11 @@ def test_a_fine_tuning_that_went_on_with_another_rate_is_finished_once(pretraini
     monkeypatch.setattr(train.Loop, "run", lambda *_: pytest.fail("the run was finished"))
     again = finetune.run(c, str(tmp_path))
     assert again["top1"] == last["top1"] and again["params_sha256"] == last["params_sha256"]
+
+
+def test_an_evaluation_leaves_a_runs_workdir_alone(pretraining):
+    with pytest.raises(UserError, match="holds a training run, whose config.json an evaluation would replace"):
+        job.run(configured("protocol=knn,debug", pretraining), str(pretraining))
 
 
 def test_a_signal_of_a_sweep_ends_an_evaluation_between_its_splits(pretraining, tmp_path, monkeypatch):

@@ -219,6 +219,7 @@ def test_a_score_is_kept_for_the_same_judge_and_the_same_encoder_only(finished, 
     assert one == same != other
 
 
+@pytest.mark.slow
 def test_a_judge_that_diverges_leaves_its_score_out_and_each_run_is_read_once(finished, tmp_path, monkeypatch):
     bad, good = (str(finished[0] / f"encoder.lam={lam},seed=1") for lam in ("0.1", "5"))
     asked = scored(monkeypatch, lambda c: diverge() if c.checkpoint == bad else 0.25)

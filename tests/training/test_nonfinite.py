@@ -141,6 +141,7 @@ def logged(workdir: Path) -> list[dict]:
     return [line for line in lines if "lr" in line]
 
 
+@pytest.mark.slow
 def test_a_bad_image_costs_its_steps_and_is_named(folder, white_is_bad, tmp_path, caplog):
     """In a run that is stopped and continued as in one that is not; means stay finite; any step can be replayed."""
     summary = train.run(configured(folder, 9, skip=2), str(tmp_path / "whole"))

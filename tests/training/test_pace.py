@@ -39,6 +39,7 @@ def test_a_run_of_minutes_is_the_run_of_its_steps(tmp_path):
     assert (stored["steps"], stored["minutes"]) == (5, 0.0), "the stored config makes the same run elsewhere"
 
 
+@pytest.mark.slow
 def test_the_first_start_measures_and_later_ones_do_not(tmp_path, monkeypatch):
     first = train.run(tiny(minutes=1e-4), str(tmp_path))
     record = (tmp_path / pace.FILE).read_text()

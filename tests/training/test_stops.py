@@ -87,7 +87,7 @@ def test_a_signal_during_an_evaluation_loses_none(cheap, stop, tmp_path):
     assert cheap == {"score": 8, "layer": 10, "drawn": 10}
 
 
-@pytest.mark.parametrize("number", range(6, 10))
+@pytest.mark.parametrize("number", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8, 9))])
 def test_a_kill_between_two_looks_repeats_none(cheap, stop, tmp_path, number):
     """At a step that was just saved: those that have looked do not look again."""
     c = tiny(steps=5, **{"evaluation.every": 1, "save.every": 3})
@@ -120,6 +120,7 @@ def without_scores(monkeypatch):
     monkeypatch.setattr(FrozenEvaluation, "final_scores", lambda *_: {"knn_top1": None})
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_run_does_not_depend_on_its_stops(without_scores, monkeypatch, tmp_path):
     """The mean of the steps since the last multiple of config.log.every, however the run was saved or lengthened."""
     keys = {"log.every": 4, "optimizer.schedule": "constant", "optimizer.warmup_epochs": 0.0}

@@ -84,6 +84,16 @@ def test_a_folder_of_weights_is_not_a_workdir(tmp_path: Path, key: str) -> None:
     assert (tmp_path / "config.json").read_text() == text
 
 
+def test_a_folder_of_a_training_run_is_not_one_of_another_job(tmp_path: Path) -> None:
+    workdir.require_no_run(tmp_path, "an evaluation")
+    for name in workdir.KEPT[2:]:
+        (tmp_path / name).touch()
+    workdir.require_no_run(tmp_path, "an evaluation")
+    (tmp_path / workdir.STARTS).touch()
+    with pytest.raises(UserError, match="holds a training run, whose config.json an evaluation would replace"):
+        workdir.require_no_run(tmp_path, "an evaluation")
+
+
 def test_released_at_the_end_even_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), workdir.lock(tmp_path):
         _ = 1 / 0
