@@ -47,7 +47,7 @@ from crate_jax.training.loop import Loop
 from crate_jax.training.observer import Observer, Picture
 from crate_jax.validation import FIXED, FREE, changed_keys, flatten, place
 from crate_jax.workdir import checkpoint, metrics, mirror, pictures, readback, starts
-from crate_jax.workdir.folder import lock
+from crate_jax.workdir.folder import lock, require_no_model
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ def run_in(folder: Path, config: ConfigDict, interrupt: Interrupt, clock: Clock)
     Raises:
       UserError, Interrupted, Stalled: see :func:`run`.
     """
+    distributed.run_in_first(lambda: require_no_model(folder, "a training run"))
     with contextlib.ExitStack() as stack:
         mesh = sharding.make_mesh(config.batch_size, config.accumulate, data=config.mesh.data, model=config.mesh.model)
         interrupt.renew()  # a TPU's library, which is loaded with the first device, may have set handlers of its own

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 FILE = "pace.json"  # in the workdir: {KEY: whole number, CONFIG: {key of the config: value}}
 KEY = "microseconds_per_step"
-CONFIG = "config"  # without it a version recorded the pace that did not know what it depends on
+CONFIG = "config"  # records of older versions do not have it
 SHARE, SECONDS = 0.05, 10.0  # a measurement takes this share of the minutes, at most so many seconds
 WARM = 2  # steps before the measurement; the first one compiles
 ROUND = 4  # steps between two looks at the clock
@@ -119,7 +119,7 @@ def kept(folder: Path, depends_on: Mapping[str, Any]) -> int:
 
     Args:
       folder: the workdir.
-      depends_on: as for `decided`.
+      depends_on: the keys of the config on which the time of a step may depend, with their values.
     """
     duration, before = recorded(folder), _read(folder).get(CONFIG, {})
     changed = [key for key in depends_on if duration and key in before and before[key] != depends_on[key]]

@@ -37,12 +37,30 @@ def is_workdir(names: Collection[str]) -> bool:
     return LOCK_NAME in names and any(name in names for name in KEPT)
 
 
+def require_no_model(folder: Path, what: str) -> None:
+    """Refuses a folder of weights, whose config.json `what` would replace.
+
+    Raises:
+      UserError: config.json is that of a model of Hugging Face or timm, or of a model that was exported for them.
+    """
+    try:
+        about = readback.parse((folder / "config.json").read_text(encoding="utf-8", errors="replace")) or {}
+    except OSError:
+        return
+    if key := next((key for key in ("model_type", "architectures", "architecture") if key in about), None):
+        raise UserError(
+            f"{folder}: its config.json is that of a model ({key}: {about[key]!r:.60}), and {what} would replace it; "
+            "choose another folder"
+        )
+
+
 def require_no_run(folder: Path, what: str) -> None:
-    """Refuses a folder that holds a training run, whose files `what` would replace.
+    """Refuses a folder that holds a training run or a model, whose config.json `what` would replace.
 
     Raises:
       UserError: it does.
     """
+    require_no_model(folder, what)
     if any((folder / name).exists() for name in KEPT[:2]):
         raise UserError(
             f"{folder}: holds a training run, whose config.json {what} would replace; choose another folder"
@@ -66,8 +84,8 @@ def lock(workdir: str | os.PathLike[str], shown: str = "") -> Iterator[Path]:
       The absolute path of the folder.
 
     Raises:
-      UserError: the folder cannot be created or written to, it holds a model, another process holds the lock, or not
-        all processes of the run see the same folder.
+      UserError: the folder cannot be created or written to, another process holds the lock, or not all processes of the
+        run see the same folder.
     """
     if bucket.is_address(workdir):
         from crate_jax.workdir import mirror  # here: it imports this file
@@ -76,7 +94,6 @@ def lock(workdir: str | os.PathLike[str], shown: str = "") -> Iterator[Path]:
             yield folder
         return
     folder = distributed.run_in_first(lambda: _create(workdir)) or expanduser(workdir).absolute()
-    distributed.run_in_first(lambda: _require_no_model(folder))
     file = distributed.run_in_first(lambda: _take(folder, shown or str(folder)))
     with file or contextlib.nullcontext():
         seen = file is not None or _appears(folder / LOCK_NAME)
@@ -175,23 +192,6 @@ def _take(folder: Path, shown: str) -> TextIO:
             f"workdir {folder}: cannot be written to ({e.strerror}); make room, or choose another"
         ) from None
     return file
-
-
-def _require_no_model(folder: Path) -> None:
-    """Refuses a folder of weights, whose config.json a job would replace.
-
-    Raises:
-      UserError: config.json is that of a model of Hugging Face or timm, or of a model that was exported for them.
-    """
-    try:
-        about = readback.parse((folder / "config.json").read_text(encoding="utf-8", errors="replace")) or {}
-    except OSError:
-        return
-    if key := next((key for key in ("model_type", "architectures", "architecture") if key in about), None):
-        raise UserError(
-            f"workdir {folder}: its config.json is that of a model ({key}: {about[key]!r:.60}), and would be replaced; "
-            "choose another --workdir"
-        )
 
 
 def _appears(path: Path) -> bool:

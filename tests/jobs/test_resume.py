@@ -16,7 +16,7 @@ import pytest
 
 from crate_jax.analysis import logged, records
 from crate_jax.config import KEYS, SECTIONS, base, is_read, validate
-from crate_jax.errors import CheckpointError, ConfigError
+from crate_jax.errors import CheckpointError, ConfigError, UserError
 from crate_jax.jobs import train
 from crate_jax.methods import reconstruction
 from crate_jax.parallel.parameters import names
@@ -165,6 +165,13 @@ def begun(tmp_path_factory, one_device):
     folder = tmp_path_factory.mktemp("begun") / "run"
     assert "changed" not in train.run(tiny(), str(folder))
     return folder
+
+
+def test_a_run_does_not_begin_in_a_folder_of_weights(tmp_path):
+    (tmp_path / "config.json").write_text(text := '{"model_type": "vit"}')
+    with pytest.raises(UserError, match="config.json is that of a model .model_type: 'vit'., and a training run would"):
+        train.run(tiny(), str(tmp_path))
+    assert (tmp_path / "config.json").read_text() == text and not (tmp_path / "starts.jsonl").exists()
 
 
 def test_what_the_weights_mean_stays(begun, tmp_path):

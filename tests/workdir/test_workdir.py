@@ -75,13 +75,14 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["model_type", "architectures", "architecture"])
-def test_a_folder_of_weights_is_not_a_workdir(tmp_path: Path, key: str) -> None:
-    (tmp_path / "config.json").write_text(text := json.dumps({key: "vit"}))
-    with pytest.raises(UserError, match=f"its config.json is that of a model .{key}: 'vit'.*choose another --workdir"):
-        with workdir.lock(tmp_path):
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert (tmp_path / "config.json").read_text() == text
+def test_a_folder_of_weights_keeps_its_config(tmp_path: Path, key: str) -> None:
+    """A job that writes another one is refused; a report is not, as it writes none."""
+    (tmp_path / "config.json").write_text(json.dumps({key: "vit"}))
+    for refuse in (workdir.require_no_model, workdir.require_no_run):
+        with pytest.raises(UserError, match=f"that of a model .{key}: 'vit'.*a job would replace it; choose another"):
+            refuse(tmp_path, "a job")
+    with workdir.lock(tmp_path):
+        pass
 
 
 def test_a_folder_of_a_training_run_is_not_one_of_another_job(tmp_path: Path) -> None:

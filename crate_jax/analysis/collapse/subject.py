@@ -65,12 +65,12 @@ def features(config: ConfigDict) -> Features:
     return apply
 
 
-def _groups(config: ConfigDict, apply: Features) -> list[tuple[int, int, int]]:
-    """(places, 1, width) of each group of places of the features of one image."""
+def _groups(config: ConfigDict, apply: Features) -> list[tuple[int, int]]:
+    """(places, width) of each group of places."""
     images = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), np.uint8)
     params = jax.eval_shape(lambda: representation.init_params(config, jax.random.key(0)))
     found = jax.eval_shape(apply, params, images)
-    return [x.shape for x in found]
+    return [(len(x), x.shape[-1]) for x in found]
 
 
 def _padded(batch: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,7 +180,7 @@ def measure(subject: Subject, images: int = 4096) -> dict[str, spectra.Measures]
 
     indices = np.sort(sample(len(source), images, config.seed))
     size = _batch_size(subject, len(indices))
-    state = tuple(spectra.empty_factor(1 + width, places) for places, _, width in _groups(config, apply))
+    state = tuple(spectra.empty_factor(1 + width, places) for places, width in _groups(config, apply))
     factors, count = _stream(subject, apply, update, state, _plain_batches(config, source, indices, size), size)
     measured = (spectra.measures(x, count) for x in factors)
     found = list(itertools.chain(*measured))
@@ -237,7 +237,7 @@ def measure_lidar(
     size = _batch_size(subject, len(indices), views)
     state = tuple(
         (spectra.empty_factor(width, places), spectra.empty_factor(1 + width, places))
-        for places, _, width in _groups(config, apply)
+        for places, width in _groups(config, apply)
     )
     recipe = "views" in parts(config, subject.params)
     batches = _view_batches(augmented_views(config, source, indices, views, recipe), size)

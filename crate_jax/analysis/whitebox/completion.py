@@ -53,7 +53,7 @@ def section(subjects: Sequence[Subject]) -> Section:
         for s in subjects
     }
     rows = [
-        (s.name, s.config.corruption.name, s.config.loss.target, *_cells(found[s.name]), _mean(found[s.name], 1))
+        (s.name, s.config.corruption.name, s.config.loss.target, *_cells(found[s.name]), _silent(found[s.name]))
         for s in subjects
     ]
     by_size: dict[tuple[int, ...], list[Subject]] = {}
@@ -75,7 +75,7 @@ def section(subjects: Sequence[Subject]) -> Section:
             ),
         ),
         numbers={
-            name: {split: float(np.mean(e[0])) for split, e in of.items()} | {"silent": _mean(of, 1)}
+            name: {split: float(np.mean(e[0])) for split, e in of.items()} | {"silent": _silent(of)}
             for name, of in found.items()
         },
     )
@@ -139,9 +139,9 @@ def _cells(found: Mapping[str, np.ndarray]) -> list[Cell]:
     return [*cells, ratio]
 
 
-def _mean(found: Mapping[str, np.ndarray], row: int) -> float | None:
-    """The mean of a row of :func:`errors` over the images of the last split that there is."""
-    return float(list(found.values())[-1][row].mean()) if found else None
+def _silent(found: Mapping[str, np.ndarray]) -> float | None:
+    """The error of a silent decoder on the evaluation images, or on the training images if there are no others."""
+    return float(list(found.values())[-1][1].mean()) if found else None
 
 
 def _grid(subjects: Sequence[Subject]) -> tuple[str, np.ndarray]:
