@@ -36,8 +36,8 @@ def cases(name: str, settings: Settings) -> Cases:
             "ViT-B": Attention(B, 197, 12, 64, 3),
             "ViT-MAE-B, encoder": Attention(B, 50, 12, 64, 3),
             "ViT-MAE-B, decoder": Attention(B, 197, 16, 32, 3),
-            "ViT-B, 384 px": Attention(B // 4, 577, 12, 64, 3),
-            "ViT-B, 512 px": Attention(B // 8, 1025, 12, 64, 3),
+            "ViT-B, 384 px": Attention(max(1, B // 4), 577, 12, 64, 3),
+            "ViT-B, 512 px": Attention(max(1, B // 8), 1025, 12, 64, 3),
         }
     found: Cases = {what: functools.partial(attention, shape, settings.platform) for what, shape in shapes.items()}
     if settings.platform != "tpu":
