@@ -116,7 +116,8 @@ def run_in(folder: Path, config: ConfigDict, interrupt: Interrupt, clock: Clock)
         source = training_images(config)
         method = method_of(config, source)
         if config.minutes:
-            config = pace.decided(config, method, source, mesh, folder, interrupt, keys_of_time(config))
+            depends_on = keys_of_time(config) | {"devices": devices(mesh)}
+            config = pace.decided(config, method, source, mesh, folder, interrupt, depends_on)
             method = method_of(config, source)
         recipe = {"recipe": True} if "views" in method.inputs else {}
         evaluation = EVALUATIONS[config.job](config, method.features, source, mesh, **recipe)

@@ -25,7 +25,7 @@ from crate_jax.workdir import bucket, checkpoint_files, metrics, readback
 
 log = logging.getLogger(__name__)
 
-FILE = "pace.json"  # in the workdir: {KEY: whole number, CONFIG: {key of the config: value}}
+FILE = "pace.json"  # in the workdir: {KEY: whole number, CONFIG: {key of the config, or devices: value}}
 KEY = "microseconds_per_step"
 CONFIG = "config"  # records of older versions do not have it
 SHARE, SECONDS = 0.05, 10.0  # a measurement takes this share of the minutes, at most so many seconds
@@ -59,8 +59,8 @@ def decided(
       mesh: the devices.
       folder: the workdir; the caller holds its lock.
       interrupt: passes a signal on in the steps of several processes.
-      depends_on: the keys of the config on which the time of a step may depend, with their values; None: the record
-        counts whatever they are. A sweep's workdir holds one pace for runs of several configs.
+      depends_on: the keys of the config on which the time of a step may depend, and the devices, with their values;
+        None: the record counts whatever they are. A sweep's workdir holds one pace for runs of several configs.
 
     Raises:
       ConfigError: the minutes are too many steps; the record stays, so that the next start need not measure.
@@ -119,7 +119,7 @@ def kept(folder: Path, depends_on: Mapping[str, Any]) -> int:
 
     Args:
       folder: the workdir.
-      depends_on: the keys of the config on which the time of a step may depend, with their values.
+      depends_on: as in :func:`decided`.
     """
     duration, before = recorded(folder), _read(folder).get(CONFIG, {})
     changed = [key for key in depends_on if duration and key in before and before[key] != depends_on[key]]
@@ -128,11 +128,11 @@ def kept(folder: Path, depends_on: Mapping[str, Any]) -> int:
     listed = "; ".join(f"{key}: {before[key]} -> {depends_on[key]}" for key in changed)
     if checkpoint_files.steps(folder / bucket.CHECKPOINTS):
         log.warning(
-            "the run keeps its number of steps, by the time of a step before the config was changed (%s); set "
+            "the run keeps its number of steps, by the time of a step before this changed: %s; set "
             "config.steps for another", listed,
         )  # fmt: skip
         return duration
-    log.info("%s is of another config (%s); the time of a step is measured again", folder / FILE, listed)
+    log.info("%s: this changed since: %s; the time of a step is measured again", folder / FILE, listed)
     return 0
 
 

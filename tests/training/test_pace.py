@@ -45,6 +45,7 @@ def test_the_first_start_measures_and_later_ones_do_not(tmp_path, monkeypatch):
     record = (tmp_path / pace.FILE).read_text()
     duration = json.loads(record)[pace.KEY]
     assert first["steps"] == pace.steps_in(1e-4, duration)
+    assert json.loads(record)[pace.CONFIG]["devices"] == "1 x cpu"
     monkeypatch.setattr(pace, "measured", lambda *_: pytest.fail("measured again"))
     steps = first["steps"] + 2
     assert train.run(tiny(minutes=steps * duration / 60e6), str(tmp_path))["steps"] == steps
@@ -65,12 +66,12 @@ def test_a_pace_of_another_config_counts_only_once_there_is_a_checkpoint(tmp_pat
     assert steps() == steps(seed=3, optimizer={"lr": 1e-3}, log={"every": 7}) == 10
     assert json.loads((tmp_path / pace.FILE).read_text())[pace.CONFIG]["batch_size"] == 16
     assert steps(batch_size=64) == steps(batch_size=64) == 30 and len(seconds) == 1
-    assert "is of another config (batch_size: 16 -> 64)" in caplog.text
+    assert "changed since: batch_size: 16 -> 64; the time" in caplog.text
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     assert "keeps its number of steps" not in caplog.text
     assert steps(encoder={"width": 32}, data={"image_size": (16, 16)}, batch_size=64) == 30 and len(seconds) == 1
     assert caplog.text.count("keeps its number of steps") == 1
-    assert "(data.image_size: [8, 8] -> [16, 16]; encoder.width: 16 -> 32)" in caplog.text
+    assert "changed: data.image_size: [8, 8] -> [16, 16]; encoder.width: 16 -> 32; set" in caplog.text
     (tmp_path / "checkpoints" / "4").rmdir()
     (tmp_path / pace.FILE).write_text(json.dumps({pace.KEY: 100_000}))
     assert steps(batch_size=8) == 30 and len(seconds) == 1, "the record of an older version does not say its config"
