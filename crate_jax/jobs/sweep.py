@@ -304,7 +304,7 @@ def _with_steps(
     """The settings with a number of steps in place of config.minutes, by the pace of the first setting.
 
     So all runs that are compared have the same number of steps, and runs that are added later too: the sweep's workdir
-    holds the pace.
+    holds the pace. Before the first run has begun, the pace of another config or of other devices is measured again.
 
     Raises:
       ConfigError: the schedule of a setting does not fit its steps.
@@ -315,9 +315,12 @@ def _with_steps(
     mesh = sharding.make_mesh(first.batch_size, first.accumulate, data=first.mesh.data, model=first.mesh.model)
     source = train.training_images(first)
     method = train.method_of(first, source)
+    begun = next(folder.glob("*/config.json"), None) is not None
+    depends_on = None if begun else train.time_depends_on(first, mesh)
     found = []
     for setting in settings:
-        config = pace.decided(setting.config, method, source, mesh, folder, interrupt)  # measures only the first one
+        config = pace.decided(setting.config, method, source, mesh, folder, interrupt, depends_on)
+        depends_on = None  # only the first one is measured
         found.append(dataclasses.replace(setting, config=config))
         _check_setting(found[-1], functools.partial(_check_parts, sources=sources))
     gc.collect()  # as in _run_one

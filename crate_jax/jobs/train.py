@@ -116,8 +116,7 @@ def run_in(folder: Path, config: ConfigDict, interrupt: Interrupt, clock: Clock)
         source = training_images(config)
         method = method_of(config, source)
         if config.minutes:
-            depends_on = keys_of_time(config) | {"devices": devices(mesh)}
-            config = pace.decided(config, method, source, mesh, folder, interrupt, depends_on)
+            config = pace.decided(config, method, source, mesh, folder, interrupt, time_depends_on(config, mesh))
             method = method_of(config, source)
         recipe = {"recipe": True} if "views" in method.inputs else {}
         evaluation = EVALUATIONS[config.job](config, method.features, source, mesh, **recipe)
@@ -293,6 +292,11 @@ def telemetry(config: ConfigDict, images: np.ndarray, mesh: Mesh) -> Callable[[P
     keys = jax.jit(lambda: jax.random.split(jax.random.key(config.seed), len(images)), out_shardings=rows)()
     compiled = jax.jit(sharding.on_mesh(mesh, measure), out_shardings=whole)
     return lambda judged: {k: float(v) for k, v in jax.device_get(compiled(judged, placed, keys)).items()}
+
+
+def time_depends_on(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """What the time of a step may depend on, as :func:`pace.decided` takes it: keys of the config, and the devices."""
+    return keys_of_time(config) | {"devices": devices(mesh)}
 
 
 def devices(mesh: Mesh) -> str:

@@ -76,10 +76,13 @@ def test_each_value_and_seed_gets_the_run_it_would_have_alone(finished):
 
 @pytest.mark.slow
 def test_runs_of_minutes_have_the_same_steps_and_can_get_more_values(tmp_path, monkeypatch):
-    """The sweep measures once; what a later run of it would measure does not count."""
-    seconds = [9.0, 0.3]
+    """The sweep measures once a run has begun; what a later start would measure does not count then."""
+    seconds = [9.0, 0.3, 0.4]
     monkeypatch.setattr(sweep.pace, "measured", lambda *_: seconds.pop())
     keys = dict(sweep__key="encoder.lam", steps=0, minutes=0.015)
+    with pytest.raises(ConfigError, match="the warm-up takes 4 steps, the run has"):  # before any run; measures
+        sweep.run(tiny(**keys, sweep__values=(0.1,), optimizer__warmup_steps=4, encoder__width=8), str(tmp_path))
+    assert seconds == [9.0, 0.3]
     for values in ((0.1,), (5.0, 0.1), (5.0, 0.1)):
         result = sweep.run(tiny(**keys, sweep__values=values), str(tmp_path))
         assert result["failed"] == [] and seconds == [9.0]
