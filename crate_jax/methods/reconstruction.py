@@ -255,6 +255,13 @@ def _check_corruption(c: ConfigDict) -> None:
         )
 
 
+def _check_loss(c: ConfigDict) -> None:
+    if c.loss.target == "patch_normalised" and c.data.channels * c.encoder.patch_size**2 == 1:
+        raise ConfigError(
+            "config.loss.target='patch_normalised': a patch of one number has no deviation; take larger ones, or pixel"
+        )
+
+
 MASK, ROP = ("corruption.name", "mask"), ("corruption.name", "rop")
 
 CORRUPTION = Section(
@@ -352,6 +359,7 @@ LOSS = Section(
     "loss",
     "What the decoder must predict, and how its error is measured.",
     of_the_run=True,
+    check=_check_loss,
     keys=dict(
         norm=Key("l2", one_of(*NORMS), "norm of the error", resume=RECORDED),
         target=Key("pixel", one_of("pixel", "patch_normalised"), "what the decoder must predict"),

@@ -196,6 +196,11 @@ def _check_encoder(c: ConfigDict) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ConfigError(f"config.data.image_size={size!r}: must be (height, width)")
     if not ENCODERS[e.name].patches:
+        if min(map_sizes(size, e.stem, e.stem_padding)[0]) < 1:
+            raise ConfigError(
+                f"config.data.image_size={size}: config.encoder.stem='cifar' without padding needs sides of at least 3 "
+                "pixels; set config.encoder.stem_padding=1"
+            )
         return
     check_patches(c)
     if e.width % e.heads:
@@ -258,7 +263,7 @@ ENCODER = Section(
         ),
         init=Key(
             "xavier", one_of("xavier", "trunc_normal"),
-            "initial weights of vit and of a linear decoder; xavier: like MAE; trunc_normal: like BEiT, ROPIM",
+            "initial weights of vit and of a linear decoder; xavier: like MAE; trunc_normal: like BEiT, SimMIM, ROPIM",
         ),
         stem=Key(
             "imagenet", one_of(*STEMS),

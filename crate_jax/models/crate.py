@@ -38,8 +38,9 @@ from crate_jax.parallel.sharding import keep_split_by_batch
 
 __all__ = ["ista", "ista_overcomplete", "norm_mssa"]
 
-# torch's kaiming_uniform_(a=0) on an (out x in) matrix.
-DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
+# torch's kaiming_uniform_(a=0) on a square matrix; of an over-complete one the D columns count, as where CRATE-alpha
+# was trained (in JAX; its PyTorch code, which only infers, counts the atoms).
+DICTIONARY_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "uniform")
 
 
 def norm_mssa(

@@ -18,7 +18,6 @@ from crate_jax.models.crate import DICTIONARY_INIT, MSSA, Kernel
 from crate_jax.models.embedding import TOKEN_INIT
 from crate_jax.models.layers import (
     BLOCK_EPS,
-    INITIALIZERS,
     Dtype,
     Norm,
     dense,
@@ -28,6 +27,7 @@ from crate_jax.models.layers import (
     scan_blocks,
 )
 from crate_jax.models.patches import grid_shape, sincos_positions
+from crate_jax.models.projector import Linear
 from crate_jax.models.vit import scan_vit_blocks
 from crate_jax.parallel import target
 from crate_jax.parallel.sharding import keep_split_by_batch
@@ -57,9 +57,10 @@ class CrateDecoderBlock(nn.Module):
         norm = Norm(BLOCK_EPS, name="mssa_norm").scale_and_bias(D)
         g, out = MSSA(self.heads, self.tied_output, self.dtype, negative=True, name="mssa")(g, *norm)
         stream = layer_norm(g, *norm, BLOCK_EPS) if self.normalised else g
-        self.sow("intermediates", "before_mssa", stream)
+        # The first axis has length one on TPUs; see CrateDecoder.
+        self.sow("intermediates", "before_mssa", stream.reshape(stream.shape[-3:]))
         y = stream + out
-        self.sow("intermediates", "after_mssa", y)
+        self.sow("intermediates", "after_mssa", y.reshape(y.shape[-3:]))
         return y, None
 
 
@@ -116,7 +117,10 @@ class TransformerDecoder(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """One linear map from a token to its pixels: the 1 x 1 convolution and pixel shuffle of ROPIM and SimMIM."""
+    """One linear map from a token to its pixels: the 1 x 1 convolution and pixel shuffle of ROPIM and SimMIM.
+
+    With the initialisation trunc_normal, which is theirs, it begins as torch's convolution does.
+    """
 
     pixels: int
     prefix: int
@@ -126,7 +130,9 @@ class LinearDecoder(nn.Module):
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
         """Tokens (B, prefix + N, D) -> patches (B, N, P)."""
-        return dense(self.pixels, "head", self.dtype, init=INITIALIZERS[self.initializer])(tokens_BMD[:, self.prefix :])
+        torch = self.initializer == "trunc_normal"
+        head = Linear(self.pixels, dtype=self.dtype, name="head") if torch else dense(self.pixels, "head", self.dtype)
+        return head(tokens_BMD[:, self.prefix :])
 
 
 def restore(

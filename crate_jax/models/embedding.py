@@ -24,7 +24,7 @@ class Embedding(nn.Module):
 
     An image may have any size that divides into patches. The sine-cosine table is made for the image's own grid. The
     learned table has one size, `grid`; for an image of another grid it is resized bicubically, as timm's
-    ``dynamic_img_size`` and DINO do.
+    ``dynamic_img_size`` does.
 
     Attributes:
       width: D.
@@ -35,6 +35,7 @@ class Embedding(nn.Module):
         CRATE does (arXiv 2306.01129).
       dtype: the tokens' dtype.
       initializer: initialiser of the patch projection's kernel.
+      token_initializer: initialiser of the class token, the mask token and learned positions.
     """
 
     width: int
@@ -44,6 +45,7 @@ class Embedding(nn.Module):
     norms: bool
     dtype: Dtype
     initializer: nn.initializers.Initializer
+    token_initializer: nn.initializers.Initializer = TOKEN_INIT
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
@@ -56,10 +58,12 @@ class Embedding(nn.Module):
         if self.norms:
             x = Norm(BLOCK_EPS, name="token_norm")(x)
         fill_D = (
-            self.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if corruption.fills_encoder else None
+            self.param("mask_token", self.token_initializer, (1, 1, D), jnp.float32)[0, 0]
+            if corruption.fills_encoder
+            else None
         )
         x = corruption.corrupt_tokens(x, fill_D)
-        cls_11D = self.param("cls_token", TOKEN_INIT, (1, 1, D), jnp.float32)
+        cls_11D = self.param("cls_token", self.token_initializer, (1, 1, D), jnp.float32)
         table_ND = self._table(grid_shape(images_BHWC.shape[1:3], self.patch_size))
         if table_ND is not None:
             x = x + corruption.select(table_ND[1:]).astype(self.dtype)
@@ -73,7 +77,7 @@ class Embedding(nn.Module):
             return jnp.asarray(sincos_positions(grid, self.width))
         if self.positions == "learned":
             shape = (1 + self.grid[0] * self.grid[1], self.width)
-            table_ND = self.param("positions", TOKEN_INIT, shape, jnp.float32)
+            table_ND = self.param("positions", self.token_initializer, shape, jnp.float32)
             if grid == self.grid:
                 return table_ND
             return jnp.concatenate([table_ND[:1], resize_table(table_ND[1:], self.grid, grid)])

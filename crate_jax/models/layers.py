@@ -323,8 +323,8 @@ def _scaled(
 
 INITIALIZERS = {
     "xavier": nn.initializers.xavier_uniform(),
-    # torch's trunc_normal_(std=.02) cuts at +-2 absolute, a hundred deviations: a plain normal.
-    "trunc_normal": nn.initializers.normal(0.02),
+    # The pre-training code of BEiT, SimMIM and ROPIM cuts at one deviation.
+    "trunc_normal": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),
 }
 
 

@@ -110,9 +110,10 @@ def resize(x_BHWD: jax.Array, size: tuple[int, ...]) -> jax.Array:
 def resize_table(table_ND: jax.Array, grid: tuple[int, int], new: tuple[int, int]) -> jax.Array:
     """Resizes a table with one row per place of a grid to another grid, (h w, D) -> (h' w', D).
 
-    The interpolation is bicubic without antialiasing, as BEiT, MAE and DINO resize learned positions.
+    The interpolation is bicubic and antialiased (Keys, a = -1/2), as timm's. The scripts of MAE, BEiT and DINO take
+    torch's other bicubic kernel (a = -3/4) without antialiasing.
     """
-    resized = jax.image.resize(table_ND.reshape(*grid, -1), (*new, table_ND.shape[-1]), "cubic", antialias=False)
+    resized = jax.image.resize(table_ND.reshape(*grid, -1), (*new, table_ND.shape[-1]), "cubic")
     return resized.reshape(new[0] * new[1], -1)
 
 

@@ -56,7 +56,8 @@ class PostNorm(nn.Module):
             scores_BHNN = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
             weights_BHNN = dropped(jax.nn.softmax(scores_BHNN * (D // self.heads) ** -0.5).astype(self.dtype))
             mixed_BND = jnp.einsum("bhnm,bmhk->bnhk", weights_BHNN, v).reshape(B, N, D)
-            x_BND = norm(x_BND + dropped(Linear(D, dtype=self.dtype, name=f"out{i}")(mixed_BND)), f"norm{i}_0")
+            out = Linear(D, dtype=self.dtype, zero_bias=True, name=f"out{i}")  # as MultiheadAttention's `out_proj`
+            x_BND = norm(x_BND + dropped(out(mixed_BND)), f"norm{i}_0")
             wide = dropped(nn.relu(Linear(self.hidden, dtype=self.dtype, name=f"hidden{i}")(x_BND)))
             x_BND = norm(x_BND + dropped(Linear(D, dtype=self.dtype, name=f"back{i}")(wide)), f"norm{i}_1")
         return x_BND[:, 0].astype(jnp.float32)

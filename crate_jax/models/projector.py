@@ -26,12 +26,14 @@ class Linear(nn.Module):
       bias: whether there are biases.
       dtype: type of the result.
       kernel_init: another start of the kernel; the biases then start at 0.
+      zero_bias: the biases start at 0 in any case.
     """
 
     width: int
     bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer | None = None
+    zero_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BD: jax.Array) -> jax.Array:
@@ -41,7 +43,7 @@ class Linear(nn.Module):
         def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        bias_init = nn.initializers.zeros if self.kernel_init else uniform
+        bias_init = nn.initializers.zeros if self.kernel_init or self.zero_bias else uniform
         kernel = self.param("kernel", self.kernel_init or KERNEL_INIT, (x_BD.shape[-1], self.width))
         y_BP = x_BD.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.bias:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from crate_jax.models.corruption import CLEAN, Corruption
-from crate_jax.models.embedding import Embedding
+from crate_jax.models.embedding import TOKEN_INIT, Embedding
 from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, attention_kernel, dense, gelu, scan_blocks
 from crate_jax.models.patches import grid_shape, relative_position_index, relative_table_rows, resize_relative_table
 from crate_jax.parallel import target
@@ -40,8 +40,14 @@ class SelfAttention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, bias_BHNN: jax.Array | None, factor_D: jax.Array | None = None) -> jax.Array:
-        """(B, N, D) -> (B, N, D); `factor_D` multiplies the result."""
+    def __call__(
+        self,
+        x_BND: jax.Array,
+        bias_BHNN: jax.Array | None,
+        factor_D: jax.Array | None = None,
+        number: jax.Array | None = None,
+    ) -> jax.Array:
+        """(B, N, D) -> (B, N, D); `factor_D` multiplies the result; `number` as in :func:`last_initializer`."""
         B, N, D = x_BND.shape
         qkv = dense(3 * D, "qkv", self.dtype, bias=self.qkv_bias == "qkv", init=INITIALIZERS[self.initializer])(x_BND)
         if self.qkv_bias == "qv":  # BEiT: a key bias cannot change a softmax over keys
@@ -54,7 +60,20 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
             y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
-        return dense(D, "output", self.dtype, init=INITIALIZERS[self.initializer], factor=factor_D)(y_BND)
+        init = last_initializer(self.initializer, number)
+        return dense(D, "output", self.dtype, init=init, factor=factor_D)(y_BND)
+
+
+def last_initializer(name: str, number: jax.Array | None) -> nn.initializers.Initializer:
+    """How the kernel of a branch's last product begins.
+
+    Args:
+      name: a row of INITIALIZERS.
+      number: of the block, from 1; the kernel is divided by sqrt(2 number), as in BEiT and ROPIM; None: by 1.
+    """
+    if number is None:
+        return INITIALIZERS[name]
+    return lambda *args: INITIALIZERS[name](*args) / jnp.sqrt(2.0 * number)
 
 
 class ViTBlock(nn.Module):
@@ -75,8 +94,12 @@ class ViTBlock(nn.Module):
         bias_BHNN: jax.Array | None,
         scales_2B: jax.Array | None,
         corruption: Corruption | None = None,
+        number: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
-        """One layer, (B, N, D) -> (B, N, D); `scales_2B` multiplies the two branches of each image."""
+        """One layer, (B, N, D) -> (B, N, D); `scales_2B` multiplies the two branches of each image.
+
+        `number` is the block's, as in :func:`last_initializer`.
+        """
         x_BND = keep_split_by_batch(x_BND)
         D = x_BND.shape[-1]
         if self.bias_grids is not None and corruption is not None:
@@ -99,14 +122,15 @@ class ViTBlock(nn.Module):
         self.sow("intermediates", "input", x_BND)
         x, y = Norm(name="attention_norm").skip(x_BND)
         attention = SelfAttention(self.heads, self.qkv_bias, self.initializer, self.dtype, name="attention")
-        y = attention(y, bias_BHNN, at_weights[0])
+        y = attention(y, bias_BHNN, at_weights[0], number)
         x = x + branch(y, 0)
         self.sow("intermediates", "after_attention", x)
         x, y = Norm(name="mlp_norm").skip(x)
         y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=INITIALIZERS[self.initializer])(y)
         y = gelu(keep_split_by_batch(y))
         self.sow("intermediates", "mlp_hidden", y)
-        y = dense(D, "mlp_out", self.dtype, init=INITIALIZERS[self.initializer], factor=at_weights[1])(y)
+        init = last_initializer(self.initializer, number)
+        y = dense(D, "mlp_out", self.dtype, init=init, factor=at_weights[1])(y)
         x = x + branch(y, 1)
         self.sow("intermediates", "after_mlp", x)
         return x, None
@@ -137,13 +161,16 @@ def scan_vit_blocks(
     depth: int,
     remat: str,
     *args: object,
+    rescaled: bool = False,
 ) -> jax.Array:
     """`depth` ViT blocks, (B, N, D) -> (B, N, D); all layers share bias and corruption, each has its drop-path factors.
 
-    `args` are the attributes of :class:`ViTBlock`.
+    `args` are the attributes of :class:`ViTBlock`. With `rescaled` the branches of later blocks begin smaller, see
+    :func:`last_initializer`.
     """
-    blocks = scan_blocks(ViTBlock, depth, remat, *args, in_axes=(nn.broadcast, 0, nn.broadcast))
-    return blocks(x_BND, bias_BHNN, scales_L2B, corruption)[0]
+    blocks = scan_blocks(ViTBlock, depth, remat, *args, in_axes=(nn.broadcast, 0, nn.broadcast, 0))
+    numbers_L = jnp.arange(1, depth + 1) if rescaled else None
+    return blocks(x_BND, bias_BHNN, scales_L2B, corruption, numbers_L)[0]
 
 
 class ViTEncoder(nn.Module):
@@ -179,6 +206,7 @@ class ViTEncoder(nn.Module):
             self.embed_norm,
             self.dtype,
             INITIALIZERS[self.initializer],
+            INITIALIZERS["trunc_normal"] if self.initializer == "trunc_normal" else TOKEN_INIT,
             name="embedding",
         )(images_BHWC, corruption)
         grids = (self.grid, grid_shape(images_BHWC.shape[1:3], self.patch_size))
@@ -192,5 +220,6 @@ class ViTEncoder(nn.Module):
         x = scan_vit_blocks(
             x, bias_BHNN, scales_L2B, corruption, self.depth, self.remat,
             self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.initializer, self.dtype, bias_grids,
+            rescaled=self.initializer == "trunc_normal",
         )  # fmt: skip
         return Norm(self.final_eps, name="norm")(x) if self.final_norm else x

@@ -20,7 +20,7 @@ from crate_jax.config import validate
 from crate_jax.jobs import train
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.corruption import Identity, Masking
-from crate_jax.parallel import sharding
+from crate_jax.parallel import sharding, target
 from crate_jax.report import Subject
 
 pytestmark = pytest.mark.one_python
@@ -275,6 +275,19 @@ def test_telemetry_of_every_kind_of_model(c, parts):
         assert "whitebox/encoder/coherence_mean/01" in scalars
     else:
         assert sparse == 1.0 and 0.1 < float(scalars["whitebox/encoder/active/02"]) < 0.9
+
+
+def test_telemetry_of_a_decoder_on_tpus(monkeypatch):
+    """There its tokens have one more axis of length one. Seen: traced for a TPU, every such run ended at its start."""
+    c = small("crate", "crate")
+    params, x = init(c), images(c)
+    keys = jax.random.split(jax.random.key(1), len(x))
+    expected = jax.jit(whitebox.telemetry(c))(params, x, keys)
+    monkeypatch.setattr(target, "is_tpu", lambda: True)
+    monkeypatch.setenv("CRATE_JAX_KERNELS", "0")
+    found = jax.jit(whitebox.telemetry(c))(params, x, keys)
+    assert any("/decoder/" in name for name in found)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), found, expected)
 
 
 def test_telemetry_is_the_mean_over_images():

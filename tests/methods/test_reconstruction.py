@@ -127,6 +127,17 @@ def labelled(c):
     return c
 
 
+def test_a_patch_of_one_number_cannot_be_normalised():
+    """Its unbiased variance is 0 / 0: every loss was NaN."""
+    c = configs.base()
+    c.update_from_flattened_dict({"steps": 1, "data.image_size": (6, 5), "encoder.patch_size": 1, "data.channels": 1})
+    c.data.source, c.data.mean, c.data.std, c.loss.target = "npz:x.npz", (0.4,), (0.3,), "patch_normalised"
+    with pytest.raises(ConfigError, match="loss.target='patch_normalised': a patch of one number has no deviation"):
+        configs.validate(c)
+    c.data.channels, c.data.mean, c.data.std = 2, (0.4, 0.5), (0.3, 0.2)
+    configs.validate(c)
+
+
 def test_a_projection_that_keeps_everything_is_refused():
     """Of 16 dimensions 15.2 are 16: nothing is hidden, and loss and gradient are 0."""
     c = configs.base()

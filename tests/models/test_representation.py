@@ -131,6 +131,19 @@ def test_a_resized_table_keeps_its_rows_and_columns(axis):
     np.testing.assert_allclose(np.diff(resized, axis=1 - axis), 0, atol=1e-5)
 
 
+def test_tables_are_resized_as_timm_does():
+    """Expected: torch's F.interpolate(mode="bicubic", antialias=True), which differs from torch's default kernel."""
+    table = jnp.array([[0.9, -1.3, 0.2, 2.1], [1.7, 0.4, -0.6, 0.3], [-0.8, 1.1, 0.5, -2.2]])
+    expected = [
+        [0.1825, -0.7333, 1.8442],
+        [0.7568, -0.5640, 1.1925],
+        [1.4359, -0.1774, 0.0204],
+        [0.3636, 0.5854, -1.0862],
+        [-0.4268, 1.0479, -1.6869],
+    ]
+    np.testing.assert_allclose(resize_table(table.reshape(12, 1), (3, 4), (5, 3)).reshape(5, 3), expected, atol=1e-4)
+
+
 def test_images_that_do_not_divide_into_patches_are_named():
     with pytest.raises(ValueError, match="images of 20 x 27 pixels cannot be cut into patches of 4 x 4"):
         patchify(jnp.zeros((1, 20, 27, 3)), 4)

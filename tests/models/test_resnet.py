@@ -46,6 +46,17 @@ def thin(encoder: str = "resnet18", size: tuple[int, int] = (12, 8), **encoder_v
     return c
 
 
+def test_images_without_a_pixel_for_the_stem_are_refused():
+    """A 3 x 3 convolution without padding leaves nothing of two rows; JAX raised ZeroDivisionError."""
+    c = thin()
+    c.method, c.encoder.stem_padding = "vicreg", 0
+    c.data.image_size = (3, 8)
+    validate(c)
+    c.data.image_size = (2, 8)
+    with pytest.raises(ConfigError, match=r"image_size=\(2, 8\): .* sides of at least 3 pixels"):
+        validate(c)
+
+
 def shapes(c):
     return jax.eval_shape(lambda: representation.init_params(c, jax.random.key(0)))["encoder"]
 

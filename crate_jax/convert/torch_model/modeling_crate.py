@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -87,7 +88,7 @@ class CrateConfig:
       decoder_width: the width of a transformer decoder; 0: it is as wide as the encoder.
       decoder_positions: whether a CRATE decoder adds positions again.
       decoder_residual: stream, g - MSSA(LN(g)); normalised, LN(g) - MSSA(LN(g)).
-      init: initial weights of a linear decoder: xavier | trunc_normal.
+      init: initial weights of a linear decoder: xavier | trunc_normal (those of torch.nn.Linear, as ROPIM and SimMIM).
       loss_target: pixel | patch_normalised.
       loss_norm: l2 | l1.
       loss_region: complement, (I - P)(x - x^); all, x - x^.
@@ -334,14 +335,14 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
 
 
 def resize_positions(table_ND: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resizes a table of one row per patch to another grid: bicubic (Keys, a = -1/2), no antialiasing, as JAX does.
+    """Resizes a table of one row per patch to another grid: bicubic, antialiased (Keys, a = -1/2), as timm does.
 
-    `F.interpolate` has another kernel (a = -3/4).
+    It is `F.interpolate(antialias=True)` as two products, which every device and exporter has.
     """
 
     def weights(old: int, new: int) -> Tensor:
         centres = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new - 0.5
-        x = (centres[:, None] - torch.arange(old)).abs()
+        x = (centres[:, None] - torch.arange(old)).abs() / max(old / new, 1.0)
         near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         w = torch.where(x >= 1, far, near).masked_fill(x >= 2, 0)
         return (w / w.sum(1, keepdim=True)).to(table_ND)
@@ -352,6 +353,9 @@ def resize_positions(table_ND: Tensor, grid: tuple[int, int], new: tuple[int, in
 
 
 # --- The network.
+
+# Of an over-complete dictionary (D, A) the D rows count, as where CRATE-alpha was trained.
+kaiming = functools.partial(nn.init.kaiming_uniform_, mode="fan_out")
 
 
 def dense(inputs: int, outputs: int, bias: bool = True, init: Any = nn.init.xavier_uniform_) -> nn.Linear:
@@ -415,7 +419,7 @@ class ISTA(nn.Module):
         super().__init__()
         self.overcomplete, self.eta, self.lam = overcomplete, eta, lam
         self.dictionary = nn.Parameter(torch.empty(width, atoms))
-        nn.init.kaiming_uniform_(self.dictionary)
+        kaiming(self.dictionary)
 
     def step(self, x_BND: Tensor, z_BNA: Tensor) -> Tensor:
         """ReLU(z + eta D^T (x - D z) - eta lam)."""
@@ -444,7 +448,7 @@ class CrateBlock(nn.Module):
         self.mssa = MSSA(c.width, c.heads, c.tied_output)
         self.ista_norm = nn.LayerNorm(c.width, BLOCK_EPS)
         self.ista = ISTA(c.width, atoms, overcomplete, c.eta, c.lam)
-        self.back = dense(atoms, c.width, False, nn.init.kaiming_uniform_) if overcomplete else None
+        self.back = dense(atoms, c.width, False, kaiming) if overcomplete else None
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -519,7 +523,7 @@ class CrateDecoderBlock(nn.Module):
         super().__init__()
         self.normalised = c.decoder_residual == "normalised"
         self.linear_norm = nn.LayerNorm(c.width, BLOCK_EPS)
-        self.linear = dense(c.width, c.width, False, nn.init.kaiming_uniform_)
+        self.linear = dense(c.width, c.width, False, kaiming)
         self.mssa_norm = nn.LayerNorm(c.width, BLOCK_EPS)
         self.mssa = MSSA(c.width, c.decoder_heads, c.tied_output)
 
@@ -575,9 +579,8 @@ class Decoder(nn.Module):
         new_block = (lambda: TransformerBlock(width, c.decoder_heads)) if transformer else lambda: CrateDecoderBlock(c)
         self.blocks = nn.ModuleList(new_block() for _ in range(0 if linear else c.decoder_depth))
         self.norm = nn.Identity() if linear else nn.LayerNorm(width, FINAL_EPS)
-        normal = linear and c.init == "trunc_normal"
-        init = (lambda weight: nn.init.normal_(weight, std=0.02)) if normal else nn.init.xavier_uniform_
-        self.head = dense(width, 3 * c.patch_size**2, init=init)
+        own = linear and c.init == "trunc_normal"
+        self.head = (nn.Linear if own else dense)(width, 3 * c.patch_size**2)
 
     def forward(self, tokens_BMD: Tensor, corruption: Corruption, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, 1 + M, D) of images of (h, w) patches -> patches (B, N, P)."""
