@@ -388,8 +388,8 @@ def shown(value: Any) -> str | float | int | None:
 # What a kind of picture shows; a method names its kind (`Method.pictures_name`).
 DRAWN = {
     "reconstruction": "A reconstruction shows the original; what the encoder got of it (P x); what the decoder adds, "
-    "which is the part that the loss compares ((I - P) x^; patches that the encoder saw have one colour, since nothing "
-    "trains the decoder there); and both together.",
+    "which is the part that the loss compares ((I - P) x^; under a mask, patches that the encoder saw have one colour, "
+    "since nothing trains the decoder there); and both together.",
     "views": "Beside each image are the views that the networks get of it.",
     "segmentation": "Beside each image are its mask and the mask that the model predicts.",
 }
@@ -417,6 +417,9 @@ def pictures(subjects: Sequence[Subject]) -> Section:
             figures.append(Figure(f"{s.name}, {kind} at step {step:,}.", array))
     if not figures:
         raise DataError("no run has pictures; config.log.pictures says how many images they show")
-    first = "Images of the evaluation split, always the same ones, drawn during training."
+    first = (
+        "Images of the evaluation split (of the training images if there is none), always the same ones, drawn during "
+        "training."
+    )
     text = " ".join([first, *(text for kind, text in DRAWN.items() if kind in kinds)])
     return Section("Pictures", text, tuple(figures))

@@ -219,12 +219,12 @@ class Loop:
         return self._checkpoints.run
 
     def _resume_clock(self, saved: Mapping[str, Any] | None, last_sign: float | None) -> None:
-        """Adds what earlier starts took. What they did after the checkpoint, up to their last sign of life, is lost.
+        """Adds what earlier starts took. What the newest did after the checkpoint, to its last sign of life, is lost.
 
         The checkpoint of a version without a clock has none; then the clock knows only this start.
         """
         saved = saved or {"seconds": {}, "time": math.inf}
-        self.clock.resume(saved["seconds"], max(0.0, (last_sign or 0.0) - saved["time"]))
+        self.clock.resume(saved["seconds"], starts.lost(starts.read(self.folder), saved["time"], last_sign))
 
     def _log_layout(self) -> None:
         """Logs the memory on each device between two steps (without activations), and parameters' rules if asked."""

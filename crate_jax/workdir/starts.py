@@ -82,6 +82,24 @@ def _is_whole(start: Mapping[str, Any]) -> bool:
     )
 
 
+def lost(earlier: Sequence[Mapping[str, Any]], saved: float, last_sign: float | None) -> float:
+    """Seconds that the newest start ran after the run's newest checkpoint.
+
+    The time between two starts does not count. Nor does an older start that saved nothing, whose end nothing records.
+
+    Args:
+      earlier: all starts, the oldest first.
+      saved: when the checkpoint was written, in seconds since 1970.
+      last_sign: when the run last wrote to its records; None: it never did.
+
+    >>> first, second = {"time": "2026-01-01T00:00:00+00:00"}, {"time": "2026-01-01T01:00:00+00:00"}
+    >>> lost([first], seconds(first) + 60, seconds(first) + 95), lost([first, second], seconds(first), seconds(second) + 7)
+    (35.0, 7.0)
+    """
+    began = max((seconds(start) for start in earlier), default=-math.inf)
+    return 0.0 if last_sign is None else max(0.0, last_sign - max(saved, began))
+
+
 def seconds(start: Mapping[str, Any]) -> float:
     """When a start was, in seconds since 1970; infinite if its line does not say it."""
     try:

@@ -380,7 +380,7 @@ def test_the_answer_reads_the_curves():
         heavy: closed_form.Curve(np.array([0.1, 0.3, 0.5]), 0.01),
         bad: closed_form.Curve(np.array([0.3, 0.411, 0.5]), 0.01),
     }
-    about = {"data": "d", "images": 5, "classes": 2, "image_size": [8, 8]}
+    about = {"data": "d", "images": 193, "classes": 2, "image_size": [8, 8]}
     found = answer.Answer(2, clean, curves, about)
     assert found.best(found.groups()["mask 1x1"]) == better
     assert found.gain(better) == pytest.approx(0.2)
@@ -390,6 +390,11 @@ def test_the_answer_reads_the_curves():
     assert "+20.00" in found.summary() and found.summary().endswith("never at this width: mask 2x2, gaussian noise")
     useless = answer.Answer(2, clean, {bad: curves[bad]}, about)
     assert useless.summary().splitlines()[-1].startswith("no corruption of this grid raises alignment at this width")
+    assert section._sentence("run", useless).endswith("no corruption of the grid raises it.")
+    few = answer.Answer(2, clean, curves, about | {"images": 192})  # as many as an image has numbers
+    assert few.summary().splitlines()[-1].startswith("192 images of 192 numbers: a linear map can fit any labels exactly")
+    sentence = section._sentence("run", few)
+    assert sentence.startswith("run: 40.0 % at width 2. 192 images of 192 numbers") and "raises" not in sentence
 
 
 def test_larger_images_keep_their_grid_of_tokens():

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.analysis.alignment import grid, moments
-from crate_jax.analysis.alignment.answer import Answer
+from crate_jax.analysis.alignment.answer import Answer, caution
 from crate_jax.analysis.alignment.closed_form import Aligner
 from crate_jax.data.evaluation import eval_batches
 from crate_jax.data.sampling import sample
@@ -67,11 +67,8 @@ def analyse(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source | N
     start = time.perf_counter()
     found = moments.of_images(batches, len(source.class_names), mesh, config.align.noise, config.data.source)
     log.info("second moments of %d images, D = %d (%.1f s)", found.count, D, time.perf_counter() - start)
-    if found.count <= D:
-        log.warning(
-            "%d images of %d numbers: a linear map can fit any labels exactly, so alignment says little; use more "
-            "images, or a smaller config.data.image_size", found.count, D,
-        )  # fmt: skip
+    if few := caution(found.count, D):
+        log.warning("%s", few)
     start = time.perf_counter()
     aligner = Aligner(found, min(D, max(width, config.align.latents)))
     log.info("principal components (%.1f s)", time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,11 @@ class Answer:
     clean: Curve
     curves: Mapping[Setting, Curve]
     about: Mapping[str, Any]
+
+    @property
+    def caution(self) -> str:
+        """Why alignment says little about these labels; empty if there are enough images."""
+        return caution(self.about["images"], 3 * math.prod(self.about["image_size"]))
 
     def gain(self, setting: Setting, width: int | None = None) -> float:
         """alignment(k) under the corruption minus alignment(k) without it; k is the encoder's width unless given."""
@@ -112,7 +118,7 @@ class Answer:
             verdict = f"never at this width: {', '.join(self.never())}"
         else:
             verdict = "no corruption of this grid raises alignment at this width by more than its numerical error"
-        return "\n".join([head, *lines, verdict])
+        return "\n".join([head, *lines, verdict, *filter(None, [self.caution])])
 
     def markdown(self, command: str) -> str:
         """The whole grid as a page in Markdown; `command` is shown as the command that made it."""
@@ -137,6 +143,20 @@ class Answer:
             "kept share of the dimensions. Bold: the best ratio of each patch size at the encoder's width. Error: the "
             "numerical error in points, without sampling error.", "", first, "|" + "---|" * (len(shown) + 4), *rows, "",
         ])  # fmt: skip
+
+
+def caution(images: int, numbers: int) -> str:
+    """Why alignment says little about the labels of `images` images of so many numbers; empty if there are enough.
+
+    >>> caution(4000, 3072), caution(120, 3072)[:66]
+    ('', '120 images of 3072 numbers: a linear map can fit any labels exactly')
+    """
+    if images > numbers:
+        return ""
+    return (
+        f"{images} images of {numbers} numbers: a linear map can fit any labels exactly, so alignment says little; use "
+        "more images, or a smaller config.data.image_size"
+    )
 
 
 def _points(gain: float) -> str:

@@ -158,6 +158,8 @@ def _choose_patch(config: ConfigDict) -> None:
 def _sentence(name: str, answer: Answer) -> str:
     best = max(answer.curves, key=answer.gain)
     clean = 100 * answer.clean.alignment_K[answer.width - 1]
+    if answer.caution:
+        return f"{name}: {clean:.1f} % at width {answer.width}. {answer.caution}."
     if not answer.is_raised(best):
         return f"{name}: {clean:.1f} % at width {answer.width}, and no corruption of the grid raises it."
     return (
@@ -169,7 +171,8 @@ def _sentence(name: str, answer: Answer) -> str:
 def _caption(name: str, answer: Answer) -> str:
     return (
         f"{name}: points of alignment that a corruption adds at width {answer.width}, against its ratio (mask: removed "
-        "share of the patches; rop: kept share of the dimensions). Below 0 the corruption removes what the labels need."
+        "share of the patches; rop: kept share of the dimensions). Below 0 the corruption removes what the labels need. "
+        "Bars are the numerical error: a point within its bar is 0."
     )
 
 
