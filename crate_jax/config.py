@@ -41,6 +41,7 @@ from crate_jax.validation import (
     items,
     must,
     one_of,
+    place,
     positive,
     within,
 )
@@ -291,8 +292,7 @@ def resumed_changes(config: ConfigDict, before: Mapping[str, Any]) -> dict[str, 
     new, old = flatten(config), flatten(base()) | flatten(before)
     changes = {}
     for name, key in KEYS.items():
-        chooser, *values = key.read_by or ("",)
-        if old[name] != new[name] and is_read(config, name) and (not chooser or new[chooser] in values):
+        if old[name] != new[name] and acts(config, name):
             changes[name] = (old[name], new[name], key.resume)
     return changes
 
@@ -318,9 +318,7 @@ def keys_of_time(config: ConfigDict) -> dict[str, Any]:
     flat = flatten(config)
     found = {}
     for name, key in KEYS.items():
-        chooser, *values = key.read_by or ("",)
-        read = is_read(config, name) and (not chooser or flat[chooser] in values)
-        if read and key.effect and name.partition(".")[0] not in SAME_TIME:
+        if acts(config, name) and key.effect and name.partition(".")[0] not in SAME_TIME:
             found[name] = flat[name]
     return found
 
@@ -354,6 +352,21 @@ def is_read(config: ConfigDict, key: str, params: Mapping[str, Any] | None = Non
     """
     section = key.partition(".")[0]
     return section not in SOME_METHODS_READ or section in parts(config, params)
+
+
+def acts(config: ConfigDict, key: str, params: Mapping[str, Any] | None = None) -> bool:
+    """Whether a run reads a key: its section, as :func:`is_read` says, and in it the key, by the other keys' values.
+
+    >>> c = base()
+    >>> acts(c, "encoder.width"), acts(c, "corruption.rop_ratio"), acts(c, "encoder.stem")
+    (True, False, False)
+    """
+    chooser, *values = (KEYS[key].read_by if key in KEYS else ()) or ("",)
+    if chooser:
+        group, leaf = place(config, chooser)
+        if group[leaf] not in values:
+            return False
+    return is_read(config, key, params)
 
 
 def validate(config: ConfigDict, read: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure as Plot
 from matplotlib.lines import Line2D
 
 from crate_jax.analysis.records import COLUMNS, Logged, read
-from crate_jax.config import WITHOUT_METHOD, base, has_effect, is_read, method_name, parts
+from crate_jax.config import WITHOUT_METHOD, acts, base, has_effect, method_name, parts
 from crate_jax.data import decoding
 from crate_jax.errors import DataError
 from crate_jax.evals.metrics import COMPARED, TOP1, interval, reading
@@ -124,13 +124,26 @@ def _verdict(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table
 
 
 def _fastest(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> dict[str, Cell]:
-    """{run: its speed}, with a mark at the best one if all runs had images of one size on the same known devices."""
-    speeds = {s.name: logged[s.name].summary.get("images_per_sec") for s in subjects}
+    """{run: its speed}, with a mark at the best one if all runs had images of one size on the same known devices.
+
+    Runs that differ only in their seed do not compete: each of them must be faster than all others.
+    """
+    speeds: dict[str, Any] = {s.name: logged[s.name].summary.get("images_per_sec") for s in subjects}
     where = {(logged[s.name].summary.get("devices"), tuple(s.config.data.image_size)) for s in subjects}
-    *others, best = sorted(speed for speed in speeds.values() if speed is not None) or [None]
-    known = len(where) == 1 and None not in next(iter(where)) and others and None not in speeds.values()
-    is_clear = known and best >= FASTER * others[-1]
-    return {name: Best(speed) if is_clear and speed == best else speed for name, speed in speeds.items()}
+    if len(where) != 1 or None in next(iter(where)) or None in speeds.values():
+        return speeds
+    best = max(subjects, key=lambda s: speeds[s.name])
+    same = {s.name: settings(s) == settings(best) for s in subjects}
+    slowest = min(speed for name, speed in speeds.items() if same[name])
+    others = [speed for name, speed in speeds.items() if not same[name]]
+    is_clear = others and slowest >= FASTER * max(others)
+    return {name: Best(speed) if is_clear and name == best.name else speed for name, speed in speeds.items()}
+
+
+def settings(subject: Subject) -> dict[str, Any]:
+    """The keys that a run reads and on which its numbers depend, without its seed: they are the same in a recipe."""
+    flat = flatten(subject.config)
+    return {k: v for k, v in flat.items() if k != "seed" and has_effect(k) and acts(subject.config, k)}
 
 
 def _estimate(summary: Mapping[str, Any], key: str) -> Estimate | float | None:
@@ -348,13 +361,23 @@ def _results(logged: Mapping[str, Logged]) -> Table | None:
 
 
 def _settings(subjects: Sequence[Subject], logged: Mapping[str, Logged]) -> Table | None:
-    """The keys in which the runs differ; for a single run, the keys in which it differs from the defaults."""
-    flat = {s.name: flatten(s.config) | told(logged[s.name]) for s in subjects}
+    """The keys in which the runs differ; for a single run, the keys in which it differs from the defaults.
+
+    A key that a run does not read has no value there. One that a single run reads stands here if it is not the default.
+    """
+    default, flat = flatten(base()), {}
+    for s in subjects:
+        own = flatten(s.config) | told(logged[s.name])
+        flat[s.name] = {k: v for k, v in own.items() if has_effect(k) and acts(s.config, k, s.params)}
+    keys = dict.fromkeys(k for f in flat.values() for k in sorted(f))
     if len(flat) == 1:
-        flat["default"] = flatten(base())
-    read = {k for s in subjects for k in flatten(s.config) if has_effect(k) and is_read(s.config, k, s.params)}
-    keys = dict.fromkeys(k for f in flat.values() for k in sorted(f) if k in read)
-    differing = [k for k in keys if len({repr(f.get(k)) for f in flat.values()}) > 1]
+        flat["default"] = default
+
+    def differs(key: str) -> bool:
+        values = [repr(f[key]) for f in flat.values() if key in f]
+        return len({*values, *([repr(default.get(key))] if len(values) == 1 else [])}) > 1
+
+    differing = [k for k in keys if differs(k)]
     rows = [(k, *(shown(f.get(k)) for f in flat.values())) for k in differing]
     if not rows:
         return None

@@ -11,12 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 
 from crate_jax.analysis import logged, records
-from crate_jax.config import has_effect, is_read
 from crate_jax.evals import seeds
 from crate_jax.report.section import Cell, Estimate, Figure, Section, Subject, Table
 from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape
-from crate_jax.validation import flatten
 
 SCORES = {name: shown for name, shown in records.COLUMNS.items() if name not in ("top5", "pixel_accuracy")}
 Recipes = dict[str, list[Subject]]  # name of a recipe -> its runs
@@ -59,7 +57,7 @@ def group(subjects: Sequence[Subject]) -> Recipes:
 
     Two runs have the same recipe if all keys are equal that both read and that their numbers depend on, but the seed.
     """
-    flat = [_settings(s) for s in subjects]
+    flat = [logged.settings(s) for s in subjects]
     keys = sorted({key for f in flat for key in f})
     differing = [k for k in keys if len({repr(f.get(k)) for f in flat}) > 1]
     out: Recipes = {}
@@ -67,11 +65,6 @@ def group(subjects: Sequence[Subject]) -> Recipes:
         name = ", ".join(f"{k}={logged.shown(f[k])}" for k in differing if k in f)
         out.setdefault(name or "all runs", []).append(subject)
     return out
-
-
-def _settings(subject: Subject) -> dict[str, Any]:
-    flat = flatten(subject.config)
-    return {k: v for k, v in flat.items() if k != "seed" and has_effect(k) and is_read(subject.config, k)}
 
 
 def _numbers(runs: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]], score: str) -> dict[int, float]:

@@ -93,8 +93,10 @@ def lost(earlier: Sequence[Mapping[str, Any]], saved: float, last_sign: float | 
       last_sign: when the run last wrote to its records; None: it never did.
 
     >>> first, second = {"time": "2026-01-01T00:00:00+00:00"}, {"time": "2026-01-01T01:00:00+00:00"}
-    >>> lost([first], seconds(first) + 60, seconds(first) + 95), lost([first, second], seconds(first), seconds(second) + 7)
-    (35.0, 7.0)
+    >>> lost([first], seconds(first) + 60, seconds(first) + 95)
+    35.0
+    >>> lost([first, second], seconds(first) + 60, seconds(second) + 7)
+    7.0
     """
     began = max((seconds(start) for start in earlier), default=-math.inf)
     return 0.0 if last_sign is None else max(0.0, last_sign - max(saved, began))

@@ -392,7 +392,7 @@ def test_the_answer_reads_the_curves():
     assert useless.summary().splitlines()[-1].startswith("no corruption of this grid raises alignment at this width")
     assert section._sentence("run", useless).endswith("no corruption of the grid raises it.")
     few = answer.Answer(2, clean, curves, about | {"images": 192})  # as many as an image has numbers
-    assert few.summary().splitlines()[-1].startswith("192 images of 192 numbers: a linear map can fit any labels exactly")
+    assert few.summary().splitlines()[-1].startswith("192 images of 192 numbers: a linear map can fit any labels")
     sentence = section._sentence("run", few)
     assert sentence.startswith("run: 40.0 % at width 2. 192 images of 192 numbers") and "raises" not in sentence
 

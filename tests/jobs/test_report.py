@@ -445,16 +445,38 @@ def test_the_fastest_run_is_marked_where_speeds_compare(tmp_path):
     def verdict(*summaries):
         logs = {str(i): records.Logged([], s, [], []) for i, s in enumerate(summaries)}
         subjects = [Subject(name, configs.base(), {}, None, None, None, None) for name in logs]
+        for i, s in enumerate(subjects):
+            s.config.seed, s.config.encoder.depth = i, depths[i]
         return [isinstance(speed, Best) for speed in logged._fastest(subjects, logs).values()]
 
+    depths = range(1, 9)
     one, fast, near = ({"images_per_sec": x, "devices": "1 x cpu"} for x in (100.0, 120.0, 115.0))
     assert verdict(one, fast, one) == [False, True, False]
     assert verdict(one, fast, near) == [False] * 3 and verdict(fast) == [False] and verdict({}, {}) == [False] * 2
     assert verdict(one, fast | {"devices": "1 x gpu"}) == [False] * 2 == verdict(one, {"images_per_sec": 900.0})
+    depths = [2, 2, 3]  # two seeds of a recipe, and another one
+    assert verdict(one, fast) == [False] * 2 and verdict(fast, one, one) == [False] * 3
+    assert verdict(near, fast, one) == [False, True, False]
     table = Table("t", ("run", "images/s"), (("a", Best(120.0)), ("b", 100.0)))
     html = page.render("t", {"r": "r"}, [Section("S", "", tables=(table,))], {})
     assert '<td data-number="120.0" title="120.0" class="number"><strong>120</strong></td>' in html
     assert job._plain(Best(120.0)) == 120.0
+
+
+def test_settings_are_those_that_a_run_reads():
+    """Seen: a resnet18 had encoder.depth 12 and a rop_ratio, beside a CRATE under a mask."""
+    crate, cnn, other = (configs.base() for _ in range(3))
+    crate.encoder.depth, crate.corruption.rop_ratio, crate.corruption.mask_ratio = 2, 0.3, 0.6
+    cnn.encoder.name, cnn.method, cnn.decoder.depth, cnn.seed = "resnet18", "vicreg", 5, 4
+    other.encoder.depth = 3
+    subjects = [Subject(n, c, {}, None, None, None, None) for n, c in (("a", crate), ("b", cnn), ("c", other))]
+    logs = {s.name: records.Logged([], {}, [], []) for s in subjects}
+    rows = {key: values for key, *values in logged._settings(subjects, logs).rows}
+    assert rows["encoder.depth"] == [2, None, 3] and rows["corruption.mask_ratio"] == [0.6, None, 0.75]
+    assert rows["seed"] == [0, 4, 0] and not {"corruption.rop_ratio", "decoder.depth"} & set(rows)
+    alone = logged._settings(subjects[:1], {"a": logs["a"]})
+    assert alone.columns == ("config", "this run", "default")
+    assert alone.rows == (("corruption.mask_ratio", 0.6, 0.75), ("encoder.depth", 2, 12))
 
 
 def test_what_telemetry_saw_of_the_layers_is_drawn(tmp_path):

@@ -171,8 +171,8 @@ def _sentence(name: str, answer: Answer) -> str:
 def _caption(name: str, answer: Answer) -> str:
     return (
         f"{name}: points of alignment that a corruption adds at width {answer.width}, against its ratio (mask: removed "
-        "share of the patches; rop: kept share of the dimensions). Below 0 the corruption removes what the labels need. "
-        "Bars are the numerical error: a point within its bar is 0."
+        "share of the patches; rop: kept share of the dimensions). Below 0 the corruption removes what the labels "
+        "need. Bars are the numerical error: a point within its bar is 0."
     )
 
 
