@@ -92,7 +92,7 @@ def _means(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Table | No
 
 
 def _estimate(mean: seeds.Mean, best: bool) -> Estimate | float:
-    if mean.seeds == 1:
+    if not mean.std:  # one seed, or no spread that an interval could follow from
         return 100 * mean.value
     return Estimate(100 * mean.value, 100 * mean.low, 100 * mean.high, best)
 
@@ -104,9 +104,12 @@ def _differences(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Tabl
         compared = seeds.compare([by[name] for name in names], 0)
         for name, d in zip(names[1:], compared[1:], strict=True):
             if d is not None:
+                row = (name, SCORES[score], d.seeds)
+                if np.isnan(d.p):
+                    rows.append((*row, 100 * d.value, None, "not tested: it is the same for each seed"))
+                    continue
                 estimate = Estimate(100 * d.value, 100 * d.low, 100 * d.high)
-                verdict = "clear" if d.clear else "within the noise"
-                rows.append((name, SCORES[score], d.seeds, estimate, None if np.isnan(d.p) else d.p, verdict))
+                rows.append((*row, estimate, d.p, "clear" if d.clear else "within the noise"))
     if not rows:
         return None
     columns = ("recipe", "score", "seeds", "difference in points", "p", "verdict")
@@ -123,7 +126,7 @@ def _figure(score: str, by: Mapping[str, Mapping[int, float]]) -> Figure:
             continue
         ax.plot([100 * x for x in of.values()], [y] * len(of), "|", color=f"C{y}", markersize=11)
         ax.plot(100 * mean.value, y, "o", color=f"C{y}")
-        if mean.seeds > 1:
+        if mean.std:
             ax.plot([100 * mean.low, 100 * mean.high], [y, y], "-", color=f"C{y}", alpha=0.4, linewidth=3)
     ax.set_yticks(range(len(by)), [escape(name) for name in by])
     ax.set_ylim(len(by) - 0.5, -0.5)

@@ -19,7 +19,8 @@ class Mean:
     Attributes:
       value: the mean.
       std: the sample standard deviation, which estimates the spread of single runs; 0 for one seed.
-      low: the lower end of the 95 % interval of the mean (Student's t); NaN for one seed.
+      low: the lower end of the 95 % interval of the mean (Student's t); NaN for one seed, and if all numbers are equal,
+        as few test images make likely: then nothing tells how the next seed would differ.
       high: its upper end.
       seeds: the number of seeds.
     """
@@ -41,9 +42,7 @@ def mean(values: Sequence[float]) -> Mean | None:
         return None
     middle, count = float(np.mean(values)), len(values)
     std = float(np.std(values, ddof=1)) if np.ptp(values) else 0.0
-    low, high = (
-        _t_test(values).confidence_interval(LEVEL) if std else (middle, middle) if count > 1 else (np.nan, np.nan)
-    )
+    low, high = _t_test(values).confidence_interval(LEVEL) if std else (np.nan, np.nan)
     return Mean(middle, std, float(low), float(high), count)
 
 
@@ -53,7 +52,7 @@ class Difference:
 
     Attributes:
       value: the mean of the differences, seed by seed.
-      low: the lower end of its 95 % interval.
+      low: the lower end of its 95 % interval; NaN where p is.
       high: its upper end.
       p: the p-value of a paired t-test, two-sided; :func:`compare` corrects it for the number of comparisons. NaN
         where all differences are equal, so that there is no spread to compare with.

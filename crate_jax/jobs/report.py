@@ -17,17 +17,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crate_jax import __version__, data
-from crate_jax.analysis import logged, neighbours, projection, recipes, records
+from crate_jax.analysis import logged, neighbours, projection, recipes
 from crate_jax.analysis.alignment import initialisation, section as alignment_section, speed
 from crate_jax.analysis.collapse import section as collapse_section
 from crate_jax.analysis.whitebox import completion, section as whitebox_section
 from crate_jax.config import KEYS, OF_THE_RUN, base, validate
 from crate_jax.convert import files, pretrained
 from crate_jax.errors import ConfigError, DataError, UserError, escaped
-from crate_jax.models import grids
+from crate_jax.models import grids, representation
 from crate_jax.parallel import distributed, parameters, sharding
 from crate_jax.report import page
-from crate_jax.report.section import Best, Cell, Estimate, Section, Subject
+from crate_jax.report.section import Absent, Best, Cell, Estimate, Section, Subject
 from crate_jax.validation import flatten, items, place
 from crate_jax.workdir import bucket, checkpoint, checkpoint_files, metrics, mirror
 from crate_jax.workdir.folder import expanduser, lock, readable
@@ -67,8 +67,8 @@ class Analysis:
 
     Attributes:
       title: the section's title, which the page shows if the section is missing.
-      run: the function from subjects to the section; it raises UserError if the section is not possible, and returns
-        None if the section has nothing to say about these subjects.
+      run: the function from subjects to the section; it raises UserError (Absent, if all processes know why) if the
+        section is not possible, and returns None if nobody misses it.
       needs_images: whether `run` gets only subjects whose images can be read.
       needs_runs: whether the section is about runs. If it is not, it is made only if config.report.sections names it.
       folded: whether the page folds it, if it is not the only one; it always folds more than MAX_SHOWN figures.
@@ -314,10 +314,10 @@ def about(chosen: Sequence[str], subjects: Sequence[Subject]) -> str:
 
 def _operations(subject: Subject) -> float:
     """FLOP, about, of an image that passes the run's encoder: each parameter acts at each place of the last layer."""
-    size = parameters.count(subject.params.get("encoder", {}))
-    if not size:  # after training: of the whole model
-        with contextlib.suppress(UserError):  # a damaged record costs the sections that show it, not the page
-            size = records.read(subject.workdir).summary.get("params") or 0
+    encoder = subject.params.get("encoder")
+    if encoder is None:  # after training; the heads of a method, which its record counts, do not run
+        encoder = jax.eval_shape(lambda: representation.init_params(subject.config, jax.random.key(0)))
+    size = parameters.count(encoder)
     height, width = grids(subject.config)[-1]
     return 2.0 * size * height * width
 
@@ -410,8 +410,10 @@ def analyse(
             if analysis.needs_images:
                 log.info("%s took %.1f s", analysis.title, time.monotonic() - start)
         except UserError as e:
-            if distributed.processes() > 1:  # the other processes may still be in this section
+            if distributed.processes() > 1 and not isinstance(e, Absent):  # the others may still be in this section
                 raise
+            if analysis.needs_images:
+                log.info("%s: left out, %s", analysis.title, e)
             missing[analysis.title] = str(e)
     return sections, missing
 

@@ -178,13 +178,17 @@ def difference(found: seeds.Difference | None) -> str:
 
     >>> difference(seeds.Difference(0.012, 0.003, 0.021, 0.031, 3))
     '+1.2 [+0.3, +2.1], p = 0.031'
+    >>> difference(seeds.Difference(0.012, np.nan, np.nan, np.nan, 3))
+    '+1.2 for each seed, not tested'
     """
     if found is None:
         return "-"
+    if np.isnan(found.p):
+        return f"{100 * found.value:+.1f} for each seed, not tested"
     text = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     if not found.clear:
         text += ", within the noise"
-    return text if found.p != found.p else f"{text}, p = {found.p:.2g}"
+    return f"{text}, p = {found.p:.2g}"
 
 
 def _entry(found: seeds.Mean | None, is_share: bool, with_interval: bool) -> str:
@@ -198,6 +202,7 @@ def _entry(found: seeds.Mean | None, is_share: bool, with_interval: bool) -> str
     )
     if found.seeds == 1:
         return mean
+    with_interval = with_interval and found.std > 0
     return f"{mean} ± {std} [{low}, {high}]" if with_interval else f"{mean} ± {std}"
 
 

@@ -14,6 +14,11 @@ from matplotlib.figure import Figure as Plot
 from ml_collections import ConfigDict
 
 from crate_jax.data import Source
+from crate_jax.errors import DataError
+
+
+class Absent(DataError):
+    """A section is not possible, for a reason that all processes see before one of them computes."""
 
 
 @dataclasses.dataclass(frozen=True)

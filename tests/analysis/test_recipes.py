@@ -64,6 +64,13 @@ def test_a_difference_within_the_noise_is_called_so(tmp_path):
     means, differences = recipes.section(runs).tables
     assert not any(row[2].best for row in means.rows)
     assert differences.rows[0][-1] == "within the noise"
+    other = tmp_path / "equal"
+    other.mkdir()
+    scores = ((0.25, 0, 0.4), (0.25, 1, 0.4), (0.75, 0, 0.38), (0.75, 1, 0.38))
+    runs = [subject(other, r, seed, p) for r, seed, p in scores]
+    means, differences = recipes.section(runs).tables
+    assert [row[2] for row in means.rows] == [pytest.approx(40), pytest.approx(38)]
+    assert differences.rows[0][3:] == (pytest.approx(-2), None, "not tested: it is the same for each seed")
 
 
 def test_runs_of_one_recipe_and_seed_count_as_one_and_are_named(tmp_path):

@@ -14,6 +14,7 @@ from crate_jax.data import eval_images
 from crate_jax.models import autoencoder
 from crate_jax.parallel import sharding
 from crate_jax.report import Subject
+from crate_jax.report.section import Absent
 from crate_jax.workdir import checkpoint
 
 pytestmark = pytest.mark.one_python
@@ -101,4 +102,5 @@ def test_the_section_has_the_rates_of_the_bands(tmp_path, monkeypatch):
     np.testing.assert_allclose(found["variance"]["last"], expected.last, rtol=1e-4)
     np.testing.assert_allclose(found["variance"]["rate"], expected.rate)
     monkeypatch.setattr(section, "MAX_CHECKPOINTS", 3)
-    assert speed.section([subject]) is None
+    with pytest.raises(Absent, match="kept 4 checkpoints"):
+        speed.section([subject])

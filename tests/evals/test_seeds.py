@@ -63,3 +63,4 @@ def test_too_few_seeds_or_recipes_have_no_best(recipes):
 def test_differences_without_spread_are_not_called_clear():
     same = seeds.paired({0: 0.2, 1: 0.3}, {0: 0.1, 1: 0.2})
     assert same.value == pytest.approx(0.1) and not same.clear
+    assert np.isnan([same.low, same.high, same.p]).all()  # an interval of no width would look like certainty

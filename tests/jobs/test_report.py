@@ -22,11 +22,11 @@ from configs import quickstart, report as report_config
 from crate_jax import config as configs, data, validation
 from crate_jax.analysis import logged, neighbours, records
 from crate_jax.data.sources import SyntheticSource
-from crate_jax.errors import CheckpointError, ConfigError, DataError
+from crate_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from crate_jax.jobs import report as job, train
 from crate_jax.parallel import sharding
 from crate_jax.report import Figure, Section, Subject, Table, page, svg
-from crate_jax.report.section import Best, Estimate
+from crate_jax.report.section import Absent, Best, Estimate
 from crate_jax.validation import flatten
 from crate_jax.workdir import pictures
 
@@ -411,6 +411,24 @@ def test_a_report_of_all_sections_computes_them_and_says_before_how_long(runs, t
     assert "This report lacks" not in caplog.text and 'href="#more"' not in read(tmp_path)[0]
 
 
+def test_what_all_processes_miss_ends_no_report(monkeypatch, caplog):
+    """With several processes another error does: the others may be in the middle of the section."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(job.distributed, "processes", lambda: 2)
+
+    def missing(error):
+        def section(_):
+            raise error
+
+        monkeypatch.setitem(job.SECTIONS, "views", job.Analysis("Seen", section, needs_runs=False))
+        return job.analyse([], ["views"])[1]
+
+    assert missing(Absent("no run has a decoder")) == {"Seen": "no run has a decoder"}
+    assert caplog.records[-1].getMessage() == "Seen: left out, no run has a decoder"
+    with pytest.raises(UserError, match="a disk"):
+        missing(UserError("a disk"))
+
+
 def test_a_shorter_report_leaves_what_an_earlier_one_has_computed(tmp_path):
     one, two = (Section(title, "") for title in ("Overview", "Alignment"))
     for sections in ([one, two], [one], [one]):
@@ -439,6 +457,8 @@ def test_estimates_grow_with_runs_images_and_encoders():
     assert said(["alignment"], (small, 10), (other, 10)) == "about 3 minutes for 2 runs on two idle CPU cores"
     assert said(["neighbours"], (config, 86 * 10**6)) == "about 23 minutes on two idle CPU cores"
     assert said(["collapse"], (config, 86 * 10**6)) == "about 3 hours on two idle CPU cores"
+    subject = Subject("", config, {}, None, None, None, None)  # as training writes its page
+    assert job.about(["neighbours"], [subject]) == "about 22 minutes on two idle CPU cores"
 
 
 def test_the_fastest_run_is_marked_where_speeds_compare(tmp_path):

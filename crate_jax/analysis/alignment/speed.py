@@ -23,7 +23,7 @@ from crate_jax.analysis.alignment import bands
 from crate_jax.analysis.alignment.section import BAND_IMAGES, EDGES, TEST_IMAGES, given_means, run_steps
 from crate_jax.data import eval_images
 from crate_jax.data.sampling import sample
-from crate_jax.report.section import Figure, Section, Subject, Table
+from crate_jax.report.section import Absent, Figure, Section, Subject, Table
 from crate_jax.report.style import tidy
 from crate_jax.workdir import checkpoint
 
@@ -142,17 +142,19 @@ class Answer:
     bands_within: int
 
 
-def section(subjects: Sequence[Subject]) -> Section | None:
+def section(subjects: Sequence[Subject]) -> Section:
     """The section: rates by band of variance and of frequency for each run with LEAST_CHECKPOINTS checkpoints or more.
 
-    Returns:
-      None if there is no such run.
+    Raises:
+      Absent: there is no such run.
     """
     chosen = [s for s in subjects if s.config.data.channels == 3 and s.train is not None]
     chosen = [s for s in chosen if len(run_steps(s)) >= LEAST_CHECKPOINTS]
     parts = [_of_run(subject) for subject in chosen]
     if not parts:
-        return None
+        raise Absent(
+            f"no run with a decoder and images of three channels kept {LEAST_CHECKPOINTS} checkpoints (config.save.keep)"
+        )
     figures, tables, sentences, numbers = zip(*parts, strict=True)
     return Section(
         title="What is learned when?",

@@ -17,10 +17,9 @@ from ml_collections import ConfigDict
 from crate_jax import data
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
-from crate_jax.errors import DataError
 from crate_jax.methods.reconstruction import predict, reconstruct, silent
 from crate_jax.models import autoencoder, corruption as corruptions
-from crate_jax.report.section import Cell, Estimate, Figure, Section, Subject, Table
+from crate_jax.report.section import Absent, Cell, Estimate, Figure, Section, Subject, Table
 from crate_jax.workdir.pictures import reconstruction_grid
 
 BATCH = 64
@@ -38,11 +37,11 @@ def section(subjects: Sequence[Subject]) -> Section:
       subjects: the runs. Each is measured on at most `config.whitebox.images` images of either split.
 
     Raises:
-      DataError: no run has a decoder.
+      Absent: no run has a decoder.
     """
     subjects = [s for s in subjects if "decoder" in s.params]
     if not subjects:
-        raise DataError("no run has a decoder")
+        raise Absent("no run has a decoder")
     images = subjects[0].config.whitebox.images  # a key of the report, so all runs have the same number
     found = {
         s.name: {

@@ -14,9 +14,8 @@ from crate_jax import data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, theory
 from crate_jax.data.pixels import normalise
 from crate_jax.data.sampling import sample
-from crate_jax.errors import DataError
 from crate_jax.models import ENCODERS
-from crate_jax.report.section import Figure, Section, Subject, Table
+from crate_jax.report.section import Absent, Figure, Section, Subject, Table
 from crate_jax.report.style import tidy
 
 BATCH = 64
@@ -103,11 +102,11 @@ def _transformers(subjects: Sequence[Subject]) -> list[Subject]:
     """The runs whose encoder is made of transformer blocks.
 
     Raises:
-      DataError: there are none.
+      Absent: there are none.
     """
     found = [s for s in subjects if ENCODERS[s.config.encoder.name].patches]
     if not found:
-        raise DataError(f"an encoder {subjects[0].config.encoder.name!r} has no attention and no tokens of patches")
+        raise Absent(f"an encoder {subjects[0].config.encoder.name!r} has no attention and no tokens of patches")
     return found
 
 
@@ -119,7 +118,7 @@ def section(subjects: Sequence[Subject]) -> Section:
         training split if it has no evaluation split. A run without images has only the measures of its weights.
 
     Raises:
-      DataError: no run has an encoder of transformer blocks.
+      Absent: no run has an encoder of transformer blocks.
     """
     subjects = _transformers(subjects)
     images = subjects[0].config.whitebox.images  # a key of the report, so all runs have the same number
@@ -244,7 +243,7 @@ def pictures_section(subjects: Sequence[Subject]) -> Section:
     """The section with reconstructions at several ratios, attention maps and principal components of all transformers.
 
     Raises:
-      DataError: no run has an encoder of transformer blocks.
+      Absent: no run has an encoder of transformer blocks.
     """
     subjects = _transformers(subjects)
     figures: list[Figure] = []
