@@ -33,7 +33,7 @@ CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
     "lr": ("learning rate", "Learning rate."),
     "grad_norm": ("gradient norm", "Norm of the gradient before clipping, the mean between two log points."),
-    "images_per_sec": ("images/s", "Training speed; the first point includes the compilation."),
+    "images_per_sec": ("images/s", "Training speed; the first point of each start includes the compilation."),
     "probe_top1": ("probe accuracy (%)", "Top-1 accuracy of a logistic regression on frozen features during training."),
     "knn_top1": ("k-NN accuracy (%)", "Top-1 accuracy of nearest neighbours on frozen features during training."),
     "rankme": ("RankMe", "RankMe of frozen features during training: how many dimensions they use."),

@@ -99,7 +99,7 @@ def _estimate(mean: seeds.Mean, best: bool) -> Estimate | float:
 
 def _differences(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Table | None:
     names = list(dict.fromkeys(name for by in found.values() for name in by))
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for score, by in found.items():
         compared = seeds.compare([by[name] for name in names], 0)
         for name, d in zip(names[1:], compared[1:], strict=True):

@@ -130,7 +130,8 @@ class FrozenEvaluation:
         self.mark = "rankme"
         # We check the names of the classes, not the labels: to read the labels of a TFDS split is to read all of it.
         if train.class_names is None or test is None or test.class_names is None:
-            log.info("no k-NN and no probe: both need labels and an evaluation split (config.data.eval_split)")
+            lacks = "an evaluation split (config.data.eval_split)" if test is None else "labels"
+            log.info("no k-NN and no probe: the images have not %s", lacks)
         else:
             self._splits = (train, test)
             self.mark = "knn_top1"

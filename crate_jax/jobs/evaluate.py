@@ -130,9 +130,12 @@ def show(record: dict[str, Any]) -> None:
         print(f"{setting}" + (f", chosen on {record['selected_on']}" if "selected_on" in record else ""))
     if record.get("converged") is False:
         print("not converged: the accuracy is not that of the setting")
+    for shot in record.get("fewshot", ())[:-1]:
+        print(f"{'top1':<20}{shot['top1']:>8.1%}, {shot['shots']} training images per class")
+    of = f", {record['fewshot'][-1]['shots']} training images per class" if record.get("fewshot") else ""
     for name, value in record.items():
         if isinstance(value, float) and name in SHOWN:
-            print(f"{name:<20}{value:>8.1%}")
+            print(f"{name:<20}{value:>8.1%}{of}")
     for line in reading(record):
         print(line)
     if record.get("report"):  # after a training run

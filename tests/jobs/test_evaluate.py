@@ -83,6 +83,18 @@ def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, 
     assert len(calls) > computed and "random" in results(tmp_path)[-1]["checkpoint"]
 
 
+def test_scores_of_few_images_say_how_many(capsys):
+    """Seen: a single top-1, and nothing told that it is the one with ten images per class."""
+    shots = [{"shots": n, "top1": share, "trials": 5} for n, share in ((1, 0.256), (5, 0.302), (10, 0.312))]
+    job.show({"protocol": "fewshot", "checkpoint": "c", "data": "d", "fewshot": shots, "top1": 0.312})
+    assert capsys.readouterr().out.splitlines()[1:4] == [
+        f"top1                   {share}%, {n} training images per class"
+        for share, n in ((25.6, 1), (30.2, 5), (31.2, 10))
+    ]
+    job.show({"protocol": "logreg", "checkpoint": "c", "data": "d", "top1": 0.9})
+    assert capsys.readouterr().out.splitlines()[1] == "top1                   90.0%"
+
+
 def test_features_are_kept_under_all_that_they_depend_on():
     encoder = pretrained.Pretrained("", {}, {}, "some digest")
 

@@ -153,7 +153,8 @@ def section(subjects: Sequence[Subject]) -> Section:
     parts = [_of_run(subject) for subject in chosen]
     if not parts:
         raise Absent(
-            f"no run with a decoder and images of three channels kept {LEAST_CHECKPOINTS} checkpoints (config.save.keep)"
+            f"no run with a decoder and images of three channels kept {LEAST_CHECKPOINTS} checkpoints, see "
+            "config.save.keep"
         )
     figures, tables, sentences, numbers = zip(*parts, strict=True)
     return Section(

@@ -95,15 +95,21 @@ def section(subjects: Sequence[Subject], images: int = IMAGES, classes: int = CL
 
 def _text(features: Features, lidars: Mapping[str, Mapping[str, Lidar]]) -> str:
     rows = sorted({m.rows for run in features.values() for m in run.values()})
-    warnings = list(
-        dict.fromkeys(
-            f"{run}, {place}: {text}."
-            for results in (features, lidars)
-            for run, found in results.items()
-            for place, measured in found.items()
-            for text in measured.warnings
-        )
-    )
+    places: dict[str, dict[str, list[str]]] = {}  # warning -> run -> places
+    for results in (features, lidars):
+        for run, found in results.items():
+            for place, measured in found.items():
+                for text in measured.warnings:
+                    places.setdefault(text, {}).setdefault(run, []).append(place)
+    warnings = [
+        f"{'; '.join(_of_run(run, at, features[run]) for run, at in runs.items())}: {text}."
+        for text, runs in places.items()
+    ]
+    used = [
+        f"{run}: the representation uses {found['representation'].rankme:.3g} of {found['representation'].width} "
+        "dimensions (RankMe)."
+        for run, found in features.items()
+    ]
     return " ".join(
         [
             "Features have collapsed when a few directions hold nearly all their variance (arXiv 2411.00392).",
@@ -115,9 +121,19 @@ def _text(features: Features, lidars: Mapping[str, Mapping[str, Lidar]]) -> str:
             "one image. Views are drawn as in training: under joint embedding by config.views (crop, flip, colours,",
             "grey, blur, solarisation), otherwise by config.data (crop, flip, RandAugment). Off-diagonal is the share",
             "of the covariance's squared mass that lies off its diagonal.",
+            *used,
             *(["LIMITED:", *warnings] if warnings else []),
         ]
     )
+
+
+def _of_run(run: str, places: Sequence[str], known: Mapping[str, Any]) -> str:
+    """The run and the places that a warning is about; all of them: the run alone.
+
+    >>> _of_run("a", ["input"], {"input": 1, "block 1": 2}), _of_run("a", ["input"], {"input": 1})
+    ('a (input)', 'a')
+    """
+    return run if set(places) == set(known) else f"{run} ({', '.join(places)})"
 
 
 def _feature_table(features: Features, lidars: Mapping[str, Mapping[str, Lidar]]) -> Table:
