@@ -448,6 +448,11 @@ def test_section_has_every_measure_of_every_run(subjects):
     assert len(section.figures) == 8
     assert all(drawn(figure) > 0.01 for figure in section.figures)
     json.dumps(section.numbers)
+    change = np.asarray(section.numbers["white"]["encoder"]["compression"]["mean"])
+    assert f"white: {(change < 0).sum()} of 3 encoder layers compress" in section.text and "black: " not in section.text
+    assert "white: 1 of 2 encoder layers compress their tokens towards their subspaces; by the theory all do." in (
+        sections._compressing({"white": {"encoder": {"compression": (np.array([-0.1, 0.2]), None)}}})
+    )
     (table,) = section.tables
     assert [row[:3] for row in table.rows] == [
         (name, part, layer + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ PLOTS: tuple[tuple[str | None, str | None, str, str], ...] = (
         None, "inversion_error_linear", "relative error",
         "Inversion: relative error of the best linear map from the output of decoder layer l to the input of encoder "
         "layer L + 1 - l, on what the corruption removed, without the effect of position; 0: the output holds all, "
-        "1: nothing.",
+        "1: nothing; above 1 the map, fitted on other images, does worse than their mean.",
     ),
 )  # fmt: skip
 COLUMNS = {  # measure -> column of the table
@@ -108,6 +108,9 @@ def _transformers(subjects: Sequence[Subject]) -> list[Subject]:
     if not found:
         raise Absent(f"an encoder {subjects[0].config.encoder.name!r} has no attention and no tokens of patches")
     return found
+
+
+Profile = dict[str, dict[str, tuple[np.ndarray, np.ndarray | None]]]
 
 
 def section(subjects: Sequence[Subject]) -> Section:
@@ -156,7 +159,7 @@ def section(subjects: Sequence[Subject]) -> Section:
             "deviation over images. The encoder gets clean images, the decoder the tokens under the run's own "
             "corruption. Rates are in nats per image, with "
             f"eps^2 = {whitebox.PRECISION} as in the released script; the paper states no value. They grow with the "
-            "number of tokens and with the width: compare only runs of one shape."
+            "number of tokens and with the width: compare only runs of one shape." + _compressing(measured)
         ),
         figures=tuple(figures),
         tables=(
@@ -182,12 +185,23 @@ def section(subjects: Sequence[Subject]) -> Section:
     )
 
 
+def _compressing(measured: Mapping[str, Profile]) -> str:
+    """A sentence for each run about the layers whose MSSA lowers the coding rate against the subspaces."""
+    sentences = []
+    for name, parts in measured.items():
+        if "compression" in parts.get("encoder", {}):
+            change_L = parts["encoder"]["compression"][0]
+            falls = int(np.sum(change_L < 0))
+            sentences.append(
+                f" {name}: {falls} of {len(change_L)} encoder layers compress their tokens towards their subspaces"
+                + ("." if falls == len(change_L) else "; by the theory all do.")
+            )
+    return "".join(sentences)
+
+
 def _at(layers: dict[str, tuple[np.ndarray, np.ndarray | None]], measure: str, layer: int) -> float | None:
     mean = layers[measure][0] if measure in layers else ()
     return float(mean[layer]) if layer < len(mean) else None
-
-
-Profile = dict[str, dict[str, tuple[np.ndarray, np.ndarray | None]]]
 
 
 def profile(subject: Subject, images: int) -> Profile:
