@@ -181,6 +181,10 @@ def _text(logged: Mapping[str, Logged]) -> str:
     unfinished = [name for name, log in logged.items() if log.metrics and not log.summary]
     for name, log in logged.items():
         lines += [f"{name}, {line}." for line in reading(log.summary, intervals=False)]  # the table has those
+    scores = (*TOP1, "miou")
+    silent = [n for n, log in logged.items() if log.summary and all(log.summary.get(k) is None for k in scores)]
+    if silent:
+        lines.append(f"Without scores, as their images have not labels and an evaluation split: {', '.join(silent)}.")
     if unfinished:
         lines.append(f"Not finished when this page was written: {', '.join(unfinished)}.")
     return " ".join(lines)

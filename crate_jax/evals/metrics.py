@@ -100,7 +100,7 @@ def reading(scores: Mapping[str, Any], intervals: bool = True) -> list[str]:
     95 % intervals on 360 test images: k-NN 9.0 to 15.7 %
     k-NN: not clearly above 10.0 %, the accuracy of always answering the most frequent class
     k-NN: not above the untrained encoder
-    k-NN: below raw pixels, the values of the images themselves; train for longer, or try another method
+    k-NN: below raw pixels, the values of the images themselves; train longer, on more images or by another method
     >>> len(reading({**scores, "test_images": 360, "majority_top1": 0.1}, intervals=False))
     3
     """
@@ -120,6 +120,7 @@ def reading(scores: Mapping[str, Any], intervals: bool = True) -> list[str]:
         lines.append(f"{level}: not above the untrained encoder")
     if beaten := " and ".join(TOP1[name] for name in found if (scores.get(f"{name}_pixels") or 0) > found[name]):
         lines.append(
-            f"{beaten}: below raw pixels, the values of the images themselves; train for longer, or try another method"
+            f"{beaten}: below raw pixels, the values of the images themselves; train longer, on more images or by another "
+            "method"
         )
     return lines

@@ -483,6 +483,14 @@ def test_the_fastest_run_is_marked_where_speeds_compare(tmp_path):
     assert job._plain(Best(120.0)) == 120.0
 
 
+def test_a_run_without_scores_is_named():
+    scored, silent, unlabelled = {"probe_top1": 0.4}, {"steps": 9}, {"knn_top1": None, "probe_top1": None}
+    logs = {str(i): records.Logged([], s, [], []) for i, s in enumerate((scored, silent, unlabelled, {}))}
+    text = logged._text(logs)
+    assert "Without scores, as their images have not labels and an evaluation split: 1, 2." in text
+    assert "Without scores" not in logged._text({"0": logs["0"]})
+
+
 def test_settings_are_those_that_a_run_reads():
     """Seen: a resnet18 had encoder.depth 12 and a rop_ratio, beside a CRATE under a mask."""
     crate, cnn, other = (configs.base() for _ in range(3))
