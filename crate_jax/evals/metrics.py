@@ -120,7 +120,7 @@ def reading(scores: Mapping[str, Any], intervals: bool = True) -> list[str]:
         lines.append(f"{level}: not above the untrained encoder")
     if beaten := " and ".join(TOP1[name] for name in found if (scores.get(f"{name}_pixels") or 0) > found[name]):
         lines.append(
-            f"{beaten}: below raw pixels, the values of the images themselves; train longer, on more images or by another "
-            "method"
+            f"{beaten}: below raw pixels, the values of the images themselves; train longer, on more images or by "
+            "another method"
         )
     return lines
