@@ -141,9 +141,16 @@ _NAMES: dict[str, Any] = {
     "numpy.ndarray": Inert,
     **{f"numpy.{core}.multiarray.{name}": Inert for core in ("core", "_core") for name in ("scalar", "_reconstruct")},
     "_codecs.encode": Inert,
-    **{f"{builtins}.set": Inert for builtins in ("builtins", "__builtin__")},
+    # Python's own types, as parts of such objects. torch.save writes protocol 2, which has Python 2's names of them.
+    **{
+        f"{builtins}.{name}": Inert
+        for builtins in ("builtins", "__builtin__")
+        for name in (
+            "set", "frozenset", "dict", "list", "tuple", "int", "long", "float", "complex", "bool", "str", "unicode",
+            "bytearray",
+        )
+    },
     # Lightning's checkpoints: hyperparameters, whose type is omegaconf's in many scripts, and the state of callbacks.
-    **{f"builtins.{name}": Inert for name in ("dict", "list", "tuple", "int", "float", "str", "bool")},
     "collections.defaultdict": Inert,
     "typing.Any": Inert,
     **{

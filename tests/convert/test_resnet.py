@@ -314,13 +314,14 @@ def test_a_nested_network_is_named_and_another_can_be_chosen(tmp_path, capsys, c
     np.testing.assert_array_equal(loaded.params["encoder"]["norm"]["scale"], b["norm.weight"])
 
 
-def test_lightnings_other_objects_are_skipped(tmp_path):
+@pytest.mark.parametrize("builtins", [b"__builtin__", b"builtins"])  # of protocol 2, torch.save's; and of later ones
+def test_lightnings_other_objects_are_skipped(tmp_path, builtins):
     """Hyperparameters of omegaconf's types and a callback's state, as opcodes: none of these classes is needed."""
     state = lightning(a_state(IMAGENET))
     pickled = Pickled()
     body = pickled.dumps(state)[:-1]
     config = b"comegaconf.dictconfig\nDictConfig\n)\x81}(" + pickled._item("_content") + b"ccollections\ndefaultdict\n"
-    config += b"cbuiltins\ndict\n\x85R(" + pickled._item("lr") + b"comegaconf.nodes\nAnyNode\n)\x81}bu" + b"ub"
+    config += b"c" + builtins + b"\ndict\n\x85R(" + pickled._item("lr") + b"comegaconf.nodes\nAnyNode\n)\x81}bu" + b"ub"
     callback = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n}"
     more = b"(" + pickled._item("hyper_parameters") + config + pickled._item("callbacks") + b"}(" + callback + b"uu."
     path = write_zip(tmp_path / "x.ckpt", state, None)
