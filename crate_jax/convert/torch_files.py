@@ -150,8 +150,11 @@ _NAMES: dict[str, Any] = {
             "bytearray",
         )
     },
+    # Python's standard library: MultiStepLR's milestones are a Counter; times and records of a run.
+    **{f"collections.{name}": Inert for name in ("Counter", "deque", "defaultdict")},
+    **{f"datetime.{name}": Inert for name in ("datetime", "timedelta")},
+    "types.SimpleNamespace": Inert,
     # Lightning's checkpoints: hyperparameters, whose type is omegaconf's in many scripts, and the state of callbacks.
-    "collections.defaultdict": Inert,
     "typing.Any": Inert,
     **{
         f"omegaconf.{name}": Inert

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
 import io
 import json
 import os
@@ -10,6 +12,7 @@ import re
 import struct
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -505,6 +508,7 @@ def test_supervised_crate_computes_what_its_code_does():
 class Pickled:
     """Writes the pickle of dictionaries, texts, numbers and tensors; `storages` are the bytes it points at."""
 
+    BY_PYTHON = (collections.Counter, collections.deque, datetime.datetime, datetime.timedelta, types.SimpleNamespace)
     TYPES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
 
     def __init__(self, legacy: bool = False) -> None:
@@ -515,6 +519,8 @@ class Pickled:
         return b"\x80\x02" + self._item(obj) + b"."
 
     def _item(self, obj) -> bytes:
+        if isinstance(obj, self.BY_PYTHON):
+            return pickle.dumps(obj, protocol=2)[2:-1]  # without the protocol and the end: a value of any pickle
         if isinstance(obj, dict):
             return b"}(" + b"".join(self._item(k) + self._item(v) for k, v in obj.items()) + b"u"
         if isinstance(obj, bool) or obj is None:
@@ -595,6 +601,24 @@ def test_checkpoints_of_pytorch_are_read_without_it(tmp_path, write, nested):
     for name, array in arrays().items():
         np.testing.assert_array_equal(read[name], array)
         assert read[name].dtype == array.dtype
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        collections.Counter([30, 30, 80]),  # the milestones of MultiStepLR
+        collections.deque([2.5, 1.5], maxlen=7),
+        datetime.datetime(2026, 3, 1, 12, 7),
+        datetime.timedelta(days=3, seconds=5),
+        types.SimpleNamespace(lr=0.3),
+    ],
+)
+def test_objects_of_the_standard_library_are_skipped(tmp_path, kept):
+    """A training script keeps them beside its weights."""
+    saved = {"kept": kept, "model": arrays()}
+    read, about = files.read(write_zip(tmp_path / "weights.pth", saved))
+    assert about["nested"] == ["model"]
+    np.testing.assert_array_equal(read["a"], arrays()["a"])
 
 
 def test_safetensors_are_read_with_bfloat16(tmp_path):
