@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -194,11 +195,16 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) ->
     """The config of a model with these parameters.
 
     Raises:
-      ConfigError: the number of heads is unknown or does not divide the width; there are two kinds of positions; or
-        no ResNet has these shapes.
+      ConfigError: the number of heads is unknown or does not divide the width; there are two kinds of positions; no
+        ResNet has these shapes; or it is a model of timm's that computes something else than its tensors show.
     """
     ours = {n: np.shape(a) for n, a in names(params).items()}
     c = base()
+    if hints.architecture and re.search(TIMM_HIDDEN, hints.architecture):
+        raise ConfigError(
+            f"the config.json beside the file names timm's {hints.architecture}, whose rotary positions or order of "
+            "norms no tensor shows, and which an encoder here does not have"
+        )
     if name == "resnet":
         _resnet(c, ours, hints)
         return c
@@ -235,6 +241,8 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) ->
     return c
 
 
+# timm's ViTs with a ViT's tensors: rotary positions are computed, and EVA-02-E has its norms after attention and MLP.
+TIMM_HIDDEN = "_rope_|^eva02_"
 IMAGENET_SIZE, CIFAR_SIZE = (224, 224), (32, 32)  # pixels
 TIMM_RESNETS = (*ARCHITECTURES, "tv_resnet34", "tv_resnet50")
 

@@ -426,6 +426,28 @@ def test_a_table_of_another_shape_is_named():
         describe(family, state, HEADS)
 
 
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("vit_small_patch16_rope_224", True),
+        ("vit_base_patch16_rope_ape_224", True),
+        ("eva02_enormous_patch14_clip_224", True),
+        ("eva_large_patch14_196", False),
+        ("vit_base_patch16_224", False),
+    ],
+)
+def test_a_vit_of_timm_that_computes_what_no_tensor_shows_is_refused(tmp_path, name, refused):
+    """Rotary positions, and norms after attention and MLP: only the name in config.json says so."""
+    files.write(tmp_path / "model.safetensors", random_state("timm_vit", vit(8, 2, 4, 16)), {"format": "pt"})
+    about = {"architecture": name, "model_args": {"num_heads": 2}, "pretrained_cfg": {"input_size": [3, 16, 16]}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    if refused:
+        with pytest.raises(CheckpointError, match=f"model.safetensors: .* timm's {name}, whose rotary positions or"):
+            weights.load(tmp_path / "model.safetensors")
+    else:
+        assert weights.load(tmp_path / "model.safetensors").config["encoder"]["heads"] == 2
+
+
 def test_tokens_besides_the_class_token_are_named():
     for kind, tensor, words in (
         ("timm_vit", "reg_token", "a register"),
