@@ -33,6 +33,7 @@ from crate_jax.convert.families import FAMILIES
 from crate_jax.convert.rules import Match
 from crate_jax.parallel.parameters import count
 from crate_jax.validation import changed_keys
+from crate_jax.workdir.folder import expanduser
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -86,6 +87,7 @@ def import_(args: argparse.Namespace) -> None:
       UserError: the file cannot be read or written, or its weights do not fit a model.
     """
     loaded = weights.load(args.path, args.family, _hints(args), args.prefix)
+    weights.require_replaceable(expanduser(args.out), args.path)
     weights.save(args.out, loaded.config, loaded.params)
     if loaded.match is not None:
         _show_match(loaded.match)
@@ -100,7 +102,7 @@ def export_(args: argparse.Namespace) -> None:
       UserError: the checkpoint cannot be read, or the format cannot hold it.
     """
     encoder = pretrained.load(args.path, "CHECKPOINT")
-    made = export(encoder.config, encoder.params, args.format, args.out)
+    made = export(encoder.config, encoder.params, args.format, args.out, args.path)
     for part in made.left_out:
         print(f"  left out: {part}")
     print(f"{encoder.name}: wrote {len(made.state)} tensors under the names of {made.family} to {args.out}")

@@ -20,7 +20,7 @@ from crate_jax.config import base
 from crate_jax.convert import files, torch_crate
 from crate_jax.convert.families import export_state_dict
 from crate_jax.convert.rules import Array
-from crate_jax.convert.weights import MASK_TOKENS, metadata, model_config
+from crate_jax.convert.weights import MASK_TOKENS, metadata, model_config, require_replaceable
 from crate_jax.errors import ConfigError
 from crate_jax.models.patches import grid_shape, sincos_positions
 from crate_jax.models.resnet import ARCHITECTURES
@@ -50,17 +50,24 @@ class Export:
     copied: tuple[Path, ...] = ()
 
 
-def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, out: str | os.PathLike[str]) -> Export:
+def export(
+    config: Mapping[str, Any],
+    params: Mapping[str, Any],
+    format: str,
+    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] = "",
+) -> Export:
     """Writes a model to a folder in another library's format; returns the folder's content.
 
     Args:
       config: the model's config, as a dictionary.
       params: nested dictionaries with ``encoder`` and perhaps ``decoder``.
       format: a key of FORMATS.
-      out: the folder, which is made if it is missing. Files of the same names are replaced.
+      out: the folder, which is made if it is missing. The files of an earlier export without config.json are replaced.
+      source: the file, folder or workdir that the model was read from; '': none.
 
     Raises:
-      ConfigError: the format cannot hold this model.
+      ConfigError: the format cannot hold this model, or a file would be replaced that no export has written.
       UserError: the folder cannot be written.
     """
     if format not in FORMATS:
@@ -76,6 +83,8 @@ def export(config: Mapping[str, Any], params: Mapping[str, Any], format: str, ou
     require_no_run(folder, "an export")
     made = FORMATS[format](model, params)
     config = _without_paths(config)
+    others = [folder / name for name in (*made.json_files, *(path.name for path in made.copied))]
+    require_replaceable(folder / "model.safetensors", source, True, others)
     files.write(folder / "model.safetensors", made.state, {"format": "pt", **metadata(made.family, config)})
     for name, content in made.json_files.items():
         write_json(folder / name, content)

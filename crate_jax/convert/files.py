@@ -168,6 +168,15 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, {"format": "safetensors", "metadata": metadata}
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; {} if it is something else, or cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError):
+        return {}
+
+
 def _read_torch(path: Path, start: bytes, prefix: str) -> tuple[Arrays, dict[str, Any]]:
     with open_checkpoint(path, start) as checkpoint:
         tree = checkpoint.tree

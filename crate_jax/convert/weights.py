@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from crate_jax.errors import CheckpointError, ConfigError, some
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.patches import grid_shape
 from crate_jax.parallel.parameters import names
+from crate_jax.workdir import bucket
 from crate_jax.workdir.checkpoint_files import nest
 
 log = logging.getLogger(__name__)
@@ -176,6 +177,35 @@ def save(path: str | os.PathLike[str], config: Mapping[str, Any], params: Mappin
     """
     flat = {n: np.asarray(a) for n, a in names(params).items()}
     files.write(path, flat, metadata(OURS, config))
+
+
+def require_replaceable(
+    path: Path, source: str | os.PathLike[str], exported: bool = False, others: Collection[Path] = ()
+) -> None:
+    """Checks that no file of somebody else, nor the one that is read, would be replaced by a file of weights.
+
+    Args:
+      path: the file of weights that will be written.
+      source: the file, folder or workdir that was read; '': none.
+      exported: whether an export writes it; else an import.
+      others: files that will be written with it.
+
+    Raises:
+      ConfigError: one of the files is there, and no earlier import, or export, has written it.
+    """
+    local = os.fspath(source) and not bucket.is_address(source)
+    read = files.weights_file(source) if local else None
+    if read is not None and path.exists() and path.samefile(read):
+        raise ConfigError(f"{path}: is the file that is read; choose another --out")
+    try:
+        before = _own_metadata(files.metadata_of(path)) if path.is_file() else None
+    except ConfigError:
+        before = None  # damaged, or of a later version
+    if before is not None and (before["family"] != OURS) == exported:
+        return
+    if found := [file for file in (path, *others) if file.is_file()]:
+        what = "an export" if exported else "an import"
+        raise ConfigError(f"{found[0]}: exists, and is not the result of {what}; remove it, or choose another --out")
 
 
 def model_config(config: Mapping[str, Any], params: Mapping[str, Any]) -> ConfigDict:

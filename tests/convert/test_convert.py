@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -958,6 +959,46 @@ def test_an_export_comes_back_the_same(tmp_path, kind, format, family, parts):
     assert back.config["loss"]["target"] == "patch_normalised"
     left = {n for n in expected.keys() - names(back.params).keys() if not n.startswith("decoder/")}
     assert left <= {"encoder/embedding/mask_token"}
+
+
+def test_only_results_of_the_same_command_are_replaced(tmp_path, capsys):
+    """Not what is read, under any of its names; not a file that is somebody else's; a repetition of a command works."""
+
+    def refused(*words: str) -> str:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert command.main(list(words)) == 2
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        return capsys.readouterr().err
+
+    theirs = random_state("vit_mae", TINY["vit_mae"])
+    pth = write_zip(tmp_path / "mae.pth", {"model": theirs})
+    own, notes = tmp_path / "own", tmp_path / "notes.txt"
+    notes.write_text("mine")
+    os.link(pth, tmp_path / "other_name")
+    flags = ["--heads=2", "--decoder-heads=2"]
+    for out in (pth, tmp_path / "other_name"):
+        assert f"error: {out}: is the file that is read; choose another --out" in refused(
+            "import", str(pth), f"--out={out}", *flags
+        )
+    line = "exists, and is not the result of an import; remove it, or choose another --out"
+    assert f"error: {notes}: {line}" in refused("import", str(pth), f"--out={notes}", *flags)
+    for _ in "12":
+        assert command.main(["import", str(pth), f"--out={own / 'model.safetensors'}", *flags]) == 0
+    for source in (own, own / "model.safetensors"):
+        for format in ("timm", "authors"):
+            assert "is the file that is read" in refused("export", str(source), f"--format={format}", f"--out={own}")
+    line = "exists, and is not the result of an export; remove it, or choose another --out"
+    for _ in "12":
+        assert command.main(["export", str(own), "--format=authors", f"--out={tmp_path / 'exported'}"]) == 0
+    for folder in ("foreign", "settings", "copy"):
+        (tmp_path / folder).mkdir()
+    files.write(tmp_path / "foreign" / "model.safetensors", theirs, {"format": "pt"})
+    (tmp_path / "settings" / "config.json").write_text('{"mine": 3}')
+    shutil.copy(own / "model.safetensors", tmp_path / "copy")
+    for folder, format in (("foreign", "authors"), ("settings", "hf"), ("copy", "authors")):
+        assert line in refused("export", str(own), f"--format={format}", f"--out={tmp_path / folder}")
+    exported = tmp_path / "exported" / "model.safetensors"
+    assert "not the result of an import" in refused("import", str(pth), f"--out={exported}", *flags)
 
 
 @pytest.mark.parametrize("format", ["ours", "authors"])
