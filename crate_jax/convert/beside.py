@@ -17,6 +17,8 @@ from crate_jax.errors import ConfigError, some
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
 MAX_BYTES = 2**20  # of a file; those of models with names for 21,000 classes have half of that
+ACTIVATIONS = ("gelu", "gelu_python")  # transformers' names of the exact one
+MAX_EPS = 1e-5  # added to variances by norms; here it is 1e-6
 MAX_SIZE = 2**14  # pixels of an image's side, and heads
 
 
@@ -109,6 +111,11 @@ def _of_transformers(about: _Entries, images: _Entries) -> Hints:
         "image_size",
         lambda value: _is_size(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_size, value))),
         "a number of pixels, or [height, width]",
+    )
+    # Two things that an encoder here has one of, and that no tensor shows.
+    about.take("hidden_act", lambda value: value in ACTIVATIONS, "gelu, which an encoder here computes")
+    about.take(
+        "layer_norm_eps", lambda value: _is_number(value) and 0 < value <= MAX_EPS, f"above 0, at most {MAX_EPS:g}"
     )
     normalised = about.take("norm_pix_loss", lambda value: isinstance(value, bool), "true or false")
     return Hints(

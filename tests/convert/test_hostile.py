@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import signal
 import struct
 import tracemalloc
@@ -349,7 +350,7 @@ TIMM = {
 }
 TRANSFORMERS = {
     "model_type": "vit_mae", "num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": [28, 20],
-    "norm_pix_loss": True, "mask_ratio": 0.8,
+    "norm_pix_loss": True, "mask_ratio": 0.8, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
 }  # fmt: skip
 IMAGES = {"image_mean": [0.4, 0.5, 0], "image_std": [0.2, 0.3, 1]}
 JUNK = (
@@ -407,6 +408,26 @@ def test_a_config_beside_of_other_types_is_one_line(tmp_path):
             beside.hints(tmp_path)
         (tmp_path / name).unlink()
         os.mkfifo(tmp_path / name)
+        beside.hints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"hidden_act": "gelu", "layer_norm_eps": 1e-12}, ""),
+        ({"hidden_act": "gelu_python", "layer_norm_eps": 1e-5}, ""),
+        ({"hidden_act": "relu"}, 'config.json beside it has hidden_act="relu": must be gelu, which an encoder here '),
+        ({"hidden_act": "quick_gelu"}, 'has hidden_act="quick_gelu": must be gelu'),
+        ({"layer_norm_eps": 2e-5}, "config.json beside it has layer_norm_eps=2e-05: must be above 0, at most 1e-05"),
+        ({"layer_norm_eps": 0}, "has layer_norm_eps=0: must be above 0"),
+    ],
+)
+def test_what_an_encoder_here_does_not_compute_is_one_line(tmp_path, said, line):
+    (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS | said))
+    if not line:
+        assert beside.hints(tmp_path).heads == 3
+        return
+    with pytest.raises(ConfigError, match=re.escape(line)):
         beside.hints(tmp_path)
 
 
