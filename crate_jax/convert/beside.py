@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 from crate_jax.convert.describe import Hints
 from crate_jax.errors import ConfigError, some
 
+log = logging.getLogger(__name__)
+
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
+RESAMPLING = {"bilinear": 2, "bicubic": 3}  # interpolations here -> Pillow's numbers, which transformers writes
 MAX_BYTES = 2**20  # of a file; those of models with names for 21,000 classes have half of that
 ACTIVATIONS = ("gelu", "gelu_python")  # transformers' names of the exact one
 MAX_EPS = 1e-5  # added to variances by norms; here it is 1e-6
@@ -61,6 +65,10 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MAX_SIZE
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
 
@@ -99,11 +107,24 @@ def _of_timm(about: _Entries) -> Hints:
     )
     return Hints(
         heads=about.section("model_args").size("num_heads"),
-        architecture=about.take("architecture", lambda value: isinstance(value, str), "a text"),
+        architecture=about.take("architecture", _is_text, "a text"),
         image_size=(shape[1], shape[2]) if shape else None,
         mean=image.triple("mean", -math.inf),
         std=image.triple("std", 0),
+        interpolation=_interpolation(image, "interpolation", image.take("interpolation", _is_text, "a text")),
+        eval_crop=image.take("crop_pct", lambda value: _is_number(value) and 0 < value <= 1, "above 0, at most 1"),
     )
+
+
+def _interpolation(about: _Entries, key: str, name: str | None) -> str | None:
+    """The name of an interpolation, if it is one that images can be resized with here; another one is logged."""
+    if name is None or name in RESAMPLING:
+        return name
+    told, known = some([json.dumps(about.of[key])], ""), ", ".join(RESAMPLING)
+    log.warning(
+        "%s beside it has %s=%s, which is not supported (%s are): bicubic is used", about.name, key, told, known
+    )
+    return None
 
 
 def _of_transformers(about: _Entries, images: _Entries) -> Hints:
@@ -117,6 +138,10 @@ def _of_transformers(about: _Entries, images: _Entries) -> Hints:
     about.take(
         "layer_norm_eps", lambda value: _is_number(value) and 0 < value <= MAX_EPS, f"above 0, at most {MAX_EPS:g}"
     )
+    number = images.take(
+        "resample", lambda value: type(value) is int and 0 <= value <= 5, "one of Pillow's numbers, 0..5"
+    )
+    names = {n: name for name, n in RESAMPLING.items()}
     normalised = about.take("norm_pix_loss", lambda value: isinstance(value, bool), "true or false")
     return Hints(
         heads=about.size("num_attention_heads"),
@@ -124,6 +149,7 @@ def _of_transformers(about: _Entries, images: _Entries) -> Hints:
         image_size=(size, size) if isinstance(size, int) else tuple(size) if size else None,
         mean=images.triple("image_mean", -math.inf),
         std=images.triple("image_std", 0),
+        interpolation=_interpolation(images, "resample", None if number is None else names.get(number, "")),
         target="patch_normalised" if normalised else "pixel",
         mask_ratio=about.take("mask_ratio", lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to 1"),
     )

@@ -68,6 +68,8 @@ class Hints:
       lam: CRATE's sparsity weight.
       stem_padding: padding of a ResNet's 3 x 3 stem.
       architecture: timm's name of the model, which may say what no tensor shows.
+      interpolation: how images are resized, ``bicubic`` or ``bilinear``.
+      eval_crop: share of the shorter side in the central crop of evaluation.
     """
 
     heads: int | None = None
@@ -80,6 +82,8 @@ class Hints:
     lam: float | None = None
     stem_padding: int | None = None
     architecture: str | None = None
+    interpolation: str | None = None
+    eval_crop: float | None = None
 
     def or_else(self, other: Hints) -> Hints:
         """These hints, and those of `other` where these are None.
@@ -217,7 +221,7 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) ->
     c.encoder.embed_norm = "encoder/embedding/pixel_norm/scale" in ours
     c.encoder.final_norm = "encoder/norm/scale" in ours
     c.data.image_size = (grid[0] * c.encoder.patch_size, grid[1] * c.encoder.patch_size)
-    c.data.mean, c.data.std = hints.mean or IMAGENET_MEAN, hints.std or IMAGENET_STD
+    _preprocessing(c, hints)
     c.loss.target = hints.target or "pixel"
     if crate:
         c.encoder.lam = CRATE_LAMBDA[name] if hints.lam is None else hints.lam
@@ -239,6 +243,12 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) ->
     _corruption(c, name, ours, hints)
     _decoder(c, ours, hints)
     return c
+
+
+def _preprocessing(c: ConfigDict, hints: Hints) -> None:
+    c.data.mean, c.data.std = hints.mean or IMAGENET_MEAN, hints.std or IMAGENET_STD
+    c.data.interpolation = hints.interpolation or c.data.interpolation
+    c.data.eval_crop = hints.eval_crop or c.data.eval_crop
 
 
 # timm's ViTs with a ViT's tensors: rotary positions are computed, and EVA-02-E has its norms after attention and MLP.
@@ -269,7 +279,7 @@ def _resnet(c: ConfigDict, ours: Mapping[str, Any], hints: Hints) -> None:
             )
         e.stem_padding = hints.stem_padding
     c.data.image_size = hints.image_size or (IMAGENET_SIZE if side == 7 else CIFAR_SIZE)
-    c.data.mean, c.data.std = hints.mean or IMAGENET_MEAN, hints.std or IMAGENET_STD
+    _preprocessing(c, hints)
 
 
 def _architecture(ours: Mapping[str, Any]) -> str:

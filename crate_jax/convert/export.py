@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from crate_jax.config import base
 from crate_jax.convert import files, torch_crate
+from crate_jax.convert.beside import RESAMPLING
 from crate_jax.convert.families import export_state_dict
 from crate_jax.convert.rules import Array
 from crate_jax.convert.weights import MASK_TOKENS, metadata, model_config, require_replaceable
@@ -27,8 +28,6 @@ from crate_jax.models.resnet import ARCHITECTURES
 from crate_jax.parallel.parameters import names
 from crate_jax.workdir.folder import expanduser, require_no_run
 from crate_jax.workdir.metrics import write_json, write_text
-
-RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers writes
 
 
 @dataclasses.dataclass(frozen=True)

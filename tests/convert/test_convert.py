@@ -1035,11 +1035,14 @@ def test_the_files_beside_say_heads_and_preprocessing(tmp_path):
     """A config.json of transformers or timm is read where the tensors come without our metadata."""
     c, params = imported("vit_mae")
     c["data"]["mean"], c["loss"]["target"] = (0.5, 0.4, 0.3), "patch_normalised"
+    c["data"]["interpolation"], c["data"]["eval_crop"] = "bilinear", 0.9
     for format in ("hf", "timm"):
         made = export(c, params, format, tmp_path / format)
         files.write(tmp_path / format / "model.safetensors", made.state, {"format": "pt"})
         back = weights.load(tmp_path / format / "model.safetensors").config
         assert (back["encoder"]["heads"], back["data"]["mean"]) == (2, (0.5, 0.4, 0.3))
+        assert back["data"]["interpolation"] == "bilinear"
+        assert back["data"]["eval_crop"] == (0.9 if format == "timm" else 0.875)  # transformers has no such crop
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert about["norm_pix_loss"] is True
     assert about["decoder_num_attention_heads"] == 2

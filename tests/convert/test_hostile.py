@@ -346,13 +346,14 @@ def test_an_array_without_numbers_is_named(tmp_path):
 TIMM = {
     "architecture": "vit_tiny_patch16_224",
     "model_args": {"num_heads": 3},
-    "pretrained_cfg": {"input_size": [3, 28, 20], "mean": [0.4, 0.5, 0], "std": [0.2, 0.3, 1]},
-}
+    "pretrained_cfg": {"input_size": [3, 28, 20], "mean": [0.4, 0.5, 0], "std": [0.2, 0.3, 1],
+                       "interpolation": "bilinear", "crop_pct": 0.9},
+}  # fmt: skip
 TRANSFORMERS = {
     "model_type": "vit_mae", "num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": [28, 20],
     "norm_pix_loss": True, "mask_ratio": 0.8, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
 }  # fmt: skip
-IMAGES = {"image_mean": [0.4, 0.5, 0], "image_std": [0.2, 0.3, 1]}
+IMAGES = {"image_mean": [0.4, 0.5, 0], "image_std": [0.2, 0.3, 1], "resample": 2}
 JUNK = (
     None, True, False, 0, -1, 3, 10**30, 1.5, -0.1, float("nan"), float("inf"), 1e300, "", "3", "a\nb", [], [3],
     [3, -4, 5], [3, "a", 5], [3, [4], 5], [None] * 3, [0.1, 0.2, float("nan")], [10**400] * 3, {}, {"a": 1}, [[[]]],
@@ -370,6 +371,18 @@ def test_what_a_config_beside_says_is_read(tmp_path):
     read = beside.hints(tmp_path)
     assert (read.heads, read.decoder_heads, read.image_size, read.mask_ratio) == (3, 2, (28, 20), 0.8)
     assert (read.mean, read.std, read.target) == ((0.4, 0.5, 0), (0.2, 0.3, 1), "patch_normalised")
+
+
+def test_another_interpolation_is_a_warning(tmp_path, caplog):
+    (tmp_path / "config.json").write_text(json.dumps(TIMM | {"pretrained_cfg": {"interpolation": "lanczos"}}))
+    assert beside.hints(tmp_path).interpolation is None
+    (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(IMAGES | {"resample": 1}))
+    assert beside.hints(tmp_path).interpolation is None
+    assert caplog.messages == [
+        f"{file} beside it has {said}, which is not supported (bilinear, bicubic are): bicubic is used"
+        for file, said in (("config.json", 'interpolation="lanczos"'), ("preprocessor_config.json", "resample=1"))
+    ]
 
 
 def test_a_config_beside_of_other_types_is_one_line(tmp_path):
@@ -401,6 +414,8 @@ def test_a_config_beside_of_other_types_is_one_line(tmp_path):
             numbers = (*(read.mean or ()), *(read.std or ()), *([] if read.mask_ratio is None else [read.mask_ratio]))
             assert all(abs(number) < 1e9 for number in numbers) and min(read.std or (1,)) > 0
             assert read.architecture is None or isinstance(read.architecture, str)
+            assert read.interpolation in (None, "bicubic", "bilinear")
+            assert read.eval_crop is None or 0 < read.eval_crop <= 1
     assert refused > 200
     for name in ("config.json", "preprocessor_config.json"):
         for content in (b"[" * 100_000, b"\xff", b"", b"3", b"9" * 5000, b'{"model_type": "vit"}' + b" " * 2**21):

@@ -441,10 +441,10 @@ def test_what_is_not_such_a_model_is_one_line(tmp_path, capsys, kind):
 def test_timms_config_beside_the_file_counts(tmp_path):
     """Its mean and size; and a model that has a ResNet's tensors and computes something else is refused."""
     files.write(tmp_path / "model.safetensors", a_state(IMAGENET), {"format": "pt"})
-    images = {"input_size": [3, 160, 160], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    images = {"input_size": [3, 160, 160], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "crop_pct": 0.95}
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": images}))
     data = weights.load(tmp_path / "model.safetensors").config["data"]
-    assert (data["image_size"], data["mean"]) == ((160, 160), (0.5, 0.4, 0.3))
+    assert (data["image_size"], data["mean"], data["eval_crop"]) == ((160, 160), (0.5, 0.4, 0.3), 0.95)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnetaa50", "pretrained_cfg": images}))
     with pytest.raises(CheckpointError, match="timm's resnetaa50, which computes something else"):
         weights.load(tmp_path / "model.safetensors")
