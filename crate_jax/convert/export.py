@@ -143,6 +143,12 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
     params, dropped = _without_mask_token(params)
     left_out += dropped
     grid = _grid(c)
+    # timm's Beit normalises the mean; an encoder here takes the mean of normalised tokens, as the ViT without fc_norm.
+    mean = c.evaluation.pool == "mean" and not beit
+    if c.evaluation.pool != ("mean" if mean else "cls"):
+        left_out += (f"pooling, config.evaluation.pool={c.evaluation.pool}; timm's model takes the class token",)
+    if c.evaluation.layer:
+        left_out += (f"config.evaluation.layer={c.evaluation.layer}; timm's model takes the output",)
     args: dict[str, Any] = {
         "img_size": list(c.data.image_size),
         "patch_size": c.encoder.patch_size,
@@ -151,7 +157,7 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
         "num_heads": c.encoder.heads,
         "mlp_ratio": c.encoder.mlp_ratio,
         "init_values": c.encoder.layer_scale,  # 0: no scale; timm would replace None by its own default
-        "global_pool": "token",
+        "global_pool": "avg" if mean else "token",
     }
     if c.encoder.final_norm and c.encoder.final_eps != 1e-6:
         raise ConfigError(f"timm's norms add 1e-6, not config.encoder.final_eps={c.encoder.final_eps}")
@@ -174,13 +180,14 @@ def to_timm(c: ConfigDict, params: Mapping[str, Any]) -> Export:
         args["qkv_bias"] = c.encoder.qkv_bias == "qkv"
         args["pos_embed"] = "none" if c.encoder.positions == "none" else "learn"
         args["final_norm"] = c.encoder.final_norm
+        args |= {"fc_norm": False} if mean else {}
     state = export_state_dict(family, params, grid)
     state = {n: a for n, a in state.items() if not n.endswith("relative_position_index")}  # timm computes it
     about = {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": c.encoder.width,
-        "global_pool": "token",
+        "global_pool": args["global_pool"],
         "model_args": args,
         "pretrained_cfg": _timm_images(c)
         | {

@@ -1051,6 +1051,32 @@ def test_the_files_beside_say_heads_and_preprocessing(tmp_path):
     assert about["pretrained_cfg"]["input_size"] == [3, 16, 16]
 
 
+@pytest.mark.parametrize(
+    ("kind", "pool", "layer", "theirs", "left_out"),
+    [
+        ("vit_mae encoder", "cls", 0, ("token", None), ()),
+        ("vit_mae encoder", "mean", 0, ("avg", False), ()),
+        (
+            "vit_mae encoder",
+            "cls_mean",
+            2,
+            ("token", None),
+            ("pool=cls_mean; timm's", "config.evaluation.layer=2; timm's"),
+        ),
+        ("beit shared", "mean", 0, ("token", None), ("pool=mean; timm's model takes the class token",)),
+    ],
+)
+def test_the_pooling_of_a_run_goes_to_timm_or_is_named(tmp_path, kind, pool, layer, theirs, left_out):
+    """Timm's ViT without fc_norm takes the mean of normalised tokens; its Beit normalises the mean."""
+    c, params = imported(kind)
+    c["evaluation"].update(pool=pool, layer=layer)
+    made = export(c, params, "timm", tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert (about["model_args"]["global_pool"], about["model_args"].get("fc_norm")) == theirs
+    assert about["global_pool"] == theirs[0] and len(made.left_out) == len(left_out)
+    assert all(part in text for part, text in zip(left_out, made.left_out, strict=True))
+
+
 REFUSED = [  # kind, changes to the config, format, message
     ("crate_mae", {}, "timm", "timm has no crate encoder"),
     ("crate_mae", {}, "hf", "ViTMAE has no crate encoder"),
@@ -1170,6 +1196,20 @@ def test_timm_computes_what_our_mae_encoder_does(tmp_path):
     with torch.no_grad():
         theirs = model.forward_features(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     np.testing.assert_allclose(encode(c, params, images), theirs, atol=1e-4)
+
+
+def test_timm_pools_as_the_run_does(tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    c, params = imported("vit_mae encoder")
+    params = jax.tree.map(lambda a: a * 0.2, params)
+    c["evaluation"]["pool"] = "mean"
+    export(c, params, "timm", tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    ours = representation.build(weights.model_config(c, params))(params, jnp.asarray(images))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_transformers_computes_the_same_before_and_after(tmp_path):
