@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from crate_jax.errors import CheckpointError
@@ -29,6 +28,7 @@ from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.validation import flatten
 from crate_jax.workdir import checkpoint_files as files, starts
+from crate_jax.workdir.checkpoint_files import ocp
 from crate_jax.workdir.folder import check_free_space, readable
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -32,6 +31,31 @@ from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.validation import changed_keys
 from crate_jax.workdir.checksum import checksums
+
+
+class _RootLogger:
+    """A block in which nothing gives the root logger a handler, as absl does at its first message if there is none.
+
+    After that `logging.basicConfig` of whoever uses the library would do nothing. In the block stands the handler that
+    Python uses where there is none: what is printed stays the same.
+    """
+
+    def __init__(self) -> None:
+        self.handler: logging.Handler | None = None
+
+    def __enter__(self) -> None:
+        if not logging.root.handlers:
+            self.handler = logging.lastResort or logging.NullHandler()
+            logging.root.addHandler(self.handler)
+
+    def __exit__(self, *_: object) -> None:
+        if self.handler is not None:
+            logging.root.removeHandler(self.handler)
+            self.handler = None
+
+
+with _RootLogger():  # Orbax logs while it is imported
+    import orbax.checkpoint as ocp
 
 ITEMS = ("params", "rest")
 META = "meta"
@@ -361,6 +385,7 @@ class _Quiet:
         self.hook: Callable[[sys.UnraisableHookArgs], Any] | None = None  # ours
         self.before = sys.unraisablehook
         self.raw_bytes: Callable[..., int] | None = None
+        self.root = _RootLogger()
 
     def __enter__(self) -> None:
         with self.lock:
@@ -375,6 +400,7 @@ class _Quiet:
                 self.end()
 
     def begin(self) -> None:
+        self.root.__enter__()
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(self.filter)  # to add it again has no effect
         if sys.unraisablehook is not self.hook:
@@ -388,6 +414,7 @@ class _Quiet:
             )  # fmt: skip
 
     def end(self) -> None:
+        self.root.__exit__()
         logging.getLogger("absl").removeFilter(self.filter)
         if not self.failed:
             logging.getLogger("asyncio").removeFilter(self.filter)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import absl.logging
 import chex
 import jax
 import jax.numpy as jnp
@@ -451,12 +452,16 @@ def test_no_word_of_orbax_reaches_the_terminal(pristine: Path, tmp_path: Path) -
         flip(tmp_path / "run" / "checkpoints" / "30" / item / "manifest.ocdbt", 30)
         for file in (tmp_path / "run" / "checkpoints" / "20" / item / "ocdbt.process_0" / "d").iterdir():
             os.truncate(file, file.stat().st_size // 2)
-    code = "import sys; from crate_jax.workdir import checkpoint as c; print(c.read_params(sys.argv[1])[1]['step'])"
+    code = (
+        "import logging, sys; from crate_jax.workdir import checkpoint as c; imported = list(logging.root.handlers); "
+    )
+    code += "print(c.read_params(sys.argv[1])[1]['step'], imported, logging.root.handlers)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert done.stdout == "10\n" and done.returncode == 0
+    # Without a handler of the root logger: a user's own logging.basicConfig, after us, must not be in vain.
+    assert done.stdout == "10 [] []\n" and done.returncode == 0
     assert "Traceback" not in done.stderr
     assert all("cannot be used" in line for line in done.stderr.splitlines() if line), done.stderr
 
@@ -519,6 +524,21 @@ def test_orbax_is_quiet_until_the_last_of_several_threads_is_done(hook) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
     assert orbax_is_quiet() == before
+
+
+def test_no_message_of_absl_gives_the_root_logger_a_handler(hook, monkeypatch) -> None:
+    """Where there is none, absl adds one; where a user has one, it is the only one."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with checkpoint_files.quiet_orbax(), checkpoint_files.quiet_orbax():
+        absl.logging.debug("a message")
+        assert logging.root.handlers == [logging.lastResort]  # as if there were none
+    assert logging.root.handlers == []
+    mine = logging.NullHandler()
+    logging.root.addHandler(mine)
+    with checkpoint_files.quiet_orbax():
+        absl.logging.debug("a message")
+        assert logging.root.handlers == [mine]
+    assert logging.root.handlers == [mine]
 
 
 def test_other_peoples_hooks_get_what_is_not_of_orbax(hook) -> None:
