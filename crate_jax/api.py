@@ -68,7 +68,15 @@ def list_configs() -> dict[str, str]:
     return {name: config_files.card(name) for name in config_files.names()}
 
 
-def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+def _text(name: str, value: str | os.PathLike[str]) -> str:
+    """An argument, `name`, that must be a text or a path, as text."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise ConfigError(f"{name}={text!r:.60}: must be a text or a path, not {type(text).__name__}")
+    return text
+
+
+def get_config(name: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """A config of the library or of a file, as ``--config`` and ``--config.KEY`` give it on the command line.
 
     Args:
@@ -76,17 +84,23 @@ def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigD
       overrides: values by the whole names of keys.
 
     Raises:
-      ConfigError: there is no such file, it fails, or there is no such key, or a value breaks its rule.
+      ConfigError: there is no such file, it fails, or there is no such key, or a value breaks its rule, or an argument
+        has another type.
 
     >>> get_config("cifar10:encoder=vit", {"optimizer.lr": 3e-4, "data.image_size": (64, 64)}).data.image_size
     (64, 64)
     """
-    config = config_files.named(name)
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):
+        raise ConfigError(
+            f"overrides={overrides!r:.60}: must be a dictionary with names of keys, such as {{'optimizer.lr': 3e-4}}"
+        )
+    config = config_files.named(_text("name", name))
     require_keys(config)
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         _set(config, key, value)
     require_keys(config)
-    given = {key: value for key, value in flatten(config).items() if key in (overrides or {})}
+    given = {key: value for key, value in flatten(config).items() if key in overrides}
     check_values(given, {key: keys_of(config)[key] for key in given})
     return config
 
@@ -108,14 +122,16 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
         raise ConfigError(f"config.{key}={value!r}: {e}") from None
 
 
-def _changeable(config: ConfigDict | str) -> ConfigDict:
+def _changeable(config: ConfigDict | str | os.PathLike[str]) -> ConfigDict:
     """The config of a name; the config itself, or a copy of the config of an :class:`Encoder`."""
-    config = get_config(config) if isinstance(config, str) else config
+    config = config if isinstance(config, ConfigDict) else get_config(_text("config", config))
     # ConfigDict(config) would share its sections with the next such copy.
     return ConfigDict(config.to_dict()) if isinstance(config, FrozenConfigDict) else config
 
 
-def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def pretrain(
+    config: ConfigDict | str | os.PathLike[str], workdir: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Pre-trains an encoder, or continues the run that `workdir` holds, as ``crate-jax pretrain`` does.
 
     Ctrl-C saves the state and raises :class:`crate_jax.parallel.interrupt.Interrupted`; a call with the same `workdir`
@@ -141,7 +157,8 @@ def pretrain(config: ConfigDict | str, workdir: str | os.PathLike[str] | None = 
     if config.job != "pretrain":
         raise ConfigError(f"config.job={config.job!r}: must be pretrain; crate-jax {config.job} runs the other jobs")
     if workdir is not None:
-        return JOBS["pretrain"].run(config, os.fspath(workdir)) | {"workdir": os.fspath(workdir)}
+        folder = _text("workdir", workdir)
+        return JOBS["pretrain"].run(config, folder) | {"workdir": folder}
     validate(config)  # before there is a folder
     folder = str(_new_folder())
     log.info("workdir %s", folder)
@@ -186,8 +203,9 @@ def load(path: str | os.PathLike[str]) -> Encoder:
 
     Raises:
       CheckpointError: there is no checkpoint, it is damaged, or its model is unknown.
+      ConfigError: `path` is neither a text nor a path.
     """
-    found = pretrained.load(os.fspath(path), "path")
+    found = pretrained.load(_text("path", path), "path")
     try:
         config = weights.model_config(found.config, found.params)
     except ConfigError as e:
@@ -274,6 +292,8 @@ class Encoder:
         self._config = FrozenConfigDict(config.to_dict())
         self.params = params
         self.module: nn.Module = build_encoder(config)
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r:.60}: must be a whole number from 1")
         self.batch_size = batch_size
         self._compiled: dict[tuple[Any, ...], tuple[Callable[..., jax.Array], tuple[int, ...]]] = {}
         self._copied: tuple[list[Any], Params] = ([], {})  # arrays of `params`, and their copies on the devices
@@ -283,7 +303,7 @@ class Encoder:
         return self._config
 
     @classmethod
-    def untrained(cls, config: ConfigDict | str, seed: int = 0) -> Encoder:
+    def untrained(cls, config: ConfigDict | str | os.PathLike[str], seed: int = 0) -> Encoder:
         """A random encoder, a baseline or a start for your own training; `config` as for :func:`pretrain`.
 
         Raises:

@@ -369,6 +369,32 @@ def test_wrong_configs_are_one_line(name, overrides, message, tmp_path, monkeypa
     assert "\n" not in str(told.value)
 
 
+def test_arguments_of_another_type_are_one_line(encoder, tmp_path):
+    """A path is as good as a text wherever the command line takes a path."""
+    file = tmp_path / "x.py"
+    file.write_text(
+        "from configs.quickstart import get_config as other\n\n\ndef get_config():\n    return other('debug')"
+    )
+    assert crate_jax.get_config(file) == crate_jax.get_config(str(file)) == crate_jax.get_config("quickstart:debug")
+    for call, line in (
+        (lambda: crate_jax.get_config(3), "name=3: must be a text or a path, not int"),
+        (
+            lambda: crate_jax.get_config("quickstart", {1: 2}),
+            "overrides={1: 2}: must be a dictionary with names of keys",
+        ),
+        (lambda: crate_jax.get_config("quickstart", ["a"]), "overrides=['a']: must be a dictionary with names of keys"),
+        (lambda: crate_jax.load(None), "path=None: must be a text or a path, not NoneType"),
+        (lambda: crate_jax.load(b"mae"), "path=b'mae': must be a text or a path, not bytes"),
+        (lambda: crate_jax.Encoder.untrained(None), "config=None: must be a text or a path, not NoneType"),
+        (lambda: crate_jax.pretrain(file, 7), "workdir=7: must be a text or a path, not int"),
+        (lambda: crate_jax.Encoder("mine", encoder.config, encoder.params, 0), "batch_size=0: must be a whole number"),
+        (lambda: crate_jax.Encoder("mine", encoder.config, encoder.params, 2.5), "batch_size=2.5: must be a whole"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(line)) as told:
+            call()
+        assert "\n" not in str(told.value)
+
+
 def test_a_config_gets_the_values_and_only_pretrain_trains(tmp_path):
     c = crate_jax.get_config(
         "cifar10:encoder=vit", {"data.image_size": [16, 24], "steps": np.int64(9), "optimizer.lr": 1}
