@@ -84,6 +84,8 @@ def hints(folder: Path) -> Hints:
         return _of_transformers(about, _Entries(IMAGES, read_object(folder / IMAGES)))
     if "architecture" in about.of:
         return _of_timm(about)
+    if "model_type" in about.of and "num_attention_heads" in about.of:  # a relative of ViT, such as vit_msn
+        return _of_transformers(about, _Entries(IMAGES, read_object(folder / IMAGES)))
     return Hints()
 
 

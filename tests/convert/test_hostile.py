@@ -373,6 +373,18 @@ def test_what_a_config_beside_says_is_read(tmp_path):
     assert (read.mean, read.std, read.target) == ((0.4, 0.5, 0), (0.2, 0.3, 1), "patch_normalised")
 
 
+def test_relatives_of_vit_in_transformers_are_read_by_the_same_keys(tmp_path):
+    """vit_msn, say, whose tensors are named as ViT's: its heads are not those of ViT-S; timm's wrapper is timm's."""
+    (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS | {"model_type": "vit_msn"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(IMAGES))
+    read = beside.hints(tmp_path)
+    assert (read.heads, read.image_size, read.mean) == (3, (28, 20), (0.4, 0.5, 0))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "layer_norm_eps": 0.1}))
+    assert beside.hints(tmp_path) == beside.Hints()  # not of a model with heads
+    (tmp_path / "config.json").write_text(json.dumps(TIMM | {"model_type": "timm_wrapper", "num_attention_heads": 7}))
+    assert beside.hints(tmp_path).heads == 3
+
+
 def test_another_interpolation_is_a_warning(tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps(TIMM | {"pretrained_cfg": {"interpolation": "lanczos"}}))
     assert beside.hints(tmp_path).interpolation is None
