@@ -55,7 +55,7 @@ def inspect(args: argparse.Namespace) -> None:
     print(escaped(f"{file}: {about['format']}{where}, {len(state)} tensors"))
     if weights.METADATA_KEY not in about["metadata"]:
         _show_match(weights.choose(state, about, args.family, args.prefix)[1])
-    loaded = weights.load(args.path, args.family, _hints(args), args.prefix)
+    loaded = _load(args)
     _show(f"family {loaded.family}", loaded.config, loaded.params)
 
 
@@ -86,13 +86,21 @@ def import_(args: argparse.Namespace) -> None:
     Raises:
       UserError: the file cannot be read or written, or its weights do not fit a model.
     """
-    loaded = weights.load(args.path, args.family, _hints(args), args.prefix)
+    loaded = _load(args)
     weights.require_replaceable(expanduser(args.out), args.path)
     weights.save(args.out, loaded.config, loaded.params)
     if loaded.match is not None:
         _show_match(loaded.match)
     _show(f"family {loaded.family}", loaded.config, loaded.params)
     print(f"wrote {args.out}")
+
+
+def _load(args: argparse.Namespace) -> weights.Weights:
+    """The model of a file, to which all flags apply."""
+    hints = _hints(args)
+    loaded = weights.load(args.path, args.family, hints, args.prefix)
+    weights.require_used(args.path, loaded, hints)
+    return loaded
 
 
 def export_(args: argparse.Namespace) -> None:

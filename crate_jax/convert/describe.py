@@ -238,7 +238,8 @@ def config_of(name: str, params: Mapping[str, Any], grid: Grid, hints: Hints) ->
         )
         c.encoder.init = "trunc_normal" if name in ("beit", "ropim", "simmim") else "xavier"
     table = ours.get("encoder/relative_bias", ours.get("encoder/blocks/relative_bias"))
-    heads = table[-1] if table else hints.heads or (CRATE_HEADS if crate else VIT_HEADS).get(c.encoder.width)
+    published = (CRATE_HEADS if crate else VIT_HEADS).get(c.encoder.width)
+    heads = table[-1] if table else published if hints.heads is None else hints.heads
     c.encoder.heads = _check_heads("encoder", c.encoder.width, heads, "--heads")
     _corruption(c, name, ours, hints)
     _decoder(c, ours, hints)
@@ -318,12 +319,12 @@ def _positions(name: str, ours: Mapping[str, Any]) -> str:
 
 
 def _check_heads(part: str, width: int, heads: int | None, flag: str) -> int:
-    if not heads:
+    if heads is None:
         raise ConfigError(
             f"the number of heads is not in the weights, and no published {part} has the width {width}; give it to "
             f"`python -m crate_jax.convert import` ({flag})"
         )
-    if width % heads:
+    if heads < 1 or width % heads:
         raise ConfigError(f"{heads} heads do not divide the {part}'s width {width}")
     return heads
 
@@ -348,7 +349,8 @@ def _decoder(c: ConfigDict, ours: Mapping[str, Any], hints: Hints) -> None:
     elif "decoder/blocks/mlp_in/kernel" in ours:
         c.decoder.name = "transformer"
         c.decoder.depth, c.decoder.width = ours["decoder/blocks/mlp_in/kernel"][:2]
-        heads = hints.decoder_heads or DECODER_HEADS.get(c.decoder.width)
+        published = DECODER_HEADS.get(c.decoder.width)
+        heads = published if hints.decoder_heads is None else hints.decoder_heads
         c.decoder.heads = _check_heads("decoder", c.decoder.width, heads, "--decoder-heads")
     elif "decoder/head/kernel" in ours:
         c.decoder.name = "linear"

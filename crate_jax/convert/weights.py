@@ -152,6 +152,23 @@ def _with_flags(config: dict[str, Any], params: Mapping[str, Any], hints: Hints)
     return flags.applied(config, model_config(config, params), params, hints)
 
 
+def require_used(path: str, loaded: Weights, hints: Hints) -> None:
+    """Checks that the model has everything that flags have said of it, whoever wrote its file.
+
+    Args:
+      path: the file, for the message.
+      loaded: what :func:`load` returned for these hints.
+      hints: what the flags say.
+
+    Raises:
+      CheckpointError: the model lacks something, or its tensors show something else.
+    """
+    try:
+        require_fit(_with_flags(loaded.config, loaded.params, hints), loaded.params)
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+
+
 def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     if METADATA_KEY not in metadata:
         return None

@@ -1031,6 +1031,26 @@ def test_flags_come_before_what_a_file_says(tmp_path, capsys, format):
         assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "line"),
+    [
+        ("timm_vit", ["--heads=0"], "0 heads do not divide the encoder's width 8"),
+        ("timm_vit", ["--heads=2", "--lam=0.3"], "--lam=0.3: its model has no lambda: its encoder is vit, not crate"),
+        ("timm_vit", ["--heads=2", "--lam=nan"], "--lam=nan: its model has no lambda"),
+        ("timm_vit", ["--heads=2", "--stem-padding=1"], "--stem-padding=1: its model has no 3 x 3 stem of a ResNet"),
+        ("timm_vit", ["--heads=2", "--decoder-heads=2"], "--decoder-heads=2: its model has no decoder with heads"),
+        ("vit_mae", ["--heads=2", "--decoder-heads=0"], "0 heads do not divide the decoder's width 4"),
+        ("beit shared", ["--heads=4"], "the weights do not fit together: encoder/relative_bias: [52, 2], not [52, 4]"),
+        ("resnet", ["--heads=2"], "--heads=2: its model has no heads: its encoder is a ResNet"),
+    ],
+)
+def test_a_flag_that_does_not_fit_a_foreign_file_is_one_line(tmp_path, capsys, kind, flags, line):
+    path = write_zip(tmp_path / "x.pth", tiny(kind)[1])
+    for command_of in (["inspect", str(path)], ["import", str(path), f"--out={tmp_path / 'out'}"]):
+        assert command.main([*command_of, *flags]) == 2
+        assert f"error: {path}: {line}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_files_beside_say_heads_and_preprocessing(tmp_path):
     """A config.json of transformers or timm is read where the tensors come without our metadata."""
     c, params = imported("vit_mae")
