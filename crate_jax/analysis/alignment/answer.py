@@ -148,7 +148,7 @@ class Answer:
 def caution(images: int, numbers: int) -> str:
     """Why alignment says little about the labels of `images` images of so many numbers; empty if there are enough.
 
-    >>> caution(4000, 3072), caution(120, 3072)[:66]
+    >>> caution(4000, 3072), caution(120, 3072)[:67]
     ('', '120 images of 3072 numbers: a linear map can fit any labels exactly')
     """
     if images > numbers:
