@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 
@@ -24,7 +25,8 @@ from PIL import Image
 from crate_jax.data import decoding
 from crate_jax.data.folder import FolderSource, sub_folders
 from crate_jax.data.sources import DEFAULT_TRAIN_SPLIT, SPLITS, Request, Source, digest, eval_splits, train_splits
-from crate_jax.errors import DataError
+from crate_jax.errors import DataError, escaped, some
+from crate_jax.parallel import distributed
 from crate_jax.workdir.folder import readable_set
 
 IMAGES, MASKS = "images", ("masks", "labels", "annotations")
@@ -52,8 +54,10 @@ class PairSource(Source):
         self._images, self._masks = images, masks
         self._ignored, self._reduce = ignored, reduce_zero_label
         self._mask_of = _match(images, masks)
-        self.classes = 0  # `check` sets it
+        # `check` sets these.
+        self.classes = 0
         self._highest, self._holder = IGNORED, 0  # the highest class, and the index of a mask that holds it
+        self._pixels = np.zeros(1, np.int64)  # the number of pixels without a class, then of those of each class
 
     def __len__(self) -> int:
         return len(self._images)
@@ -119,7 +123,8 @@ class PairSource(Source):
           DataError: a mask does not have the size of its image, has several channels, or holds a class that is not
             below `classes` (the message names the first such mask); or no mask holds a class.
         """
-        start = time.monotonic()
+        start, adding = time.monotonic(), threading.Lock()
+        pixels = np.zeros(MAX_CLASSES + 1, np.int64)
 
         def highest(index: int) -> int:
             try:
@@ -131,7 +136,10 @@ class PairSource(Source):
                     f"{self.mask_path(index)}: is {_size(mask.shape)} pixels, its image {self.name(index)} "
                     f"{_size(image)}; a mask must have the size of its image"
                 )
-            return int(mask.max())
+            counts = np.bincount(mask.ravel() - IGNORED)
+            with adding:
+                pixels[: len(counts)] += counts
+            return len(counts) - 1 + IGNORED
 
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             found = np.fromiter(pool.map(highest, range(len(self))), np.int64, len(self))
@@ -141,7 +149,24 @@ class PairSource(Source):
             raise DataError(f"{self._masks.root}: no mask holds a class; every pixel is ignored")
         self.classes = classes or self._highest + 1
         self.require_highest_below(self.classes)
+        self._pixels = pixels[: self.classes + 1]
         log.info("checked %d masks, classes 0..%d, in %.1f s", len(self), self._highest, time.monotonic() - start)
+
+    def only_class(self) -> str:
+        """Says that the masks hold a single class, and which share of their pixels has none; '' if they hold more."""
+        held = np.flatnonzero(self._pixels[1:])
+        if len(held) > 1:
+            return ""
+        share, zero = self._pixels[0] / self._pixels.sum(), " and reduce_zero_label=True" if self._reduce else ""
+        return (
+            f"{self._masks.root}: the masks hold only class {held[0]}, and {share:.1%} of their "
+            f"pixels have no class (config.segment.ignore_index={self._ignored}{zero}); segmentation needs two "
+            "classes or more, written as 0, 1, ..."
+        )
+
+    def absent(self) -> list[int]:
+        """The classes that no mask holds."""
+        return np.flatnonzero(self._pixels[1:] == 0).tolist()
 
     def require_highest_below(self, classes: int) -> None:
         """Checks that the set holds only the classes 0 .. classes - 1.
@@ -207,8 +232,8 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
       The split, or None if there is no evaluation split.
 
     Raises:
-      DataError: the source is not a folder, the folder has neither of the two layouts, a named split is missing, or a
-        pair is wrong (see PairSource).
+      DataError: the source is not a folder, the folder has neither of the two layouts, a named split is missing, a
+        pair is wrong (see PairSource), or the training masks hold only one class.
     """
     data, options = config.data, config.segment
     kind, _, root = data.source.partition(":")
@@ -239,6 +264,17 @@ def open_pairs(config: ConfigDict, split: str) -> PairSource | None:
     source = PairSource(pair[0], pair[1], options.ignore_index, options.reduce_zero_label)
     source.split, pair[0].split = found[0], os.path.relpath(pair[0].root, root)
     source.check(options.classes, data.threads)
+    # Masks of 0 and 255 are common, and 255 is ignore_index: what is left is one class, which scores 100 %. Whatever
+    # config.segment.classes says, nothing can be learned from it; an evaluation split may be that small.
+    only, absent = source.only_class(), list(map(str, source.absent()))
+    if only and split == "train":
+        raise DataError(only)
+    if only and distributed.first():
+        log.warning("%s", escaped(only))
+    if absent and split == "train" and distributed.first():
+        log.warning(
+            "%s: no mask holds %d of %d classes: %s", pair[1].root, len(absent), source.classes, some(absent, ", ")
+        )
     return source
 
 

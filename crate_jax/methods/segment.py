@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.data.pixels import normalise
-from crate_jax.errors import ConfigError, DataError
+from crate_jax.errors import ConfigError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import ENCODERS, batch_norm, has_statistics, representation, widths
 from crate_jax.models.adopt import adopt_encoder, grid_of
@@ -75,17 +75,11 @@ def build(config: ConfigDict, source: data.Source) -> Method:
 
     Raises:
       ConfigError: see :func:`blocks` and :func:`check`.
-      DataError: the training masks hold only one class.
       TypeError: `source` is not a PairSource.
     """
     check(config)
     if not isinstance(source, data.PairSource):
         raise TypeError(f"segmentation needs a PairSource, got {type(source).__name__}")
-    if source.classes < 2:
-        raise DataError(
-            f"config.data.source={config.data.source!r}: the training masks hold only one class; segmentation needs "
-            f"two or more (the value config.segment.ignore_index={config.segment.ignore_index} is not a class)"
-        )
     classes, size = source.classes, tuple(config.data.image_size)
     head = HEADS[config.segment.head](config, classes)
     maps_of = representation.block_maps(config, blocks(config))

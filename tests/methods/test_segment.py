@@ -276,6 +276,26 @@ def test_bad_pairs_are_named_in_one_line(tmp_path, what, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("options", [{}, {"segment__classes": 2}])
+def test_masks_of_0_and_255_hold_one_class(tmp_path, options, caplog):
+    """255 is ignore_index: the object would be ignored, and the background alone would score 100 %."""
+    mask = np.zeros((5, 8), np.uint8)
+    mask[1:4, 2:7] = 255
+    for split in ("train", "val"):
+        write(tmp_path / split, np.zeros((5, 8, 3), np.uint8), mask, "a")
+    message = r"train/masks: the masks hold only class 0, and 37.5% of their pixels have no class .*ignore_index=255\)"
+    with pytest.raises(DataError, match=message):
+        data.open_split(small(tmp_path, **options), "train")
+    assert data.open_split(small(tmp_path, **options), "eval") is not None
+    assert "val/masks: the masks hold only class 0" in caplog.text
+
+
+def test_classes_that_no_mask_holds_are_told(tmp_path, caplog):
+    write(tmp_path / "train", np.zeros((1, 3, 3), np.uint8), np.array([[0, 3, 255]], np.uint8), "a")
+    data.open_split(small(tmp_path, segment__classes=6), "train")
+    assert "train/masks: no mask holds 4 of 6 classes: 1, 2, 4, 5" in caplog.text
+
+
 def test_a_damaged_mask_is_skipped_with_its_image_and_counted(tmp_path):
     for i in range(8):
         write(tmp_path / "train", *shapes(np.random.default_rng(i), 20, 20), f"{i}")
