@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding, shards
+from crate_jax.data.folder import files_below
 from crate_jax.data.sources import (
     LABELS,
     ColumnSource,
@@ -162,7 +163,7 @@ def _shards(path: str) -> tuple[Path, list[Path]]:
     given = readable_set(path)
     if not given.is_dir():
         return shards.named_shards(str(given))
-    found = sorted(file for file in given.rglob(f"*{ENDING}*") if file.is_file())
+    found = files_below(given, lambda name: ENDING in name)
     if not found:
         raise DataError(f"{given}: holds no file with {ENDING} in its name")
     return given, found

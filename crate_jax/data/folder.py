@@ -8,7 +8,8 @@ import itertools
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,7 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
+_ENDINGS = tuple(map(os.fsencode, EXTENSIONS))
 FINGERPRINT_SIZES = 1000  # files whose size enters the fingerprint; to ask for all sizes is slow on network disks
 # What archives, file systems and file managers leave behind, in lower case. Hidden files are not listed: they are never
 # read.
@@ -410,11 +412,8 @@ def _are_strays(loose: int, inside: int) -> bool:
 
 def _loose(root: str) -> int:
     """Returns the number of images that lie directly in a folder."""
-    extensions = tuple(map(os.fsencode, EXTENSIONS))
     with os.scandir(os.fsencode(root)) as entries:
-        return sum(
-            not e.name.startswith(b".") and e.name.lower().endswith(extensions) and not _is_dir(e) for e in entries
-        )
+        return sum(not e.name.startswith(b".") and _is_image(e.name) and not _is_dir(e) for e in entries)
 
 
 def sub_folders(root: str) -> list[bytes]:
@@ -432,15 +431,30 @@ def _with_images(root: str, names: Sequence[bytes]) -> Iterator[bytes]:
     return (name for name in names if next(_walk(os.path.join(root, os.fsdecode(name))), None) is not None)
 
 
-def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
+def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """Returns the files below a folder whose names are wanted, sorted; folders are entered as for images.
+
+    Path.rglob would not enter a link to a folder, and would find the hidden files that macOS leaves beside others.
+
+    Raises:
+      DataError: a folder cannot be read.
+    """
+    return sorted(root / os.fsdecode(path) for path in _walk(str(root), wanted=lambda name: wanted(os.fsdecode(name))))
+
+
+def _is_image(name: bytes) -> bool:
+    """Returns whether a file has the name of an image."""
+    return name.lower().endswith(_ENDINGS)
+
+
+def _walk(root: str, rest: _Rest | None = None, wanted: Callable[[bytes], bool] = _is_image) -> Iterator[bytes]:
     """Yields the relative paths of all images below a folder, except hidden files and those in hidden folders.
 
     Workdirs of this library are not entered. A link to a folder counts as a folder, unless it leads back to a folder
     that holds it. So the images do not depend on the order in which the file system lists them. What else lies there is
-    added to `rest`.
+    added to `rest`. Other files than images are those that are wanted by their names.
     """
     _check_folder(root)
-    extensions = tuple(os.fsencode(e) for e in EXTENSIONS)
     nothing: frozenset[bytes] = frozenset()
     pending = [(b"", nothing)]  # folders, each with the real paths of those that hold it
     rest = _Rest() if rest is None else rest
@@ -469,7 +483,7 @@ def _walk(root: str, rest: _Rest | None = None) -> Iterator[bytes]:
                         if split_role(os.fsdecode(entry.name)) in ("val", "test"):
                             rest.eval_folders.append(inner)
                         pending.append((inner, holders))
-                    elif entry.name.lower().endswith(extensions):
+                    elif wanted(entry.name):
                         yield inner
                     else:
                         rest.add_file(inner)

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from crate_jax.data import decoding
+from crate_jax.data.folder import files_below
 from crate_jax.data.sources import (
     LABELS,
     ColumnSource,
@@ -390,8 +391,7 @@ def _splits(root: Path) -> dict[str, list[Path]]:
             return {"train": _saved(root)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise DataError(f"{root}: not what datasets.save_to_disk writes ({_one_line(e)})") from None
-    paths = sorted(path for path in root.rglob("*") if path.suffix in ENDINGS and not path.name.startswith("cache-"))
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    paths = files_below(root, lambda name: name.endswith(ENDINGS) and not name.startswith("cache-"))
     if not paths:
         raise DataError(f"{root}: holds no .parquet and no .arrow file")
     found: dict[str, list[Path]] = {}

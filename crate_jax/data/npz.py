@@ -140,7 +140,7 @@ def open_npz(path: str, request: Request) -> NpzSource | None:
       DataError: a file cannot be read, its arrays have no such names, or they are not images and their labels.
     """
     root = readable_set(path)
-    files = sorted(root.glob("*.npz")) if root.is_dir() else [root]
+    files = sorted(p for p in root.glob("*.npz") if not p.name.startswith(".")) if root.is_dir() else [root]
     if not files:
         raise DataError(f"{root}: holds no .npz file")
     members = {file: _members(file) for file in files}

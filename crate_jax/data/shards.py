@@ -35,7 +35,10 @@ def named_shards(pattern: str) -> tuple[Path, list[Path]]:
     """
     found = []
     for path in map(Path, _expanded(str(expanduser(pattern)))):
-        matches = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", path.name) else [path]
+        matches = [path]
+        if re.search(r"[*?\[]", path.name):  # as in a shell, * is not the beginning of a hidden name
+            hidden = path.name.startswith(".")
+            matches = sorted(p for p in path.parent.glob(path.name) if hidden or not p.name.startswith("."))
         found += [match for match in matches if match.is_file()]
         if not matches or not matches[0].is_file():
             raise DataError(f"{path}: no such shard, which config.data.source names")

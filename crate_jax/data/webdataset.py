@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from crate_jax.data import shards, tar
+from crate_jax.data.folder import files_below
 from crate_jax.data.sources import LABELS, Request, candidates, class_numbers, first_labelled, label_text, split_of
 from crate_jax.errors import DataError, some
 from crate_jax.parallel import distributed
@@ -26,6 +27,7 @@ from crate_jax.workdir.folder import readable_set
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CLASS = "cls"
+PACKED = re.compile(r"\.t.*gz$")
 MAX_LABEL_BYTES = 2**20  # of a file that holds a sample's label
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def open_shards(pattern: str, request: Request) -> tar.TarSource | None:
     chosen = candidates(list(by_split), request)
     if not chosen:
         return None
-    beside = len(list(paths[0].parent.glob("*.tar")))
+    beside = sum(not path.name.startswith(".") for path in paths[0].parent.glob("*.tar"))
     if request.split == "train" and len(paths) == 1 < beside and distributed.first():
         # A shell takes the last of several flags.
         log.warning("%s: only this one of %d shards is read; a pattern with {..} needs quotes", paths[0], beside)
@@ -83,9 +85,9 @@ def _shards(pattern: str) -> tuple[Path, list[Path]]:
     given = readable_set(pattern)
     if not given.is_dir():
         return shards.named_shards(str(given))
-    found = sorted(given.rglob("*.tar"))
+    found = files_below(given, lambda name: name.endswith(".tar"))
     if not found:
-        packed = some(sorted(path.name for path in given.rglob("*.t*gz")), ", ")
+        packed = some(sorted(path.name for path in files_below(given, lambda name: bool(PACKED.search(name)))), ", ")
         hint = f", only {packed}: unpack them with gunzip, as images are read at random" if packed else ""
         raise DataError(f"{given}: holds no .tar file{hint}")
     return given, found

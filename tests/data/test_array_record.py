@@ -80,6 +80,15 @@ def test_what_tfds_writes(tmp_path, monkeypatch, pattern):
     assert opened(tmp_path / pattern, "eval").fingerprint() != train.fingerprint()
 
 
+def test_a_link_to_a_folder_is_entered(tmp_path):
+    (tmp_path / "set").mkdir()
+    two_splits(tmp_path / "else")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "else")
+    (tmp_path / "set" / "back").symlink_to(tmp_path / "set")
+    train, test = opened(tmp_path / "set"), opened(tmp_path / "set", "eval")
+    assert (values(train), values(test)) == (list(range(7)), [7, 8])
+
+
 @pytest.mark.parametrize(
     "features,options,labels",
     [

@@ -109,6 +109,15 @@ def test_the_usual_layouts(tmp_path, write):
     assert values(copy) == list(range(7)) and len(pickle.dumps(train)) < 3000
 
 
+def test_a_link_to_a_folder_is_entered(tmp_path):
+    (tmp_path / "set").mkdir()
+    hub(tmp_path / "else")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "else")
+    (tmp_path / "set" / "back").symlink_to(tmp_path / "set")
+    train, test = opened(tmp_path / "set"), opened(tmp_path / "set", "eval")
+    assert (values(train), values(test)) == (list(range(7)), [7, 8])
+
+
 def test_names_tell_the_file_and_its_row(tmp_path):
     hub(tmp_path)
     names = [opened(tmp_path).name(i) for i in (0, 4, 5, 6)]

@@ -74,6 +74,12 @@ def test_a_file_for_each_split_and_names_of_ones_own(tmp_path):
     assert opened(tmp_path, image_column="pictures", label_column="").labels is None
 
 
+def test_what_macos_leaves_beside_a_file_is_not_read(tmp_path):
+    np.savez(tmp_path / "train.npz", images=IMAGES, labels=LABELS)
+    (tmp_path / "._train.npz").write_bytes(bytes(range(256)))
+    assert len(opened(tmp_path)) == 9
+
+
 def test_labels_in_bytes_are_utf_8(tmp_path):
     """Names with a mark in place of wrong bytes would be one class."""
     for name, encoding in (("utf-8", "utf-8"), ("latin", "latin-1")):

@@ -80,6 +80,23 @@ def test_shards_of_two_splits(tmp_path, pattern):
     assert values(pickle.loads(pickle.dumps(train))) == list(range(7))
 
 
+def test_a_link_to_a_folder_is_entered(tmp_path):
+    (tmp_path / "set").mkdir()
+    two_splits(tmp_path / "else")
+    (tmp_path / "else" / "train-000001.tar").rename(tmp_path / "set" / "train-000001.tar")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "else")
+    (tmp_path / "set" / "back").symlink_to(tmp_path / "set")
+    train, test = opened(tmp_path / "set"), opened(tmp_path / "set", "eval")
+    assert (sorted(values(train)), values(test)) == (list(range(7)), [7, 8])
+
+
+@pytest.mark.parametrize("pattern", ["", "*.tar"])
+def test_what_macos_leaves_beside_a_shard_is_not_read(tmp_path, pattern):
+    two_splits(tmp_path)
+    (tmp_path / "._train-000000.tar").write_bytes(bytes(range(256)) * 2)
+    assert values(opened(tmp_path / pattern)) == list(range(7))
+
+
 def test_a_range_of_shards(tmp_path, caplog):
     two_splits(tmp_path)
     assert values(opened(tmp_path / "train-{000000..000001}.tar")) == list(range(7))
