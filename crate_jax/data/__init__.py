@@ -22,7 +22,7 @@ from crate_jax.data.pipeline import TrainPipeline, batch_shapes
 from crate_jax.data.prefetch import DevicePrefetch, device_prefetch
 from crate_jax.data.recipes import VIEWS, preset
 from crate_jax.data.scenes import SceneSource
-from crate_jax.data.sources import Request, Source, SyntheticSource, digits
+from crate_jax.data.sources import Request, Source, SyntheticSource, digits, require_same_classes
 from crate_jax.data.tfds_source import open_tfds
 from crate_jax.data.views import shown_views
 from crate_jax.data.webdataset import open_shards
@@ -61,6 +61,7 @@ __all__ = [
     "open_split",
     "pictures_of",
     "preset",
+    "require_same_classes",
     "shown_views",
     "views_of",
     "write_out",

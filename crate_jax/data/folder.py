@@ -420,15 +420,17 @@ def sub_folders(root: str) -> list[bytes]:
     """Returns the names of the sub-folders that may hold images, sorted."""
     try:
         with os.scandir(os.fsencode(root)) as entries:
-            found = sorted(e.name for e in entries if not e.name.startswith(b".") and _is_dir(e))
+            there = list(entries)
     except OSError as e:
         raise DataError(f"{root}: cannot be read ({e.strerror})") from None
+    left_out = OF_A_RUN if is_workdir({os.fsdecode(e.name) for e in there}) else frozenset()
+    found = sorted(e.name for e in there if not e.name.startswith(b".") and e.name not in left_out and _is_dir(e))
     return [name for name in found if name.lower() not in LITTER_FOLDERS]
 
 
 def _with_images(root: str, names: Sequence[bytes]) -> Iterator[bytes]:
-    """Yields those sub-folders that hold an image."""
-    return (name for name in names if next(_walk(os.path.join(root, os.fsdecode(name))), None) is not None)
+    """Yields those sub-folders that hold an image which a walk of the whole folder finds, too."""
+    return (name for name in names if next(_walk(root, start=name), None) is not None)
 
 
 def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
@@ -447,16 +449,19 @@ def _is_image(name: bytes) -> bool:
     return name.lower().endswith(_ENDINGS)
 
 
-def _walk(root: str, rest: _Rest | None = None, wanted: Callable[[bytes], bool] = _is_image) -> Iterator[bytes]:
+def _walk(
+    root: str, rest: _Rest | None = None, wanted: Callable[[bytes], bool] = _is_image, start: bytes = b""
+) -> Iterator[bytes]:
     """Yields the relative paths of all images below a folder, except hidden files and those in hidden folders.
 
     Workdirs of this library are not entered. A link to a folder counts as a folder, unless it leads back to a folder
     that holds it. So the images do not depend on the order in which the file system lists them. What else lies there is
     added to `rest`. Other files than images are those that are wanted by their names.
+    With `start`, a sub-folder, only those below it: the same ones that the walk of the whole folder finds there.
     """
     _check_folder(root)
-    nothing: frozenset[bytes] = frozenset()
-    pending = [(b"", nothing)]  # folders, each with the real paths of those that hold it
+    above = frozenset((os.path.realpath(os.fsencode(root)),)) if start else frozenset()
+    pending = [(start, above)]  # folders, each with the real paths of those that hold it
     rest = _Rest() if rest is None else rest
     while pending:
         folder, holders = pending.pop()

@@ -303,6 +303,26 @@ def named(where: str, class_names: list[str], names: Sequence[object]) -> list[s
     return [escaped(str(name)) for name in names]
 
 
+def require_same_classes(train: Source, test: Source) -> None:
+    """Checks that a number stands for the same class in both splits, if both have labels.
+
+    Raises:
+      DataError: their lists of classes differ.
+    """
+    ours, theirs = train.class_names, test.class_names
+    if ours is not None and theirs is not None and ours != theirs:
+        k = next((k for k, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        fault = (
+            f"class {k} is {ours[k]} in one and {theirs[k]} in the other"
+            if k is not None
+            else (f"there are {len(ours)} and {len(theirs)} classes")
+        )
+        raise DataError(
+            f"the classes of the training split {train.split!r} and of the evaluation split {test.split!r} differ: "
+            f"{fault}; give both the same classes, or set config.data.eval_split=''"
+        )
+
+
 class Source(abc.ABC):
     """A finite, indexable set of images; picklable, because worker processes get a copy.
 

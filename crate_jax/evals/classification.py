@@ -35,7 +35,7 @@ class ClassifierEvaluation:
       shown: the images that pictures are made of.
 
     Raises:
-      DataError: there is no labelled evaluation split.
+      DataError: there is no labelled evaluation split, or it has other classes than the training images.
     """
 
     mark = "top1"
@@ -47,6 +47,7 @@ class ClassifierEvaluation:
                 f"config.data.source={config.data.source!r}: has no evaluation split (config.data.eval_split); "
                 "fine-tuning is judged on one"
             )
+        data.require_same_classes(train, test)
         self._config, self._mesh, self.shown = config, mesh, test
         self._classify = jax.jit(sharding.on_mesh(mesh, scores), out_shardings=sharding.split(mesh))
 

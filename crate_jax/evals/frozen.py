@@ -108,6 +108,9 @@ class FrozenEvaluation:
       mark: the name of a number that each of its results has.
       shown: the images that pictures are made of: the evaluation split, or the training images if there is no
         evaluation split.
+
+    Raises:
+      DataError: the evaluation split cannot be read, or has other classes than the training images.
     """
 
     def __init__(
@@ -133,9 +136,10 @@ class FrozenEvaluation:
             lacks = "an evaluation split (config.data.eval_split)" if test is None else "labels"
             log.info("no k-NN and no probe: the images have not %s", lacks)
         else:
+            data.require_same_classes(train, test)
             self._splits = (train, test)
             self.mark = "knn_top1"
-            self._classes = max(len(train.class_names), len(test.class_names))
+            self._classes = len(train.class_names)
 
     def _labelled(self, read: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """What `read` makes of the samples of both splits: training rows and labels, test rows and labels."""

@@ -226,6 +226,7 @@ def extract_features(
         raise DataError(
             f"config.data.source={config.data.source!r}: has no {missing} split; config.data.{key} names it"
         )
+    data.require_same_classes(train, test)
     mesh = sharding.make_mesh(jax.device_count(), 1)
     represent = representation.build(config)
 

@@ -166,6 +166,35 @@ def test_links_that_lead_back_are_not_followed(tmp_path):
     assert names(data.open_split(configured(f"folder:{root}"), "train")) == ["a/0.png", "b/1.png"]
 
 
+def test_both_splits_number_the_same_classes(tmp_path):
+    """Folders that hold no image of the training split are not classes of the evaluation split, either."""
+    root = tmp_path / "set"
+    tree(root, [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("cat", "dog") for i in range(3)])
+    (root / "train" / "aaa").symlink_to(".")  # leads back
+    tree(root / "train", ["a_run/curve.png", "pictures/4.png"])
+    for run in (root / "train" / "a_run", root / "train"):
+        (run / ".lock").touch()
+        (run / "starts.jsonl").touch()
+    train, test = (data.open_split(configured(f"folder:{root}"), split) for split in ("train", "eval"))
+    assert train.class_names == test.class_names == ["cat", "dog"]
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "theirs,message", [(["cat", "emu"], "class 1 is dog in one and emu in the other"), (["cat"], "are 2 and 1 classes")]
+)
+def test_splits_of_different_classes_are_not_compared(theirs, message):
+    train, test = digits("train"), digits("eval")
+    data.require_same_classes(train, test)
+    train.class_names, test.class_names = ["cat", "dog"], theirs
+    with pytest.raises(
+        DataError, match=f"training split 'train' and of the evaluation split 'eval' differ: .*{message}"
+    ):
+        data.require_same_classes(train, test)
+    test.class_names = None
+    data.require_same_classes(train, test)
+
+
 @pytest.mark.parametrize("link,target", [("a", "b"), ("b", "a")])
 def test_a_class_that_is_a_link_to_another_one_stays_a_class(tmp_path, link, target):
     """Whichever of the two the file system lists first."""

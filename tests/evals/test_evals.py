@@ -220,6 +220,16 @@ def test_a_classifier_that_answers_one_class_is_named(answers, caplog):
     assert ("every test image is taken for 4" in caplog.text) == (answers == 1)
 
 
+@pytest.mark.parametrize("judge", [FrozenEvaluation, ClassifierEvaluation])
+def test_splits_of_different_classes_are_not_compared(judge):
+    c = configs.base()
+    c.data.source, c.data.image_size = "digits", (8, 8)
+    train = data.open_split(c, "train")
+    train.class_names = [*train.class_names[1:], "0"]
+    with pytest.raises(DataError, match="class 0 is 1 in one and 0 in the other"):
+        judge(c, lambda params, x: x, train, sharding.make_mesh(16, 1))
+
+
 def test_the_baseline_of_raw_pixels_stays_small_for_large_images():
     """Up to 32 px every pixel counts; above, blocks are averaged: a probe on all of 224 px fits no memory."""
     small = np.random.default_rng(0).integers(0, 256, (3, 8, 32, 3), np.uint8)
