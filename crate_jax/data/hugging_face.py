@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from crate_jax.data.sources import (
     Request,
     candidates,
     class_numbers,
+    difference,
     digest,
     first_labelled,
     label_text,
@@ -230,8 +232,8 @@ def open_tables(path: str, request: Request) -> TableSource | None:
       The split, or None if there is no evaluation split.
 
     Raises:
-      DataError: there is no such data set; a shard is missing or damaged; or the columns of images and labels are not
-        known.
+      DataError: there is no such data set; a shard is missing or damaged; the columns of images and labels are not
+        known; or the files of the splits number their classes differently.
     """
     root = _root(path)
     files = _splits(root)
@@ -254,8 +256,11 @@ def open_tables(path: str, request: Request) -> TableSource | None:
     class_names: list[str] = []
     if label:
         names = features.get(label, {}).get("names")
-        if not isinstance(names, list):  # the classes are those of all splits
-            tables |= {name: [_table(file) for file in files[name]] for name in files if name not in tables}
+        there = tables | {name: [_table(file) for file in files[name]] for name in files if name not in tables}
+        if isinstance(names, list):
+            _require_names(first, names, itertools.chain.from_iterable(there.values()), label)
+        else:  # the classes are those of all splits
+            tables = there
         columns = {f"{root}: {label} of {name}": _labels(found, label) for name, found in tables.items()}
         numbers, class_names = class_numbers(columns)
         labels = dict(zip(tables, numbers.values(), strict=True))
@@ -264,6 +269,21 @@ def open_tables(path: str, request: Request) -> TableSource | None:
     return first_labelled(
         TableSource(tables[name], image, labels.get(name), class_names, request.max_pixels) for name in chosen
     )
+
+
+def _require_names(first: Table, names: list[Any], tables: Iterable[Table], label: str) -> None:
+    """Checks that a number of the column `label` stands for the same class in all files that name the classes.
+
+    Raises:
+      DataError: a file has other names, or the same ones in another order.
+    """
+    for table in tables:
+        theirs = _features(table).get(label, {}).get("names")
+        if isinstance(theirs, list) and (fault := difference(names, theirs)):
+            raise DataError(
+                f"{first.path} and {table.path}: the columns {label} number different classes: {fault}; cast both to "
+                "one ClassLabel, or go without labels: config.data.label_column=''"
+            )
 
 
 def _labels(tables: Sequence[Table], column: str) -> np.ndarray:

@@ -310,17 +310,23 @@ def require_same_classes(train: Source, test: Source) -> None:
       DataError: their lists of classes differ.
     """
     ours, theirs = train.class_names, test.class_names
-    if ours is not None and theirs is not None and ours != theirs:
-        k = next((k for k, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
-        fault = (
-            f"class {k} is {ours[k]} in one and {theirs[k]} in the other"
-            if k is not None
-            else (f"there are {len(ours)} and {len(theirs)} classes")
-        )
+    if ours is not None and theirs is not None and (fault := difference(ours, theirs)):
         raise DataError(
             f"the classes of the training split {train.split!r} and of the evaluation split {test.split!r} differ: "
             f"{fault}; give both the same classes, or set config.data.eval_split=''"
         )
+
+
+def difference(ours: Sequence[object], theirs: Sequence[object]) -> str:
+    """Says where two lists of classes differ first; '' if they do not.
+
+    >>> difference(["cat", "dog"], ["cat", "emu"]), difference(["cat", "dog"], ["cat"]), difference(["cat"], ["cat"])
+    ('class 1 is dog in one and emu in the other', 'there are 2 and 1 classes', '')
+    """
+    for k, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one != other:
+            return f"class {k} is {one} in one and {other} in the other"
+    return "" if len(ours) == len(theirs) else f"there are {len(ours)} and {len(theirs)} classes"
 
 
 class Source(abc.ABC):

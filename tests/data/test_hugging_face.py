@@ -245,6 +245,14 @@ def two_labels(root):
     )
 
 
+def other_names(root):
+    """Each split was cast by itself, in the order in which it met the classes."""
+    hub(root)
+    described = {"label": {"names": NAMES[::-1], "_type": "ClassLabel"}}
+    rows = table(7, 2).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": described}})})
+    parquet(root / "data" / "test-00000-of-00001.parquet", rows)
+
+
 def deep(root):
     (root / "dataset_dict.json").write_text("[" * 100000)
 
@@ -275,6 +283,12 @@ def test_labels_in_bytes_are_utf_8(tmp_path, kind):
         (latin_texts, {"image_column": "img"}, r"a.parquet: label: the label b'B\\xe4r' is not UTF-8; write it"),
         (several, {}, r"several columns of images; set config.data.image_column to one of \['img', 'other'\]"),
         (two_labels, {}, r"several columns of labels; .* one of \['fine_label', 'coarse_label'\], or to ''"),
+        (
+            other_names,
+            {},
+            "/train-00000-of-00002.parquet and .*/test-00000-of-00001.parquet: the columns label number "
+            "different classes: class 0 is cat in one and Eel in the other; cast both",
+        ),
         (other_columns, {}, "train-00001-of-00002.parquet: lacks the column label"),
         (hub, {"image_column": "label"}, "no column 'label' whose values are encoded images"),
         (hub, {"label_column": "kind"}, "no column 'kind', which config.data.label_column names; it has img, label"),
