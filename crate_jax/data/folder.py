@@ -237,6 +237,8 @@ def _open_split(path: str, request: Request) -> FolderSource | None:
         holders = list(_with_images(path, names)) if whole_tree else []
         only_splits = whole_tree and len(_roles(holders)) == len(holders)
         source = FolderSource(train_root or path, max_pixels, labelled=not only_splits)
+        if not whole_tree and train_split == DEFAULT_TRAIN_SPLIT:
+            _say_left_out(path, names, os.path.relpath(source.root, path), eval_split)
         if whole_tree and source.eval_folders:
             why = f"has no sub-folder {train_split!r}: " if train_split else ""
             included = some(source.eval_folders, ", ") + (" included, without labels" if only_splits else " included")
@@ -251,6 +253,18 @@ def _open_split(path: str, request: Request) -> FolderSource | None:
         hint = _hint(names)
         raise DataError(f"{path}: has no sub-folder {eval_split!r}, which config.data.eval_split names{hint}")
     return FolderSource(_split_root(path, eval_split), max_pixels, train_root or path)
+
+
+def _say_left_out(path: str, names: list[bytes], trained: str, eval_split: str) -> None:
+    """Names the folders with images that no split takes: ``train`` may be a class, beside those of planes and buses."""
+    evals = {name for name, role in _roles(names).items() if role != "train"}
+    taken = {os.fsencode(folder.partition(os.sep)[0]) for folder in (trained, eval_split)}
+    others = list(_with_images(path, [name for name in names if name not in evals | taken]))
+    if others:
+        _say(
+            f"{path}: trains on {trained} only; other folders with images are left out: {_names(others)}; "
+            "config.data.train_split='' takes them all"
+        )
 
 
 def _split_root(path: str, split: str) -> str:

@@ -254,6 +254,22 @@ def test_splits_by_other_names(tmp_path, train, test, caplog):
     assert f"the evaluation split is {test}" in caplog.text
 
 
+def test_folders_beside_the_training_split_are_said_to_be_left_out(tmp_path, caplog):
+    """``train`` may be the class of trains."""
+    path = tree(tmp_path, [f"{name}/{i}.png" for name in ("train", "plane", "bus") for i in range(3)])
+    (tmp_path / "empty").mkdir()
+    assert len(data.open_split(configured(path), "train")) == 3
+    assert f"{tmp_path}: trains on train only; other folders with images are left out: bus, plane;" in caplog.text
+    source = data.open_split(configured(path, train_split=""), "train")
+    assert len(source) == 9 and source.class_names == ["bus", "plane", "train"]
+    shutil.rmtree(tmp_path / "plane")
+    tree(tmp_path, ["val/a/0.png", "Testing/a/0.png"])
+    caplog.clear()
+    data.open_split(configured(path, eval_split="bus"), "train")
+    data.open_split(configured(path, train_split="bus"), "train")
+    assert not caplog.records
+
+
 def test_a_split_may_lie_in_a_folder_of_its_own_name(tmp_path):
     found = [
         f"{part}/{name}" for part in ("seg_train/seg_train", "seg_test/Seg_Test") for name in ("a/1.png", "b/2.png")
