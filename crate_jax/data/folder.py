@@ -92,7 +92,7 @@ class FolderSource(Source):
         names = _class_names(root, found, like) if labelled else None
         strays = [p for p, (_, slash, _) in zip(paths, firsts, strict=True) if not slash] if names else []
         if strays and not _are_strays(len(strays), len(paths) - len(strays)):
-            _say(
+            say_once(
                 f"{root}: no labels, as {len(strays)} images lie beside the folders of the classes; move these images "
                 "away or into a class"
             )
@@ -108,10 +108,12 @@ class FolderSource(Source):
             self.class_names = [escaped(os.fsdecode(name)) for name in names]
             alike = [] if like else _alike(names)
             if alike:
-                _say(f"{root}: names that differ only in case or encoding are classes of their own: {_names(alike)}")
+                say_once(
+                    f"{root}: names that differ only in case or encoding are classes of their own: {_names(alike)}"
+                )
             absent = [name for name in names if name not in found]
             if absent:
-                _say(f"{root}: has no image of {len(absent)} of {len(names)} classes: {_names(absent)}")
+                say_once(f"{root}: has no image of {len(absent)} of {len(names)} classes: {_names(absent)}")
         rest.say(root, strays, found)
 
     def __len__(self) -> int:
@@ -191,7 +193,7 @@ class _Rest:
         empty = sorted(self.of_folders - {b"", *found})
         parts += [f"folders without a readable image, which are not classes: {_names(empty)}"] if empty else []
         if parts:
-            _say(f"{root}: left out {'; '.join(parts)}")
+            say_once(f"{root}: left out {'; '.join(parts)}")
 
 
 def open_folder(path: str, request: Request) -> FolderSource | None:
@@ -242,7 +244,7 @@ def _open_split(path: str, request: Request) -> FolderSource | None:
         if whole_tree and source.eval_folders:
             why = f"has no sub-folder {train_split!r}: " if train_split else ""
             included = some(source.eval_folders, ", ") + (" included, without labels" if only_splits else " included")
-            _say(f"{path}: {why}training on all of it, {included}")
+            say_once(f"{path}: {why}training on all of it, {included}")
         return source
     if not eval_split or (whole_tree and eval_split == "auto"):
         return None
@@ -261,7 +263,7 @@ def _say_left_out(path: str, names: list[bytes], trained: str, eval_split: str) 
     taken = {os.fsencode(folder.partition(os.sep)[0]) for folder in (trained, eval_split)}
     others = list(_with_images(path, [name for name in names if name not in evals | taken]))
     if others:
-        _say(
+        say_once(
             f"{path}: trains on {trained} only; other folders with images are left out: {_names(others)}; "
             "config.data.train_split='' takes them all"
         )
@@ -338,7 +340,7 @@ def _first_labelled(path: str, names: list[str], train_root: str, max_pixels: in
     if source is not None:
         found = f"the evaluation split is {source.split}"
         if labelled and passed:
-            _say(f"{path}: {found}; passed over: {'; '.join(passed)}")
+            say_once(f"{path}: {found}; passed over: {'; '.join(passed)}")
         else:
             log.info("%s: %s%s", escaped(path), escaped(found), "" if labelled else ", without labels")
     return source
@@ -523,7 +525,7 @@ def _names(names: Sequence[bytes]) -> str:
 
 
 @functools.lru_cache(maxsize=1000)
-def _say(text: str) -> None:
+def say_once(text: str) -> None:
     """Writes a warning to the log of process 0, once: a set is opened again for each evaluation and report."""
     if distributed.first():
         log.warning("%s", escaped(text))

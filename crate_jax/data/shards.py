@@ -19,7 +19,7 @@ from crate_jax.workdir.folder import cache, expanduser
 from crate_jax.workdir.whole import save_arrays
 
 MAX_SHARDS = 10**6  # that one pattern names
-VERSION = 3  # of what is kept
+VERSION = 4  # of what is kept
 
 log = logging.getLogger(__name__)
 

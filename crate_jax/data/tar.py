@@ -33,8 +33,15 @@ class Member:
     size: int
 
 
-def members(path: Path, part: Member | None = None) -> Iterator[Member]:
+def members(path: Path, part: Member | None = None, lost: list[str] | None = None) -> Iterator[Member]:
     """Yields the files of a tar file, or of the tar file that is a member of it.
+
+    A hard link is the file that it leads to: so tar writes a file that has a second name.
+
+    Args:
+      path: the tar file.
+      part: the member that is a tar file; None: the tar file itself.
+      lost: gets the names of links that are not followed: symbolic ones, and hard ones to what is not in the tar file.
 
     Raises:
       DataError: the tar file is damaged, cut short or compressed.
@@ -42,6 +49,7 @@ def members(path: Path, part: Member | None = None) -> Iterator[Member]:
     where = f"{path}: {part.name}" if part else f"{path}"
     start, end = (part.start, part.start + part.size) if part else (0, path.stat().st_size)
     offset = start
+    seen: dict[str, Member] = {}
     with path.open("rb") as file:
         file.seek(start)
         try:
@@ -52,7 +60,12 @@ def members(path: Path, part: Member | None = None) -> Iterator[Member]:
                     if offset + info.size > end:
                         raise tarfile.ReadError("cut short")
                     if info.isreg():
-                        yield Member(info.name, info.offset_data, info.size)
+                        member = seen[os.path.normpath(info.name)] = Member(info.name, offset, info.size)
+                        yield member
+                    elif info.islnk() and (target := seen.get(os.path.normpath(info.linkname))):
+                        yield dataclasses.replace(target, name=info.name)
+                    elif (info.islnk() or info.issym()) and lost is not None:
+                        lost.append(info.name)
                     if tar.offset >= end:  # what follows is not of this part
                         break
                 offset = tar.offset

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from crate_jax.data import shards, tar
-from crate_jax.data.folder import files_below
+from crate_jax.data.folder import EXTENSIONS, files_below, say_once
 from crate_jax.data.sources import LABELS, Request, candidates, class_numbers, first_labelled, label_text, split_of
-from crate_jax.errors import DataError, some
+from crate_jax.errors import MAX_LISTED, DataError, some
 from crate_jax.parallel import distributed
 from crate_jax.workdir.folder import readable_set
 
@@ -95,10 +95,25 @@ def _shards(pattern: str) -> tuple[Path, list[Path]]:
 
 def _index(paths: Sequence[Path], request: Request) -> tar.Index:
     columns = (request.image_column, request.label_column)
-    return tar.Index(**shards.kept("webdataset", paths, columns, lambda: vars(_read(paths, *columns))))
+    found = shards.kept("webdataset", paths, columns, lambda: _read(paths, *columns))
+    left_out, names = int(found.pop("left_out")), found.pop("left_out_names").tolist()
+    if left_out:
+        names += [""] * (left_out - len(names))
+        say_once(
+            f"{paths[0].parent}: left out {left_out} image{'s' * (left_out > 1)} of an unknown sample: "
+            f"{some(names, ', ')}; a sample's key ends at the first dot of the name, and its image ends in "
+            f"{' or '.join(_endings(request.image_column))} (config.data.image_column)"
+        )
+    return tar.Index(**found)
 
 
-def _samples(path: Path, images: Collection[str], labels: Collection[str]) -> list[tuple[str, dict[str, tar.Member]]]:
+def _endings(image_column: str) -> tuple[str, ...]:
+    return IMAGES if image_column == "auto" else (image_column.lower().removeprefix("."),)
+
+
+def _samples(
+    path: Path, images: Collection[str], labels: Collection[str], left_out: list[str]
+) -> list[tuple[str, dict[str, tar.Member]]]:
     """Returns the key of each sample of a shard, the path up to the first dot of the name, and its files by the rest.
 
     Files of one key that lie apart, as in ``tar cf set.tar *.png *.cls``, are one sample, unless both places hold an
@@ -108,14 +123,21 @@ def _samples(path: Path, images: Collection[str], labels: Collection[str]) -> li
       path: the shard.
       images: the endings of images.
       labels: those of labels; files with other endings are left out.
+      left_out: gets the names of images that are not in a sample with an image: a key that has a dot, another ending, a
+        link that leads out of the shard. Masks and the like beside an image are not among them.
     """
+    links: list[str] = []
+    others: list[tuple[str, str]] = []  # images with an ending that was not asked for, after their keys
 
     def named() -> Iterator[tuple[str, str, tar.Member]]:
-        for member in tar.members(path):
+        for member in tar.members(path, lost=links):
             folder, name = os.path.split(member.name)
             stem, dot, ending = name.partition(".")
             if stem and dot:
-                yield os.path.join(folder, stem), ending.lower(), member
+                key, ending = os.path.join(folder, stem), ending.lower()
+                if ending not in images and member.name.lower().endswith(EXTENSIONS):
+                    others.append((key, member.name))
+                yield key, ending, member
 
     kept = {*images, *labels}
     samples: list[tuple[str, dict[str, tar.Member]]] = []
@@ -129,18 +151,27 @@ def _samples(path: Path, images: Collection[str], labels: Collection[str]) -> li
             latest[key] = files
         else:
             held.update(files)
+    whole = {key for key, files in samples if not files.keys().isdisjoint(images)}
+    left_out += [name for key, name in others if key not in whole]
+    left_out += [name for name in links if name.lower().endswith(EXTENSIONS)]
     return samples
 
 
-def _read(paths: Sequence[Path], image_column: str, label_column: str) -> tar.Index:
-    """Reads the headers of all shards, and the samples' labels."""
-    endings = IMAGES if image_column == "auto" else (image_column.lower(),)
-    of_labels = (CLASS if label_column == "auto" else label_column.lower(), "json")
+def _read(paths: Sequence[Path], image_column: str, label_column: str) -> dict[str, np.ndarray]:
+    """Reads the headers of all shards, and the samples' labels.
+
+    Returns:
+      The arrays of the tar.Index; ``left_out``, the number of images that are not in a sample; ``left_out_names``, the
+      first of their names.
+    """
+    endings = _endings(image_column)
+    of_labels = (_label_ending(label_column), "json")
+    left_out: list[str] = []
     found: list[tuple[int, tar.Member]] = []
     labels: list[str] = []
     for number, path in enumerate(paths):
         with path.open("rb") as file:
-            for key, sample in _samples(path, endings, of_labels):
+            for key, sample in _samples(path, endings, of_labels, left_out):
                 images = [ending for ending in sample if ending in endings]
                 if len(images) > 1:
                     raise DataError(
@@ -162,12 +193,21 @@ def _read(paths: Sequence[Path], image_column: str, label_column: str) -> tar.In
     if not found:
         raise DataError(f"{paths[0]}: no image in {len(paths)} shards; its endings are to be {', '.join(endings)}")
     whole = all(re.fullmatch(r"-?\d{1,9}", label) for label in labels)
-    return tar.Index.of(found, np.array([int(label) for label in labels], np.int64) if whole else np.array(labels))
+    index = tar.Index.of(found, np.array([int(label) for label in labels], np.int64) if whole else np.array(labels))
+    return vars(index) | {"left_out": np.array(len(left_out)), "left_out_names": np.array(left_out[:MAX_LISTED])}
+
+
+def _label_ending(label_column: str) -> str:
+    return CLASS if label_column == "auto" else label_column.lower().removeprefix(".")
 
 
 def _label(file: int, path: Path, key: str, sample: dict[str, tar.Member], wanted: str) -> str | None:
-    """Returns the label of a sample as a text; None if it has none."""
-    ending = CLASS if wanted == "auto" else wanted.lower()
+    """Returns the label of a sample as a text; None if it has none.
+
+    Raises:
+      DataError: it is empty, too long, damaged or not UTF-8.
+    """
+    ending = _label_ending(wanted)
     member = sample.get(ending) or sample.get("json")
     if not wanted or member is None:
         return None
@@ -175,7 +215,7 @@ def _label(file: int, path: Path, key: str, sample: dict[str, tar.Member], wante
         raise DataError(f"{path}: {member.name} at offset {member.start}: {member.size} bytes are no label")
     where, content = f"{path}: {member.name} at offset {member.start}", os.pread(file, member.size, member.start)
     if ending in sample:
-        return label_text(content.strip(), where).strip()
+        return _required(label_text(content.strip(), where).strip(), where)
     try:
         fields = json.loads(content.decode("utf-8", "surrogateescape"))  # other fields than the label may be anything
     except (ValueError, RecursionError) as e:
@@ -183,5 +223,11 @@ def _label(file: int, path: Path, key: str, sample: dict[str, tar.Member], wante
     for field in (CLASS, *LABELS) if wanted == "auto" else (wanted,):
         value = fields.get(field) if isinstance(fields, dict) else None
         if isinstance(value, int | str):
-            return label_text(str(value), where)
+            return _required(label_text(str(value), where), where)
     return None
+
+
+def _required(label: str, where: str) -> str:
+    if not label.strip():
+        raise DataError(f"{where}: the label is empty; write one, or go without labels: config.data.label_column=''")
+    return label

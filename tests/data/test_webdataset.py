@@ -144,6 +144,35 @@ def test_samples_of_one_key_stay_two(tmp_path):
     assert values(opened(tmp_path)) == [1, 2, 3]
 
 
+def test_images_that_are_in_no_sample_are_named(tmp_path, caplog):
+    """By the index that was kept, too; what lies beside an image of a sample is left out as always."""
+    files = {"cat_1.png": png(1), "v1.2_cat.png": png(2), "d.jpg": png(3), "e.tiff": png(4), "d.seg.png": png(5)}
+    for _ in range(2):
+        shard(tmp_path / "a.tar", files)
+        caplog.clear()
+        assert values(opened(tmp_path)) == [1, 3]
+        files = {**files, "f.bmp": png(6)}
+    assert f"{tmp_path}: left out 3 images of an unknown sample: v1.2_cat.png, e.tiff, f.bmp; " in caplog.text
+    assert "ends in jpg or jpeg or png or webp (config.data.image_column)" in caplog.text
+    assert values(opened(tmp_path, image_column=".BMP")) == [6]
+
+
+def test_a_hard_link_is_the_file_that_it_leads_to(tmp_path, caplog):
+    """GNU tar writes a file that has two names so."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(3):
+            info = tarfile.TarInfo(f"./s/{i}.png")
+            info.size = len(png(i))
+            tar.addfile(info, io.BytesIO(png(i)))
+        for kind, name, target in (("1", "7.png", "s/1.png"), ("1", "8.png", "s/9.png"), ("2", "9.jpg", "s/1.png")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind.encode(), target
+            tar.addfile(info)
+    source = opened(tmp_path)
+    assert values(source) == [0, 1, 2, 1] and source.name(3) == "a.tar/7.png"
+    assert "left out 2 images of an unknown sample: 8.png, 9.jpg;" in caplog.text
+
+
 def test_only_the_label_must_be_utf_8(tmp_path):
     """Two Latin-1 labels were one class; a caption in Latin-1 is nobody's business."""
     shard(tmp_path / "a.tar", {"0.png": png(0), "0.json": b'{"label": "B\xc3\xa4r", "caption": "B\xe4r"}'})
@@ -160,7 +189,7 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, cache, 
     two_splits(tmp_path)
     reads = []
     read = tar.members
-    monkeypatch.setattr(tar, "members", lambda path: reads.append(path.name) or read(path))
+    monkeypatch.setattr(tar, "members", lambda path, **more: reads.append(path.name) or read(path, **more))
     prints = [opened(tmp_path).fingerprint() for _ in range(2)]
     assert len(reads) == 3 and prints[0] == prints[1]
     shard(tmp_path / "train-000001.tar", samples(4, 2))
@@ -244,6 +273,7 @@ def one_with_label(root):
             {},
             "0.json at offset 1024 is damaged .*recursion",
         ),
+        (lambda root: shard(root / "a.tar", {"0.png": b"", "0.cls": b" \n"}), {}, "0.cls at offset 1024: .* is empty"),
         (
             lambda root: shard(root / "a.tar", {"0.png": b"", "0.cls": b"B\xe4r\n"}),
             {},
