@@ -260,10 +260,15 @@ def crops(
         cut = [_cut(band, numbers, sizes, 1, resample, alone) for band in bands]
         return [np.stack(channels, axis=-1) for channels in zip(*cut, strict=True)]
     try:
-        shrink = 1
-        if _orientation(image) == 1:
-            reductions = [(h / size[0], w / size[1]) for (_, _, h, w), size in zip(numbers, sizes, strict=True)]
-            shrink = _draft(image, min(h for h, _ in reductions), min(w for _, w in reductions))
+        width, height = image.size
+        reductions = [(h / size[0], w / size[1]) for (_, _, h, w), size in zip(numbers, sizes, strict=True)]
+        shrink = _draft(image, min(h for h, _ in reductions), min(w for _, w in reductions))
+        if shrink > 1:
+            # The decoder fills up the last column and row; of a turned image they may be displayed at the left or top.
+            right, bottom, turn = shrink * image.width - width, shrink * image.height - height, _orientation(image)
+            left = right if turn in (2, 3) else bottom if turn in (6, 7) else 0
+            top = bottom if turn in (3, 4) else right if turn in (7, 8) else 0
+            numbers = [(y + top, x + left, h, w) for y, x, h, w in numbers]
         return list(_cut(_upright(image), numbers, sizes, shrink, resample, alone))
     except Exception as e:
         raise DecodeError(_reason(e)) from e

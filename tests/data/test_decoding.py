@@ -356,6 +356,25 @@ def test_reduced_decoding_of_large_jpegs_changes_little(kind):
     assert np.abs(a - b).max() <= 2 and np.abs(a - b).mean() < 0.5
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_turned_jpegs_are_reduced_and_stay_where_they_are(orientation):
+    """A step of grey 20 away from each edge; the decoder fills up the last column and row of what is stored."""
+    upright = np.full((603, 409), 40, np.uint8)
+    upright[20:-20, 20:-20] = 210
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # as above
+    stored = Image.fromarray(upright).transpose(Image.Transpose(undo[orientation])).convert("RGB")
+    exif = Image.Exif()
+    exif[decoding.ORIENTATION_TAG] = orientation
+    data = encode(stored, "JPEG", quality=95, exif=exif)
+    whole, reduced = decoding.open_image(data), decoding.open_image(data)
+    whole.load()  # too late to reduce
+    a, b = (
+        np.asarray(decoding.crop_resize(i, (3, 5, 597, 399), (66, 44), BICUBIC)).astype(int) for i in (whole, reduced)
+    )
+    assert sorted(reduced.size) == [103, 151], "the decoder reduces by 4"
+    assert np.abs(a - b).max() <= 4 and np.abs(a - b).mean() < 0.5
+
+
 def truncated_jpeg():
     data = encode(photo(200, 200), "JPEG")
     return data[: len(data) // 2]
