@@ -61,6 +61,7 @@ WHITE_IS_ZERO, YCBCR = 0, 6  # values of PHOTOMETRIC_TAG
 UNSIGNED, SIGNED = 1, 2  # values of FORMAT_TAG
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXTS = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
+TURNING = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts in which Pillow looks for an orientation
 # Chunks of a PNG without which we show it the same.
 METADATA = (*TEXTS, b"tIME", b"pHYs", b"hIST", b"sPLT", b"cHRM", b"gAMA", b"sRGB", b"bKGD")
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as the crop stays this many times as large as the
@@ -321,11 +322,30 @@ def _orientation(image: Image.Image) -> int:
         return 1
     if image.format in (None, "JPEG", "BMP", "PPM", "GIF") and "exif" not in image.info:
         return 1
+    # Pillow would decode all pixels in search of what stands behind them.
+    file = image.fp if isinstance(image, PngImageFile) and image.tile else None
+    if file is not None and "exif" not in image.info and not _may_turn(file):
+        return 1
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
     except (SyntaxError, ValueError, KeyError, TypeError):  # a damaged EXIF block; the pixels may be fine
         return 1
     return value if value in range(2, 9) else 1
+
+
+def _may_turn(file: IO[bytes]) -> bool:
+    """Returns whether a PNG has a chunk that may hold an orientation; reads the head of each chunk only."""
+    place = file.tell()
+    try:
+        file.seek(len(PNG))
+        while len(head := file.read(8 + max(map(len, TURNING)))) >= 8:
+            length, kind = struct.unpack_from(">I4s", head)
+            if kind == b"eXIf" or kind in TEXTS and head[8:].startswith(TURNING):
+                return True
+            file.seek(length + 12 - len(head), os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
 
 
 def _upright(image: Image.Image) -> Image.Image:

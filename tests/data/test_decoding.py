@@ -306,6 +306,34 @@ def test_texts_that_take_too_much_memory_together_do_not_hide_the_pixels(monkeyp
     np.testing.assert_array_equal(decoded(data)[..., 0], [[0, 100, 255]])
 
 
+def test_the_size_of_a_png_comes_from_its_header():
+    """Its pixels, which Pillow decodes in search of an orientation behind them, may be damaged."""
+    comment = chunk(b"tEXt", b"Software\0XML:com.adobe.xmp")
+    data = png(np.arange(77).reshape(7, 11).tolist(), 8, before=comment, after=comment)
+    image = decoding.open_image(data[: data.index(b"IDAT") + 12])
+    assert decoding.oriented_size(image) == (7, 11)
+    image = decoding.open_image(data)
+    assert decoding.oriented_size(image) == (7, 11) and image.tile, "the pixels were decoded"
+    np.testing.assert_array_equal(decoding.decode(image)[..., 0].ravel(), np.arange(77))
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("kind", ["exif", "text", "xmp"])
+def test_what_turns_a_png_may_stand_behind_its_pixels(kind, where):
+    exif = Image.Exif()
+    exif[decoding.ORIENTATION_TAG] = 6
+    block = exif.tobytes()
+    xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    text = b"\nexif\n%8d\n" % len(block) + block.hex().encode()
+    chunks = {
+        "exif": chunk(b"eXIf", block.removeprefix(b"Exif\0\0")),
+        "text": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text)),
+        "xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    }
+    image = decoding.open_image(png([[0, 100, 255]], 8, **{where: chunks[kind]}))
+    assert decoding.oriented_size(image) == (3, 1) and decoding.decode(image)[:, 0, 0].tolist() == [0, 100, 255]
+
+
 def test_texts_that_turn_an_image_are_kept():
     xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
     text = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)) + METADATA["profile"]
