@@ -68,7 +68,7 @@ METADATA = (*TEXTS, b"tIME", b"pHYs", b"hIST", b"sPLT", b"cHRM", b"gAMA", b"sRGB
 # output: the antialiasing filter, not the decoder, then decides the result.
 DRAFT_MARGIN = 2.0
 GREY, OF_FILES = 1, (1, 2, 3, 4)  # numbers of channels that image files give; see :func:`of_channels`
-_RAW_MODE, _DATA = "crate_jax raw mode", "crate_jax data"  # entries of Image.info
+_RAW_MODE, _DATA, _GREY = "crate_jax raw mode", "crate_jax data", "crate_jax grey"  # entries of Image.info
 # An opened image, or the pixels of one that has another number of channels than 3, uint8 (H, W, C).
 Picture = Image.Image | np.ndarray
 
@@ -188,13 +188,16 @@ def decode(image: Picture) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return image
     try:
-        return np.asarray(_upright(image))
+        return _grey(_upright(image)) if _GREY in image.info else np.asarray(_upright(image))
     except Exception as e:
         raise DecodeError(_reason(e)) from e
 
 
 def of_channels(image: Picture, channels: int) -> Picture:
     """An image with so many channels: opened for three, else decoded to uint8 (H, W, channels), oriented as displayed.
+
+    A JPEG stays opened for one channel, too, so that its decoder can shrink it; :func:`decode` and :func:`crops` make
+    it grey.
 
     One channel is the grey of the image as displayed (ITU-R 601-2). Two or four are the bands that Pillow finds in the
     file, of 16 bits the upper 8; nothing is laid over white, as the last band may be no alpha.
@@ -211,8 +214,11 @@ def of_channels(image: Picture, channels: int) -> Picture:
         return image
     if channels == 4 and image.format == "WEBP" and image.mode == "RGB":  # which leaves an opaque alpha out
         image = image.convert("RGBA")
+    if channels == GREY and isinstance(image, JpegImageFile):
+        image.info[_GREY] = True
+        return image
     if channels == GREY:
-        return np.asarray(Image.fromarray(decode(image)).convert("L"))[..., None]
+        return _grey(Image.fromarray(decode(image)))
     try:
         image.load()
         orientation = _orientation(image)
@@ -270,6 +276,8 @@ def crops(
             left = right if turn in (2, 3) else bottom if turn in (6, 7) else 0
             top = bottom if turn in (3, 4) else right if turn in (7, 8) else 0
             numbers = [(y + top, x + left, h, w) for y, x, h, w in numbers]
+        if _GREY in image.info:
+            return list(map(_grey, _cut(_upright(image).convert("L"), numbers, sizes, shrink, resample, alone)))
         return list(_cut(_upright(image), numbers, sizes, shrink, resample, alone))
     except Exception as e:
         raise DecodeError(_reason(e)) from e
@@ -354,6 +362,10 @@ def _upright(image: Image.Image) -> Image.Image:
     orientation = _orientation(image)  # that of a PNG may be known only now
     rgb = _to_rgb(image)
     return rgb if orientation == 1 else rgb.transpose(UPRIGHT[orientation])
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L"))[..., None]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -403,6 +403,17 @@ def test_turned_jpegs_are_reduced_and_stay_where_they_are(orientation):
     assert np.abs(a - b).max() <= 4 and np.abs(a - b).mean() < 0.5
 
 
+def test_grey_jpegs_are_reduced_and_have_one_channel():
+    data = encode(photo(903, 1205), "JPEG", quality=92)
+    array = decoding.of_channels(decoding.open_image(encode(Image.open(io.BytesIO(data)), "PNG")), 1)
+    image = decoding.of_channels(decoding.open_image(data), 1)
+    np.testing.assert_array_equal(decoding.decode(decoding.of_channels(decoding.open_image(data), 1)), array)
+    box, sizes = (101, 203, 777, 951), [(64, 48), (33, 64)]
+    for a, b in zip(*(decoding.crops(i, [box, box], sizes, BICUBIC) for i in (array, image)), strict=True):
+        assert b.shape == a.shape == (*a.shape[:2], 1) and np.abs(a.astype(int) - b).max() <= 2
+    assert image.size == (302, 226), "the decoder reduces by 4"
+
+
 def truncated_jpeg():
     data = encode(photo(200, 200), "JPEG")
     return data[: len(data) // 2]
