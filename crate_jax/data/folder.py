@@ -436,12 +436,11 @@ def sub_folders(root: str) -> list[bytes]:
     """Returns the names of the sub-folders that may hold images, sorted."""
     try:
         with os.scandir(os.fsencode(root)) as entries:
-            there = list(entries)
+            found = sorted(e.name for e in entries if not e.name.startswith(b".") and _is_dir(e))
     except OSError as e:
         raise DataError(f"{root}: cannot be read ({e.strerror})") from None
-    left_out = OF_A_RUN if is_workdir({os.fsdecode(e.name) for e in there}) else frozenset()
-    found = sorted(e.name for e in there if not e.name.startswith(b".") and e.name not in left_out and _is_dir(e))
-    return [name for name in found if name.lower() not in LITTER_FOLDERS]
+    left_out = OF_A_RUN if is_workdir(os.fsencode(root)) else frozenset()
+    return [name for name in found if name not in left_out and name.lower() not in LITTER_FOLDERS]
 
 
 def _with_images(root: str, names: Sequence[bytes]) -> Iterator[bytes]:
@@ -487,13 +486,12 @@ def _walk(
             if real in holders:
                 continue
             holders |= {real}
+            of_a_run = is_workdir(path)
+            if of_a_run and folder:  # a run's pictures are not photos
+                rest.litter.append(folder)
+                continue
             with os.scandir(path) as entries:
-                found = list(entries)
-                of_a_run = is_workdir({os.fsdecode(entry.name) for entry in found})
-                if of_a_run and folder:  # a run's pictures are not photos
-                    rest.litter.append(folder)
-                    continue
-                for entry in found:
+                for entry in entries:  # one by one: who asks for the first image need not wait for a list of a million
                     if entry.name.startswith(b"."):
                         continue
                     inner = os.path.join(folder, entry.name)

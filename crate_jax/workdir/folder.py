@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -32,9 +32,13 @@ STARTS = "starts.jsonl"  # the record of a run's starts
 KEPT = (bucket.CHECKPOINTS, STARTS, "sweep.json", "results.jsonl", "alignment.json")
 
 
-def is_workdir(names: Collection[str]) -> bool:
-    """Whether a folder with entries of these names is a workdir; a lock alone may be another program's."""
-    return LOCK_NAME in names and any(name in names for name in KEPT)
+def is_workdir(folder: str | bytes) -> bool:
+    """Whether a folder is a workdir, found without listing it; a lock alone may be another program's."""
+
+    def there(name: str) -> bool:
+        return os.path.lexists(os.path.join(os.fsencode(folder), os.fsencode(name)))
+
+    return there(LOCK_NAME) and any(map(there, KEPT))
 
 
 def require_no_model(folder: Path, what: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from crate_jax import config as config_lib, data
-from crate_jax.data import scenes
+from crate_jax.data import folder, scenes
 from crate_jax.data.sources import digits
 from crate_jax.data.undecodable import Undecodable
 from crate_jax.errors import ConfigError, DataError
@@ -193,6 +193,17 @@ def test_splits_of_different_classes_are_not_compared(theirs, message):
         data.require_same_classes(train, test)
     test.class_names = None
     data.require_same_classes(train, test)
+
+
+def test_the_classes_of_training_are_known_without_listing_its_images(tmp_path, monkeypatch):
+    path = tree(tmp_path, [f"{split}/{name}/0.png" for split in ("train", "test") for name in ("cat", "dog")])
+    for i in range(300):
+        (tmp_path / "train" / "cat" / f"{i:03d}.png").touch()
+    seen = []
+    is_dir = folder._is_dir
+    monkeypatch.setattr(folder, "_is_dir", lambda entry: seen.append(entry.name) or is_dir(entry))
+    assert data.open_split(configured(path), "eval").class_names == ["cat", "dog"]
+    assert len(seen) < 30
 
 
 @pytest.mark.parametrize("link,target", [("a", "b"), ("b", "a")])
