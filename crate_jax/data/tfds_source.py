@@ -13,6 +13,8 @@ from crate_jax.data.sources import Request, Source, candidates, digest, first_la
 from crate_jax.errors import DataError
 from crate_jax.workdir.folder import readable_set
 
+UNKNOWN = np.iinfo(np.int32).min  # of a label that was not read yet
+
 
 class TfdsSource(Source):
     """One split of encoded images; it has a feature 'image' and may have a feature 'label'.
@@ -39,13 +41,18 @@ class TfdsSource(Source):
         self.class_names = class_names
         self._max_pixels = max_pixels
         self._labels: np.ndarray | None = None
+        # A record holds both image and label. What one of them has read of the other is not read once more.
+        self._known = np.full(0 if class_names is None else len(data), UNKNOWN, np.int32)
 
     def __len__(self) -> int:
         return len(self._data)
 
     def open(self, index: int) -> Image.Image:
         """See Source.open."""
-        return decoding.open_image(self._data[int(index)]["image"], self._max_pixels)
+        record = self._data[int(index)]
+        if self.class_names is not None:
+            self._known[index] = record["label"]
+        return decoding.open_image(record["image"], self._max_pixels)
 
     def name(self, index: int) -> str:
         """See Source.name."""
@@ -61,7 +68,10 @@ class TfdsSource(Source):
             return None
         if self._labels is not None:
             return self._labels[np.asarray(indices, np.int64)]
-        return np.array([self._data[int(i)]["label"] for i in indices], np.int32).reshape(-1)
+        wanted = np.asarray(indices, np.int64).reshape(-1)
+        for i in wanted[self._known[wanted] == UNKNOWN].tolist():
+            self._known[i] = self._data[i]["label"]
+        return self._known[wanted]
 
     @property
     def labels(self) -> np.ndarray | None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from crate_jax import config as config_lib, data
+from crate_jax.data.tfds_source import TfdsSource
 from crate_jax.errors import DataError
 from crate_jax.evals.frozen import FrozenEvaluation
 from crate_jax.parallel import sharding
@@ -139,6 +140,26 @@ def test_an_evaluation_reads_only_the_labels_of_its_sample(prepared):
     evaluation = FrozenEvaluation(config, lambda params, x: x, train, sharding.make_mesh(16, 1))
     assert evaluation.pixel_scores()[0].keys() == {"knn_top1", "probe_top1"}
     assert train._labels is None, "all labels were read, and with them all images"
+
+
+def test_a_record_is_read_once_for_image_and_label(prepared):
+    source = data.open_split(configured("tiny_colours", prepared), "train")
+    labels, records, read = source.labels_of(range(12)).tolist(), source._data, []
+
+    class Counted:
+        def __len__(self):
+            return len(records)
+
+        def __getitem__(self, i):
+            read.append(i)
+            return records[i]
+
+    source = TfdsSource("tiny_colours", "train", Counted(), source.class_names)
+    for i in (7, 2):
+        source.open(i)
+    assert source.labels_of([2, 11, 7]).tolist() == [labels[i] for i in (2, 11, 7)]
+    assert source.labels_of([11, 7]).tolist() == [labels[i] for i in (11, 7)]
+    assert read == [7, 2, 11]
 
 
 @pytest.mark.one_python
