@@ -31,6 +31,7 @@ _SPLIT = re.compile(
     rf"(?:(?:images?|imgs?|data|dataset)[ _.-]+)?{_WORD}"
     r"(?:[ _.-]*(?:set|split|data|dataset|images?|imgs?|folder))*[ _.-]*\d{0,4}"
 )
+_BOTH = re.compile(r"(?<![a-z])(train)[-_. ](val)(?![a-z])", re.IGNORECASE)
 _PART = re.compile(rf"(?<![a-z]){_WORD}(?![a-z])")
 AnySource = TypeVar("AnySource", bound="Source")
 SYNTHETIC_CLASSES = 10
@@ -152,10 +153,13 @@ def split_of(path: Path) -> tuple[str, Path]:
     ['train', 'validation']
     >>> [split_of(Path(name))[0] for name in ("a/cifar10-test.arrow", "a/extra-00000-of-00001.parquet", "a/b.parquet")]
     ['test', 'extra', 'train']
+    >>> [split_of(Path(name))[0] for name in ("dev-kit-train-0.tar", "test-set-val-0.tar", "train_val-0.tar")]
+    ['train', 'val', 'trainval']
     """
     stem = SHARD.sub("", path.stem)
     for text, folder in ((stem, path.parent), (path.parent.name, path.parent.parent)):
-        for word in re.split(r"[-_. ]", text):
+        # The last one, as what stands before it may be the name of the set; train_val is not a part of val.
+        for word in reversed(re.split(r"[-_. ]", _BOTH.sub(r"\1\2", text))):
             if split_role(word):
                 return word, folder
     numbered = stem != path.stem and stem not in ("data", "part")

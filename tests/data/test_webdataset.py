@@ -97,6 +97,18 @@ def test_what_macos_leaves_beside_a_shard_is_not_read(tmp_path, pattern):
     assert values(opened(tmp_path / pattern)) == list(range(7))
 
 
+def test_the_last_word_of_a_name_tells_the_split(tmp_path):
+    """What stands before it belongs to the name of the set."""
+    two_splits(tmp_path)
+    for path in tmp_path.iterdir():
+        path.rename(path.with_name(f"dev-kit-{path.name}"))
+    train, test = opened(tmp_path), opened(tmp_path, "eval")
+    assert (values(train), values(test)) == (list(range(7)), [7, 8])
+    for path in tmp_path.glob("*train*"):
+        path.rename(path.with_name(path.name.replace("train", "Train_Val")))
+    assert len(opened(tmp_path)) == 7
+
+
 def test_a_range_of_shards(tmp_path, caplog):
     two_splits(tmp_path)
     assert values(opened(tmp_path / "train-{000000..000001}.tar")) == list(range(7))
