@@ -75,9 +75,22 @@ def _index(archive: Path, split: str) -> tar.Index:
     return tar.Index(**shards.kept("imagenet", [archive], [split], lambda: vars(read(archive))))
 
 
+def _whole(archive: Path) -> list[tar.Member]:
+    """Returns the files of a tar file.
+
+    Raises:
+      DataError: it is damaged or cut short, be it after a file.
+    """
+    remarks = tar.Remarks()
+    found = list(tar.members(archive, remarks=remarks))
+    if remarks.unfinished:
+        raise DataError(f"{archive}: cut short, as it lacks the zeros that end a tar file; download it again")
+    return found
+
+
 def _training(archive: Path) -> tar.Index:
     """Reads the headers of the tar file of tar files; the labels are WordNet numbers."""
-    parts = sorted(tar.members(archive), key=lambda part: part.name)
+    parts = sorted(_whole(archive), key=lambda part: part.name)
     for part in parts:
         if not re.fullmatch(rf"{CLASS.pattern}\.tar", part.name):
             raise DataError(f"{archive}: holds {part.name}, where only tar files of classes such as n01440764.tar are")
@@ -90,9 +103,7 @@ def _training(archive: Path) -> tar.Index:
 
 def _validation(archive: Path) -> tar.Index:
     """Reads the headers of the flat tar file, whose images have no labels here."""
-    images = sorted(
-        (image for image in tar.members(archive) if VALIDATION.search(image.name)), key=lambda image: image.name
-    )
+    images = sorted((image for image in _whole(archive) if VALIDATION.search(image.name)), key=lambda image: image.name)
     if not images:
         raise DataError(f"{archive}: holds no image such as ILSVRC2012_val_00000001.JPEG")
     return tar.Index.of(((0, image) for image in images), np.zeros(0, np.int64))

@@ -33,7 +33,20 @@ class Member:
     size: int
 
 
-def members(path: Path, part: Member | None = None, lost: list[str] | None = None) -> Iterator[Member]:
+@dataclasses.dataclass
+class Remarks:
+    """What may be amiss with a tar file that can be read.
+
+    Attributes:
+      links: the names of links that are not followed: symbolic ones, and hard ones to what is not in the tar file.
+      unfinished: whether it lacks the zeros at its end; then it was cut after a file, or its writer was stopped.
+    """
+
+    links: list[str] = dataclasses.field(default_factory=list)
+    unfinished: bool = False
+
+
+def members(path: Path, part: Member | None = None, remarks: Remarks | None = None) -> Iterator[Member]:
     """Yields the files of a tar file, or of the tar file that is a member of it.
 
     A hard link is the file that it leads to: so tar writes a file that has a second name.
@@ -41,7 +54,7 @@ def members(path: Path, part: Member | None = None, lost: list[str] | None = Non
     Args:
       path: the tar file.
       part: the member that is a tar file; None: the tar file itself.
-      lost: gets the names of links that are not followed: symbolic ones, and hard ones to what is not in the tar file.
+      remarks: filled in.
 
     Raises:
       DataError: the tar file is damaged, cut short or compressed.
@@ -64,16 +77,19 @@ def members(path: Path, part: Member | None = None, lost: list[str] | None = Non
                         yield member
                     elif info.islnk() and (target := seen.get(os.path.normpath(info.linkname))):
                         yield dataclasses.replace(target, name=info.name)
-                    elif (info.islnk() or info.issym()) and lost is not None:
-                        lost.append(info.name)
+                    elif (info.islnk() or info.issym()) and remarks is not None:
+                        remarks.links.append(info.name)
                     if tar.offset >= end:  # what follows is not of this part
                         break
                 offset = tar.offset
         except (OSError, tarfile.TarError, ValueError) as e:
             raise DataError(f"{where}: damaged or cut short at offset {offset} ({' '.join(str(e).split())})") from None
         file.seek(offset)  # tarfile takes a damaged header for the end
-        if file.read(min(BLOCK, max(end - offset, 0))).strip(b"\0"):
+        last = file.read(min(BLOCK, max(end - offset, 0)))
+        if last.strip(b"\0"):
             raise DataError(f"{where}: damaged at offset {offset}, no header of a tar file")
+        if remarks is not None:
+            remarks.unfinished = len(last) < BLOCK
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,12 @@ def _shards(pattern: str) -> tuple[Path, list[Path]]:
 def _index(paths: Sequence[Path], request: Request) -> tar.Index:
     columns = (request.image_column, request.label_column)
     found = shards.kept("webdataset", paths, columns, lambda: _read(paths, *columns))
+    unfinished = [paths[i].name for i in found.pop("unfinished")]
+    if unfinished:  # not an error: some writers forget the zeros, and all that is there can be read
+        say_once(
+            f"{paths[0].parent}: without the zeros that end a tar file: {some(unfinished, ', ')}; if a copy or its "
+            "writer was stopped, samples are missing"
+        )
     left_out, names = int(found.pop("left_out")), found.pop("left_out_names").tolist()
     if left_out:
         names += [""] * (left_out - len(names))
@@ -112,7 +118,7 @@ def _endings(image_column: str) -> tuple[str, ...]:
 
 
 def _samples(
-    path: Path, images: Collection[str], labels: Collection[str], left_out: list[str]
+    path: Path, images: Collection[str], labels: Collection[str], left_out: list[str], remarks: tar.Remarks
 ) -> list[tuple[str, dict[str, tar.Member]]]:
     """Returns the key of each sample of a shard, the path up to the first dot of the name, and its files by the rest.
 
@@ -125,12 +131,12 @@ def _samples(
       labels: those of labels; files with other endings are left out.
       left_out: gets the names of images that are not in a sample with an image: a key that has a dot, another ending, a
         link that leads out of the shard. Masks and the like beside an image are not among them.
+      remarks: see tar.members.
     """
-    links: list[str] = []
     others: list[tuple[str, str]] = []  # images with an ending that was not asked for, after their keys
 
     def named() -> Iterator[tuple[str, str, tar.Member]]:
-        for member in tar.members(path, lost=links):
+        for member in tar.members(path, remarks=remarks):
             folder, name = os.path.split(member.name)
             stem, dot, ending = name.partition(".")
             if stem and dot:
@@ -153,7 +159,7 @@ def _samples(
             held.update(files)
     whole = {key for key, files in samples if not files.keys().isdisjoint(images)}
     left_out += [name for key, name in others if key not in whole]
-    left_out += [name for name in links if name.lower().endswith(EXTENSIONS)]
+    left_out += [name for name in remarks.links if name.lower().endswith(EXTENSIONS)]
     return samples
 
 
@@ -162,16 +168,18 @@ def _read(paths: Sequence[Path], image_column: str, label_column: str) -> dict[s
 
     Returns:
       The arrays of the tar.Index; ``left_out``, the number of images that are not in a sample; ``left_out_names``, the
-      first of their names.
+      first of their names; ``unfinished``, the numbers of the shards that lack the zeros at their end.
     """
     endings = _endings(image_column)
     of_labels = (_label_ending(label_column), "json")
     left_out: list[str] = []
+    unfinished: list[int] = []
     found: list[tuple[int, tar.Member]] = []
     labels: list[str] = []
     for number, path in enumerate(paths):
         with path.open("rb") as file:
-            for key, sample in _samples(path, endings, of_labels, left_out):
+            remarks = tar.Remarks()
+            for key, sample in _samples(path, endings, of_labels, left_out, remarks):
                 images = [ending for ending in sample if ending in endings]
                 if len(images) > 1:
                     raise DataError(
@@ -190,11 +198,17 @@ def _read(paths: Sequence[Path], image_column: str, label_column: str) -> dict[s
                         f"{path}: the sample {key} at offset {sample[images[0]].start} has {fault}; "
                         "config.data.label_column='' goes without labels"
                     )
+            unfinished += [number] * remarks.unfinished
     if not found:
         raise DataError(f"{paths[0]}: no image in {len(paths)} shards; its endings are to be {', '.join(endings)}")
     whole = all(re.fullmatch(r"-?\d{1,9}", label) for label in labels)
     index = tar.Index.of(found, np.array([int(label) for label in labels], np.int64) if whole else np.array(labels))
-    return vars(index) | {"left_out": np.array(len(left_out)), "left_out_names": np.array(left_out[:MAX_LISTED])}
+    amiss = {
+        "left_out": np.array(len(left_out)),
+        "left_out_names": np.array(left_out[:MAX_LISTED]),
+        "unfinished": np.array(unfinished, np.int32),
+    }
+    return vars(index) | amiss
 
 
 def _label_ending(label_column: str) -> str:

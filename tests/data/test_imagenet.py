@@ -123,6 +123,14 @@ def cut(root):
     os.truncate(root / "ILSVRC2012_img_train.tar", 9_000)
 
 
+def cut_after_a_class(root):
+    training(root)
+    path = root / "ILSVRC2012_img_train.tar"
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    os.truncate(path, last.offset)
+
+
 def damaged_kit(root):
     everything(root)
     (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"x" * 100)
@@ -150,6 +158,7 @@ def many(root):
         (lambda root: None, {}, "holds neither ILSVRC2012_img_train.tar nor ILSVRC2012_img_val.tar"),
         (validation, {"label_column": ""}, "has no split 'train'; it has val"),
         (cut, {}, "ILSVRC2012_img_train.tar: damaged or cut short at offset"),
+        (cut_after_a_class, {}, "ILSVRC2012_img_train.tar: cut short, as it lacks the zeros"),
         (damaged_kit, {}, "ILSVRC2012_devkit_t12.tar.gz: damaged, or without data/ILSVRC2012_validation_ground_truth"),
         (other_classes, {}, "lacks classes of the validation images: n01443537, n02119789"),
         (few, {}, "tells the class.* of 2 images, not that of ILSVRC2012_val_00000003.JPEG"),

@@ -16,6 +16,7 @@ from PIL import Image
 
 from crate_jax import config as config_lib, data
 from crate_jax.data import decoding, tar
+from crate_jax.data.folder import say_once
 from crate_jax.errors import DataError
 
 
@@ -183,6 +184,23 @@ def test_a_hard_link_is_the_file_that_it_leads_to(tmp_path, caplog):
     source = opened(tmp_path)
     assert values(source) == [0, 1, 2, 1] and source.name(3) == "a.tar/7.png"
     assert "left out 2 images of an unknown sample: 8.png, 9.jpg;" in caplog.text
+
+
+@pytest.mark.parametrize("zeros", [0, 300, 512])
+def test_a_shard_that_was_cut_after_a_file_is_named(tmp_path, zeros, caplog):
+    two_splits(tmp_path)
+    path = tmp_path / "train-000000.tar"
+    with tarfile.open(path) as tar:
+        text = tar.getmember("a/0002.txt")
+    os.truncate(path, text.offset_data + 512 + 3 * 1024)  # with a/0003.cls, .png and .txt
+    with path.open("ab") as file:
+        file.write(bytes(zeros))
+    for _ in range(2):  # the second time the index was kept
+        caplog.clear()
+        say_once.cache_clear()
+        assert values(opened(tmp_path)) == list(range(7))
+        told = f"{tmp_path}: without the zeros that end a tar file: train-000000.tar; if a copy" in caplog.text
+        assert told == (zeros < 512)
 
 
 def test_only_the_label_must_be_utf_8(tmp_path):
