@@ -113,7 +113,8 @@ def eval_batches(
     if kept:
         yield _pack(source, images, kept)
     elif nothing_yielded and len(indices):
-        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, for example {source.name(0)}")
+        example = source.located(int(indices[0]))
+        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, for example {example}")
 
 
 def eval_images(

@@ -385,6 +385,12 @@ def _class_names(root: str, found: list[bytes], like: str | None) -> list[bytes]
     extra, missing = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
     if len(extra) == len(found) < 2:
         return None
+    theirs = {_plain(name) for name in missing}
+    if extra and all(_plain(name) in theirs for name in extra):  # such names look the same
+        raise DataError(
+            f"{root}: its classes must be those of {like}, and differ from them only in case, spaces or the encoding "
+            f"of letters, which copying may change: {_names(extra)}; rename the folders so that the names are equal"
+        )
     if extra:
         lacks = f"lacks {_names(missing)} and " if missing else ""
         raise DataError(
@@ -400,9 +406,13 @@ def _alike(names: Sequence[bytes]) -> list[bytes]:
     >>> _alike([b"Cat", b"cat", b"dog"])
     [b'Cat', b'cat']
     """
-    plain = [unicodedata.normalize("NFKC", os.fsdecode(name)).casefold().strip() for name in names]
+    plain = list(map(_plain, names))
     times = collections.Counter(plain)
     return [name for name, text in zip(names, plain, strict=True) if times[text] > 1]
+
+
+def _plain(name: bytes) -> str:
+    return unicodedata.normalize("NFKC", os.fsdecode(name)).casefold().strip()
 
 
 def _find_classes(root: str) -> list[bytes] | None:

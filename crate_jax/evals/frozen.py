@@ -62,7 +62,8 @@ def split_pixels(config: ConfigDict, source: data.Source, indices: np.ndarray) -
     own = np.array_split(indices, distributed.processes())[distributed.process()]
     chunks = [(pixel_rows(b["image"]), b["label"]) for b in data.eval_batches(config, source, own, CHUNK)]
     if distributed.max_over_processes(len(chunks)) == 0:
-        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, for example {source.name(0)}")
+        example = source.located(int(indices[0]))
+        raise DataError(f"evaluation: none of {len(indices)} images can be decoded, for example {example}")
     width = pixel_rows(np.zeros((1, *config.data.image_size, config.data.channels), np.uint8)).shape[1]
     rows = np.concatenate([np.zeros((0, width), np.float32), *(x for x, _ in chunks)])
     labels = np.concatenate([np.zeros(0, np.int32), *(y for _, y in chunks)])

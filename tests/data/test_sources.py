@@ -388,6 +388,18 @@ def test_names_of_other_files_and_classes_are_escaped(tmp_path, caplog):
         (["train/1.png"], {"eval_split": "tset"}, "eval", "no sub-folder 'tset'"),
         (["a/1.png", "test/1.png"], {"eval_split": "test"}, "eval", "no 'train'"),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], {}, "eval", "lacks b and adds c"),
+        (
+            ["train/caf\xe9/1.png", "train/b/1.png", "val/cafe\u0301/1.png", "val/b/1.png"],
+            {},
+            "eval",
+            "differ from them only in case, spaces or the encoding of letters, .*: cafe\u0301; rename",
+        ),
+        (
+            ["train/Cat/1.png", "train/b/1.png", "val/cat/1.png", "val/c/1.png"],
+            {},
+            "eval",
+            "lacks Cat, b and adds c, cat",
+        ),
         (["train/1.png"], {"train_split": "trian"}, "train", "no sub-folder 'trian', .*; there is train"),
         (["Train/1.png", "training/1.png"], {}, "train", "has the splits Train, training; set config.data.train_split"),
         (["all/train/1.png", "all/test/1.png"], {}, "train", "the splits test, train lie one folder deeper; .*/all"),

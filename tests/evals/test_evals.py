@@ -248,5 +248,7 @@ def test_a_split_without_a_readable_image_is_named(tmp_path):
     c = configs.base()
     c.data.source, c.data.image_size, c.data.max_undecodable = f"folder:{tmp_path}", (8, 8), 1.0
     evaluation = FrozenEvaluation(c, lambda params, x: x, data.open_split(c, "train"), sharding.make_mesh(16, 1))
-    with pytest.raises(DataError, match="none of 2 images can be decoded"):
+    with pytest.raises(DataError, match="none of 2 images can be decoded, for example test/a/0.png"):
         evaluation.pixel_scores()
+    with pytest.raises(DataError, match="none of 1 images can be decoded, for example test/b/0.png"):
+        list(data.eval_batches(c, data.open_split(c, "eval"), [1], 4))
