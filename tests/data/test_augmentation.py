@@ -75,6 +75,27 @@ def test_boxes_lie_inside_and_have_the_asked_area_and_ratio(height, width):
         assert top.min() == 0 and (top + h).max() == height and left.min() == 0 and (left + w).max() == width
 
 
+def test_rows_and_columns_of_crops_are_drawn_apart():
+    """Each is uniform, and neither says anything about the other."""
+    a = augmentation(crop_scale=(0.2, 0.3), crop_ratio=(3 / 4, 4 / 3))
+    top, left, h, w = a.boxes(sampling.uniforms(5, 0, 4000, DRAWS), np.full(4000, 480), np.full(4000, 640)).T
+    places = np.stack([top / (480 - h), left / (640 - w)])
+    np.testing.assert_allclose(
+        np.quantile(places, [0.25, 0.5, 0.75], axis=1), [[0.25] * 2, [0.5] * 2, [0.75] * 2], atol=0.03
+    )
+    assert abs(np.corrcoef(places)[0, 1]) < 0.05
+
+
+def test_a_sample_is_drawn_from_all_images_once_each():
+    """Folders are sorted by class: the first images would be one class."""
+    drawn = sampling.sample(4000, 300, 3)
+    assert len(np.unique(drawn)) == 300 and np.mean(drawn) == pytest.approx(2000, abs=200) and drawn.max() < 4000
+    np.testing.assert_array_equal(drawn, sampling.sample(4000, 300, 3))
+    assert (drawn != sampling.sample(4000, 300, 4)).any()
+    np.testing.assert_array_equal(np.sort(sampling.sample(7, 0, 3)), np.arange(7))
+    np.testing.assert_array_equal(np.sort(sampling.sample(7, 90, 3)), np.arange(7))
+
+
 def test_a_crop_that_never_fits_is_central():
     a = augmentation(crop_scale=(0.5, 1.0))
     boxes = a.boxes(sampling.uniforms(0, 0, 50, DRAWS), np.full(50, 10), np.full(50, 1000))
@@ -173,3 +194,22 @@ def test_operations_against_their_definitions():
     left = np.concatenate([pixels[:, 10:], np.zeros_like(pixels[:, :10])], axis=1)
     right = np.concatenate([np.zeros_like(pixels[:, :10]), pixels[:, :-10]], axis=1)
     assert any((moved == expected).all() for expected in (left, right))
+
+
+@pytest.mark.parametrize("name,axis", [("_translate_x", 1), ("_translate_y", 0)])
+def test_moves_go_both_ways_and_are_a_share_of_the_shorter_side(name, axis):
+    table = {operation.__name__: operation for operation, _, _ in OPERATIONS}
+    pixels = np.random.default_rng(0).integers(30, 220, (56, 96, 3), np.uint8)
+    rng = np.random.default_rng(1)
+    signs = []
+    for _ in range(40):
+        moved = np.asarray(table[name](Image.fromarray(pixels), 20, rng))  # 20 / 224 * 56 = 5 pixels
+        signs += [sign for sign in (5, -5) if (np.roll(pixels, sign, axis) == moved).all(axis=2).mean() > 0.8]
+    assert len(signs) == 40 and 10 <= signs.count(5) <= 30
+
+
+def test_a_square_that_is_cut_out_is_a_share_of_the_shorter_side():
+    table = {operation.__name__: operation for operation, _, _ in OPERATIONS}
+    image = Image.new("RGB", (96, 56))
+    cut = [np.asarray(table["_cutout"](image, 40, np.random.default_rng(i))).any(axis=2).sum() for i in range(20)]
+    assert max(cut) == 11 * 11  # 40 / 224 * 56 = 10, and Pillow's edges are inclusive

@@ -326,6 +326,11 @@ def test_draws_have_the_asked_probabilities_and_ranges():
     assert len(counts) == 24 and counts.min() > 250 and (np.sort(orders, 1) == np.arange(4)).all()
     drawn = [draw.grey, draw.sigma > 0, draw.solarise, draw.equalise, jitter.hue > 0, jitter.saturation > 1]
     assert np.abs(np.corrcoef(np.asarray(drawn, float)[:, on]) - np.eye(6)).max() < 0.05
+    strengths = [jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue, *jitter.rank[:3]]
+    strengths = np.asarray(strengths, float)[:, on]
+    between = np.corrcoef(np.concatenate([strengths, np.asarray(drawn[:4], float)[:, on]])) - np.eye(11)
+    between[4:7, 4:7] = 0  # ranks exclude each other
+    assert np.abs(between).max() < 0.06
 
 
 def test_an_operation_of_probability_zero_is_not_in_the_program():
