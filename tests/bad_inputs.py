@@ -355,13 +355,19 @@ def shard_cut(folder: Path) -> None:
 
 
 @maker
-def shard_latin(folder: Path) -> None:
+def shard_latin(folder: Path, label: bytes = "Bär".encode("latin-1")) -> None:
     """A tar file whose only label is in Latin-1."""
     with tarfile.open(folder / "train-0.tar", "w") as tar:
-        for name, data in (("0.png", encoded("PNG")), ("0.cls", "Bär".encode("latin-1"))):
+        for name, data in (("0.png", encoded("PNG")), ("0.cls", label)):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, BytesIO(data))
+
+
+@maker
+def shard_unlabelled(folder: Path) -> None:
+    """A tar file whose only label is empty."""
+    shard_latin(folder, b"")
 
 
 @maker
