@@ -145,7 +145,8 @@ def test_labels_may_lie_apart_from_their_images(tmp_path, first, ending):
 
 def test_samples_of_one_key_stay_two(tmp_path):
     """Two tar files put together: the second sample does not take the place of the first."""
-    parts = [samples(0, 2), samples(0, 2), {"a/0000.jpg": png(9), "a/0000.cls": b"2"}]
+    lone = {"a/0001.cls": b"2"}  # the label of an image that is missing
+    parts = [samples(0, 2), samples(0, 2), {"a/0000.jpg": png(9), "a/0000.cls": b"2"}, lone]
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in itertools.chain.from_iterable(part.items() for part in parts):
             info = tarfile.TarInfo(name)
