@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import logging
@@ -406,9 +407,11 @@ def test_damaged_files_of_a_run_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT"])
-def test_a_signal_reaches_every_open_interrupt_whenever_it_comes(name):
+def test_a_signal_reaches_every_open_interrupt_whenever_it_comes(name, request):
     """So a sweep stops too when the signal came while a run was evaluating, and a run when it came before its start."""
     signum = signal.Signals[name]
+    if signal.getsignal(signum) == signal.SIG_IGN:  # a shell starts background commands, such as these tests, so
+        request.addfinalizer(functools.partial(signal.signal, signum, signal.signal(signum, signal.SIG_DFL)))
     handler = signal.getsignal(signum)
     with Interrupt() as sweep_interrupt:
         with Interrupt() as run_interrupt:
