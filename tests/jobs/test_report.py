@@ -33,6 +33,7 @@ from crate_jax.workdir import pictures
 pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
 
 NAMES = ("<script>alert(1)<script>", "b$x_2 & c")  # of folders
+SPEED = "What is learned when"  # needs more checkpoints than these runs keep
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
@@ -137,7 +138,7 @@ def test_a_report_with_all_sections_needs_nothing_but_itself(runs, tmp_path):
     few = dict(latents=32, patch_sizes=(1,), mask_ratios=(0.25, 0.5, 0.75), rop_ratios=(0.25, 0.5), side=8)
     few = {f"align__{key}": x for key, x in few.items()}
     result = report(runs[0], tmp_path, report__sections=("all",), whitebox__images=16, **few)
-    assert result["left_out"] == {}
+    assert list(result["left_out"]) == [SPEED] and "kept 4 checkpoints" in result["left_out"][SPEED]
     assert len(read(tmp_path)[1]["sections"]) > 8
     check_needs_nothing(tmp_path)
 
@@ -558,10 +559,10 @@ def test_what_cannot_be_said_is_named(runs, tmp_path, monkeypatch):
     train.run(tiny(data__source=f"folder:{images}"), str(tmp_path / "gone"))
     paths = [runs[0][1], tmp_path / "gone"]
     everything = dict(report__sections=("all",))
-    assert report(paths, tmp_path / "w", **everything)["left_out"].keys() == {"Classes <i>"}
+    assert report(paths, tmp_path / "w", **everything)["left_out"].keys() == {"Classes <i>", SPEED}
     images.rename(tmp_path / "elsewhere")
     left_out = report(paths, tmp_path / "w", **everything)["left_out"]
-    assert left_out.keys() == {"what needs the images of gone", "Classes <i>"}
+    assert left_out.keys() == {"what needs the images of gone", "Classes <i>", SPEED}
     assert str(images) in left_out["what needs the images of gone"]
     html, numbers = read(tmp_path / "w")
     assert numbers["left_out"] == left_out and "<b>Classes &lt;i&gt;</b>: these images have no labels" in html
