@@ -21,6 +21,7 @@ from crate_jax.methods import whitening
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import (
     ENCODERS,
+    MAX_DEPTH,
     autoencoder,
     batch_norm,
     check_patches,
@@ -343,7 +344,7 @@ DECODER = Section(
     keys=dict(
         name=Key("crate", one_of(*DECODERS), "architecture"),
         width=Key(0, at_least(0), "numbers per token; 0: as in the encoder", read_by=DEEP),
-        depth=Key(12, at_least(0), "number of blocks", read_by=DEEP),
+        depth=Key(12, within(0, MAX_DEPTH), "number of blocks", read_by=DEEP),
         heads=Key(12, positive, "number of attention heads", read_by=DEEP),
         positions=Key(False, anything, "add the position table again to the decoder's input", read_by=CRATE),
         residual=Key(

@@ -172,6 +172,7 @@ def blank_image(config: ConfigDict) -> jax.Array:
 
 
 MAX_PATCHES = 2**20  # per image
+MAX_DEPTH = 10_000  # blocks; the numbers of a thousand million blocks alone fill the memory
 
 
 def check_patches(c: ConfigDict) -> None:
@@ -231,7 +232,7 @@ ENCODER = Section(
         name=Key("crate", one_of(*ENCODERS), "architecture"),
         patch_size=Key(16, positive, "side of a square patch in pixels; in a resnet only corruptions act on patches"),
         width=Key(768, positive, "numbers per token", read_by=TOKENS),
-        depth=Key(12, positive, "blocks", read_by=TOKENS),
+        depth=Key(12, within(1, MAX_DEPTH), "blocks", read_by=TOKENS),
         heads=Key(12, positive, "attention heads; the width must be a multiple of them", read_by=TOKENS),
         positions=Key(
             "sincos",
