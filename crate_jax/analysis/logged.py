@@ -184,7 +184,7 @@ def _text(logged: Mapping[str, Logged]) -> str:
     scores = (*TOP1, "miou")
     silent = [n for n, log in logged.items() if log.summary and all(log.summary.get(k) is None for k in scores)]
     if silent:
-        lines.append(f"Without scores, as their images have not labels and an evaluation split: {', '.join(silent)}.")
+        lines.append(f"Without scores, as their images lack labels or an evaluation split: {', '.join(silent)}.")
     if unfinished:
         lines.append(f"Not finished when this page was written: {', '.join(unfinished)}.")
     return " ".join(lines)

@@ -135,7 +135,7 @@ class FrozenEvaluation:
         # We check the names of the classes, not the labels: to read the labels of a TFDS split is to read all of it.
         if train.class_names is None or test is None or test.class_names is None:
             lacks = "an evaluation split (config.data.eval_split)" if test is None else "labels"
-            log.info("no k-NN and no probe: the images have not %s", lacks)
+            log.info("neither k-NN nor probe: the images lack %s", lacks)
         else:
             data.require_same_classes(train, test)
             self._splits = (train, test)

@@ -130,9 +130,9 @@ class LinearDecoder(nn.Module):
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
         """Tokens (B, prefix + N, D) -> patches (B, N, P)."""
-        torch = self.initializer == "trunc_normal"
-        head = Linear(self.pixels, dtype=self.dtype, name="head") if torch else dense(self.pixels, "head", self.dtype)
-        return head(tokens_BMD[:, self.prefix :])
+        if self.initializer == "trunc_normal":
+            return Linear(self.pixels, dtype=self.dtype, name="head")(tokens_BMD[:, self.prefix :])
+        return dense(self.pixels, "head", self.dtype)(tokens_BMD[:, self.prefix :])
 
 
 def restore(

@@ -69,7 +69,8 @@ def last_initializer(name: str, number: jax.Array | None) -> nn.initializers.Ini
 
     Args:
       name: a row of INITIALIZERS.
-      number: of the block, from 1; the kernel is divided by sqrt(2 number), as in BEiT and ROPIM; None: by 1.
+      number: the block's number, from 1. The kernel is divided by the square root of twice this number, as in BEiT and
+        ROPIM. None: the kernel is not divided.
     """
     if number is None:
         return INITIALIZERS[name]

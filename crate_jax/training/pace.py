@@ -119,7 +119,7 @@ def kept(folder: Path, depends_on: Mapping[str, Any]) -> int:
 
     Args:
       folder: the workdir.
-      depends_on: as in :func:`decided`.
+      depends_on: the keys and the devices on which the time of a step may depend, with their values.
     """
     duration, before = recorded(folder), _read(folder).get(CONFIG, {})
     changed = [key for key in depends_on if duration and key in before and before[key] != depends_on[key]]

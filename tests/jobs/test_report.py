@@ -488,7 +488,7 @@ def test_a_run_without_scores_is_named():
     scored, silent, unlabelled = {"probe_top1": 0.4}, {"steps": 9}, {"knn_top1": None, "probe_top1": None}
     logs = {str(i): records.Logged([], s, [], []) for i, s in enumerate((scored, silent, unlabelled, {}))}
     text = logged._text(logs)
-    assert "Without scores, as their images have not labels and an evaluation split: 1, 2." in text
+    assert "Without scores, as their images lack labels or an evaluation split: 1, 2." in text
     assert "Without scores" not in logged._text({"0": logs["0"]})
 
 
