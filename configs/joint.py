@@ -7,12 +7,13 @@ The config string has:
 * ``method``: a row of the table;
 * ``encoder``: resnet18, resnet34, resnet50, wide_resnet50_2, vit_tiny, vit_small, vit_base, crate_tiny, crate_small,
   crate_base. ViTs and CRATEs are trained with AdamW as in MoCo v3 (DINO: as in solo-learn's ViT file) instead of the
-  table's optimiser; CRATE under joint embedding has no published recipe;
+  table's optimiser; CRATE under joint embedding has no published recipe. MoCo v3's ViTs are those of its code (12
+  heads, fixed positions), the others those of timm (learned positions), as in solo-learn;
 * ``data``: cifar10, cifar100, imagenet100, imagenet; --config.data.source=folder:DIR reads other images of that kind;
 * ``penalty``: none, so, srip; --config.penalty.weight sets gamma, which the paper searched in 1e-5 .. 1e-7 for SO and
   1e-3 .. 1e-5 for SRIP;
 * ``views``: a recipe of crate_jax/data/recipes.py instead of the method's own, such as multicrop_cifar (byol, dino,
-  simclr, supcon and swav take small views);
+  simclr, supcon and swav take small views); what else solo-learn's files for these views change stays as it is;
 * ``scale``: full, or thin: a ResNet of 16 channels with the ImageNet stem on images of 32 px, small heads and queues,
   20 epochs of batch 128, for minutes on a CPU;
 * ``debug``: a run of seconds.
@@ -115,7 +116,7 @@ RECIPES: dict[str, tuple[tuple[dict[str, Any], float, float], tuple[int, int, in
 # What ImageNet-100 changes.
 IMAGENET100: dict[str, dict[str, Any]] = {
     "byol": {"optimizer.lr": 0.5, "optimizer.weight_decay": 1e-6, "joint.predictor_hidden": 8192},
-    "dino": {"dino.warm_epochs": 50},
+    "dino": {"dino.warm_epochs": 50},  # with a ResNet
     "mocov2plus": {"joint.queue": 65536},
     "ressl": {"optimizer.lr": 0.3},
     "simclr": {"optimizer.lr": 0.3, "joint.hidden": 4096, "joint.out": 512},
@@ -130,9 +131,9 @@ IMAGENET: dict[str, dict[str, Any]] = {
     },
     "byol": {
         "optimizer.lr": 0.45, "optimizer.weight_decay": 1e-6, "optimizer.trust_coefficient": 1e-3,
-        "optimizer.clip_lr": False, "joint.predictor_hidden": 4096,
+        "optimizer.clip_lr": False, "joint.predictor_hidden": 4096, "online.lr": 0.2,
     },
-    "mocov2plus": {"optimizer.lr": 0.3, "optimizer.weight_decay": 3e-5},
+    "mocov2plus": {"optimizer.lr": 0.3, "optimizer.weight_decay": 3e-5, "online.lr": 0.4},
 }  # fmt: skip
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -193,7 +194,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.optimizer.update({**ADAMW, "lr": lr, "weight_decay": decay, "decay_vectors": True})
         c.optimizer.update(dict(min_lr=0.0, warmup_lr=1e-5 if arg.method == "dino" else 3e-5))
         if arg.method == "dino":
-            c.dino.update(dict(prototypes=65536, norm_last_layer=False))
+            c.dino.update(dict(prototypes=65536, norm_last_layer=False, warm_epochs=0))
+        if name == "vit" and arg.method == "mocov3":
+            c.encoder.heads, c.encoder.init = 12, "mocov3"
+        elif name == "vit":
+            c.encoder.positions, c.encoder.init = "learned", "timm"
     if c.optimizer.name == "adamw":  # rates of single networks belong to the table's recipes
         c.optimizer.constant_lr = c.optimizer.scaled_lr = ()
 

@@ -107,6 +107,17 @@ def test_config_builds(name, arg):
     assert bool(orthogonality.build(c, shapes).names) == (c.penalty.name != "none")
 
 
+def test_vits_of_joint_embedding_are_those_of_solo_learn():
+    """MoCo v3's are those of its code, the others timm's; DINO's ViT file has one temperature from the start on."""
+    c = load("joint", "method=mocov3,encoder=vit_small,data=imagenet100")
+    assert (c.encoder.heads, c.encoder.positions, c.encoder.init) == (12, "sincos", "mocov3")
+    c = load("joint", "method=dino,encoder=vit_small,data=imagenet100")
+    assert (c.encoder.heads, c.encoder.positions, c.encoder.init, c.dino.warm_epochs) == (6, "learned", "timm", 0)
+    assert load("joint", "method=dino,data=imagenet100").dino.warm_epochs == 50
+    rates = {m: load("joint", f"method={m},data=imagenet").online.lr for m in ("byol", "mocov2plus", "barlow_twins")}
+    assert rates == {"byol": 0.2, "mocov2plus": 0.4, "barlow_twins": 0.1}
+
+
 @pytest.mark.parametrize("protocol", [*PROTOCOLS, *finetune.PROTOCOLS])
 @pytest.mark.parametrize("task", ["", "flowers102"])
 def test_every_protocol_fits_a_checkpoint(protocol, task):

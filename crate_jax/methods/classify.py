@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from crate_jax import data
 from crate_jax.data.pixels import normalise
-from crate_jax.errors import DataError
+from crate_jax.errors import ConfigError, DataError
 from crate_jax.methods.method import Batch, Carried, Method, Params, Scalars, Start
 from crate_jax.models import batch_norm, has_statistics, representation
 from crate_jax.models.adopt import adopt_encoder, grid_of
@@ -133,10 +133,11 @@ def erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:
 def mix(
     keys_B: jax.Array, images: jax.Array, target_BC: jax.Array, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup (arXiv 1710.09412) and CutMix (1905.04899): image i is mixed with image B - 1 - i.
+    """Mixup (arXiv 1710.09412) and CutMix (1905.04899): image i is mixed with image i + B // 2, mod B.
 
     Each image has its own random weight. If both alphas are positive, each image gets mixup or CutMix with
-    probability 1/2 each. A micro-batch mixes only its own images.
+    probability 1/2 each. Micro-batches of even size hold every A-th image of the batch, so both of a pair, and
+    mix as the whole batch does.
 
     Args:
       keys_B: one key per image.
@@ -167,9 +168,30 @@ def mix(
         map_HW = jnp.where(cut, box.astype(jnp.float32), other)
         return map_HW, jnp.mean(map_HW)
 
+    def other(x: jax.Array) -> jax.Array:
+        return jnp.roll(x, -(len(x) // 2), axis=0)
+
     map_BHW, share_B = jax.vmap(draw)(keys_B)
-    images = images + map_BHW[..., None] * (images[::-1] - images)
-    return images, target_BC + share_B[:, None] * (target_BC[::-1] - target_BC)
+    images = images + map_BHW[..., None] * (other(images) - images)
+    return images, target_BC + share_B[:, None] * (other(target_BC) - target_BC)
+
+
+def _check_mixing(c: ConfigDict) -> None:
+    """Checks that the images of each micro-batch make pairs."""
+    micro = c.batch_size // c.accumulate
+    for name in ("mixup", "cutmix"):
+        if not c.finetune[name]:
+            continue
+        if micro < 2:
+            raise ConfigError(
+                f"config.finetune.{name}={c.finetune[name]}: must be 0, since an image is mixed with another one, and "
+                f"config.batch_size={c.batch_size} with config.accumulate={c.accumulate} gives micro-batches of one"
+            )
+        if c.accumulate > 1 and micro % 2:
+            raise ConfigError(
+                f"config.finetune.{name}={c.finetune[name]}: config.batch_size={c.batch_size} / "
+                f"config.accumulate={c.accumulate} must be even, so that micro-batches mix the pairs of the whole batch"
+            )
 
 
 def _box(H: int, W: int, top: Any, left: Any, h: Any, w: Any) -> jax.Array:
@@ -184,6 +206,7 @@ FINETUNE = Section(
     "finetune",
     "A classifier on the encoder; both are trained. Segmentation reads freeze, final_norm, drop_path, relative_bias.",
     of_the_run=True,
+    check=_check_mixing,
     keys=dict(
         norm=Key(True, anything, "layer norm between the pooled tokens and the linear head"),
         final_norm=Key(True, anything, "keep the encoder's last norm"),

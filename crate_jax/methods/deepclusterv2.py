@@ -62,6 +62,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
             "assignments": jnp.full((len(sizes), images), NONE, jnp.int32),
             "centres": {str(h): jnp.zeros((size, o.out)) for h, size in enumerate(sizes)},
             "cluster_key": jax.random.key_data(key),
+            "clustered": jnp.int32(0),
         }
 
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
@@ -77,7 +78,10 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
         return jnp.mean(jnp.stack(terms)), {**step.own, "memory": memory}, {"z_std": joint.spread(projected)}
 
     def after(params: Params, own: Own, progress: Progress) -> tuple[Params, Own]:
-        return params, jax.lax.cond(progress.epoch_ended(), lambda own: clustered(own, options.rounds), dict, own)
+        # Where config.nonfinite.skip undoes the update that ends an epoch, the next one clusters.
+        epochs = progress.epochs(progress.done + 1)
+        own = jax.lax.cond(epochs > own["clustered"], lambda own: clustered(own, options.rounds), dict, own)
+        return params, {**own, "clustered": epochs}
 
     return Algorithm({"projector": (MLP((o.hidden, o.out), dtype=config.dtype), width)}, loss, state=state, after=after)
 

@@ -393,6 +393,11 @@ def require_queue(config: ConfigDict) -> int:
 
 
 def _check(c: ConfigDict) -> None:
+    if c.batch_size < 2:
+        raise ConfigError(
+            f"config.batch_size={c.batch_size}: must be at least 2 for joint embedding, whose batch norms and losses "
+            "compare the images of a batch"
+        )
     patch = c.encoder.patch_size
     if c.views.small and ENCODERS[c.encoder.name].patches and any(side % patch for side in c.views.small_size):
         raise ConfigError(

@@ -33,10 +33,6 @@ class Progress:
     total: int
     per_epoch: float
 
-    def epoch_ended(self) -> jax.Array:
-        """Whether the present update ended a pass over the training images, bool scalar."""
-        return self.epochs(self.done + 1) > self.epochs(self.done)
-
     def epochs(self, updates: jax.Array) -> jax.Array:
         """The number of whole passes in the first `updates` updates, int32 scalar.
 

@@ -4,7 +4,7 @@
 
 is solo-learn's: L_in of the paper (eq. 3) less log |P(i)|, with the same gradient. config.supcon.positives="mean" is
 L_out (eq. 2), which the paper recommends: the mean over P(i) stands outside the logarithm. Both are means over rows,
-where the paper has sums. An image without a label is a class by itself.
+where the paper has sums.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax import data
+from crate_jax.errors import DataError
 from crate_jax.methods import contrast, joint
 from crate_jax.methods.joint import Algorithm, Own, Step
 from crate_jax.methods.method import Scalars
@@ -22,13 +23,21 @@ from crate_jax.validation import Key, Section, one_of
 
 
 def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
-    """SupCon of a validated config, for features of this width."""
+    """SupCon of a validated config, for features of this width.
+
+    Raises:
+      DataError: the training images have no labels.
+    """
+    if source.class_names is None:
+        raise DataError(
+            f"config.data.source={config.data.source!r}: config.method='supcon' learns from labels, but the training "
+            "images have none; without labels it is config.method='simclr'"
+        )
     o, outside = config.joint, config.supcon.positives == "mean"
 
     def loss(step: Step) -> tuple[jax.Array, Own, Scalars]:
         projected = step.student("projector", step.features)
-        own_B = jnp.where(step.label >= 0, step.label, -1 - step.index)
-        ids = jnp.tile(own_B, len(projected))
+        ids = jnp.tile(step.label, len(projected))
         value = contrast.nt_xent(jnp.concatenate(projected), ids, o.temperature, outside)
         return value, {}, {"z_std": joint.spread(projected)}
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
+from crate_jax.models.beginning import BEGINNINGS
 from crate_jax.models.crate import CrateEncoder
 from crate_jax.models.layers import remat_rule
 from crate_jax.models.patches import grid_shape
@@ -44,7 +45,7 @@ def _vit(config: ConfigDict) -> nn.Module:
         qkv_bias=e.qkv_bias,
         layer_scale=e.layer_scale,
         drop_path=e.drop_path,
-        initializer=e.init,
+        begin=BEGINNINGS[e.init],
     )
 
 
@@ -263,8 +264,8 @@ ENCODER = Section(
             1e-6, positive, "added to the variance in the final norm; supervised CRATE: 1e-5", read_by=TOKENS
         ),
         init=Key(
-            "xavier", one_of("xavier", "trunc_normal"),
-            "initial weights of vit and of a linear decoder; xavier: like MAE; trunc_normal: like BEiT, SimMIM, ROPIM",
+            "xavier", one_of(*BEGINNINGS),
+            "initial weights of vit; xavier: like MAE; trunc_normal: like BEiT, SimMIM, ROPIM, a linear decoder too",
         ),
         stem=Key(
             "imagenet", one_of(*STEMS),

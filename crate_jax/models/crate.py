@@ -18,11 +18,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crate_jax.models.beginning import BEGINNINGS, XAVIER
 from crate_jax.models.corruption import CLEAN, Corruption
 from crate_jax.models.embedding import Embedding
 from crate_jax.models.layers import (
     BLOCK_EPS,
-    INITIALIZERS,
     Dtype,
     Norm,
     attention_kernel,
@@ -230,7 +230,7 @@ class MSSA(nn.Module):
     def __call__(self, x_BND: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(B, N, D) twice: x for a skip connection, and MSSA of layer_norm(x) with this scale and bias."""
         D = x_BND.shape[-1]
-        subspaces_DE = Kernel((D, D), INITIALIZERS["xavier"], name="subspaces")()
+        subspaces_DE = Kernel((D, D), XAVIER, name="subspaces")()
         x_BND, y_BNE = norm_mssa(x_BND, scale_D, bias_D, subspaces_DE, self.heads)
         if self.tied_output:
             output_ED = subspaces_DE.T.astype(y_BNE.dtype)
@@ -304,7 +304,7 @@ class CrateEncoder(nn.Module):
             self.positions,
             self.embed_norm,
             self.dtype,
-            INITIALIZERS["xavier"],
+            BEGINNINGS["xavier"],
             name="embedding",
         )(images_BHWC, corruption)
         x = scan_blocks(

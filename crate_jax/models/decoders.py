@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crate_jax.models import prefix_tokens, widths
+from crate_jax.models.beginning import BEGINNINGS, NORMAL, Beginning
 from crate_jax.models.corruption import Corruption
 from crate_jax.models.crate import DICTIONARY_INIT, MSSA, Kernel
-from crate_jax.models.embedding import TOKEN_INIT
 from crate_jax.models.layers import (
     BLOCK_EPS,
     Dtype,
@@ -110,7 +110,7 @@ class TransformerDecoder(nn.Module):
         x = dense(self.width, "embed", self.dtype)(tokens_BMD)
         x = restore(self, x, corruption, True, self.grid, self.prefix)
         x = scan_vit_blocks(
-            x, None, None, None, self.depth, self.remat, self.heads, 4.0, "qkv", 0.0, "xavier", self.dtype
+            x, None, None, None, self.depth, self.remat, BEGINNINGS["xavier"], self.heads, 4.0, "qkv", 0.0, self.dtype
         )
         x = Norm(name="norm")(x)
         return dense(self.pixels, "head", self.dtype)(x)[:, self.prefix :]
@@ -119,18 +119,18 @@ class TransformerDecoder(nn.Module):
 class LinearDecoder(nn.Module):
     """One linear map from a token to its pixels: the 1 x 1 convolution and pixel shuffle of ROPIM and SimMIM.
 
-    With the initialisation trunc_normal, which is theirs, it begins as torch's convolution does.
+    With `begin.torch_head`, which is theirs, it begins as torch's convolution does.
     """
 
     pixels: int
     prefix: int
-    initializer: str
+    begin: Beginning
     dtype: Dtype
 
     @nn.compact
     def __call__(self, tokens_BMD: jax.Array, corruption: Corruption) -> jax.Array:
         """Tokens (B, prefix + N, D) -> patches (B, N, P)."""
-        if self.initializer == "trunc_normal":
+        if self.begin.torch_head:
             return Linear(self.pixels, dtype=self.dtype, name="head")(tokens_BMD[:, self.prefix :])
         return dense(self.pixels, "head", self.dtype)(tokens_BMD[:, self.prefix :])
 
@@ -149,7 +149,7 @@ def restore(
     under the decoder.
     """
     D = tokens_BMD.shape[-1]
-    fill_D = module.param("mask_token", TOKEN_INIT, (1, 1, D), jnp.float32)[0, 0] if corruption.fills_decoder else None
+    fill_D = module.param("mask_token", NORMAL, (1, 1, D), jnp.float32)[0, 0] if corruption.fills_decoder else None
     patches_BND = corruption.restore(tokens_BMD[:, prefix:], fill_D)
     x = jnp.concatenate([tokens_BMD[:, :prefix], patches_BND], axis=1)
     return x + jnp.asarray(sincos_positions(grid, D, prefix)).astype(x.dtype) if positions else x
@@ -176,7 +176,7 @@ def _linear(config: ConfigDict) -> nn.Module:
     return LinearDecoder(
         pixels=config.data.channels * config.encoder.patch_size**2,
         prefix=prefix_tokens(config),
-        initializer=config.encoder.init,
+        begin=BEGINNINGS[config.encoder.init],
         dtype=jnp.dtype(config.dtype),
     )
 

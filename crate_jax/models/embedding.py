@@ -9,11 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crate_jax.models.beginning import Beginning
 from crate_jax.models.corruption import Corruption
 from crate_jax.models.layers import BLOCK_EPS, Dtype, Norm, dense
 from crate_jax.models.patches import grid_shape, patchify, resize_table, sincos_positions
-
-TOKEN_INIT = nn.initializers.normal(0.02)
+from crate_jax.models.projector import Linear
 
 
 class Embedding(nn.Module):
@@ -34,8 +34,7 @@ class Embedding(nn.Module):
       norms: apply layer norms (eps 1e-5) to the patches' pixels and to the embedded tokens, as the code of supervised
         CRATE does (arXiv 2306.01129).
       dtype: the tokens' dtype.
-      initializer: initialiser of the patch projection's kernel.
-      token_initializer: initialiser of the class token, the mask token and learned positions.
+      begin: how the weights begin.
     """
 
     width: int
@@ -44,8 +43,7 @@ class Embedding(nn.Module):
     positions: str
     norms: bool
     dtype: Dtype
-    initializer: nn.initializers.Initializer
-    token_initializer: nn.initializers.Initializer = TOKEN_INIT
+    begin: Beginning
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array, corruption: Corruption) -> jax.Array:
@@ -54,16 +52,19 @@ class Embedding(nn.Module):
         x = corruption.corrupt_pixels(patchify(images_BHWC, self.patch_size))
         if self.norms:
             x = Norm(BLOCK_EPS, name="pixel_norm")(x)
-        x = dense(D, "patch_embed", self.dtype, init=self.initializer)(x.astype(self.dtype))
+        if self.begin.torch_patches:
+            x = Linear(D, dtype=self.dtype, name="patch_embed")(x)
+        else:
+            x = dense(D, "patch_embed", self.dtype, init=self.begin.kernel)(x.astype(self.dtype))
         if self.norms:
             x = Norm(BLOCK_EPS, name="token_norm")(x)
         fill_D = (
-            self.param("mask_token", self.token_initializer, (1, 1, D), jnp.float32)[0, 0]
+            self.param("mask_token", self.begin.tokens, (1, 1, D), jnp.float32)[0, 0]
             if corruption.fills_encoder
             else None
         )
         x = corruption.corrupt_tokens(x, fill_D)
-        cls_11D = self.param("cls_token", self.token_initializer, (1, 1, D), jnp.float32)
+        cls_11D = self.param("cls_token", self.begin.class_token, (1, 1, D), jnp.float32)
         table_ND = self._table(grid_shape(images_BHWC.shape[1:3], self.patch_size))
         if table_ND is not None:
             x = x + corruption.select(table_ND[1:]).astype(self.dtype)
@@ -77,7 +78,7 @@ class Embedding(nn.Module):
             return jnp.asarray(sincos_positions(grid, self.width))
         if self.positions == "learned":
             shape = (1 + self.grid[0] * self.grid[1], self.width)
-            table_ND = self.param("positions", self.token_initializer, shape, jnp.float32)
+            table_ND = self.param("positions", self.begin.tokens, shape, jnp.float32)
             if grid == self.grid:
                 return table_ND
             return jnp.concatenate([table_ND[:1], resize_table(table_ND[1:], self.grid, grid)])

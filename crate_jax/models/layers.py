@@ -321,13 +321,6 @@ def _scaled(
     return nn.dtypes.promote_dtype(x, *scaled, dtype=dtype, inexact=inexact)
 
 
-INITIALIZERS = {
-    "xavier": nn.initializers.xavier_uniform(),
-    # The pre-training code of BEiT, SimMIM and ROPIM cuts at one deviation.
-    "trunc_normal": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),
-}
-
-
 # What a recomputed block keeps from the forward pass.
 REMAT: dict[str, Any] = {
     "nothing": jax.checkpoint_policies.nothing_saveable,

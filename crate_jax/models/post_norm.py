@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crate_jax.models.beginning import XAVIER
 from crate_jax.models.projector import Linear
 
 EPS = 1e-5  # of the layer norms, as in PyTorch
-XAVIER = nn.initializers.xavier_uniform()
 
 
 class PostNorm(nn.Module):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from crate_jax.models import cpu_convolution
 from crate_jax.models.batch_norm import BatchNorm
+from crate_jax.models.beginning import NORMAL
 from crate_jax.models.corruption import CLEAN, Corruption, Identity
 from crate_jax.models.layers import Dtype
 from crate_jax.models.patches import patchify, unpatchify
@@ -28,7 +29,6 @@ from crate_jax.parallel import target
 from crate_jax.parallel.sharding import keep_split_by_batch
 
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # as in torchvision
-TOKEN_INIT = nn.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +298,7 @@ class ResNetEncoder(nn.Module):
         fill_P = None
         if corruption.fills_encoder:
             numbers = images_BHWC.shape[-1] * self.patch_size**2
-            fill_P = self.param("mask_token", TOKEN_INIT, (1, 1, numbers), jnp.float32)[0, 0]
+            fill_P = self.param("mask_token", NORMAL, (1, 1, numbers), jnp.float32)[0, 0]
         x = corrupt_image(images_BHWC, corruption, self.patch_size, fill_P)
         x = Stem(self.width, self.stem, self.stem_padding, train, self.dtype, name="stem")(x, groups_BG)
         self.sow("intermediates", "input", x.reshape(x.shape[0], -1, x.shape[-1]))

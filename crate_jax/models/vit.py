@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crate_jax.models.beginning import Beginning
 from crate_jax.models.corruption import CLEAN, Corruption
-from crate_jax.models.embedding import TOKEN_INIT, Embedding
-from crate_jax.models.layers import INITIALIZERS, Dtype, Norm, attention, attention_kernel, dense, gelu, scan_blocks
+from crate_jax.models.embedding import Embedding
+from crate_jax.models.layers import Dtype, Norm, attention, attention_kernel, dense, gelu, scan_blocks
 from crate_jax.models.patches import grid_shape, relative_position_index, relative_table_rows, resize_relative_table
 from crate_jax.parallel import target
 from crate_jax.parallel.sharding import keep_split_by_batch
@@ -34,9 +35,9 @@ def drop_path_scales(keys_B: jax.Array, depth: int, rate: float) -> jax.Array:
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused query-key-value kernel."""
 
+    begin: Beginning
     heads: int
     qkv_bias: str
-    initializer: str
     dtype: Dtype
 
     @nn.compact
@@ -47,9 +48,9 @@ class SelfAttention(nn.Module):
         factor_D: jax.Array | None = None,
         number: jax.Array | None = None,
     ) -> jax.Array:
-        """(B, N, D) -> (B, N, D); `factor_D` multiplies the result; `number` as in :func:`last_initializer`."""
+        """(B, N, D) -> (B, N, D); `factor_D` multiplies the result; `number` as in :meth:`Beginning.last`."""
         B, N, D = x_BND.shape
-        qkv = dense(3 * D, "qkv", self.dtype, bias=self.qkv_bias == "qkv", init=INITIALIZERS[self.initializer])(x_BND)
+        qkv = dense(3 * D, "qkv", self.dtype, bias=self.qkv_bias == "qkv", init=self.begin.qkv)(x_BND)
         if self.qkv_bias == "qv":  # BEiT: a key bias cannot change a softmax over keys
             zeros = nn.initializers.zeros_init()
             q_bias, v_bias = (self.param(name, zeros, (D,), jnp.float32) for name in ("q_bias", "v_bias"))
@@ -60,31 +61,17 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = (a.reshape(B, N, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
             y_BND = attention(q, k, v, bias_BHNN).reshape(B, N, D)
-        init = last_initializer(self.initializer, number)
-        return dense(D, "output", self.dtype, init=init, factor=factor_D)(y_BND)
-
-
-def last_initializer(name: str, number: jax.Array | None) -> nn.initializers.Initializer:
-    """How the kernel of a branch's last product begins.
-
-    Args:
-      name: a row of INITIALIZERS.
-      number: the block's number, from 1. The kernel is divided by the square root of twice this number, as in BEiT and
-        ROPIM. None: the kernel is not divided.
-    """
-    if number is None:
-        return INITIALIZERS[name]
-    return lambda *args: INITIALIZERS[name](*args) / jnp.sqrt(2.0 * number)
+        return dense(D, "output", self.dtype, init=self.begin.last(number), factor=factor_D)(y_BND)
 
 
 class ViTBlock(nn.Module):
     """Pre-norm transformer block with optional layer scale and drop path; scanned over layers."""
 
+    begin: Beginning
     heads: int
     mlp_ratio: float
     qkv_bias: str
     layer_scale: float
-    initializer: str
     dtype: Dtype
     bias_grids: Grids | None = None  # not None: this block has its own relative bias
 
@@ -99,7 +86,7 @@ class ViTBlock(nn.Module):
     ) -> tuple[jax.Array, None]:
         """One layer, (B, N, D) -> (B, N, D); `scales_2B` multiplies the two branches of each image.
 
-        `number` is the block's, as in :func:`last_initializer`.
+        `number` is the block's, as in :meth:`Beginning.last`.
         """
         x_BND = keep_split_by_batch(x_BND)
         D = x_BND.shape[-1]
@@ -122,16 +109,15 @@ class ViTBlock(nn.Module):
 
         self.sow("intermediates", "input", x_BND)
         x, y = Norm(name="attention_norm").skip(x_BND)
-        attention = SelfAttention(self.heads, self.qkv_bias, self.initializer, self.dtype, name="attention")
+        attention = SelfAttention(self.begin, self.heads, self.qkv_bias, self.dtype, name="attention")
         y = attention(y, bias_BHNN, at_weights[0], number)
         x = x + branch(y, 0)
         self.sow("intermediates", "after_attention", x)
         x, y = Norm(name="mlp_norm").skip(x)
-        y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=INITIALIZERS[self.initializer])(y)
+        y = dense(int(D * self.mlp_ratio), "mlp_in", self.dtype, init=self.begin.kernel)(y)
         y = gelu(keep_split_by_batch(y))
         self.sow("intermediates", "mlp_hidden", y)
-        init = last_initializer(self.initializer, number)
-        y = dense(D, "mlp_out", self.dtype, init=init, factor=at_weights[1])(y)
+        y = dense(D, "mlp_out", self.dtype, init=self.begin.last(number), factor=at_weights[1])(y)
         x = x + branch(y, 1)
         self.sow("intermediates", "after_mlp", x)
         return x, None
@@ -161,16 +147,15 @@ def scan_vit_blocks(
     corruption: Corruption | None,
     depth: int,
     remat: str,
+    begin: Beginning,
     *args: object,
-    rescaled: bool = False,
 ) -> jax.Array:
     """`depth` ViT blocks, (B, N, D) -> (B, N, D); all layers share bias and corruption, each has its drop-path factors.
 
-    `args` are the attributes of :class:`ViTBlock`. With `rescaled` the branches of later blocks begin smaller, see
-    :func:`last_initializer`.
+    `begin` and `args` are the attributes of :class:`ViTBlock`.
     """
-    blocks = scan_blocks(ViTBlock, depth, remat, *args, in_axes=(nn.broadcast, 0, nn.broadcast, 0))
-    numbers_L = jnp.arange(1, depth + 1) if rescaled else None
+    blocks = scan_blocks(ViTBlock, depth, remat, begin, *args, in_axes=(nn.broadcast, 0, nn.broadcast, 0))
+    numbers_L = jnp.arange(1, depth + 1) if begin.rescaled else None
     return blocks(x_BND, bias_BHNN, scales_L2B, corruption, numbers_L)[0]
 
 
@@ -187,7 +172,7 @@ class ViTEncoder(nn.Module):
     qkv_bias: str
     layer_scale: float
     drop_path: float
-    initializer: str
+    begin: Beginning
     embed_norm: bool
     final_norm: bool
     final_eps: float
@@ -206,8 +191,7 @@ class ViTEncoder(nn.Module):
             self.positions,
             self.embed_norm,
             self.dtype,
-            INITIALIZERS[self.initializer],
-            INITIALIZERS["trunc_normal"] if self.initializer == "trunc_normal" else TOKEN_INIT,
+            self.begin,
             name="embedding",
         )(images_BHWC, corruption)
         grids = (self.grid, grid_shape(images_BHWC.shape[1:3], self.patch_size))
@@ -219,8 +203,7 @@ class ViTEncoder(nn.Module):
         if keys_B is not None and self.drop_path:
             scales_L2B = drop_path_scales(keys_B, self.depth, self.drop_path)
         x = scan_vit_blocks(
-            x, bias_BHNN, scales_L2B, corruption, self.depth, self.remat,
-            self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.initializer, self.dtype, bias_grids,
-            rescaled=self.initializer == "trunc_normal",
+            x, bias_BHNN, scales_L2B, corruption, self.depth, self.remat, self.begin,
+            self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.dtype, bias_grids,
         )  # fmt: skip
         return Norm(self.final_eps, name="norm")(x) if self.final_norm else x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,43 @@ def test_labels_are_mixed_as_their_images_are(mixup, cutmix):
         assert 0.3 < float(jnp.mean(flat)) < 0.8
     elif mixup:
         assert bool(jnp.all(flat))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_micro_batches_mix_the_pairs_of_the_whole_batch(parts):
+    """As the step cuts: micro-batch k holds the images k, k + parts, k + 2 parts ..."""
+    n = 12
+    images = jax.random.normal(jax.random.key(1), (n, 4, 5, 3))
+    whole = classify.mix(keys(n), images, jnp.eye(n), 0.8, 1.0)
+    for k in range(parts):
+        rows = slice(k, None, parts)
+        chex.assert_trees_all_close(
+            classify.mix(keys(n)[rows], images[rows], jnp.eye(n)[rows], 0.8, 1.0), tuple(x[rows] for x in whole)
+        )
+    other = np.asarray(whole[1] - jnp.diag(jnp.diagonal(whole[1]))).sum(axis=1)
+    assert (other > 0).mean() > 0.6  # no image is its own partner
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "name", "message"),
+    [
+        (4, 4, "mixup", "micro-batches of one"),
+        (1, 1, "cutmix", "micro-batches of one"),
+        (6, 2, "cutmix", "must be even"),
+    ],
+)
+def test_micro_batches_without_pairs_are_refused(batch, accumulate, name, message):
+    c = configs.base()
+    c.batch_size, c.accumulate, c.finetune[name] = batch, accumulate, 0.9
+    with pytest.raises(ConfigError, match=rf"config\.finetune\.{name}=0\.9: .*{message}"):
+        classify.FINETUNE.check(c)
+    c.finetune[name] = 0.0
+    classify.FINETUNE.check(c)
+
+
+def test_a_batch_of_odd_size_mixes_every_image():
+    mixed = classify.mix(keys(5), jnp.zeros((5, 2, 2, 3)), jnp.eye(5), 0.8, 0.0)[1]
+    assert (np.count_nonzero(mixed, axis=1) == 2).all()
 
 
 def test_erasing_hits_its_share_of_the_images_with_boxes_of_the_right_size():

@@ -121,10 +121,10 @@ def test_positives_are_the_rows_of_equal_index():
 
 
 @pytest.mark.parametrize("how", ["sum", "mean"])
-def test_an_image_without_a_label_is_a_class_by_itself(how):
-    """SupCon by hand, with the sum over positives inside the logarithm or their mean outside of it."""
-    z, label, index = vectors(2), np.array([3, -1, 3, -1, 0]), np.array([9, 3, 0, 7, 1])
-    rows, ids = u(np.concatenate(z)), np.tile([3, 101, 3, 102, 0], 2)
+def test_supcon_takes_all_views_of_a_class(how):
+    """By hand, with the sum over positives inside the logarithm or their mean outside of it."""
+    z, label, index = vectors(2), np.array([3, 5, 3, 7, 0]), np.array([9, 3, 0, 7, 1])
+    rows, ids = u(np.concatenate(z)), np.tile(label, 2)
     losses = []
     for i in range(2 * B):
         logits = rows @ rows[i] / 0.3

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import crate_jax.methods as methods
 from crate_jax import config as configs
-from crate_jax.errors import ConfigError
+from crate_jax.errors import ConfigError, DataError
 from crate_jax.methods import METHODS, joint, online
 from crate_jax.methods.method import Progress
 from crate_jax.parallel import sharding
@@ -140,13 +140,25 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(name):
     assert end[-1] == log[-1]
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("name", [case for case in ONE if case.values != ("supcon",)])
 def test_bfloat16_is_finite_and_unlabelled_images_work(name):
     c = config_of(name, dtype="bfloat16")
     method = build(c, labelled=False)
     state, log = run(c, method, 3)
     assert all(math.isfinite(x) for scalars in log for x in scalars.values())
     assert joint.ONLINE not in state.carried and not any(key.startswith("online") for key in log[0])
+
+
+def test_supcon_refuses_images_without_labels():
+    """It would be SimCLR to the bit."""
+    with pytest.raises(DataError, match="config.method='supcon' learns from labels, but the training images have none"):
+        build(config_of("supcon"), labelled=False)
+
+
+@pytest.mark.parametrize("name", ["vicreg", "byol"])
+def test_a_batch_of_one_image_is_refused(name):
+    with pytest.raises(ConfigError, match=r"config\.batch_size=1: must be at least 2 for joint embedding"):
+        config_of(name, batch_size=1)
 
 
 @pytest.mark.slow

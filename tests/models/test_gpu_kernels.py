@@ -15,6 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from benchmarks.accelerator import kernels
 from crate_jax.models import corruption, gpu_attention, gpu_norm, layers, tpu_attention
+from crate_jax.models.beginning import BEGINNINGS
 from crate_jax.models.crate import CrateBlock, norm_mssa
 from crate_jax.models.gpu_attention import Tile, Tiles
 from crate_jax.models.vit import SelfAttention
@@ -238,7 +239,7 @@ def test_programs_for_gpus_take_the_kernels_that_fit(platform, images, heads, dt
 
 @pytest.mark.parametrize(("rows", "kernels"), [(1, sum(BIASED)), (16, 0), (None, sum(MSSA))])
 def test_a_bias_of_its_own_for_each_image_does_not_fit(rows, kernels):
-    module = SelfAttention(2, "qv", "xavier", jnp.bfloat16)
+    module = SelfAttention(BEGINNINGS["xavier"], 2, "qv", jnp.bfloat16)
     x = jax.ShapeDtypeStruct((16, 5, 32), jnp.float32)
     bias = None if rows is None else jax.ShapeDtypeStruct((rows, 2, 5, 5), jnp.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), x, bias)

@@ -71,6 +71,37 @@ def test_xavier_begins_as_mae_and_crate_mae_do(encoder):
             assert (x == (1.0 if kind == "scale" else 0.0)).all(), name
 
 
+def test_mocov3_begins_with_queries_keys_and_values_as_matrices_of_their_own():
+    """facebookresearch/moco-v3, vits.py: sqrt(6 / (D + D)) for each of the three; the class token near 0."""
+    found = drawn("vit", "linear", init="mocov3")
+    usual = drawn("vit", "linear")
+    assert set(found) == set(usual)
+    qkv = found["encoder/blocks/attention/qkv/kernel"]
+    assert uniform_bound(qkv) == pytest.approx((6 / (2 * D)) ** 0.5, rel=0.01)
+    parts = qkv.reshape(L, D, 3, D)
+    assert all(
+        abs(np.corrcoef(parts[:, :, a].ravel(), parts[:, :, b].ravel())[0, 1]) < 0.05 for a, b in ((0, 1), (1, 2))
+    )
+    assert 0 < found["encoder/embedding/cls_token"].std() < 2e-6
+    for name in ("embedding/patch_embed", "blocks/attention/output", "blocks/mlp_in", "blocks/mlp_out"):
+        np.testing.assert_array_equal(found[f"encoder/{name}/kernel"], usual[f"encoder/{name}/kernel"])
+
+
+def test_timm_begins_as_timms_vit():
+    """timm, vision_transformer.py: normal numbers of deviation 0.02, no cut; the patch projection as torch's."""
+    found = drawn("vit", "linear", init="timm", positions="learned")
+    for name in ("blocks/attention/qkv/kernel", "blocks/attention/output/kernel", "blocks/mlp_out/kernel"):
+        for block in found[f"encoder/{name}"]:
+            assert block.std() == pytest.approx(0.02, rel=0.05), name
+            assert abs(block).max() > 0.05, name
+    assert found["encoder/embedding/positions"].std() == pytest.approx(0.02, rel=0.1)
+    assert 0 < found["encoder/embedding/cls_token"].std() < 2e-6
+    patches = found["encoder/embedding/patch_embed/kernel"]
+    assert uniform_bound(patches) == pytest.approx(48**-0.5, rel=0.01)
+    assert 0.8 * 48**-0.5 < abs(found["encoder/embedding/patch_embed/bias"]).max() < 48**-0.5
+    assert not found["encoder/blocks/attention/qkv/bias"].any()
+
+
 def test_an_over_complete_dictionary_begins_as_where_crate_alpha_was_trained():
     """Flax's kaiming_uniform of a (D, 4 D) matrix: D numbers count, and not 4 D."""
     found = drawn("crate", "linear", dictionary="overcomplete", expansion=4)

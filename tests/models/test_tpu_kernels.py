@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from crate_jax.models import tpu_attention
+from crate_jax.models.beginning import BEGINNINGS
 from crate_jax.models.crate import norm_mssa
 from crate_jax.models.vit import SelfAttention, ViTBlock
 from crate_jax.parallel import sharding, target
@@ -108,7 +109,7 @@ def test_programs_for_tpus_take_the_kernels_that_fit(images, kernels):
     x, D = jax.ShapeDtypeStruct((images, 5, 128), jnp.bfloat16), jax.ShapeDtypeStruct((128,), jnp.float32)
     U = jax.ShapeDtypeStruct((128, 128), jnp.float32)
     module, bias = (
-        SelfAttention(2, "qv", "xavier", jnp.bfloat16),
+        SelfAttention(BEGINNINGS["xavier"], 2, "qv", jnp.bfloat16),
         jax.ShapeDtypeStruct((1, 2, 5, 5), jnp.float32),
     )
     params = jax.eval_shape(module.init, jax.random.key(0), x, bias)
@@ -121,7 +122,7 @@ def test_programs_for_tpus_take_the_kernels_that_fit(images, kernels):
 
 def test_a_vit_block_for_tpus_computes_the_same(monkeypatch):
     """Layer scale stands at the weights there, and GELU's backward pass computes it again."""
-    block = ViTBlock(2, 2.0, "qv", 0.3, "xavier", jnp.float32)
+    block = ViTBlock(BEGINNINGS["xavier"], 2, 2.0, "qv", 0.3, jnp.float32)
     x, scales = jnp.float32(draw(3, 5, 20)), jnp.array([[1.5, 0.0, 1.5], [0.0, 1.25, 1.25]])
     params = jax.jit(block.init)(jax.random.key(0), x, None, scales)
     params = jax.tree.map(lambda a: a + 0.1 * draw(*a.shape, seed=5).astype(np.float32), params)
