@@ -6,7 +6,6 @@ Reads the records (:mod:`crate_jax.analysis.records`) and ``pictures/`` of the w
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from crate_jax.report.style import tidy
 from crate_jax.report.svg import escape, legend
 from crate_jax.training.clock import PARTS
 from crate_jax.validation import flatten
+from crate_jax.workdir import metrics
 
 CURVES = {  # key in metrics.jsonl -> label of the axis, caption
     "loss": ("loss", "Training loss, the mean between two log points, penalty included."),
@@ -432,9 +432,8 @@ def pictures(subjects: Sequence[Subject]) -> Section:
     for s in subjects:
         newest: dict[str, tuple[int, Path]] = {}
         for path in sorted((s.workdir / "pictures").glob("*.png")) if s.workdir else ():
-            match = re.fullmatch(r"(.+)_(\d+)\.png", path.name)
-            if match:
-                newest[match[1]] = (int(match[2]), path)  # paths are sorted by step, so the newest one stays
+            if match := metrics.PICTURE.fullmatch(path.name):
+                newest[match["name"]] = (int(match["step"]), path)  # paths are sorted by step, so the newest one stays
         for kind, (step, path) in newest.items():
             try:
                 array = decoding.decode(decoding.open_image(decoding.read_file(str(path))))

@@ -347,7 +347,10 @@ def _is_finished(folder: Path, setting: Setting) -> bool:
         raise ConfigError(
             f"{folder} holds a run of another config ({'; '.join(changed)}); choose another --workdir, or delete it"
         )
-    return (folder / "summary.json").exists()
+    try:  # a run writes its summary once more, with `report`, when the report is made
+        return "report" in (readback.parse((folder / "summary.json").read_text(encoding="utf-8")) or {})
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ PyTree = Any
 FOLDER = "checkpoints"
 REMOVE_SECONDS = 10.0  # time to remove the files of a save that failed
 AVERAGES = "ema/"  # how the names of the parameters' moving averages begin in `rest`
+PATTERN = "*?[\\"  # characters of patterns of file names
 DAMAGED = "damaged"  # the folder to which unusable checkpoints are moved that are newer than the one used
 
 
@@ -72,11 +73,19 @@ class Checkpoints:
       run: the run's id, the same in every process; '' before `restore` if no start of the run is on record.
 
     Raises:
-      CheckpointError: the folder cannot be created, or something in the way of a checkpoint cannot be moved.
+      CheckpointError: the folder cannot be created, something in the way of a checkpoint cannot be moved, or Orbax
+        cannot save into a folder of this name.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int) -> None:
         self.folder = Path(workdir).absolute() / FOLDER
+        # Orbax looks for the parts of a checkpoint by a pattern that begins with this path. With such a character it
+        # finds none, and saves without an error what nothing can read.
+        if set(PATTERN) & set(str(self.folder)):
+            raise CheckpointError(
+                f"workdir {self.folder.parent}: its path must have none of the characters {' '.join(PATTERN)}, since "
+                "checkpoints there could not be read; choose another --workdir"
+            )
         self._saving: int | None = None  # the step whose save may still be running
         with contextlib.ExitStack() as stack:
             stack.enter_context(files.quiet_orbax())

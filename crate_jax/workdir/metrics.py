@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 JSON_LINES = "metrics.jsonl"
 # TensorBoard and W&B know a record by its name alone, and TensorBoard drops a picture with the name of a scalar: the
 # names of pictures begin with this there, and those of scalars do not.
+PICTURE = re.compile(r"(?P<name>[\w.-]+)_(?P<step>\d{7,})\.png")  # the files that `Writer.write_image` makes
 PICTURES = "pictures/"
 COMPILING = "compiling ..."  # the bar's text before the first step
 
@@ -75,8 +76,8 @@ class Writer:
         Args:
           workdir: the run's folder, which is created if it does not exist.
           config: the whole config of the run.
-          start_step: the step from which the run continues; records of later steps are deleted, because they will be
-            written again. 0: the run is new, and all records are deleted.
+          start_step: the step from which the run continues; records and pictures of later steps are deleted, because
+            they will be written again. 0: the run is new, and all are deleted.
 
         Raises:
           ConfigError: ``config.log.wandb`` is set but wandb is not installed or does not start.
@@ -98,6 +99,10 @@ class Writer:
         self._pictures = os.path.join(workdir, "pictures")
         with writing(self._pictures):
             remove_left(Path(self._pictures))
+            for path in Path(self._pictures).glob("*.png"):
+                match = PICTURE.fullmatch(path.name)
+                if match and (int(match["step"]) > start_step or not start_step):
+                    path.unlink()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records scalars of a step; a slash groups names ("eval/knn_top1").
@@ -208,7 +213,7 @@ class JsonLines:
     def __init__(self, path: str, start_step: int) -> None:
         """Opens the file to append to it, and keeps only its whole lines up to `start_step` (none if it is 0)."""
         if os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as f:
+            with writing(path), open(path, encoding="utf-8", errors="replace") as f:
                 read = [(line, readback.scalars(line)) for line in f if start_step > 0]
             kept = [line for line, record in read if record is not None and record["step"] <= start_step]
             write_text(path, "".join(kept))

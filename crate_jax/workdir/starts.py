@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crate_jax.errors import UserError
 from crate_jax.workdir import metrics, readback
 from crate_jax.workdir.checkpoint_files import versions
 from crate_jax.workdir.folder import STARTS
@@ -57,11 +58,18 @@ def append(folder: Path, run: str, step: int, changed: Sequence[Mapping[str, Any
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All starts, the oldest first; without lines that are damaged. [] if an older version made the run."""
+    """All starts, the oldest first; without lines that are damaged. [] if an older version made the run.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    path = folder / FILE
     try:
-        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); move it away") from None
     starts = []
     for line in lines:
         start = readback.parse(line)

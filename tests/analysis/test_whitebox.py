@@ -6,6 +6,7 @@ import functools
 import json
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +18,12 @@ from PIL import Image
 from crate_jax import config as configs, data
 from crate_jax.analysis.whitebox import measures as whitebox, pictures as draw, section as sections, theory
 from crate_jax.config import validate
+from crate_jax.errors import UserError
 from crate_jax.jobs import train
-from crate_jax.models import autoencoder, representation
+from crate_jax.models import ENCODERS, Encoder, autoencoder, representation
 from crate_jax.models.corruption import Identity, Masking
+from crate_jax.models.layers import scan_blocks
+from crate_jax.models.patches import patchify
 from crate_jax.parallel import sharding, target
 from crate_jax.report import Subject
 
@@ -288,6 +292,32 @@ def test_telemetry_of_a_decoder_on_tpus(monkeypatch):
     found = jax.jit(whitebox.telemetry(c))(params, x, keys)
     assert any("/decoder/" in name for name in found)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), found, expected)
+
+
+class Bare(nn.Module):
+    """A block of an encoder that somebody adds: it names the tokens after it, and nothing else."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + nn.Dense(x.shape[-1])(x)
+        self.sow("intermediates", "after_block", x)
+        return x, None
+
+
+class OfBareBlocks(nn.Module):
+    @nn.compact
+    def __call__(self, images, corruption=None, keys_B=None):
+        return scan_blocks(Bare, 2, "")(nn.Dense(6)(patchify(images, 4)), None)[0]
+
+
+def test_blocks_without_the_points_that_are_measured_are_named(monkeypatch):
+    c = small("vit", "linear")
+    monkeypatch.setitem(ENCODERS, "bare", Encoder(lambda c: OfBareBlocks(), prefix=0, output_point="after_block"))
+    c.encoder.name, c.encoder.width = "bare", 6
+    params = {"encoder": OfBareBlocks().init(jax.random.key(0), images(c))["params"]}
+    said = r"encoder.name='bare': its blocks do not name the points after_attention, after_mlp, mlp_hidden \(flax's sow"
+    with pytest.raises(UserError, match=said):
+        measured(c, params, images(c))
 
 
 def test_telemetry_is_the_mean_over_images():

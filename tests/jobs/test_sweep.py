@@ -306,6 +306,18 @@ def test_running_again_trains_nothing_and_more_values_keep_the_old_runs(finished
     assert sweep.run(tiny(**TWO_BY_TWO), str(folder))["table"] == table
 
 
+def test_a_run_that_was_killed_before_its_report_is_not_finished(tmp_path):
+    """The run writes its summary, then the report, then the summary with the report's place."""
+    setting = sweep.expand(tiny(**TWO_BY_TWO))[0]
+    (home := tmp_path / setting.name).mkdir()
+    assert not sweep._is_finished(home, setting)
+    (home / "config.json").write_text(setting.config.to_json())
+    for text, done in ((None, False), ('{"loss": 0.9}', False), ('{"loss": 0.9, "report": null}', True), ("{", False)):
+        if text is not None:
+            (home / "summary.json").write_text(text)
+        assert sweep._is_finished(home, setting) == done, text
+
+
 def test_a_folder_with_a_run_of_another_config_is_named_before_anything_runs(finished):
     folder, _ = finished
     changed = tiny(**TWO_BY_TWO | {"sweep__values": (0.3, 5.0)}, optimizer__lr=5e-4)

@@ -139,6 +139,20 @@ def test_empty_workdir(tmp_path: Path) -> None:
     saver.close()
 
 
+@pytest.mark.parametrize("name", ["run[1]", "lr[1e-3]", "a*b", "a?", "a\\b"])
+def test_a_folder_whose_checkpoints_could_not_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"its path must have none of the characters \* \? \[ \\, since"):
+        checkpoint.Checkpoints(tmp_path / name / "w", keep=2)
+
+
+def test_other_characters_of_a_folder_do_no_harm(tmp_path: Path) -> None:
+    folder = tmp_path / "a] {b}, (c='d') $e #f %g &h; ~i|j ä\n"
+    run = checkpoint.Checkpoints(folder, keep=2)
+    run.save(3, {"w": jnp.arange(5.0)}, {"n": jnp.int32(7)}, {"config": {}})
+    run.close()
+    assert checkpoint.read_params(folder)[0]["w"].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_keeps_the_newest(run: checkpoint.Checkpoints) -> None:
     for step in (40, 50):
         run.save(step, *make(step), {"config": CONFIG})

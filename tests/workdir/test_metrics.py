@@ -26,7 +26,7 @@ from PIL import Image
 from crate_jax import config as configs
 from crate_jax.errors import ConfigError, UserError
 from crate_jax.methods.method import Method
-from crate_jax.workdir import metrics
+from crate_jax.workdir import metrics, starts
 from crate_jax.workdir.pictures import reconstruction_grid
 
 
@@ -50,6 +50,33 @@ def test_lines_after_the_step_resumed_from_are_dropped(tmp_path):
     with metrics.Writer(tmp_path, quiet(), 20) as writer:
         writer.write(30, {"loss": 0.5})
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 0.5)]
+
+
+@pytest.mark.parametrize(("start", "kept"), [(20, [10, 20]), (0, [])])
+def test_pictures_after_the_step_resumed_from_are_dropped(tmp_path, start, kept):
+    """A report would show them as the newest, though other weights have drawn them."""
+    with metrics.Writer(tmp_path, quiet(), 0) as writer:
+        for step in (10, 20, 30, 12_345_678):
+            writer.write_image(step, "views.a-b", np.zeros((2, 3, 3), np.uint8))
+    for other in ("mine_30.png", "notes.png", "views_0000030.jpg"):
+        (tmp_path / "pictures" / other).write_bytes(b"")
+    with metrics.Writer(tmp_path, quiet(), start):
+        pass
+    drawn = {f"views.a-b_{step:07d}.png" for step in kept}
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == drawn | {
+        "mine_30.png",
+        "notes.png",
+        "views_0000030.jpg",
+    }
+
+
+def test_a_folder_in_place_of_the_records_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "starts.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: Is a directory"):
+        metrics.Writer(tmp_path, quiet(), 0)
+    with pytest.raises(UserError, match=r"starts\.jsonl: cannot be read \(Is a directory\); move it away"):
+        starts.read(tmp_path)
 
 
 def test_what_is_written_can_be_read_back(tmp_path):

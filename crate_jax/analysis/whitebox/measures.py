@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from crate_jax.errors import UserError
 from crate_jax.models import autoencoder, corruption as corruptions, prefix_tokens, representation
 from crate_jax.models.corruption import Corruption
 from crate_jax.models.layers import BLOCK_EPS, block_points, layer_norm
@@ -28,6 +29,7 @@ __all__ = ["coding_rate", "incoherence", "subspace_rate"]
 # The squared precision eps^2 of all rates. The paper does not state it; the released measure divides by 0.01.
 PRECISION = 0.01
 MEASURES = ("paper", "released")
+OF_A_TRANSFORMER = ("after_attention", "after_mlp", "mlp_hidden")  # the points that are measured there
 BLOCK = 32  # rows that are made orthogonal together
 # The default of accelerators, TF32 or bfloat16, is too coarse: 1 is added to the entries of Gram matrices.
 EXACT = jax.lax.Precision.HIGHEST
@@ -262,11 +264,19 @@ def build(config: ConfigDict, measures: Sequence[str] = MEASURES) -> Callable[..
     decoder with layers, ``decoder``. A decoder as wide as the encoder also has ``inversion_error`` and
     ``inversion_error_scaled`` (:func:`inversion_error`): they compare its layer j with the input of the encoder's layer
     L - 1 - j, both counted from 0, for as many layers as both have.
+
+    The function raises UserError where it is traced, if the encoder is not a CRATE and lacks the points of a ViT.
     """
     features, prefix = _features(config), prefix_tokens(config)
 
     def measure(params: dict[str, Any], images_BHWC: jax.Array, keys_B: jax.Array) -> dict[str, Layers]:
         points, decoded, corruption = features(params, images_BHWC, keys_B)
+        lacking = [] if "mssa" in params["encoder"]["blocks"] else sorted(set(OF_A_TRANSFORMER) - points.keys())
+        if lacking:
+            raise UserError(
+                f"config.encoder.name={config.encoder.name!r}: its blocks do not name the points {', '.join(lacking)} "
+                "(flax's sow), so their layers cannot be measured; set config.whitebox.every=0, or add the points"
+            )
         # Layer by layer, so that memory holds the Gram matrices of one layer only.
         out = {
             "encoder": jax.lax.map(
