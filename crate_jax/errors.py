@@ -125,12 +125,25 @@ def some(texts: list[str], separator: str) -> str:
     return separator.join(first + more)
 
 
+ALIKE, SAME_LAST_PART = 0.6, 0.25  # the least likeness of names, as of difflib; and what an equal last part adds to it
+
+
 def did_you_mean(wrong: str, known: Iterable[str], otherwise: str = "", most: int = 1) -> str:
     """The end of a message about an unknown name: the names that it resembles, or `otherwise`, which may be empty.
 
+    A name in another group, or without its group, resembles it most.
+
     >>> did_you_mean("encoder.lamm", ["encoder.lam", "seed"]), did_you_mean("x", ["seed"], "write seed")
     ('; did you mean encoder.lam?', '; write seed')
+    >>> did_you_mean("lr", ["seed", "optimizer.lr"]), did_you_mean("encoder.lamb", ["twins.lamb", "encoder.lam"])
+    ('; did you mean optimizer.lr?', '; did you mean encoder.lam?')
     """
-    found = difflib.get_close_matches(wrong, known, most)
+    last = wrong.rpartition(".")[2]
+    near = {}
+    for name in known:
+        alike, same = difflib.SequenceMatcher(None, wrong, name).ratio(), name.rpartition(".")[2] == last
+        if alike >= ALIKE or same:
+            near[name] = alike + SAME_LAST_PART * same
+    found = sorted(near, key=lambda name: -near[name])[:most]
     text = f"did you mean {' or '.join(found)}?" if found else otherwise
     return f"; {text}" if text else ""

@@ -13,8 +13,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from crate_jax import config_files, usage
-from crate_jax.config import require_keys
-from crate_jax.errors import ConfigError, UserError, escaped, print_error
+from crate_jax.config import KEYS, require_keys
+from crate_jax.errors import ConfigError, UserError, did_you_mean, escaped, print_error
 from crate_jax.parallel import distributed
 
 USAGE = "python -m crate_jax.main --config=configs/NAME.py[:key=value,...] --workdir=DIR"
@@ -111,7 +111,16 @@ def one_line(error: BaseException) -> str:
     message = " ".join(message.split())
     for pattern, text in REWORDED:
         message = re.sub(pattern, text, message)
+    if match := re.match(r"config: unknown key '([^']+)'", message):
+        message = _unknown_key(match[1])
     return escaped(message)
+
+
+def _unknown_key(name: str) -> str:
+    """The message about a key of the command line, of which ml_collections tells only the part that is unknown."""
+    given = [match[1] for arg in sys.argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", arg))]
+    whole = next((key for key in given if name == key or name in key.split(".")), name)
+    return f"config: unknown key '{whole}'{did_you_mean(whole, KEYS, most=2)}"
 
 
 def _config_file_error(chain: Sequence[BaseException]) -> str:
