@@ -37,6 +37,7 @@ from crate_jax.data.given import Images
 from crate_jax.data.pixels import normalise
 from crate_jax.errors import CheckpointError, ConfigError, UserError, did_you_mean
 from crate_jax.evals.features import encode_split
+from crate_jax.methods import classify, segment
 from crate_jax.methods.reconstruction import reconstruct
 from crate_jax.models import (
     ENCODERS,
@@ -213,7 +214,19 @@ def load(path: str | os.PathLike[str]) -> Encoder:
     config.encoder.norm_groups = 1  # of the run's batches
     if not prefix_tokens(config):
         config.evaluation.pool = "mean"
-    return Encoder(found.name, config, found.params)
+    task = found.config.get("job", "") if "head" in found.params else ""
+    if task in PREDICTS:
+        for section in ("finetune", "segment"):
+            config[section].update({k: v for k, v in found.config.get(section, {}).items() if k in config[section]})
+    return Encoder(found.name, config, found.params, task=task, classes=found.classes)
+
+
+def _probabilities(config: ConfigDict, classes: int) -> Read:
+    scores = classify.scorer(config, classes)
+    return lambda params, images_uint8: jax.nn.softmax(scores(params, images_uint8))
+
+
+PREDICTS: dict[str, Callable[[ConfigDict, int], Read]] = {"finetune": _probabilities, "segment": segment.predictor}
 
 
 # Errors name the keys of a config; whoever calls a method of an encoder has given an argument instead.
@@ -281,21 +294,30 @@ class Encoder:
       module: the Linen module ``(images, float32, normalised) -> tokens``, for your own code and, by
         ``flax.nnx.bridge.ToNNX``, for NNX.
       batch_size: images encoded at once, over all devices.
+      classes: the names of the classes of a fine-tuned run, in the order of :meth:`predict`; () if it has none.
 
     >>> encoder = Encoder.untrained("quickstart:debug")  # 8 x 8 images, 16 patches, 64 numbers per token
     >>> encoder.features(np.zeros((3, 20, 28, 3), np.uint8)).shape
     (3, 64)
     """
 
-    def __init__(self, name: str, config: ConfigDict, params: Params, batch_size: int = 256) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        config: ConfigDict,
+        params: Params,
+        batch_size: int = 256,
+        task: str = "",
+        classes: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.classes, self._task = name, classes, task
         self._config = FrozenConfigDict(config.to_dict())
         self.params = params
         self.module: nn.Module = build_encoder(config)
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ConfigError(f"batch_size={batch_size!r:.60}: must be a whole number from 1")
         self.batch_size = batch_size
-        self._compiled: dict[tuple[Any, ...], tuple[Callable[..., jax.Array], tuple[int, ...]]] = {}
+        self._compiled: dict[tuple[Any, ...], tuple[Callable[..., jax.Array], jax.ShapeDtypeStruct]] = {}
         self._copied: tuple[list[Any], Params] = ([], {})  # arrays of `params`, and their copies on the devices
 
     @property
@@ -417,6 +439,28 @@ class Encoder:
         return self._rows(images, ("coding_rate", subspaces), read)
 
     @_worded
+    def predict(self, images: Images) -> np.ndarray:
+        """What a fine-tuned run says of each image.
+
+        Returns:
+          of a run of job ``finetune``: the probabilities of its classes, (n, C) float32, in the order of ``classes``;
+          of job ``segment``: the class of each pixel of the whole image, which is resized to ``config.data.image_size``
+          whatever its aspect, (n, H, W) int32.
+
+        Raises:
+          ConfigError: the run has no head: it has pre-trained, or the weights are those of an encoder only.
+          DataError: see :meth:`features`.
+        """
+        if self._task not in PREDICTS:
+            raise ConfigError(
+                f"{self.name}: has no classes to predict; give the workdir of a fine-tuning (docs/evaluation.md) or "
+                "of a segmentation (docs/segmentation.md)"
+            )
+        config, classes = _changeable(self.config), self.params["head"]["linear"]["kernel"].shape[-1]
+        read, segments = PREDICTS[self._task](config, classes), self._task == "segment"
+        return self._rows(images, ("predict",), read, stretched=segments)
+
+    @_worded
     def reconstruct(self, images: Images, seed: int = 0) -> Reconstruction:
         """Images, their corruption, and what the decoder makes of it.
 
@@ -462,9 +506,15 @@ class Encoder:
     def _mesh(self) -> jax.sharding.Mesh:
         return sharding.make_mesh(len(sharding.all_devices()), 1)
 
-    def _rows(self, images: Images, key: tuple[Any, ...], read: Read, *more: jax.Array) -> np.ndarray:
-        """What `read` (parameters, *more, images) returns for each image; `key` names it: it is compiled once."""
+    def _rows(
+        self, images: Images, key: tuple[Any, ...], read: Read, *more: jax.Array, stretched: bool = False
+    ) -> np.ndarray:
+        """What `read` (parameters, *more, images) returns for each image; `key` names it: it is compiled once.
+
+        The images are cropped and resized as in evaluation, or with `stretched` as a segmentation's.
+        """
         source = given.source(images, int(self.config.data.channels))
+        source.stretched = stretched
         config = _changeable(self.config)
         config.data.max_undecodable = 0.0  # rows and images go together
         config.evaluation.batch_size = min(self.batch_size, 1 << (len(source) - 1).bit_length())
@@ -476,9 +526,9 @@ class Encoder:
 
             one = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), np.uint8)
             jitted = jax.jit(sharding.on_mesh(self._mesh, flat), out_shardings=sharding.split(self._mesh))
-            self._compiled[key] = jitted, jax.eval_shape(read, self.params, *more, one).shape[1:]
-        compiled, shape = self._compiled[key]
+            self._compiled[key] = jitted, jax.eval_shape(read, self.params, *more, one)
+        compiled, made = self._compiled[key]
         rows, _ = encode_split(
             functools.partial(compiled, self._placed(), *more), config, source, np.arange(len(source)), self._mesh
         )
-        return rows.reshape(len(rows), *shape)
+        return rows.reshape(len(rows), *made.shape[1:]).astype(made.dtype, copy=False)

@@ -26,12 +26,14 @@ class Pretrained:
       params: nested dictionaries of NumPy arrays with the key ``encoder``: the parameters that the run's method
         evaluates, averaged (EMA) if the run kept averages.
       sha256: digest of all parameters.
+      classes: the names of the run's classes, in the order of a classifier's scores; () if nothing says them.
     """
 
     name: str
     config: dict[str, Any]
     params: dict[str, Any]
     sha256: str
+    classes: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -62,4 +64,5 @@ def load(path: str, key: str) -> Pretrained:
         return Pretrained(str(path), loaded.config, loaded.params, checkpoint.params_sha256(loaded.params))
     params, meta = checkpoint.read_params(path, judged=True)
     name = f"step {meta['step']} of {path}"
-    return Pretrained(name, meta["config"], params, checkpoint.params_sha256(params))
+    classes = tuple(meta.get("classes", ()))
+    return Pretrained(name, meta["config"], params, checkpoint.params_sha256(params), classes)

@@ -85,11 +85,8 @@ def eval_batches(
                 image = source.open(index)
                 mask = source.mask(index) if isinstance(source, PairSource) else None
             height, width = decoding.oriented_size(image)
-            if mask is not None:
-                box = whole_box(height, width, share)
-                more = {"mask": crop_mask(mask, box, size)}
-            else:
-                box, more = central_box(height, width, size, share), {}
+            box = whole_box(height, width, share) if source.stretched else central_box(height, width, size, share)
+            more = {} if mask is None else {"mask": crop_mask(mask, box, size)}
             return {"image": np.asarray(decoding.crop_resize(image, box, size, resample))} | more
         except decoding.DecodeError as e:
             return str(e)

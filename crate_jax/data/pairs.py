@@ -50,6 +50,8 @@ class PairSource(Source):
       DataError: an image has no mask, a mask has no image, or a mask is not a PNG.
     """
 
+    stretched = True  # so that every pixel of a mask is scored
+
     def __init__(self, images: FolderSource, masks: FolderSource, ignored: int, reduce_zero_label: bool):
         self._images, self._masks = images, masks
         self._ignored, self._reduce = ignored, reduce_zero_label

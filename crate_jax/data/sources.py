@@ -340,10 +340,12 @@ class Source(abc.ABC):
       class_names: one name per class, fit to be shown, or None if the set has no labels.
       split: the split's name in the set, such as that of a sub-folder; '' for a whole set.
       channels: C, the number of channels of an image.
+      stretched: whether evaluation takes the whole of an image, whose aspect changes, and not its central part.
     """
 
     split: str = ""
     channels: int = 3
+    stretched: bool = False
     class_names: list[str] | None = None
     _labels: np.ndarray | None = None
 

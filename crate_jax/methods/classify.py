@@ -10,6 +10,7 @@ Shapes: B batch, C classes, D width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -46,6 +47,17 @@ class Head(nn.Module):
             x_BD = Norm(name="norm")(x_BD)
         init = nn.initializers.normal(0.02 * self.init_scale)
         return dense(self.classes, "linear", jnp.float32, init=init)(x_BD)
+
+
+def scorer(config: ConfigDict, classes: int) -> Callable[[Params, jax.Array], jax.Array]:
+    """The function (params, images uint8 (B, H, W, C)) -> scores (B, classes), float32, of a trained classifier."""
+    head, represent = Head(classes, config.finetune.norm, config.finetune.head_init), representation.build(config)
+
+    def scores(params: Params, images_uint8: jax.Array) -> jax.Array:
+        features_BD = represent(params, normalise(images_uint8, config))
+        return head.apply({"params": params["head"]}, features_BD)  # type: ignore[return-value]  # never mutable
+
+    return scores
 
 
 def build(config: ConfigDict, source: data.Source) -> Method:
@@ -92,15 +104,12 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         value = jnp.mean(optax.softmax_cross_entropy(scores_BC, target_BC))
         return value, (batch_norm.carry(moved)[1], {"cross_entropy": value})
 
-    def scores(params: Params, images_uint8: jax.Array) -> jax.Array:
-        return logits(params, normalise(images_uint8, config))[0]
-
     return Method(
         inputs=("image", "label"),
         init=init,
         adopt=functools.partial(adopt_encoder, ours=grid_of(config)),
         loss=loss,
-        features=scores,
+        features=scorer(config, classes),
         judged=batch_norm.whole,
         averaged=batch_norm.carried_statistics,
         mean_over_images=options.freeze or not has_statistics(config),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,19 @@ def check(config: ConfigDict) -> None:
             raise ConfigError(f"config.{section}.{key}={config[section][key]}: must be 0 for segmentation")
 
 
+def predictor(config: ConfigDict, classes: int) -> Callable[[Params, jax.Array], jax.Array]:
+    """The function (params, images uint8 (B, H, W, C)) -> the class of each pixel, int32 (B, H, W)."""
+    head, maps_of = HEADS[config.segment.head](config, classes), representation.block_maps(config, blocks(config))
+    size = tuple(config.data.image_size)
+
+    def predict(params: Params, images_uint8: jax.Array) -> jax.Array:
+        maps = maps_of(params, normalise(images_uint8, config))
+        scores_BHWC = resize(head.apply({"params": params["head"]}, maps)[0], size)
+        return jnp.argmax(scores_BHWC, axis=-1).astype(jnp.int32)
+
+    return predict
+
+
 def build(config: ConfigDict, source: data.Source) -> Method:
     """Builds the method of a validated config, for the classes of `source`, a set of pairs of image and mask.
 
@@ -88,9 +102,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
     def init(key: jax.Array, start: Start) -> tuple[Params, Carried]:
         return batch_norm.carry(start(init_params(key)))
 
-    def scores(
-        params: Params, images_uint8: jax.Array, keys_B: jax.Array | None = None
-    ) -> tuple[tuple[jax.Array, ...], Params]:
+    def scores(params: Params, images_uint8: jax.Array, keys_B: jax.Array) -> tuple[tuple[jax.Array, ...], Params]:
         """The head's class scores (B, H, W, C), float32, and its auxiliary scores if it has any; moved statistics."""
         still = config.finetune.freeze and has_statistics(config)
         maps, params = maps_of.train(params, normalise(images_uint8, config), None if still else keys_B)
@@ -106,9 +118,7 @@ def build(config: ConfigDict, source: data.Source) -> Method:
         scalars = dict(zip(("cross_entropy", "auxiliary"), values, strict=False))
         return values[0] + config.segment.auxiliary * sum(values[1:]), (batch_norm.carry(moved)[1], scalars)
 
-    def predict(params: Params, images_uint8: jax.Array) -> jax.Array:
-        """The class of each pixel, int32 (B, H, W)."""
-        return jnp.argmax(scores(params, images_uint8)[0][0], axis=-1).astype(jnp.int32)
+    predict = predictor(config, classes)
 
     def draw(params: Params, batch: Batch, _: jax.Array) -> tuple[jax.Array, ...]:
         colours = jnp.asarray(np.concatenate([class_colours(classes), np.zeros((1, 3), np.float32)]))

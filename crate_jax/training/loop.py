@@ -505,5 +505,7 @@ class Loop:
             "changed": self.changed,
             "judged": self._judged_names,
             "clock": {"seconds": self.clock.seconds(), "time": time.time()},
+            # In the order of a classifier's scores.
+            "classes": list(self.source.class_names or ()) if self.config.job == "finetune" else [],
         }
         self._checkpoints.save(step, self.state.params, self.state.rest(), meta)

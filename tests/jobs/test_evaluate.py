@@ -369,6 +369,19 @@ def test_a_frozen_encoder_keeps_its_bits(pretraining, tmp_path):
     assert np.abs(after["head"]["linear"]["bias"]).max() > 0
 
 
+def test_a_classifier_predicts_what_its_record_says(pretraining, tmp_path):
+    c = configured("protocol=finetune_crate", pretraining, **FINETUNE | {"epochs": 1.0}, evaluation__test_images=0)
+    record = finetune.run(c, str(tmp_path))
+    test = data.open_split(c, "eval")
+    classifier = crate_jax.load(tmp_path)
+    found = classifier.predict([test.read(i) for i in range(len(test))])
+    assert classifier.classes == tuple(test.class_names) and found.shape == (len(test), len(classifier.classes))
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+    assert np.mean(found.argmax(axis=1) == test.labels) == pytest.approx(record["top1"])
+    with pytest.raises(ConfigError, match="has no classes to predict; give the workdir of a fine-tuning"):
+        crate_jax.load(pretraining).predict(np.zeros((1, 8, 8, 3), np.uint8))
+
+
 @pytest.fixture
 def unlabelled(tmp_path) -> Path:
     for i in range(4):

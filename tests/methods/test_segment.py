@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 
+import crate_jax
 from crate_jax import config as configs, data
 from crate_jax.config import validate
 from crate_jax.convert import pretrained
@@ -515,7 +516,7 @@ def learned(folder, checkpoint, tmp_path_factory, one_device):
     return c, path, finetune.run(c.copy_and_resolve_references(), str(path))
 
 
-def test_a_linear_head_learns_shapes_and_a_frozen_encoder_stays_as_it_is(learned):
+def test_a_linear_head_learns_shapes_and_a_frozen_encoder_stays_as_it_is(learned, folder):
     c, tmp_path, record = learned
     c, path = c.copy_and_resolve_references(), c.checkpoint
     assert record["miou"] > 0.5 and record["pixel_accuracy"] > 0.8  # all background: 0.18 and 0.72
@@ -527,6 +528,10 @@ def test_a_linear_head_learns_shapes_and_a_frozen_encoder_stays_as_it_is(learned
     with Image.open(record["pictures"]) as picture:
         shown = {tuple(rgb) for rgb in np.asarray(picture).reshape(-1, 3)}
     assert {tuple(rgb) for rgb in pictures.to_uint8(segment.class_colours(1))} <= shown
+    masks = next(data.eval_batches(c, data.open_split(c, "eval"), range(19), 19))["mask"]
+    predicted = crate_jax.load(tmp_path).predict(folder / "val" / "images")
+    assert predicted.dtype == np.int32 and predicted.shape == masks.shape
+    assert np.mean(predicted == masks) == pytest.approx(record["pixel_accuracy"], abs=1e-6)
     c.protocol.name = "finetune_mae"
     with pytest.raises(ConfigError, match="segment_linear, segment_upernet"):
         finetune.run(c, str(tmp_path))
