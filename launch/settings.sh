@@ -1,5 +1,14 @@
 # shellcheck shell=bash
 # Every launcher sources this file: --help and --dry-run, checks of the settings, and how to run or show a command.
+
+# is_new_enough MAJOR MINOR: whether a bash of this version can run the launchers. Before 4.4, with `set -u`, an empty
+# array is an unbound variable. This and the next statement stand first, and are such that bash 3.2 (macOS) reads them.
+is_new_enough() { (($1 > 4 || ($1 == 4 && $2 >= 4))); }
+if ! is_new_enough "${BASH_VERSINFO[0]}" "${BASH_VERSINFO[1]}"; then
+  printf '%s: needs bash 4.4 or newer, this is %s\n' "${0##*/}" "$BASH_VERSION" >&2
+  exit 2
+fi
+
 set -euo pipefail
 
 # Prints one line and ends with status 2, which stands for the user's mistake, as in crate_jax.main: nothing retries it.

@@ -112,6 +112,31 @@ def test_help_is_the_comment_at_the_top(env, script):
     assert recorded(env) == []
 
 
+def test_an_older_bash_is_one_line_and_status_2(env, tmp_path):
+    """macOS has 3.2, CentOS 7 has 4.2: there, later statements fail in the middle of the work, or cannot be read."""
+    source = f'source {LAUNCH}/settings.sh; for v in "3 2" "4 2" "4 3" "4 4" "5 0" "5 3"; do'
+    done = subprocess.run(
+        ["bash", "-c", f"{source} is_new_enough $v && echo $v; done || true"], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["4 4", "5 0", "5 3"], done
+    # Here no bash is older, so it is the oldest one wanted that changes.
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    settings = tmp_path / "launch" / "settings.sh"
+    settings.write_text(settings.read_text().replace("(($1 > 4 ||", "(($1 > 94 ||").replace("$1 == 4", "$1 == 94"))
+    version = subprocess.run(["bash", "-c", "echo $BASH_VERSION"], capture_output=True, text=True).stdout
+    for script in set(SCRIPTS) - {"slurm_job.sh"}:  # which runs on the nodes, with the bash that they have
+        done = launch(env, script, "--help", folder=tmp_path / "launch")
+        wanted = f"{script}: needs bash 4.4 or newer, this is {version}"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)
+    # Nothing that an older bash cannot do stands before it.
+    for script in [*SCRIPTS, "settings.sh"]:
+        code = [x for x in (LAUNCH / script).read_text().splitlines() if x and not x.startswith("#")]
+        if script == "settings.sh":
+            assert code[0].startswith("is_new_enough() { ") and code[1].startswith("if ! is_new_enough ")
+        elif script != "slurm_job.sh":
+            assert code[0] == 'source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"'
+
+
 TPU = {"PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v5litepod-16"}
 SLURM = {"NODES": 2, "GPUS": 8}
 KUBERNETES = {"IMAGE": "images/crate:1", "CLAIM": "runs", "CRATE_JAX_TOKEN": 'known"'}
