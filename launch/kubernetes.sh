@@ -99,6 +99,7 @@ need_count SLICES
 need_switch SPOT
 need_count RESTARTS 0
 [[ -z ${RUN_AS:-} ]] || need_count RUN_AS 0
+need_lasting_workdir "a relative one is lost with its pod, at each restart; /shared outlives it"
 
 selector=() resources=() annotations=()
 if [[ -n $ACCELERATOR ]]; then

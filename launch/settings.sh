@@ -60,6 +60,22 @@ need_one() {
   ((${#given[@]} < 2)) || fail "${given[0]} and ${given[1]}: must be one or the other"
 }
 
+# need_lasting_workdir REASON: fails if the workdir of ARGS is a relative path, for this reason. Sets WORKDIR to the
+# workdir, the last one, as absl reads them; without one it is not set.
+need_lasting_workdir() {
+  local argument before=''
+  unset WORKDIR
+  for argument in "${ARGS[@]}"; do
+    case $argument in
+      --workdir=* | -workdir=*) WORKDIR=${argument#*=} ;;
+      *) [[ $before != --workdir && $before != -workdir ]] || WORKDIR=$argument ;;
+    esac
+    before=$argument
+  done
+  [[ ${WORKDIR-/} =~ ^(/|(gs|s3)://) ]] ||
+    fail "--workdir=$WORKDIR: must be an absolute path, gs://BUCKET/PATH or s3://BUCKET/PATH: $1"
+}
+
 # split NAME: puts the setting's options into WORDS, split as a shell does it, with quotes but without patterns.
 split() {
   # shellcheck disable=SC2034

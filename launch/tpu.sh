@@ -30,8 +30,8 @@
 #   WORKER          number of the worker whose log is followed (0)
 #   CRATE_JAX_SCRATCH    with a workdir in a bucket: a folder that all workers share, for the copy (not set)
 #
-# The workdir must be a folder that all workers share and that outlives the slice, or in a bucket. JAX finds its processes by the TPU's
-# metadata. Google names Kubernetes first for TPU7x (kubernetes.sh with ACCELERATOR=tpu7x); not every project gets it here.
+# The workdir must be an absolute path of a folder that all workers share and that outlives the slice, or in a bucket.
+# JAX finds its processes by the TPU's metadata. Google names Kubernetes first for TPU7x (kubernetes.sh with ACCELERATOR=tpu7x); not every project gets it here.
 
 # shellcheck source=launch/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
@@ -77,23 +77,13 @@ if [[ $COMMAND == create || $COMMAND == up ]]; then
   RUNTIME=${RUNTIME:-$image}
 fi
 
-# Prints the workdir of the arguments, as absl reads them: the last one counts.
-workdir() {
-  local argument before='' found=''
-  for argument in "${ARGS[@]}"; do
-    case $argument in
-      --workdir=* | -workdir=*) found=${argument#*=} ;;
-      *) [[ $before != --workdir && $before != -workdir ]] || found=$argument ;;
-    esac
-    before=$argument
-  done
-  printf '%s' "$found"
-}
+# The run works in crate_jax/, which the next sync deletes.
+need_lasting_workdir "a relative one is deleted on the workers by the next up or sync"
 
 # A host has at most 8 chips or cores, whichever the accelerator's number counts; without ACCELERATOR it is not known.
 hosts=1
 [[ ! ${ACCELERATOR:-} =~ -(9|[1-9][0-9]+)$ && $SLICES == 1 ]] || hosts=many
-if [[ $hosts == many && $(workdir) =~ ^(gs|s3):// && -z ${CRATE_JAX_SCRATCH:-} ]]; then
+if [[ $hosts == many && ${WORKDIR:-} =~ ^(gs|s3):// && -z ${CRATE_JAX_SCRATCH:-} ]]; then
   echo "tpu.sh: warning: several workers need one folder for the copy of a bucket; without CRATE_JAX_SCRATCH, a folder that they share, the run is refused" >&2
 fi
 

@@ -200,7 +200,7 @@ def test_bad_settings_are_one_line_and_status_2(env, command, settings, said):
     assert recorded(env) == []
 
 
-ARGS = ("--config=configs/cifar10.py:debug", "--config.data.source=folder:/a b/it's", "--workdir=$HOME/(x)")
+ARGS = ("--config=configs/cifar10.py:debug", "--config.data.source=folder:/a b/it's", "--workdir=/$HOME/(x)")
 
 
 @pytest.mark.parametrize(
@@ -510,12 +510,47 @@ def test_tpu_up_runs_on_the_workers(env, tmp_path):
     assert "\\\\" not in shown.stdout
     assert any(line.startswith("python3 -m uv pip install") and line.endswith("crate_jax\\[tpu\\]") for line in asked)
 
-    assert tpu("run", "--workdir=x").returncode == 0
-    again = tpu("run", "--workdir=x")
+    assert tpu("run", "--workdir=/x").returncode == 0
+    again = tpu("run", "--workdir=/x")
     assert again.stderr == "tpu_worker.sh: a run is in progress here; stop it first\n"
     assert tpu("stop").returncode == 0
     assert tpu("logs").stdout.endswith("ended with status 143\n")
     assert tpu("stop").stdout == "no run is in progress here\n"
+
+
+RELATIVE = {
+    "word": ["--workdir=runs/mine"],
+    "two-words": ["--workdir", "runs/mine"],
+    "one-dash": ["-workdir=runs/mine"],
+    "one-dash-two-words": ["-workdir", "runs/mine"],
+    "the-last": ["--workdir=/mnt/a", "--workdir", "runs/mine", "--config.steps=3"],
+    "dots": ["--workdir=../mine"],
+    "home": ["--workdir=~/mine"],
+    "empty": ["--workdir="],
+    "no-bucket": ["--workdir=gs:/mine"],
+}
+
+
+@pytest.mark.parametrize("args", RELATIVE.values(), ids=RELATIVE)
+def test_a_relative_workdir_is_refused_where_it_would_be_lost(env, args):
+    """On a slice it would lie in the checkout, which the next sync deletes; in a pod, in its own file system."""
+    (given,) = [x.rpartition("=")[2] for x in args if "mine" in x] or [""]
+    for script, commands, settings in [
+        ("tpu.sh", ("up", "run"), TPU),
+        ("kubernetes.sh", ("run",), KUBERNETES | {"HOSTS": 2}),
+    ]:
+        for command in commands:
+            done = launch(env, script, command, "--config=quickstart", *args, **settings)
+            assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done
+            assert done.stderr.startswith(f"{script}: --workdir={given}: must be an absolute path, gs://BUCKET/PATH")
+            assert recorded(env) == []
+    # The same flag with a workdir that lasts; the folder of submission is shared by the nodes of a cluster.
+    for workdir in ("/mnt/a", "gs://b/a", "s3://b/a"):
+        lasting = [x.replace(given, workdir) if given else x + workdir for x in args]
+        for script, command, settings in [("tpu.sh", "run", TPU), ("kubernetes.sh", "run", KUBERNETES | {"HOSTS": 2})]:
+            done = launch(env, script, command, "--dry-run", *lasting, **settings)
+            assert done.returncode == 0 and workdir in done.stdout, done
+    assert launch(env, "slurm.sh", "--dry-run", *args, **SLURM).returncode == 0
 
 
 @pytest.mark.parametrize(
