@@ -669,6 +669,18 @@ def test_the_image_has_the_locked_versions_no_root_and_no_secret():
     assert copied - {"crate_jax/__init__.py"} == sent and all((ROOT / name).exists() for name in sent)
 
 
+@pytest.mark.parametrize("extras, wanted", [("cuda,tensorboard", ".[cuda,tensorboard]"), ("", ".")])
+def test_the_image_can_have_extras_or_none(env, tmp_path, extras, wanted):
+    """pip refuses `.[]`. The image's shell is sh, and its packages are those of the second RUN of pip."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    (step,) = re.findall(r"^RUN ((?:.*\\\n)*.*--constraint.*)", text, re.MULTILINE)
+    shutil.copy(tmp_path / "bin" / "python3", tmp_path / "bin" / "pip")
+    subprocess.run(["sh", "-c", step], env=env | {"EXTRAS": extras}, check=True)
+    packages, ours = words(recorded(env))
+    assert packages == ["pip", "install", "--no-cache-dir", "--requirement", "requirements.lock"]
+    assert ours == ["pip", "install", "--no-cache-dir", "--constraint", "requirements.lock", wanted]
+
+
 def is_alive(group):
     """Whether a process of the group runs; one that has ended and that nobody asked for (a zombie) does not."""
     for path in Path("/proc").glob("[0-9]*/stat"):
