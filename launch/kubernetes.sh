@@ -59,11 +59,12 @@ json_map() {
   printf '{%s}' "${map:2}"
 }
 
-# json_variables NAME VALUE NAME VALUE...: prints them as environment variables of a container.
+# json_variables NAME VALUE NAME VALUE...: prints them as environment variables of a container. Here and in its command
+# Kubernetes replaces $(NAME), and $$ by $, so every $ is doubled.
 json_variables() {
   local list=
   while (($#)); do
-    list+=", {\"name\": $(json "$1"), \"value\": $(json "${2//\$(/\$\$(}")}"
+    list+=", {\"name\": $(json "$1"), \"value\": $(json "${2//\$/\$\$}")}"
     shift 2
   done
   printf '[%s]' "${list:2}"
@@ -137,10 +138,8 @@ if ((GPUS)); then
 fi
 ((SPOT == 0)) || selector+=(cloud.google.com/gke-spot true)
 
-for ((i = 0; i < ${#ARGS[@]}; i++)); do
-  ARGS[i]=${ARGS[i]//\$(/\$\$(} # Kubernetes would replace $(NAME)
-done
 command=("$PYTHON" -m crate_jax.main "${ARGS[@]}")
+command=("${command[@]//\$/\$\$}") # as in json_variables
 # On TPUs, JAX gets these three from GKE. Kubernetes replaces JOB_COMPLETION_INDEX by the pod's number.
 # shellcheck disable=SC2016
 [[ -n $ACCELERATOR ]] || command+=(

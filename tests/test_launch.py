@@ -590,6 +590,25 @@ def manifest(env, *args, **settings):
     return jobset, job, job["template"]["spec"]
 
 
+def expanded(text, variables):
+    """What Kubernetes makes of a word of a container's command, or of a value of its environment."""
+    return re.sub(r"\$\$|\$\((\w+)\)", lambda x: "$" if x[0] == "$$" else variables.get(x[1], x[0]), text)
+
+
+def test_kubernetes_does_not_expand_what_the_user_gave(env):
+    """`$$` would become `$`, and `$(NAME)` the value of a variable; the number of the pod is the script's own."""
+    given = ["$$", "$$$", "a$$(HOSTNAME)", "$(HOSTNAME)$", "--workdir=/shared/$$/$(JOB_COMPLETION_INDEX)", "$HOME"]
+    settings = KUBERNETES | {"HOSTS": 2, "GPUS": 1, "NCCL_DEBUG_FILE": "/shared/$$.$(PYTHONUNBUFFERED).%h"}
+    settings |= {"CRATE_JAX_TOKEN": "pa$$word", "PYTHON": "/opt/$$/python"}
+    (container,) = manifest(env, *given, **settings)[2]["containers"]
+    variables = {"JOB_COMPLETION_INDEX": "1", "HOSTNAME": "host", "PYTHONUNBUFFERED": "1"}
+    command = [expanded(word, variables) for word in container["command"]]
+    assert command[:3] == ["/opt/$$/python", "-m", "crate_jax.main"] and command[3:-3] == given
+    assert command[-1] == "--process_id=1"
+    values = {x["name"]: expanded(x["value"], variables) for x in container["env"]}
+    assert values["NCCL_DEBUG_FILE"] == settings["NCCL_DEBUG_FILE"] and values["CRATE_JAX_TOKEN"] == "pa$$word"
+
+
 def test_kubernetes_gpus(env):
     settings = KUBERNETES | {"HOSTS": 3, "GPUS": 8, "NAME": "null", "NCCL_IB_HCA": '=mlx5_"$(A)', "NCCL_DEBUG": ""}
     jobset, job, pod = manifest(env, *ARGS, '"\\\t\n', "$(HOSTNAME)", **settings)
@@ -598,7 +617,7 @@ def test_kubernetes_gpus(env):
     assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 3, 3)
     (container,) = pod["containers"]
     assert container["command"] == [
-        *("python", "-m", "crate_jax.main", *ARGS, '"\\\t\n', "$$(HOSTNAME)"),
+        *("python", "-m", "crate_jax.main", *ARGS[:-1], ARGS[-1].replace("$", "$$"), '"\\\t\n', "$$(HOSTNAME)"),
         *("--coordinator_address=null-host-0-0.null:8476", "--num_processes=3"),
         "--process_id=$(JOB_COMPLETION_INDEX)",
     ]
@@ -643,7 +662,7 @@ def test_kubernetes_tpus(env, settings, hosts, chips):
     }
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
-    assert container["command"][-1] == ARGS[-1]  # JAX reads GKE's variables
+    assert container["command"][-1] == ARGS[-1].replace("$", "$$")  # JAX reads GKE's variables
     assert container["env"] == [{"name": "PYTHONUNBUFFERED", "value": "1"}]
 
 
