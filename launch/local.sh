@@ -15,8 +15,9 @@
 #   PORT                  port at which the processes meet (a number made from the launcher's process id)
 #   GRACE                 seconds between the failure of one process and SIGKILL for the others (120)
 #   RESTARTS              how often the run is started again after a status of 75 or a process that was killed (0)
-#   MIN                   the smallest number of processes: a restart leaves out those that were killed, with their
-#                         GPUs, as long as so many stay; the batch must be divisible by the devices that stay (N)
+#   MIN                   the smallest number of processes: a restart leaves out those that were killed, also by
+#                         the launcher after GRACE, with their GPUs, as long as so many stay; the batch must be
+#                         divisible by the devices that stay (N)
 #
 # The launcher passes INT, TERM, USR1, USR2 and QUIT on to every process, and HUP as TERM; after one of these it starts
 # nothing again. It ends after all processes, with the first status that is not 0. If kill -9 ends the launcher, its
@@ -125,14 +126,21 @@ start_all() {
 is_gone() { (($1 > 128)) && [[ ! $1 =~ ^(129|130|131|134|138|140|143)$ ]]; }
 
 # Waits until all processes have ended. Sets `first` to the first status that is not 0, `who` to the number of its
-# process, and `gone` to the numbers of the processes that were killed, each between spaces.
+# process, `gone` to the numbers of the processes that were killed, each between spaces, and `hung` to those of the
+# processes that it had to kill, each with a space after it.
 wait_for_all() {
   local pid status deadline=
-  first=0 who='' gone=' '
+  first=0 who='' gone=' ' hung=''
   while ((${#running[@]})); do
     if [[ -n $deadline && $SECONDS -ge $deadline ]]; then
       end_groups "${!running[@]}"
-      wait "${!running[@]}" || true
+      for pid in "${!running[@]}"; do
+        status=0
+        wait "$pid" 2>/dev/null || status=$? # without bash's message about the job; ours says why
+        if ! is_gone "$status"; then continue; fi # it ended by itself at the last moment
+        hung+="${running[$pid]} "
+        printf '%s: process %s has not ended within GRACE=%s seconds: killed\n' "${0##*/}" "${running[$pid]}" "$GRACE" >&2
+      done
       running=()
       break
     fi
@@ -157,13 +165,18 @@ wait_for_all() {
   done
 }
 
-# Leaves out the processes in `gone`, with their GPUs, as long as MIN processes stay.
+# Leaves out the processes in `gone` and `hung`, with their GPUs, as long as MIN processes stay; otherwise only those in
+# `gone`, since those in `hung` may have waited for them.
 leave_out() {
   local i share=$((${#gpus[@]} / N)) left=() lost
-  read -r -a lost <<<"$gone"
+  read -r -a lost <<<"$gone$hung"
+  if ((N - ${#lost[@]} < MIN)); then
+    hung=''
+    read -r -a lost <<<"$gone"
+  fi
   ((N - ${#lost[@]} >= MIN)) || return 0
   for ((i = 0; i < N; i++)); do
-    [[ $gone == *" $i "* ]] || left+=("${gpus[@]:i*share:share}")
+    [[ $gone$hung == *" $i "* ]] || left+=("${gpus[@]:i*share:share}")
   done
   gpus=("${left[@]}") N=$((N - ${#lost[@]}))
 }

@@ -788,10 +788,36 @@ def test_local_leaves_a_killed_process_out_with_its_gpu(env, tmp_path):
         assert [shown[-2:] for shown in local.shown] == [["--num_processes=2", f"--process_id={i}"] for i in range(2)]
     local.process.send_signal(signal.SIGTERM)
     assert local.wait() == 143
-    assert [line.rpartition("; ")[2] for line in local.errors.splitlines() if line.startswith("local.sh")] == [
+    assert [line.rpartition("; ")[2] for line in local.errors.splitlines() if "; restart" in line] == [
         "restart 1 of 5, with 2 processes",
         "restart 2 of 5, with 2 processes",
     ]
+
+
+def test_local_leaves_a_hung_process_out_that_it_had_to_kill(env, tmp_path):
+    """The one that ended by itself, since the other was silent, is started again."""
+    local = Local(env, tmp_path, "fail1=75", n=2, MIN=1, RESTARTS=1, GRACE=1, CUDA_VISIBLE_DEVICES="4,5")
+    hung = local.pids[0]
+    local.read(1)
+    assert [shown[2] for shown in local.shown] == ["5"] and not is_alive(hung)
+    local.process.send_signal(signal.SIGTERM)
+    assert local.wait() == 143
+    assert local.errors.splitlines() == [
+        "local.sh: process 0 has not ended within GRACE=1 seconds: killed",
+        "local.sh: process 1 ended with status 75; restart 1 of 1, with 1 processes",
+    ]
+
+
+@pytest.mark.parametrize("first, status", [(None, 143), (signal.SIGKILL, 137)], ids=["saved", "killed"])
+def test_local_asked_to_stop_ends_what_hangs_and_starts_nothing_again(env, tmp_path, first, status):
+    local = Local(env, tmp_path, MIN=1, RESTARTS=1, GRACE=2)
+    os.kill(local.pids[1], signal.SIGSTOP)
+    if first is not None:
+        os.kill(local.pids[0], first)
+    local.process.send_signal(signal.SIGTERM)
+    assert local.wait() == status and local.rest == []
+    said = [line for line in local.errors.splitlines() if line.startswith("local.sh")]  # bash too names who was killed
+    assert said == ["local.sh: process 1 has not ended within GRACE=2 seconds: killed"]
 
 
 @pytest.mark.parametrize(
