@@ -31,7 +31,8 @@
 #   CRATE_JAX_SCRATCH    with a workdir in a bucket: a folder that all workers share, for the copy (not set)
 #
 # The workdir must be an absolute path of a folder that all workers share and that outlives the slice, or in a bucket.
-# JAX finds its processes by the TPU's metadata. Google names Kubernetes first for TPU7x (kubernetes.sh with ACCELERATOR=tpu7x); not every project gets it here.
+# JAX finds its processes by the TPU's metadata. Google names Kubernetes first for TPU7x (kubernetes.sh with
+# ACCELERATOR=tpu7x); not every project gets it here.
 
 # shellcheck source=launch/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
