@@ -57,7 +57,7 @@ class Row:
 
 
 JOINT = ("encoder", "views", "joint", "online")
-SLOW = ("joint.tau", "joint.tau_final")  # what a slow copy of networks reads
+SLOW = ("joint.tau", "joint.tau_final", "joint.judged")  # what a slow copy of networks reads
 PREDICTOR, TEMPERATURE, QUEUE = "joint.predictor_hidden", "joint.temperature", "joint.queue"
 
 METHODS: dict[str, Row] = {

@@ -204,7 +204,7 @@ def assemble(
         raise ConfigError(f"config.views.small={small}: must be 0, since method {config.method!r} takes two views only")
     classes = len(source.class_names) if source is not None and source.class_names is not None else 0
     parts = _Parts(config, algorithm, encoder, views_of, classes if config.online.lr > 0 else 0)
-    represent = representation.build(config)
+    represent, slow = representation.build(config), "encoder" in algorithm.target
 
     def features_of(judged: Params, images_uint8: jax.Array) -> jax.Array:
         return represent(judged, normalise(images_uint8, config))
@@ -216,12 +216,16 @@ def assemble(
         loss=parts.loss,
         features=features_of,
         after=parts.after,
-        judged=batch_norm.whole,
+        judged=_with_target_encoder if slow and config.joint.judged == "target" else batch_norm.whole,
         averaged=batch_norm.carried_statistics,
         held=algorithm.held,
         healthy={"z_std": config.joint.out**-0.5},
         mean_over_images=False,  # batch norm, negatives or statistics couple the images
     )
+
+
+def _with_target_encoder(params: Params, carried: Carried) -> Params:
+    return {**batch_norm.whole(params, carried), "encoder": carried[TARGET]["encoder"]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # its methods are hashed by jax.jit, a config cannot be
@@ -414,10 +418,15 @@ JOINT = Section(
     keys=dict(
         hidden=Key(2048, positive, "width of the projector's hidden layers"),
         out=Key(256, positive, "width of the projections"),
-        # Some methods read the next five keys: those whose rows of METHODS name them.
+        # Some methods read the next six keys: those whose rows of METHODS name them.
         predictor_hidden=Key(4096, positive, "width of the predictor's hidden layer"),
         tau=Key(0.99, within(0, 1), "share of the target that an update keeps at the start", resume=RECORDED),
         tau_final=Key(1.0, within(0, 1), "this share at the end; it rises along a cosine", resume=RECORDED),
+        judged=Key(
+            "student",
+            one_of("student", "target"),
+            "the encoder that is evaluated, exported and loaded; target: the slow copy",
+        ),
         temperature=Key(0.2, positive, "what similarities are divided by", resume=RECORDED),
         queue=Key(65536, at_least(0), "rows of the queue, a multiple of batch_size"),
         batch_norm=Key("view", one_of("view", "pooled"), "statistics of each view alone, or of all of one size"),

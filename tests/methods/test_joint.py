@@ -222,6 +222,21 @@ def test_a_target_is_a_slow_copy_and_is_not_trained(name):
         np.testing.assert_allclose(names(after[joint.TARGET])[n], ours[n] + 1 - tau, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["byol", "simclr"])
+def test_the_target_is_judged_if_it_is_asked_for(name):
+    """The encoder with its statistics; a method without a target judges its student."""
+    method = build(config_of(name, **{"joint.judged": "target"}))
+    params, carried = jax.jit(lambda: method.init(jax.random.key(1), lambda drawn: drawn))()
+    student = build(config_of(name)).judged(params, carried)
+    if name == "simclr":
+        return chex.assert_trees_all_equal(method.judged(params, carried), student)
+    carried[joint.TARGET] = jax.tree.map(lambda x: x + 1.0, carried[joint.TARGET])
+    found = method.judged(params, carried)
+    chex.assert_trees_all_equal(found["encoder"], carried[joint.TARGET]["encoder"])
+    chex.assert_trees_all_equal_structs(found, student)
+    chex.assert_trees_all_equal(found["projector"], student["projector"])
+
+
 def test_small_views_are_refused_by_methods_of_two_views():
     c = config_of("byol")
     c.views.small = 2
