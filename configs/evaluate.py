@@ -5,7 +5,7 @@
     python -m crate_jax.main --config=configs/evaluate.py:protocol=finetune_crate,task=cifar10 \
         --config.checkpoint=DIR --config.data.data_dir=TFDS --workdir=W
 
-DIR is the workdir of a pre-training run, or a file of weights. The config string has:
+DIR is the workdir of a pre-training run, RUN/checkpoints/STEP, or a file of weights. The config string has:
 
 * ``protocol``: knn, logreg, linear_sgd, fewshot (these four share frozen features, which W keeps),
   finetune_crate, finetune_mae, finetune_ropim;

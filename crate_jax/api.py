@@ -195,15 +195,16 @@ def load(path: str | os.PathLike[str]) -> Encoder:
     """A pre-trained encoder.
 
     Args:
-      path: a run's workdir; or a file or folder of weights: ours, or those of MAE, timm, Hugging Face, CRATE, ROPIM,
-        solo-learn, lightly and others (docs/weights.md); also in a bucket, ``gs://`` or ``s3://`` (docs/buckets.md).
+      path: a run's workdir, or one of its checkpoints, ``RUN/checkpoints/STEP``; or a file or folder of weights: ours,
+        or those of MAE, timm, Hugging Face, CRATE, ROPIM, solo-learn, lightly and others (docs/weights.md); also in a
+        bucket, ``gs://`` or ``s3://`` (docs/buckets.md).
         Nothing in a file is executed.
 
     Returns:
       the encoder; its activations are in float32, as in evaluation, whatever the run's were in.
 
     Raises:
-      CheckpointError: there is no checkpoint, it is damaged, or its model is unknown.
+      CheckpointError: there is no (such) checkpoint, it is damaged, or its model is unknown.
       ConfigError: `path` is neither a text nor a path.
     """
     found = pretrained.load(_text("path", path), "path")

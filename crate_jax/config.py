@@ -95,7 +95,9 @@ RUN = Section(
         accumulate=Key(
             1, positive, "micro-batches per optimiser step: the same update with less memory", resume=RECORDED
         ),
-        init_from=Key("", anything, "workdir, or file or folder of weights, whose encoder starts this run"),
+        init_from=Key(
+            "", anything, "workdir, RUN/checkpoints/STEP, or file or folder of weights, whose encoder starts this run"
+        ),
         dtype=Key(
             "float32", one_of("float32", "bfloat16"), "type of activations; parameters are always float32",
             resume=RECORDED,
@@ -138,7 +140,8 @@ JOB = Section(
         checkpoint=Key(
             "",
             anything,
-            "workdir, or file or folder of weights, of the judged encoder; job report: several, as in A,B,C",
+            "workdir, RUN/checkpoints/STEP, or file or folder of weights, of the judged encoder; job report: several, "
+            "as in A,B,C",
             resume=RECORDED,
         ),
         allow_change=Key(

@@ -33,6 +33,7 @@ from crate_jax.convert.families import FAMILIES
 from crate_jax.convert.rules import Match
 from crate_jax.parallel.parameters import count
 from crate_jax.validation import changed_keys
+from crate_jax.workdir import bucket, checkpoint
 from crate_jax.workdir.folder import expanduser
 
 
@@ -43,10 +44,10 @@ def inspect(args: argparse.Namespace) -> None:
       UserError: the file cannot be read, or its weights do not fit a model.
     """
     file = files.weights_file(args.path)
-    if file is None and Path(args.path).is_dir():
+    if file is None and (bucket.is_address(args.path) or checkpoint.of_step(args.path) or Path(args.path).is_dir()):
         found = {"--family": args.family, "--prefix": args.prefix, **flags.given(_hints(args))}
         if wrong := [flag for flag, value in found.items() if value not in ("", None)]:
-            raise ConfigError(f"{', '.join(wrong)}: {args.path} is a workdir, whose config says it; leave the flag out")
+            raise ConfigError(f"{', '.join(wrong)}: {args.path} is of a run, whose config says it; leave the flag out")
         encoder = pretrained.load(args.path, "PATH")
         _show(encoder.name, encoder.config, encoder.params)
         return
@@ -193,7 +194,7 @@ def parser(prog: str = MODULE) -> Parser:
             command.add_argument("--out", required=True, metavar="OUT.safetensors")
     command = commands.add_parser("export", help="write our weights to a folder for another library")
     command.set_defaults(run=export_)
-    command.add_argument("path", metavar="CHECKPOINT", help="a workdir, or a file of weights")
+    command.add_argument("path", metavar="CHECKPOINT", help="a workdir, RUN/checkpoints/STEP, or a file of weights")
     command.add_argument("--format", required=True, choices=tuple(FORMATS))
     command.add_argument("--out", required=True, metavar="DIR")
     return top

@@ -17,7 +17,8 @@ import safetensors.numpy
 from crate_jax.convert.branches import MAX_NETWORKS, fits, holds_network
 from crate_jax.convert.torch_files import MAX_NAME, PICKLE_START, ZIP_START, Inert, Tensor, open_checkpoint
 from crate_jax.errors import MAX_LENGTH, CheckpointError, ConfigError, some
-from crate_jax.workdir.checkpoint import FOLDER
+from crate_jax.workdir.bucket import is_address
+from crate_jax.workdir.checkpoint import FOLDER, of_step
 from crate_jax.workdir.checkpoint_files import steps
 from crate_jax.workdir.folder import check_free_space, expanduser, readable
 from crate_jax.workdir.whole import whole
@@ -67,6 +68,8 @@ def weights_file(path: str | os.PathLike[str]) -> Path | None:
     Raises:
       CheckpointError: the folder holds several files of weights.
     """
+    if is_address(path) and of_step(path):  # it would be copied, and once more with the records of its run
+        return None
     path = readable(path)
     if path.name == str(path) and not path.exists() and (BUNDLED / path).is_dir():
         path = BUNDLED / path

@@ -45,12 +45,13 @@ def load(path: str, key: str) -> Pretrained:
     """Reads a pre-trained encoder; all processes must call it.
 
     Args:
-      path: a run's workdir; or a file of weights, ours or other people's (`crate_jax.convert.weights`), or its folder.
+      path: a run's workdir, or one of its checkpoints, ``RUN/checkpoints/STEP``; or a file of weights, ours or other
+        people's (`crate_jax.convert.weights`), or its folder.
       key: the config key that holds `path`, for messages.
 
     Raises:
       ConfigError: `path` is empty.
-      CheckpointError: there is no checkpoint, it is damaged, its model is unknown, or a file's numbers are not
+      CheckpointError: there is no (such) checkpoint, it is damaged, its model is unknown, or a file's numbers are not
         all finite.
     """
     if not path:
@@ -63,6 +64,6 @@ def load(path: str, key: str) -> Pretrained:
             raise CheckpointError(f"{path}: holds NaN or infinite numbers, in {some(wrong, ', ')}")
         return Pretrained(str(path), loaded.config, loaded.params, checkpoint.params_sha256(loaded.params))
     params, meta = checkpoint.read_params(path, judged=True)
-    name = f"step {meta['step']} of {path}"
-    classes = tuple(meta.get("classes", ()))
+    run, _ = checkpoint.of_step(path) or (path, None)
+    name, classes = f"step {meta['step']} of {run}", tuple(meta.get("classes", ()))
     return Pretrained(name, meta["config"], params, checkpoint.params_sha256(params), classes)

@@ -121,7 +121,7 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
 
     Args:
       config: the report's own config.
-      workdir: the folder for the two files; None: the run's folder, if there is only one run.
+      workdir: the folder for the two files; None: the run's folder, if there is only one run and no step is named.
 
     Returns:
       the paths ``report`` and ``json``; ``left_out``: {title of a missing section: why it is missing}; ``sections``:
@@ -137,6 +137,11 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
     if not workdir:
         if len(given) != 1 or (paths == given and files.weights_file(given[0])):
             raise ConfigError("--workdir is missing: it says where the report goes, unless the report is about one run")
+        if checkpoint.of_step(given[0]):
+            raise ConfigError(
+                f"--workdir is missing: it says where the report about {given[0]} goes; the run's folder has the "
+                "report of the whole run"
+            )
         workdir = _run_of(given[0])
     sharding.use_cpu_cores(config.evaluation.batch_size, 1)
     sharding.all_devices()  # raises if there are no devices
@@ -158,7 +163,8 @@ def run(config: ConfigDict, workdir: str | None) -> dict[str, Any]:
             train, test = None, None
             missing[f"what needs the images of {name}"] = problem or "another process cannot read them"
             log.warning("%s: its images cannot be read: %s", name, problem or "by another process")
-        home = None if files.weights_file(path) else _home(path)
+        # The records of a run are those of its end, and say nothing of one step.
+        home = None if files.weights_file(path) or checkpoint.of_step(path) else _home(path)
         subjects.append(Subject(name, full, encoder.params, home, train, test, mesh))
     with lock(workdir) as folder:
         origin = {s.name: encoder.name for s, encoder in zip(subjects, loaded, strict=True)}
@@ -220,6 +226,8 @@ def split(checkpoint: str) -> list[str]:
 
 def expand(path: str) -> list[str]:
     """The paths of the runs in a folder of runs (such as a sweep's) that saved a checkpoint; else the path itself."""
+    if checkpoint.of_step(path):
+        return [path]
     folder = readable(path)
     if not folder.is_dir() or checkpoint_files.steps(folder / checkpoint.FOLDER) or checkpoint_files.steps(folder):
         return [path]
@@ -230,6 +238,8 @@ def expand(path: str) -> list[str]:
 def names(paths: Sequence[str]) -> list[str]:
     """A name for each path: its last part, or as many last parts as make all names different.
 
+    RUN/checkpoints/STEP counts as one part.
+
     Raises:
       ConfigError: two paths are the same run.
 
@@ -238,12 +248,21 @@ def names(paths: Sequence[str]) -> list[str]:
     """
     if not paths:
         return []
-    whole = [_home(path).parts for path in paths]
+    whole = [_places(path) for path in paths]
     for depth in range(1, max(map(len, whole)) + 1):
         short = ["/".join(parts[-depth:]) for parts in whole]
         if len(set(short)) == len(short):
             return short
     raise ConfigError(f"config.checkpoint: {' and '.join(paths)} are the same run")
+
+
+def _places(path: str) -> tuple[str, ...]:
+    """The parts of a run's path, the last one with the step if `path` names one."""
+    named = checkpoint.of_step(path)
+    if named is None:
+        return _home(path).parts
+    *above, last = readable(*named).absolute().parts
+    return *above, f"{last}/{checkpoint.FOLDER}/{named[1]}"
 
 
 def _home(path: str) -> Path:

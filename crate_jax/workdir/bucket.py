@@ -301,6 +301,17 @@ def sorted_names(bucket: Bucket, names: Iterable[str]) -> tuple[list[str], dict[
     return plain, {step: _step(bucket, step, steps[step]) for step in ordered}
 
 
+def steps(address: str) -> list[int]:
+    """The steps of a run's whole checkpoints in a bucket, newest first; `address` may also be that of their folder.
+
+    Raises:
+      UserError: the bucket cannot be read.
+    """
+    bucket = Bucket(address)
+    found = [name.rpartition("/") for name, step in sorted_names(bucket, bucket.names())[1].items() if step.complete]
+    return sorted((int(last) for folder, _, last in found if folder in ("", CHECKPOINTS)), reverse=True)
+
+
 def _step(bucket: Bucket, step: str, names: list[str]) -> Step:
     files = [name for name in names if name != MARKER]
     if files == names:

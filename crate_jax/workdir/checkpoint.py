@@ -27,9 +27,9 @@ from crate_jax.errors import CheckpointError
 from crate_jax.parallel import distributed
 from crate_jax.parallel.parameters import names
 from crate_jax.validation import flatten
-from crate_jax.workdir import checkpoint_files as files, starts
+from crate_jax.workdir import bucket, checkpoint_files as files, starts
 from crate_jax.workdir.checkpoint_files import ocp
-from crate_jax.workdir.folder import check_free_space, readable
+from crate_jax.workdir.folder import check_free_space, expanduser, readable
 
 log = logging.getLogger(__name__)
 
@@ -320,14 +320,46 @@ def _none_usable(folder: Path, problems: Mapping[int, str]) -> str:
     return f"{folder}: no usable checkpoint ({each}); repair it, or choose another --workdir to start anew"
 
 
+def of_step(path: str | os.PathLike[str]) -> tuple[str, int] | None:
+    """The run and the step, if a path names one checkpoint of a run, ``RUN/checkpoints/STEP``, here or in a bucket.
+
+    Args:
+      path: any path or address that a user gives for weights.
+
+    Returns:
+      The run's workdir and the step, which need not be there; None for other paths, also for a folder of such a name
+      that holds something else, such as the workdir of a run.
+
+    Raises:
+      UserError: the home folder of the path is not known, or its bucket cannot be read.
+    """
+    if bucket.is_address(path):
+        address = os.fspath(path).rstrip("/")
+        run, _, last = address.rpartition(f"/{FOLDER}/")
+        if not bucket.is_address(run) or not files.is_step(last):
+            return None
+        inside = {name.partition("/")[0] for name in bucket.Bucket(address).names()}
+    else:
+        given = expanduser(path)
+        whole = given.absolute()
+        if whole.parent.name != FOLDER or not files.is_step(whole.name) or whole.is_file():
+            return None
+        run, last = str((given if len(given.parts) > 2 else whole).parents[1]), whole.name
+        inside = {p.name for p in whole.iterdir()} if whole.is_dir() else set()
+    if inside and inside.isdisjoint((*files.ITEMS, files.META)):
+        return None
+    return run, int(last)
+
+
 def read_params(
     workdir: str | os.PathLike[str], step: int | None = None, judged: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads the verified parameters of a run, for `config.init_from` and for tools.
 
     Args:
-      workdir: the run's folder, or its ``checkpoints`` folder. Nothing in it is changed.
-      step: the checkpoint's step; None: the newest usable checkpoint.
+      workdir: the run's folder, or its ``checkpoints`` folder, or a path that :func:`of_step` knows. Nothing in it is
+        changed.
+      step: the checkpoint's step; None: the step that `workdir` names, or the newest usable checkpoint.
       judged: whether to read the parameters that evaluations use, which the run's method chooses: for example a target
         network or moving averages.
 
@@ -337,16 +369,20 @@ def read_params(
     Raises:
       CheckpointError: there is no such folder or step, or the folder holds no usable checkpoint.
     """
+    if step is None and (named := of_step(workdir)):
+        workdir, step = named
     folder = readable(workdir, step).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder or file; expected weights or the workdir of a run")
     if (folder / FOLDER).is_dir():
         folder = folder / FOLDER
-    steps = files.steps(folder)
+    steps, shown = files.steps(folder), str(folder)
+    if step is not None and bucket.is_address(workdir):  # the copy has this step alone, and some that are gone there
+        steps, shown = bucket.steps(os.fspath(workdir)), os.fspath(workdir)
     if not steps:
-        raise CheckpointError(f"{folder}: holds no checkpoint; expected the workdir of a run that has saved one")
+        raise CheckpointError(f"{shown}: holds no checkpoint; expected the workdir of a run that has saved one")
     if step is not None and step not in steps:
-        raise CheckpointError(f"{folder}: holds no checkpoint of step {step}; it holds {', '.join(map(str, steps))}")
+        raise CheckpointError(f"{shown}: holds no checkpoint of step {step}; it holds {', '.join(map(str, steps))}")
     problems: dict[int, str] = {}
     for candidate in steps if step is None else [step]:
         try:

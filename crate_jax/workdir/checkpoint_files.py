@@ -97,17 +97,17 @@ def steps(folder: Path) -> list[int]:
     """Returns the steps whose complete checkpoints, damaged or not, are in `folder`, newest first."""
     if not folder.is_dir():
         return []
-    return sorted((int(p.name) for p in folder.iterdir() if _is_step(p.name) and p.is_dir()), reverse=True)
+    return sorted((int(p.name) for p in folder.iterdir() if is_step(p.name) and p.is_dir()), reverse=True)
 
 
-def _is_step(name: str) -> bool:
+def is_step(name: str) -> bool:
     """Returns whether the folder of a step has this name: ``7`` is one, ``007`` and other scripts' digits are not."""
     return re.fullmatch("0|[1-9][0-9]{0,9}", name) is not None and int(name) <= MAX_STEP
 
 
 def strays(folder: Path) -> list[Path]:
     """Returns what is in `folder` under a number, or what Orbax or a person could take for one, and is no step's."""
-    return sorted(p for p in folder.iterdir() if p.name.isdecimal() and not (_is_step(p.name) and p.is_dir()))
+    return sorted(p for p in folder.iterdir() if p.name.isdecimal() and not (is_step(p.name) and p.is_dir()))
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from PIL import Image
 import crate_jax
 from configs import evaluate, quickstart
 from crate_jax import data
-from crate_jax.convert import pretrained, weights
+from crate_jax.convert import __main__ as command, pretrained, weights
 from crate_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from crate_jax.jobs import evaluate as job, finetune, train
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.layers import layer_norm
 from crate_jax.parallel import sharding
 from crate_jax.parallel.interrupt import Interrupt, Interrupted
-from crate_jax.workdir import checkpoint
+from crate_jax.workdir import checkpoint, checkpoint_files
 from tests.test_cli import one_line_error
 
 pytestmark = [pytest.mark.one_python, pytest.mark.usefixtures("one_device")]
@@ -81,6 +81,25 @@ def test_protocols_share_features_that_are_computed_once(pretraining, tmp_path, 
     computed = len(calls)
     job.run(configured("protocol=knn,scratch", pretraining), str(tmp_path))
     assert len(calls) > computed and "random" in results(tmp_path)[-1]["checkpoint"]
+
+
+def test_an_older_checkpoint_of_a_run_is_named_by_its_path(pretraining, tmp_path, capsys):
+    newest, *_, oldest = checkpoint_files.steps(pretraining / "checkpoints")
+    path, name = f"{pretraining}/checkpoints/{oldest}", f"step {oldest} of {pretraining}"
+    assert newest > oldest and crate_jax.load(pretraining).name == f"step {newest} of {pretraining}"
+    record = job.run(configured("protocol=knn", path), str(tmp_path / "w"))
+    assert record["checkpoint"] == name == crate_jax.load(path).name
+    assert record["checkpoint_sha256"] not in ("", pretrained.load(str(pretraining), "").sha256)
+    assert command.main(["inspect", path]) == 0
+    assert capsys.readouterr().out.startswith(f"{name}: ")
+    assert command.main(["export", path, "--format=torch", f"--out={tmp_path / 'out'}"]) == 0
+    read = pretrained.load(str(tmp_path / "out"), "").params["encoder"]["norm"]["scale"]
+    np.testing.assert_array_equal(read, crate_jax.load(path).params["encoder"]["norm"]["scale"])
+    for arguments in (["inspect"], ["export", "--format=torch", f"--out={tmp_path / 'out'}"]):
+        assert command.main([arguments[0], f"{pretraining}/checkpoints/7", *arguments[1:]]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: {pretraining}/checkpoints: holds no checkpoint of step 7; it holds {newest}, ")
+        assert line.count("\n") == 1
 
 
 def test_scores_of_few_images_say_how_many(capsys):

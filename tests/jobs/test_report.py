@@ -532,6 +532,25 @@ def test_the_report_of_one_run_goes_to_the_run(runs, tmp_path):
         report([run, runs[0][1]])
 
 
+def test_a_report_about_a_step_is_about_that_step_and_leaves_the_report_of_its_run(runs, tmp_path):
+    """The records of the run are those of its end; its own report stays where it is."""
+    run, whole = runs[0][1], (runs[0][1] / "report.html").read_bytes()
+    paths = [run / "checkpoints" / "2", run / "checkpoints" / "4", run]
+    for path in paths[:2]:
+        with pytest.raises(ConfigError, match=f"--workdir is missing: .* about {re.escape(str(path))} goes; the run"):
+            report([path])
+    assert job.names(list(map(str, paths))) == [f"{run.name}/checkpoints/2", f"{run.name}/checkpoints/4", run.name]
+    report(paths, tmp_path / "w", report__sections=("overview",))
+    numbers = read(tmp_path / "w")[1]
+    assert numbers["runs"][f"{run.name}/checkpoints/2"] == f"step 2 of {run}"
+    table = next(s for s in numbers["sections"] if s["title"] == "Overview")["tables"][0]
+    told = {row[0]: row[1:] for row in table["rows"]}
+    assert told[paths[0].relative_to(run.parent).as_posix()][2:] == [None] * 4 != told[run.name][2:]
+    assert (run / "report.html").read_bytes() == whole
+    with pytest.raises(CheckpointError, match="holds no checkpoint of step 3; it holds 4, 2"):
+        report([run / "checkpoints" / "3"], tmp_path / "w")
+
+
 def of_images(subjects):
     rows = tuple((s.name, len(s.train), len(s.test)) for s in subjects)
     return Section("Sizes", "", tables=(Table("Sizes", ("run", "training", "evaluation"), rows),))

@@ -23,9 +23,10 @@ import tensorstore
 import crate_jax
 from crate_jax import data
 from crate_jax.config_files import named
-from crate_jax.errors import UserError
+from crate_jax.convert.files import weights_file
+from crate_jax.errors import CheckpointError, UserError
 from crate_jax.jobs import report, train
-from crate_jax.workdir import bucket, folder, mirror
+from crate_jax.workdir import bucket, checkpoint, folder, mirror
 from tests.conftest import ROOT, of_the_server
 
 pytestmark = pytest.mark.one_python
@@ -272,6 +273,31 @@ def test_a_damaged_checkpoint_in_the_bucket_is_not_used_for_reading(address: str
     copy = bucket.fetch(address)
     assert is_whole(copy / "checkpoints" / "9")
     assert "checkpoints/10: is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("copied_by", ["us", "another program"])
+def test_an_address_may_name_the_step(address: str, copied_by: str, tmp_path: Path) -> None:
+    """It alone is copied, once; of a step that is not there the error says which are, copied or not."""
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(folder.lock(address)) if copied_by == "us" else tmp_path / "local"
+        saver = checkpoint.Checkpoints(scratch, keep=3)
+        for step in (10, 20):
+            saver.save(step, {"encoder": {"w": np.full((3, 5), step, np.float32)}}, {}, {"config": {}})
+        saver.close()
+    if copied_by != "us":
+        files = {p.relative_to(scratch).as_posix(): p for p in scratch.rglob("*") if p.is_file()}
+        bucket.Bucket(address).upload(files)
+    for path in (f"{address}/checkpoints/10", f"{address}/checkpoints/10/"):
+        assert weights_file(path) is None
+        params, meta = checkpoint.read_params(path)
+        assert meta["step"] == 10 and (params["encoder"]["w"] == 10).all()
+    copies = {p.name for p in (tmp_path / "scratch" / "read").rglob("checkpoints/*") if p.is_dir()}
+    assert copies == {"10"} and not (bucket.place("read", f"{address}/checkpoints/10")).exists()
+    with pytest.raises(CheckpointError, match=f"^{address}: holds no checkpoint of step 15; it holds 20, 10$"):
+        checkpoint.read_params(f"{address}/checkpoints/15")
+    assert checkpoint.of_step(address) is checkpoint.of_step(f"{address}/checkpoints") is None
+    bucket.Bucket(f"{address}/checkpoints/7").write("model.safetensors", b"weights")
+    assert weights_file(f"{address}/checkpoints/7") is not None
 
 
 @pytest.mark.parametrize("address", ["memory", "s3"], indirect=True)  # the emulator refuses such names

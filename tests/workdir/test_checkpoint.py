@@ -639,6 +639,33 @@ def test_read_params_falls_back_but_not_from_a_named_step(run: checkpoint.Checkp
     assert checkpoint_files.steps(run.folder) == [30, 20, 10]
 
 
+def test_a_path_may_name_the_step(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (pristine / "checkpoints" / "10", f"{pristine}/checkpoints/10/"):
+        params, meta = checkpoint.read_params(path)
+        assert meta["step"] == 10 and checkpoint.of_step(path) == (str(pristine), 10)
+        chex.assert_trees_all_equal(params, make(10)[0])
+    monkeypatch.chdir(pristine / "checkpoints")
+    assert checkpoint.of_step("20") == (str(pristine), 20)
+    monkeypatch.chdir(pristine.parent)
+    assert checkpoint.of_step(f"{pristine.name}/checkpoints/20") == (pristine.name, 20)
+    with pytest.raises(CheckpointError, match=f"^{pristine}/checkpoints: holds no checkpoint of step 25; it holds 30"):
+        checkpoint.read_params(pristine / "checkpoints" / "25")
+    with pytest.raises(CheckpointError, match=f"^{pristine}/none: no such folder"):
+        checkpoint.read_params(pristine / "none" / "checkpoints" / "25")
+
+
+def test_what_has_the_name_of_a_step_and_is_none_stays_what_it_is(pristine: Path, tmp_path: Path) -> None:
+    """A workdir may be the seventh of a folder of that name."""
+    shutil.copytree(pristine, tmp_path / "checkpoints" / "7")
+    assert checkpoint.of_step(tmp_path / "checkpoints" / "7") is None
+    assert checkpoint.read_params(tmp_path / "checkpoints" / "7")[1]["step"] == 30
+    (tmp_path / "checkpoints" / "8").write_bytes(b"weights")
+    for name in ("8", "007", "damaged"):
+        assert checkpoint.of_step(tmp_path / "checkpoints" / name) is None
+    assert checkpoint.of_step(pristine) is checkpoint.of_step(pristine / "checkpoints") is None
+    assert checkpoint.of_step("s3://checkpoints/7") is None  # the bucket's name
+
+
 def test_read_params_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         checkpoint.read_params(tmp_path / "missing")
