@@ -10,6 +10,8 @@ An input that is not 8-bit RGB is converted:
   numbers likewise, by their largest positive value; integers of 32 bits by 1 / 257 if they do not exceed 65535; floats
   are read as [0, 1], [0, 255] or [0, 65535], the first range that holds them all, NaN as 0. A TIFF whose 0 is white is
   inverted; its MinSampleValue and SMinSampleValue are statistics and change nothing (TIFF 6.0, sections 8 and 19);
+* mode I in memory, of no file (Pillow keeps none for a crop or a resized copy): values up to 255 are bytes, as in
+  Pillow's conversion to L; larger ones are as in a file. Mode I;16 is always of 16 bits;
 * EXIF orientation: applied, so that a photo is upright;
 * several frames: the first one is taken.
 
@@ -433,7 +435,8 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
             raise DecodeError(f"holds the grey value {highest:g}; floats must lie in [0, 1], [0, 255] or [0, 65535]")
         scale = 255.0 / top
     elif bits == 32:
-        scale = 1 / 257 if highest <= 65535 else 2.0 ** (-23 if signed else -24)
+        in_bytes = image.mode == "I" and image.format is None and highest <= 255
+        scale = 1.0 if in_bytes else 1 / 257 if highest <= 65535 else 2.0 ** (-23 if signed else -24)
     else:
         scale = 255.0 / (2 ** (bits - signed) - 1)
     if lowest * scale < -0.5:

@@ -35,7 +35,9 @@ class Given(Source):
     def _opened(self, image: Any) -> decoding.Picture:
         if isinstance(image, Image.Image):
             try:
-                return image.copy()  # decoding may change it, and the caller's stays as it is
+                copy = image.copy()  # decoding may change it, and the caller's stays as it is
+                copy.format = image.format  # which a copy lacks: it tells a dark file of 16 bits from bytes
+                return copy
             except Exception as e:  # the file under it is damaged
                 raise decoding.DecodeError(str(e)) from e
         if isinstance(image, np.ndarray):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from crate_jax.data import decoding
+from crate_jax.data import decoding, given
 
 RNG = np.random.default_rng(0)
 BICUBIC = decoding.RESAMPLING["bicubic"]
@@ -92,6 +92,37 @@ def test_16_bit_grey_is_scaled_not_clipped(kind):
 )
 def test_wide_greys_are_scaled(values, expected):
     np.testing.assert_array_equal(decoded(encode(Image.fromarray(values), "TIFF"))[0, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    "values,expected",
+    [
+        (np.array([[0, 7, 200, 255]], np.int32), [0, 7, 200, 255]),
+        (np.array([[0, 7, 200, 257]], np.int32), [0, 0, 1, 1]),
+        (np.array([[0, 65535]], np.int32), [0, 255]),
+        (np.array([[0, 200]], np.uint16), [0, 1]),
+    ],
+)
+def test_integers_in_memory_are_bytes_if_they_fit(values, expected):
+    """Seen: labels and masks as int32 became black."""
+    image = Image.fromarray(values)
+    assert image.mode == ("I" if values.dtype == np.int32 else "I;16")
+    np.testing.assert_array_equal(decoding.decode(image)[0, :, 0], expected)
+    np.testing.assert_array_equal(decoding.decode(given.source([image], 3).open(0))[0, :, 0], expected)
+    if values.max() == 255:
+        np.testing.assert_array_equal(decoding.decode(image)[..., 0], np.asarray(image.convert("L")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF of 32 bits", "PGM"])
+def test_a_dark_file_of_more_than_8_bits_stays_dark(kind):
+    """Read from the file, or opened by the caller."""
+    if kind == "PGM":
+        file = b"P5 2 1 65535 " + np.array([0, 200], ">u2").tobytes()
+    else:
+        values = np.array([[0, 200]], np.uint16 if kind == "PNG" else np.int32)
+        file = encode(Image.fromarray(values), kind[:4].strip())
+    for image in (decoding.open_image(file), given.source([Image.open(io.BytesIO(file))], 3).open(0)):
+        np.testing.assert_array_equal(decoding.decode(image)[0, :, 0], [0, 1])
 
 
 def chunk(kind, data):
