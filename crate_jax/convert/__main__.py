@@ -31,6 +31,7 @@ from crate_jax.convert.describe import Hints
 from crate_jax.convert.export import FORMATS, export
 from crate_jax.convert.families import FAMILIES
 from crate_jax.convert.rules import Match
+from crate_jax.models import batch_norm
 from crate_jax.parallel.parameters import count
 from crate_jax.validation import changed_keys
 from crate_jax.workdir import bucket, checkpoint
@@ -61,8 +62,9 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _show(name: str, config: dict[str, Any], params: dict[str, Any]) -> None:
-    counts = ", ".join(f"{part} {count(tree):,}" for part, tree in params.items())
-    print(escaped(f"{name}: {count(params):,} parameters ({counts})"))
+    trained = batch_norm.split(params)[0]  # as the log of a training run and its summary.json count them
+    counts = ", ".join(f"{part} {count(tree):,}" for part, tree in trained.items())
+    print(escaped(f"{name}: {count(trained):,} parameters ({counts})"))
     c = weights.model_config(config, params)
     old, new = ({section: x[section].to_dict() for section in (*parts(c, params), "data")} for x in (base(), c))
     for line in changed_keys(old, new):
