@@ -26,7 +26,7 @@ from crate_jax.convert import beside, branches, files, flags, torch_crate
 from crate_jax.convert.describe import Hints, config_of, grid_of, with_class_row
 from crate_jax.convert.families import FAMILIES, import_state_dict
 from crate_jax.convert.rules import Match, canonical_name, match
-from crate_jax.errors import CheckpointError, ConfigError, some
+from crate_jax.errors import CheckpointError, ConfigError, escaped, some
 from crate_jax.models import autoencoder, representation
 from crate_jax.models.patches import grid_shape
 from crate_jax.parallel.parameters import names
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 METADATA_KEY, VERSION, OURS = "crate_jax", 1, "crate_jax"
 MAX_MESSAGE = 2000  # characters; it may hold values from a file
+UNSURE = ("timm_vit", "beit", "hf_vit")  # families whose models have different statistics of pixels
 MASK_TOKENS = ("encoder/embedding/mask_token", "encoder/mask_token")  # of patches; of a ResNet's pixels
 
 
@@ -140,6 +141,13 @@ def _load(path: Path, state: files.Arrays, about: Mapping[str, Any], name: str, 
         grid = grid_of(name, state, hints.image_size)
         params = import_state_dict(name, state, grid)
         config = config_of(name, params, grid, hints).to_dict()
+        if name in UNSURE and (hints.mean is None or hints.std is None):
+            log.warning(
+                "%s: neither a flag nor a file says what mean and std its images had: those of ImageNet are taken, "
+                "while many of timm's and transformers' ViTs have 0.5; `crate-jax convert import` sets others with "
+                "--mean=0.5,0.5,0.5 --std=0.5,0.5,0.5, an evaluation with --config.data.mean and --config.data.std",
+                escaped(str(path)),
+            )
     params = jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
     require_fit(config, params)
     return Weights(name, config, params, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import datetime
 import io
 import json
@@ -786,7 +787,8 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
 def test_a_command_whose_output_is_closed_fails_in_one_line(tmp_path, cli_env):
     """As after `>&-`; the file of the weights must not get the stream's number."""
     path = write_zip(tmp_path / "a.pth", random_state("timm_vit", vit(192, 1, 4, 16)))
-    script = f"exec {sys.executable} -m crate_jax.convert inspect {path} >&-"
+    flags = "--mean=0.5,0.5,0.5 --std=0.5,0.5,0.5"  # without a warning
+    script = f"exec {sys.executable} -m crate_jax.convert inspect {path} {flags} >&-"
     done = subprocess.run(["sh", "-c", script], cwd=ROOT, env=cli_env, timeout=200, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: the output cannot be written (Bad file descriptor)\n")
 
@@ -1069,6 +1071,30 @@ def test_the_files_beside_say_heads_and_preprocessing(tmp_path):
     about = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert about["pretrained_cfg"]["mean"] == [0.5, 0.4, 0.3]
     assert about["pretrained_cfg"]["input_size"] == [3, 16, 16]
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_statistics_that_nobody_gave_are_a_warning_where_models_differ(tmp_path, caplog, kind):
+    """A ViT of timm may have 0.5 or ImageNet's, and no tensor shows it."""
+    flags = Hints(heads=2, decoder_heads=1, stem_padding=1)
+    path = write_zip(tmp_path / "w.pth", random_state(kind.split()[0], TINY[kind]))
+    loaded = weights.load(path, hints=flags)
+    assert loaded.config["data"]["std"] == (0.229, 0.224, 0.225)
+    unsure = loaded.family in ("timm_vit", "beit", "hf_vit")
+    assert len(caplog.messages) == unsure
+    if unsure:
+        assert caplog.messages[0].startswith(f"{path}: neither a flag nor a file says what mean and std its images had")
+        assert "--mean=0.5,0.5,0.5 --std=0.5,0.5,0.5" in caplog.text and "--config.data.std" in caplog.text
+        weights.load(path, hints=dataclasses.replace(flags, mean=(0.5,) * 3))
+        assert len(caplog.messages) == 2  # not of the deviation, which counts more
+    weights.load(path, hints=dataclasses.replace(flags, mean=(0.5,) * 3, std=(0.5,) * 3))
+    weights.save(tmp_path / "ours.safetensors", loaded.config, loaded.params)
+    weights.load(tmp_path / "ours.safetensors")
+    about = {"architecture": "vit", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    if not loaded.family.startswith(("resnet", "crate")):
+        assert weights.load(path, hints=flags).config["data"]["std"] == (0.5,) * 3
+    assert len(caplog.messages) == 2 * unsure
 
 
 @pytest.mark.parametrize(
