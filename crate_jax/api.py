@@ -276,8 +276,9 @@ class Encoder:
 
     All methods take `images` in one of these forms, any number of them, and return NumPy arrays with one row per image:
 
-    * an array, uint8 (n, H, W, C), or one image (H, W, C), with C = ``config.data.channels``;
-    * an image of PIL, or a list of images of PIL, of arrays (H, W, C) and of paths, of any sizes;
+    * an array, uint8 (n, H, W, C), or one image (H, W, C), with C = ``config.data.channels``; for one and three
+      channels also grey images (n, H, W), for three (n, H, W, 1), and (n, C, H, W), unless it may be (n, H, W, C);
+    * an image of PIL, or a list of images of PIL, of arrays (H, W, C) or (H, W) and of paths, of any sizes;
     * the path of an image, or of a folder, whose images are taken without labels, in the order of :meth:`paths`.
 
     Images are cropped and resized as in evaluation (``config.data.eval_crop``, ``config.data.image_size``), encoded in

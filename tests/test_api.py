@@ -229,6 +229,33 @@ def test_all_forms_of_images_are_the_same_images(encoder, tmp_path):
         np.testing.assert_allclose(row, encoder.features(image)[0], atol=2e-5)
 
 
+def test_arrays_have_the_layouts_of_npz_files(encoder, tmp_path):
+    """Grey images are the same as those of PIL; seen: only (n, H, W, 3) was taken."""
+    grey = IMAGES[..., 0]
+    want = encoder.features([Image.fromarray(x) for x in grey])
+    np.testing.assert_array_equal(want, encoder.features(np.repeat(grey[..., None], 3, -1)))
+    for images in (grey, grey[..., None], grey[:, None], list(grey), list(grey[..., None]), jnp.asarray(grey)):
+        np.testing.assert_array_equal(encoder.features(images), want)
+    first = IMAGES.transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(encoder.features(first), encoder.features(IMAGES))
+    np.testing.assert_array_equal(encoder.features(list(first)), encoder.features(IMAGES))
+    for name, images in (("grey", grey), ("last", grey[..., None]), ("first", first)):
+        np.savez(tmp_path / f"{name}.npz", images=images)
+        c = ConfigDict(encoder.config.to_dict())
+        c.data.source = f"npz:{tmp_path / name}.npz"
+        np.testing.assert_array_equal(encoder.features(data.open_split(c, "train")), encoder.features(images))
+
+
+def test_a_shape_that_may_be_two_things_is_what_it_was(encoder):
+    """The channels come last where both may be; (H, W, 3) is one image."""
+    small = IMAGES[:, :3, :3]
+    np.testing.assert_array_equal(encoder.features(small), encoder.features([Image.fromarray(x) for x in small]))
+    low = IMAGES[:, :3]
+    np.testing.assert_array_equal(encoder.features(low), encoder.features([Image.fromarray(x) for x in low]))
+    assert encoder.features(IMAGES[0]).shape == encoder.features(IMAGES[0, :3]).shape == (1, 64)
+    assert encoder.features(small[0]).shape == (1, 64)
+
+
 def test_attention_rates_and_pictures(encoder):
     attention = encoder.attention(IMAGES, layer=2)
     np.testing.assert_allclose(attention.sum((2, 3)), 1.0, rtol=1e-5)
@@ -313,7 +340,18 @@ NO_IMAGES = "must be uint8"
     ("images", "options", "error", "message"),
     [
         (IMAGES / 255.0, {}, DataError, rf"images: float64 \(5, 20, 28, 3\): {NO_IMAGES}"),
-        (IMAGES.transpose(0, 3, 1, 2), {}, DataError, rf"images: uint8 \(5, 3, 20, 28\): {NO_IMAGES}"),
+        (IMAGES[..., :2], {}, DataError, rf"images: uint8 \(5, 20, 28, 2\): {NO_IMAGES}"),
+        (IMAGES[:, :3, :, :1], {}, DataError, rf"images: uint8 \(5, 3, 28, 1\): {NO_IMAGES}"),
+        (IMAGES[0, ..., :1], {}, DataError, r"images: uint8 \(20, 28, 1\): may be one image or several; give one"),
+        (
+            IMAGES[0].transpose(2, 0, 1),
+            {},
+            DataError,
+            r"uint8 \(3, 20, 28\): may be one image or several",
+        ),
+        (IMAGES[0, ..., 0], {}, DataError, rf"images: uint8 \(20, 28\): {NO_IMAGES}"),
+        (IMAGES[..., 0] / 255.0, {}, DataError, rf"images: float64 \(5, 20, 28\): {NO_IMAGES}"),
+        ([IMAGES], {}, DataError, rf"images\[0\]: uint8 \(5, 20, 28, 3\): {NO_IMAGES}"),
         (IMAGES[:0], {}, DataError, "images: there are none"),
         ([IMAGES[0], 7], {}, DataError, rf"images\[1\]: {NO_IMAGES}.*, not int"),
         (7, {}, DataError, f"images: {NO_IMAGES}.*, not int"),

@@ -159,6 +159,37 @@ def picture(pixels: np.ndarray) -> Picture:
     return Image.fromarray(pixels) if pixels.shape[-1] == 3 else pixels
 
 
+def stored(channels: int) -> tuple[int, ...]:
+    """The numbers of channels that an array of images may have: grey images are read as images of 3 channels, too."""
+    return (1, 3) if channels == 3 else (channels,)
+
+
+def layouts(shape: Sequence[int], channels: int) -> tuple[bool, bool]:
+    """Whether an array of this shape may be images, and which axis may be the channels'.
+
+    Args:
+      shape: the array's.
+      channels: how many an image has once it is read.
+
+    Returns:
+      whether it may be (n, H, W), which is grey, or (n, H, W, C); and whether it may be (n, C, H, W).
+
+    >>> layouts((9, 5, 7), 3), layouts((9, 3, 5, 7), 3), layouts((9, 3, 5, 1), 3)
+    ((True, False), (False, True), (True, True))
+    """
+    if len(shape) == 4:
+        return shape[3] in stored(channels), shape[1] in stored(channels)
+    return len(shape) == 3 and 1 in stored(channels), False
+
+
+def from_array(pixels: np.ndarray, channels: int) -> Picture:
+    """Pixels, uint8 (H, W) or (H, W, C) with C of :func:`stored`, as an opened image of so many channels."""
+    grey = pixels.ndim == 2
+    if channels != 3:
+        return np.ascontiguousarray(pixels[..., None] if grey else pixels)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if not grey and pixels.shape[2] == 1 else pixels))
+
+
 def oriented_size(image: Picture) -> tuple[int, int]:
     """Returns (height, width) in pixels as displayed, after the EXIF orientation.
 

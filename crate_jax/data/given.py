@@ -41,7 +41,7 @@ class Given(Source):
             except Exception as e:  # the file under it is damaged
                 raise decoding.DecodeError(str(e)) from e
         if isinstance(image, np.ndarray):
-            return decoding.picture(image)
+            return decoding.from_array(image, self.channels)
         return decoding.open_image(decoding.read_file(str(readable(image))))
 
     def name(self, index: int) -> str:
@@ -72,32 +72,69 @@ def source(images: Images, channels: int) -> Source:
     if isinstance(images, str | os.PathLike | Image.Image):
         return Given([images], channels)
     if hasattr(images, "__array__"):
-        array = np.asarray(images)
-        _require_image(array, "images", (3, 4), channels)
-        images = list(array[None] if array.ndim == 3 else array)
+        images = list(_stack(np.asarray(images), channels))
     elif not isinstance(images, Sequence):
         raise DataError(f"images: {_forms(channels)}, not {type(images).__name__}")
     else:
         images = [np.asarray(x) if hasattr(x, "__array__") and not isinstance(x, Image.Image) else x for x in images]
         for i, image in enumerate(images):
             if not isinstance(image, str | os.PathLike | Image.Image):
-                _require_image(image, f"images[{i}]", (3,), channels)
+                images[i] = _one(image, f"images[{i}]", channels)
     if not len(images):
         raise DataError("images: there are none")
     return Given(images, channels)
 
 
 def _forms(channels: int) -> str:
-    array = f"must be uint8 (n, H, W, {channels})"
+    grey = ", or grey (n, H, W)" if 1 in decoding.stored(channels) else ""
+    array = f"must be uint8 (n, H, W, {channels}){grey}"
     others = ", images of PIL, a list of images, or the path of an image or a folder"
     return f"{array}{others}" if channels in decoding.OF_FILES else array
 
 
-def _require_image(image: Any, what: str, dimensions: tuple[int, ...], channels: int) -> None:
+def _stack(array: np.ndarray, channels: int) -> np.ndarray:
+    """Images (n, H, W) or (n, H, W, C) of an array; (H, W, C) is one image.
+
+    Raises:
+      DataError: it is not such images, or may be one image as well as several.
+    """
+    if array.ndim == 3 and array.shape[2] == channels:
+        return _arranged(array[None], array, "images", channels)
+    if array.ndim == 3 and array.dtype == np.uint8 and (array.shape[0] == channels > 1 or array.shape[2] == 1):
+        raise DataError(
+            f"images: uint8 {array.shape}: may be one image or several; give one image as (1, H, W, C), grey ones as "
+            "(n, H, W, 1)"
+        )
+    return _arranged(array, array, "images", channels)
+
+
+def _one(image: Any, what: str, channels: int) -> np.ndarray:
+    """One image of a list, (H, W) or (H, W, C).
+
+    Raises:
+      DataError: it is not an image.
+    """
     if not isinstance(image, np.ndarray):
         raise DataError(f"{what}: {_forms(channels)}, not {type(image).__name__}")
-    fits = image.ndim in dimensions and image.shape[-1] == channels and all(image.shape[-3:])
-    if image.dtype != np.uint8 or not fits:
-        raise DataError(
-            f"{what}: {image.dtype} {image.shape}: {_forms(channels)}; values are 0..255, the channels come last"
-        )
+    return _arranged(image[None], image, what, channels)[0]
+
+
+def _arranged(array: np.ndarray, given: np.ndarray, what: str, channels: int) -> np.ndarray:
+    """Images (n, H, W), which are grey, or (n, H, W, C), out of any layout that the reader of .npz files takes.
+
+    Args:
+      array: the images, one axis of which counts them.
+      given: what the caller has given, for the message.
+      what: its name, for the message.
+      channels: how many an image of the encoder has.
+
+    Raises:
+      DataError: the array has no such layout.
+    """
+    if array.dtype == np.uint8 and all(array.shape[1:]):
+        last, first = decoding.layouts(array.shape, channels)
+        if last != first or (array.ndim == 4 and array.shape[3] == channels):  # as documented, whatever else it may be
+            return array if last else array.transpose(0, 2, 3, 1)
+    raise DataError(
+        f"{what}: {given.dtype} {given.shape}: {_forms(channels)}; values are 0..255, the channels come last"
+    )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from crate_jax.data import decoding
 from crate_jax.data.sources import (
@@ -93,7 +92,7 @@ class NpzSource(ColumnSource):
         super().__init__(labels, class_names, max_pixels)
         self._member = images
         self.channels = channels
-        self._channels_first = len(images.shape) == 4 and images.shape[3] not in _stored(channels)
+        self._channels_first = decoding.layouts(images.shape, channels)[1]
         self._images: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,9 +109,7 @@ class NpzSource(ColumnSource):
         image = self._images[index]
         if self._channels_first:
             image = image.transpose(1, 2, 0)
-        if self.channels != 3:
-            return np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)
-        return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1:] == (1,) else image))
+        return decoding.from_array(image, self.channels)
 
     def name(self, index: int) -> str:
         """See Source.name."""
@@ -267,15 +264,9 @@ def _require_readable(member: Member) -> None:
         )
 
 
-def _stored(channels: int) -> tuple[int, ...]:
-    """The numbers of channels that an array may have: grey images are read as images of 3 channels, too."""
-    return (1, 3) if channels == 3 else (channels,)
-
-
 def _require_images(member: Member, channels: int, max_pixels: int) -> None:
-    shape, stored = member.shape, _stored(channels)
-    last, second = (shape[3] in stored, shape[1] in stored) if len(shape) == 4 else (False, False)
-    last |= len(shape) == 3 and 1 in stored
+    shape, stored = member.shape, decoding.stored(channels)
+    last, second = decoding.layouts(shape, channels)
     if member.dtype != np.uint8 or last == second:
         raise DataError(
             f"{member.path}: the array {member} must be images, uint8 (n, height, width), (n, height, width, channels) "
