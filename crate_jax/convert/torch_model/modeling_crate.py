@@ -51,7 +51,7 @@ CHOICES = {  # the values that fields of CrateConfig may have
     "rop_signs": ("independent", "balanced"),
     "decoder": ("crate", "transformer", "linear", "none"),
     "decoder_residual": ("stream", "normalised"),
-    "init": ("xavier", "trunc_normal"),
+    "init": ("xavier", "mocov3", "timm", "trunc_normal"),
     "loss_target": ("pixel", "patch_normalised"),
     "loss_norm": ("l2", "l1"),
     "loss_region": ("complement", "all"),
@@ -88,7 +88,7 @@ class CrateConfig:
       decoder_width: the width of a transformer decoder; 0: it is as wide as the encoder.
       decoder_positions: whether a CRATE decoder adds positions again.
       decoder_residual: stream, g - MSSA(LN(g)); normalised, LN(g) - MSSA(LN(g)).
-      init: initial weights of a linear decoder: xavier | trunc_normal (those of torch.nn.Linear, as ROPIM and SimMIM).
+      init: initial weights of a linear decoder; trunc_normal: those of torch.nn.Linear, as in ROPIM and SimMIM; others: xavier.
       loss_target: pixel | patch_normalised.
       loss_norm: l2 | l1.
       loss_region: complement, (I - P)(x - x^); all, x - x^.
