@@ -88,7 +88,7 @@ class CrateConfig:
       decoder_width: the width of a transformer decoder; 0: it is as wide as the encoder.
       decoder_positions: whether a CRATE decoder adds positions again.
       decoder_residual: stream, g - MSSA(LN(g)); normalised, LN(g) - MSSA(LN(g)).
-      init: initial weights of a linear decoder; trunc_normal: those of torch.nn.Linear, as in ROPIM and SimMIM; others: xavier.
+      init: initial weights of a linear decoder; trunc_normal: those of torch.nn.Linear, as in ROPIM and SimMIM.
       loss_target: pixel | patch_normalised.
       loss_norm: l2 | l1.
       loss_region: complement, (I - P)(x - x^); all, x - x^.
