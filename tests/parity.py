@@ -122,7 +122,7 @@ def masked_autoencoder(file: File, c: ConfigDict, family: str, drop: bool) -> tu
     if "out/attention_block1" in file:
         ours["attention_block1"] = second_block_attention(c, params, images_BHWC)
     outputs = {k: output_error(v, file[f"out/{k}"]) for k, v in ours.items()}
-    theirs = import_state_dict(family, strip(file, "grad/"), grid, check_constants=False)
+    theirs = import_state_dict(family, strip(file, "grad/"), grid)
     return outputs, gradient_errors(grads, theirs)
 
 
@@ -182,7 +182,7 @@ def ropim(file: File) -> tuple[Errors, Errors]:
         "reconstruction_nchw": output_error(images, file["out/reconstruction_nchw"]),
         "loss": output_error(loss, file["out/loss"]),
     }
-    theirs = import_state_dict("ropim", strip(file, "grad/"), grid, check_constants=False)
+    theirs = import_state_dict("ropim", strip(file, "grad/"), grid)
     return outputs, gradient_errors(grads, theirs)
 
 

@@ -162,7 +162,7 @@ def _marked(column: Sequence[Estimate | float | None]) -> list[Estimate | float 
     [False, True]
     """
     known = [x for x in column if isinstance(x, Estimate)]
-    comparable = 1 < len(known) == sum(x is not None for x in column)  # older records have no interval
+    comparable = 1 < len(known) == sum(x is not None for x in column)  # mIoU has no interval
 
     def is_best(x: Estimate) -> bool:
         return comparable and all(x.low > other.high for other in known if other is not x)

@@ -453,14 +453,13 @@ def family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def import_state_dict(name: str, state: Mapping[str, Array], grid: Grid, check_constants: bool = True) -> dict:
+def import_state_dict(name: str, state: Mapping[str, Array], grid: Grid) -> dict:
     """Turns a state dict into our nested parameter tree.
 
     Args:
       name: a key of FAMILIES.
       state: tensors (or gradients), as arrays by the authors' names.
       grid: (h, w) patches, to compute the constants with which the state dict's are compared.
-      check_constants: False for gradients, which have no constants and no unused tensors.
 
     Returns:
       Nested dict of arrays, ``{"encoder": ..., "decoder": ...}``; without decoder if the state dict has none.
@@ -469,7 +468,7 @@ def import_state_dict(name: str, state: Mapping[str, Array], grid: Grid, check_c
       ConfigError: an unknown family, missing or unused names (all listed), or a constant tensor
         with another value than ours.
     """
-    return import_tensors(family(name), name, state, grid, check_constants)
+    return import_tensors(family(name), name, state, grid)
 
 
 def export_state_dict(name: str, params: Mapping, grid: Grid) -> dict[str, Array]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
+from flax import traverse_util
 
 from crate_jax.convert.layouts import AS_IS, Layout
 from crate_jax.errors import ConfigError, some
@@ -217,7 +218,7 @@ def _at(template: str, i: int) -> str:
     return template.replace("{i}", str(i))
 
 
-def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: Grid, check_constants: bool) -> dict:
+def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: Grid) -> dict:
     """Converts their state dict to our nested parameters.
 
     Args:
@@ -225,7 +226,6 @@ def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: 
       name: the family's name, for messages.
       state: their tensors by name.
       grid: (h, w) patches, to compute constants.
-      check_constants: compare the constants in `state` with ours.
 
     Raises:
       ConfigError: missing or unknown names (the first are listed), layers of different shapes, or a constant that
@@ -236,18 +236,17 @@ def import_tensors(family: Family, name: str, state: Mapping[str, Array], grid: 
     found = match(family, state)
     if found.problem():
         raise ConfigError(f"{name} weights do not fit: {found.problem()}")
-    params: dict = {}
+    flat: dict[str, Array] = {}
     for rule in (rule for group in found.groups for rule in group.rules):
         tensors = [[np.asarray(state[n]) for n in expand(template, state)] for template in rule.theirs]
         try:
             arrays = [rule.layout.to_ours(layer) for layer in zip(*tensors, strict=True)]
-            _insert(params, rule.ours, np.stack(arrays) if "{l}" in rule.theirs[0] else arrays[0])
+            flat[rule.ours] = np.stack(arrays) if "{l}" in rule.theirs[0] else arrays[0]
         except (ValueError, IndexError):
             shapes = sorted({str(list(t.shape)) for layers in tensors for t in layers})
             raise ConfigError(f"{name} weights: '{rule.theirs[0]}' has the shapes {', '.join(shapes)}") from None
-    if check_constants:
-        _check_constants(family, name, state, grid, names(params))
-    return params
+    _check_constants(family, name, state, grid, flat)
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _check_constants(
@@ -307,10 +306,3 @@ def _constants(constant: Constant, grid: Grid, array: Array) -> dict[str, Array]
     value = constant.value(grid, array)
     layers = range(len(array)) if "{l}" in constant.theirs else range(1)
     return {constant.theirs.format(l=i): value for i in layers}
-
-
-def _insert(tree: dict, path: str, value: Array) -> None:
-    *parents, leaf = path.split("/")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[leaf] = value

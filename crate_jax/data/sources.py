@@ -506,16 +506,9 @@ def digits(split: str) -> ArraySource:
 
     Args:
       split: 'train' or 'eval'.
-
-    Raises:
-      DataError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError(
-            "config.data.source='digits' needs scikit-learn, which is not installed: pip install scikit-learn"
-        ) from None
+    from sklearn.datasets import load_digits  # here: a second that `--help` need not spend
+
     data = load_digits()
     order = np.random.RandomState(0).permutation(len(data.images))
     cut = int(DIGITS_TRAIN_SHARE * len(order))

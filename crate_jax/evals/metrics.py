@@ -88,8 +88,9 @@ def reading(scores: Mapping[str, Any], intervals: bool = True) -> list[str]:
     """Returns sentences that say how to read the accuracies of a run: how exact they are, and what of them is chance.
 
     Args:
-      scores: accuracies in 0..1 by their names in TOP1, some perhaps None, and :func:`guessing`, which older records
-        lack. Those on raw pixels have the ending ``_pixels``, those of the encoder before training ``_untrained``.
+      scores: accuracies in 0..1 by their names in TOP1, some perhaps None, and :func:`guessing`, which records
+        without labels lack. Those on raw pixels have the ending ``_pixels``, those of the encoder before training
+        ``_untrained``.
       intervals: whether one of them gives the intervals.
 
     >>> reading({"knn_top1": 0.12, "majority_top1": 0.1, "test_images": None})  # a record that somebody has changed

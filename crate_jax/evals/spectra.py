@@ -116,8 +116,8 @@ def factor(x_nD: np.ndarray | jax.Array) -> jax.Array:
         return out.block_until_ready()
 
 
-def entropy_rank(values_D: jax.Array, eps: float = EPS) -> jax.Array:
-    """Returns the exponential (...) of the entropy of p = values / sum(values) + eps, for values (..., D).
+def entropy_rank(values_D: jax.Array) -> jax.Array:
+    """Returns the exponential (...) of the entropy of p = values / sum(values) + EPS, for values (..., D).
 
     It is D for D equal values, and 1 for a single value or for zeros only. For singular values of features it is RankMe
     (Garrido et al. 2023, arXiv 2210.02885, eq. 1 and its p_k), for the eigenvalues of the LDA matrix it is LiDAR
@@ -128,7 +128,7 @@ def entropy_rank(values_D: jax.Array, eps: float = EPS) -> jax.Array:
     3.00
     """
     total = jnp.sum(values_D, axis=-1, keepdims=True)
-    p_D = values_D / jnp.where(total > 0, total, 1.0) + eps
+    p_D = values_D / jnp.where(total > 0, total, 1.0) + EPS
     return jnp.exp(-jnp.sum(p_D * jnp.log(p_D), axis=-1))
 
 

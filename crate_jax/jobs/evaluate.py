@@ -294,9 +294,6 @@ def _cached(
         pass
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as e:
         log.warning("%s cannot be read (%s); computing the features again", path, e)
-    if stored is not None and len(stored[0]) != len(indices):
-        log.info("%s lacks images that could not be decoded; computing the features again", path)
-        stored = None
     any_lacks = distributed.max_over_processes(int(stored is None))  # all processes must encode together
     if stored is not None and not any_lacks:
         log.info("features from %s", path)

@@ -56,7 +56,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     validate(full)
     with Interrupt() as interrupt, lock(workdir) as folder:  # until the score is recorded, so that it is this run's
         summary = train.run_in(folder, full, interrupt, clock)
-        summary.pop("goodput", None)  # of the machine, not of the result; summaries of older versions have none
+        summary.pop("goodput", None)  # of the machine, not of the result
         description = {
             "data": full.data.source,
             "image_size": list(full.data.image_size),

@@ -150,7 +150,7 @@ class Loop:
         stack.callback(self._trace.close)
         self._stack = stack
         self._speed = clocks.Speed()
-        self._window = Window(self.record.get("window", {}))  # a version that did not save it has none
+        self._window = Window(self.record.get("window", {}))  # a new run has none
         # Per step since the last `_fetch`: scalars on the device, number of undecodable images, indices of the images
         # in this process's rows.
         self._pending: list[tuple[Scalars, int, np.ndarray]] = []

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from crate_jax.errors import ConfigError
@@ -85,13 +86,13 @@ def orient(w_Lio: jax.Array, gram: str) -> jax.Array:
     return w_Lio if _gram_on_inputs(inputs, outputs, gram) else jnp.swapaxes(w_Lio, -1, -2)
 
 
-def gram_residual(w_Lio: jax.Array, gram: str = "smaller") -> jax.Array:
-    """Returns G - I, (..., n, n) in float32, for matrices (..., in, out); :func:`orient` explains `gram`.
+def gram_residual(w_Lnm: jax.Array) -> jax.Array:
+    """Returns w w^T - I, (..., n, n) in float32, for matrices (..., n, m).
 
     >>> gram_residual(2 * jnp.eye(2)).tolist()
     [[3.0, 0.0], [0.0, 3.0]]
     """
-    w_Lnm = orient(w_Lio, gram).astype(jnp.float32)
+    w_Lnm = w_Lnm.astype(jnp.float32)
     gram_Lnn = jnp.einsum("...nm,...km->...nk", w_Lnm, w_Lnm, precision=HIGHEST)
     return gram_Lnn - jnp.eye(gram_Lnn.shape[-1], dtype=jnp.float32)
 
@@ -106,13 +107,13 @@ def frobenius_squared(w_Mnm: jax.Array) -> jax.Array:
     >>> float(frobenius_squared(2 * jnp.eye(2)[None]))
     18.0
     """
-    return jnp.sum(jnp.square(gram_residual(w_Mnm, "in")))
+    return jnp.sum(jnp.square(gram_residual(w_Mnm)))
 
 
 @frobenius_squared.defjvp
 def _frobenius_squared_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     (w_Mnm,), (dw_Mnm,) = primals, tangents
-    residual_Mnn = gram_residual(w_Mnm, "in")
+    residual_Mnn = gram_residual(w_Mnm)
     gradient_Mnm = 4 * jnp.einsum("Mnk,Mkm->Mnm", residual_Mnn, w_Mnm, precision=HIGHEST)
     return jnp.sum(jnp.square(residual_Mnn)), jnp.sum(gradient_Mnm * dw_Mnm)
 
@@ -123,16 +124,9 @@ def _residual_times(w_Mnm: jax.Array, v_Mn: jax.Array) -> jax.Array:
     return jnp.einsum("Mnm,Mm->Mn", w_Mnm, y_Mm, precision=HIGHEST) - v_Mn
 
 
-def _norm(x_Mn: jax.Array) -> jax.Array:
-    """Euclidean norm (M,) whose gradient at the zero vector is zero instead of NaN."""
-    squared_M = jnp.sum(jnp.square(x_Mn), axis=-1)
-    positive_M = squared_M > 0
-    return jnp.where(positive_M, jnp.sqrt(jnp.where(positive_M, squared_M, 1.0)), 0.0)
-
-
 def _direction(x_Mn: jax.Array, otherwise_Mn: jax.Array) -> jax.Array:
     """Scales x to unit length; where x is zero (an exactly orthonormal weight), returns `otherwise_Mn`."""
-    norm_M1 = _norm(x_Mn)[:, None]
+    norm_M1 = optax.safe_norm(x_Mn, 0.0, axis=-1, keepdims=True)
     return jnp.where(norm_M1 > 0, x_Mn / jnp.where(norm_M1 > 0, norm_M1, 1.0), otherwise_Mn)
 
 
@@ -162,10 +156,10 @@ def spectral_norm(w_Mnm: jax.Array, v_Mn: jax.Array, iterations: int) -> tuple[j
     v_Mn = jax.lax.stop_gradient(v_Mn)
     v_Mn = jax.lax.fori_loop(0, iterations, lambda _, v_Mn: _direction(_residual_times(fixed_Mnm, v_Mn), v_Mn), v_Mn)
     image_Mn = _residual_times(w_Mnm, v_Mn)
-    return _norm(image_Mn), _direction(jax.lax.stop_gradient(image_Mn), v_Mn)
+    return optax.safe_norm(image_Mn, 0.0, axis=-1), _direction(jax.lax.stop_gradient(image_Mn), v_Mn)
 
 
-def iterations_for(n: int, error: float = FRESH_ERROR) -> int:
+def iterations_for(n: int) -> int:
     """Products with A from a random vector after which sigma_max(A), A (n, n), is expected within a relative error.
 
     Kuczynski and Wozniakowski 1992, theorem 3.1: for any spectrum, k steps on a semi-definite matrix leave an expected
@@ -175,7 +169,7 @@ def iterations_for(n: int, error: float = FRESH_ERROR) -> int:
     >>> iterations_for(384)
     52
     """
-    return math.ceil(0.871 * math.log(n) / error)
+    return math.ceil(0.871 * math.log(n) / FRESH_ERROR)
 
 
 def random_directions(key: jax.Array, count: int, n: int) -> jax.Array:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 FILE = "pace.json"  # in the workdir: {KEY: whole number, CONFIG: {key of the config, or devices: value}}
 KEY = "microseconds_per_step"
-CONFIG = "config"  # records of older versions do not have it
+CONFIG = "config"  # that of a sweep whose runs had begun does not have it
 SHARE, SECONDS = 0.05, 10.0  # a measurement takes this share of the minutes, at most so many seconds
 WARM = 2  # steps before the measurement; the first one compiles
 ROUND = 4  # steps between two looks at the clock
@@ -115,7 +115,7 @@ def _read(folder: Path) -> dict[str, Any]:
 def kept(folder: Path, depends_on: Mapping[str, Any]) -> int:
     """The recorded pace, if it counts for a run in its workdir; 0: it must be measured.
 
-    A record without its config, of an older version, counts; so does a key that only one of the two has.
+    A record without its config, of a sweep whose runs had begun, counts; so does a key that only one of the two has.
 
     Args:
       folder: the workdir.

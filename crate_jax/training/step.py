@@ -178,9 +178,9 @@ def completed(config: ConfigDict, method: Method, adopted: Params, mesh: Mesh) -
     return jax.tree.unflatten(tree, [jax.device_put(x, place) for x, place in zip(leaves, places, strict=True)])
 
 
-def init_state(config: ConfigDict, method: Method, recipe: Recipe, start: Params | None = None) -> TrainState:
-    """The state of step 0, a function of config.seed; `start` replaces the random parameters."""
-    return first_state(config, method, recipe, *(recipe.draw() if start is None else recipe.draw(start)))
+def init_state(config: ConfigDict, method: Method, recipe: Recipe) -> TrainState:
+    """The state of step 0, a function of config.seed."""
+    return first_state(config, method, recipe, *recipe.draw())
 
 
 def first_state(config: ConfigDict, method: Method, recipe: Recipe, params: Params, carried: Carried) -> TrainState:

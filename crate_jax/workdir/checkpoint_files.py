@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from crate_jax.errors import CheckpointError, some
@@ -116,14 +117,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     >>> nest({"encoder/norm/scale": 1.0, "encoder/norm/bias": 0.0})
     {'encoder': {'norm': {'scale': 1.0, 'bias': 0.0}}}
     """
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def storable(arrays: Mapping[str, Any]) -> dict[str, Any]:

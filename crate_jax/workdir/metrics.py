@@ -35,9 +35,9 @@ if TYPE_CHECKING:  # it takes 0.3 s, which most jobs need not spend
 log = logging.getLogger(__name__)
 
 JSON_LINES = "metrics.jsonl"
+PICTURE = re.compile(r"(?P<name>[\w.-]+)_(?P<step>\d{7,})\.png")  # the files that `Writer.write_image` makes
 # TensorBoard and W&B know a record by its name alone, and TensorBoard drops a picture with the name of a scalar: the
 # names of pictures begin with this there, and those of scalars do not.
-PICTURE = re.compile(r"(?P<name>[\w.-]+)_(?P<step>\d{7,})\.png")  # the files that `Writer.write_image` makes
 PICTURES = "pictures/"
 COMPILING = "compiling ..."  # the bar's text before the first step
 

@@ -200,9 +200,7 @@ def _view_batches(views: Iterator[tuple[np.ndarray, int]], size: int) -> Iterato
         yield np.stack(pending)
 
 
-def measure_lidar(
-    subject: Subject, images: int = 1024, views: int = 10, delta: float = lidar.DELTA
-) -> dict[str, lidar.Lidar]:
+def measure_lidar(subject: Subject, images: int = 1024, views: int = 10) -> dict[str, lidar.Lidar]:
     """LiDAR (arXiv 2312.04000) of the pooled features at all places (:func:`places`).
 
     Args:
@@ -210,7 +208,6 @@ def measure_lidar(
       images: the number of images, which are the surrogate classes, drawn with the run's seed; 0: all.
       views: q, the number of views of each image, drawn as the run's training draws them (:func:`augmented_views`, by
         config.views if the run's method reads it), without corruption.
-      delta: see :func:`crate_jax.evals.lidar.measures`.
 
     Returns:
       the results by name of the place (:func:`places`).
@@ -242,7 +239,7 @@ def measure_lidar(
     recipe = "views" in parts(config, subject.params)
     batches = _view_batches(augmented_views(config, source, indices, views, recipe), size)
     factors, count = _stream(subject, encode, update, state, batches, size)
-    measured = (lidar.measures(within, between, count, views, delta) for within, between in factors)
+    measured = (lidar.measures(within, between, count, views) for within, between in factors)
     found = list(itertools.chain(*measured))
     for warning in found[-1].warnings:
         log.warning("%s: %s", subject.name, warning)
