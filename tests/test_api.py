@@ -135,7 +135,8 @@ def test_what_is_public():
     assert {name: shown[f"crate_jax.{name}"] for name in ALONE} == ALONE | ELSEWHERE
     assert shown["crate_jax.api"] == set(of_package)
     public = {name for name in vars(crate_jax.Encoder) if not name.startswith("_")}
-    assert public == {"config", "untrained", "paths", "features", "tokens", "attention", "coding_rate", "reconstruct"}
+    of_images = {"features", "tokens", "attention", "coding_rate", "predict", "reconstruct"}
+    assert public == {"config", "untrained", "paths"} | of_images
     assert set(crate_jax.__all__) <= set(dir(crate_jax))
     assert all(getattr(crate_jax, name).__doc__ for name in crate_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
