@@ -197,8 +197,7 @@ def load(path: str | os.PathLike[str]) -> Encoder:
     Args:
       path: a run's workdir, or one of its checkpoints, ``RUN/checkpoints/STEP``; or a file or folder of weights: ours,
         or those of MAE, timm, Hugging Face, CRATE, ROPIM, solo-learn, lightly and others (docs/weights.md); also in a
-        bucket, ``gs://`` or ``s3://`` (docs/buckets.md).
-        Nothing in a file is executed.
+        bucket, ``gs://`` or ``s3://`` (docs/buckets.md). Nothing in a file is executed.
 
     Returns:
       the encoder; its activations are in float32, as in evaluation, whatever the run's were in.
@@ -296,7 +295,8 @@ class Encoder:
       module: the Linen module ``(images, float32, normalised) -> tokens``, for your own code and, by
         ``flax.nnx.bridge.ToNNX``, for NNX.
       batch_size: images encoded at once, over all devices.
-      classes: the names of the classes of a fine-tuned run, in the order of :meth:`predict`; () if it has none.
+      task: the job of the run whose head :meth:`predict` reads, ``finetune`` or ``segment``; '' if it lacks a head.
+      classes: the names of a fine-tuned run's classes, in the order of :meth:`predict`; () if they are not known.
 
     >>> encoder = Encoder.untrained("quickstart:debug")  # 8 x 8 images, 16 patches, 64 numbers per token
     >>> encoder.features(np.zeros((3, 20, 28, 3), np.uint8)).shape
@@ -312,7 +312,7 @@ class Encoder:
         task: str = "",
         classes: tuple[str, ...] = (),
     ) -> None:
-        self.name, self.classes, self._task = name, classes, task
+        self.name, self.task, self.classes = name, task, classes
         self._config = FrozenConfigDict(config.to_dict())
         self.params = params
         self.module: nn.Module = build_encoder(config)
@@ -450,16 +450,16 @@ class Encoder:
           whatever its aspect, (n, H, W) int32.
 
         Raises:
-          ConfigError: the run has no head: it has pre-trained, or the weights are those of an encoder only.
+          ConfigError: there is not a head: the run has pre-trained, or the weights are those of an encoder only.
           DataError: see :meth:`features`.
         """
-        if self._task not in PREDICTS:
+        if self.task not in PREDICTS:
             raise ConfigError(
-                f"{self.name}: has no classes to predict; give the workdir of a fine-tuning (docs/evaluation.md) or "
-                "of a segmentation (docs/segmentation.md)"
+                f"{self.name}: lacks a head that predicts classes; give the workdir of a fine-tuning "
+                "(docs/evaluation.md) or of a segmentation (docs/segmentation.md)"
             )
         config, classes = _changeable(self.config), self.params["head"]["linear"]["kernel"].shape[-1]
-        read, segments = PREDICTS[self._task](config, classes), self._task == "segment"
+        read, segments = PREDICTS[self.task](config, classes), self.task == "segment"
         return self._rows(images, ("predict",), read, stretched=segments)
 
     @_worded

@@ -10,8 +10,8 @@ An input that is not 8-bit RGB is converted:
   numbers likewise, by their largest positive value; integers of 32 bits by 1 / 257 if they do not exceed 65535; floats
   are read as [0, 1], [0, 255] or [0, 65535], the first range that holds them all, NaN as 0. A TIFF whose 0 is white is
   inverted; its MinSampleValue and SMinSampleValue are statistics and change nothing (TIFF 6.0, sections 8 and 19);
-* mode I in memory, of no file (Pillow keeps none for a crop or a resized copy): values up to 255 are bytes, as in
-  Pillow's conversion to L; larger ones are as in a file. Mode I;16 is always of 16 bits;
+* mode I in memory, without a file (Pillow forgets the file of a crop or of a resized copy): values up to 255 are bytes,
+  as in Pillow's conversion to L; larger ones are as in a file. Mode I;16 is always of 16 bits;
 * EXIF orientation: applied, so that a photo is upright;
 * several frames: the first one is taken.
 

@@ -177,12 +177,12 @@ def mix(
         map_HW = jnp.where(cut, box.astype(jnp.float32), other)
         return map_HW, jnp.mean(map_HW)
 
-    def other(x: jax.Array) -> jax.Array:
+    def partners(x: jax.Array) -> jax.Array:
         return jnp.roll(x, -(len(x) // 2), axis=0)
 
     map_BHW, share_B = jax.vmap(draw)(keys_B)
-    images = images + map_BHW[..., None] * (other(images) - images)
-    return images, target_BC + share_B[:, None] * (other(target_BC) - target_BC)
+    images = images + map_BHW[..., None] * (partners(images) - images)
+    return images, target_BC + share_B[:, None] * (partners(target_BC) - target_BC)
 
 
 def _check_mixing(c: ConfigDict) -> None:

@@ -31,7 +31,7 @@ def algorithm(config: ConfigDict, width: int, source: data.Source) -> Algorithm:
     if source.class_names is None:
         raise DataError(
             f"config.data.source={config.data.source!r}: config.method='supcon' learns from labels, but the training "
-            "images have none; without labels it is config.method='simclr'"
+            "images lack them; without labels it is config.method='simclr'"
         )
     o, outside = config.joint, config.supcon.positives == "mean"
 

@@ -83,8 +83,8 @@ class Checkpoints:
         # finds none, and saves without an error what nothing can read.
         if set(PATTERN) & set(str(self.folder)):
             raise CheckpointError(
-                f"workdir {self.folder.parent}: its path must have none of the characters {' '.join(PATTERN)}, since "
-                "checkpoints there could not be read; choose another --workdir"
+                f"workdir {self.folder.parent}: its path must not have one of the characters {' '.join(PATTERN)}, "
+                "since checkpoints there could not be read; choose another --workdir"
             )
         self._saving: int | None = None  # the step whose save may still be running
         with contextlib.ExitStack() as stack:

@@ -395,7 +395,7 @@ def test_a_classifier_predicts_what_its_record_says(pretraining, tmp_path):
     assert classifier.classes == tuple(test.class_names) and found.shape == (len(test), len(classifier.classes))
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
     assert np.mean(found.argmax(axis=1) == test.labels) == pytest.approx(record["top1"])
-    with pytest.raises(ConfigError, match="has no classes to predict; give the workdir of a fine-tuning"):
+    with pytest.raises(ConfigError, match="lacks a head that predicts classes; give the workdir of a fine-tuning"):
         crate_jax.load(pretraining).predict(np.zeros((1, 8, 8, 3), np.uint8))
 
 

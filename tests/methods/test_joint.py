@@ -151,7 +151,7 @@ def test_bfloat16_is_finite_and_unlabelled_images_work(name):
 
 def test_supcon_refuses_images_without_labels():
     """It would be SimCLR to the bit."""
-    with pytest.raises(DataError, match="config.method='supcon' learns from labels, but the training images have none"):
+    with pytest.raises(DataError, match="config.method='supcon' learns from labels, but the training images lack them"):
         build(config_of("supcon"), labelled=False)
 
 

@@ -141,7 +141,7 @@ def test_empty_workdir(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run[1]", "lr[1e-3]", "a*b", "a?", "a\\b"])
 def test_a_folder_whose_checkpoints_could_not_be_read_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"its path must have none of the characters \* \? \[ \\, since"):
+    with pytest.raises(CheckpointError, match=r"its path must not have one of the characters \* \? \[ \\, since"):
         checkpoint.Checkpoints(tmp_path / name / "w", keep=2)
 
 
